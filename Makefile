@@ -1,0 +1,56 @@
+# `make demo` and `make test` set up by themselves; `make setup` does only that.
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+# A GPU that answers decides which vLLM is installed; `make setup EXTRA=cpu` overrules it.
+EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+STAMP := .venv/.prefloop-$(EXTRA)
+BIN := .venv/bin
+# pip and uv look for wheels on disk under different names.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+.PHONY: setup serve demo test lint unit e2e stubs requirements clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements/$(EXTRA).txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prefloop needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[$(EXTRA)]' --group dev --constraint requirements/$(EXTRA).txt
+	@rm -f .venv/.prefloop-*
+	@touch $@
+
+serve: setup
+	$(BIN)/server serve
+
+demo: setup
+	$(BIN)/python -m clients.demo
+
+test: lint unit e2e
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+
+unit: setup
+	$(BIN)/python -m pytest -m "not e2e"
+
+# One real engine for all of them; separate from the unit tests so that a slip there fails in seconds.
+e2e: setup
+	$(BIN)/python -m pytest -m e2e
+
+stubs: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python proto/generate.py
+
+# After a change of dependencies. No index address may be in the output, and torch without its CPU mark serves both kinds.
+requirements: setup
+	for extra in cpu gpu; do \
+	  $(BIN)/uv pip compile --quiet pyproject.toml --extra $$extra --group dev --python-version 3.11 \
+	    --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/$$extra.txt \
+	  && sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements/$$extra.txt || exit 1; \
+	done
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""The chat service: gRPC in front, vLLM behind, SQLite beside."""

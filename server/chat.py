@@ -1,0 +1,311 @@
+"""ChatService: one turn at a time per conversation; every answer on disk before its `finished`.
+
+Handlers write to their context instead of yielding, so that a cancelled call is cancelled right here and its answer is
+settled: sampling stops, and what there is of the answer is stored with its spans. Settling runs as a task of its own
+that no cancellation reaches; `drain` waits for all of them before the store is closed.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from google.protobuf.message import Message
+from prefloop.v1 import chat_pb2, chat_pb2_grpc
+
+from server import convert
+from server.identity import user_of
+from server.locks import KeyedLocks
+from server.policy import Policy, Sampling, Stream
+from server.prompt import build_prompt
+from server.records import Generation, Response, Slot, Turn
+from server.settings import ServerSettings
+from server.store import FeedbackStore
+from server.store_thread import StoreThread
+
+log = logging.getLogger(__name__)
+
+SLOTS: tuple[Slot, Slot] = ("A", "B")
+
+Write = Callable[[Any], Awaitable[None]]
+
+
+class ChatService(chat_pb2_grpc.ChatServiceServicer):
+    """Chats, comparisons and the history of both."""
+
+    def __init__(self, store: StoreThread, policy: Policy, settings: ServerSettings, replica_id: str) -> None:
+        self._store = store
+        self._policy = policy
+        self._settings = settings
+        self._replica_id = replica_id
+        self._locks = KeyedLocks()
+        self._settling: set[asyncio.Task[Generation]] = set()
+
+    async def Chat(self, request: chat_pb2.ChatRequest, context: Any) -> None:  # type: ignore[override]
+        user = user_of(context)
+        async with self._locks.hold(_repeat_key("Chat", user, request)), self._locks.hold(request.conversation_id):
+            if first := await self._repeated("Chat", user, request):
+                await self._replay_chat(user, first, context.write)
+                return
+            prompt, sampling = await self._prompt(user, request)
+            version = self._policy.version
+
+            def begin(store: FeedbackStore) -> tuple[str, str]:
+                with store.transaction():
+                    conversation_id = _open_conversation(store, user, request)
+                    response_id = store.begin_response(
+                        user,
+                        conversation_id,
+                        message=request.message,
+                        replica_id=self._replica_id,
+                        policy_version=version,
+                        prompt_token_ids=prompt,
+                        temperature=sampling.temperature,
+                        max_tokens=sampling.max_tokens,
+                        seed=sampling.seed,
+                    )
+                    _remember(store, "Chat", user, request, response_id)
+                return conversation_id, response_id
+
+            conversation_id, response_id = await self._store(begin)
+            await context.write(_chat_started(conversation_id, response_id, version))
+            generation = await self._answer(
+                response_id,
+                prompt,
+                sampling,
+                lambda text: context.write(chat_pb2.ChatResponse(delta=chat_pb2.ChatDelta(text=text))),
+            )
+            last = generation.spans[-1].policy_version if generation.spans else version
+            await context.write(_chat_finished(generation, prompt, last))
+
+    async def Compare(self, request: chat_pb2.CompareRequest, context: Any) -> None:  # type: ignore[override]
+        user = user_of(context)
+        async with self._locks.hold(_repeat_key("Compare", user, request)), self._locks.hold(request.conversation_id):
+            if first := await self._repeated("Compare", user, request):
+                await self._replay_comparison(user, first, context.write)
+                return
+            prompt, sampling = await self._prompt(user, request)
+            samplings = self._two_samplings(sampling)
+            version = self._policy.version
+
+            def begin(store: FeedbackStore) -> tuple[str, str, str, str]:
+                with store.transaction():
+                    conversation_id = _open_conversation(store, user, request)
+                    comparison_id, a, b = store.begin_comparison(
+                        user,
+                        conversation_id,
+                        message=request.message,
+                        replica_id=self._replica_id,
+                        policy_version=version,
+                        prompt_token_ids=prompt,
+                        temperatures=(samplings[0].temperature, samplings[1].temperature),
+                        max_tokens=sampling.max_tokens,
+                        seeds=(samplings[0].seed, samplings[1].seed),
+                    )
+                    _remember(store, "Compare", user, request, comparison_id)
+                return conversation_id, comparison_id, a, b
+
+            conversation_id, comparison_id, *response_ids = await self._store(begin)
+            await context.write(_compare_started(conversation_id, comparison_id))
+            writing = asyncio.Lock()  # gRPC takes one write at a time
+
+            async def write(message: chat_pb2.CompareResponse) -> None:
+                async with writing:
+                    await context.write(message)
+
+            try:
+                async with asyncio.TaskGroup() as both:
+                    for slot, response_id, one in zip(SLOTS, response_ids, samplings, strict=True):
+                        both.create_task(self._candidate(slot, response_id, prompt, one, write))
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from group
+
+    async def GetConversation(
+        self, request: chat_pb2.GetConversationRequest, context: Any
+    ) -> chat_pb2.GetConversationResponse:
+        user, conversation_id = user_of(context), request.conversation_id
+
+        def read(store: FeedbackStore) -> chat_pb2.Conversation:
+            return convert.conversation(
+                store.conversation(user, conversation_id),
+                store.turns(user, conversation_id),
+                store.feedback_in(user, conversation_id),
+            )
+
+        return chat_pb2.GetConversationResponse(conversation=await self._store(read))
+
+    async def ListConversations(
+        self, request: chat_pb2.ListConversationsRequest, context: Any
+    ) -> chat_pb2.ListConversationsResponse:
+        user = user_of(context)
+        size = request.page_size or convert.DEFAULT_PAGE_SIZE
+        key = convert.page_key(request.page_token, (float, str))
+        before = (key[0], key[1]) if key else None
+        # One more than the page, to know whether there is a next one.
+        found = await self._store(lambda store: store.conversations(user, size + 1, before))
+        page = found[:size]
+        more = convert.page_token([page[-1].update_time, page[-1].id]) if len(found) > size else ""
+        return chat_pb2.ListConversationsResponse(
+            conversations=[convert.conversation(record) for record in page], next_page_token=more
+        )
+
+    async def DeleteConversation(
+        self, request: chat_pb2.DeleteConversationRequest, context: Any
+    ) -> chat_pb2.DeleteConversationResponse:
+        user = user_of(context)
+        async with self._locks.hold(request.conversation_id):
+            await self._store(lambda store: store.delete_conversation(user, request.conversation_id))
+        return chat_pb2.DeleteConversationResponse()
+
+    async def drain(self) -> None:
+        """Returns once every answer that was begun is on disk."""
+        while self._settling:
+            await asyncio.wait(self._settling)
+
+    # Sampling
+
+    async def _prompt(
+        self, user: str, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
+    ) -> tuple[list[int], Sampling]:
+        given = {field.name: value for field, value in request.sampling.ListFields()}
+        limit = self._policy.max_model_len
+        sampling = Sampling(
+            temperature=given.get("temperature", self._settings.service_temperature),
+            max_tokens=given.get("max_tokens", min(self._settings.max_tokens, limit // 2)),
+            seed=given.get("seed"),
+        )
+        turns: list[Turn] = []
+        if request.conversation_id:
+            turns = await self._store(lambda store: store.turns(user, request.conversation_id))
+        prompt = build_prompt(self._policy.encode, turns, request.message, limit - sampling.max_tokens)
+        return prompt, sampling
+
+    def _two_samplings(self, base: Sampling) -> list[Sampling]:
+        # Which temperature is A's is random; two seeds, so that equal temperatures would still differ.
+        temperatures = random.sample(self._settings.compare_temperatures, 2)
+        seeds = [None, None] if base.seed is None else [base.seed, (base.seed + 1) % 2**63]
+        return [
+            Sampling(temperature, base.max_tokens, seed) for temperature, seed in zip(temperatures, seeds, strict=True)
+        ]
+
+    async def _candidate(
+        self, slot: Slot, response_id: str, prompt: list[int], sampling: Sampling, write: Write
+    ) -> None:
+        def delta(text: str) -> Awaitable[None]:
+            return write(chat_pb2.CompareResponse(delta=chat_pb2.CompareDelta(slot=convert.SLOTS[slot], text=text)))
+
+        generation = await self._answer(response_id, prompt, sampling, delta)
+        await write(_compare_finished(slot, response_id, generation, prompt))
+
+    async def _answer(
+        self, response_id: str, prompt: list[int], sampling: Sampling, send: Callable[[str], Awaitable[None]]
+    ) -> Generation:
+        stream: Stream | None = None
+        try:
+            stream = await self._policy.sample(prompt, sampling)
+            async for text in stream:
+                await send(text)
+        finally:
+            settling = asyncio.create_task(self._settle(response_id, stream))
+            self._settling.add(settling)
+            settling.add_done_callback(self._settling.discard)
+            generation = await asyncio.shield(settling)
+        return generation
+
+    async def _settle(self, response_id: str, stream: Stream | None) -> Generation:
+        generation = Generation([], [], "", "error", [])
+        if stream is not None:
+            try:
+                generation = await stream.finish()
+            except Exception:
+                # The caller hears of the engine's end from the stream itself; here it must not cost the answer.
+                log.exception("an answer could not be finished; storing what there is of it")
+                generation = stream.fail()
+        await self._store(lambda store: store.finish_response(response_id, generation))
+        return generation
+
+    # Repeated requests
+
+    async def _repeated(self, rpc: str, user: str, request: Message) -> str | None:
+        request_id: str = request.request_id  # type: ignore[attr-defined]
+        if not request_id:
+            return None
+        first = await self._store(lambda store: store.find_request(user, rpc, request_id, _sha256(request)))
+        return first.decode() if first is not None else None
+
+    async def _replay_chat(self, user: str, response_id: str, write: Write) -> None:
+        response = await self._store(lambda store: store.response(user, response_id))
+        await write(_chat_started(response.conversation_id, response.id, response.policy_version))
+        await write(chat_pb2.ChatResponse(delta=chat_pb2.ChatDelta(text=response.text)))
+        await write(_chat_finished(_generation(response), response.prompt_token_ids, response.last_version))
+
+    async def _replay_comparison(self, user: str, comparison_id: str, write: Write) -> None:
+        comparison = await self._store(lambda store: store.comparison(user, comparison_id))
+        await write(_compare_started(comparison.conversation_id, comparison.id))
+        slots: list[tuple[Slot, Response]] = [("A", comparison.a), ("B", comparison.b)]
+        for slot, response in slots:
+            delta = chat_pb2.CompareDelta(slot=convert.SLOTS[slot], text=response.text)
+            await write(chat_pb2.CompareResponse(delta=delta))
+            await write(_compare_finished(slot, response.id, _generation(response), response.prompt_token_ids))
+
+
+def _open_conversation(store: FeedbackStore, user: str, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest) -> str:
+    if not request.conversation_id:
+        return store.create_conversation(user, request.message)
+    store.conversation(user, request.conversation_id)
+    store.skip_open_comparisons(request.conversation_id)
+    return request.conversation_id
+
+
+def _remember(store: FeedbackStore, rpc: str, user: str, request: Any, result: str) -> None:
+    if request.request_id:
+        store.remember_request(user, rpc, request.request_id, _sha256(request), result.encode())
+
+
+def _repeat_key(rpc: str, user: str, request: Any) -> str:
+    return json.dumps([rpc, user, request.request_id]) if request.request_id else ""
+
+
+def _sha256(request: Message) -> bytes:
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+
+
+def _generation(response: Response) -> Generation:
+    reason: Any = response.finish_reason or "error"
+    return Generation(response.token_ids, response.logprobs, response.text, reason, response.spans)
+
+
+def _chat_started(conversation_id: str, response_id: str, version: str) -> chat_pb2.ChatResponse:
+    started = chat_pb2.ChatStarted(conversation_id=conversation_id, response_id=response_id, policy_version=version)
+    return chat_pb2.ChatResponse(started=started)
+
+
+def _chat_finished(generation: Generation, prompt: list[int], version: str) -> chat_pb2.ChatResponse:
+    finished = chat_pb2.ChatFinished(
+        text=generation.text,
+        finish_reason=convert.FINISH_REASONS[generation.finish_reason],
+        usage=convert.usage(prompt, generation.token_ids),
+        policy_version=version,
+    )
+    return chat_pb2.ChatResponse(finished=finished)
+
+
+def _compare_started(conversation_id: str, comparison_id: str) -> chat_pb2.CompareResponse:
+    started = chat_pb2.CompareStarted(conversation_id=conversation_id, comparison_id=comparison_id)
+    return chat_pb2.CompareResponse(started=started)
+
+
+def _compare_finished(
+    slot: Slot, response_id: str, generation: Generation, prompt: list[int]
+) -> chat_pb2.CompareResponse:
+    finished = chat_pb2.CompareFinished(
+        slot=convert.SLOTS[slot],
+        text=generation.text,
+        finish_reason=convert.FINISH_REASONS[generation.finish_reason],
+        usage=convert.usage(prompt, generation.token_ids),
+        response_id=response_id,
+    )
+    return chat_pb2.CompareResponse(finished=finished)

@@ -1,0 +1,97 @@
+"""One SQLite connection as prefloop wants it: WAL, FULL, writes that begin IMMEDIATE.
+
+`write()` is atomic and durable: when it returns, a power cut keeps what was written. Two processes may write; the later
+one waits up to `BUSY_TIMEOUT_MS`. A connection belongs to one thread at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pysqlite3.dbapi2 as sqlite3
+import sqlite_utils
+
+from server.errors import DataDirectoryError
+from server.migrations import known_migrations, migrations
+
+BUSY_TIMEOUT_MS = 10_000
+# Older releases can lose a commit when two connections reset the WAL (fixed in 3.51.3, 3.50.7 and 3.44.6).
+MINIMUM_SQLITE = (3, 51, 3)
+
+Row = dict[str, Any]
+OperationalError: type[Exception] = sqlite3.OperationalError
+DatabaseError: type[Exception] = sqlite3.DatabaseError
+
+
+class Database:
+    """A migrated database file. Raises DataDirectoryError where the file cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
+            raise DataDirectoryError(
+                f"SQLite {sqlite3.sqlite_version} can lose commits; install pysqlite3 with SQLite 3.51.3 or newer."
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
+            connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            self._db = sqlite_utils.Database(connection, recursive_triggers=False)
+            self._migrate(path)
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise DataDirectoryError(
+                f"The data directory {str(path.parent)!r} cannot be used ({error}); "
+                "give --data-dir a folder that you may write to."
+            ) from error
+
+    def _migrate(self, path: Path) -> None:
+        # The write lock first: two processes may open a new directory at once.
+        with self.write():
+            newer = {migration.name for migration in migrations.applied(self._db)} - known_migrations()
+            if newer:
+                raise DataDirectoryError(
+                    f"The data directory {str(path.parent)!r} was written by a newer prefloop ({min(newer)}); "
+                    "upgrade prefloop or choose another --data-dir."
+                )
+            migrations.apply(self._db)
+
+    @contextmanager
+    def write(self) -> Iterator[None]:
+        """One transaction that holds the write lock from its first statement; nested calls join the outer one."""
+        if self._db.conn.in_transaction:
+            yield
+            return
+        # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it turns from reading to writing in WAL mode.
+        self._db.conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.conn.execute("COMMIT")
+        except BaseException:
+            self._db.rollback()
+            raise
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Runs one statement; returns the number of rows it changed."""
+        return int(self._db.conn.execute(sql, parameters).rowcount)
+
+    def insert(self, table: str, row: Row) -> int:
+        """Inserts one row; returns its rowid."""
+        return int(self._db.table(table).insert(row).last_rowid or 0)
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """All rows of a SELECT as dictionaries."""
+        return list(self._db.query(sql, parameters))
+
+    def row(self, sql: str, parameters: Sequence[Any] = ()) -> Row | None:
+        """The first row of a SELECT, or None."""
+        return next(iter(self.rows(sql, parameters)), None)
+
+    def now(self) -> float:
+        """Seconds since 1970 by the database's clock."""
+        return float(self.rows("SELECT unixepoch('subsec') AS now")[0]["now"])
+
+    def close(self) -> None:
+        self._db.close()

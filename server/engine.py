@@ -1,0 +1,56 @@
+"""Starts vLLM for the server: everything that must be set before it is imported, and its arguments."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from server.settings import ServerSettings
+
+
+def set_environment(settings: ServerSettings) -> None:
+    """vLLM and OpenMP read these once, at import. What the operator set stays."""
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": _cores(settings.cpu_threads),
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def start_engine(settings: ServerSettings, directory: Path) -> Any:
+    """An AsyncLLM with the weights in `directory`. Takes most of a minute, most of it imports."""
+    from transformers import AutoConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    limit = AutoConfig.from_pretrained(directory).max_position_embeddings
+    return AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=str(directory),
+            dtype="bfloat16",
+            max_model_len=min(settings.max_model_len, limit),
+            max_num_seqs=settings.max_streams,
+            gpu_memory_utilization=settings.gpu_memory_share,
+            enforce_eager=not settings.compile,
+            # What the policy sampled with, not the raw distribution at temperature 1.
+            logprobs_mode="processed_logprobs",
+            # Sampling must be the model's own distribution: no top-p or top-k from its generation_config.json.
+            generation_config="vllm",
+            # One process fewer than the default on one device.
+            distributed_executor_backend="uni",
+            worker_extension_cls="server.worker.SwapExtension",
+            disable_log_stats=True,
+            enable_log_requests=False,
+        )
+    )
+
+
+def _cores(setting: str) -> str:
+    if setting != "auto":
+        return setting
+    # vLLM's own choice leaves cores out for its front end, one of two on a small machine; measured in docs/benchmarks.
+    cores = sorted(os.sched_getaffinity(0))
+    return ",".join(str(core) for core in cores)

@@ -1,0 +1,47 @@
+"""What can go wrong, in the domain's words. `server.status` maps each to a gRPC status at the RPC edge."""
+
+
+class ServiceError(Exception):
+    """Base of every error that a caller may be told. The message is one sentence, fit for the caller to read."""
+
+
+class InvalidArgumentError(ServiceError):
+    """A field of the request breaks a rule; `field` names it."""
+
+    def __init__(self, field: str, message: str, reason: str = "INVALID_FIELD") -> None:
+        super().__init__(message)
+        self.field = field
+        self.reason = reason
+
+
+class NotFoundError(ServiceError):
+    """No such thing, or not this user's: the two are never told apart."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"There is no {kind} {name!r}.")
+        self.kind = kind
+        self.name = name
+
+
+class FailedPreconditionError(ServiceError):
+    """The request is sound but not in this state; `reason` is a constant for programs."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ConflictError(ServiceError):
+    """Somebody else was first: a compare-and-set lost, or a lease went to another holder."""
+
+
+class UnavailableError(ServiceError):
+    """Not now; the same call may go through later."""
+
+
+class DataDirectoryError(ServiceError):
+    """The data directory cannot be used; the message says what to do."""
+
+
+class ManifestError(ServiceError):
+    """A policy directory is not what its manifest says, or has none."""

@@ -1,0 +1,92 @@
+"""Makes this server serve what the store's pointer says, and tells the store what it serves.
+
+A version that cannot be loaded is marked failed, the pointer goes back to what is loaded here, and the reason stands in
+the store and on the RPC that asked.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from server.errors import FailedPreconditionError, ManifestError
+from server.policy import Policy, SwapError
+from server.store import FeedbackStore
+from server.store_thread import StoreThread
+from server.weights import engine_weights
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
+
+
+class Follower:
+    """Owns the policy's version; nothing else calls `Policy.swap`."""
+
+    def __init__(
+        self, policy: Policy, store: StoreThread, data_dir: Path, replica_id: str, poll_seconds: float
+    ) -> None:
+        self._policy = policy
+        self._store = store
+        self._data_dir = data_dir
+        self._replica_id = replica_id
+        self._poll_seconds = poll_seconds
+        self._converging = asyncio.Lock()
+        self._error = ""
+
+    async def run(self) -> None:
+        """Follows until cancelled."""
+        loop = asyncio.get_running_loop()
+        next_heartbeat = 0.0
+        while True:
+            # The second boundary where errors end: a follower that stops would leave the server behind for good.
+            try:
+                if await self.converge():
+                    next_heartbeat = 0.0
+                if loop.time() >= next_heartbeat:
+                    await self._report()
+                    next_heartbeat = loop.time() + HEARTBEAT_SECONDS
+            except Exception:
+                log.exception("following the active policy failed; trying again")
+            await asyncio.sleep(self._poll_seconds)
+
+    async def converge(self) -> bool:
+        """Loads the active version if it is not loaded; True where something changed, a failure included."""
+        async with self._converging:
+            active = await self._store(lambda store: store.registry.active_policy().version)
+            if active == self._policy.version:
+                return False
+            try:
+                directory = await asyncio.to_thread(engine_weights, self._data_dir, active)
+                await self._policy.swap(active, directory)
+            except (ManifestError, SwapError, OSError, TimeoutError) as error:
+                reason, loaded = str(error) or type(error).__name__, self._policy.version
+                log.error("%s cannot be served, %s serves on: %s", active, loaded, reason)
+                self._error = f"{active}: {reason}"
+                await self._store(lambda store: store.registry.fail_policy(active, reason, loaded))
+            else:
+                self._error = ""
+            return True
+
+    async def activate(self, version: str, move_pointer: Callable[[FeedbackStore], object]) -> None:
+        """Checks `version`, moves the pointer and returns once it is served here.
+
+        Raises FailedPreconditionError with the reason; nothing was changed then.
+        """
+        try:
+            await asyncio.to_thread(engine_weights, self._data_dir, version)
+        except (ManifestError, OSError) as error:
+            raise FailedPreconditionError("POLICY_UNLOADABLE", str(error)) from error
+        await self._store(move_pointer)
+        await self.converge()
+        await self._report()
+        if self._policy.version != version:
+            raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} was replaced meanwhile.")
+
+    async def close(self) -> None:
+        """This server no longer serves anything."""
+        await self._store(lambda store: store.registry.remove_replica(self._replica_id))
+
+    async def _report(self) -> None:
+        loaded, error = self._policy.version, self._error
+        await self._store(lambda store: store.registry.report_replica(self._replica_id, loaded, error))

@@ -1,0 +1,8 @@
+"""Opaque ids. Their order means nothing."""
+
+import secrets
+
+
+def new_id(prefix: str) -> str:
+    """`prefix` and 96 random bits in hexadecimal."""
+    return f"{prefix}_{secrets.token_hex(12)}"

@@ -1,0 +1,207 @@
+"""The database's schema as a list of steps. A step that was released is never edited; the next one mends it.
+
+Times are seconds since 1970 by the database's clock (`unixepoch('subsec')`).
+"""
+
+from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
+
+migrations = Migrations("prefloop")
+
+
+def known_migrations() -> set[str]:
+    """The names of all steps that this release has."""
+    return {migration.name for migration in migrations.pending(Database(memory=True))}
+
+
+def _run(db: Database, script: str) -> None:
+    # Not executescript: it commits first, and a half-applied step must roll back.
+    for statement in script.split(";\n"):
+        if statement.strip():
+            db.conn.execute(statement)
+
+
+@migrations()
+def m001_chat(db: Database) -> None:
+    """Conversations, turns, responses with their version spans, comparisons, and repeated requests."""
+    _run(
+        db,
+        """
+        CREATE TABLE conversations (
+            id TEXT PRIMARY KEY,
+            user TEXT NOT NULL,
+            title TEXT NOT NULL,
+            create_time REAL NOT NULL,
+            update_time REAL NOT NULL
+        ) STRICT;
+        CREATE INDEX conversations_by_user ON conversations (user, update_time);
+        CREATE TABLE turns (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            conversation_id TEXT NOT NULL REFERENCES conversations (id) ON DELETE CASCADE,
+            message TEXT NOT NULL,
+            response_id TEXT,
+            comparison_id TEXT,
+            dropped INTEGER NOT NULL DEFAULT 0,
+            create_time REAL NOT NULL
+        ) STRICT;
+        CREATE INDEX turns_by_conversation ON turns (conversation_id, seq);
+        CREATE TABLE responses (
+            id TEXT PRIMARY KEY,
+            conversation_id TEXT NOT NULL REFERENCES conversations (id) ON DELETE CASCADE,
+            user TEXT NOT NULL,
+            replica_id TEXT NOT NULL,
+            status TEXT NOT NULL CHECK (status IN ('streaming', 'finished', 'cancelled', 'failed')),
+            prompt_token_ids BLOB NOT NULL,
+            token_ids BLOB NOT NULL DEFAULT x'',
+            logprobs BLOB NOT NULL DEFAULT x'',
+            text TEXT NOT NULL DEFAULT '',
+            temperature REAL NOT NULL,
+            max_tokens INTEGER NOT NULL,
+            seed INTEGER,
+            finish_reason TEXT,
+            policy_version TEXT NOT NULL,
+            create_time REAL NOT NULL,
+            finish_time REAL
+        ) STRICT;
+        CREATE INDEX responses_by_conversation ON responses (conversation_id);
+        CREATE INDEX responses_streaming ON responses (replica_id) WHERE status = 'streaming';
+        CREATE TABLE spans (
+            response_id TEXT NOT NULL REFERENCES responses (id) ON DELETE CASCADE,
+            start INTEGER NOT NULL,
+            "end" INTEGER NOT NULL,
+            policy_version TEXT NOT NULL,
+            stale_kv INTEGER NOT NULL DEFAULT 0,
+            PRIMARY KEY (response_id, start)
+        ) STRICT, WITHOUT ROWID;
+        CREATE TABLE comparisons (
+            id TEXT PRIMARY KEY,
+            conversation_id TEXT NOT NULL REFERENCES conversations (id) ON DELETE CASCADE,
+            user TEXT NOT NULL,
+            response_a TEXT NOT NULL REFERENCES responses (id),
+            response_b TEXT NOT NULL REFERENCES responses (id),
+            state TEXT NOT NULL CHECK (state IN ('open', 'chosen', 'skipped')),
+            continued_with TEXT CHECK (continued_with IN ('A', 'B')),
+            create_time REAL NOT NULL
+        ) STRICT;
+        CREATE INDEX comparisons_by_conversation ON comparisons (conversation_id);
+        CREATE TABLE requests (
+            user TEXT NOT NULL,
+            rpc TEXT NOT NULL,
+            request_id TEXT NOT NULL,
+            body_sha256 BLOB NOT NULL,
+            result BLOB NOT NULL,
+            create_time REAL NOT NULL,
+            PRIMARY KEY (user, rpc, request_id)
+        ) STRICT, WITHOUT ROWID;
+        """,
+    )
+
+
+@migrations()
+def m002_feedback(db: Database) -> None:
+    """Votes twice over: the event log that nothing is removed from, and each user's current state."""
+    _run(
+        db,
+        """
+        CREATE TABLE feedback (
+            id TEXT PRIMARY KEY,
+            event_seq INTEGER NOT NULL,
+            user TEXT NOT NULL,
+            kind TEXT NOT NULL CHECK (kind IN ('thumb', 'choice', 'correction', 'demonstration')),
+            response_id TEXT REFERENCES responses (id) ON DELETE CASCADE,
+            comparison_id TEXT REFERENCES comparisons (id) ON DELETE CASCADE,
+            value TEXT NOT NULL,
+            comment TEXT NOT NULL,
+            create_time REAL NOT NULL
+        ) STRICT;
+        CREATE UNIQUE INDEX feedback_one_per_response ON feedback (user, kind, response_id)
+            WHERE response_id IS NOT NULL;
+        CREATE UNIQUE INDEX feedback_one_per_comparison ON feedback (user, comparison_id)
+            WHERE comparison_id IS NOT NULL;
+        CREATE INDEX feedback_by_user ON feedback (user, event_seq);
+        CREATE INDEX feedback_by_response ON feedback (response_id);
+        CREATE INDEX feedback_by_comparison ON feedback (comparison_id);
+        CREATE TABLE feedback_events (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            action TEXT NOT NULL CHECK (action IN ('submit', 'retract', 'delete')),
+            feedback_id TEXT NOT NULL,
+            user TEXT NOT NULL,
+            kind TEXT NOT NULL,
+            response_id TEXT,
+            comparison_id TEXT,
+            value TEXT,
+            comment TEXT,
+            create_time REAL NOT NULL
+        ) STRICT;
+        CREATE INDEX feedback_events_by_feedback ON feedback_events (feedback_id, seq);
+        """,
+    )
+
+
+@migrations()
+def m003_policies(db: Database) -> None:
+    """Policies, reward models, rounds, the pointer with its history, replicas and leases."""
+    _run(
+        db,
+        """
+        CREATE TABLE policies (
+            version TEXT PRIMARY KEY,
+            state TEXT NOT NULL CHECK (state IN ('candidate', 'active', 'retired', 'rejected', 'failed')),
+            kind TEXT NOT NULL CHECK (kind IN ('adapter', 'full')),
+            parent_version TEXT,
+            reference_version TEXT NOT NULL,
+            round_id TEXT,
+            reward_model_version TEXT,
+            metrics TEXT NOT NULL DEFAULT '{}',
+            reason TEXT NOT NULL DEFAULT '',
+            create_time REAL NOT NULL,
+            activate_time REAL
+        ) STRICT;
+        CREATE TABLE pointer (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            version TEXT NOT NULL REFERENCES policies (version)
+        ) STRICT;
+        CREATE TABLE pointer_events (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            version TEXT NOT NULL,
+            previous_version TEXT,
+            actor TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            create_time REAL NOT NULL
+        ) STRICT;
+        CREATE TABLE reward_models (
+            version TEXT PRIMARY KEY,
+            reference_version TEXT NOT NULL,
+            round_id TEXT,
+            metrics TEXT NOT NULL DEFAULT '{}',
+            create_time REAL NOT NULL
+        ) STRICT;
+        CREATE TABLE rounds (
+            id TEXT PRIMARY KEY,
+            state TEXT NOT NULL CHECK (state IN ('running', 'promoted', 'rejected', 'failed')),
+            stage TEXT NOT NULL,
+            watermark INTEGER NOT NULL,
+            incumbent_version TEXT NOT NULL,
+            reference_version TEXT NOT NULL,
+            policy_version TEXT,
+            reward_model_version TEXT,
+            settings TEXT NOT NULL,
+            metrics TEXT NOT NULL DEFAULT '{}',
+            reason TEXT NOT NULL DEFAULT '',
+            create_time REAL NOT NULL,
+            finish_time REAL
+        ) STRICT;
+        CREATE TABLE replicas (
+            id TEXT PRIMARY KEY,
+            loaded_version TEXT NOT NULL,
+            error TEXT NOT NULL DEFAULT '',
+            heartbeat_time REAL NOT NULL
+        ) STRICT;
+        CREATE TABLE leases (
+            name TEXT PRIMARY KEY,
+            holder TEXT NOT NULL,
+            token INTEGER NOT NULL,
+            expire_time REAL NOT NULL
+        ) STRICT;
+        """,
+    )

@@ -1,0 +1,285 @@
+"""What the store hands out: frozen records, free of SQL and of protobuf."""
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Slot = Literal["A", "B"]
+Choice = Literal["A", "B", "TIE", "BOTH_BAD"]
+Kind = Literal["thumb", "choice", "correction", "demonstration"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Status = Literal["streaming", "finished", "cancelled", "failed"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `end` - 1 of a response were sampled from one policy version."""
+
+    start: int
+    end: int
+    policy_version: str
+    # These tokens attended to another version's KV cache.
+    stale_kv: bool = False
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What an engine made of a prompt: the part of a response that is known only at its end."""
+
+    token_ids: list[int]
+    # Log-probabilities of the sampled tokens under the policy that sampled them, at the sampling temperature.
+    logprobs: list[float]
+    text: str
+    finish_reason: FinishReason
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled answer, attributable token by token."""
+
+    id: str
+    conversation_id: str
+    user: str
+    status: Status
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    temperature: float
+    max_tokens: int
+    seed: int | None
+    finish_reason: str | None
+    # The version that served when the response began; `spans` say which version made which token.
+    policy_version: str
+    create_time: float
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def last_version(self) -> str:
+        """The version of the last token."""
+        return self.spans[-1].policy_version if self.spans else self.policy_version
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one message, shown side by side."""
+
+    id: str
+    conversation_id: str
+    user: str
+    a: Response
+    b: Response
+    state: Literal["open", "chosen", "skipped"]
+    continued_with: Slot | None
+    create_time: float
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """One user's current word on one thing."""
+
+    id: str
+    event_seq: int
+    user: str
+    kind: Kind
+    response_id: str | None
+    comparison_id: str | None
+    # Thumb: UP or DOWN. Choice: A, B, TIE or BOTH_BAD. Correction: the text. Demonstration: messages as JSON.
+    value: str
+    comment: str
+    create_time: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One user message and what came of it; exactly one of `response` and `comparison` is set."""
+
+    seq: int
+    message: str
+    create_time: float
+    dropped: bool
+    response: Response | None
+    comparison: Comparison | None
+
+    @property
+    def answer(self) -> str | None:
+        """The text that the conversation went on with; None where the model must not see this turn."""
+        if self.dropped:
+            return None
+        if self.comparison:
+            # An open comparison goes on with A as soon as there is a next message.
+            slot = "A" if self.comparison.state == "open" else self.comparison.continued_with
+            chosen = {"A": self.comparison.a, "B": self.comparison.b}.get(slot) if slot else None
+            return (chosen and chosen.text) or None
+        return (self.response and self.response.text) or None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation without its turns."""
+
+    id: str
+    user: str
+    title: str
+    create_time: float
+    update_time: float
+
+
+@dataclass(frozen=True)
+class ChoiceVote:
+    """A choice as the learner sees it."""
+
+    feedback_id: str
+    user: str
+    choice: Choice
+    comparison_id: str
+    a: Response
+    b: Response
+    create_time: float
+
+    @property
+    def conversation_id(self) -> str:
+        return self.a.conversation_id
+
+
+@dataclass(frozen=True)
+class ThumbVote:
+    """A thumb as the learner sees it: `value` is +1 or -1."""
+
+    feedback_id: str
+    user: str
+    value: int
+    response: Response
+    create_time: float
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a response should have been, in a user's words."""
+
+    feedback_id: str
+    user: str
+    text: str
+    response: Response
+    create_time: float
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A whole exemplary conversation: [{"role": ..., "content": ...}, ...], the assistant's message last."""
+
+    feedback_id: str
+    user: str
+    messages: list[dict[str, str]]
+    create_time: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All current feedback as of one event: the same watermark gives the same votes, less what was deleted since."""
+
+    watermark: int
+    choices: list[ChoiceVote]
+    thumbs: list[ThumbVote]
+    corrections: list[Correction]
+    demonstrations: list[Demonstration]
+
+    def __len__(self) -> int:
+        return len(self.choices) + len(self.thumbs) + len(self.corrections) + len(self.demonstrations)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a user asked, as the model read it."""
+
+    conversation_id: str
+    token_ids: list[int]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A published version. `state` tells where in its life it is."""
+
+    version: str
+    state: Literal["candidate", "active", "retired", "rejected", "failed"]
+    kind: Literal["adapter", "full"]
+    parent_version: str | None
+    reference_version: str
+    round_id: str | None
+    reward_model_version: str | None
+    metrics: dict[str, Any]
+    reason: str
+    create_time: float
+    activate_time: float | None
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A fitted reward model."""
+
+    version: str
+    reference_version: str
+    round_id: str | None
+    metrics: dict[str, Any]
+    create_time: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of the learner: `stage` is the last finished step."""
+
+    id: str
+    state: Literal["running", "promoted", "rejected", "failed"]
+    stage: str
+    watermark: int
+    incumbent_version: str
+    reference_version: str
+    policy_version: str | None
+    reward_model_version: str | None
+    settings: dict[str, Any]
+    metrics: dict[str, Any]
+    reason: str
+    create_time: float
+    finish_time: float | None
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A server and what it has loaded."""
+
+    id: str
+    loaded_version: str
+    error: str
+    heartbeat_time: float
+    # Seconds since the heartbeat, by the database's clock.
+    age: float
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to do a thing alone until `expire_time`. A later holder has a higher token."""
+
+    name: str
+    holder: str
+    token: int
+    expire_time: float
+
+
+def pack_ints(values: list[int]) -> bytes:
+    """32-bit little-endian unsigned integers."""
+    return array("I", values).tobytes()
+
+
+def unpack_ints(data: bytes) -> list[int]:
+    return array("I", data).tolist()
+
+
+def pack_floats(values: list[float]) -> bytes:
+    """32-bit little-endian floats."""
+    return array("f", values).tobytes()
+
+
+def unpack_floats(data: bytes) -> list[float]:
+    return array("f", data).tolist()

@@ -1,0 +1,345 @@
+"""Policies, rounds, replicas and leases: the half of the store that the learner and the operators write.
+
+The pointer is the truth about what should serve; `replicas` say what does. Every write that a round makes takes the
+round's lease and is refused once a later holder exists (fencing), so a learner that was stopped past its lease and
+comes back can change nothing.
+"""
+
+import json
+from typing import Any, Literal
+
+from server.database import Database, Row
+from server.errors import ConflictError, FailedPreconditionError, NotFoundError
+from server.ids import new_id
+from server.records import Lease, Policy, Replica, RewardModel, Round
+
+REFERENCE = "v0000"
+
+
+class Registry:
+    """Reads and writes of policies, reward models, rounds, the pointer, replicas and leases."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    # Policies and the pointer
+
+    def register_reference(self) -> None:
+        """Records v0000 and points at it, once; later calls change nothing."""
+        with self._db.write():
+            if self._db.row("SELECT 1 FROM policies WHERE version = ?", [REFERENCE]):
+                return
+            now = self._db.now()
+            self._db.insert(
+                "policies",
+                {
+                    "version": REFERENCE,
+                    "state": "active",
+                    "kind": "full",
+                    "reference_version": REFERENCE,
+                    "create_time": now,
+                    "activate_time": now,
+                },
+            )
+            self._db.insert("pointer", {"id": 1, "version": REFERENCE})
+            self._db.insert(
+                "pointer_events",
+                {"version": REFERENCE, "actor": "server", "reason": "first start", "create_time": now},
+            )
+
+    def register_policy(
+        self,
+        version: str,
+        *,
+        kind: Literal["adapter", "full"],
+        state: Literal["candidate", "rejected"],
+        parent_version: str,
+        reference_version: str,
+        round_id: str | None,
+        reward_model_version: str | None,
+        metrics: dict[str, Any],
+        reason: str = "",
+        fence: Lease | None = None,
+    ) -> Policy:
+        """Records a version whose directory is published. Registering it again changes nothing."""
+        with self._db.write():
+            self._check_fence(fence)
+            if not self._db.row("SELECT 1 FROM policies WHERE version = ?", [version]):
+                self._db.insert(
+                    "policies",
+                    {
+                        "version": version,
+                        "state": state,
+                        "kind": kind,
+                        "parent_version": parent_version,
+                        "reference_version": reference_version,
+                        "round_id": round_id,
+                        "reward_model_version": reward_model_version,
+                        "metrics": json.dumps(metrics),
+                        "reason": reason,
+                        "create_time": self._db.now(),
+                    },
+                )
+            return self.policy(version)
+
+    def policy(self, version: str) -> Policy:
+        row = self._db.row("SELECT * FROM policies WHERE version = ?", [version])
+        if row is None:
+            raise NotFoundError("policy", version)
+        return _policy(row)
+
+    def policies(self, limit: int = 1000, before: str | None = None) -> list[Policy]:
+        """Newest first; `before` is the version after which the page starts."""
+        return [_policy(row) for row in self._page("policies", "version", limit, before)]
+
+    def next_version(self) -> str:
+        """The version after the highest that was registered."""
+        newest = self.policies(limit=1)
+        return f"v{int(newest[0].version[1:]) + 1:04d}" if newest else REFERENCE
+
+    def active_policy(self) -> Policy:
+        """What should serve. Raises NotFoundError before the first start of a server."""
+        row = self._db.row("SELECT version FROM pointer")
+        if row is None:
+            raise NotFoundError("policy", REFERENCE)
+        return self.policy(row["version"])
+
+    def previous_version(self) -> str | None:
+        """The version that was active before the active one and could be loaded, or None."""
+        rows = self._db.rows(
+            "SELECT e.version FROM pointer_events e JOIN policies p USING (version), pointer "
+            "WHERE p.state = 'retired' AND e.version != pointer.version ORDER BY e.seq DESC LIMIT 1"
+        )
+        return str(rows[0]["version"]) if rows else None
+
+    def activate_policy(
+        self,
+        version: str,
+        *,
+        actor: str,
+        reason: str = "",
+        expected_active_version: str | None = None,
+        fence: Lease | None = None,
+    ) -> Policy:
+        """Moves the pointer. Activating the active version changes nothing.
+
+        Raises NotFoundError, ConflictError where another version is active than expected, and
+        FailedPreconditionError for a version that an engine could not load.
+        """
+        with self._db.write():
+            self._check_fence(fence)
+            policy, active = self.policy(version), self.active_policy()
+            if expected_active_version is not None and active.version != expected_active_version:
+                raise ConflictError(f"{active.version} is active, not {expected_active_version}; nothing was changed.")
+            if policy.state == "failed":
+                raise FailedPreconditionError("POLICY_FAILED", f"{version} could not be loaded before: {policy.reason}")
+            if version == active.version:
+                return active
+            self._point(active.version, "retired", version, actor, reason)
+            return self.policy(version)
+
+    def fail_policy(self, version: str, reason: str, back_to: str) -> None:
+        """Records that an engine could not load `version` and points at `back_to`, if `version` is still active.
+
+        The reference is never marked failed: it is what everything falls back to.
+        """
+        with self._db.write():
+            if self.active_policy().version != version:
+                return
+            if version == REFERENCE:
+                return
+            self._point(version, "failed", back_to, "server", reason)
+            self._db.execute("UPDATE policies SET reason = ? WHERE version = ?", [reason, version])
+
+    def _point(self, old: str, old_state: str, new: str, actor: str, reason: str) -> None:
+        now = self._db.now()
+        self._db.execute("UPDATE policies SET state = ? WHERE version = ?", [old_state, old])
+        self._db.execute("UPDATE policies SET state = 'active', activate_time = ? WHERE version = ?", [now, new])
+        self._db.execute("UPDATE pointer SET version = ?", [new])
+        self._db.insert(
+            "pointer_events",
+            {"version": new, "previous_version": old, "actor": actor, "reason": reason, "create_time": now},
+        )
+
+    # Reward models
+
+    def register_reward_model(
+        self,
+        version: str,
+        *,
+        reference_version: str,
+        round_id: str | None,
+        metrics: dict[str, Any],
+        fence: Lease | None = None,
+    ) -> None:
+        """Records a published reward model. Registering it again changes nothing."""
+        with self._db.write():
+            self._check_fence(fence)
+            if self._db.row("SELECT 1 FROM reward_models WHERE version = ?", [version]):
+                return
+            self._db.insert(
+                "reward_models",
+                {
+                    "version": version,
+                    "reference_version": reference_version,
+                    "round_id": round_id,
+                    "metrics": json.dumps(metrics),
+                    "create_time": self._db.now(),
+                },
+            )
+
+    def reward_models(self) -> list[RewardModel]:
+        """Newest first."""
+        rows = self._db.rows("SELECT * FROM reward_models ORDER BY rowid DESC")
+        return [RewardModel(**{**row, "metrics": json.loads(row["metrics"])}) for row in rows]
+
+    # Rounds
+
+    def create_round(self, watermark: int, settings: dict[str, Any], *, reference_version: str, fence: Lease) -> Round:
+        """Begins a round from the active policy and the votes up to `watermark`."""
+        with self._db.write():
+            self._check_fence(fence)
+            round_id = new_id("round")
+            self._db.insert(
+                "rounds",
+                {
+                    "id": round_id,
+                    "state": "running",
+                    "stage": "snapshot",
+                    "watermark": watermark,
+                    "incumbent_version": self.active_policy().version,
+                    "reference_version": reference_version,
+                    "settings": json.dumps(settings),
+                    "create_time": self._db.now(),
+                },
+            )
+            return self.round(round_id)
+
+    def update_round(
+        self,
+        round_id: str,
+        *,
+        fence: Lease,
+        stage: str | None = None,
+        metrics: dict[str, Any] | None = None,
+        policy_version: str | None = None,
+        reward_model_version: str | None = None,
+    ) -> Round:
+        """Records a finished stage; `metrics` are merged into what is there."""
+        with self._db.write():
+            self._check_fence(fence)
+            old = self.round(round_id)
+            self._db.execute(
+                "UPDATE rounds SET stage = ?, metrics = ?, policy_version = ?, reward_model_version = ? WHERE id = ?",
+                [
+                    stage or old.stage,
+                    json.dumps({**old.metrics, **(metrics or {})}),
+                    policy_version or old.policy_version,
+                    reward_model_version or old.reward_model_version,
+                    round_id,
+                ],
+            )
+            return self.round(round_id)
+
+    def finish_round(
+        self, round_id: str, state: Literal["promoted", "rejected", "failed"], *, reason: str = "", fence: Lease
+    ) -> Round:
+        """Ends a round."""
+        with self._db.write():
+            self._check_fence(fence)
+            self._db.execute(
+                "UPDATE rounds SET state = ?, reason = ?, finish_time = ? WHERE id = ?",
+                [state, reason, self._db.now(), round_id],
+            )
+            return self.round(round_id)
+
+    def round(self, round_id: str) -> Round:
+        row = self._db.row("SELECT * FROM rounds WHERE id = ?", [round_id])
+        if row is None:
+            raise NotFoundError("round", round_id)
+        return _round(row)
+
+    def running_round(self) -> Round | None:
+        """The round to go on with, or None."""
+        row = self._db.row("SELECT * FROM rounds WHERE state = 'running' ORDER BY create_time DESC LIMIT 1")
+        return _round(row) if row else None
+
+    def rounds(self, limit: int = 1000, before: str | None = None) -> list[Round]:
+        """Newest first; `before` is the round after which the page starts."""
+        return [_round(row) for row in self._page("rounds", "id", limit, before)]
+
+    # Replicas
+
+    def report_replica(self, replica_id: str, loaded_version: str, error: str = "") -> None:
+        """A server says what it has loaded and why it is not the active version, if it is not."""
+        with self._db.write():
+            self._db.execute(
+                "INSERT INTO replicas VALUES (?, ?, ?, unixepoch('subsec')) ON CONFLICT (id) DO UPDATE SET "
+                "loaded_version = excluded.loaded_version, error = excluded.error, "
+                "heartbeat_time = excluded.heartbeat_time",
+                [replica_id, loaded_version, error],
+            )
+
+    def remove_replica(self, replica_id: str) -> None:
+        """A server stops."""
+        with self._db.write():
+            self._db.execute("DELETE FROM replicas WHERE id = ?", [replica_id])
+
+    def replicas(self, max_age: float = 30.0) -> list[Replica]:
+        """Servers whose heartbeat is at most `max_age` seconds old."""
+        rows = self._db.rows(
+            "SELECT *, unixepoch('subsec') - heartbeat_time AS age FROM replicas "
+            "WHERE unixepoch('subsec') - heartbeat_time <= ? ORDER BY id",
+            [max_age],
+        )
+        return [Replica(**row) for row in rows]
+
+    # Leases, on the database's clock
+
+    def acquire_lease(self, name: str, holder: str, seconds: float) -> Lease | None:
+        """The lease, or None while another holder has it. A new holder gets a higher token."""
+        with self._db.write():
+            now = self._db.now()
+            old = self._db.row("SELECT * FROM leases WHERE name = ?", [name])
+            if old and old["expire_time"] > now and old["holder"] != holder:
+                return None
+            token = old["token"] + 1 if old else 1
+            self._db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)", [name, holder, token, now + seconds])
+            return Lease(name, holder, token, now + seconds)
+
+    def renew_lease(self, lease: Lease, seconds: float) -> Lease:
+        """The lease, `seconds` from now. Raises ConflictError once a later holder exists."""
+        with self._db.write():
+            self._check_fence(lease)
+            expire_time = self._db.now() + seconds
+            self._db.execute("UPDATE leases SET expire_time = ? WHERE name = ?", [expire_time, lease.name])
+            return Lease(lease.name, lease.holder, lease.token, expire_time)
+
+    def release_lease(self, lease: Lease) -> None:
+        """Gives the lease back, if it is still this holder's. The token stays, so that the next one is higher."""
+        with self._db.write():
+            self._db.execute(
+                "UPDATE leases SET expire_time = 0 WHERE name = ? AND token = ?", [lease.name, lease.token]
+            )
+
+    def _page(self, table: str, key: str, limit: int, before: str | None) -> list[Row]:
+        # By rowid: versions and ids have no order of their own (v10000 sorts before v9999).
+        where = f"WHERE rowid < (SELECT rowid FROM {table} WHERE {key} = ?)" if before else ""
+        parameters = [before, limit] if before else [limit]
+        return self._db.rows(f"SELECT * FROM {table} {where} ORDER BY rowid DESC LIMIT ?", parameters)
+
+    def _check_fence(self, fence: Lease | None) -> None:
+        if fence is None:
+            return
+        row = self._db.row("SELECT token, holder FROM leases WHERE name = ?", [fence.name])
+        if row is None or row["token"] != fence.token:
+            holder = row["holder"] if row else "nobody"
+            raise ConflictError(f"The lease {fence.name!r} went to {holder}; nothing was written.")
+
+
+def _policy(row: Row) -> Policy:
+    return Policy(**{**row, "metrics": json.loads(row["metrics"])})
+
+
+def _round(row: Row) -> Round:
+    return Round(**{**row, "metrics": json.loads(row["metrics"]), "settings": json.loads(row["settings"])})

@@ -1,0 +1,77 @@
+"""The server's settings: flags over `PREFLOOP_*` variables over one TOML file over these defaults."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+DEFAULT_MODEL = "smollm2"
+CONFIG_FILE = "prefloop.toml"
+
+
+class ServerSettings(BaseSettings):
+    """Validated once, at start. The TOML file is shared with the learner, so unknown keys are its own."""
+
+    model_config = SettingsConfigDict(env_prefix="PREFLOOP_", toml_file=CONFIG_FILE, extra="ignore", frozen=True)
+
+    data_dir: Annotated[Path, Field(description="All that is kept: the database and the policies.")] = Path("data")
+    model: Annotated[
+        str,
+        Field(description="What v0000 is made from: `smollm2` (the packaged default), a Hugging Face directory or id."),
+    ] = DEFAULT_MODEL
+    host: Annotated[str, Field(description="The address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="The port to listen on; 0 takes a free one.")] = 50051
+    service_temperature: Annotated[
+        float, Field(gt=0, le=2, description="Chat's default temperature, and the one that the learner samples at.")
+    ] = 0.85
+    compare_temperatures: Annotated[
+        tuple[float, float],
+        Field(description="Compare's two temperatures, one on each side of the service temperature."),
+    ] = (0.7, 1.0)
+    max_tokens: Annotated[int, Field(ge=1, description="The default and the largest length of an answer.")] = 512
+    max_message_chars: Annotated[int, Field(ge=1, description="The longest message, comment or correction.")] = 16_000
+    max_model_len: Annotated[
+        int, Field(ge=64, description="Tokens of a prompt and its answer together, at most what the model has.")
+    ] = 2048
+    max_streams: Annotated[int, Field(ge=1, description="Answers that are sampled at once; more wait.")] = 64
+    kv_cache_gib: Annotated[int, Field(ge=1, description="Memory for the KV cache on a CPU.")] = 1
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1, description="Share of the GPU's memory for the engine.")] = 0.5
+    cpu_threads: Annotated[
+        str, Field(description="Cores of the engine on a CPU, as `0-1`, `nobind`, or `auto`: every core we may use.")
+    ] = "auto"
+    compile: Annotated[
+        bool, Field(description="Compile the model at the first start: a minute once, faster answers ever after.")
+    ] = True
+    keep_kv_on_swap: Annotated[
+        bool,
+        Field(description="Go on over the old version's KV cache after a swap: a shorter gap, marked in the spans."),
+    ] = False
+    poll_seconds: Annotated[float, Field(gt=0, description="How often the pointer is read.")] = 0.5
+    grace_seconds: Annotated[float, Field(ge=0, description="How long open streams may run on after SIGTERM.")] = 30.0
+
+    @model_validator(mode="after")
+    def _straddle(self) -> "ServerSettings":
+        low, high = self.compare_temperatures
+        if not 0 <= low < self.service_temperature < high <= 2:
+            raise ValueError(
+                f"compare_temperatures {low}, {high} must lie on both sides of service_temperature "
+                f"{self.service_temperature}, within 0 to 2"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @classmethod
+    def load(cls, **flags: Any) -> "ServerSettings":
+        """The settings; a flag that is None was not given. Raises pydantic.ValidationError."""
+        return cls(**{name: value for name, value in flags.items() if value is not None})

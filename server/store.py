@@ -1,0 +1,562 @@
+"""What was said, sampled and voted, in one SQLite file. Imports neither torch nor vllm, so the learner may use it.
+
+Semantics
+- A write that returned is on disk (`server.database`). A vote is an event and the current state, in one transaction.
+- A user has one current thumb and one correction per response and one choice per comparison; a later one replaces it
+  under the same feedback id, and the event log keeps both.
+- Event numbers are given under the write lock, so the highest one seen is a watermark: no smaller one commits later.
+- The first choice decides how a conversation goes on; a later change changes the vote, never the history.
+- What is not this user's is not found.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from server.database import Database, Row
+from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from server.ids import new_id
+from server.records import (
+    Choice,
+    ChoiceVote,
+    Comparison,
+    Conversation,
+    Correction,
+    Demonstration,
+    Feedback,
+    Generation,
+    Kind,
+    Prompt,
+    Response,
+    Slot,
+    Snapshot,
+    Span,
+    ThumbVote,
+    Turn,
+    pack_floats,
+    pack_ints,
+    unpack_floats,
+    unpack_ints,
+)
+from server.registry import Registry
+
+TITLE_CHARACTERS = 60
+# SQLite binds at most 32,766 parameters; a page of ids stays far below.
+IDS_PER_QUERY = 500
+
+
+class FeedbackStore:
+    """Conversations, responses and votes; `registry` holds policies and rounds. One thread at a time."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+        self.registry = Registry(database)
+
+    @classmethod
+    def open(cls, data_dir: Path) -> "FeedbackStore":
+        """The store in `data_dir`, created or migrated where needed. Raises DataDirectoryError."""
+        return cls(Database(Path(data_dir) / "prefloop.db"))
+
+    def close(self) -> None:
+        self._db.close()
+
+    # Repeated requests
+
+    def find_request(self, user: str, rpc: str, request_id: str, body_sha256: bytes) -> bytes | None:
+        """What the same request was answered first; None if it is new. Raises on another body under the same id."""
+        row = self._db.row(
+            "SELECT body_sha256, result FROM requests WHERE user = ? AND rpc = ? AND request_id = ?",
+            [user, rpc, request_id],
+        )
+        if row is None:
+            return None
+        if row["body_sha256"] != body_sha256:
+            raise InvalidArgumentError(
+                "request_id", "This request_id was used with another body; make a new one.", "REQUEST_ID_REUSED"
+            )
+        return bytes(row["result"])
+
+    def remember_request(self, user: str, rpc: str, request_id: str, body_sha256: bytes, result: bytes) -> None:
+        """Keeps the answer for `find_request`. Call it in the transaction that does what was asked."""
+        self._db.insert(
+            "requests",
+            {
+                "user": user,
+                "rpc": rpc,
+                "request_id": request_id,
+                "body_sha256": body_sha256,
+                "result": result,
+                "create_time": self._db.now(),
+            },
+        )
+
+    def transaction(self) -> Any:
+        """A context manager: what is written inside becomes durable together or not at all."""
+        return self._db.write()
+
+    # Conversations
+
+    def create_conversation(self, user: str, message: str) -> str:
+        """The id of a new conversation, titled by its first message."""
+        conversation_id, now = new_id("conv"), self._db.now()
+        title = " ".join(message.split())
+        if len(title) > TITLE_CHARACTERS:
+            title = title[: TITLE_CHARACTERS - 1] + "…"
+        with self._db.write():
+            self._db.insert(
+                "conversations",
+                {"id": conversation_id, "user": user, "title": title, "create_time": now, "update_time": now},
+            )
+        return conversation_id
+
+    def conversation(self, user: str, conversation_id: str) -> Conversation:
+        row = self._db.row("SELECT * FROM conversations WHERE id = ? AND user = ?", [conversation_id, user])
+        if row is None:
+            raise NotFoundError("conversation", conversation_id)
+        return Conversation(**row)
+
+    def conversations(self, user: str, limit: int, before: tuple[float, str] | None = None) -> list[Conversation]:
+        """Newest first; `before` is the (update_time, id) after which the page starts."""
+        before = before or (float("inf"), "")
+        rows = self._db.rows(
+            "SELECT * FROM conversations WHERE user = ? AND (update_time, id) < (?, ?) "
+            "ORDER BY update_time DESC, id DESC LIMIT ?",
+            [user, *before, limit],
+        )
+        return [Conversation(**row) for row in rows]
+
+    def delete_conversation(self, user: str, conversation_id: str) -> None:
+        """Removes the conversation, its answers and its votes; of the votes' events only the fact remains."""
+        self.conversation(user, conversation_id)
+        with self._db.write():
+            votes = self._db.rows(
+                "SELECT f.* FROM feedback f LEFT JOIN responses r ON r.id = f.response_id "
+                "LEFT JOIN comparisons c ON c.id = f.comparison_id WHERE ? IN (r.conversation_id, c.conversation_id)",
+                [conversation_id],
+            )
+            for vote in votes:
+                self._db.execute(
+                    "UPDATE feedback_events SET value = NULL, comment = NULL WHERE feedback_id = ?", [vote["id"]]
+                )
+                self._log_event("delete", vote)
+            # Comparisons first: they hold on to their responses without a cascade.
+            self._db.execute("DELETE FROM comparisons WHERE conversation_id = ?", [conversation_id])
+            self._db.execute("DELETE FROM conversations WHERE id = ?", [conversation_id])
+
+    def turns(self, user: str, conversation_id: str) -> list[Turn]:
+        """The conversation in order."""
+        self.conversation(user, conversation_id)
+        rows = self._db.rows("SELECT * FROM turns WHERE conversation_id = ? ORDER BY seq", [conversation_id])
+        responses = self._responses(row["response_id"] for row in rows)
+        comparisons = self._comparisons(row["comparison_id"] for row in rows)
+        return [
+            Turn(
+                seq=row["seq"],
+                message=row["message"],
+                create_time=row["create_time"],
+                dropped=bool(row["dropped"]),
+                response=responses.get(row["response_id"]),
+                comparison=comparisons.get(row["comparison_id"]),
+            )
+            for row in rows
+        ]
+
+    # Answers
+
+    def begin_response(
+        self,
+        user: str,
+        conversation_id: str,
+        *,
+        message: str,
+        replica_id: str,
+        policy_version: str,
+        prompt_token_ids: list[int],
+        temperature: float,
+        max_tokens: int,
+        seed: int | None,
+    ) -> str:
+        """Adds a turn with one response that is being sampled; returns the response's id."""
+        with self._db.write():
+            response_id = self._insert_response(
+                user, conversation_id, replica_id, policy_version, prompt_token_ids, temperature, max_tokens, seed
+            )
+            self._insert_turn(conversation_id, message, response_id=response_id)
+        return response_id
+
+    def begin_comparison(
+        self,
+        user: str,
+        conversation_id: str,
+        *,
+        message: str,
+        replica_id: str,
+        policy_version: str,
+        prompt_token_ids: list[int],
+        temperatures: tuple[float, float],
+        max_tokens: int,
+        seeds: tuple[int | None, int | None],
+    ) -> tuple[str, str, str]:
+        """Adds a turn with two responses at the temperatures of A and B; returns the ids of the comparison, A and B."""
+        comparison_id = new_id("cmp")
+        with self._db.write():
+            a, b = (
+                self._insert_response(
+                    user, conversation_id, replica_id, policy_version, prompt_token_ids, temperature, max_tokens, seed
+                )
+                for temperature, seed in zip(temperatures, seeds, strict=True)
+            )
+            self._db.insert(
+                "comparisons",
+                {
+                    "id": comparison_id,
+                    "conversation_id": conversation_id,
+                    "user": user,
+                    "response_a": a,
+                    "response_b": b,
+                    "state": "open",
+                    "create_time": self._db.now(),
+                },
+            )
+            self._insert_turn(conversation_id, message, comparison_id=comparison_id)
+        return comparison_id, a, b
+
+    def finish_response(self, response_id: str, generation: Generation) -> None:
+        """Stores what was sampled, whichever way it ended."""
+        status = {"cancelled": "cancelled", "error": "failed"}.get(generation.finish_reason, "finished")
+        with self._db.write():
+            changed = self._db.execute(
+                "UPDATE responses SET status = ?, token_ids = ?, logprobs = ?, text = ?, finish_reason = ?, "
+                "finish_time = unixepoch('subsec') WHERE id = ?",
+                [
+                    status,
+                    pack_ints(generation.token_ids),
+                    pack_floats(generation.logprobs),
+                    generation.text,
+                    generation.finish_reason,
+                    response_id,
+                ],
+            )
+            # A conversation that was deleted while its answer was being sampled stays deleted.
+            for span in generation.spans if changed else []:
+                self._db.insert(
+                    "spans",
+                    {
+                        "response_id": response_id,
+                        "start": span.start,
+                        "end": span.end,
+                        "policy_version": span.policy_version,
+                        "stale_kv": int(span.stale_kv),
+                    },
+                )
+
+    def fail_interrupted_responses(self, replica_id: str) -> int:
+        """Marks what this server was sampling when it was killed; returns how many."""
+        with self._db.write():
+            return self._db.execute(
+                "UPDATE responses SET status = 'failed', finish_reason = 'error', finish_time = unixepoch('subsec') "
+                "WHERE status = 'streaming' AND replica_id = ?",
+                [replica_id],
+            )
+
+    def response(self, user: str, response_id: str) -> Response:
+        response = self._responses([response_id]).get(response_id)
+        if response is None or response.user != user:
+            raise NotFoundError("response", response_id)
+        return response
+
+    def comparison(self, user: str, comparison_id: str) -> Comparison:
+        comparison = self._comparisons([comparison_id]).get(comparison_id)
+        if comparison is None or comparison.user != user:
+            raise NotFoundError("comparison", comparison_id)
+        return comparison
+
+    def skip_open_comparisons(self, conversation_id: str) -> None:
+        """The user goes on without a choice: with A."""
+        with self._db.write():
+            self._db.execute(
+                "UPDATE comparisons SET state = 'skipped', continued_with = 'A' "
+                "WHERE conversation_id = ? AND state = 'open'",
+                [conversation_id],
+            )
+
+    # Feedback
+
+    def submit_thumb(self, user: str, response_id: str, *, up: bool, comment: str = "") -> Feedback:
+        """Raises NotFoundError, and FailedPreconditionError while the response is being sampled or has no text."""
+        self._votable_response(user, response_id)
+        return self._submit(user, "thumb", "UP" if up else "DOWN", comment, response_id=response_id)
+
+    def submit_correction(self, user: str, response_id: str, text: str) -> Feedback:
+        """Raises NotFoundError, and FailedPreconditionError while the response is being sampled or has no text."""
+        self._votable_response(user, response_id)
+        return self._submit(user, "correction", text, "", response_id=response_id)
+
+    def submit_demonstration(self, user: str, messages: list[dict[str, str]]) -> Feedback:
+        """`messages` are {"role", "content"}, the assistant's last."""
+        return self._submit(user, "demonstration", json.dumps(messages, ensure_ascii=False), "")
+
+    def submit_choice(self, user: str, comparison_id: str, choice: Choice, comment: str = "") -> Feedback:
+        """Raises NotFoundError, and FailedPreconditionError unless both answers were finished."""
+        comparison = self.comparison(user, comparison_id)
+        if any(response.status != "finished" for response in (comparison.a, comparison.b)):
+            raise FailedPreconditionError(
+                "COMPARISON_UNFINISHED", "Both answers must be finished before one can be chosen."
+            )
+        with self._db.write():
+            if comparison.state == "open":
+                self._continue_with(comparison_id, choice)
+            # A skipped comparison already went on with A; the vote counts all the same.
+            elif comparison.state == "skipped":
+                self._db.execute("UPDATE comparisons SET state = 'chosen' WHERE id = ?", [comparison_id])
+            return self._submit(user, "choice", choice, comment, comparison_id=comparison_id)
+
+    def retract_feedback(self, user: str, feedback_id: str) -> None:
+        """Removes the current state; the log keeps that there was one. Raises NotFoundError."""
+        with self._db.write():
+            row = self._db.row("SELECT * FROM feedback WHERE id = ? AND user = ?", [feedback_id, user])
+            if row is None:
+                raise NotFoundError("feedback", feedback_id)
+            self._log_event("retract", row)
+            self._db.execute("DELETE FROM feedback WHERE id = ?", [feedback_id])
+
+    def feedback(self, user: str, limit: int, before: int | None = None) -> list[Feedback]:
+        """The user's current feedback, newest first; `before` is the event_seq after which the page starts."""
+        rows = self._db.rows(
+            "SELECT * FROM feedback WHERE user = ? AND event_seq < ? ORDER BY event_seq DESC LIMIT ?",
+            [user, before if before is not None else 2**62, limit],
+        )
+        return [Feedback(**row) for row in rows]
+
+    def feedback_in(self, user: str, conversation_id: str) -> list[Feedback]:
+        """The user's current feedback on what is in one conversation."""
+        rows = self._db.rows(
+            "SELECT * FROM feedback WHERE user = ? AND (response_id IN (SELECT id FROM responses WHERE "
+            "conversation_id = ?) OR comparison_id IN (SELECT id FROM comparisons WHERE conversation_id = ?))",
+            [user, conversation_id, conversation_id],
+        )
+        return [Feedback(**row) for row in rows]
+
+    # What the learner reads
+
+    def watermark(self) -> int:
+        """The number of the newest feedback event; 0 before the first."""
+        return int(self._db.rows("SELECT coalesce(max(seq), 0) AS seq FROM feedback_events")[0]["seq"])
+
+    def snapshot(self, watermark: int | None = None) -> Snapshot:
+        """All feedback that was current at `watermark` (default: now), less what was deleted since."""
+        watermark = self.watermark() if watermark is None else watermark
+        events = self._db.rows(
+            "SELECT * FROM feedback_events e WHERE action = 'submit' AND value IS NOT NULL AND seq = "
+            "(SELECT max(seq) FROM feedback_events WHERE feedback_id = e.feedback_id AND seq <= ?) ORDER BY seq",
+            [watermark],
+        )
+        by_kind: dict[str, list[Row]] = defaultdict(list)
+        for event in events:
+            by_kind[event["kind"]].append(event)
+        comparisons = self._comparisons(event["comparison_id"] for event in by_kind["choice"])
+        responses = self._responses(event["response_id"] for event in [*by_kind["thumb"], *by_kind["correction"]])
+        return Snapshot(
+            watermark=watermark,
+            choices=[
+                ChoiceVote(
+                    event["feedback_id"],
+                    event["user"],
+                    event["value"],
+                    comparison.id,
+                    comparison.a,
+                    comparison.b,
+                    event["create_time"],
+                )
+                for event in by_kind["choice"]
+                if (comparison := comparisons.get(event["comparison_id"]))
+            ],
+            thumbs=[
+                ThumbVote(
+                    event["feedback_id"],
+                    event["user"],
+                    1 if event["value"] == "UP" else -1,
+                    response,
+                    event["create_time"],
+                )
+                for event in by_kind["thumb"]
+                if (response := responses.get(event["response_id"]))
+            ],
+            corrections=[
+                Correction(event["feedback_id"], event["user"], event["value"], response, event["create_time"])
+                for event in by_kind["correction"]
+                if (response := responses.get(event["response_id"]))
+            ],
+            demonstrations=[
+                Demonstration(event["feedback_id"], event["user"], json.loads(event["value"]), event["create_time"])
+                for event in by_kind["demonstration"]
+            ],
+        )
+
+    def prompts(self) -> list[Prompt]:
+        """What users asked, each distinct prompt once, in the order it was first asked."""
+        rows = self._db.rows(
+            "SELECT conversation_id, prompt_token_ids, max_tokens, min(rowid) AS first FROM responses "
+            "GROUP BY prompt_token_ids ORDER BY first"
+        )
+        return [Prompt(row["conversation_id"], unpack_ints(row["prompt_token_ids"]), row["max_tokens"]) for row in rows]
+
+    # Helpers
+
+    def _insert_turn(self, conversation_id: str, message: str, **answer: str) -> None:
+        now = self._db.now()
+        self._db.insert("turns", {"conversation_id": conversation_id, "message": message, "create_time": now, **answer})
+        self._db.execute("UPDATE conversations SET update_time = ? WHERE id = ?", [now, conversation_id])
+
+    def _insert_response(
+        self,
+        user: str,
+        conversation_id: str,
+        replica_id: str,
+        policy_version: str,
+        prompt_token_ids: list[int],
+        temperature: float,
+        max_tokens: int,
+        seed: int | None,
+    ) -> str:
+        response_id = new_id("resp")
+        self._db.insert(
+            "responses",
+            {
+                "id": response_id,
+                "conversation_id": conversation_id,
+                "user": user,
+                "replica_id": replica_id,
+                "status": "streaming",
+                "prompt_token_ids": pack_ints(prompt_token_ids),
+                "temperature": temperature,
+                "max_tokens": max_tokens,
+                "seed": seed,
+                "policy_version": policy_version,
+                "create_time": self._db.now(),
+            },
+        )
+        return response_id
+
+    def _responses(self, ids: Iterable[str | None]) -> dict[str, Response]:
+        found: dict[str, Response] = {}
+        for page in _pages(ids):
+            marks = ", ".join("?" for _ in page)
+            spans: dict[str, list[Span]] = defaultdict(list)
+            for row in self._db.rows(f"SELECT * FROM spans WHERE response_id IN ({marks}) ORDER BY start", page):
+                spans[row["response_id"]].append(
+                    Span(row["start"], row["end"], row["policy_version"], bool(row["stale_kv"]))
+                )
+            for row in self._db.rows(f"SELECT * FROM responses WHERE id IN ({marks})", page):
+                found[row["id"]] = _response(row, spans[row["id"]])
+        return found
+
+    def _comparisons(self, ids: Iterable[str | None]) -> dict[str, Comparison]:
+        rows = [
+            row
+            for page in _pages(ids)
+            for row in self._db.rows(f"SELECT * FROM comparisons WHERE id IN ({', '.join('?' for _ in page)})", page)
+        ]
+        responses = self._responses(row[column] for row in rows for column in ("response_a", "response_b"))
+        return {
+            row["id"]: Comparison(
+                id=row["id"],
+                conversation_id=row["conversation_id"],
+                user=row["user"],
+                a=responses[row["response_a"]],
+                b=responses[row["response_b"]],
+                state=row["state"],
+                continued_with=row["continued_with"],
+                create_time=row["create_time"],
+            )
+            for row in rows
+        }
+
+    def _votable_response(self, user: str, response_id: str) -> None:
+        response = self.response(user, response_id)
+        if response.status == "streaming" or not response.text:
+            raise FailedPreconditionError("RESPONSE_NOT_SHOWN", "There is no answer yet to give feedback on.")
+
+    def _continue_with(self, comparison_id: str, choice: Choice) -> None:
+        # A tie is drawn here and recorded, so that the conversation and the learner see one history.
+        slot: Slot | None = None if choice == "BOTH_BAD" else random.choice(("A", "B")) if choice == "TIE" else choice
+        self._db.execute(
+            "UPDATE comparisons SET state = 'chosen', continued_with = ? WHERE id = ?", [slot, comparison_id]
+        )
+        if slot is None:
+            self._db.execute("UPDATE turns SET dropped = 1 WHERE comparison_id = ?", [comparison_id])
+
+    def _submit(
+        self,
+        user: str,
+        kind: Kind,
+        value: str,
+        comment: str,
+        *,
+        response_id: str | None = None,
+        comparison_id: str | None = None,
+    ) -> Feedback:
+        with self._db.write():
+            old = None
+            if kind != "demonstration":
+                old = self._db.row(
+                    "SELECT id FROM feedback WHERE user = ? AND kind = ? AND response_id IS ? AND comparison_id IS ?",
+                    [user, kind, response_id, comparison_id],
+                )
+            row: Row = {
+                "id": old["id"] if old else new_id("fb"),
+                "user": user,
+                "kind": kind,
+                "response_id": response_id,
+                "comparison_id": comparison_id,
+                "value": value,
+                "comment": comment,
+                "create_time": self._db.now(),
+            }
+            row["event_seq"] = self._log_event("submit", row)
+            if old:
+                self._db.execute(
+                    "UPDATE feedback SET event_seq = ?, value = ?, comment = ?, create_time = ? WHERE id = ?",
+                    [row["event_seq"], value, comment, row["create_time"], row["id"]],
+                )
+            else:
+                self._db.insert("feedback", row)
+        return Feedback(**row)
+
+    def _log_event(self, action: str, row: Row) -> int:
+        # What was deleted leaves no trace of its content, not even in the event that says so.
+        content = {name: row[name] for name in ("value", "comment")} if action == "submit" else {}
+        target = {name: row[name] for name in ("user", "kind", "response_id", "comparison_id")}
+        return self._db.insert(
+            "feedback_events",
+            {"action": action, "feedback_id": row["id"], **target, **content, "create_time": self._db.now()},
+        )
+
+
+def _pages(ids: Iterable[str | None]) -> Iterable[Sequence[str]]:
+    distinct = sorted({identifier for identifier in ids if identifier})
+    for start in range(0, len(distinct), IDS_PER_QUERY):
+        yield distinct[start : start + IDS_PER_QUERY]
+
+
+def _response(row: Row, spans: list[Span]) -> Response:
+    return Response(
+        id=row["id"],
+        conversation_id=row["conversation_id"],
+        user=row["user"],
+        status=row["status"],
+        prompt_token_ids=unpack_ints(row["prompt_token_ids"]),
+        token_ids=unpack_ints(row["token_ids"]),
+        logprobs=unpack_floats(row["logprobs"]),
+        text=row["text"],
+        temperature=row["temperature"],
+        max_tokens=row["max_tokens"],
+        seed=row["seed"],
+        finish_reason=row["finish_reason"],
+        policy_version=row["policy_version"],
+        create_time=row["create_time"],
+        spans=spans,
+    )

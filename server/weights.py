@@ -1,0 +1,82 @@
+"""From a version to weights an engine can load.
+
+A full version is served as it is. An adapter is merged into its base: in float32, cast to bfloat16, saved under
+`merged/`, derived again whenever it is missing. `check_weights` compares headers alone, so it costs milliseconds.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from server.errors import ManifestError
+from server.manifest import new_staging, publish, verify, write_manifest
+
+
+def engine_weights(data_dir: Path, version: str) -> Path:
+    """A Hugging Face directory with the full weights of `version`, verified. Raises ManifestError."""
+    directory = data_dir / "policies" / version
+    if not directory.is_dir():
+        raise ManifestError(f"{version} has no directory under policies/.")
+    manifest = verify(directory)
+    base = data_dir / "policies" / manifest.base_version
+    if manifest.kind == "full":
+        return check_weights(directory, data_dir / "policies" / manifest.reference_version)
+    merged = data_dir / "merged" / version
+    try:
+        verify(merged)
+    except ManifestError:
+        _merge(verified_base=base, adapter=directory, final=merged)
+    return check_weights(merged, base)
+
+
+def check_weights(directory: Path, like: Path) -> Path:
+    """`directory`, if its tensors have the names and shapes of those in `like`. Raises ManifestError."""
+    found, expected = _shapes(directory), _shapes(like)
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ManifestError(f"{directory.name} lacks the tensor {missing[0]}.")
+    if added := sorted(found.keys() - expected.keys()):
+        raise ManifestError(f"{directory.name} has the tensor {added[0]}, which the engine does not know.")
+    for name, shape in sorted(found.items()):
+        if shape != expected[name]:
+            raise ManifestError(f"{directory.name}: {name} has the shape {shape}, the engine needs {expected[name]}.")
+    return directory
+
+
+def _merge(verified_base: Path, adapter: Path, final: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    verify(verified_base)
+    shutil.rmtree(final, ignore_errors=True)
+    staging = new_staging(final)
+    base: Any = AutoModelForCausalLM.from_pretrained(verified_base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    model.to(torch.bfloat16).save_pretrained(staging)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (verified_base / name).exists():
+            shutil.copy2(verified_base / name, staging / name)
+    manifest = verify(adapter)
+    write_manifest(
+        staging,
+        version=final.name,
+        kind="full",
+        base_version=manifest.base_version,
+        reference_version=manifest.reference_version,
+    )
+    publish(staging, final)
+
+
+def _shapes(directory: Path) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np") as file:
+                shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ManifestError(f"{directory.name}/{path.name} is not a whole safetensors file ({error}).") from error
+    if not shapes:
+        raise ManifestError(f"{directory.name} has no weights (*.safetensors).")
+    return shapes

@@ -42,7 +42,7 @@ e2e: setup
 	$(BIN)/python -m pytest -m e2e
 
 stubs: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python proto/generate.py
+	$(BIN)/python proto/generate.py
 
 # After a change of dependencies. No index address may be in the output, and torch without its CPU mark serves both kinds.
 requirements: setup

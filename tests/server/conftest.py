@@ -1,0 +1,83 @@
+"""A real gRPC server on a free port over a real SQLite file; only the policy is a fake."""
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from prefloop.v1 import chat_pb2_grpc, feedback_pb2_grpc, policy_pb2_grpc
+from safetensors.numpy import save_file
+
+from server.app import App
+from server.manifest import new_staging, publish, write_manifest
+from server.settings import ServerSettings
+from server.store import FeedbackStore
+from server.store_thread import StoreThread
+from tests.server.fakes import FakePolicy
+
+
+@dataclass
+class Running:
+    """A server with the stubs of one channel to it."""
+
+    policy: FakePolicy
+    store: StoreThread
+    app: App
+    data_dir: Path
+    channel: grpc.aio.Channel
+
+    def __post_init__(self) -> None:
+        self.chat: Any = chat_pb2_grpc.ChatServiceStub(self.channel)
+        self.feedback: Any = feedback_pb2_grpc.FeedbackServiceStub(self.channel)
+        self.policies: Any = policy_pb2_grpc.PolicyServiceStub(self.channel)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FeedbackStore]:
+    store = FeedbackStore.open(tmp_path)
+    store.registry.register_reference()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    publish_version(tmp_path, "v0000")
+    store = StoreThread(tmp_path)
+    await store(lambda store: store.registry.register_reference())
+    settings = ServerSettings.load(data_dir=tmp_path, port=0, max_tokens=20, max_message_chars=500, poll_seconds=0.01)
+    app, policy = App(settings, store), FakePolicy()
+    await app.start(policy)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        yield Running(policy, store, app, tmp_path, channel)
+    await app.stop(0)
+    store.close()
+
+
+def publish_version(data_dir: Path, version: str, tensors: dict[str, Any] | None = None) -> Path:
+    """A version of two small tensors, registered nowhere."""
+    final = data_dir / "policies" / version
+    final.parent.mkdir(exist_ok=True)
+    staging = new_staging(final)
+    save_file(
+        tensors or {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}, staging / "model.safetensors"
+    )
+    write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
+    publish(staging, final)
+    return final
+
+
+def register(store: FeedbackStore, version: str, state: Any = "candidate") -> None:
+    store.registry.register_policy(
+        version,
+        kind="full",
+        state=state,
+        parent_version="v0000",
+        reference_version="v0000",
+        round_id=None,
+        reward_model_version=None,
+        metrics={"win_rate": 0.75},
+    )

@@ -1,0 +1,85 @@
+"""A policy without an engine: answers word by word, and can be held at any word."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from server.policy import Sampling, SwapError
+from server.records import FinishReason, Generation, Span
+
+
+class EngineDeadError(Exception):
+    """Named as vLLM's, which is how the edge knows it."""
+
+
+class FakeStream:
+    def __init__(self, policy: "FakePolicy", words: list[str], sampling: Sampling) -> None:
+        self._policy = policy
+        self._words = words[: sampling.max_tokens]
+        self._cut = len(words) > sampling.max_tokens
+        self._said: list[str] = []
+        self._versions: list[str] = []
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while len(self._said) < len(self._words):
+            if len(self._said) == self._policy.hold_after:
+                self._policy.holding.set()
+                await self._policy.go_on.wait()
+            if self._policy.dies:
+                raise EngineDeadError
+            self._said.append(self._words[len(self._said)])
+            self._versions.append(self._policy.version)
+            yield self._said[-1] + " "
+
+    async def finish(self) -> Generation:
+        if self._policy.dies:
+            raise EngineDeadError
+        done = len(self._said) == len(self._words)
+        return self._generation(("length" if self._cut else "stop") if done else "cancelled")
+
+    def fail(self) -> Generation:
+        return self._generation("error")
+
+    def _generation(self, reason: FinishReason) -> Generation:
+        spans: list[Span] = []
+        for index, version in enumerate(self._versions):
+            if spans and spans[-1].policy_version == version:
+                spans[-1] = Span(spans[-1].start, index + 1, version)
+            else:
+                spans.append(Span(index, index + 1, version))
+        text = "".join(word + " " for word in self._said)
+        return Generation(list(range(len(self._said))), [-0.5] * len(self._said), text, reason, spans)
+
+
+class FakePolicy:
+    """Says `answer` to everything. `bad` versions fail to load."""
+
+    def __init__(self) -> None:
+        self.version = "v0000"
+        self.max_model_len = 40
+        self.answer = "one two three four"
+        self.hold_after: int | None = None
+        self.holding = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.dies = False
+        self.bad: set[str] = set()
+        self.prompts: list[list[int]] = []
+        self.samplings: list[Sampling] = []
+        self.encoded: list[list[dict[str, str]]] = []
+
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """One token a word."""
+        self.encoded.append(messages)
+        return [len(word) for message in messages for word in message["content"].split()]
+
+    async def sample(self, prompt_token_ids: list[int], sampling: Sampling) -> FakeStream:
+        self.prompts.append(prompt_token_ids)
+        self.samplings.append(sampling)
+        return FakeStream(self, self.answer.split(), sampling)
+
+    async def swap(self, version: str, directory: Path) -> None:
+        if version in self.bad:
+            raise SwapError(f"{version}: a tensor is not finite")
+        self.version = version
+
+    async def close(self) -> None: ...

@@ -1,0 +1,73 @@
+"""`server serve` where it cannot start: one sentence with what to do, no trace, nothing half made."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server.cli", "serve", *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def sentence(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = sentence(serve("--data-dir", str(tmp_path), "--port", str(port)))
+    assert said == (
+        f"server: 127.0.0.1:{port} cannot be listened on, perhaps because another server does; choose another --port."
+    )
+    assert not (tmp_path / "policies").exists()
+
+
+def test_an_address_that_lets_anyone_in(tmp_path: Path) -> None:
+    said = sentence(serve("--data-dir", str(tmp_path), "--host", "0.0.0.0"))
+    assert said.startswith("server: --host 0.0.0.0 would let anyone in")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "give --data-dir a folder that you may write to" in sentence(serve("--data-dir", str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({}, "has no config.json: it is not a Hugging Face model directory."),
+        ({"config.json": "{}"}, "has no weights (*.safetensors); download the whole model."),
+        (None, "does not exist; give a Hugging Face directory or id."),
+    ],
+)
+def test_a_model_that_is_not_one(tmp_path: Path, content: dict[str, str] | None, what: str) -> None:
+    model, data_dir = tmp_path / "model", tmp_path / "data"
+    if content is not None:
+        model.mkdir()
+        for name, text in content.items():
+            (model / name).write_text(text)
+    said = sentence(serve("--data-dir", str(data_dir), "--port", "0", "--model", str(model)))
+    assert said == f"server: --model {str(model)!r} {what}"
+    assert not (data_dir / "policies").exists()
+
+
+def test_a_setting_that_breaks_its_rule(tmp_path: Path) -> None:
+    said = sentence(serve("--data-dir", str(tmp_path), PREFLOOP_SERVICE_TEMPERATURE="hot"))
+    assert said.startswith("server: The setting service_temperature is not valid:")
+    said = sentence(serve("--data-dir", str(tmp_path), PREFLOOP_COMPARE_TEMPERATURES="[0.9, 1.0]"))
+    assert "must lie on both sides of service_temperature" in said

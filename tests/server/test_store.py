@@ -1,0 +1,264 @@
+"""The store on a real file: votes, history, what the learner sees, leases."""
+
+from pathlib import Path
+
+import pytest
+
+from server.errors import (
+    ConflictError,
+    DataDirectoryError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from server.records import Generation, Span
+from server.store import FeedbackStore
+from tests.server.conftest import register
+
+DONE = Generation([5, 6, 7], [-0.5, -1.0, -0.25], "hi there", "stop", [Span(0, 1, "v0000"), Span(1, 3, "v0001", True)])
+CUT = Generation([5], [-0.5], "hi", "cancelled", [Span(0, 1, "v0000")])
+
+
+def answer(store: FeedbackStore, conversation_id: str, user: str = "ann", generation: Generation = DONE) -> str:
+    response_id = store.begin_response(
+        user,
+        conversation_id,
+        message="hello",
+        replica_id="here",
+        policy_version="v0000",
+        prompt_token_ids=[1, 2, 70_000],
+        temperature=0.85,
+        max_tokens=8,
+        seed=2**62,
+    )
+    store.finish_response(response_id, generation)
+    return response_id
+
+
+def comparison(store: FeedbackStore, conversation_id: str, user: str = "ann", b: Generation = DONE) -> str:
+    comparison_id, first, second = store.begin_comparison(
+        user,
+        conversation_id,
+        message="which",
+        replica_id="here",
+        policy_version="v0000",
+        prompt_token_ids=[1, 2],
+        temperatures=(1.0, 0.7),
+        max_tokens=8,
+        seeds=(None, None),
+    )
+    store.finish_response(first, DONE)
+    store.finish_response(second, b)
+    return comparison_id
+
+
+def test_a_response_comes_back_token_by_token(store: FeedbackStore) -> None:
+    response = store.response("ann", answer(store, store.create_conversation("ann", "hello")))
+    assert response.prompt_token_ids == [1, 2, 70_000]
+    assert response.token_ids == [5, 6, 7]
+    assert response.logprobs == [-0.5, -1.0, -0.25]
+    assert response.seed == 2**62
+    assert response.spans == [Span(0, 1, "v0000", False), Span(1, 3, "v0001", True)]
+    assert (response.status, response.finish_reason, response.last_version) == ("finished", "stop", "v0001")
+
+
+def test_what_is_on_disk_outlives_the_process_that_wrote_it(tmp_path: Path) -> None:
+    first = FeedbackStore.open(tmp_path)
+    vote = first.submit_thumb("ann", answer(first, first.create_conversation("ann", "hello")), up=True)
+    # Not closed: a process that was killed closes nothing.
+    second = FeedbackStore.open(tmp_path)
+    assert [thumb.feedback_id for thumb in second.snapshot().thumbs] == [vote.id]
+    second.close()
+    first.close()
+
+
+def test_voting_again_replaces_the_vote_and_the_log_keeps_both(store: FeedbackStore) -> None:
+    response_id = answer(store, store.create_conversation("ann", "hello"))
+    up = store.submit_thumb("ann", response_id, up=True)
+    down = store.submit_thumb("ann", response_id, up=False, comment="dull")
+    assert up.id == down.id
+    assert [(vote.value, vote.comment) for vote in store.feedback("ann", 10)] == [("DOWN", "dull")]
+    assert store.watermark() == 2
+    assert [thumb.value for thumb in store.snapshot(1).thumbs] == [1]
+    assert [thumb.value for thumb in store.snapshot(2).thumbs] == [-1]
+
+
+def test_a_retracted_vote_is_not_learned_from(store: FeedbackStore) -> None:
+    vote = store.submit_thumb("ann", answer(store, store.create_conversation("ann", "hello")), up=True)
+    with pytest.raises(NotFoundError):
+        store.retract_feedback("bob", vote.id)
+    store.retract_feedback("ann", vote.id)
+    assert len(store.snapshot()) == 0
+    assert store.feedback("ann", 10) == []
+    with pytest.raises(NotFoundError):
+        store.retract_feedback("ann", vote.id)
+
+
+def test_nobody_sees_or_judges_what_is_another_users(store: FeedbackStore) -> None:
+    conversation_id = store.create_conversation("ann", "hello")
+    response_id, comparison_id = answer(store, conversation_id), comparison(store, conversation_id)
+    for attempt in (
+        lambda: store.submit_thumb("bob", response_id, up=True),
+        lambda: store.submit_correction("bob", response_id, "better"),
+        lambda: store.submit_choice("bob", comparison_id, "A"),
+        lambda: store.turns("bob", conversation_id),
+        lambda: store.delete_conversation("bob", conversation_id),
+    ):
+        with pytest.raises(NotFoundError):
+            attempt()
+    assert store.watermark() == 0
+
+
+@pytest.mark.parametrize(
+    ("choice", "continued_with", "dropped"),
+    [("A", "A", False), ("B", "B", False), ("BOTH_BAD", None, True)],
+)
+def test_the_first_choice_decides_how_the_conversation_goes_on(
+    store: FeedbackStore, choice, continued_with, dropped
+) -> None:
+    conversation_id = store.create_conversation("ann", "hello")
+    comparison_id = comparison(store, conversation_id)
+    store.submit_choice("ann", comparison_id, choice)
+    [turn] = store.turns("ann", conversation_id)
+    assert (turn.comparison.continued_with, turn.dropped) == (continued_with, dropped)
+    assert turn.answer == (None if dropped else "hi there")
+    # A later change changes the vote, not the history.
+    store.submit_choice("ann", comparison_id, "TIE")
+    [turn] = store.turns("ann", conversation_id)
+    assert (turn.comparison.continued_with, turn.dropped) == (continued_with, dropped)
+    assert [vote.choice for vote in store.snapshot().choices] == ["TIE"]
+
+
+def test_a_tie_goes_on_with_one_that_is_drawn_and_recorded(store: FeedbackStore) -> None:
+    conversation_id = store.create_conversation("ann", "hello")
+    for _ in range(40):
+        store.submit_choice("ann", comparison(store, conversation_id), "TIE")
+    drawn = [turn.comparison.continued_with for turn in store.turns("ann", conversation_id)]
+    # 40 draws that are all the same: once in 5e11 runs.
+    assert set(drawn) == {"A", "B"}
+
+
+def test_going_on_without_a_choice_is_a_skip_and_the_vote_still_counts_later(store: FeedbackStore) -> None:
+    conversation_id = store.create_conversation("ann", "hello")
+    comparison_id = comparison(store, conversation_id)
+    store.skip_open_comparisons(conversation_id)
+    assert store.comparison("ann", comparison_id).state == "skipped"
+    store.submit_choice("ann", comparison_id, "B")
+    found = store.comparison("ann", comparison_id)
+    assert (found.state, found.continued_with) == ("chosen", "A")
+    assert [vote.choice for vote in store.snapshot().choices] == ["B"]
+
+
+def test_a_comparison_that_was_not_finished_cannot_be_chosen(store: FeedbackStore) -> None:
+    comparison_id = comparison(store, store.create_conversation("ann", "hello"), b=CUT)
+    with pytest.raises(FailedPreconditionError) as error:
+        store.submit_choice("ann", comparison_id, "A")
+    assert error.value.reason == "COMPARISON_UNFINISHED"
+    assert store.watermark() == 0
+
+
+def test_a_deleted_conversation_leaves_no_text_behind(store: FeedbackStore, tmp_path: Path) -> None:
+    conversation_id = store.create_conversation("ann", "hello")
+    store.submit_thumb("ann", answer(store, conversation_id), up=True, comment="marvellous")
+    store.submit_choice("ann", comparison(store, conversation_id), "A", comment="splendid")
+    before = store.watermark()
+    store.delete_conversation("ann", conversation_id)
+    assert len(store.snapshot()) == len(store.snapshot(before)) == 0
+    assert store.conversations("ann", 10) == []
+    left = store._db.rows("SELECT * FROM feedback_events WHERE comment IS NOT NULL OR value IS NOT NULL")
+    assert left == []
+    assert store._db.rows("SELECT * FROM responses") == []
+    assert store._db.rows("SELECT * FROM spans") == []
+
+
+def test_what_was_streaming_when_the_server_died_is_marked_at_its_next_start(store: FeedbackStore) -> None:
+    conversation_id = store.create_conversation("ann", "hello")
+    for replica in ("here", "elsewhere"):
+        store.begin_response(
+            "ann", conversation_id, message="m", replica_id=replica, policy_version="v0000", prompt_token_ids=[1],
+            temperature=1.0, max_tokens=4, seed=None,
+        )  # fmt: skip
+    assert store.fail_interrupted_responses("here") == 1
+    assert [turn.response.status for turn in store.turns("ann", conversation_id)] == ["failed", "streaming"]
+    assert [turn.message for turn in store.turns("ann", conversation_id)] == ["m", "m"]
+
+
+def test_a_request_id_stands_for_one_body(store: FeedbackStore) -> None:
+    store.remember_request("ann", "Chat", "r1", b"body", b"answer")
+    assert store.find_request("ann", "Chat", "r1", b"body") == b"answer"
+    assert store.find_request("bob", "Chat", "r1", b"body") is None
+    assert store.find_request("ann", "Compare", "r1", b"body") is None
+    with pytest.raises(InvalidArgumentError) as error:
+        store.find_request("ann", "Chat", "r1", b"other")
+    assert error.value.reason == "REQUEST_ID_REUSED"
+
+
+def test_prompts_come_once_each_in_the_order_they_were_asked(store: FeedbackStore) -> None:
+    conversation_id = store.create_conversation("ann", "hello")
+    answer(store, conversation_id)
+    comparison(store, conversation_id)
+    answer(store, conversation_id)
+    assert [prompt.token_ids for prompt in store.prompts()] == [[1, 2, 70_000], [1, 2]]
+
+
+def test_a_newer_data_directory_is_refused(tmp_path: Path) -> None:
+    store = FeedbackStore.open(tmp_path)
+    store._db.insert("_sqlite_migrations", {"migration_set": "prefloop", "name": "m999_future", "applied_at": "2099"})
+    store.close()
+    with pytest.raises(DataDirectoryError, match=r"newer prefloop \(m999_future\); upgrade"):
+        FeedbackStore.open(tmp_path)
+
+
+def test_a_data_directory_that_is_a_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataDirectoryError, match="give --data-dir a folder"):
+        FeedbackStore.open(tmp_path / "file")
+
+
+def test_the_pointer_moves_by_compare_and_set_and_keeps_its_history(store: FeedbackStore) -> None:
+    registry = store.registry
+    register(store, "v0001")
+    with pytest.raises(ConflictError, match="v0000 is active, not v0007"):
+        registry.activate_policy("v0001", actor="ann", expected_active_version="v0007")
+    registry.activate_policy("v0001", actor="ann", expected_active_version="v0000")
+    assert registry.active_policy().version == "v0001"
+    assert registry.policy("v0000").state == "retired"
+    assert registry.previous_version() == "v0000"
+
+
+def test_a_version_that_cannot_be_loaded_gives_the_pointer_back(store: FeedbackStore) -> None:
+    registry = store.registry
+    register(store, "v0001")
+    registry.activate_policy("v0001", actor="ann")
+    registry.fail_policy("v0001", "a tensor is missing", "v0000")
+    assert registry.active_policy().version == "v0000"
+    assert (registry.policy("v0001").state, registry.policy("v0001").reason) == ("failed", "a tensor is missing")
+    with pytest.raises(FailedPreconditionError):
+        registry.activate_policy("v0001", actor="ann")
+
+
+def test_a_learner_that_outlived_its_lease_writes_nothing(store: FeedbackStore) -> None:
+    registry = store.registry
+    first = registry.acquire_lease("round", "first", seconds=-1.0)
+    second = registry.acquire_lease("round", "second", seconds=60.0)
+    assert first is not None
+    assert second is not None
+    assert second.token == first.token + 1
+    assert registry.acquire_lease("round", "third", seconds=60.0) is None
+    register(store, "v0001")
+    for attempt in (
+        lambda: registry.activate_policy("v0001", actor="first", fence=first),
+        lambda: registry.create_round(0, {}, reference_version="v0000", fence=first),
+        lambda: registry.renew_lease(first, 60.0),
+    ):
+        with pytest.raises(ConflictError, match="went to second"):
+            attempt()
+    assert registry.active_policy().version == "v0000"
+    assert registry.rounds() == []
+
+
+def test_the_version_after_v9999_is_v10000(store: FeedbackStore) -> None:
+    register(store, "v9999")
+    register(store, "v10000")
+    assert store.registry.next_version() == "v10001"
+    assert [policy.version for policy in store.registry.policies()] == ["v10000", "v9999", "v0000"]

@@ -8,7 +8,7 @@ BIN := .venv/bin
 # pip and uv look for wheels on disk under different names.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: setup serve demo test lint unit e2e stubs requirements clean
+.PHONY: setup serve demo test lint unit e2e stubs docs requirements clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,9 @@ e2e: setup
 
 stubs: setup
 	$(BIN)/python proto/generate.py
+
+docs: setup
+	$(BIN)/python docs/generate.py
 
 # After a change of dependencies. No index address may be in the output, and torch without its CPU mark serves both kinds.
 requirements: setup

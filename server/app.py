@@ -5,6 +5,7 @@ that were cut off are stored, then the engine and its process end, and the store
 """
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Callable
@@ -136,6 +137,9 @@ async def _serve(
         await app.stop(settings.grace_seconds)
     finally:
         await policy.close()
+        # vLLM's engine stands in reference cycles; collected as late as the interpreter's end, it complains.
+        del engine, policy
+        gc.collect()
 
 
 def _prepare(settings: ServerSettings, say: Callable[[str], None]) -> Path:

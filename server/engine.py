@@ -13,7 +13,7 @@ def set_environment(settings: ServerSettings) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": _cores(settings.cpu_threads),
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }
     for name, value in defaults.items():
@@ -39,9 +39,8 @@ def start_engine(settings: ServerSettings, directory: Path) -> Any:
             logprobs_mode="processed_logprobs",
             # Sampling must be the model's own distribution: no top-p or top-k from its generation_config.json.
             generation_config="vllm",
-            # One process fewer than the default on one device.
-            distributed_executor_backend="uni",
             worker_extension_cls="server.worker.SwapExtension",
+            use_tqdm_on_load=False,
             disable_log_stats=True,
             enable_log_requests=False,
         )

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 STAGING_POLL_SECONDS = 0.02
 STAGING_TIMEOUT_SECONDS = 300.0
+# The engine's process ends by itself within a second or two; past this it is killed.
+SHUTDOWN_SECONDS = 10.0
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled"}
 
 
@@ -116,13 +118,14 @@ class VllmPolicy:
 
     async def sample(self, prompt_token_ids: list[int], sampling: Sampling) -> "VllmStream":
         from vllm import SamplingParams
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         await self._admitted.wait()
         request_id = new_id("req")
         queue = await self._engine.add_request(
             request_id,
-            {"prompt_token_ids": prompt_token_ids},
+            tokens_input(prompt_token_ids),
             SamplingParams(
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens,
@@ -149,7 +152,7 @@ class VllmPolicy:
             log.info("swapped to %s in %.3f s", version, time.perf_counter() - started)
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._engine.shutdown)
+        await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
 
     def spans(self, labelled: list[Span]) -> list[Span]:
         """Marks every span but the first where a swap keeps the KV cache."""

@@ -1,0 +1,58 @@
+"""Writes docs/reference.md from the code: every command, its flags, every setting. `make docs` runs it."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+
+from clients.cli import app as chat
+from learner.cli import app as learner
+from learner.settings import LearnerSettings
+from server.cli import app as server
+from server.settings import ServerSettings
+
+OUTPUT = Path(__file__).parent / "reference.md"
+HEAD = """# Reference
+
+Made from the code by `make docs`; a test fails where the two differ.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for name, app in (("server", server), ("learner", learner), ("chat", chat)):
+        parts += ["", f"## `{name}`", *commands(name, typer.main.get_command(app))]
+    for name, model in (("server", ServerSettings), ("learner", LearnerSettings)):
+        parts += ["", f"## Settings of the {name}", "", "| variable | default | what |", "| --- | --- | --- |"]
+        parts += [f"| `{key}` | `{default}` | {text} |" for key, default, text in settings(model, "PREFLOOP_")]
+    return "\n".join(parts) + "\n"
+
+
+def commands(path: str, command: Any) -> Iterator[str]:
+    """A table of flags for a command and for each below it."""
+    yield from ("", f"`{path}`: {' '.join((command.help or '').split())}")
+    options = [option for option in command.params if option.name != "help"]
+    if options:
+        yield from ("", "| argument | what |", "| --- | --- |")
+        for option in options:
+            yield f"| `{' '.join(option.opts)}` | {getattr(option, 'help', None) or 'As above.'} |"
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(f"{path} {name}", below)
+
+
+def settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Variable, default and description of every setting, nested ones after their table."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from settings(kind, f"{prefix}{name.upper()}__")
+            continue
+        yield f"{prefix}{name.upper()}", str(field.get_default()), str(field.description).replace("|", r"\|")
+
+
+if __name__ == "__main__":
+    (Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT).write_text(reference())

@@ -1,0 +1,194 @@
+"""Streams, cancellation and swaps on the real engine."""
+
+import itertools
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from prefloop.v1 import chat_pb2, policy_pb2
+from safetensors.torch import load_file, save_file
+
+from server.manifest import new_staging, publish, write_manifest
+from server.store import FeedbackStore
+from tests.e2e.conftest import LiveServer
+
+pytestmark = pytest.mark.e2e
+
+Tensors = dict[str, torch.Tensor]
+LONG = "Write a long story about a lighthouse."
+
+
+def make_version(live: LiveServer, change: Callable[[Tensors], None], state: Any = "candidate") -> str:
+    """The reference with changed weights, published and registered from outside the server, as a learner does."""
+    store = FeedbackStore.open(live.data_dir)
+    version = store.registry.next_version()
+    final = live.data_dir / "policies" / version
+    staging = new_staging(final)
+    for path in (live.data_dir / "policies" / "v0000").iterdir():
+        shutil.copy2(path, staging)
+    (staging / "manifest.json").unlink()
+    tensors = load_file(staging / "model.safetensors")
+    change(tensors)
+    save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
+    publish(staging, final)
+    store.registry.register_policy(
+        version, kind="full", state=state, parent_version="v0000", reference_version="v0000", round_id=None,
+        reward_model_version=None, metrics={},
+    )  # fmt: skip
+    store.close()
+    return version
+
+
+def scale_norm(tensors: Tensors) -> None:
+    tensors["model.norm.weight"] *= 0.5
+
+
+def negate_norm(tensors: Tensors) -> None:
+    # Turns every logit around, so that even greedy answers differ.
+    tensors["model.norm.weight"] *= -1
+
+
+def spoil(tensors: Tensors) -> None:
+    tensors["model.layers.3.mlp.up_proj.weight"][7, 7] = float("nan")
+
+
+def drop(tensors: Tensors) -> None:
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+
+
+def ask(live: LiveServer, message: str, **sampling: Any) -> tuple[Any, str, Any]:
+    """The started event, the deltas joined, and the finished event."""
+    request = chat_pb2.ChatRequest(message=message, sampling=chat_pb2.SamplingOptions(**sampling))
+    events = list(live.chat.Chat(request, timeout=120))
+    return events[0].started, "".join(event.delta.text for event in events[1:-1]), events[-1].finished
+
+
+def spans(live: LiveServer, started: Any) -> list[tuple[int, int, str, bool]]:
+    request = chat_pb2.GetConversationRequest(conversation_id=started.conversation_id)
+    [turn] = live.chat.GetConversation(request, timeout=10).conversation.turns
+    return [(span.start, span.end, span.policy_version, span.stale_kv) for span in turn.response.spans]
+
+
+def activate(live: LiveServer, version: str) -> None:
+    live.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version=version), timeout=60)
+
+
+def test_a_default_server_answers(live: LiveServer) -> None:
+    started, streamed, finished = ask(live, "What is the capital of France?", temperature=0, max_tokens=24)
+    assert streamed == finished.text
+    assert "France" in finished.text
+    assert spans(live, started) == [(0, finished.usage.completion_tokens, "v0000", False)]
+
+
+def test_every_sampled_token_is_stored_with_its_logprob(live: LiveServer) -> None:
+    started, _, finished = ask(live, "Name a colour.", temperature=0.7, max_tokens=12, seed=3)
+    store = FeedbackStore.open(live.data_dir)
+    response = store._responses([started.response_id])[started.response_id]
+    store.close()
+    assert len(response.token_ids) == len(response.logprobs) == finished.usage.completion_tokens
+    assert all(logprob <= 0 for logprob in response.logprobs)
+    assert (response.seed, round(response.temperature, 3), response.max_tokens) == (3, 0.7, 12)
+
+
+def test_a_cancelled_answer_keeps_its_tokens_and_spans(live: LiveServer) -> None:
+    call = live.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 400}))
+    started = next(call).started
+    for _ in range(5):
+        next(call)
+    call.cancel()
+    # The next call in the same conversation waits until the cancelled answer is settled.
+    follow_up = chat_pb2.ChatRequest(
+        conversation_id=started.conversation_id, message="Go on.", sampling={"max_tokens": 1}
+    )
+    list(live.chat.Chat(follow_up, timeout=60))
+    request = chat_pb2.GetConversationRequest(conversation_id=started.conversation_id)
+    first, _ = live.chat.GetConversation(request, timeout=10).conversation.turns
+    assert first.response.finish_reason == chat_pb2.FINISH_REASON_CANCELLED
+    tokens = first.response.usage.completion_tokens
+    assert 5 <= tokens < 400
+    assert [(span.start, span.end, span.policy_version) for span in first.response.spans] == [(0, tokens, "v0000")]
+
+
+def test_streams_carry_on_over_swaps_and_every_token_has_one_version(live: LiveServer) -> None:
+    version = make_version(live, scale_norm)
+    with ThreadPoolExecutor(8) as pool:
+        calls = [live.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 200})) for _ in range(8)]
+        openings = [next(call).started for call in calls]
+        for call in calls:
+            next(call)
+        reading = [pool.submit(list, call) for call in calls]
+        activate(live, version)
+        endings = [read.result(timeout=120)[-1].finished for read in reading]
+    crossed = 0
+    for started, finished in zip(openings, endings, strict=True):
+        assert finished.finish_reason in (chat_pb2.FINISH_REASON_STOP, chat_pb2.FINISH_REASON_LENGTH)
+        found = spans(live, started)
+        assert found[0][0] == 0
+        assert found[-1][1] == finished.usage.completion_tokens
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(found))
+        assert [span[2] for span in found] in (["v0000"], ["v0000", version])
+        assert not any(span[3] for span in found)
+        crossed += len(found) == 2
+    assert crossed >= 4
+    activate(live, "v0000")
+
+
+@pytest.mark.parametrize(("damage", "reason"), [(spoil, "not finite"), (drop, "lacks the tensor")])
+def test_unusable_weights_leave_the_old_policy_serving(
+    live: LiveServer, damage: Callable[[Tensors], None], reason: str
+) -> None:
+    before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
+    version = make_version(live, damage)
+    with pytest.raises(grpc.RpcError) as error:
+        activate(live, version)
+    assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert reason in error.value.details()
+    started, after, _ = ask(live, "Name three colours.", temperature=0, max_tokens=24)
+    assert after == before
+    assert started.policy_version == "v0000"
+
+
+def test_swapping_there_and_back_restores_the_answers(live: LiveServer) -> None:
+    before = ask(live, "Why is the sky blue?", temperature=0, max_tokens=24)[1]
+    activate(live, make_version(live, negate_norm))
+    assert ask(live, "Why is the sky blue?", temperature=0, max_tokens=24)[1] != before
+    activate(live, "v0000")
+    # Not from the prefix cache of the other weights either.
+    assert ask(live, "Why is the sky blue?", temperature=0, max_tokens=24)[1] == before
+
+
+def children(pid: int) -> set[int]:
+    """Every process below `pid`."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found |= {int(child)} | children(int(child))
+    return found
+
+
+def test_a_stop_ends_streams_in_the_grace_and_every_process(live: LiveServer) -> None:
+    engine = children(live.process.pid)
+    assert engine
+    version = make_version(live, scale_norm)
+    call = live.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 60}))
+    started = next(call).started
+    live.process.terminate()
+    *_, last = list(call)
+    assert last.finished.usage.completion_tokens > 0
+    assert live.stop() == 0
+    assert not [pid for pid in engine if Path(f"/proc/{pid}").exists()]
+    # While it is down the pointer moves; at its start it serves what the pointer says.
+    store = FeedbackStore.open(live.data_dir)
+    assert store._responses([started.response_id])[started.response_id].status == "finished"
+    assert store.registry.replicas() == []
+    store.registry.activate_policy(version, actor="learner")
+    store.close()
+    live.start()
+    assert ask(live, "Name a colour.", max_tokens=4)[0].policy_version == version
+    activate(live, "v0000")

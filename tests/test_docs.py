@@ -1,0 +1,38 @@
+"""The documents cannot drift from the code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *map(str, sorted(Path("docs").rglob("*.md")))]
+
+
+def test_the_reference_lists_every_command_and_setting(root: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "docs/generate.py", str(tmp_path / "made.md")], cwd=root, check=True, timeout=60)
+    assert (tmp_path / "made.md").read_text() == (root / "docs" / "reference.md").read_text(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(root: Path, page: str) -> None:
+    text = (root / page).read_text()
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not ((root / page).parent / link).exists()] == []
+
+
+def test_the_readmes_python_runs_against_the_client(root: Path) -> None:
+    from clients import Client
+
+    [code] = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    compile(code, "README.md", "exec")
+    called = set(re.findall(r"client\.(\w+)\(", code))
+    assert called == {"chat", "compare", "choose"}
+    assert all(hasattr(Client, name) for name in called)
+
+
+def test_the_readmes_make_targets_exist(root: Path) -> None:
+    targets = set(re.findall(r"^([a-z0-9]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert set(re.findall(r"(?:^    |`)make ([a-z0-9]+)", (root / page).read_text(), re.MULTILINE)) <= targets

@@ -1,0 +1,88 @@
+"""From scores to advantages: KL estimators, per-token rewards, GAE, whitening. Pure torch, no gradients wanted.
+
+Shapes: B responses, T response tokens, padded on the right; `response_mask` (B, T) is True where a token counts.
+Values at masked positions never matter: they are replaced, not multiplied away, so a NaN there stays there.
+"""
+
+import torch
+from torch import Tensor
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the True positions; what stands at the others, NaN included, does not count."""
+    return torch.where(mask, x, 0.0).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the True positions of the whole tensor."""
+    return masked_sum(x, mask) / mask.sum()
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log pi - log pi_ref: unbiased for KL(pi || pi_ref) under pi. As a loss its expected gradient is zero, so it
+    belongs in the reward. Estimators k1-k3: Schulman, "Approximating KL divergence" (2020)."""
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(log pi - log pi_ref)^2 / 2: biased, low variance."""
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """pi_ref / pi - 1 - log(pi_ref / pi): unbiased and never negative. For display: as a loss its gradient is that of
+    the other KL, KL(pi_ref || pi)."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def last_token(response_mask: Tensor) -> Tensor:
+    """(B,) index of each row's last True position. Found from the mask, never by a pad id: pad may be EOS."""
+    positions = torch.arange(response_mask.shape[1], device=response_mask.device)
+    return torch.where(response_mask, positions, -1).max(dim=1).values
+
+
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
+) -> Tensor:
+    """Per-token reward: -kl_coef * (log pi - log pi_ref), plus the score on the last token.
+
+    Shapes: scores (B,), the rest (B, T). Ziegler et al. 2019, eq. 2, with the KL spread over its tokens."""
+    rewards = torch.where(response_mask, -kl_coef * kl_k1(logprobs, ref_logprobs), 0.0).detach()
+    rows = torch.arange(len(scores), device=scores.device)
+    rewards[rows, last_token(response_mask)] += scores.to(rewards.dtype)
+    return rewards
+
+
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and their returns A + V, both (B, T); zero where masked.
+
+    Schulman et al. 2016, eq. 16. The response's end is the episode's end: nothing is bootstrapped after the last
+    token, whether it is an EOS or the length limit, since the score judges the answer as it stands."""
+    rewards, values = torch.where(response_mask, rewards, 0.0), torch.where(response_mask, values, 0.0)
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(following)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = torch.where(response_mask[:, t], delta + gamma * gae_lambda * following, 0.0)
+        next_value = values[:, t]
+        advantages[:, t] = following
+    return advantages, torch.where(response_mask, advantages + values, 0.0)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / sd over the True positions of the whole rollout batch, zero elsewhere. Never call it on a
+    micro-batch: each would get its own zero."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean).square(), mask)
+    return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0.0)
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n: int) -> float:
+    """The next kl_coef after `n` responses of mean sequence KL `kl`: a proportional controller in log space, its error
+    clipped to +-0.2 (Ziegler et al. 2019, section 2.2)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * n / horizon)

@@ -1,0 +1,159 @@
+"""Rows of the store become votes over a list of answers, and prompts; each conversation trains or judges, for good.
+
+The side is a hash of the conversation's id, so it never changes as votes come in. A prompt that several conversations
+asked belongs to the first of them, so rollouts and the gate never share one.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.features import TokenPair
+from learner.heads import Votes, vote_weights
+from learner.likelihood import BOTH_BAD, TIE, A, B
+from learner.settings import RewardSettings
+from server.records import Prompt, Response, Snapshot
+
+OUTCOMES = {"A": A, "B": B, "TIE": TIE, "BOTH_BAD": BOTH_BAD}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All votes of a snapshot over `answers`; `judges` (groups,) is True for conversations that judge."""
+
+    answers: list[TokenPair]
+    votes: Votes
+    judges: Tensor
+
+    @property
+    def train(self) -> Votes:
+        """The votes that the reward model is fitted on."""
+        return select(self.votes, ~self.judges)
+
+    @property
+    def judge(self) -> Votes:
+        """The votes that only ever judge."""
+        return select(self.votes, self.judges)
+
+
+def is_judge(conversation_id: str, judge_share: float) -> bool:
+    """Whether the conversation's votes judge: a hash of its id, uniform in [0, 1), against the share."""
+    digest = hashlib.sha256(conversation_id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < judge_share
+
+
+def select(votes: Votes, groups: Tensor) -> Votes:
+    """The votes of conversations where `groups` (G,) is True, conversations numbered anew without gaps."""
+    c, m = groups[votes.choice_group], groups[votes.thumb_group]
+    number = groups.cumsum(0) - 1
+    return Votes(
+        a=votes.a[c],
+        b=votes.b[c],
+        outcome=votes.outcome[c],
+        temperature_difference=votes.temperature_difference[c],
+        choice_weight=votes.choice_weight[c],
+        choice_group=number[votes.choice_group[c]],
+        response=votes.response[m],
+        thumb=votes.thumb[m],
+        user=votes.user[m],
+        thumb_weight=votes.thumb_weight[m],
+        thumb_group=number[votes.thumb_group[m]],
+        users=votes.users,
+    )
+
+
+def to_dataset(
+    snapshot: Snapshot, now: float, judge_share: float, settings: RewardSettings, encode: Callable[[str], list[int]]
+) -> Dataset:
+    """`now` in seconds since 1970; `encode` gives the token ids of a corrected text, EOS included. Answers without a
+    token are left out with their votes."""
+    answers: dict[str, int] = {}
+    pairs: list[TokenPair] = []
+    conversations: dict[str, int] = {}
+    users: dict[str, int] = {}
+
+    def answer(key: str, prompt: list[int], tokens: list[int]) -> int:
+        if key not in answers:
+            answers[key] = len(pairs)
+            pairs.append((prompt, tokens))
+        return answers[key]
+
+    def row(response: Response) -> int:
+        return answer(response.id, response.prompt_token_ids, response.token_ids)
+
+    def group(response: Response) -> int:
+        return conversations.setdefault(response.conversation_id, len(conversations))
+
+    def user(name: str) -> int:
+        return users.setdefault(name, len(users))
+
+    # a, b, outcome, temperature difference, group, user, time
+    choices = [
+        (
+            row(v.a),
+            row(v.b),
+            OUTCOMES[v.choice],
+            v.a.temperature - v.b.temperature,
+            group(v.a),
+            user(v.user),
+            v.create_time,
+        )
+        for v in snapshot.choices
+        if v.a.token_ids and v.b.token_ids
+    ]
+    choices += [
+        (
+            answer(v.feedback_id, v.response.prompt_token_ids, encode(v.text)),
+            row(v.response),
+            A,
+            0.0,
+            group(v.response),
+            user(v.user),
+            v.create_time,
+        )
+        for v in snapshot.corrections
+        if v.response.token_ids
+    ]
+    thumbs = [
+        (row(v.response), float(v.value), group(v.response), user(v.user), v.create_time)
+        for v in snapshot.thumbs
+        if v.response.token_ids
+    ]
+    choice_columns = list(zip(*choices, strict=True)) if choices else [()] * 7
+    thumb_columns = list(zip(*thumbs, strict=True)) if thumbs else [()] * 5
+    voters = torch.tensor([*choice_columns[5], *thumb_columns[3]], dtype=torch.long)
+    ages = (now - torch.tensor([*choice_columns[6], *thumb_columns[4]], dtype=torch.float64)) / 86400
+    weights = vote_weights(
+        ages.clamp(min=0).float(), voters, settings.half_life_days, settings.age_floor, settings.user_share
+    )
+
+    def integers(column: tuple[object, ...]) -> Tensor:
+        return torch.tensor(column, dtype=torch.long)
+
+    votes = Votes(
+        a=integers(choice_columns[0]),
+        b=integers(choice_columns[1]),
+        outcome=integers(choice_columns[2]),
+        temperature_difference=torch.tensor(choice_columns[3], dtype=torch.float32),
+        choice_weight=weights[: len(choices)],
+        choice_group=integers(choice_columns[4]),
+        response=integers(thumb_columns[0]),
+        thumb=torch.tensor(thumb_columns[1], dtype=torch.float32),
+        user=integers(thumb_columns[3]),
+        thumb_weight=weights[len(choices) :],
+        thumb_group=integers(thumb_columns[2]),
+        users=max(len(users), 1),
+    )
+    judges = torch.tensor([is_judge(c, judge_share) for c in conversations], dtype=torch.bool)
+    return Dataset(pairs, votes, judges)
+
+
+def split_prompts(prompts: list[Prompt], judge_share: float, max_model_len: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and prompts held out; those that leave no room for an answer are left out."""
+    fitting = [p for p in prompts if len(p.token_ids) + p.max_tokens <= max_model_len]
+    train = [p for p in fitting if not is_judge(p.conversation_id, judge_share)]
+    held_out = [p for p in fitting if is_judge(p.conversation_id, judge_share)]
+    return train, held_out

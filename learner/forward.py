@@ -1,0 +1,88 @@
+"""Teacher-forced passes over sampled responses: log-probabilities and features, for any decoder-only model.
+
+Sequences are prompt + response, padded on the right. A causal model never looks to the right, so padding needs no
+attention mask and position ids are those of the unpadded row: the left-padding mistakes cannot be made. Response
+token t of a row stands at column `prompt_lengths + t` and is predicted one column before.
+
+Letters: B responses, L columns, T response tokens, D hidden size, V words.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Responses as a batch. `input_ids` (B, L), `prompt_lengths` (B,), `response_ids` and `response_mask` (B, T)."""
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, rows: Tensor) -> "Tokens":
+        """The rows, with columns that no row needs cut off."""
+        lengths = self.response_mask[rows].sum(dim=1)
+        t, columns = int(lengths.max()), int((self.prompt_lengths[rows] + lengths).max())
+        return Tokens(
+            self.input_ids[rows, :columns],
+            self.prompt_lengths[rows],
+            self.response_ids[rows, :t],
+            self.response_mask[rows, :t],
+        )
+
+
+def to_tokens(prompts: list[list[int]], responses: list[list[int]]) -> Tokens:
+    """Pads to a batch. The pad id is 0 and means nothing: the mask comes from lengths, so EOS may equal any pad id."""
+    columns = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    width = max(len(r) for r in responses)
+    input_ids = torch.zeros(len(prompts), columns, dtype=torch.long)
+    response_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    response_mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        input_ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        response_ids[row, : len(response)] = torch.tensor(response)
+        response_mask[row, : len(response)] = True
+    return Tokens(input_ids, torch.tensor([len(p) for p in prompts]), response_ids, response_mask)
+
+
+def micro_batches(tokens: Tokens, size: int) -> list[Tensor]:
+    """Row indices in micro-batches of like length, so that little is padded."""
+    lengths = tokens.prompt_lengths + tokens.response_mask.sum(dim=1)
+    return list(torch.argsort(lengths, stable=True).split(size))
+
+
+def run_trunk(model: nn.Module, tokens: Tokens, layers: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
+    """Last hidden states (B, L, D), and those of `layers` (indices into transformers' `hidden_states`)."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    trunk = getattr(base, base.base_model_prefix)
+    output = trunk(input_ids=tokens.input_ids, use_cache=False, output_hidden_states=bool(layers))
+    return output.last_hidden_state, [output.hidden_states[layer] for layer in layers]
+
+
+def token_logprobs(model: nn.Module, hidden: Tensor, tokens: Tokens, temperature: float) -> Tensor:
+    """(B, T) log pi of the sampled tokens at the sampling temperature, in fp32; zero where masked.
+
+    Logits are made only where a response token needs them."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    rows, steps = tokens.response_mask.nonzero(as_tuple=True)
+    predicting = hidden[rows, tokens.prompt_lengths[rows] + steps - 1]
+    logits = base.get_output_embeddings()(predicting).float() / temperature
+    chosen = logits.gather(1, tokens.response_ids[rows, steps].unsqueeze(1)).squeeze(1)
+    logprobs = torch.zeros_like(tokens.response_mask, dtype=torch.float32)
+    return logprobs.index_put((rows, steps), chosen - torch.logsumexp(logits, dim=1))
+
+
+def response_states(states: list[Tensor], tokens: Tokens) -> Tensor:
+    """(B, T, len(states) * D) fp32 hidden states of the response's own tokens; zero where masked."""
+    rows, steps = tokens.response_mask.nonzero(as_tuple=True)
+    taken = torch.cat([state[rows, tokens.prompt_lengths[rows] + steps] for state in states], dim=1).float()
+    result = taken.new_zeros(*tokens.response_mask.shape, taken.shape[1])
+    result[rows, steps] = taken
+    return result

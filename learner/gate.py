@@ -1,0 +1,189 @@
+"""May this candidate be promoted? Every rule that fails says so in a sentence.
+
+The judge is a head fitted on judge votes alone. A win on a prompt is the candidate's answer scoring above its
+opponent's (a draw is half). The interval is a bootstrap over prompts and over the judge's votes at once: each refit
+of the judge sees its own draw of conversations, and its win rate is taken over its own draw of prompts. An interval
+over prompts alone would take the judge's word for the truth.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from learner import heads as fitting
+from learner.heads import SignalTest, Votes
+from learner.reward_model import Standardiser
+from learner.rollout import Sample
+from learner.settings import GateSettings
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Share of held-out prompts on which the candidate wins, with its interval."""
+
+    rate: float
+    low: float
+    high: float
+    prompts: int
+
+    def __str__(self) -> str:
+        return f"{self.rate:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One head on all judge votes and K refits, in the coordinates of `basis`."""
+
+    standardise: Standardiser
+    basis: Tensor  # (F, P)
+    point: Tensor  # (1, P)
+    refits: Tensor  # (K, P)
+
+    def deltas(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+        """Score differences (1, N) and (K, N) of two answers (N, F) to each of N prompts."""
+        difference = (self.standardise(ours) - self.standardise(theirs)) @ self.basis
+        return self.point @ difference.T, self.refits @ difference.T
+
+
+def fit_judge(
+    features: Tensor,
+    votes: Votes,
+    standardise: Standardiser,
+    l2: float,
+    label_smoothing: float,
+    refits: int,
+    generator: torch.Generator,
+) -> Judge:
+    """From judge votes on answers with features (N, F)."""
+    standard = standardise(features)
+    basis = fitting.span_basis(standard[torch.cat([votes.a, votes.b, votes.response]).unique()])
+    reduced = standard @ basis
+    point = fitting.fit(reduced, votes, torch.tensor([l2]), label_smoothing)
+    many = fitting.bootstrap(reduced, votes, l2, label_smoothing, refits, generator)
+    return Judge(standardise, basis, point.weights, many.weights)
+
+
+def wins(delta: Tensor) -> Tensor:
+    """1 above zero, 0.5 at zero, 0 below."""
+    return (torch.sign(delta) + 1) / 2
+
+
+def win_rate(judge: Judge, ours: Tensor, theirs: Tensor, confidence: float, generator: torch.Generator) -> WinRate:
+    """Of answers `ours` over `theirs`, features (N, F) on the same N prompts."""
+    point, refits = judge.deltas(ours, theirs)
+    k, n = refits.shape
+    drawn = torch.randint(n, (k, n), generator=generator)
+    rates = wins(refits).gather(1, drawn).mean(dim=1)
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(rates, torch.tensor([tail, 1 - tail])).tolist()
+    return WinRate(float(wins(point).mean()), low, high, n)
+
+
+def length_matched(judge: Judge, ours: Tensor, theirs: Tensor, within: float = 0.25) -> tuple[float, int]:
+    """The point win rate over prompts where both lengths are alike (features' last entry is log length), and how many
+    those are; NaN for none."""
+    point, _ = judge.deltas(ours, theirs)
+    alike = (ours[:, -1] - theirs[:, -1]).abs() <= torch.log1p(torch.tensor(within))
+    return float(wins(point)[0, alike].mean()), int(alike.sum())
+
+
+@dataclass(frozen=True)
+class Health:
+    """How answers look, whoever likes them. Lengths in tokens."""
+
+    length: float
+    empty: float
+    ended: float
+    repetition: float
+
+
+def health(samples: list[Sample]) -> Health:
+    """Means over the samples."""
+    n = len(samples)
+    return Health(
+        length=sum(len(s.token_ids) for s in samples) / n,
+        empty=sum(not s.text.strip() for s in samples) / n,
+        ended=sum(s.ended for s in samples) / n,
+        repetition=sum(repetition(s.token_ids) for s in samples) / n,
+    )
+
+
+def repetition(token_ids: list[int], n: int = 4) -> float:
+    """The share of n-grams that occurred before in the same answer."""
+    grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one candidate on the held-out prompts."""
+
+    step: int
+    kl: float
+    against_incumbent: WinRate
+    against_reference: WinRate
+    # The training reward model's own opinion against the incumbent: far above the judge's, it was over-optimised.
+    trained_rate: float
+    matched_rate: float
+    matched_prompts: int
+    health: Health
+
+    @property
+    def gap(self) -> float:
+        return self.trained_rate - self.against_incumbent.rate
+
+    @property
+    def low(self) -> float:
+        """The weaker of the two lower bounds."""
+        return min(self.against_incumbent.low, self.against_reference.low)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The candidate that was chosen, and every rule that it broke."""
+
+    chosen: Figures
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def promoted(self) -> bool:
+        return not self.reasons
+
+
+def broken_rules(figures: Figures, incumbent: Health, kl_budget: float, settings: GateSettings) -> list[str]:
+    """The candidate's own rules, a sentence for each that is broken."""
+    reasons = []
+    for name, rate in (("the incumbent", figures.against_incumbent), ("the reference", figures.against_reference)):
+        if not rate.low > 0.5:
+            reasons.append(f"The win rate against {name} may be chance: {rate}.")
+    if figures.kl > kl_budget:
+        reasons.append(f"The sequence KL of {figures.kl:.1f} nats is over the budget of {kl_budget:g}.")
+    low, high = settings.length_range
+    share = figures.health.length / incumbent.length
+    if not low <= share <= high:
+        reasons.append(f"Answers are {share:.2f} times as long as the incumbent's, outside {low:g} to {high:g}.")
+    if figures.health.empty > incumbent.empty + settings.empty_margin:
+        reasons.append(f"{figures.health.empty:.0%} of the answers are empty (incumbent: {incumbent.empty:.0%}).")
+    if figures.health.repetition > incumbent.repetition + settings.repetition_margin:
+        reasons.append(
+            f"{figures.health.repetition:.0%} of the 4-grams are repeated (incumbent: {incumbent.repetition:.0%})."
+        )
+    return reasons
+
+
+def decide(
+    candidates: list[Figures], signal: SignalTest, incumbent: Health, kl_budget: float, settings: GateSettings
+) -> Verdict:
+    """The best candidate by its weaker lower bound, among those that break the fewest rules, and what still stands
+    against it."""
+    rules = {figures.step: broken_rules(figures, incumbent, kl_budget, settings) for figures in candidates}
+    chosen = min(candidates, key=lambda figures: (len(rules[figures.step]), -figures.low))
+    reasons = list(rules[chosen.step])
+    if not signal.p_value < settings.signal_p:
+        reasons.insert(
+            0,
+            f"The votes carry no clear signal: their accuracy is {signal.accuracy:.2f} where shuffled votes give "
+            f"{signal.null_accuracy:.2f} (p = {signal.p_value:.3f}).",
+        )
+    return Verdict(chosen, reasons)

@@ -1,0 +1,59 @@
+"""One learner at a time: the lease `learner`, renewed by a thread until the block ends.
+
+A learner that was killed keeps others out for `seconds` at most, so the next one waits that long before it gives up.
+One that was stopped for longer and comes back finds its writes fenced off.
+"""
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from server.errors import ServiceError
+from server.records import Lease
+from server.store import FeedbackStore
+
+NAME = "learner"
+
+
+@contextmanager
+def learner_lease(store: FeedbackStore, data_dir: Path, seconds: float) -> Iterator[Lease | None]:
+    """The lease, or None where another learner holds it."""
+    holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+    lease = _acquire(store, holder, seconds)
+    if lease is None:
+        yield None
+        return
+    stop = threading.Event()
+    thread = threading.Thread(target=_renew, args=(data_dir, lease, seconds, stop), daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        stop.set()
+        thread.join()
+        store.registry.release_lease(lease)
+
+
+def _acquire(store: FeedbackStore, holder: str, seconds: float) -> Lease | None:
+    deadline = time.monotonic() + seconds + 1
+    while (lease := store.registry.acquire_lease(NAME, holder, seconds)) is None:
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.5)
+    return lease
+
+
+def _renew(data_dir: Path, lease: Lease, seconds: float, stop: threading.Event) -> None:
+    store = FeedbackStore.open(data_dir)  # A connection belongs to one thread.
+    try:
+        while not stop.wait(seconds / 3):
+            store.registry.renew_lease(lease, seconds)
+    except ServiceError:
+        return  # Lost: the round's next write is refused and says so.
+    finally:
+        store.close()

@@ -1,0 +1,119 @@
+"""The policy in training, its frozen reference, and the weights an engine gets of it.
+
+LoRA: adapters on the reference, so the reference is "adapters off"; the base must therefore be the reference itself.
+Full: two copies. Trainable parameters in bfloat16 are stepped through float32 masters (`learner.ppo.Adam`).
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learner.settings import PPOSettings
+
+
+class Policy:
+    """`model` is trained; `reference()` gives the frozen one."""
+
+    def __init__(self, model: Any, reference: Any | None) -> None:
+        self.model = model.eval()  # Dropout stays off: log-probabilities must be those of the sampling policy.
+        self._reference = reference.eval() if reference is not None else None
+
+    @classmethod
+    def create(cls, reference: Path, settings: PPOSettings, device: torch.device) -> "Policy":
+        """A policy equal to the reference in `reference`, a Hugging Face directory."""
+        from transformers import AutoModelForCausalLM
+
+        dtype = getattr(torch, settings.dtype)
+        base = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
+        if settings.train == "full":
+            frozen = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
+            return cls(base, frozen.requires_grad_(False))
+        return cls(lora(base, settings.lora_rank, settings.lora_alpha), None)
+
+    def load(self, directory: Path) -> None:
+        """Takes the weights of a saved version: an adapter for LoRA, all weights for full."""
+        from safetensors.torch import load_file
+
+        if self._reference is None:
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, load_file(directory / "adapter_model.safetensors"))
+            return
+        state: dict[str, Tensor] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            state.update(load_file(path))
+        self.model.load_state_dict(state, strict=False)
+
+    def save(self, directory: Path) -> None:
+        """PEFT or Hugging Face layout, safetensors."""
+        if self._reference is None:
+            # An adapter is found by its manifest's base version; a path would name this machine's.
+            self.model.peft_config["default"].base_model_name_or_path = None
+            self.model.save_pretrained(directory)
+            (directory / "README.md").unlink(missing_ok=True)
+            return
+        weights = {name: tensor.contiguous() for name, tensor in self.engine_weights()}
+        self.model.save_pretrained(directory, state_dict=weights)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def reference(self) -> AbstractContextManager[Any]:
+        """The frozen reference, for the time of the context."""
+        if self._reference is not None:
+            return nullcontext(self._reference)
+        return _AdaptersOff(self.model)
+
+    def engine_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its checkpoint name, adapters merged in float32, cast to bfloat16: the same arithmetic by
+        which a server derives what it serves."""
+        return merged_weights(self.model)
+
+    def reference_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As `engine_weights`, of the reference."""
+        return merged_weights(self._reference if self._reference is not None else self.model, adapters=False)
+
+
+class _AdaptersOff(AbstractContextManager[Any]):
+    def __init__(self, model: Any) -> None:
+        self._model, self._context = model, model.disable_adapter()
+
+    def __enter__(self) -> Any:
+        self._context.__enter__()
+        return self._model
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+def lora(base: Any, rank: int, alpha: int) -> Any:
+    """`base` with fresh adapters on every linear layer but the output's. Adapters stay float32, so that small steps
+    are not rounded away."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
+
+
+@torch.no_grad()
+def merged_weights(model: Any, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, bfloat16 tensor) of a Hugging Face model, bare or with PEFT adapters. A tied output matrix is
+    left out: it is the embedding's."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = dict(base.named_modules())
+    tied = set(getattr(base, "_tied_weights_keys", None) or ()) if base.config.tie_word_embeddings else set()
+    for name, tensor in base.state_dict().items():
+        if ".lora_" in name or name in tied:
+            continue
+        if ".base_layer." not in name:
+            yield name, tensor.to(torch.bfloat16)
+            continue
+        owner, _, leaf = name.partition(".base_layer.")
+        if adapters and leaf == "weight":
+            tensor = tensor.float() + modules[owner].get_delta_weight("default").float()
+        yield f"{owner}.{leaf}", tensor.to(torch.bfloat16)

@@ -1,0 +1,55 @@
+"""The closing table of a round."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from learner.round import Report
+
+
+def rows(report: Report) -> Iterator[tuple[str, str]]:
+    """(figure, value), in the order of the stages; only what the round got to."""
+    m = report.metrics
+    if votes := m.get("votes"):
+        kinds = ", ".join(f"{votes[kind]} {kind}" for kind in ("choices", "thumbs", "corrections"))
+        yield "votes used", f"{kinds} ({votes['train']} train, {votes['judge']} judge)"
+    if signal := m.get("signal"):
+        accuracy, null = _two(signal["accuracy"]), _two(signal["null_accuracy"])
+        yield "signal", f"accuracy {accuracy}, of shuffled votes {null}, p = {signal['p_value']:.3f}"
+    if rm := m.get("reward_model"):
+        yield "reward model, held out", f"accuracy {_two(rm['accuracy'])} (longer wins: {_two(rm['longer_wins'])})"
+        yield "", f"NLL {_two(rm['nll'])}, ECE {_two(rm['ece'])}"
+    if steps := m.get("ppo", {}).get("steps"):
+        yield "reward", f"{steps[0]['score']:+.2f} -> {steps[-1]['score']:+.2f} in {len(steps)} steps"
+    if gate := m.get("gate"):
+        chosen = gate["chosen"]
+        yield "candidate", f"step {chosen['step']} of {[c['step'] for c in gate['candidates']]}"
+        yield "KL", f"{chosen['kl']:.1f} nats a response to the reference"
+        yield "win rate", f"{_interval(chosen['against_incumbent'])} against the incumbent, {report.incumbent_version}"
+        yield "", f"{_interval(chosen['against_reference'])} against the reference"
+        yield "answer length", f"{gate['incumbent_health']['length']:.0f} -> {chosen['health']['length']:.0f} tokens"
+    if seconds := m.get("seconds"):
+        yield "seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+        yield "in all", f"{sum(seconds.values()):.0f} s"
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The table, then the outcome in a sentence."""
+    if figures := list(rows(report)):
+        table = Table(title=f"round {report.round_id}", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, value in figures:
+            table.add_row(name, value)
+        console.print(table, highlight=False)
+    console.print(report.sentence, highlight=False, soft_wrap=True)
+
+
+def _two(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
+
+
+def _interval(rate: dict[str, Any]) -> str:
+    return f"{rate['rate']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"

@@ -1,0 +1,159 @@
+"""The reward model: one linear head on frozen reference features, standardised on reference answers.
+
+Few votes cannot teach a network, but they can teach a head; so each round refits `weights` from nothing, on all
+training votes, and the backbone stays the reference. The score of an answer is ((features - mean) * scale) @ weights
++ bias, mean 0 and sd 1 over reference answers; `low` and `high` are the scores that voted answers reached, beyond
+which nobody said anything. The thumb bars move along with every shift, so a thumb's probability stays what it was.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from learner import heads as fitting
+from learner.heads import Heads, HeldOut, Votes
+from learner.settings import RewardSettings
+
+WEIGHTS, DESCRIPTION = "head.safetensors", "reward_model.json"
+
+
+@dataclass(frozen=True)
+class Standardiser:
+    """(F,) mean and scale that bring features to comparable size: each layer and the length have variance 1 in sum."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean) * self.scale
+
+
+def standardiser(features: Tensor, layers: int) -> Standardiser:
+    """From features (N, F) of answers: `layers` blocks of equal width, then the length as a block of its own.
+
+    All layers together weigh as much as the length alone, which is the one feature that never needs many votes."""
+    mean, sd = features.mean(dim=0), features.std(dim=0)
+    scale = 1 / (sd + 1e-4 * sd.mean())
+    scale[:-1] /= (len(scale) - 1) ** 0.5
+    # A set of answers that all have one length says nothing about length.
+    scale[-1] = 1 / sd[-1] if sd[-1] > 1e-3 else 0.0
+    return Standardiser(mean, scale)
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A fitted score; all tensors float32 on the CPU."""
+
+    layers: tuple[int, ...]
+    standardiser: Standardiser
+    weights: Tensor  # (F,)
+    bias: float
+    low: float
+    high: float
+    thumb_bar: float
+    bad_bar: float
+    eta: float
+    l2: float
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(N,) unclipped scores of features (N, F)."""
+        return self.standardiser(features) @ self.weights + self.bias
+
+    def clipped(self, scores: Tensor) -> Tensor:
+        """Scores within the range that votes covered."""
+        return scores.clamp(self.low, self.high)
+
+    def save(self, directory: Path) -> None:
+        save_file(
+            {
+                "mean": self.standardiser.mean.contiguous(),
+                "scale": self.standardiser.scale.contiguous(),
+                "weights": self.weights.contiguous(),
+            },
+            directory / WEIGHTS,
+        )
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        (directory / DESCRIPTION).write_text(json.dumps({"layers": self.layers, **numbers}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> "RewardModel":
+        tensors = load_file(directory / WEIGHTS)
+        numbers = json.loads((directory / DESCRIPTION).read_text())
+        layers = tuple(numbers.pop("layers"))
+        return cls(layers, Standardiser(tensors["mean"], tensors["scale"]), tensors["weights"], **numbers)
+
+
+def fit_reward_model(
+    features: Tensor, votes: Votes, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
+) -> RewardModel:
+    """The score that `votes` ask for, on features (N, F) of the answers; its penalty chosen by cross-validation."""
+    voted = torch.cat([votes.a, votes.b, votes.response]).unique()
+    scaling = standardiser(features[voted], len(layers))
+    standard = scaling(features)
+    basis = fitting.span_basis(standard[voted])
+    reduced = standard @ basis
+    l2 = choose_l2(reduced, votes, settings, generator)
+    head = fitting.fit(reduced, votes, torch.tensor([l2]), settings.label_smoothing)
+    weights = basis @ head.weights[0]
+    scores = standard[voted] @ weights
+    return RewardModel(
+        layers=layers,
+        standardiser=scaling,
+        weights=weights,
+        bias=0.0,
+        low=float(scores.min()),
+        high=float(scores.max()),
+        thumb_bar=float(head.thumb_bar),
+        bad_bar=float(head.bad_bar),
+        eta=float(head.eta()),
+        l2=l2,
+    )
+
+
+def choose_l2(features: Tensor, votes: Votes, settings: RewardSettings, generator: torch.Generator) -> float:
+    """The penalty of the lowest cross-validated NLL, averaged over several ways to make folds."""
+    grid = torch.tensor(settings.l2_grid)
+    folds = min(settings.folds, votes.groups)
+    nll = torch.stack(
+        [
+            fitting.cross_validate(
+                features, votes, grid, settings.label_smoothing, fitting.fold_of(votes, folds, generator)
+            ).nll
+            for _ in range(settings.fold_repeats)
+        ]
+    )
+    return settings.l2_grid[int(nll.mean(dim=0).argmin())]
+
+
+def standardise(model: RewardModel, reference_features: Tensor) -> RewardModel:
+    """The same model with scores of mean 0 and sd 1 over `reference_features` (N, F); everything on the score's scale
+    moves along."""
+    scores = model.scores(reference_features)
+    mean, sd = float(scores.mean()), float(scores.std())
+    if not sd > 0:
+        raise ValueError("The reward model gives every reference answer the same score.")
+
+    def moved(x: float) -> float:
+        return (x - mean) / sd
+
+    return replace(
+        model,
+        weights=model.weights / sd,
+        bias=moved(model.bias),
+        low=moved(model.low),
+        high=moved(model.high),
+        thumb_bar=moved(model.thumb_bar),
+        bad_bar=moved(model.bad_bar),
+        eta=model.eta / sd,
+    )
+
+
+def evaluate(model: RewardModel, features: Tensor, votes: Votes) -> HeldOut:
+    """How the model's unstandardised head does on votes it was not fitted on; the last feature is log length."""
+    nothing = torch.zeros(1)
+    as_head = Heads(model.weights[None], nothing, nothing, nothing, nothing, torch.zeros(1, votes.users))
+    return fitting.held_out(as_head, model.standardiser(features), votes, features[:, -1])

@@ -1,0 +1,137 @@
+"""Rollouts: responses sampled by vLLM in the learner's own process, from weights pushed in memory.
+
+What was sampled is trained on: token ids as vLLM drew them (never text tokenised again), with the log-probabilities it
+drew them by (`processed_logprobs`: at the service temperature; the default is raw, at temperature 1). top_p is 1 and
+top_k off, since either would make the ratios wrong. `push` empties the prefix cache: its keys and values belong to
+the old weights.
+"""
+
+import gc
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner.forward import Tokens, to_tokens
+from learner.settings import LearnerSettings
+from server.records import Prompt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response. `logprobs` are mu's: the engine's own."""
+
+    prompt: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended it, rather than the length limit."""
+        return self.finish_reason == "stop"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A sampled batch: `tokens` of B responses, behavior_logprobs (B, T), `ended` (B,)."""
+
+    samples: list[Sample]
+    tokens: Tokens
+    behavior_logprobs: Tensor
+    ended: Tensor
+
+
+def to_rollout(samples: list[Sample]) -> Rollout:
+    """Pads samples to tensors."""
+    tokens = to_tokens([s.prompt for s in samples], [s.token_ids for s in samples])
+    behavior_logprobs = torch.zeros(tokens.response_mask.shape)
+    for row, sample in enumerate(samples):
+        behavior_logprobs[row, : len(sample.logprobs)] = torch.tensor(sample.logprobs)
+    return Rollout(samples, tokens, behavior_logprobs, torch.tensor([s.ended for s in samples]))
+
+
+def set_environment(settings: LearnerSettings) -> None:
+    """vLLM and OpenMP read these once, at import. What the operator set stays."""
+    cores = settings.cpu_threads
+    if cores == "auto":
+        cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": cores,
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+class Engine:
+    """vLLM on the reference's directory; `push` gives it other weights. Call `close` when done."""
+
+    def __init__(self, directory: Path, settings: LearnerSettings, max_model_len: int) -> None:
+        set_environment(settings)
+        from vllm import LLM
+
+        self._temperature = settings.service_temperature
+        self._llm: Any = LLM(
+            model=str(directory),
+            dtype="bfloat16",
+            max_model_len=max_model_len,
+            max_num_seqs=64,
+            gpu_memory_utilization=settings.gpu_memory_share,
+            # A round samples some dozens of batches: compiling would cost more than it saves.
+            enforce_eager=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            distributed_executor_backend="uni",
+            disable_log_stats=True,
+            seed=settings.seed,
+        )
+
+    def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Replaces all weights (checkpoint names, bfloat16) and forgets every cached prefix."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("The engine kept cached prefixes of the old weights.")
+
+    def sample(self, prompts: list[Prompt], seed: int) -> list[Sample]:
+        """One response to each prompt, as long as people were shown (the prompt's logged max_tokens)."""
+        from vllm import SamplingParams
+
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
+            [
+                SamplingParams(
+                    temperature=self._temperature,
+                    top_p=1.0,
+                    top_k=0,
+                    max_tokens=prompt.max_tokens,
+                    logprobs=0,
+                    seed=seed * 100_003 + number,
+                )
+                for number, prompt in enumerate(prompts)
+            ],
+            use_tqdm=False,
+        )
+        return [_sample(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)]
+
+    def close(self) -> None:
+        """Frees the engine's memory."""
+        del self._llm
+        gc.collect()
+
+
+def _sample(prompt: Prompt, output: Any) -> Sample:
+    token_ids = list(output.token_ids)
+    logprobs = [entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)]
+    return Sample(prompt.token_ids, token_ids, logprobs, output.text, output.finish_reason)

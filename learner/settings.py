@@ -1,0 +1,146 @@
+"""The learner's settings: flags over `PREFLOOP_*` variables over one TOML file over these defaults.
+
+Names shared with the server (`data_dir`, `service_temperature`, ...) are the server's too; the rest stands in tables:
+`[reward]`, `[ppo]`, `[gate]`, in variables `PREFLOOP_PPO__STEPS=12`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+CONFIG_FILE = "prefloop.toml"
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class RewardSettings(BaseModel):
+    """How votes become a score."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[int, ...] = Field(
+        (), description="Hidden states to pool; empty: five, evenly spaced, the last among them."
+    )
+    l2_grid: tuple[Positive, ...] = Field((0.3, 1.0, 3.0, 10.0, 30.0), description="Penalties to choose from.")
+    label_smoothing: Share = Field(0.05, description="The share of votes taken to say the opposite of what was meant.")
+    folds: int = Field(5, ge=2, description="Folds of the cross-validation, by conversation.")
+    fold_repeats: int = Field(
+        4, ge=1, description="How often the penalty's choice is cross-validated anew and averaged."
+    )
+    signal_l2: Positive = Field(1.0, description="The signal test's penalty, fixed.")
+    signal_folds: int = Field(10, ge=2, description="The signal test's folds.")
+    signal_repeats: int = Field(2, ge=1, description="How often the signal test makes folds anew; it averages.")
+    permutations: int = Field(199, ge=19, description="Shuffles of the signal test; its smallest p is 1 / (1 + this).")
+    half_life_days: Positive = Field(90.0, description="A vote this old counts half.")
+    age_floor: Share = Field(0.1, description="No vote counts less than this for its age.")
+    user_share: Share = Field(0.05, description="No user has more of the total weight, where there are enough users.")
+    reference_answers: int = Field(64, ge=8, description="Answers of the reference that scores are standardised on.")
+
+
+class PPOSettings(BaseModel):
+    """How the policy is improved."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: Literal["lora", "full"] = Field("lora", description="Train adapters on the reference, or all weights.")
+    start_from: Literal["reference", "incumbent"] = Field(
+        "reference", description="Where a round begins; from the reference no drift is carried from round to round."
+    )
+    lora_rank: int = Field(16, ge=1, description="Rank of the adapters, on every linear layer.")
+    lora_alpha: int = Field(32, ge=1, description="Adapters are scaled by this over their rank.")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="The trunk's precision; heads are float32.")
+    steps: int = Field(12, ge=1, description="Rollout batches at most.")
+    episodes: int = Field(32, ge=2, description="Responses in a rollout batch.")
+    epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
+    minibatches: int = Field(2, ge=1, description="Optimiser steps in each pass.")
+    micro_batch: int = Field(8, ge=1, description="Responses in one forward pass; changes speed and memory alone.")
+    learning_rate: Positive = Field(2e-4, description="Adam's, for the policy.")
+    critic_learning_rate: Positive = Field(1e-3, description="Adam's, for the value head.")
+    adam_epsilon: Positive = Field(1e-5, description="Adam's epsilon.")
+    max_grad_norm: Positive = Field(1.0, description="Gradients are scaled down to this norm.")
+    gamma: Share = Field(1.0, description="Discount per token.")
+    gae_lambda: Share = Field(0.95, description="Bias against variance in the advantages.")
+    clip_range: Positive = Field(0.2, description="The ratio's clip.")
+    dual_clip: float = Field(3.0, gt=1, description="Bound on the loss of bad tokens that became likelier.")
+    value_clip: Positive = Field(0.2, description="The values' clip.")
+    vf_coef: Positive = Field(0.1, description="Weight of the value loss.")
+    kl_coef: float = Field(0.2, ge=0, description="The KL penalty's first weight.")
+    kl_target: Positive = Field(3.5, description="Sequence KL in nats that the penalty is steered to.")
+    kl_horizon: Positive = Field(64.0, description="Episodes over which the penalty is steered.")
+    kl_budget: Positive = Field(6.0, description="Sequence KL in nats at which the round stops training.")
+    approx_kl_stop: Positive = Field(0.02, description="KL a token from the rollout's policy at which an update stops.")
+    importance_cap: Positive = Field(2.0, description="Cap of the trainer / engine importance weights.")
+    missing_eos_score: float | None = Field(
+        None, description="Replaces the score of an answer without EOS; off by default."
+    )
+    save_every: int = Field(1, ge=1, description="Steps between candidates.")
+    mismatch_limit: Positive = Field(
+        0.35, description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights."
+    )
+
+
+class GateSettings(BaseModel):
+    """What a candidate must show."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    judge_share: float = Field(0.4, gt=0, lt=1, description="Share of conversations whose votes judge and never train.")
+    refits: int = Field(500, ge=100, description="Bootstrap refits of the judge.")
+    prompts: int = Field(64, ge=8, description="Held-out prompts at most.")
+    candidates: int = Field(4, ge=1, description="Candidates at most, the latest within the KL budget first.")
+    signal_p: Share = Field(0.05, description="The signal test's level.")
+    confidence: float = Field(
+        0.9, gt=0.5, lt=1, description="Of the win rate's two-sided interval; at 0.9 its lower end is a 95 % bound."
+    )
+    length_range: tuple[float, float] = Field((0.25, 2.0), description="Mean length, in the incumbent's.")
+    empty_margin: Share = Field(0.05, description="How much more often than the incumbent's an answer may be empty.")
+    repetition_margin: Share = Field(0.15, description="How much more than the incumbent it may repeat its 4-grams.")
+
+
+class LearnerSettings(BaseSettings):
+    """Validated once, at start. The TOML file is shared with the server, so unknown keys are its own."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PREFLOOP_", env_nested_delimiter="__", toml_file=CONFIG_FILE, extra="ignore", frozen=True
+    )
+
+    data_dir: Path = Field(Path("data"), description="Everything that is kept: the database and the policies.")
+    service_temperature: float = Field(
+        0.85, gt=0, le=2, description="Chat's default temperature: rollouts and gate use it."
+    )
+    max_model_len: int = Field(
+        2048, ge=64, description="Tokens of a prompt and its answer together; longer prompts are left out."
+    )
+    kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a CPU.")
+    gpu_memory_share: float = Field(0.3, gt=0, le=1, description="Share of the GPU's memory for the learner's engine.")
+    cpu_threads: str = Field(
+        "auto", description="Cores of the engine on a CPU, as `0-1`, `nobind`, or `auto`: every core we may use."
+    )
+    min_votes: int = Field(40, ge=1, description="Fewer votes start no round.")
+    seed: int = Field(0, ge=0, description="Of every random draw.")
+    lease_seconds: Positive = Field(30.0, description="How long a killed learner keeps others out.")
+    load_timeout_seconds: Positive = Field(
+        120.0, description="How long to wait for a live server to load a new version."
+    )
+    schedule_cron: str = Field("0 3 * * *", description="When `learner schedule` starts a round.")
+    reward: RewardSettings = Field(default_factory=RewardSettings, description="How votes become a score.")
+    ppo: PPOSettings = Field(default_factory=PPOSettings, description="How the policy is improved.")
+    gate: GateSettings = Field(default_factory=GateSettings, description="What a candidate must show.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @classmethod
+    def load(cls, **flags: Any) -> "LearnerSettings":
+        """The settings; a flag that is None was not given. Raises pydantic.ValidationError."""
+        return cls(**{name: value for name, value in flags.items() if value is not None})

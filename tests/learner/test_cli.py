@@ -1,0 +1,99 @@
+"""The command: fast to ask, sentences instead of stack traces, JSON for programs."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import learner.schedule
+from learner.cli import app
+from learner.rollout import Sample, to_rollout
+from learner.settings import LearnerSettings
+
+runner = CliRunner()
+
+
+def test_help_is_fast() -> None:
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "learner.cli", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in ("run-once", "status", "schedule"))
+    # Under a second on an idle machine; the limit leaves room for a busy one.
+    assert time.monotonic() - started < 5
+
+
+def test_run_once_without_data_ends_well(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["run-once", "--data-dir", str(tmp_path / "none"), "--json"])
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["state"] == "nothing"
+    assert "no data" in report["sentence"]
+
+
+def test_status_without_data(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["status", "--data-dir", str(tmp_path / "none")])
+    assert result.exit_code == 0
+    assert "there is no data" in result.stdout
+
+
+def test_a_bad_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PREFLOOP_PPO__STEPS", "none")
+    result = runner.invoke(app, ["status", "--data-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "ppo.steps is not valid" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_bad_cron_line_is_one_sentence(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["schedule", "--data-dir", str(tmp_path), "--cron", "now and then"])
+    assert result.exit_code == 1
+    assert "is not a cron line" in result.output
+
+
+def test_settings_flags_over_variables_over_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prefloop.toml").write_text(
+        'host = "0.0.0.0"\nmin_votes = 7\nseed = 1\n[ppo]\nsteps = 3\nepisodes = 16\n[gate]\nprompts = 20\n'
+    )
+    monkeypatch.setenv("PREFLOOP_SEED", "2")
+    monkeypatch.setenv("PREFLOOP_PPO__STEPS", "4")
+    settings = LearnerSettings.load(data_dir=Path("x"), ppo={"train": "full"}, min_votes=None)
+    assert (settings.min_votes, settings.seed, settings.gate.prompts) == (7, 2, 20)
+    # A table is merged, key by key.
+    assert (settings.ppo.steps, settings.ppo.episodes, settings.ppo.train) == (4, 16, "full")
+
+
+def test_settings_survive_a_round_trip_through_the_store() -> None:
+    settings = LearnerSettings(seed=3, ppo={"missing_eos_score": -1.0})
+    stored = json.loads(json.dumps(settings.model_dump(mode="json", exclude={"data_dir"})))
+    assert LearnerSettings(**stored, data_dir=settings.data_dir) == settings
+
+
+def test_each_setting_says_what_it_is() -> None:
+    for model in (LearnerSettings, *(f.annotation for f in LearnerSettings.model_fields.values())):
+        for name, field in getattr(model, "model_fields", {}).items():
+            assert field.description, f"{model} {name}"
+
+
+def test_the_schedule_starts_a_round_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(learner.schedule.subprocess, "run", run)
+    assert learner.schedule.run_round(Path("somewhere")) == 3
+    assert started == [[sys.executable, "-m", "learner.cli", "run-once", "--data-dir", "somewhere"]]
+
+
+def test_a_rollout_pads_what_was_sampled() -> None:
+    rollout = to_rollout(
+        [Sample([5, 6], [7, 2], [-0.5, -1.0], "a", "stop"), Sample([5], [8, 9, 9], [-1.0, -2.0, -3.0], "b", "length")]
+    )
+    assert rollout.tokens.input_ids.tolist() == [[5, 6, 7, 2], [5, 8, 9, 9]]
+    assert rollout.behavior_logprobs.tolist() == [[-0.5, -1.0, 0.0], [-1.0, -2.0, -3.0]]
+    assert rollout.ended.tolist() == [True, False]

@@ -1,0 +1,111 @@
+"""Teacher-forced passes: the right token at the right place, whatever stands beside it in the batch."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from learner.features import FeatureCache, default_layers, extract, pool, pool_prefixes
+from learner.forward import micro_batches, response_states, run_trunk, to_tokens, token_logprobs
+from tests.learner.conftest import EOS
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, EOS, 13]]
+RESPONSES = [[20, 21, EOS], [22, EOS, 23, 24], [25]]
+
+
+def logprobs(
+    model: Any, prompts: list[list[int]], responses: list[list[int]], temperature: float = 1.0
+) -> torch.Tensor:
+    tokens = to_tokens(prompts, responses)
+    with torch.no_grad():
+        return token_logprobs(model, run_trunk(model, tokens)[0], tokens, temperature)
+
+
+def one_by_one(model: Any, prompt: list[int], response: list[int], temperature: float) -> list[float]:
+    """The definition: at each step the whole model on what came before, unpadded."""
+    found = []
+    for step, token in enumerate(response):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response[:step]])).logits[0, -1] / temperature
+        found.append(logits.log_softmax(0)[token].item())
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_each_token_given_what_came_before(model: Any, temperature: float) -> None:
+    found = logprobs(model, PROMPTS, RESPONSES, temperature)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        assert found[row, : len(response)].tolist() == pytest.approx(
+            one_by_one(model, prompt, response, temperature), abs=1e-5
+        )
+        assert not found[row, len(response) :].any()
+
+
+def test_a_real_eos_counts_though_it_equals_the_pad_id(model: Any) -> None:
+    tokens = to_tokens(PROMPTS, RESPONSES)
+    assert tokens.response_mask.sum(dim=1).tolist() == [3, 4, 1]
+    assert logprobs(model, PROMPTS, RESPONSES)[0, 2] < 0
+
+
+def test_order_and_company_do_not_matter(model: Any) -> None:
+    together = logprobs(model, PROMPTS, RESPONSES)
+    order = [2, 0, 1]
+    shuffled = logprobs(model, [PROMPTS[i] for i in order], [RESPONSES[i] for i in order])
+    assert torch.allclose(shuffled, together[order], atol=1e-5)
+    alone = logprobs(model, PROMPTS[:1], RESPONSES[:1])
+    assert torch.allclose(alone[0], together[0, :3], atol=1e-5)
+
+
+def test_cut_rows_are_the_same_rows(model: Any) -> None:
+    tokens = to_tokens(PROMPTS, RESPONSES)
+    part = tokens[torch.tensor([2, 0])]
+    assert part.input_ids.shape == (2, 7)
+    assert part.response_ids.shape == (2, 3)
+    with torch.no_grad():
+        found = token_logprobs(model, run_trunk(model, part)[0], part, 1.0)
+    assert torch.allclose(found, logprobs(model, PROMPTS, RESPONSES)[[2, 0], :3], atol=1e-5)
+
+
+def test_micro_batches_hold_every_row_once() -> None:
+    rows = torch.cat(micro_batches(to_tokens(PROMPTS, RESPONSES), 2))
+    assert sorted(rows.tolist()) == [0, 1, 2]
+
+
+def test_features_are_the_mean_over_the_responses_own_tokens(model: Any) -> None:
+    layers = default_layers(3)
+    features = extract(model, to_tokens(PROMPTS, RESPONSES), layers, 2, lambda n: None)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        with torch.no_grad():
+            states = model.model(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states
+        expected = torch.cat([states[layer][0, len(prompt) :].mean(dim=0) for layer in layers])
+        assert torch.allclose(features[row, :-1], expected, atol=1e-5)
+        assert features[row, -1].item() == pytest.approx(torch.tensor(float(len(response))).log().item())
+
+
+def test_prefix_features_end_where_the_whole_answers_begin() -> None:
+    states = torch.tensor([[[1.0], [3.0], [8.0]]])
+    prefixes, counts = pool_prefixes(states)
+    assert prefixes.flatten().tolist() == [0.0, 1.0, 2.0]
+    assert counts.tolist() == [0, 1, 2]
+    pooled = pool(states, torch.ones(1, 3, dtype=torch.bool))
+    assert pooled[0].tolist() == pytest.approx([4.0, 1.098612], abs=1e-6)
+
+
+def test_response_states_stand_at_the_token_itself(model: Any) -> None:
+    tokens = to_tokens([[5, 6]], [[7, 8]])
+    hidden = torch.arange(4.0).view(1, 4, 1)
+    assert response_states([hidden], tokens).flatten().tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(("hidden_layers", "expected"), [(30, (6, 12, 18, 24, 30)), (2, (1, 2)), (1, (1,))])
+def test_default_layers(hidden_layers: int, expected: tuple[int, ...]) -> None:
+    assert default_layers(hidden_layers) == expected
+
+
+def test_the_cache_computes_an_answer_once(model: Any, tmp_path: Any) -> None:
+    pairs = list(zip(PROMPTS, RESPONSES, strict=True))
+    cache = FeatureCache.open(tmp_path, "sha", (1, 3))
+    first = cache.get(pairs, model, (1, 3), 2, lambda n: None)
+    again = FeatureCache.open(tmp_path, "sha", (1, 3)).get(pairs[::-1], None, (1, 3), 2, lambda n: None)  # type: ignore[arg-type]
+    assert torch.equal(again.flip(0), first)
+    assert FeatureCache.open(tmp_path, "other", (1, 3))._known == {}

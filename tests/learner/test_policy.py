@@ -1,0 +1,159 @@
+"""The policy in training: it starts as its reference, PPO moves it the right way, and what an engine gets is it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from learner.forward import Tokens, run_trunk, to_tokens, token_logprobs
+from learner.policy import Policy
+from learner.ppo import Adam, Critic, Experience, Mismatch, ppo_update
+from learner.settings import PPOSettings
+from learner.training import check_push, check_start
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]]
+RESPONSES = [[20, 21, 2], [22, 23, 24, 25], [26, 2], [27]]
+
+
+def settings(**changes: Any) -> PPOSettings:
+    return PPOSettings(dtype="float32", lora_rank=4, epochs=1, micro_batch=2, learning_rate=1e-2, **changes)
+
+
+def experience(policy: Policy, advantages: torch.Tensor | None = None) -> Experience:
+    tokens = to_tokens(PROMPTS, RESPONSES)
+    old = logprobs_of(policy)(tokens).detach()
+    zeros = torch.zeros_like(old)
+    generator = torch.Generator().manual_seed(1)
+    if advantages is None:
+        advantages = torch.randn(old.shape, generator=generator)
+    return Experience(tokens, old, old, torch.randn(*old.shape, 3, generator=generator), zeros, advantages, zeros + 1)
+
+
+def logprobs_of(policy: Policy) -> Any:
+    def call(tokens: Tokens) -> torch.Tensor:
+        return token_logprobs(policy.model, run_trunk(policy.model, tokens)[0], tokens, 0.85)
+
+    return call
+
+
+def update(policy: Policy, ppo: PPOSettings, batch: Experience, epsilon: float = 1e-5) -> Any:
+    critic = Critic(torch.zeros(3))
+    optimizer = Adam([(policy.parameters, ppo.learning_rate), (list(critic.parameters()), 1e-3)], epsilon)
+    return ppo_update(logprobs_of(policy), critic, optimizer, batch, ppo, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_fresh_policy_is_its_reference_and_stays_apart_from_it(model_directory: Path, train: Any) -> None:
+    torch.manual_seed(0)
+    policy = Policy.create(model_directory, settings(train=train), CPU)
+    tokens = to_tokens(PROMPTS, RESPONSES)
+
+    def reference() -> torch.Tensor:
+        with policy.reference() as frozen, torch.no_grad():
+            return token_logprobs(frozen, run_trunk(frozen, tokens)[0], tokens, 0.85)
+
+    before = reference()
+    check_start(logprobs_of(policy)(tokens).detach(), before)
+    update(policy, settings(train=train), experience(policy))
+    assert torch.equal(reference(), before)
+    with pytest.raises(RuntimeError, match="differs from its reference"):
+        check_start(logprobs_of(policy)(tokens).detach(), before)
+
+
+def test_the_first_minibatch_has_ratio_one(model_directory: Path) -> None:
+    policy = Policy.create(model_directory, settings(), CPU)
+    stats = update(policy, settings(), experience(policy))
+    assert stats.first_ratio_error < 1e-6
+    assert stats.approx_kl < 1e-6
+    assert stats.clipfrac == 0
+
+
+def test_liked_tokens_become_likelier_and_disliked_ones_less(model_directory: Path) -> None:
+    policy = Policy.create(model_directory, settings(), CPU)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 4)
+    batch = experience(policy, advantages)
+    for _ in range(3):
+        update(policy, settings(), batch)
+    moved = (logprobs_of(policy)(batch.tokens).detach() - batch.old_logprobs).sum(dim=1)
+    assert (moved * advantages[:, 0] > 0).all()
+
+
+def test_micro_batches_do_not_change_the_update(model_directory: Path) -> None:
+    found = []
+    for size in (1, 2, 4):
+        torch.manual_seed(0)
+        policy = Policy.create(model_directory, settings(), CPU)
+        # With a large epsilon Adam steps by the gradient itself, not by its sign, which noise decides near zero.
+        update(policy, settings().model_copy(update={"micro_batch": size}), experience(policy), epsilon=1.0)
+        found.append(torch.cat([p.detach().flatten() for p in policy.parameters]))
+    assert torch.allclose(found[0], found[1], rtol=0, atol=1e-7)
+    assert torch.allclose(found[0], found[2], rtol=0, atol=1e-7)
+
+
+def test_an_update_stops_once_the_policy_moved_too_far(model_directory: Path) -> None:
+    policy = Policy.create(model_directory, settings(), CPU)
+    ppo = settings(approx_kl_stop=1e-6).model_copy(update={"epochs": 5})
+    assert update(policy, ppo, experience(policy)).optimizer_steps == 1
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_engine_gets_the_trained_weights_merged(model_directory: Path, train: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    policy = Policy.create(model_directory, settings(train=train), CPU)
+    update(policy, settings(train=train), experience(policy))
+    served = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    weights = {name: tensor.float() for name, tensor in policy.engine_weights()}
+    assert "lm_head.weight" not in weights  # tied to the embedding
+    assert not any("lora" in name or "base_layer" in name for name in weights)
+    missing, unexpected = served.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    tokens = to_tokens(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        found = token_logprobs(served, run_trunk(served, tokens)[0], tokens, 0.85)
+        expected = logprobs_of(policy)(tokens)
+    # As close as bfloat16 weights can be, and far closer than the reference is.
+    assert (found - expected).abs().max() < 0.1
+    frozen = dict(policy.reference_weights())
+    original = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(frozen[name], original[name]) for name in frozen)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_what_was_saved_loads_again(model_directory: Path, tmp_path: Path, train: Any) -> None:
+    policy = Policy.create(model_directory, settings(train=train), CPU)
+    update(policy, settings(train=train), experience(policy))
+    expected = dict(policy.engine_weights())
+    policy.save(tmp_path / "saved")
+    fresh = Policy.create(model_directory, settings(train=train), CPU)
+    fresh.load(tmp_path / "saved")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in fresh.engine_weights())
+    assert {path.suffix for path in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors"}
+
+
+def test_saving_does_not_change_what_trains_on(model_directory: Path, tmp_path: Path) -> None:
+    policy = Policy.create(model_directory, settings(train="full"), CPU)
+    before = [p.dtype for p in policy.parameters]
+    policy.save(tmp_path / "saved")
+    assert [p.dtype for p in policy.parameters] == before
+
+
+def test_a_saved_adapter_merges_to_what_the_engine_got(model_directory: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    policy = Policy.create(model_directory, settings(), CPU)
+    update(policy, settings(), experience(policy))
+    pushed = dict(policy.engine_weights())
+    policy.save(tmp_path / "saved")
+    base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, tmp_path / "saved").merge_and_unload().to(torch.bfloat16).state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in pushed.items())
+
+
+def test_a_push_that_did_not_land_is_noticed() -> None:
+    check_push(Mismatch(rms=0.1, kl=0.0, effective_share=1.0, outside=0.0), 0.35)
+    with pytest.raises(RuntimeError, match="does not sample from the weights"):
+        check_push(Mismatch(rms=0.5, kl=0.1, effective_share=0.8, outside=0.5), 0.35)

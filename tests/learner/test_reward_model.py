@@ -1,0 +1,88 @@
+"""The fitted score: standardised on reference answers, on disk and back, clipped to what votes covered."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from learner.heads import Votes
+from learner.likelihood import A, B
+from learner.reward_model import RewardModel, Standardiser, evaluate, fit_reward_model, standardise, standardiser
+from learner.settings import RewardSettings
+
+
+def model(**changes: object) -> RewardModel:
+    whole = RewardModel(
+        layers=(1, 2),
+        standardiser=Standardiser(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 1.0])),
+        weights=torch.tensor([1.0, -1.0]),
+        bias=0.5,
+        low=-3.0,
+        high=4.0,
+        thumb_bar=0.25,
+        bad_bar=-1.0,
+        eta=0.5,
+        l2=1.0,
+    )
+    return replace(whole, **changes)  # type: ignore[arg-type]
+
+
+def test_the_score_by_hand() -> None:
+    # (2 - 1) * 2 * 1 + 3 * -1 + 0.5
+    assert model().scores(torch.tensor([[2.0, 3.0]])).tolist() == [-0.5]
+    assert model().clipped(torch.tensor([-9.0, 1.0, 9.0])).tolist() == [-3.0, 1.0, 4.0]
+
+
+def test_standardised_scores_have_mean_0_and_sd_1_and_probabilities_stay() -> None:
+    features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    before, after = model(), standardise(model(), features)
+    scores = after.scores(features)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-5)
+    assert scores.std().item() == pytest.approx(1, abs=1e-5)
+    sd = before.scores(features).std().item()
+    for bar in ("thumb_bar", "bad_bar", "low", "high"):
+        margin = before.scores(features[:1]).item() - getattr(before, bar)
+        assert (after.scores(features[:1]).item() - getattr(after, bar)) * sd == pytest.approx(margin, abs=1e-4)
+    assert after.eta * sd == pytest.approx(before.eta)
+
+
+def test_a_constant_score_cannot_be_standardised() -> None:
+    with pytest.raises(ValueError, match="same score"):
+        standardise(model(weights=torch.zeros(2)), torch.randn(5, 2))
+
+
+def test_length_weighs_as_much_as_all_layers_together() -> None:
+    features = torch.randn(500, 9, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    standard = standardiser(features, layers=2)(features)
+    assert standard[:, :-1].square().sum(dim=1).mean().item() == pytest.approx(1, abs=0.01)
+    assert standard[:, -1].square().mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_equal_lengths_say_nothing() -> None:
+    features = torch.randn(50, 3)
+    features[:, -1] = 4.158883
+    assert not standardiser(features, layers=1)(features)[:, -1].any()
+
+
+def test_what_was_saved_loads_again(tmp_path: Path) -> None:
+    model().save(tmp_path)
+    loaded = RewardModel.load(tmp_path)
+    features = torch.randn(4, 2)
+    assert torch.equal(loaded.scores(features), model().scores(features))
+    assert (loaded.layers, loaded.low, loaded.eta) == ((1, 2), -3.0, 0.5)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_taste_is_learned_and_beats_length(make_votes: Callable[..., Votes]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 13, generator=generator)
+    better = (features[::2, 0] + features[::2, 1] > features[1::2, 0] + features[1::2, 1]).tolist()
+    pairs = [(2 * i, 2 * i + 1, A if won else B) for i, won in enumerate(better)]
+    train, held_out = make_votes(pairs[:120]), make_votes(pairs[120:])
+    fitted = fit_reward_model(features, train, (1,), RewardSettings(), generator)
+    figures = evaluate(fitted, features, held_out)
+    assert figures.accuracy > 0.8 > 0.65 > figures.longer_wins
+    scores = fitted.scores(features[:240])
+    assert (fitted.low, fitted.high) == (pytest.approx(scores.min().item()), pytest.approx(scores.max().item()))

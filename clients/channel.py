@@ -1,0 +1,62 @@
+"""How a client connects: keepalive that a standard gRPC server accepts, and retries only where they are safe.
+
+A vote is idempotent (it carries a `request_id`), so gRPC repeats it by itself while the server is away for a moment. A
+stream is never repeated: half of it was heard already, and the conversation can be fetched again instead.
+"""
+
+import ipaddress
+import json
+
+import grpc
+
+# Servers answer pings closer together than 5 minutes with GOAWAY; the 10 s on top keep clear of that edge.
+KEEPALIVE_SECONDS = 310
+# A vote is tried 5 times over about 3 s: long enough for a server's restart behind a port that stays open.
+VOTES = ("SubmitThumb", "SubmitChoice", "SubmitCorrection", "SubmitDemonstration")
+SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": "prefloop.v1.FeedbackService", "method": method} for method in VOTES],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+# A long conversation with its spans and votes comes as one message.
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+
+def channel_options(address: str) -> list[tuple[str, str | int]]:
+    """gRPC channel arguments for `address` ("host:port")."""
+    options: list[tuple[str, str | int]] = [
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ]
+    if is_loopback(address):
+        # A proxy set for the network cannot reach this machine's own loopback.
+        options.append(("grpc.enable_http_proxy", 0))
+    return options
+
+
+def open_channel(address: str) -> grpc.Channel:
+    """A channel to `address`; it connects with the first call."""
+    return grpc.insecure_channel(address, options=channel_options(address))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether "host:port" or "[v6]:port" names this machine's loopback."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,118 @@
+"""What a call can fail with. Every message is one sentence that may be shown to a person as it is.
+
+`PrefloopError` is the base. The subclass says what the caller can do about it; `reason` is the server's constant for
+programs (for example REQUEST_ID_REUSED), `field` the part of the request that was refused. Both may be empty.
+"""
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.status_pb2 import Status
+
+# Where a server puts google.rpc.Status; gRPC itself never sets it, so its presence means that the server spoke.
+DETAILS_KEY = "grpc-status-details-bin"
+
+
+class PrefloopError(Exception):
+    """Base of everything the client library raises for a failed call."""
+
+    def __init__(self, message: str, *, code: grpc.StatusCode, reason: str = "", field: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.field = field
+
+
+class UnavailableError(PrefloopError):
+    """No server answers, it is going down, or the connection broke. The same call may work later."""
+
+
+class TimedOutError(PrefloopError):
+    """The deadline passed before the call ended."""
+
+
+class InvalidRequestError(PrefloopError):
+    """The request breaks a rule of the API; sending it again will not help."""
+
+
+class NotFoundError(PrefloopError):
+    """No such conversation, response, comparison, feedback or policy, or it belongs to somebody else."""
+
+
+class NotAllowedError(PrefloopError):
+    """The credentials are missing or do not permit this."""
+
+
+class ConflictError(PrefloopError):
+    """The request is sound but does not fit the present state, for example a choice before both answers ended."""
+
+
+class BusyError(PrefloopError):
+    """The server has as much work as it takes; try again after a pause."""
+
+
+class ServerError(PrefloopError):
+    """The server failed; its log says more."""
+
+
+KINDS: dict[grpc.StatusCode, type[PrefloopError]] = {
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: TimedOutError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequestError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.PERMISSION_DENIED: NotAllowedError,
+    grpc.StatusCode.UNAUTHENTICATED: NotAllowedError,
+    grpc.StatusCode.FAILED_PRECONDITION: ConflictError,
+    grpc.StatusCode.ABORTED: ConflictError,
+    grpc.StatusCode.ALREADY_EXISTS: ConflictError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: BusyError,
+}
+
+
+def from_rpc_error(error: grpc.RpcError, address: str, *, heard: bool = False) -> PrefloopError:
+    """The exception for a failed call. `heard`: the stream had already brought something when it broke."""
+    # Every error that a call raises is a Call too; gRPC's types do not say so.
+    assert isinstance(error, grpc.Call)
+    code = error.code() or grpc.StatusCode.UNKNOWN
+    status = _rich_status(error)
+    message = (status.message if status else "") or error.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE and status is None and _is_transport(message):
+        message = _connection_sentence(address, heard)
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
+        message = f"The server at {address} did not finish in time."
+    reason, field = _reason_and_field(status)
+    kind = KINDS.get(code, ServerError)
+    return kind(message or f"The call failed with {code.name}.", code=code, reason=reason, field=field)
+
+
+def _is_transport(message: str) -> bool:
+    """Whether gRPC's transport wrote this message. A server's own words are sentences and end like one."""
+    return not message.endswith((".", "!", "?"))
+
+
+def _connection_sentence(address: str, heard: bool) -> str:
+    if heard:
+        return f"The connection to {address} broke during the answer; the conversation's history has what was kept."
+    return f"No server answers at {address}: start one with `server serve`, or give its --host and --port."
+
+
+def _rich_status(error: grpc.Call) -> Status | None:
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            try:
+                return Status.FromString(value)
+            except DecodeError:
+                return None
+    return None
+
+
+def _reason_and_field(status: Status | None) -> tuple[str, str]:
+    reason = field = ""
+    for detail in status.details if status else ():
+        info, bad_request = ErrorInfo(), BadRequest()
+        if detail.Unpack(info):
+            reason = info.reason
+        elif detail.Unpack(bad_request) and bad_request.field_violations:
+            field = bad_request.field_violations[0].field
+    return reason, field

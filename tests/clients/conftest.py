@@ -1,0 +1,173 @@
+"""A small server for the client under test: real gRPC on port 0, answers from a script."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc, policy_pb2, policy_pb2_grpc
+from prefloop.v1.chat_pb2 import FINISH_REASON_STOP, SLOT_A, SLOT_B, Usage
+
+from clients import Client
+
+WAIT_SECONDS = 10
+ANSWER = ["Owls ", "live in ", "trees."]
+
+
+class FakeService(
+    chat_pb2_grpc.ChatServiceServicer,
+    feedback_pb2_grpc.FeedbackServiceServicer,
+    policy_pb2_grpc.PolicyServiceServicer,
+):
+    """Remembers what it was sent. `fail` holds errors for the next calls of an RPC; `hold` stops streams midway."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.metadata: list[dict[str, Any]] = []
+        self.fail: dict[str, list[Status]] = {}
+        self.hold = threading.Event()
+        self.hold.set()
+        self.cancelled = threading.Event()
+        self.conversation = chat_pb2.Conversation(conversation_id="conv")
+        self.replicas: list[policy_pb2.Replica] = []
+        # Released once for every chat that has begun.
+        self.begun = threading.Semaphore(0)
+
+    def _enter(self, request: Any, context: Any) -> None:
+        self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        failures = self.fail.get(type(request).__name__.removesuffix("Request"), [])
+        if failures:
+            status = failures.pop(0)
+            context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
+            code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+            context.abort(code, status.message)
+
+    def Chat(self, request: Any, context: Any) -> Iterator[chat_pb2.ChatResponse]:
+        self.begun.release()
+        self._enter(request, context)
+        context.add_callback(self.cancelled.set)
+        yield chat_pb2.ChatResponse(
+            started=chat_pb2.ChatStarted(conversation_id="conv", response_id="resp", policy_version="v0000")
+        )
+        # An event kind that this client does not know yet.
+        yield chat_pb2.ChatResponse()
+        for piece in ANSWER:
+            yield chat_pb2.ChatResponse(delta=chat_pb2.ChatDelta(text=piece))
+            if not self.hold.wait(WAIT_SECONDS):
+                return
+        yield chat_pb2.ChatResponse(
+            finished=chat_pb2.ChatFinished(
+                text="".join(ANSWER),
+                finish_reason=FINISH_REASON_STOP,
+                usage=Usage(prompt_tokens=5, completion_tokens=6),
+                policy_version="v0001",
+            )
+        )
+
+    def Compare(self, request: Any, context: Any) -> Iterator[chat_pb2.CompareResponse]:
+        self._enter(request, context)
+        answers = {SLOT_A: "You may try a net.", SLOT_B: "A net helps."}
+        yield chat_pb2.CompareResponse(
+            started=chat_pb2.CompareStarted(conversation_id="conv", comparison_id=f"cmp {request.message}")
+        )
+        for slot, text in answers.items():
+            yield chat_pb2.CompareResponse(delta=chat_pb2.CompareDelta(slot=slot, text=text))
+        for slot, text in answers.items():
+            yield chat_pb2.CompareResponse(
+                finished=chat_pb2.CompareFinished(
+                    slot=slot,
+                    text=text,
+                    finish_reason=FINISH_REASON_STOP,
+                    usage=Usage(completion_tokens=6),
+                    response_id=f"resp{slot}",
+                )
+            )
+
+    def GetConversation(self, request: Any, context: Any) -> chat_pb2.GetConversationResponse:
+        self._enter(request, context)
+        return chat_pb2.GetConversationResponse(conversation=self.conversation)
+
+    def ListConversations(self, request: Any, context: Any) -> chat_pb2.ListConversationsResponse:
+        self._enter(request, context)
+        first = not request.page_token
+        name = "newer" if first else "older"
+        return chat_pb2.ListConversationsResponse(
+            conversations=[chat_pb2.Conversation(conversation_id=name, title=name)],
+            next_page_token="page 2" if first else "",
+        )
+
+    def SubmitThumb(self, request: Any, context: Any) -> feedback_pb2.SubmitThumbResponse:
+        self._enter(request, context)
+        return feedback_pb2.SubmitThumbResponse(feedback=feedback_pb2.Feedback(feedback_id="fb", thumb=request.thumb))
+
+    def SubmitChoice(self, request: Any, context: Any) -> feedback_pb2.SubmitChoiceResponse:
+        self._enter(request, context)
+        return feedback_pb2.SubmitChoiceResponse(
+            feedback=feedback_pb2.Feedback(feedback_id="fb", choice=request.choice)
+        )
+
+    def RetractFeedback(self, request: Any, context: Any) -> feedback_pb2.RetractFeedbackResponse:
+        self._enter(request, context)
+        return feedback_pb2.RetractFeedbackResponse()
+
+    def GetActivePolicy(self, request: Any, context: Any) -> policy_pb2.GetActivePolicyResponse:
+        self._enter(request, context)
+        return policy_pb2.GetActivePolicyResponse(policy=policy_pb2.Policy(version="v0001"), replicas=self.replicas)
+
+    def ActivatePolicy(self, request: Any, context: Any) -> policy_pb2.ActivatePolicyResponse:
+        self._enter(request, context)
+        return policy_pb2.ActivatePolicyResponse(policy=policy_pb2.Policy(version=request.version))
+
+    # The rest of the API, which no test calls: the generated base classes want every method.
+    DeleteConversation = SubmitCorrection = SubmitDemonstration = ListFeedback = None  # type: ignore[assignment]
+    ListPolicies = RollbackPolicy = ListRounds = None  # type: ignore[assignment]
+
+    def sent(self, kind: str) -> list[Any]:
+        """The requests of one RPC, in order."""
+        return [request for request in self.requests if type(request).__name__ == f"{kind}Request"]
+
+
+def status(code: grpc.StatusCode, message: str, *, reason: str = "", field: str = "") -> Status:
+    """A google.rpc.Status with the details that the server gives."""
+    details = []
+    if reason:
+        details.append(AnyMessage())
+        details[-1].Pack(ErrorInfo(reason=reason, domain="prefloop"))
+    if field:
+        details.append(AnyMessage())
+        details[-1].Pack(BadRequest(field_violations=[BadRequest.FieldViolation(field=field)]))
+    return Status(code=code.value[0], message=message, details=details)
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+def address(service: FakeService) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(8))
+    chat_pb2_grpc.add_ChatServiceServicer_to_server(service, server)
+    feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(service, server)
+    policy_pb2_grpc.add_PolicyServiceServicer_to_server(service, server)
+    healthy = health.HealthServicer()
+    healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    service.hold.set()
+    server.stop(None).wait(WAIT_SECONDS)
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[Client]:
+    with Client(address, user="ana", timeout=WAIT_SECONDS, stream_timeout=WAIT_SECONDS) as client:
+        yield client

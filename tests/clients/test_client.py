@@ -1,0 +1,179 @@
+import json
+import uuid
+
+import grpc
+import pytest
+from prefloop.v1.chat_pb2 import SLOT_A, SLOT_B, ChatDelta, ChatFinished, ChatStarted, CompareFinished, CompareStarted
+from prefloop.v1.feedback_pb2 import CHOICE_B, THUMB_UP
+
+from clients import (
+    BusyError,
+    Client,
+    ConflictError,
+    InvalidRequestError,
+    NotAllowedError,
+    NotFoundError,
+    ServerError,
+    TimedOutError,
+    UnavailableError,
+)
+from clients.channel import channel_options, is_loopback
+from tests.clients.conftest import WAIT_SECONDS, FakeService, status
+
+
+def test_a_chat_is_started_deltas_and_finished(client: Client) -> None:
+    events = list(client.chat("Where do owls live?"))
+    assert isinstance(events[0], ChatStarted)
+    assert [event.text for event in events if isinstance(event, ChatDelta)] == ["Owls ", "live in ", "trees."]
+    assert isinstance(events[-1], ChatFinished)
+    assert events[-1].text == "Owls live in trees."
+    # The event that the client does not know is left out, not handed on as something else.
+    assert len(events) == 5
+
+
+def test_zero_is_a_value_and_nothing_is_not(client: Client, service: FakeService) -> None:
+    list(client.chat("hi", temperature=0.0, seed=0))
+    (request,) = service.sent("Chat")
+    assert request.sampling.HasField("temperature")
+    assert request.sampling.HasField("seed")
+    assert not request.sampling.HasField("max_tokens")
+
+
+def test_the_user_travels_in_the_metadata(client: Client, service: FakeService) -> None:
+    client.thumb("resp", THUMB_UP)
+    assert service.metadata[0]["x-user-id"] == "ana"
+
+
+@pytest.mark.parametrize("user", ["", "zoë", "a\nb"])
+def test_a_user_name_that_cannot_travel_is_refused_at_once(user: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII"):
+        Client(user=user)
+
+
+def test_a_comparison_has_two_finished_answers(client: Client) -> None:
+    events = list(client.compare("How do I catch a fish?"))
+    assert isinstance(events[0], CompareStarted)
+    finished = {event.slot: event.text for event in events if isinstance(event, CompareFinished)}
+    assert finished == {SLOT_A: "You may try a net.", SLOT_B: "A net helps."}
+
+
+def test_cancelling_ends_the_iteration_and_the_call(client: Client, service: FakeService) -> None:
+    service.hold.clear()
+    heard = []
+    for event in (stream := client.chat("hi")):
+        heard.append(event)
+        if isinstance(event, ChatDelta):
+            stream.cancel()
+    assert len(heard) == 2
+    assert service.cancelled.wait(WAIT_SECONDS)
+
+
+def test_leaving_the_with_block_cancels_the_call(client: Client, service: FakeService) -> None:
+    service.hold.clear()
+    with client.chat("hi") as stream:
+        next(stream)
+    assert service.cancelled.wait(WAIT_SECONDS)
+
+
+def test_a_vote_carries_a_fresh_request_id(client: Client, service: FakeService) -> None:
+    client.thumb("resp", THUMB_UP, comment="nice")
+    client.thumb("resp", THUMB_UP)
+    first, second = service.sent("SubmitThumb")
+    assert uuid.UUID(first.request_id) != uuid.UUID(second.request_id)
+    assert (first.response_id, first.thumb, first.comment) == ("resp", THUMB_UP, "nice")
+
+
+def test_a_vote_is_repeated_while_the_server_is_away_and_keeps_its_id(client: Client, service: FakeService) -> None:
+    service.fail["SubmitChoice"] = [status(grpc.StatusCode.UNAVAILABLE, "Stopping.")] * 2
+    assert client.choose("cmp", CHOICE_B).choice == CHOICE_B
+    assert len({request.request_id for request in service.sent("SubmitChoice")}) == 1
+    assert len(service.sent("SubmitChoice")) == 3
+
+
+def test_a_chat_and_a_retraction_are_never_repeated(client: Client, service: FakeService) -> None:
+    service.fail["Chat"] = [status(grpc.StatusCode.UNAVAILABLE, "Stopping.")]
+    service.fail["RetractFeedback"] = [status(grpc.StatusCode.UNAVAILABLE, "Stopping.")]
+    with pytest.raises(UnavailableError, match=r"^Stopping\.$"):
+        list(client.chat("hi"))
+    with pytest.raises(UnavailableError):
+        client.retract("fb")
+    assert (len(service.sent("Chat")), len(service.sent("RetractFeedback"))) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError),
+        (grpc.StatusCode.NOT_FOUND, NotFoundError),
+        (grpc.StatusCode.PERMISSION_DENIED, NotAllowedError),
+        (grpc.StatusCode.UNAUTHENTICATED, NotAllowedError),
+        (grpc.StatusCode.FAILED_PRECONDITION, ConflictError),
+        (grpc.StatusCode.ABORTED, ConflictError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, BusyError),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, TimedOutError),
+        (grpc.StatusCode.INTERNAL, ServerError),
+    ],
+)
+def test_each_status_is_an_exception_with_the_servers_sentence(
+    client: Client, service: FakeService, code: grpc.StatusCode, kind: type[Exception]
+) -> None:
+    service.fail["RetractFeedback"] = [status(code, "This is why.", reason="WHY", field="feedback_id")]
+    with pytest.raises(kind, match=r"^This is why\.$") as caught:
+        client.retract("fb")
+    assert (caught.value.code, caught.value.reason, caught.value.field) == (code, "WHY", "feedback_id")  # type: ignore[attr-defined]
+
+
+def test_no_server_is_one_sentence_that_says_what_to_do() -> None:
+    with Client("127.0.0.1:1", user="ana") as client, pytest.raises(UnavailableError) as caught:
+        client.check()
+    assert str(caught.value) == (
+        "No server answers at 127.0.0.1:1: start one with `server serve`, or give its --host and --port."
+    )
+
+
+def test_a_deadline_is_told_in_a_sentence(address: str, service: FakeService) -> None:
+    service.hold.clear()
+    with Client(address, stream_timeout=0.2) as client, pytest.raises(TimedOutError, match="did not finish in time"):
+        list(client.chat("hi"))
+
+
+def test_a_list_is_fetched_page_by_page_as_it_is_read(client: Client, service: FakeService) -> None:
+    conversations = client.conversations()
+    assert next(conversations).conversation_id == "newer"
+    assert len(service.sent("ListConversations")) == 1
+    assert [conversation.conversation_id for conversation in conversations] == ["older"]
+    assert [request.page_token for request in service.sent("ListConversations")] == ["", "page 2"]
+
+
+def test_activation_compares_only_where_it_is_told_to(client: Client, service: FakeService) -> None:
+    assert client.activate("v0002").version == "v0002"
+    client.activate("v0003", expected_active_version="v0002")
+    plain, compared = service.sent("ActivatePolicy")
+    assert not plain.HasField("expected_active_version")
+    assert compared.expected_active_version == "v0002"
+
+
+def test_a_healthy_server_is_waited_for_no_longer(client: Client) -> None:
+    client.wait_until_serving(timeout=WAIT_SECONDS)
+
+
+def test_the_channel_never_pings_more_often_than_servers_accept() -> None:
+    options = dict(channel_options("example.org:443"))
+    assert isinstance(options["grpc.keepalive_time_ms"], int)
+    assert options["grpc.keepalive_time_ms"] > 300_000
+    assert "grpc.keepalive_permit_without_calls" not in options
+    assert "grpc.enable_http_proxy" not in options
+
+
+def test_only_votes_have_a_retry_policy() -> None:
+    config = json.loads(str(dict(channel_options("localhost:1"))["grpc.service_config"]))
+    names = {name["method"] for method in config["methodConfig"] for name in method["name"]}
+    assert names == {"SubmitThumb", "SubmitChoice", "SubmitCorrection", "SubmitDemonstration"}
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [("127.0.0.1:1", True), ("[::1]:1", True), ("localhost:1", True), ("10.0.0.1:1", False), ("example.org:1", False)],
+)
+def test_loopback_is_known_by_its_address(address: str, loopback: bool) -> None:
+    assert is_loopback(address) is loopback

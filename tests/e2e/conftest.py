@@ -35,8 +35,8 @@ class LiveServer:
         )  # fmt: skip
         lines: Queue[str] = Queue()
         threading.Thread(target=self._read, args=(lines,), daemon=True).start()
-        address = self._wait_until_serving(lines)
-        self.channel = grpc.insecure_channel(address)
+        self.address = self._wait_until_serving(lines)
+        self.channel = grpc.insecure_channel(self.address)
         self.chat = chat_pb2_grpc.ChatServiceStub(self.channel)
         self.feedback = feedback_pb2_grpc.FeedbackServiceStub(self.channel)
         self.policies = policy_pb2_grpc.PolicyServiceStub(self.channel)

@@ -1,0 +1,69 @@
+"""Votes in, a new policy out: a small round of the real learner against the real server.
+
+The gate is opened wide (a handful of votes proves nothing); that it closes is tested in tests/learner.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from clients import Client
+from clients.questions import questions
+from clients.voter import TASTES, Voter, ask
+from server.store import FeedbackStore
+from tests.e2e.conftest import LiveServer
+
+pytestmark = pytest.mark.e2e
+
+COMPARISONS = 60
+SMALL = {
+    "PREFLOOP_PPO__STEPS": "4",
+    "PREFLOOP_PPO__EPISODES": "16",
+    "PREFLOOP_PPO__SAVE_EVERY": "4",
+    "PREFLOOP_REWARD__PERMUTATIONS": "19",
+    "PREFLOOP_REWARD__REFERENCE_ANSWERS": "16",
+    "PREFLOOP_GATE__SIGNAL_P": "1",
+    "PREFLOOP_GATE__PROMPTS": "16",
+    "PREFLOOP_GATE__REFITS": "100",
+    "PREFLOOP_GATE__CONFIDENCE": "0.501",
+}
+
+
+def learner(live: LiveServer, *arguments: str) -> Any:
+    result = subprocess.run(
+        [sys.executable, "-m", "learner.cli", *arguments, "--json", "--data-dir", str(live.data_dir)],
+        capture_output=True, text=True, timeout=480, check=False, env={**os.environ, **SMALL},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_votes_become_a_policy_that_serves(live: LiveServer) -> None:
+    assert learner(live, "run-once")["state"] == "nothing"
+    with Client(live.address, user="voter") as client:
+        voter = Voter(TASTES["short"], flip_rate=0.0, max_tokens=32, seed=0)
+        cast = voter.vote_on(client, questions(0)[:COMPARISONS], concurrency=16, on_vote=lambda: None)
+        assert cast.a_or_b + cast.ties == COMPARISONS
+        report = learner(live, "run-once")
+        assert report["state"] == "promoted", report["sentence"]
+        version = report["policy_version"]
+        active = client.active_policy()
+        assert active.policy.version == version
+        assert [replica.loaded_version for replica in active.replicas] == [version]
+        assert ask(client, "What is a lighthouse for?", max_tokens=16).policy_version == version
+        policy = next(policy for policy in client.policies() if policy.version == version)
+        assert (policy.parent_version, policy.reference_version) == ("v0000", "v0000")
+        assert policy.reward_model_version == report["reward_model_version"]
+        again = learner(live, "run-once")
+        assert (again["state"], again["sentence"].startswith("There are no new votes since")) == ("nothing", True)
+        assert client.rollback().version == "v0000"
+    store = FeedbackStore.open(live.data_dir)
+    [round_] = store.registry.rounds()
+    store.close()
+    assert (round_.state, round_.stage, round_.policy_version) == ("promoted", "activate", version)
+    assert round_.watermark == COMPARISONS
+    assert list((live.data_dir / "rounds" / round_.id).glob("events.out.tfevents.*"))

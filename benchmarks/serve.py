@@ -35,6 +35,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 from clients import Client, PrefloopError
 
 READY_SECONDS = 400
@@ -43,7 +45,7 @@ STOP_SECONDS = 60
 TOKENS = 64
 TEMPERATURE = 0.85
 # Waves in one run: enough for a few hundred deltas and a few seconds.
-WAVES = {1: 8, 8: 4, 32: 3, 64: 4, 256: 2}
+WAVES = {1: 4, 8: 3, 32: 2, 64: 4, 256: 2}
 REPEATS = 3
 HERE = Path(__file__).parent
 REPORT = HERE.parent / "docs" / "benchmarks" / "serve.md"
@@ -129,9 +131,10 @@ async def run_loads(
             load = {"streams": streams, "tokens": TOKENS, "temperature": TEMPERATURE, "logprobs": logprobs}
             await run({**load, "waves": 1, "seed": 0})
             waves = 1 if quick else WAVES[streams]
-            others = await busy_share()
+            started, others = time.monotonic(), others_seconds()
             runs = [await run({**load, "waves": waves, "seed": n}) for n in range(1, 2 if quick else REPEATS + 1)]
-            figures[str(streams)] = {**summarise(runs), "others_busy": others}
+            busy = (others_seconds() - others) / (time.monotonic() - started)
+            figures[str(streams)] = {**summarise(runs), "others_cores": round(busy, 2)}
             print(f"{target:7} {streams:4} streams: {figures[str(streams)]}", file=sys.stderr)
     return figures
 
@@ -148,17 +151,12 @@ def summarise(runs: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-async def busy_share(seconds: float = 1.0) -> float:
-    """The share of all cores' time that others use while our server idles: it says how far to trust the figures."""
-
-    def ticks() -> tuple[int, int]:
-        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        return sum(fields), fields[3] + fields[4]
-
-    all_before, idle_before = ticks()
-    await asyncio.sleep(seconds)
-    all_after, idle_after = ticks()
-    return round(1 - (idle_after - idle_before) / (all_after - all_before), 2)
+def others_seconds() -> float:
+    """CPU seconds so far of every process on the machine but us and what we started: they spoil the figures."""
+    machine_wide, us = psutil.cpu_times(), psutil.Process()
+    ours = [process.cpu_times() for process in [us, *us.children(recursive=True)]]
+    busy = machine_wide.user + machine_wide.nice + machine_wide.system
+    return float(busy - sum(times.user + times.system for times in ours))
 
 
 # Processes. Each ends with its `async with`; every wait has a limit.
@@ -181,7 +179,6 @@ async def grpc_server(environment: dict[str, str], work: Path) -> AsyncIterator[
 @asynccontextmanager
 async def openai_server(model: Path, environment: dict[str, str], work: Path, *, alike: bool) -> AsyncIterator[str]:
     """vLLM's own server; `alike`: with the engine arguments that prefloop's server gives, else with its defaults."""
-    from server.engine import set_environment
     from server.settings import ServerSettings
 
     port = free_port()
@@ -192,16 +189,27 @@ async def openai_server(model: Path, environment: dict[str, str], work: Path, *,
     if alike:
         command += ["--dtype", "bfloat16", "--max-model-len", str(settings.max_model_len)]
         command += ["--max-num-seqs", str(settings.max_streams), "--logprobs-mode", "processed_logprobs"]
-        command += ["--generation-config", "vllm"]
-        command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
-        set_environment(settings)
-        extra["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.pop("VLLM_CPU_OMP_THREADS_BIND")
+        command += ["--generation-config", "vllm", "--disable-log-stats", "--disable-uvicorn-access-log"]
+        extra = engine_environment(settings)
 
     def check() -> None:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
 
     async with process(command, {**environment, **extra}, work / "openai.log", check, OSError):
         yield f"127.0.0.1:{port}"
+
+
+def engine_environment(settings: Any) -> dict[str, str]:
+    """What `server serve` would set before it imports vLLM; our own environment stays as it is."""
+    from server.engine import set_environment
+
+    before = dict(os.environ)
+    try:
+        set_environment(settings)
+        return {name: value for name, value in os.environ.items() if before.get(name) != value}
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @asynccontextmanager
@@ -378,8 +386,8 @@ def report(results: Results) -> str:
             "",
             f"Answers of {TOKENS} tokens (counted: {min(counted):g} to {max(counted):g} on average), temperature "
             f"{TEMPERATURE}, medians of {REPEATS} runs, one server at a time, the client a process of its own on the "
-            "same machine. A gap is the time between two deltas of one answer. Other work took at most "
-            f"{max(row['others_busy'] for row in rows):.0%} of the cores just before any of the loads.",
+            "same machine. A gap is the time between two deltas of one answer. While it ran, other work on the machine "
+            f"took {max(row['others_cores'] for row in rows):g} cores at most.",
             "",
             *(table(part, results[part]) for part in TITLES if part in results),
         ]

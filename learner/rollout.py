@@ -8,6 +8,7 @@ the old weights.
 
 import gc
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +70,14 @@ def set_environment(settings: LearnerSettings) -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TOKENIZERS_PARALLELISM": "false",
+        # Bars and warnings of libraries that an operator can do nothing about; the round has its own.
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TQDM_DISABLE": "1",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\b")
 
 
 class Engine:
@@ -94,6 +99,7 @@ class Engine:
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
             distributed_executor_backend="uni",
+            use_tqdm_on_load=False,
             disable_log_stats=True,
             seed=settings.seed,
         )

@@ -32,7 +32,7 @@ class RewardSettings(BaseModel):
     signal_l2: Positive = Field(1.0, description="The signal test's penalty, fixed.")
     signal_folds: int = Field(10, ge=2, description="The signal test's folds.")
     signal_repeats: int = Field(2, ge=1, description="How often the signal test makes folds anew; it averages.")
-    permutations: int = Field(199, ge=19, description="Shuffles of the signal test; its smallest p is 1 / (1 + this).")
+    permutations: int = Field(199, ge=20, description="Shuffles of the signal test; its smallest p is 1 / (1 + this).")
     half_life_days: Positive = Field(90.0, description="A vote this old counts half.")
     age_floor: Share = Field(0.1, description="No vote counts less than this for its age.")
     user_share: Share = Field(0.05, description="No user has more of the total weight, where there are enough users.")

@@ -19,6 +19,10 @@ def set_environment(settings: ServerSettings) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": _cores(settings.cpu_threads),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
+        # Bars and warnings of libraries that an operator can do nothing about.
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
         # With torch 2.13 vLLM's ahead-of-time artefacts fail to load, and every start would compile for a minute.
         "VLLM_USE_AOT_COMPILE": "0",
     }

@@ -18,7 +18,9 @@ RESPONSES = [[20, 21, 2], [22, 23, 24, 25], [26, 2], [27]]
 
 
 def settings(**changes: Any) -> PPOSettings:
-    return PPOSettings(dtype="float32", lora_rank=4, epochs=1, micro_batch=2, learning_rate=1e-2, **changes)
+    return PPOSettings(
+        dtype="float32", lora_rank=4, epochs=1, minibatches=1, micro_batch=2, learning_rate=1e-2, **changes
+    )
 
 
 def experience(policy: Policy, advantages: torch.Tensor | None = None) -> Experience:

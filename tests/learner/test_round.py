@@ -126,9 +126,9 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "data_dir": data_dir,
         "lease_seconds": 0.5,
         "load_timeout_seconds": 0.5,
-        "reward": {"permutations": 39, "reference_answers": 32},
+        "reward": {"permutations": 39, "reference_answers": 16},
         "ppo": {"dtype": "float32", "steps": 2, "episodes": 16, "lora_rank": 4, "learning_rate": 3e-3},
-        "gate": {"refits": 100, "candidates": 2},
+        "gate": {"refits": 100, "candidates": 2, "prompts": 12},
     }
     return LearnerSettings(**{**values, **changes})
 

@@ -308,29 +308,43 @@ def make_model(work: Path, model: str) -> Path:
 
 
 def make_tiny_model(work: Path) -> Path:
-    """One random layer under the same tokenizer; made once."""
+    """One random layer over the printable characters; made once.
+
+    With the real model's 49,152 words the sampler alone would take longer than any front end.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     directory = work / "tiny-model"
-    if not directory.exists():
-        copy_without_end(make_model(work, "smollm2"), directory)
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            **{
-                name: json.loads((directory / "config.json").read_text())[name]
-                for name in ("vocab_size", "eos_token_id")
-            },
+    if directory.exists():
+        return directory
+    # The end comes last: the tokenizer knows it and the model, one word smaller, cannot say it.
+    words = ["\n", *map(chr, range(32, 127)), "<end>"]
+    characters = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    characters.decoder = decoders.Fuse()
+    tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=characters, eos_token="<end>"
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(  # type: ignore[no-untyped-call]
+        LlamaConfig(
+            vocab_size=len(words) - 1,
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=2,
             max_position_embeddings=2048,
-            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=len(words) - 1,
         )
-        model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-        model.to(torch.bfloat16).save_pretrained(directory)
+    )
+    staging = directory.with_suffix(".new")
+    model.to(torch.bfloat16).save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    staging.rename(directory)
     return directory
 
 

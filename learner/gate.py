@@ -40,10 +40,10 @@ class Judge:
     point: Tensor  # (1, P)
     refits: Tensor  # (K, P)
 
-    def deltas(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-        """Score differences (1, N) and (K, N) of two answers (N, F) to each of N prompts."""
-        difference = (self.standardise(ours) - self.standardise(theirs)) @ self.basis
-        return self.point @ difference.T, self.refits @ difference.T
+    def scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, N) and (K, N) scores of answers with features (N, F)."""
+        reduced = self.standardise(features) @ self.basis
+        return self.point @ reduced.mT, self.refits @ reduced.mT
 
 
 def fit_judge(
@@ -69,23 +69,32 @@ def wins(delta: Tensor) -> Tensor:
     return (torch.sign(delta) + 1) / 2
 
 
-def win_rate(judge: Judge, ours: Tensor, theirs: Tensor, confidence: float, generator: torch.Generator) -> WinRate:
-    """Of answers `ours` over `theirs`, features (N, F) on the same N prompts."""
-    point, refits = judge.deltas(ours, theirs)
-    k, n = refits.shape
-    drawn = torch.randint(n, (k, n), generator=generator)
-    rates = wins(refits).gather(1, drawn).mean(dim=1)
+def win_rate(
+    judge: Judge, ours: Tensor, theirs: Tensor, prompts: int, confidence: float, generator: torch.Generator
+) -> WinRate:
+    """Of answers `ours` over `theirs`, features (M * N, F): M answers to each of N prompts, one round of prompts after
+    the other. Each of our answers meets each of theirs to the same prompt; prompts are drawn with their answers."""
+    point, refits = (by_prompt(a, b, prompts) for a, b in zip(judge.scores(ours), judge.scores(theirs), strict=True))
+    k = len(refits)
+    drawn = torch.randint(prompts, (k, prompts), generator=generator)
+    rates = refits.gather(1, drawn).mean(dim=1)
     tail = (1 - confidence) / 2
     low, high = torch.quantile(rates, torch.tensor([tail, 1 - tail])).tolist()
-    return WinRate(float(wins(point).mean()), low, high, n)
+    return WinRate(float(point.mean()), low, high, prompts)
+
+
+def by_prompt(ours: Tensor, theirs: Tensor, prompts: int) -> Tensor:
+    """(K, N) share of wins on each prompt, from scores (K, M * N)."""
+    ours, theirs = (scores.view(len(scores), -1, prompts) for scores in (ours, theirs))
+    return wins(ours[:, :, None] - theirs[:, None]).mean(dim=(1, 2))
 
 
 def length_matched(judge: Judge, ours: Tensor, theirs: Tensor, within: float = 0.25) -> tuple[float, int]:
-    """The point win rate over prompts where both lengths are alike (features' last entry is log length), and how many
-    those are; NaN for none."""
-    point, _ = judge.deltas(ours, theirs)
+    """The point win rate over answers whose opponent's length is alike (the features' last entry is log length), and
+    how many those are; NaN for none. Answers meet in order."""
+    delta = judge.scores(ours)[0] - judge.scores(theirs)[0]
     alike = (ours[:, -1] - theirs[:, -1]).abs() <= torch.log1p(torch.tensor(within))
-    return float(wins(point)[0, alike].mean()), int(alike.sum())
+    return float(wins(delta)[0, alike].mean()), int(alike.sum())
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ class Figures:
     # The training reward model's own opinion against the incumbent: far above the judge's, it was over-optimised.
     trained_rate: float
     matched_rate: float
-    matched_prompts: int
+    matched_answers: int
     health: Health
 
     @property

@@ -100,6 +100,21 @@ def lora(base: Any, rank: int, alpha: int) -> Any:
     return get_peft_model(base, config)
 
 
+def published_weights(directory: Path, base: Path | None) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, bfloat16 tensor) of a published version: all weights, or an adapter on `base`."""
+    if base is None:
+        from safetensors.torch import load_file
+
+        for path in sorted(directory.glob("*.safetensors")):
+            yield from load_file(path).items()
+        return
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    yield from merged_weights(PeftModel.from_pretrained(model, directory))
+
+
 @torch.no_grad()
 def merged_weights(model: Any, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, bfloat16 tensor) of a Hugging Face model, bare or with PEFT adapters. A tied output matrix is

@@ -2,7 +2,7 @@
 
 Few votes cannot teach a network, but they can teach a head; so each round refits `weights` from nothing, on all
 training votes, and the backbone stays the reference. The score of an answer is ((features - mean) * scale) @ weights
-+ bias, mean 0 and sd 1 over reference answers; `low` and `high` are the scores that voted answers reached, beyond
++ bias, mean 0 and sd 1 over reference answers; `low` and `high` bound the scores that voted answers reached, beyond
 which nobody said anything. The thumb bars move along with every shift, so a thumb's probability stays what it was.
 """
 
@@ -18,6 +18,10 @@ from learner import heads as fitting
 from learner.heads import Heads, HeldOut, Votes
 from learner.settings import RewardSettings
 
+# Standard deviations of log length beyond which an answer is no longer or shorter.
+MAX_LENGTH = 2.0
+# The share of voted answers below `low`, and above `high`: one odd answer must not open the range.
+TAIL = 0.02
 WEIGHTS, DESCRIPTION = "head.safetensors", "reward_model.json"
 
 
@@ -29,7 +33,10 @@ class Standardiser:
     scale: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        return (features - self.mean) * self.scale
+        standard = (features - self.mean) * self.scale
+        # Where nearly every answer is cut at one length, a short one lies ten standard deviations out, and a linear
+        # head would see nothing else.
+        return torch.cat([standard[..., :-1], standard[..., -1:].clamp(-MAX_LENGTH, MAX_LENGTH)], dim=-1)
 
 
 def standardiser(features: Tensor, layers: int) -> Standardiser:
@@ -99,14 +106,14 @@ def fit_reward_model(
     l2 = choose_l2(reduced, votes, settings, generator)
     head = fitting.fit(reduced, votes, torch.tensor([l2]), settings.label_smoothing)
     weights = basis @ head.weights[0]
-    scores = standard[voted] @ weights
+    low, high = torch.quantile(standard[voted] @ weights, torch.tensor([TAIL, 1 - TAIL])).tolist()
     return RewardModel(
         layers=layers,
         standardiser=scaling,
         weights=weights,
         bias=0.0,
-        low=float(scores.min()),
-        high=float(scores.max()),
+        low=low,
+        high=high,
         thumb_bar=float(head.thumb_bar),
         bad_bar=float(head.bad_bar),
         eta=float(head.eta()),

@@ -172,6 +172,10 @@ class RunningRound:
             return self.finish_without_signal(signal)
         reward_model = self.fit_reward_model(dataset, features)
         self.improve_policy(reward_model)
+        if not self.round.metrics["ppo"]["candidates"]:
+            return self.finish(
+                "rejected", "The first step already went over the KL budget; a lower learning rate may help."
+            )
         verdict = self.judge_candidates(dataset, features, reward_model, signal)
         version = self.publish(verdict)
         return self.activate(version, verdict)
@@ -255,7 +259,7 @@ class RunningRound:
             fence=self.lease,
         )
         self.record("reward_model", {"reward_model": metrics})
-        return model
+        return RewardModel.load(self._reward_model_directory)
 
     def improve_policy(self, reward_model: RewardModel) -> None:
         if self.done("ppo"):
@@ -300,6 +304,7 @@ class RunningRound:
         if self.done("gate"):
             return _verdict(self.round.metrics["gate"])
         gate, prompts = self.settings.gate, _spread(self.held_out_prompts, self.settings.gate.prompts)
+        prompts = prompts * gate.answers
         judge = fit_judge(
             features,
             dataset.judge,
@@ -315,14 +320,14 @@ class RunningRound:
             # In the first round both roles are the same version: its answers are sampled and read once.
             sampled: dict[str, tuple[list[Sample], Tensor]] = {}
             for version in dict.fromkeys(roles.values()):
-                samples = self._answers(version, prompts)
+                samples = self._published_answers(version, prompts)
                 sampled[version] = samples, self.features_of(samples, reward_model)
                 advance(1)
             answers = {role: sampled[version][0] for role, version in roles.items()}
             opponents = {role: sampled[version][1] for role, version in roles.items()}
             figures = []
             for step in steps:
-                samples = answers[f"step {step}"] = self._answers(step, prompts)
+                samples = answers[f"step {step}"] = self._candidate_answers(step, prompts)
                 figures.append(self._measure(step, samples, opponents, judge, reward_model))
                 advance(1)
         incumbent = health(answers["incumbent"])
@@ -478,19 +483,18 @@ class RunningRound:
         if "engine" in self.__dict__:
             self.engine.close()
 
-    def _answers(self, which: str | int, prompts: list[Prompt]) -> list[Sample]:
-        """Answers of a published version or the candidate of a step; the policy keeps its weights, so that its
-        log-probabilities can be taken."""
-        if which == self.round.reference_version:
-            self.engine.push(self.policy.reference_weights())
-        else:
-            directory = (
-                self.directory / f"step-{which:03d}"
-                if isinstance(which, int)
-                else verified(self._policy_directory(which))[0]
-            )
-            self.policy.load(directory)
-            self.engine.push(self.policy.engine_weights())
+    def _candidate_answers(self, step: int, prompts: list[Prompt]) -> list[Sample]:
+        """The policy keeps the candidate's weights, so that its log-probabilities can be taken."""
+        self.policy.load(self.directory / f"step-{step:03d}")
+        self.engine.push(self.policy.engine_weights())
+        return self.engine.sample(prompts, self.settings.seed + 7)
+
+    def _published_answers(self, version: str, prompts: list[Prompt]) -> list[Sample]:
+        from learner.policy import published_weights
+
+        directory, manifest = verified(self._policy_directory(version))
+        base = self._policy_directory(manifest.base_version) if manifest.kind == "adapter" else None
+        self.engine.push(published_weights(directory, base))
         return self.engine.sample(prompts, self.settings.seed + 7)
 
     def _measure(
@@ -507,15 +511,16 @@ class RunningRound:
         check_push(mismatch(logprobs, sampled_with, part.response_mask), ppo.mismatch_limit)
         ours, incumbent = judged.features, opponents["incumbent"]
         confidence, generator = self.settings.gate.confidence, self.generator(4)
-        matched_rate, matched_prompts = length_matched(judge, ours, incumbent)
+        prompts = len(samples) // self.settings.gate.answers
+        matched_rate, matched_answers = length_matched(judge, ours, incumbent)
         return Figures(
             step=step,
             kl=float((rollout.behavior_logprobs - judged.ref_logprobs).sum(dim=1).mean()),
-            against_incumbent=win_rate(judge, ours, incumbent, confidence, generator),
-            against_reference=win_rate(judge, ours, opponents["reference"], confidence, generator),
+            against_incumbent=win_rate(judge, ours, incumbent, prompts, confidence, generator),
+            against_reference=win_rate(judge, ours, opponents["reference"], prompts, confidence, generator),
             trained_rate=float(wins(reward_model.scores(ours) - reward_model.scores(incumbent)).mean()),
             matched_rate=matched_rate,
-            matched_prompts=matched_prompts,
+            matched_answers=matched_answers,
             health=health(samples),
         )
 

@@ -66,7 +66,7 @@ class PPOSettings(BaseModel):
     dual_clip: float = Field(3.0, gt=1, description="Bound on the loss of bad tokens that became likelier.")
     value_clip: Positive = Field(0.2, description="The values' clip.")
     vf_coef: Positive = Field(0.1, description="Weight of the value loss.")
-    kl_coef: float = Field(0.2, ge=0, description="The KL penalty's first weight.")
+    kl_coef: float = Field(0.1, ge=0, description="The KL penalty's first weight.")
     kl_target: Positive = Field(3.5, description="Sequence KL in nats that the penalty is steered to.")
     kl_horizon: Positive = Field(64.0, description="Episodes over which the penalty is steered.")
     kl_budget: Positive = Field(6.0, description="Sequence KL in nats at which the round stops training.")
@@ -89,7 +89,8 @@ class GateSettings(BaseModel):
     judge_share: float = Field(0.4, gt=0, lt=1, description="Share of conversations whose votes judge and never train.")
     refits: int = Field(500, ge=100, description="Bootstrap refits of the judge.")
     prompts: int = Field(64, ge=8, description="Held-out prompts at most.")
-    candidates: int = Field(4, ge=1, description="Candidates at most, the latest within the KL budget first.")
+    answers: int = Field(2, ge=1, description="Answers to each held-out prompt; each meets each of the opponent's.")
+    candidates: int = Field(3, ge=1, description="Candidates at most, spread over training, the last among them.")
     signal_p: Share = Field(0.05, description="The signal test's level.")
     confidence: float = Field(
         0.9, gt=0.5, lt=1, description="Of the win rate's two-sided interval; at 0.9 its lower end is a 95 % bound."

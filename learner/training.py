@@ -145,7 +145,8 @@ def train(
         settings.adam_epsilon,
     )
     batches = prompt_batches(prompts, settings.episodes, generator)
-    kl_coef, candidates = settings.kl_coef, []
+    kl_coef = settings.kl_coef
+    candidates: list[Candidate] = []
     for step in range(settings.steps):
         engine.push(policy.engine_weights())
         rollout = to_rollout(engine.sample(next(batches), seed + step + 1))
@@ -159,6 +160,8 @@ def train(
         if step == 0 and settings.start_from == "reference":
             check_start(old_logprobs, judged.ref_logprobs)
         if kl > settings.kl_budget:
+            # The weights that were just sampled from are over the budget: no candidate.
+            del candidates[-1:]
             break
 
         raw = reward_model.scores(judged.features)

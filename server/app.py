@@ -131,6 +131,9 @@ async def _serve(
     try:
         await policy.start()
         await app.start(policy)
+        # A quarter of a million objects of the libraries that never die: no collection need look at them again.
+        gc.collect()
+        gc.freeze()
         say(f"serving {policy.version} on {settings.host}:{app.port}")
         await stopping.wait()
         say("stopping: open streams may finish")
@@ -139,6 +142,7 @@ async def _serve(
         await policy.close()
         # vLLM's engine stands in reference cycles; collected as late as the interpreter's end, it complains.
         del engine, policy
+        gc.unfreeze()
         gc.collect()
 
 

@@ -39,11 +39,14 @@ def serve(
 
     import logging
 
+    import uvloop
+
     from server.app import serve as serve_forever
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(serve_forever(settings, _say))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve_forever(settings, _say))
     except ServiceError as error:
         _fail(str(error))
 

@@ -79,7 +79,10 @@ class Database:
 
     def insert(self, table: str, row: Row) -> int:
         """Inserts one row; returns its rowid."""
-        return int(self._db.table(table).insert(row).last_rowid or 0)
+        # sqlite-utils' insert looks up the table's schema each time, which costs more than the insert itself.
+        columns, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
+        statement = f'INSERT INTO "{table}" ({columns}) VALUES ({marks})'
+        return int(self._db.conn.execute(statement, list(row.values())).lastrowid or 0)
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """All rows of a SELECT as dictionaries."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from server.detokenizer import Detokenizer
 from server.ids import new_id
 from server.records import FinishReason, Generation, Span
 
@@ -90,6 +91,7 @@ class VllmPolicy:
     def __init__(self, engine: Any, version: str, directory: Path, *, keep_kv: bool = False) -> None:
         self._engine = engine
         self._tokenizer = engine.get_tokenizer()
+        self._backend = self._tokenizer.backend_tokenizer
         self._version = version
         self._directory = directory
         self._keep_kv = keep_kv
@@ -131,10 +133,12 @@ class VllmPolicy:
                 max_tokens=sampling.max_tokens,
                 seed=sampling.seed,
                 logprobs=0,  # of the sampled token alone
+                flat_logprobs=True,  # a list of floats, not a dictionary a token
+                detokenize=False,  # server.detokenizer does
                 output_kind=RequestOutputKind.DELTA,
             ),
         )
-        return VllmStream(self._engine, self, request_id, queue)
+        return VllmStream(self._engine, self, request_id, queue, Detokenizer(self._backend, prompt_token_ids))
 
     async def swap(self, version: str, directory: Path) -> None:
         async with self._swapping:
@@ -187,11 +191,12 @@ class VllmPolicy:
 class VllmStream:
     """One answer from an AsyncLLM. A cancelled reader loses nothing: what was sampled waits in vLLM's queue."""
 
-    def __init__(self, engine: Any, policy: VllmPolicy, request_id: str, queue: Any) -> None:
+    def __init__(self, engine: Any, policy: VllmPolicy, request_id: str, queue: Any, detokenizer: Detokenizer) -> None:
         self._engine = engine
         self._policy = policy
         self._request_id = request_id
         self._queue = queue
+        self._detokenizer = detokenizer
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._text: list[str] = []
@@ -203,15 +208,13 @@ class VllmStream:
             output = self._queue.get_nowait() or await self._queue.get()
             completion = output.outputs[0]
             self._token_ids.extend(completion.token_ids)
-            self._logprobs.extend(
-                position[token].logprob
-                for token, position in zip(completion.token_ids, completion.logprobs or [], strict=True)
-            )
-            self._text.append(completion.text)
+            if completion.token_ids:
+                self._logprobs.extend(completion.logprobs.logprobs)
             if completion.finish_reason is not None:
                 self._last = completion
-            if completion.text:
-                yield completion.text
+            if text := self._detokenizer.text(completion.token_ids):
+                self._text.append(text)
+                yield text
 
     async def finish(self) -> Generation:
         if self._last is None:

@@ -10,6 +10,7 @@ from learner.gate import (
     Health,
     Judge,
     WinRate,
+    by_prompt,
     decide,
     fit_judge,
     health,
@@ -36,7 +37,7 @@ def figures(**changes: object) -> Figures:
         "against_reference": WinRate(0.7, 0.56, 0.8, 60),
         "trained_rate": 0.8,
         "matched_rate": 0.6,
-        "matched_prompts": 30,
+        "matched_answers": 30,
         "health": INCUMBENT,
         **changes,
     }
@@ -93,18 +94,25 @@ def judge_of(weights: list[list[float]]) -> Judge:
 
 def test_win_rate_by_hand() -> None:
     ours = torch.tensor([[1.0, 0], [1.0, 0], [-1.0, 0], [0.0, 0]])
-    rate = win_rate(judge_of([[1.0, 0]] * 200), ours, torch.zeros(4, 2), 0.95, seeded())
+    rate = win_rate(judge_of([[1.0, 0]] * 200), ours, torch.zeros(4, 2), 4, 0.95, seeded())
     assert rate.rate == 0.625  # two wins, a loss and a draw
     assert rate.low < 0.625 < rate.high
-    mirrored = win_rate(judge_of([[1.0, 0]] * 200), torch.zeros(4, 2), ours, 0.95, seeded())
+    mirrored = win_rate(judge_of([[1.0, 0]] * 200), torch.zeros(4, 2), ours, 4, 0.95, seeded())
     assert mirrored.rate == 0.375
+
+
+def test_every_answer_meets_every_answer_to_its_own_prompt() -> None:
+    # Two prompts, two rounds of answers. Prompt 0: 3 and 1 against 2 and 0 wins 3 of 4; prompt 1: 0 and 0 against 5 and
+    # 0 draws two and loses two.
+    ours, theirs = torch.tensor([[3.0, 0.0, 1.0, 0.0]]), torch.tensor([[2.0, 5.0, 0.0, 0.0]])
+    assert by_prompt(ours, theirs, 2).tolist() == [[0.75, 0.25]]
 
 
 def test_a_judge_that_does_not_know_widens_the_interval() -> None:
     # 60 wins of 60 by the point fit, but half of the refits see it the other way round.
     ours = torch.tensor([[1.0, 0]]).expand(60, 2)
-    sure = win_rate(judge_of([[1.0, 0]] * 200), ours, torch.zeros(60, 2), 0.95, seeded())
-    unsure = win_rate(judge_of([[1.0, 0], [-1.0, 0]] * 100), ours, torch.zeros(60, 2), 0.95, seeded())
+    sure = win_rate(judge_of([[1.0, 0]] * 200), ours, torch.zeros(60, 2), 60, 0.95, seeded())
+    unsure = win_rate(judge_of([[1.0, 0], [-1.0, 0]] * 100), ours, torch.zeros(60, 2), 60, 0.95, seeded())
     assert sure.low == 1.0
     assert (unsure.rate, unsure.low, unsure.high) == (1.0, 0.0, 1.0)
 
@@ -114,7 +122,7 @@ def test_few_prompts_widen_the_interval() -> None:
     many = few.repeat(20, 1)
     widths = []
     for ours in (few, many):
-        rate = win_rate(judge_of([[1.0, 0]] * 400), ours, torch.zeros_like(ours), 0.95, seeded())
+        rate = win_rate(judge_of([[1.0, 0]] * 400), ours, torch.zeros_like(ours), len(ours), 0.95, seeded())
         assert rate.rate == pytest.approx(0.6)
         widths.append(rate.high - rate.low)
     # Binomial: 1.96 * 2 * sqrt(.24 / n).
@@ -137,8 +145,8 @@ def test_a_judge_of_votes_knows_a_taste(make_votes: Callable[..., Votes]) -> Non
     judge = fit_judge(features, votes, Standardiser(torch.zeros(6), torch.ones(6)), 1.0, 0.05, 100, generator)
     theirs = torch.randn(50, 6, generator=generator)
     ours = theirs + torch.tensor([1.5, 0, 0, 0, 0, 0])
-    assert win_rate(judge, ours, theirs, 0.95, generator).low > 0.8
-    same = win_rate(judge, theirs[torch.randperm(50, generator=generator)], theirs, 0.95, generator)
+    assert win_rate(judge, ours, theirs, 50, 0.95, generator).low > 0.8
+    same = win_rate(judge, theirs[torch.randperm(50, generator=generator)], theirs, 50, 0.95, generator)
     assert same.low < 0.5 < same.high
 
 

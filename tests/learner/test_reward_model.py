@@ -30,8 +30,8 @@ def model(**changes: object) -> RewardModel:
 
 
 def test_the_score_by_hand() -> None:
-    # (2 - 1) * 2 * 1 + 3 * -1 + 0.5
-    assert model().scores(torch.tensor([[2.0, 3.0]])).tolist() == [-0.5]
+    # (2 - 1) * 2 * 1 + 1.5 * -1 + 0.5
+    assert model().scores(torch.tensor([[2.0, 1.5]])).tolist() == [1.0]
     assert model().clipped(torch.tensor([-9.0, 1.0, 9.0])).tolist() == [-3.0, 1.0, 4.0]
 
 
@@ -57,7 +57,8 @@ def test_length_weighs_as_much_as_all_layers_together() -> None:
     features = torch.randn(500, 9, generator=torch.Generator().manual_seed(0)) * 7 + 3
     standard = standardiser(features, layers=2)(features)
     assert standard[:, :-1].square().sum(dim=1).mean().item() == pytest.approx(1, abs=0.01)
-    assert standard[:, -1].square().mean().item() == pytest.approx(1, abs=0.01)
+    # A standard normal cut at 2 has the variance 0.92.
+    assert standard[:, -1].square().mean().item() == pytest.approx(0.92, abs=0.05)
 
 
 def test_equal_lengths_say_nothing() -> None:
@@ -85,4 +86,10 @@ def test_a_taste_is_learned_and_beats_length(make_votes: Callable[..., Votes]) -
     figures = evaluate(fitted, features, held_out)
     assert figures.accuracy > 0.8 > 0.65 > figures.longer_wins
     scores = fitted.scores(features[:240])
-    assert (fitted.low, fitted.high) == (pytest.approx(scores.min().item()), pytest.approx(scores.max().item()))
+    assert 0.01 < (scores < fitted.low).float().mean().item() < 0.03
+    assert 0.01 < (scores > fitted.high).float().mean().item() < 0.03
+
+
+def test_a_very_short_answer_is_no_shorter_than_two_standard_deviations() -> None:
+    standard = Standardiser(torch.zeros(2), torch.ones(2))(torch.tensor([[9.0, -10.0], [0.0, 1.5], [0.0, 7.0]]))
+    assert standard.tolist() == [[9.0, -2.0], [0.0, 1.5], [0.0, 2.0]]

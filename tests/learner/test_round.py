@@ -128,7 +128,7 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "load_timeout_seconds": 0.5,
         "reward": {"permutations": 39, "reference_answers": 16},
         "ppo": {"dtype": "float32", "steps": 2, "episodes": 16, "lora_rank": 4, "learning_rate": 3e-3},
-        "gate": {"refits": 100, "candidates": 2, "prompts": 12},
+        "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1},
     }
     return LearnerSettings(**{**values, **changes})
 
@@ -196,6 +196,32 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     table = console.export_text()
     for word in ("votes used", "longer wins", "reward", "KL", "win rate", "seconds", "v0001 is active"):
         assert word in table
+
+
+def test_the_next_round_meets_the_promoted_version(
+    data_dir: Path, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(rounds, "decide", passing)
+    run(data_dir)
+    store = opened(data_dir)
+    vote(store, AutoModelForCausalLM.from_pretrained(model_directory).eval(), 60, low_words, seed=1)
+    assert status(data_dir)["new_votes"] == 60
+    report = run(data_dir)
+    assert (report.state, report.incumbent_version, report.policy_version) == ("promoted", "v0001", "v0002")
+    assert store.registry.policy("v0002").parent_version == "v0001"
+    # The incumbent's answers are its own, not the reference's.
+    lines = (data_dir / "rounds" / str(report.round_id) / "answers.jsonl").read_text().splitlines()
+    assert any(answers["incumbent"] != answers["reference"] for answers in map(json.loads, lines))
+
+
+def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir: Path) -> None:
+    ppo = settings(data_dir).ppo.model_copy(update={"kl_budget": 1e-9})
+    report = run(data_dir, ppo=ppo)
+    assert report.state == "rejected"
+    assert "over the KL budget" in report.sentence
+    assert report.policy_version is None
 
 
 def test_full_fine_tuning_publishes_all_weights(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,16 @@
 
     python benchmarks/serve.py [--quick] [--part real|defaults|tiny] [--write]
 
-One server at a time, the client always a process of its own (`benchmarks/load.py`; for the bare engine the client's
-process holds vLLM's AsyncLLM, and vLLM keeps its engine core in another). Parts:
+The client is always a process of its own (`benchmarks/load.py`; for the bare engine the client's process holds vLLM's
+AsyncLLM, and vLLM keeps its engine core in another). Parts:
 - real: the default model at 1, 8 and 32 streams of 64 tokens, all three alike: the same model directory, engine
-  arguments, thread binding, temperature, seeds, log-probabilities of the chosen tokens, a delta per token.
+  arguments, processes, thread binding, temperature, log-probabilities of the chosen tokens, a delta per token.
 - defaults: what `make serve` ships against the OpenAI server at its own defaults, which neither computes
   log-probabilities nor uses every core. Only its KV cache is set to our size: its default takes 92 % of the memory.
-- tiny: a random one-layer model at 64 and 256 streams, where the front end is the limit.
+- tiny: a random one-layer model at 64 and 256 streams on one engine thread, where the front end is the limit.
 
 Every answer is as long as every other: the model's end-of-turn token is declared to be one that it never samples; the
-tokens are counted all the same. Each figure is the median of 3 runs. `--write` puts the tables of every part that was
+tokens are counted all the same. Each figure is the median of 5 runs. `--write` puts the tables of every part that was
 ever run with this --work-dir into docs/benchmarks/serve.md. Prints one JSON line last.
 """
 
@@ -29,7 +29,7 @@ import time
 import urllib.request
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,7 +46,7 @@ TOKENS = 64
 TEMPERATURE = 0.85
 # Waves in one run: enough for a few hundred deltas and a few seconds.
 WAVES = {1: 4, 8: 3, 32: 2, 64: 4, 256: 2}
-REPEATS = 3
+REPEATS = 5
 HERE = Path(__file__).parent
 REPORT = HERE.parent / "docs" / "benchmarks" / "serve.md"
 TARGETS = {"grpc": "prefloop gRPC", "bare": "bare AsyncLLM", "openai": "vLLM OpenAI server"}
@@ -58,10 +58,11 @@ TITLES = {
 
 Figures = dict[str, dict[str, float]]  # by number of streams
 Results = dict[str, dict[str, Figures]]  # by part and target
+Clients = dict[str, Callable[[Any], Any]]  # what runs a load, by target
 
 
 async def main() -> None:
-    """Runs the parts that were asked for, one server at a time."""
+    """Runs the parts that were asked for."""
     arguments = parse_arguments()
     work, saved = arguments.work_dir, arguments.work_dir / "results.json"
     work.mkdir(parents=True, exist_ok=True)
@@ -94,8 +95,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str, Figures]:
-    """Every target of a part, one after the other: {target: {streams: figures}}."""
+    """Every target of a part: {target: {streams: figures}}. All are up at once, and asked in turn: what else the
+    machine does in these minutes meets all of them alike. An engine without requests sleeps."""
     levels = {"real": [1, 8, 32], "defaults": [1, 32], "tiny": [64, 256]}[part]
+    alike = part != "defaults"
     data = work / f"{part}-data"
     environment = {
         "HF_HUB_OFFLINE": "1",
@@ -105,37 +108,39 @@ async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str,
         "PREFLOOP_MODEL": str(model),
     }
     if part == "tiny":
-        # Room for every stream at once; nothing else differs from the defaults.
+        # Room for every stream at once, and no second thread that would mostly wait for the first.
         environment["PREFLOOP_MAX_STREAMS"] = str(max(levels))
+        environment["PREFLOOP_CPU_THREADS"] = str(min(os.sched_getaffinity(0)))
 
-    figures: dict[str, Figures] = {}
     shutil.rmtree(data, ignore_errors=True)
-    async with grpc_server(environment, work) as address:
-        figures["grpc"] = await run_loads("grpc", address, levels, quick, environment)
-    # What the server made of the model: now all three read the very same files.
-    served = data / "policies" / "v0000"
-    if part != "defaults":
-        figures["bare"] = await run_loads("bare", str(served), levels, quick, environment)
-    async with openai_server(served, environment, work, alike=part != "defaults") as address:
-        figures["openai"] = await run_loads("openai", address, levels, quick, environment, logprobs=part != "defaults")
-    return figures
+    async with AsyncExitStack() as stack:
+        clients: Clients = {}
+        address = await stack.enter_async_context(grpc_server(environment, work))
+        clients["grpc"] = await stack.enter_async_context(client("grpc", address, environment))
+        # What the server made of the model: now all three read the very same files.
+        served = data / "policies" / "v0000"
+        if alike:
+            clients["bare"] = await stack.enter_async_context(client("bare", str(served), environment))
+        address = await stack.enter_async_context(openai_server(served, environment, work, alike=alike))
+        clients["openai"] = await stack.enter_async_context(client("openai", address, environment))
+        measured = {str(streams): await compare(clients, streams, quick, alike) for streams in levels}
+    return {target: {streams: measured[streams][target] for streams in measured} for target in clients}
 
 
-async def run_loads(
-    target: str, address: str, levels: list[int], quick: bool, environment: dict[str, str], *, logprobs: bool = True
-) -> Figures:
-    """Medians of the repeats at each number of streams, after a wave that is not counted."""
-    figures: Figures = {}
-    async with client(target, address, environment) as run:
-        for streams in levels:
-            load = {"streams": streams, "tokens": TOKENS, "temperature": TEMPERATURE, "logprobs": logprobs}
-            await run({**load, "waves": 1, "seed": 0})
-            waves = 1 if quick else WAVES[streams]
-            started, others = time.monotonic(), others_seconds()
-            runs = [await run({**load, "waves": waves, "seed": n}) for n in range(1, 2 if quick else REPEATS + 1)]
-            busy = (others_seconds() - others) / (time.monotonic() - started)
-            figures[str(streams)] = {**summarise(runs), "others_cores": round(busy, 2)}
-            print(f"{target:7} {streams:4} streams: {figures[str(streams)]}", file=sys.stderr)
+async def compare(clients: Clients, streams: int, quick: bool, logprobs: bool) -> dict[str, dict[str, float]]:
+    """Medians of the repeats for each target, after a wave that is not counted: {target: figures}."""
+    load = {"streams": streams, "tokens": TOKENS, "temperature": TEMPERATURE, "logprobs": logprobs}
+    for run in clients.values():
+        await run({**load, "waves": 1, "seed": 0})
+    runs: dict[str, list[dict[str, float]]] = {target: [] for target in clients}
+    started, others = time.monotonic(), others_seconds()
+    for repeat in range(1 if quick else REPEATS):
+        for target, run in clients.items():
+            runs[target].append(await run({**load, "waves": 1 if quick else WAVES[streams], "seed": repeat + 1}))
+    busy = (others_seconds() - others) / (time.monotonic() - started)
+    figures = {target: {**summarise(runs[target]), "others_cores": round(busy, 2)} for target in clients}
+    for target, row in figures.items():
+        print(f"{target:7} {streams:4} streams: {row}", file=sys.stderr)
     return figures
 
 
@@ -184,12 +189,16 @@ async def openai_server(model: Path, environment: dict[str, str], work: Path, *,
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port)]
-    settings = ServerSettings(max_streams=int(environment.get("PREFLOOP_MAX_STREAMS", "64")))
+    settings = ServerSettings(
+        max_streams=int(environment.get("PREFLOOP_MAX_STREAMS", "64")),
+        cpu_threads=environment.get("PREFLOOP_CPU_THREADS", "auto"),
+    )
     extra = {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib)}
     if alike:
         command += ["--dtype", "bfloat16", "--max-model-len", str(settings.max_model_len)]
         command += ["--max-num-seqs", str(settings.max_streams), "--logprobs-mode", "processed_logprobs"]
         command += ["--generation-config", "vllm", "--disable-log-stats", "--disable-uvicorn-access-log"]
+        command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
         extra = engine_environment(settings)
 
     def check() -> None:
@@ -200,12 +209,16 @@ async def openai_server(model: Path, environment: dict[str, str], work: Path, *,
 
 
 def engine_environment(settings: Any) -> dict[str, str]:
-    """What `server serve` would set before it imports vLLM; our own environment stays as it is."""
-    from server.engine import set_environment
+    """What `server serve` and its engine's process would have set; our own environment stays as it is."""
+    from server.engine import SPIN, set_environment
 
     before = dict(os.environ)
     try:
         set_environment(settings)
+        # What our engine's process is given. The cores themselves cannot be given to this server's engine alone: its
+        # front end would be bound with it, and run at half the speed.
+        os.environ["OMP_NUM_THREADS"] = str(len(os.environ["VLLM_CPU_OMP_THREADS_BIND"].split(",")))
+        os.environ["KMP_BLOCKTIME"], os.environ["KMP_TPAUSE"] = SPIN, "0"
         return {name: value for name, value in os.environ.items() if before.get(name) != value}
     finally:
         os.environ.clear()
@@ -399,9 +412,9 @@ def report(results: Results) -> str:
             f"`python benchmarks/serve.py --write`, {datetime.now(UTC):%Y-%m-%d}, {machine()}.",
             "",
             f"Answers of {TOKENS} tokens (counted: {min(counted):g} to {max(counted):g} on average), temperature "
-            f"{TEMPERATURE}, medians of {REPEATS} runs, one server at a time, the client a process of its own on the "
-            "same machine. A gap is the time between two deltas of one answer. While it ran, other work on the machine "
-            f"took {max(row['others_cores'] for row in rows):g} cores at most.",
+            f"{TEMPERATURE}, medians of {REPEATS} runs, the servers asked in turn, the client a process of its own on "
+            "the same machine. A gap is the time between two deltas of one answer. While it ran, other work on the "
+            f"machine took {max(row['others_cores'] for row in rows):g} cores at most.",
             "",
             *(table(part, results[part]) for part in TITLES if part in results),
         ]

@@ -114,7 +114,7 @@ async def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     try:
         await _serve(settings, store, stopping, say)
     finally:
-        store.close()
+        await store.close()
 
 
 async def _serve(
@@ -126,8 +126,7 @@ async def _serve(
     await store(lambda store: store.registry.register_reference())
     say("starting the engine")
     # Always from the reference: compiled code is cached by the model's path. The active version is swapped in.
-    engine = start_engine(settings, directory)
-    policy = VllmPolicy(engine, REFERENCE, directory, keep_kv=settings.keep_kv_on_swap)
+    policy = VllmPolicy(start_engine(settings, directory), REFERENCE, directory, keep_kv=settings.keep_kv_on_swap)
     try:
         await policy.start()
         await app.start(policy)
@@ -140,8 +139,7 @@ async def _serve(
         await app.stop(settings.grace_seconds)
     finally:
         await policy.close()
-        # vLLM's engine stands in reference cycles; collected as late as the interpreter's end, it complains.
-        del engine, policy
+        # The engine stands in reference cycles; collected as late as the interpreter's end, it complains.
         gc.unfreeze()
         gc.collect()
 

@@ -1,14 +1,12 @@
 """ChatService: one turn at a time per conversation; every answer on disk before its `finished`.
 
-Handlers write to their context instead of yielding, so that a cancelled call is cancelled right here and its answer is
-settled: sampling stops, and what there is of the answer is stored with its spans. Settling runs as a task of its own
-that no cancellation reaches; `drain` waits for all of them before the store is closed.
+Handlers write to their context instead of yielding, so that a cancelled call is cancelled right here: sampling stops,
+and what there is of the answer is stored with its spans (`server.answers`).
 """
 
 import asyncio
 import hashlib
 import json
-import logging
 import random
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,16 +15,15 @@ from google.protobuf.message import Message
 from prefloop.v1 import chat_pb2, chat_pb2_grpc
 
 from server import convert
+from server.answers import Answers, Begun
 from server.identity import user_of
 from server.locks import KeyedLocks
-from server.policy import Policy, Sampling, Stream
+from server.policy import Policy, Sampling
 from server.prompt import build_prompt
 from server.records import Generation, Response, Slot, Turn
 from server.settings import ServerSettings
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
-
-log = logging.getLogger(__name__)
 
 SLOTS: tuple[Slot, Slot] = ("A", "B")
 
@@ -42,18 +39,19 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self._settings = settings
         self._replica_id = replica_id
         self._locks = KeyedLocks()
-        self._settling: set[asyncio.Task[Generation]] = set()
+        self._answers = Answers(store, policy)
 
     async def Chat(self, request: chat_pb2.ChatRequest, context: Any) -> None:  # type: ignore[override]
         user = user_of(context)
         async with self._locks.hold(_repeat_key("Chat", user, request)), self._locks.hold(request.conversation_id):
-            if first := await self._repeated("Chat", user, request):
+            first, turns = await self._before("Chat", user, request)
+            if first:
                 await self._replay_chat(user, first, context.write)
                 return
-            prompt, sampling = await self._prompt(user, request)
+            prompt, sampling = self._prompt(turns, request)
             version = self._policy.version
 
-            def begin(store: FeedbackStore) -> tuple[str, str]:
+            def begin(store: FeedbackStore) -> Begun:
                 with store.transaction():
                     conversation_id = _open_conversation(store, user, request)
                     response_id = store.begin_response(
@@ -68,30 +66,30 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                         seed=sampling.seed,
                     )
                     _remember(store, "Chat", user, request, response_id)
-                return conversation_id, response_id
+                return Begun(conversation_id, [response_id])
 
-            conversation_id, response_id = await self._store(begin)
-            await context.write(_chat_started(conversation_id, response_id, version))
-            generation = await self._answer(
-                response_id,
-                prompt,
-                sampling,
-                lambda text: context.write(chat_pb2.ChatResponse(delta=chat_pb2.ChatDelta(text=text))),
-            )
-            last = generation.spans[-1].policy_version if generation.spans else version
-            await context.write(_chat_finished(generation, prompt, last))
+            async def delta(text: str) -> None:
+                await context.write(chat_pb2.ChatResponse(delta=chat_pb2.ChatDelta(text=text)))
+
+            async with self._answers.begun(begin) as begun:
+                [response_id] = begun.response_ids
+                await context.write(_chat_started(begun.conversation_id, response_id, version))
+                generation = await self._answers.sample(response_id, prompt, sampling, delta)
+                last = generation.spans[-1].policy_version if generation.spans else version
+                await context.write(_chat_finished(generation, prompt, last))
 
     async def Compare(self, request: chat_pb2.CompareRequest, context: Any) -> None:  # type: ignore[override]
         user = user_of(context)
         async with self._locks.hold(_repeat_key("Compare", user, request)), self._locks.hold(request.conversation_id):
-            if first := await self._repeated("Compare", user, request):
+            first, turns = await self._before("Compare", user, request)
+            if first:
                 await self._replay_comparison(user, first, context.write)
                 return
-            prompt, sampling = await self._prompt(user, request)
+            prompt, sampling = self._prompt(turns, request)
             samplings = self._two_samplings(sampling)
             version = self._policy.version
 
-            def begin(store: FeedbackStore) -> tuple[str, str, str, str]:
+            def begin(store: FeedbackStore) -> Begun:
                 with store.transaction():
                     conversation_id = _open_conversation(store, user, request)
                     comparison_id, a, b = store.begin_comparison(
@@ -106,22 +104,22 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                         seeds=(samplings[0].seed, samplings[1].seed),
                     )
                     _remember(store, "Compare", user, request, comparison_id)
-                return conversation_id, comparison_id, a, b
+                return Begun(conversation_id, [a, b], comparison_id)
 
-            conversation_id, comparison_id, *response_ids = await self._store(begin)
-            await context.write(_compare_started(conversation_id, comparison_id))
             writing = asyncio.Lock()  # gRPC takes one write at a time
 
             async def write(message: chat_pb2.CompareResponse) -> None:
                 async with writing:
                     await context.write(message)
 
-            try:
-                async with asyncio.TaskGroup() as both:
-                    for slot, response_id, one in zip(SLOTS, response_ids, samplings, strict=True):
-                        both.create_task(self._candidate(slot, response_id, prompt, one, write))
-            except ExceptionGroup as group:
-                raise group.exceptions[0] from group
+            async with self._answers.begun(begin) as begun:
+                await write(_compare_started(begun.conversation_id, begun.comparison_id))
+                try:
+                    async with asyncio.TaskGroup() as both:
+                        for slot, response_id, one in zip(SLOTS, begun.response_ids, samplings, strict=True):
+                            both.create_task(self._candidate(slot, response_id, prompt, one, write))
+                except ExceptionGroup as group:
+                    raise group.exceptions[0] from group
 
     async def GetConversation(
         self, request: chat_pb2.GetConversationRequest, context: Any
@@ -162,13 +160,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def drain(self) -> None:
         """Returns once every answer that was begun is on disk."""
-        while self._settling:
-            await asyncio.wait(self._settling)
+        await self._answers.drain()
 
     # Sampling
 
-    async def _prompt(
-        self, user: str, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
+    def _prompt(
+        self, turns: list[Turn], request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
     ) -> tuple[list[int], Sampling]:
         given = {field.name: value for field, value in request.sampling.ListFields()}
         limit = self._policy.max_model_len
@@ -177,9 +174,6 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             max_tokens=given.get("max_tokens", min(self._settings.max_tokens, limit // 2)),
             seed=given.get("seed"),
         )
-        turns: list[Turn] = []
-        if request.conversation_id:
-            turns = await self._store(lambda store: store.turns(user, request.conversation_id))
         prompt = build_prompt(self._policy.encode, turns, request.message, limit - sampling.max_tokens)
         return prompt, sampling
 
@@ -197,44 +191,26 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         def delta(text: str) -> Awaitable[None]:
             return write(chat_pb2.CompareResponse(delta=chat_pb2.CompareDelta(slot=convert.SLOTS[slot], text=text)))
 
-        generation = await self._answer(response_id, prompt, sampling, delta)
+        generation = await self._answers.sample(response_id, prompt, sampling, delta)
         await write(_compare_finished(slot, response_id, generation, prompt))
 
-    async def _answer(
-        self, response_id: str, prompt: list[int], sampling: Sampling, send: Callable[[str], Awaitable[None]]
-    ) -> Generation:
-        stream: Stream | None = None
-        try:
-            stream = await self._policy.sample(prompt, sampling)
-            async for text in stream:
-                await send(text)
-        finally:
-            settling = asyncio.create_task(self._settle(response_id, stream))
-            self._settling.add(settling)
-            settling.add_done_callback(self._settling.discard)
-            generation = await asyncio.shield(settling)
-        return generation
+    # What went before
 
-    async def _settle(self, response_id: str, stream: Stream | None) -> Generation:
-        generation = Generation([], [], "", "error", [])
-        if stream is not None:
-            try:
-                generation = await stream.finish()
-            except Exception:
-                # The caller hears of the engine's end from the stream itself; here it must not cost the answer.
-                log.exception("an answer could not be finished; storing what there is of it")
-                generation = stream.fail()
-        await self._store(lambda store: store.finish_response(response_id, generation))
-        return generation
+    async def _before(
+        self, rpc: str, user: str, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
+    ) -> tuple[str | None, list[Turn]]:
+        """What the same request_id was answered first, if it was; else the conversation so far."""
 
-    # Repeated requests
+        def read(store: FeedbackStore) -> tuple[str | None, list[Turn]]:
+            if request.request_id:
+                first = store.find_request(user, rpc, request.request_id, _sha256(request))
+                if first is not None:
+                    return first.decode(), []
+            return None, store.turns(user, request.conversation_id) if request.conversation_id else []
 
-    async def _repeated(self, rpc: str, user: str, request: Message) -> str | None:
-        request_id: str = request.request_id  # type: ignore[attr-defined]
-        if not request_id:
-            return None
-        first = await self._store(lambda store: store.find_request(user, rpc, request_id, _sha256(request)))
-        return first.decode() if first is not None else None
+        if not request.request_id and not request.conversation_id:
+            return None, []
+        return await self._store(read)
 
     async def _replay_chat(self, user: str, response_id: str, write: Write) -> None:
         response = await self._store(lambda store: store.response(user, response_id))

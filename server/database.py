@@ -1,7 +1,8 @@
 """One SQLite connection as prefloop wants it: WAL, FULL, writes that begin IMMEDIATE.
 
-`write()` is atomic and durable: when it returns, a power cut keeps what was written. Two processes may write; the later
-one waits up to `BUSY_TIMEOUT_MS`. A connection belongs to one thread at a time.
+`write()` is atomic and durable: when it returns, a power cut keeps what was written; inside a `group()`, when that
+returns. Two processes may write; the later one waits up to `BUSY_TIMEOUT_MS`. A connection belongs to one thread at a
+time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,8 @@ class Database:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
             self._db = sqlite_utils.Database(connection, recursive_triggers=False)
+            self._writing = self._grouped = False
+            self._lost: BaseException | None = None
             self._migrate(path)
         except (OSError, sqlite3.DatabaseError) as error:
             raise DataDirectoryError(
@@ -61,17 +64,70 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[None]:
         """One transaction that holds the write lock from its first statement; nested calls join the outer one."""
-        if self._db.conn.in_transaction:
+        if self._writing:
             yield
             return
+        if self._grouped:
+            with self._savepoint():
+                yield
+            return
+        with self._transaction():
+            yield
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """Each `write` inside is still atomic, but all become durable by one commit, at the end.
+
+        Raises where that commit fails: then none of them was kept.
+        """
+        self._grouped, self._lost = True, None
+        try:
+            yield
+            if self._lost:
+                raise self._lost
+            if self._db.conn.in_transaction:
+                self._db.conn.execute("COMMIT")
+        except BaseException:
+            self._db.rollback()
+            raise
+        finally:
+            self._grouped = False
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it turns from reading to writing in WAL mode.
         self._db.conn.execute("BEGIN IMMEDIATE")
+        self._writing = True
         try:
             yield
             self._db.conn.execute("COMMIT")
         except BaseException:
             self._db.rollback()
             raise
+        finally:
+            self._writing = False
+
+    @contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        if self._lost:
+            raise self._lost
+        if not self._db.conn.in_transaction:
+            self._db.conn.execute("BEGIN IMMEDIATE")
+        self._db.conn.execute("SAVEPOINT one")
+        self._writing = True
+        try:
+            yield
+        except BaseException as error:
+            if self._db.conn.in_transaction:
+                self._db.conn.execute("ROLLBACK TO one")
+                self._db.conn.execute("RELEASE one")
+            else:
+                # A full disk, say: SQLite gave up the whole transaction, and with it what was written before.
+                self._lost = error
+            raise
+        finally:
+            self._writing = False
+        self._db.conn.execute("RELEASE one")
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         """Runs one statement; returns the number of rows it changed."""

@@ -156,7 +156,9 @@ class VllmPolicy:
             log.info("swapped to %s in %.3f s", version, time.perf_counter() - started)
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
+        # Let go of it as well: frames and handlers may hold this object longer than the engine may live.
+        engine, self._engine = self._engine, None
+        await asyncio.to_thread(engine.shutdown, SHUTDOWN_SECONDS)
 
     def spans(self, labelled: list[Span]) -> list[Span]:
         """Marks every span but the first where a swap keeps the KV cache."""

@@ -97,6 +97,10 @@ class FeedbackStore:
         """A context manager: what is written inside becomes durable together or not at all."""
         return self._db.write()
 
+    def group(self) -> Any:
+        """A context manager: the transactions inside stay apart, but share one commit. See `Database.group`."""
+        return self._db.group()
+
     # Conversations
 
     def create_conversation(self, user: str, message: str) -> str:
@@ -251,6 +255,16 @@ class FeedbackStore:
                         "policy_version": span.policy_version,
                         "stale_kv": int(span.stale_kv),
                     },
+                )
+
+    def cancel_responses(self, response_ids: Sequence[str]) -> None:
+        """Marks those that nothing was sampled of; the others stay as they are."""
+        with self._db.write():
+            for response_id in response_ids:
+                self._db.execute(
+                    "UPDATE responses SET status = 'cancelled', finish_reason = 'cancelled', "
+                    "finish_time = unixepoch('subsec') WHERE id = ? AND status = 'streaming'",
+                    [response_id],
                 )
 
     def fail_interrupted_responses(self, replica_id: str) -> int:

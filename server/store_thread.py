@@ -1,14 +1,18 @@
-"""The store on a thread of its own, so that SQLite never blocks the event loop."""
+"""The store on a thread of its own, so that SQLite never blocks the event loop.
+
+What is asked while a commit is under way shares the next one: under load the disk is asked once for many calls.
+"""
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from server.store import FeedbackStore
 
 T = TypeVar("T")
+Work = Callable[[FeedbackStore], Any]
 
 
 class StoreThread:
@@ -17,11 +21,48 @@ class StoreThread:
     def __init__(self, data_dir: Path) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._store = self._executor.submit(FeedbackStore.open, data_dir).result()
+        self._waiting: list[tuple[Work, asyncio.Future[Any]]] = []
+        self._running: asyncio.Task[None] | None = None
 
     async def __call__(self, work: Callable[[FeedbackStore], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work, self._store)
+        """What `work` returns, once that is on disk. A caller that is cancelled leaves its work to be done."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((work, done))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await done
 
-    def close(self) -> None:
-        """After what was asked before; later calls raise RuntimeError."""
-        self._executor.submit(self._store.close)
+    async def close(self) -> None:
+        """After what was asked before."""
+        if self._running:
+            await self._running
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._store.close)
         self._executor.shutdown()
+
+    async def _run(self) -> None:
+        while self._waiting:
+            calls, self._waiting = self._waiting, []
+            works = [work for work, _ in calls]
+            outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._group, works)
+            for (_, done), (result, error) in zip(calls, outcomes, strict=True):
+                if done.cancelled():
+                    continue
+                if error is None:
+                    done.set_result(result)
+                else:
+                    done.set_exception(error)
+        self._running = None
+
+    def _group(self, works: list[Work]) -> list[tuple[Any, Exception | None]]:
+        outcomes: list[tuple[Any, Exception | None]] = []
+        try:
+            with self._store.group():
+                for work in works:
+                    try:
+                        outcomes.append((work(self._store), None))
+                    except Exception as error:
+                        outcomes.append((None, error))
+        except Exception as error:
+            # The commit itself failed: nothing of any of them was kept.
+            outcomes = [(None, error)] * len(works)
+        return outcomes

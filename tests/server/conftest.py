@@ -54,7 +54,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
         yield Running(policy, store, app, tmp_path, channel)
     await app.stop(0)
-    store.close()
+    await store.close()
 
 
 def publish_version(data_dir: Path, version: str, tensors: dict[str, Any] | None = None) -> Path:

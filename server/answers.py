@@ -1,0 +1,95 @@
+"""Answers under way: each one that was begun in the store is also ended there, whatever becomes of its caller.
+
+An answer's end is stored by a task of its own that no cancellation reaches; `drain` waits for all of them before the
+store is closed.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from server.policy import Policy, Sampling, Stream
+from server.records import Generation
+from server.store import FeedbackStore
+from server.store_thread import StoreThread
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The ids of a turn whose answers are being sampled."""
+
+    conversation_id: str
+    response_ids: list[str]
+    comparison_id: str = ""
+
+
+class Answers:
+    """Samples answers from the policy, and keeps what was sampled."""
+
+    def __init__(self, store: StoreThread, policy: Policy) -> None:
+        self._store = store
+        self._policy = policy
+        self._settling: set[asyncio.Task[Any]] = set()
+
+    @asynccontextmanager
+    async def begun(self, begin: Callable[[FeedbackStore], Begun]) -> AsyncIterator[Begun]:
+        """Runs `begin`, which stores a turn's responses as being sampled.
+
+        Where the block is left by an error, those that were not sampled by then are stored as cancelled.
+        """
+        beginning = asyncio.create_task(self._store(begin))
+        try:
+            yield await asyncio.shield(beginning)
+        except BaseException:
+            self._settle(self._cancel(beginning))
+            raise
+
+    async def sample(
+        self, response_id: str, prompt: list[int], sampling: Sampling, send: Callable[[str], Awaitable[None]]
+    ) -> Generation:
+        """Samples one answer, sends its text piece by piece, and returns once it is stored."""
+        stream: Stream | None = None
+        try:
+            stream = await self._policy.sample(prompt, sampling)
+            async for text in stream:
+                await send(text)
+        finally:
+            generation = await asyncio.shield(self._settle(self._finish(response_id, stream)))
+        return generation
+
+    async def drain(self) -> None:
+        """Returns once every answer that was begun is on disk."""
+        while self._settling:
+            await asyncio.wait(self._settling)
+
+    def _settle(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        settling = asyncio.create_task(work)
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+        return settling
+
+    async def _finish(self, response_id: str, stream: Stream | None) -> Generation:
+        generation = Generation([], [], "", "error", [])
+        if stream is not None:
+            try:
+                generation = await stream.finish()
+            except Exception:
+                # The caller hears of the engine's end from the stream itself; here it must not cost the answer.
+                log.exception("an answer could not be finished; storing what there is of it")
+                generation = stream.fail()
+        await self._store(lambda store: store.finish_response(response_id, generation))
+        return generation
+
+    async def _cancel(self, beginning: asyncio.Task[Begun]) -> None:
+        await asyncio.wait([beginning])
+        # What could not be begun left nothing to cancel.
+        if beginning.exception() is None:
+            response_ids = beginning.result().response_ids
+            await self._store(lambda store: store.cancel_responses(response_ids))

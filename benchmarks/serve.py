@@ -210,15 +210,15 @@ async def openai_server(model: Path, environment: dict[str, str], work: Path, *,
 
 def engine_environment(settings: Any) -> dict[str, str]:
     """What `server serve` and its engine's process would have set; our own environment stays as it is."""
-    from server.engine import SPIN, set_environment
+    from server.engine import set_environment
 
     before = dict(os.environ)
     try:
         set_environment(settings)
-        # What our engine's process is given. The cores themselves cannot be given to this server's engine alone: its
-        # front end would be bound with it, and run at half the speed.
+        # What vLLM gives a model's process of its own. The cores themselves cannot be given to this server's engine alone:
+        # its front end would be bound with it, and run at half the speed.
         os.environ["OMP_NUM_THREADS"] = str(len(os.environ["VLLM_CPU_OMP_THREADS_BIND"].split(",")))
-        os.environ["KMP_BLOCKTIME"], os.environ["KMP_TPAUSE"] = SPIN, "0"
+        os.environ["KMP_BLOCKTIME"], os.environ["KMP_TPAUSE"] = "5", "0"
         return {name: value for name, value in os.environ.items() if before.get(name) != value}
     finally:
         os.environ.clear()

@@ -1,12 +1,24 @@
-"""The closing table of a round."""
+"""What a round came to, and the table that shows it."""
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from learner.round import Report
+
+@dataclass(frozen=True)
+class Report:
+    """How a call of `run_once` ended: what the closing table shows and `--json` prints."""
+
+    state: Literal["nothing", "promoted", "rejected"]
+    sentence: str
+    round_id: str | None = None
+    policy_version: str | None = None
+    reward_model_version: str | None = None
+    incumbent_version: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 def rows(report: Report) -> Iterator[tuple[str, str]]:

@@ -10,14 +10,18 @@ import pytest
 import torch
 from rich.console import Console
 
+import learner.judging as judging
 import learner.round as rounds
+import learner.workspace as workspace
 from learner.gate import Verdict
 from learner.progress import Stages
-from learner.report import print_report
+from learner.publishing import wait_until_loaded
+from learner.report import Report, print_report
 from learner.rollout import Sample
-from learner.round import STAGES, Report, RunningRound, run_once, wait_until_loaded
+from learner.round import run_once
 from learner.settings import LearnerSettings
 from learner.status import status
+from learner.workspace import STAGES, Workspace
 from server.manifest import new_staging, publish, verify, write_manifest
 from server.records import Generation, Prompt, Span
 from server.store import FeedbackStore
@@ -117,7 +121,7 @@ def data_dir(voted: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[TinyEngine]:
-    monkeypatch.setattr(rounds, "Engine", TinyEngine)
+    monkeypatch.setattr(workspace, "Engine", TinyEngine)
     return TinyEngine
 
 
@@ -165,7 +169,7 @@ def test_nothing_to_learn_from_is_a_sentence_and_changes_nothing(tmp_path: Path,
 
 
 def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "decide", passing)
+    monkeypatch.setattr(judging, "decide", passing)
     report = run(data_dir)
     assert report.state == "promoted"
     assert report.policy_version == "v0001"
@@ -203,7 +207,7 @@ def test_the_next_round_meets_the_promoted_version(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(rounds, "decide", passing)
+    monkeypatch.setattr(judging, "decide", passing)
     run(data_dir)
     store = opened(data_dir)
     vote(store, AutoModelForCausalLM.from_pretrained(model_directory).eval(), 60, low_words, seed=1)
@@ -225,7 +229,7 @@ def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir
 
 
 def test_full_fine_tuning_publishes_all_weights(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "decide", passing)
+    monkeypatch.setattr(judging, "decide", passing)
     ppo = settings(data_dir).ppo.model_copy(update={"train": "full", "learning_rate": 1e-4})
     report = run(data_dir, ppo=ppo)
     assert report.state == "promoted"
@@ -237,16 +241,16 @@ def test_full_fine_tuning_publishes_all_weights(data_dir: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_a_round_killed_after_any_stage_goes_on(data_dir: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "decide", passing)
-    record = RunningRound.record
+    monkeypatch.setattr(judging, "decide", passing)
+    record = Workspace.record
 
-    def killed(self: RunningRound, finished: str, metrics: dict[str, Any]) -> None:
+    def killed(self: Workspace, finished: str, metrics: dict[str, Any]) -> None:
         record(self, finished, metrics)
         if finished == stage:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunningRound, "record", killed)
+        patch.setattr(Workspace, "record", killed)
         with pytest.raises(KeyboardInterrupt):
             run(data_dir)
     store = opened(data_dir)
@@ -263,7 +267,7 @@ def test_a_round_killed_after_any_stage_goes_on(data_dir: Path, stage: str, monk
 def test_a_rejected_candidate_is_kept_with_the_reason_and_not_served(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "decide", lambda candidates, *_: Verdict(candidates[-1], ["It is worse."]))
+    monkeypatch.setattr(judging, "decide", lambda candidates, *_: Verdict(candidates[-1], ["It is worse."]))
     report = run(data_dir)
     assert report.state == "rejected"
     assert "It is worse." in report.sentence
@@ -297,7 +301,7 @@ def test_an_operators_rollback_meanwhile_is_not_overwritten(data_dir: Path, monk
         store.registry.activate_policy("v0009", actor="operator")
         return Verdict(candidates[-1], [])
 
-    monkeypatch.setattr(rounds, "decide", moved)
+    monkeypatch.setattr(judging, "decide", moved)
     report = run(data_dir)
     assert report.state == "rejected"
     assert "changed meanwhile" in report.sentence

@@ -1,0 +1,157 @@
+"""What the stages of a round share: its record in the store, its directories, its models and its engine."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from learner.checkpoint import verified
+from learner.dataset import split_prompts
+from learner.features import default_layers
+from learner.progress import Stages
+from learner.reward_model import RewardModel
+from learner.rollout import Engine, Sample, to_rollout
+from learner.settings import LearnerSettings
+from learner.training import judge_rollout
+from server.manifest import read_manifest
+from server.records import Lease, Prompt, Round, Snapshot
+from server.store import FeedbackStore
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from learner.policy import Policy
+
+STAGES = ("snapshot", "reward_model", "ppo", "gate", "publish", "activate")
+
+
+class Workspace:
+    """One round in progress. Models and the engine are made when a stage first needs them."""
+
+    def __init__(
+        self,
+        store: FeedbackStore,
+        lease: Lease,
+        settings: LearnerSettings,
+        stages: Stages,
+        round_: Round,
+        snapshot: Snapshot,
+    ) -> None:
+        self.store, self.lease, self.settings, self.stages = store, lease, settings, stages
+        self.round, self.snapshot = round_, snapshot
+        self.directory = settings.data_dir / "rounds" / round_.id
+        self.train_prompts, self.held_out_prompts = split_prompts(
+            store.prompts(), settings.gate.judge_share, settings.max_model_len
+        )
+
+    def done(self, stage: str) -> bool:
+        return STAGES.index(self.round.stage) >= STAGES.index(stage)
+
+    def record(self, stage: str, metrics: dict[str, Any]) -> None:
+        """Names the stage as finished, with its figures and the seconds so far."""
+        before = self.round.metrics.get("seconds", {})
+        seconds = {**before, **{name: round(value, 2) for name, value in self.stages.seconds.items()}}
+        self.update(stage=stage, metrics=_json_safe({**metrics, "seconds": seconds}))
+
+    def update(self, **changes: Any) -> None:
+        self.round = self.store.registry.update_round(self.round.id, fence=self.lease, **changes)
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Random draws of one purpose, the same when a round is resumed."""
+        return torch.Generator().manual_seed(self.settings.seed * 1_000 + stream)
+
+    @cached_property
+    def reference_directory(self) -> Path:
+        directory, manifest = verified(self.policy_directory(self.round.reference_version))
+        if manifest.kind != "full":
+            raise ValueError(f"The reference {directory.name} is an adapter; a reference holds all weights.")
+        return directory
+
+    @property
+    def reference_sha256(self) -> str:
+        return json.dumps(read_manifest(self.reference_directory).files, sort_keys=True)
+
+    @cached_property
+    def policy(self) -> "Policy":
+        with self.stages.stage("start", "loading the reference"):
+            from learner.policy import Policy
+
+            return Policy.create(self.reference_directory, self.settings.ppo, torch.device("cpu"))
+
+    @cached_property
+    def engine(self) -> Engine:
+        with self.stages.stage("start", "starting the engine"):
+            longest = max(len(p.token_ids) + p.max_tokens for p in self.train_prompts + self.held_out_prompts)
+            return Engine(self.reference_directory, self.settings, longest + 1)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        return self.settings.reward.layers or default_layers(self.policy.model.config.num_hidden_layers)
+
+    def features_of(self, samples: list[Sample], model: RewardModel) -> Tensor:
+        rollout = to_rollout(samples)
+        return judge_rollout(
+            self.policy, model, rollout, self.settings.service_temperature, self.settings.ppo.micro_batch
+        ).features
+
+    def close(self) -> None:
+        if "engine" in self.__dict__:
+            self.engine.close()
+
+    @contextmanager
+    def tensorboard(self) -> Iterator["SummaryWriter"]:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self.directory))
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.reference_directory)
+
+    def encode(self, text: str) -> list[int]:
+        return [*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id]
+
+    def policy_directory(self, version: str) -> Path:
+        return self.settings.data_dir / "policies" / version
+
+    @property
+    def reward_model_directory(self) -> Path:
+        return self.settings.data_dir / "reward_models" / str(self.round.reward_model_version)
+
+    def free_version(self, folder: str, prefix: str) -> str:
+        """The version after the highest that is registered or on disk."""
+        registered = (
+            [p.version for p in self.store.registry.policies()]
+            if folder == "policies"
+            else [m.version for m in self.store.registry.reward_models()]
+        )
+        on_disk = [p.name for p in (self.settings.data_dir / folder).glob(f"{prefix}[0-9]*")]
+        taken = [int(name.removeprefix(prefix)) for name in (*registered, *on_disk)]
+        return f"{prefix}{max(taken, default=0) + 1:04d}"
+
+
+def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """At most `count` prompts, evenly over the list."""
+    n = min(count, len(prompts))
+    return [prompts[i * len(prompts) // n] for i in range(n)]
+
+
+def _json_safe(value: Any) -> Any:
+    """The same with None for NaN, which JSON does not have: a figure that could not be taken."""
+    if isinstance(value, dict):
+        return {name: _json_safe(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -127,8 +127,9 @@ async def openai_target(address: str) -> Target:
     """Streamed chat completions over HTTP, read with aiohttp: a lighter client than OpenAI's own library."""
     import aiohttp
 
-    # No limit on connections, and none on a stream's time.
-    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None))
+    # No limit on connections, and none on a stream's time. The server drops idle connections after 5 s: do so first.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
     url = f"http://{address}/v1/chat/completions"
 
     def ask(load: Load) -> Ask:

@@ -4,14 +4,15 @@
 
 The client is always a process of its own (`benchmarks/load.py`; for the bare engine the client's process holds vLLM's
 AsyncLLM, and vLLM keeps its engine core in another). Parts:
-- real: the default model at 1, 8 and 32 streams of 64 tokens, all three alike: the same model directory, engine
-  arguments, processes, thread binding, temperature, log-probabilities of the chosen tokens, a delta per token.
+- real: the default model at 1, 8 and 32 streams of 64 tokens, all alike: the same model directory, engine arguments,
+  cores, temperature, log-probabilities of the chosen tokens, a delta per token. The OpenAI server runs twice: with the
+  model in the engine's process, as ours has it, and in the two processes that vLLM makes of it by itself.
 - defaults: what `make serve` ships against the OpenAI server at its own defaults, which neither computes
   log-probabilities nor uses every core. Only its KV cache is set to our size: its default takes 92 % of the memory.
-- tiny: a random one-layer model at 64 and 256 streams on one engine thread, where the front end is the limit.
+- tiny: a random one-layer model at 64 and 256 streams, where the front end is the limit.
 
 Every answer is as long as every other: the model's end-of-turn token is declared to be one that it never samples; the
-tokens are counted all the same. Each figure is the median of 5 runs. `--write` puts the tables of every part that was
+tokens are counted all the same. Each figure is the median of 3 runs. `--write` puts the tables of every part that was
 ever run with this --work-dir into docs/benchmarks/serve.md. Prints one JSON line last.
 """
 
@@ -46,14 +47,22 @@ TOKENS = 64
 TEMPERATURE = 0.85
 # Waves in one run: enough for a few hundred deltas and a few seconds.
 WAVES = {1: 4, 8: 3, 32: 2, 64: 4, 256: 2}
-REPEATS = 5
+REPEATS = 3
+# An engine's two processes keep spinning for a second after its last token; then it sleeps.
+IDLE_SECONDS = 1.5
 HERE = Path(__file__).parent
 REPORT = HERE.parent / "docs" / "benchmarks" / "serve.md"
-TARGETS = {"grpc": "prefloop gRPC", "bare": "bare AsyncLLM", "openai": "vLLM OpenAI server"}
+TARGETS = {
+    "grpc": "prefloop gRPC",
+    "bare": "bare AsyncLLM",
+    "openai": "vLLM OpenAI server, our processes",
+    "openai-mp": "vLLM OpenAI server, its own processes",
+    "openai-default": "vLLM OpenAI server",
+}
 TITLES = {
-    "real": "SmolLM2-135M-Instruct, all three alike",
+    "real": "SmolLM2-135M-Instruct, all alike",
     "defaults": "What `make serve` ships, against the OpenAI server at its defaults",
-    "tiny": "A random one-layer model, all three alike",
+    "tiny": "A random one-layer model, all alike",
 }
 
 Figures = dict[str, dict[str, float]]  # by number of streams
@@ -96,9 +105,9 @@ def parse_arguments() -> argparse.Namespace:
 
 async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str, Figures]:
     """Every target of a part: {target: {streams: figures}}. All are up at once, and asked in turn: what else the
-    machine does in these minutes meets all of them alike. An engine without requests sleeps."""
+    machine does in these minutes meets all of them alike."""
     levels = {"real": [1, 8, 32], "defaults": [1, 32], "tiny": [64, 256]}[part]
-    alike = part != "defaults"
+    peers = ["openai-default"] if part == "defaults" else ["openai", "openai-mp"]
     data = work / f"{part}-data"
     environment = {
         "HF_HUB_OFFLINE": "1",
@@ -108,22 +117,22 @@ async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str,
         "PREFLOOP_MODEL": str(model),
     }
     if part == "tiny":
-        # Room for every stream at once, and no second thread that would mostly wait for the first.
+        # Room for every stream at once; nothing else differs from the defaults.
         environment["PREFLOOP_MAX_STREAMS"] = str(max(levels))
-        environment["PREFLOOP_CPU_THREADS"] = str(min(os.sched_getaffinity(0)))
 
     shutil.rmtree(data, ignore_errors=True)
     async with AsyncExitStack() as stack:
         clients: Clients = {}
         address = await stack.enter_async_context(grpc_server(environment, work))
         clients["grpc"] = await stack.enter_async_context(client("grpc", address, environment))
-        # What the server made of the model: now all three read the very same files.
+        # What the server made of the model: now all read the very same files.
         served = data / "policies" / "v0000"
-        if alike:
+        if part != "defaults":
             clients["bare"] = await stack.enter_async_context(client("bare", str(served), environment))
-        address = await stack.enter_async_context(openai_server(served, environment, work, alike=alike))
-        clients["openai"] = await stack.enter_async_context(client("openai", address, environment))
-        measured = {str(streams): await compare(clients, streams, quick, alike) for streams in levels}
+        for peer in peers:
+            address = await stack.enter_async_context(openai_server(peer, served, environment, work))
+            clients[peer] = await stack.enter_async_context(client("openai", address, environment))
+        measured = {str(streams): await compare(clients, streams, quick, part != "defaults") for streams in levels}
     return {target: {streams: measured[streams][target] for streams in measured} for target in clients}
 
 
@@ -136,6 +145,7 @@ async def compare(clients: Clients, streams: int, quick: bool, logprobs: bool) -
     started, others = time.monotonic(), others_seconds()
     for repeat in range(1 if quick else REPEATS):
         for target, run in clients.items():
+            await asyncio.sleep(IDLE_SECONDS)
             runs[target].append(await run({**load, "waves": 1 if quick else WAVES[streams], "seed": repeat + 1}))
     busy = (others_seconds() - others) / (time.monotonic() - started)
     figures = {target: {**summarise(runs[target]), "others_cores": round(busy, 2)} for target in clients}
@@ -182,43 +192,41 @@ async def grpc_server(environment: dict[str, str], work: Path) -> AsyncIterator[
 
 
 @asynccontextmanager
-async def openai_server(model: Path, environment: dict[str, str], work: Path, *, alike: bool) -> AsyncIterator[str]:
-    """vLLM's own server; `alike`: with the engine arguments that prefloop's server gives, else with its defaults."""
+async def openai_server(peer: str, model: Path, environment: dict[str, str], work: Path) -> AsyncIterator[str]:
+    """vLLM's own server, as one of `TARGETS` describes it."""
     from server.settings import ServerSettings
 
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "bench", "--host", "127.0.0.1", "--port", str(port)]
-    settings = ServerSettings(
-        max_streams=int(environment.get("PREFLOOP_MAX_STREAMS", "64")),
-        cpu_threads=environment.get("PREFLOOP_CPU_THREADS", "auto"),
-    )
+    settings = ServerSettings(max_streams=int(environment.get("PREFLOOP_MAX_STREAMS", "64")))
     extra = {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib)}
-    if alike:
+    if peer != "openai-default":
         command += ["--dtype", "bfloat16", "--max-model-len", str(settings.max_model_len)]
         command += ["--max-num-seqs", str(settings.max_streams), "--logprobs-mode", "processed_logprobs"]
         command += ["--generation-config", "vllm", "--disable-log-stats", "--disable-uvicorn-access-log"]
-        command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
         extra = engine_environment(settings)
+    if peer == "openai":
+        command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
+        # What vLLM gives a model's process of its own. The cores themselves cannot be given to this server's engine
+        # alone: its front end would be bound with it, and run at half the speed.
+        threads = len(extra["VLLM_CPU_OMP_THREADS_BIND"].split(","))
+        extra |= {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
 
     def check() -> None:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
 
-    async with process(command, {**environment, **extra}, work / "openai.log", check, OSError):
+    async with process(command, {**environment, **extra}, work / f"{peer}.log", check, OSError):
         yield f"127.0.0.1:{port}"
 
 
 def engine_environment(settings: Any) -> dict[str, str]:
-    """What `server serve` and its engine's process would have set; our own environment stays as it is."""
+    """What `server serve` would set before it imports vLLM; our own environment stays as it is."""
     from server.engine import set_environment
 
     before = dict(os.environ)
     try:
         set_environment(settings)
-        # What vLLM gives a model's process of its own. The cores themselves cannot be given to this server's engine alone:
-        # its front end would be bound with it, and run at half the speed.
-        os.environ["OMP_NUM_THREADS"] = str(len(os.environ["VLLM_CPU_OMP_THREADS_BIND"].split(",")))
-        os.environ["KMP_BLOCKTIME"], os.environ["KMP_TPAUSE"] = "5", "0"
         return {name: value for name, value in os.environ.items() if before.get(name) != value}
     finally:
         os.environ.clear()

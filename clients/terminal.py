@@ -170,6 +170,7 @@ class Terminal:
                     match event:
                         case CompareStarted():
                             self.conversation_id, comparison_id = event.conversation_id, event.comparison_id
+                            self.response_id = ""
                         case CompareDelta():
                             answers[event.slot] += printable(event.text)
                             live.update(self._growing(answers))
@@ -182,7 +183,7 @@ class Terminal:
         }
         self.console.print(self._two({slot: Text(text) for slot, text in answers.items()}, subtitles))
         if len(ended) == len(answers):
-            self._ask_choice(comparison_id)
+            self._ask_choice(comparison_id, ended[SLOT_A].response_id)
         else:
             self._note("Stopped before both answers ended, so there is nothing to choose between.")
 
@@ -207,12 +208,12 @@ class Terminal:
         grid.add_row(*panels)
         return grid
 
-    def _ask_choice(self, comparison_id: str) -> None:
+    def _ask_choice(self, comparison_id: str, response_a: str) -> None:
         while True:
             answer = self.read("better: a, b, t (tie), x (both bad), Enter to skip> ").strip().lower()
             if not answer:
-                self.response_id = ""
-                self._note("Skipped: a next message goes on with A. /history has both.")
+                self.response_id = response_a
+                self._note("Skipped: a next message goes on with A, and /up and /down are about A.")
                 return
             if answer in CHOICES:
                 break
@@ -301,7 +302,8 @@ class Terminal:
         for turn in conversation.turns:
             self._show_turn(turn)
         if conversation.turns and conversation.turns[-1].comparison.state == COMPARISON_STATE_OPEN:
-            self._ask_choice(conversation.turns[-1].comparison.comparison_id)
+            comparison = conversation.turns[-1].comparison
+            self._ask_choice(comparison.comparison_id, comparison.a.response_id)
 
     def _new(self, _: str) -> None:
         self.conversation_id = self.response_id = ""
@@ -323,7 +325,7 @@ class Terminal:
 
     def _has_answer(self) -> bool:
         if not self.response_id:
-            self._say("There is no answer to vote on yet.", "red")
+            self._say("There is no answer here to vote on.", "red")
         return bool(self.response_id)
 
     def _show_turn(self, turn: Turn) -> None:

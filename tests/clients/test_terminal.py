@@ -63,7 +63,7 @@ def test_the_next_message_goes_on_in_the_conversation_until_new(session: Session
 
 def test_thumbs_are_about_the_last_answer(session: Session, service: FakeService) -> None:
     screen = session("/up", "hi", "/down too short")
-    assert "There is no answer to vote on yet." in screen
+    assert "There is no answer here to vote on." in screen
     (vote,) = service.sent("SubmitThumb")
     assert (vote.response_id, vote.thumb, vote.comment) == ("resp", THUMB_DOWN, "too short")
 
@@ -94,6 +94,14 @@ def test_after_a_choice_votes_are_about_the_answer_that_goes_on(session: Session
     assert "equally good; going on with B" in screen
     assert service.sent("SubmitChoice")[0].choice == CHOICE_TIE
     assert service.sent("SubmitThumb")[0].response_id == "resp2"
+
+
+def test_a_thumb_after_a_skipped_comparison_is_about_the_answer_it_goes_on_with(
+    session: Session, service: FakeService
+) -> None:
+    session("hi", "/compare fish?", "", "/up")
+    assert service.sent("SubmitChoice") == []
+    assert service.sent("SubmitThumb")[0].response_id == "resp1"
 
 
 def test_compare_alone_turns_every_message_into_a_comparison(session: Session, service: FakeService) -> None:

@@ -33,7 +33,7 @@ class StoreThread:
         return await done
 
     async def close(self) -> None:
-        """After what was asked before."""
+        """After what was asked before; later calls raise RuntimeError."""
         if self._running:
             await self._running
         await asyncio.get_running_loop().run_in_executor(self._executor, self._store.close)
@@ -43,26 +43,26 @@ class StoreThread:
         while self._waiting:
             calls, self._waiting = self._waiting, []
             works = [work for work, _ in calls]
-            outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._group, works)
-            for (_, done), (result, error) in zip(calls, outcomes, strict=True):
+            try:
+                outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._group, works)
+            except Exception as error:
+                # The commit failed, or the store is closed: nothing of any of them was kept.
+                outcomes = [(None, error)] * len(works)
+            for (_, done), (result, failure) in zip(calls, outcomes, strict=True):
                 if done.cancelled():
                     continue
-                if error is None:
+                if failure is None:
                     done.set_result(result)
                 else:
-                    done.set_exception(error)
+                    done.set_exception(failure)
         self._running = None
 
     def _group(self, works: list[Work]) -> list[tuple[Any, Exception | None]]:
         outcomes: list[tuple[Any, Exception | None]] = []
-        try:
-            with self._store.group():
-                for work in works:
-                    try:
-                        outcomes.append((work(self._store), None))
-                    except Exception as error:
-                        outcomes.append((None, error))
-        except Exception as error:
-            # The commit itself failed: nothing of any of them was kept.
-            outcomes = [(None, error)] * len(works)
+        with self._store.group():
+            for work in works:
+                try:
+                    outcomes.append((work(self._store), None))
+                except Exception as error:
+                    outcomes.append((None, error))
         return outcomes

@@ -83,3 +83,11 @@ async def test_close_waits_for_what_was_asked_before(tmp_path: Path) -> None:
     await thread.close()
     await asking
     assert titles(tmp_path) == ["last"]
+
+
+async def test_a_call_after_the_close_raises(tmp_path: Path) -> None:
+    thread = StoreThread(tmp_path)
+    await thread.close()
+    async with asyncio.timeout(10):
+        with pytest.raises(RuntimeError):
+            await thread(lambda store: store.create_conversation("ann", "late"))

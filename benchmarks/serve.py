@@ -107,7 +107,8 @@ async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str,
     """Every target of a part: {target: {streams: figures}}. All are up at once, and asked in turn: what else the
     machine does in these minutes meets all of them alike."""
     levels = {"real": [1, 8, 32], "defaults": [1, 32], "tiny": [64, 256]}[part]
-    peers = ["openai-default"] if part == "defaults" else ["openai", "openai-mp"]
+    alike = part != "defaults"
+    peers = ["openai", "openai-mp"] if alike else ["openai-default"]
     data = work / f"{part}-data"
     environment = {
         "HF_HUB_OFFLINE": "1",
@@ -127,12 +128,12 @@ async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str,
         clients["grpc"] = await stack.enter_async_context(client("grpc", address, environment))
         # What the server made of the model: now all read the very same files.
         served = data / "policies" / "v0000"
-        if part != "defaults":
+        if alike:
             clients["bare"] = await stack.enter_async_context(client("bare", str(served), environment))
         for peer in peers:
             address = await stack.enter_async_context(openai_server(peer, served, environment, work))
             clients[peer] = await stack.enter_async_context(client("openai", address, environment))
-        measured = {str(streams): await compare(clients, streams, quick, part != "defaults") for streams in levels}
+        measured = {str(streams): await compare(clients, streams, quick, alike) for streams in levels}
     return {target: {streams: measured[streams][target] for streams in measured} for target in clients}
 
 

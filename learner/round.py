@@ -119,7 +119,9 @@ def run(work: Workspace) -> Report:
     reward_model = fit_reward_model(work, dataset, features)
     improve_policy(work, reward_model)
     if not work.round.metrics["ppo"]["candidates"]:
-        return finish(work, "rejected", "The first step already went over the KL budget; a lower learning rate helps.")
+        return finish(
+            work, "rejected", "The first step already went over the KL budget; a lower learning rate may help."
+        )
     verdict = judge_candidates(work, dataset, features, reward_model, signal)
     version = publish(work, verdict)
     return finish(work, *activate(work, version, verdict))

@@ -66,13 +66,12 @@ class Database:
         """One transaction that holds the write lock from its first statement; nested calls join the outer one."""
         if self._writing:
             yield
-            return
-        if self._grouped:
+        elif self._grouped:
             with self._savepoint():
                 yield
-            return
-        with self._transaction():
-            yield
+        else:
+            with self.group(), self._savepoint():
+                yield
 
     @contextmanager
     def group(self) -> Iterator[None]:
@@ -94,24 +93,11 @@ class Database:
             self._grouped = False
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it turns from reading to writing in WAL mode.
-        self._db.conn.execute("BEGIN IMMEDIATE")
-        self._writing = True
-        try:
-            yield
-            self._db.conn.execute("COMMIT")
-        except BaseException:
-            self._db.rollback()
-            raise
-        finally:
-            self._writing = False
-
-    @contextmanager
     def _savepoint(self) -> Iterator[None]:
         if self._lost:
             raise self._lost
         if not self._db.conn.in_transaction:
+            # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it turns from reading to writing in WAL mode.
             self._db.conn.execute("BEGIN IMMEDIATE")
         self._db.conn.execute("SAVEPOINT one")
         self._writing = True

@@ -1,4 +1,4 @@
-"""`learner run-once | status | schedule`: flags to settings to a call. Heavy imports wait until a command runs."""
+"""`learner run-once | status | report | schedule`: flags to settings to a call. Heavy imports wait for the command."""
 
 import json
 import sys
@@ -26,12 +26,13 @@ def run_once(
     as_json: Json = False,
     train: Annotated[Optional[str], typer.Option(help="`lora` (default) or `full`.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="PPO steps at most.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of every random draw. Default: 0.")] = None,
 ) -> None:
     """Run one round, or go on with one that was stopped: fit, improve, judge, publish, activate.
 
     Every setting is also a PREFLOOP_* variable or in prefloop.toml. Ends with 0 where there was nothing to learn."""
     ppo = {name: value for name, value in {"train": train, "steps": steps}.items() if value is not None}
-    settings = _settings(data_dir=data_dir, ppo=ppo or None)
+    settings = _settings(data_dir=data_dir, ppo=ppo or None, seed=seed)
     from learner.rollout import set_environment
 
     set_environment(settings)
@@ -52,6 +53,10 @@ def run_once(
             raise
         _fail(f"The round failed and the served policy is unchanged: {error}")
     print_report(report, Console(stderr=as_json))
+    if report.round_id:
+        from learner.page import write_report
+
+        write_report(settings.data_dir, report.round_id)
     if as_json:
         print(json.dumps(asdict(report)))
     sys.stdout.flush()
@@ -72,6 +77,24 @@ def status(data_dir: DataDir = None, as_json: Json = False) -> None:
         return
     for name, sentence in found["lines"]:
         typer.echo(f"{name:>12}  {sentence}")
+
+
+@app.command("report")
+def report_round(
+    round_id: Annotated[Optional[str], typer.Argument(metavar="ROUND", help="Default: the newest.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Draw a round's curves (PNG) and write its page (HTML): figures, curves, answers before and after."""
+    settings = _settings(data_dir=data_dir)
+    if not (settings.data_dir / "prefloop.db").exists():
+        _fail(f"There is no data in {str(settings.data_dir)!r} yet.")
+    from learner.page import write_report
+
+    try:
+        for path in write_report(settings.data_dir, round_id):
+            typer.echo(path)
+    except ServiceError as error:
+        _fail(str(error))
 
 
 @app.command()

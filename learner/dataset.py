@@ -1,7 +1,6 @@
-"""Rows of the store become votes over a list of answers, and prompts; each conversation trains or judges, for good.
+"""Rows of the store become votes over a list of answers; each conversation trains or judges, for good.
 
-The side is a hash of the conversation's id, so it never changes as votes come in. A prompt that several conversations
-asked belongs to the first of them, so rollouts and the gate never share one.
+The side is a hash of the conversation's id, so it never changes as votes come in.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ from learner.features import TokenPair
 from learner.heads import Votes, vote_weights
 from learner.likelihood import BOTH_BAD, TIE, A, B
 from learner.settings import RewardSettings
-from server.records import Prompt, Response, Snapshot
+from server.records import Response, Snapshot
 
 OUTCOMES = {"A": A, "B": B, "TIE": TIE, "BOTH_BAD": BOTH_BAD}
 
@@ -149,11 +148,3 @@ def to_dataset(
     )
     judges = torch.tensor([is_judge(c, judge_share) for c in conversations], dtype=torch.bool)
     return Dataset(pairs, votes, judges)
-
-
-def split_prompts(prompts: list[Prompt], judge_share: float, max_model_len: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on and prompts held out; those that leave no room for an answer are left out."""
-    fitting = [p for p in prompts if len(p.token_ids) + p.max_tokens <= max_model_len]
-    train = [p for p in fitting if not is_judge(p.conversation_id, judge_share)]
-    held_out = [p for p in fitting if is_judge(p.conversation_id, judge_share)]
-    return train, held_out

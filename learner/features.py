@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from sqlite_utils import Database
+from sqlite_utils.utils import chunks
 from torch import Tensor, nn
 
 from learner.forward import Tokens, micro_batches, response_states, run_trunk, to_tokens
 
 RECIPE = 1
+# Answers that are computed between two writes.
+CHUNK = 256
 TokenPair = tuple[list[int], list[int]]
 
 
@@ -38,16 +41,20 @@ def pool_prefixes(states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FeatureCache:
-    """Pooled features by token ids, one safetensors file per reference and recipe."""
+    """Pooled features by token ids, an SQLite file per reference and recipe: a round reads the rows that it needs and
+    computes those that are new, and one that was killed keeps what it had computed."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, Tensor] = load_file(path) if path.exists() else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = Database(str(path))
+        self._db.enable_wal()
+        self._rows = self._db.table("features", pk="key")
+        self._rows.create({"key": str, "value": bytes}, if_not_exists=True)
 
     @classmethod
     def open(cls, directory: Path, reference_sha256: str, layers: tuple[int, ...]) -> "FeatureCache":
         name = hashlib.sha256(f"{reference_sha256} {RECIPE} {layers}".encode()).hexdigest()[:16]
-        return cls(directory / f"features-{name}.safetensors")
+        return cls(directory / f"features-{name}.db")
 
     def get(
         self,
@@ -59,20 +66,26 @@ class FeatureCache:
     ) -> Tensor:
         """(N, F + 1) of each (prompt, response); what is missing is computed with the reference `model` and kept."""
         keys = [_key(pair) for pair in pairs]
-        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._known}
-        advance(sum(key not in missing for key in keys))
-        if missing:
-            tokens = to_tokens([pair[0] for pair in missing.values()], [pair[1] for pair in missing.values()])
-            features = extract(model, tokens, layers, micro_batch, advance)
-            self._known.update(zip(missing, features.unbind(), strict=True))
-            self._save()
-        return torch.stack([self._known[key] for key in keys])
+        known = self._read(keys)
+        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
+        advance(sum(key in known for key in keys))
+        for chunk in map(list, chunks(missing, CHUNK)):
+            tokens = to_tokens([missing[key][0] for key in chunk], [missing[key][1] for key in chunk])
+            fresh = dict(zip(chunk, extract(model, tokens, layers, micro_batch, advance), strict=True))
+            self._rows.insert_all({"key": key, "value": row.numpy().tobytes()} for key, row in fresh.items())
+            known.update(fresh)
+        return torch.stack([known[key] for key in keys])
 
-    def _save(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        staging = self._path.with_suffix(".partial")
-        save_file({key: value.contiguous() for key, value in self._known.items()}, staging)
-        staging.rename(self._path)
+    def close(self) -> None:
+        self._db.close()
+
+    def _read(self, keys: list[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for chunk in map(list, chunks(dict.fromkeys(keys), CHUNK)):
+            marks = ", ".join("?" * len(chunk))
+            for row in self._rows.rows_where(f"key IN ({marks})", chunk):
+                found[row["key"]] = torch.frombuffer(bytearray(row["value"]), dtype=torch.float32)
+        return found
 
 
 def extract(

@@ -89,11 +89,11 @@ def by_prompt(ours: Tensor, theirs: Tensor, prompts: int) -> Tensor:
     return wins(ours[:, :, None] - theirs[:, None]).mean(dim=(1, 2))
 
 
-def length_matched(judge: Judge, ours: Tensor, theirs: Tensor, within: float = 0.25) -> tuple[float, int]:
+def length_matched(judge: Judge, ours: Tensor, theirs: Tensor) -> tuple[float, int]:
     """The point win rate over answers whose opponent's length is alike (the features' last entry is log length), and
     how many those are; NaN for none. Answers meet in order."""
     delta = judge.scores(ours)[0] - judge.scores(theirs)[0]
-    alike = (ours[:, -1] - theirs[:, -1]).abs() <= torch.log1p(torch.tensor(within))
+    alike = (ours[:, -1] - theirs[:, -1]).abs() <= fitting.LIKE_LENGTH
     return float(wins(delta)[0, alike].mean()), int(alike.sum())
 
 

@@ -9,6 +9,7 @@ The temperature difference of the two answers is a nuisance covariate: the fit m
 out.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from learner import likelihood
 from learner.likelihood import A, B
+
+# The difference in log length up to which two answers count as equally long.
+LIKE_LENGTH = math.log1p(0.25)
 
 
 @dataclass(frozen=True)
@@ -316,29 +320,41 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How well scores predict votes they were not fitted on."""
+    """How well scores predict votes they were not fitted on, and what simpler rules and confounders make of them."""
 
     votes: int
     accuracy: float
-    longer_wins: float
     nll: float
     ece: float
+    # The rules that a reward model has to beat: the longer answer, the one drawn at the higher temperature.
+    longer_wins: float
+    hotter_wins: float
+    # Where length cannot help: the votes on answers of like length.
+    matched_votes: int
+    matched_accuracy: float
+    # Correlation of the scores' difference with that of log length.
+    length_correlation: float
 
 
-def held_out(heads: Heads, features: Tensor, votes: Votes, lengths: Tensor) -> HeldOut:
-    """Figures of a single head (K = 1) on choices that name a winner; `lengths` (N,) in tokens. NaN without any."""
+def held_out(heads: Heads, features: Tensor, votes: Votes, log_lengths: Tensor) -> HeldOut:
+    """Figures of a single head (K = 1) on choices that name a winner; `log_lengths` (N,). NaN without any."""
     decisive = (votes.outcome == A) | (votes.outcome == B)
+    outcome = votes.outcome[decisive]
     scores = heads.scores(features)[0]
     delta = (scores[votes.a] - scores[votes.b])[decisive]
-    longer = (lengths[votes.a] - lengths[votes.b])[decisive].to(features.dtype)
-    outcome = votes.outcome[decisive]
-    chosen = torch.where(outcome == A, delta, -delta)
+    longer = (log_lengths[votes.a] - log_lengths[votes.b])[decisive].to(features.dtype)
+    right = agreement(delta, outcome)
+    alike = longer.abs() <= LIKE_LENGTH
     return HeldOut(
         votes=int(decisive.sum()),
-        accuracy=float(agreement(delta, outcome).mean()),
+        accuracy=float(right.mean()),
+        nll=float(likelihood.preference_loss(torch.where(outcome == A, delta, -delta)).mean()),
+        ece=expected_calibration_error(torch.sigmoid(delta.abs()), right),
         longer_wins=float(agreement(longer, outcome).mean()),
-        nll=float(likelihood.preference_loss(chosen).mean()),
-        ece=expected_calibration_error(torch.sigmoid(delta.abs()), agreement(delta, outcome)),
+        hotter_wins=float(agreement(votes.temperature_difference[decisive], outcome).mean()),
+        matched_votes=int(alike.sum()),
+        matched_accuracy=float(right[alike].mean()),
+        length_correlation=float(torch.corrcoef(torch.stack([delta, longer]))[0, 1]) if len(delta) > 1 else math.nan,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learner.checkpoint import verified
 from learner.dataset import Dataset
+from learner.experience import judge_rollout, policy_logprobs
 from learner.gate import (
     Figures,
     Health,
@@ -25,10 +26,13 @@ from learner.gate import (
 from learner.heads import SignalTest
 from learner.ppo import mismatch
 from learner.reward_model import RewardModel
-from learner.rollout import Sample, to_rollout
-from learner.training import check_push, judge_rollout, policy_logprobs
+from learner.rollout import Sample, draw_seed, to_rollout
+from learner.training import check_push
 from learner.workspace import Workspace, spread
 from server.records import Prompt
+
+# All versions answer with the same random numbers, which no step of the training had.
+GATE_DRAW = 999
 
 
 def judge_candidates(
@@ -37,7 +41,7 @@ def judge_candidates(
     """Which candidate may serve, if any; every answer that was judged is kept beside it."""
     if work.done("gate"):
         return _verdict(work.round.metrics["gate"])
-    gate, prompts = work.settings.gate, spread(work.held_out_prompts, work.settings.gate.prompts)
+    gate, prompts = work.settings.gate, spread(work.prompts.held_out, work.settings.gate.prompts)
     prompts = prompts * gate.answers
     judge = fit_judge(
         features,
@@ -82,7 +86,7 @@ def _candidate_answers(work: Workspace, step: int, prompts: list[Prompt]) -> lis
     """The policy keeps the candidate's weights, so that its log-probabilities can be taken."""
     work.policy.load(work.directory / f"step-{step:03d}")
     work.engine.push(work.policy.engine_weights())
-    return work.engine.sample(prompts, work.settings.seed + 7)
+    return work.engine.sample(prompts, draw_seed(work.settings.seed, GATE_DRAW))
 
 
 def _published_answers(work: Workspace, version: str, prompts: list[Prompt]) -> list[Sample]:
@@ -91,7 +95,7 @@ def _published_answers(work: Workspace, version: str, prompts: list[Prompt]) -> 
     directory, manifest = verified(work.policy_directory(version))
     base = work.policy_directory(manifest.base_version) if manifest.kind == "adapter" else None
     work.engine.push(published_weights(directory, base))
-    return work.engine.sample(prompts, work.settings.seed + 7)
+    return work.engine.sample(prompts, draw_seed(work.settings.seed, GATE_DRAW))
 
 
 def _measure(
@@ -112,14 +116,14 @@ def _measure(
     sampled_with = rollout.behavior_logprobs[some, : logprobs.shape[1]]
     check_push(mismatch(logprobs, sampled_with, part.response_mask), ppo.mismatch_limit)
     ours, incumbent = judged.features, opponents["incumbent"]
-    confidence, generator = work.settings.gate.confidence, work.generator(4)
+    confidence = work.settings.gate.confidence
     prompts = len(samples) // work.settings.gate.answers
     matched_rate, matched_answers = length_matched(judge, ours, incumbent)
     return Figures(
         step=step,
         kl=float((rollout.behavior_logprobs - judged.ref_logprobs).sum(dim=1).mean()),
-        against_incumbent=win_rate(judge, ours, incumbent, prompts, confidence, generator),
-        against_reference=win_rate(judge, ours, opponents["reference"], prompts, confidence, generator),
+        against_incumbent=win_rate(judge, ours, incumbent, prompts, confidence, work.generator(4)),
+        against_reference=win_rate(judge, ours, opponents["reference"], prompts, confidence, work.generator(4)),
         trained_rate=float(wins(reward_model.scores(ours) - reward_model.scores(incumbent)).mean()),
         matched_rate=matched_rate,
         matched_answers=matched_answers,
@@ -140,7 +144,8 @@ def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, lis
             line = {name: asdict(samples[row]) for name, samples in answers.items()}
             for answer in line.values():
                 del answer["prompt"], answer["logprobs"]
-            json.dump({"prompt_token_ids": prompt.token_ids, **line}, file, ensure_ascii=False)
+            asked = {"prompt": work.decode(prompt.token_ids), "prompt_token_ids": prompt.token_ids}
+            json.dump({**asked, **line}, file, ensure_ascii=False)
             file.write("\n")
 
 

@@ -23,8 +23,8 @@ class Policy:
         self._reference = reference.eval() if reference is not None else None
 
     @classmethod
-    def create(cls, reference: Path, settings: PPOSettings, device: torch.device) -> "Policy":
-        """A policy equal to the reference in `reference`, a Hugging Face directory."""
+    def create(cls, reference: Path, settings: PPOSettings, device: torch.device, seed: int = 0) -> "Policy":
+        """A policy equal to the reference in `reference`, a Hugging Face directory; adapters begin as `seed` says."""
         from transformers import AutoModelForCausalLM
 
         dtype = getattr(torch, settings.dtype)
@@ -32,7 +32,9 @@ class Policy:
         if settings.train == "full":
             frozen = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
             return cls(base, frozen.requires_grad_(False))
-        return cls(lora(base, settings.lora_rank, settings.lora_alpha), None)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return cls(lora(base, settings.lora_rank, settings.lora_alpha), None)
 
     def load(self, directory: Path) -> None:
         """Takes the weights of a saved version: an adapter for LoRA, all weights for full."""

@@ -143,6 +143,22 @@ class Adam:
         for parameter, master in self._pairs:
             parameter.grad = master.grad = None
 
+    def state(self) -> dict[str, Tensor]:
+        """Master weights and moments by name, to be saved."""
+        state = {f"{number}.weight": master.detach() for number, (_, master) in enumerate(self._pairs)}
+        for number, (_, master) in enumerate(self._pairs):
+            state.update({f"{number}.{name}": moment for name, moment in self._adam.state[master].items()})
+        return state
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state` gave back; the parameters follow their masters. Raises KeyError for another model's."""
+        for number, (parameter, master) in enumerate(self._pairs):
+            master.copy_(state[f"{number}.weight"])
+            parameter.copy_(master)
+            names = [name for name in state if name.startswith(f"{number}.") and not name.endswith(".weight")]
+            self._adam.state[master] = {name.partition(".")[2]: state[name] for name in names}
+
 
 @dataclass(frozen=True)
 class UpdateStats:

@@ -1,6 +1,5 @@
 """The last two stages: the chosen candidate becomes an immutable version, and the pointer moves to it."""
 
-import importlib.metadata
 import shutil
 import time
 from dataclasses import asdict
@@ -31,7 +30,7 @@ def publish(work: Workspace, verdict: Verdict) -> str:
                 "round_id": work.round.id,
                 "step": verdict.chosen.step,
                 "settings": work.round.settings,
-                "packages": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+                "versions": work.round.metrics["versions"],
             },
         )
     work.store.registry.register_policy(

@@ -31,10 +31,20 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
         accuracy, null = _two(signal["accuracy"]), _two(signal["null_accuracy"])
         yield "signal", f"accuracy {accuracy}, of shuffled votes {null}, p = {signal['p_value']:.3f}"
     if rm := m.get("reward_model"):
-        yield "reward model, held out", f"accuracy {_two(rm['accuracy'])} (longer wins: {_two(rm['longer_wins'])})"
+        yield "reward model, held out", f"accuracy {_two(rm['accuracy'])} on {rm['votes']} choices"
         yield "", f"NLL {_two(rm['nll'])}, ECE {_two(rm['ece'])}"
+        yield "simpler rules", f"longer wins {_two(rm['longer_wins'])}, hotter wins {_two(rm['hotter_wins'])}"
+        yield (
+            "controls",
+            f"of like length {_two(rm['matched_accuracy'])} on {rm['matched_votes']}, correlation with length "
+            f"{_two(rm['length_correlation'])}, temperature effect {_two(rm['temperature_effect'])}",
+        )
     if steps := m.get("ppo", {}).get("steps"):
-        yield "reward", f"{steps[0]['score']:+.2f} -> {steps[-1]['score']:+.2f} in {len(steps)} steps"
+        why = {"steps": "", "kl_budget": ", stopped at the KL budget", "uncertainty": ", stopped as it grew uncertain"}
+        yield (
+            "reward",
+            f"{steps[0]['score']:+.2f} -> {steps[-1]['score']:+.2f} in {len(steps)} steps{why[m['ppo']['ended_by']]}",
+        )
     if gate := m.get("gate"):
         chosen = gate["chosen"]
         yield "candidate", f"step {chosen['step']} of {[c['step'] for c in gate['candidates']]}"

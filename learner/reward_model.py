@@ -58,17 +58,26 @@ class RewardModel:
     layers: tuple[int, ...]
     standardiser: Standardiser
     weights: Tensor  # (F,)
+    # The same fit on other draws of the conversations; where they disagree the score is a guess.
+    members: Tensor  # (K, F)
+    member_bias: Tensor  # (K,)
     bias: float
     low: float
     high: float
     thumb_bar: float
     bad_bar: float
     eta: float
+    # What one unit of temperature more did to a vote, on the score's scale; scores leave it out.
+    temperature: float
     l2: float
 
     def scores(self, features: Tensor) -> Tensor:
         """(N,) unclipped scores of features (N, F)."""
         return self.standardiser(features) @ self.weights + self.bias
+
+    def member_scores(self, features: Tensor) -> Tensor:
+        """(K, N) the members' scores of features (N, F), in the score's unit, zero on average on reference answers."""
+        return self.members @ self.standardiser(features).mT + self.member_bias[:, None]
 
     def clipped(self, scores: Tensor) -> Tensor:
         """Scores within the range that votes covered."""
@@ -80,6 +89,8 @@ class RewardModel:
                 "mean": self.standardiser.mean.contiguous(),
                 "scale": self.standardiser.scale.contiguous(),
                 "weights": self.weights.contiguous(),
+                "members": self.members.contiguous(),
+                "member_bias": self.member_bias.contiguous(),
             },
             directory / WEIGHTS,
         )
@@ -91,7 +102,14 @@ class RewardModel:
         tensors = load_file(directory / WEIGHTS)
         numbers = json.loads((directory / DESCRIPTION).read_text())
         layers = tuple(numbers.pop("layers"))
-        return cls(layers, Standardiser(tensors["mean"], tensors["scale"]), tensors["weights"], **numbers)
+        return cls(
+            layers,
+            Standardiser(tensors["mean"], tensors["scale"]),
+            tensors["weights"],
+            tensors["members"],
+            tensors["member_bias"],
+            **numbers,
+        )
 
 
 def fit_reward_model(
@@ -105,18 +123,22 @@ def fit_reward_model(
     reduced = standard @ basis
     l2 = choose_l2(reduced, votes, settings, generator)
     head = fitting.fit(reduced, votes, torch.tensor([l2]), settings.label_smoothing)
+    members = fitting.bootstrap(reduced, votes, l2, settings.label_smoothing, settings.members, generator)
     weights = basis @ head.weights[0]
     low, high = torch.quantile(standard[voted] @ weights, torch.tensor([TAIL, 1 - TAIL])).tolist()
     return RewardModel(
         layers=layers,
         standardiser=scaling,
         weights=weights,
+        members=members.weights @ basis.mT,
+        member_bias=torch.zeros(settings.members),
         bias=0.0,
         low=low,
         high=high,
         thumb_bar=float(head.thumb_bar),
         bad_bar=float(head.bad_bar),
         eta=float(head.eta()),
+        temperature=float(head.temperature),
         l2=l2,
     )
 
@@ -147,15 +169,20 @@ def standardise(model: RewardModel, reference_features: Tensor) -> RewardModel:
     def moved(x: float) -> float:
         return (x - mean) / sd
 
+    members = model.members / sd
     return replace(
         model,
         weights=model.weights / sd,
+        members=members,
+        # Each member's own zero: how far answers are above the reference's is what members may differ in.
+        member_bias=-(members @ model.standardiser(reference_features).mT).mean(dim=1),
         bias=moved(model.bias),
         low=moved(model.low),
         high=moved(model.high),
         thumb_bar=moved(model.thumb_bar),
         bad_bar=moved(model.bad_bar),
         eta=model.eta / sd,
+        temperature=model.temperature / sd,
     )
 
 

@@ -48,6 +48,11 @@ class Rollout:
     ended: Tensor
 
 
+def draw_seed(seed: int, draw: int) -> int:
+    """The seed of a round's numbered draw; a round makes fewer than a thousand."""
+    return seed * 1_000 + draw
+
+
 def to_rollout(samples: list[Sample]) -> Rollout:
     """Pads samples to tensors."""
     tokens = to_tokens([s.prompt for s in samples], [s.token_ids for s in samples])

@@ -7,8 +7,8 @@ failed and the served policy stays what it was.
 """
 
 import json
-import shutil
 import time
+from contextlib import closing
 from dataclasses import asdict
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from learner import heads as fitting
 from learner import reward_model as scoring
 from learner.checkpoint import publish_version, verified
-from learner.dataset import Dataset, split_prompts, to_dataset
+from learner.dataset import Dataset, to_dataset
 from learner.features import FeatureCache
 from learner.heads import SignalTest
 from learner.judging import judge_candidates
@@ -27,9 +27,11 @@ from learner.progress import Stages
 from learner.publishing import activate, publish
 from learner.report import Report
 from learner.reward_model import RewardModel
-from learner.rollout import set_environment
+from learner.rollout import draw_seed, set_environment
 from learner.settings import LearnerSettings
 from learner.training import StepFigures, train
+from learner.training_state import drop_states
+from learner.versions import versions
 from learner.workspace import Workspace, spread
 from server.errors import NotFoundError
 from server.records import Lease, Snapshot
@@ -97,12 +99,11 @@ def why_not(store: FeedbackStore, snapshot: Snapshot, settings: LearnerSettings)
     if votes < settings.min_votes:
         return f"There are {votes} votes, fewer than the {settings.min_votes} a round needs; nothing was changed."
     dataset = to_dataset(snapshot, time.time(), settings.gate.judge_share, settings.reward, lambda text: [0])
-    train, held_out = split_prompts(store.prompts(), settings.gate.judge_share, settings.max_model_len)
-    for name, side, prompts in (("train on", dataset.train, train), ("judge by", dataset.judge, held_out)):
-        if len(side) < MIN_SIDE or len(prompts) < MIN_SIDE:
+    for name, side in (("train on", dataset.train), ("judge by", dataset.judge)):
+        if len(side) < MIN_SIDE:
             return (
-                f"There are {len(side)} votes and {len(prompts)} prompts to {name}, and {MIN_SIDE} of each are needed: "
-                "gather votes in more conversations. Nothing was changed."
+                f"There are {len(side)} votes to {name}, and {MIN_SIDE} are needed: gather votes in more "
+                "conversations. Nothing was changed."
             )
     return None
 
@@ -139,14 +140,19 @@ def load_feedback(work: Workspace) -> Dataset:
             "train": len(dataset.train),
             "judge": len(dataset.judge),
         }
-        work.record("snapshot", {"votes": votes})
+        prompts = {
+            "train": len(work.prompts.train),
+            "held_out": len(work.prompts.held_out),
+            "own": work.prompts.own,
+        }
+        work.record("snapshot", {"votes": votes, "prompts": prompts, "versions": versions()})
     return dataset
 
 
 def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
     """(N, F) of every voted answer, from the cache or the reference."""
-    cache = FeatureCache.open(work.settings.data_dir / "cache", work.reference_sha256, work.layers)
     with (
+        closing(FeatureCache.open(work.settings.data_dir / "cache", work.reference_sha256, work.layers)) as cache,
         work.policy.reference() as reference,
         work.stages.stage("features", "reading the voted answers", len(dataset.answers)) as advance,
     ):
@@ -182,10 +188,10 @@ def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor) -> Rew
         model = scoring.fit_reward_model(features, dataset.train, work.layers, work.settings.reward, work.generator(2))
         held_out = scoring.evaluate(model, features, dataset.judge)
     # The reference's own answers at the service temperature give the score its zero and its unit.
-    prompts = spread(work.train_prompts, work.settings.reward.reference_answers)
+    prompts = spread(work.prompts.train, work.settings.reward.reference_answers)
     with work.stages.stage("reward_model", "scoring reference answers"):
         work.engine.push(work.policy.reference_weights())
-        samples = work.engine.sample(prompts, work.settings.seed)
+        samples = work.engine.sample(prompts, draw_seed(work.settings.seed, 0))
     model = scoring.standardise(model, work.features_of(samples, model))
     version = work.round.reward_model_version or work.free_version("reward_models", "rm")
     work.update(reward_model_version=version)
@@ -196,7 +202,13 @@ def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor) -> Rew
         reference_version=work.round.reference_version,
         info={"round_id": work.round.id},
     )
-    metrics = {**asdict(held_out), "l2": model.l2, "score_low": model.low, "score_high": model.high}
+    metrics = {
+        **asdict(held_out),
+        "temperature_effect": model.temperature,
+        "l2": model.l2,
+        "score_low": model.low,
+        "score_high": model.high,
+    }
     work.store.registry.register_reward_model(
         version,
         reference_version=work.round.reference_version,
@@ -212,38 +224,37 @@ def improve_policy(work: Workspace, reward_model: RewardModel) -> None:
     if work.done("ppo"):
         return
     ppo = work.settings.ppo
-    for stale in work.directory.glob("step-*"):
-        shutil.rmtree(stale)
-    if ppo.start_from == "incumbent" and work.round.incumbent_version != work.round.reference_version:
+    if ppo.start_from == "active" and work.round.incumbent_version != work.round.reference_version:
         directory, _ = verified(work.policy_directory(work.round.incumbent_version))
         work.policy.load(directory)
-    figures: list[StepFigures] = []
     with (
         work.stages.stage("ppo", "improving the policy (PPO)", ppo.steps) as advance,
         work.tensorboard() as writer,
     ):
 
         def on_step(step: StepFigures) -> None:
-            figures.append(step)
             for name, value in asdict(step).items():
                 writer.add_scalar(f"ppo/{name}", value, step.step)
             advance(1)
 
-        candidates = train(
+        training = train(
             work.policy,
             reward_model,
             work.engine,
-            work.train_prompts,
+            work.prompts.train,
             work.directory,
             ppo,
             work.settings.service_temperature,
             work.settings.seed,
             on_step,
         )
-    work.record(
-        "ppo",
-        {"ppo": {"steps": [asdict(step) for step in figures], "candidates": [c.step for c in candidates]}},
-    )
+    figures = {
+        "steps": [asdict(step) for step in training.figures],
+        "candidates": training.candidates,
+        "ended_by": training.ended_by,
+    }
+    work.record("ppo", {"ppo": figures})
+    drop_states(work.directory)
 
 
 def too_little(signal: SignalTest) -> str:

@@ -36,6 +36,9 @@ class RewardSettings(BaseModel):
     half_life_days: Positive = Field(90.0, description="A vote this old counts half.")
     age_floor: Share = Field(0.1, description="No vote counts less than this for its age.")
     user_share: Share = Field(0.05, description="No user has more of the total weight, where there are enough users.")
+    members: int = Field(
+        32, ge=2, description="Heads refitted on redrawn conversations; where they differ, the score is uncertain."
+    )
     reference_answers: int = Field(64, ge=8, description="Answers of the reference that scores are standardised on.")
 
 
@@ -45,7 +48,7 @@ class PPOSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     train: Literal["lora", "full"] = Field("lora", description="Train adapters on the reference, or all weights.")
-    start_from: Literal["reference", "incumbent"] = Field(
+    start_from: Literal["reference", "active"] = Field(
         "reference", description="Where a round begins; from the reference no drift is carried from round to round."
     )
     lora_rank: int = Field(16, ge=1, description="Rank of the adapters, on every linear layer.")
@@ -75,7 +78,13 @@ class PPOSettings(BaseModel):
     missing_eos_score: float | None = Field(
         None, description="Replaces the score of an answer without EOS; off by default."
     )
+    patience: int = Field(
+        4,
+        ge=1,
+        description="Steps without a new best of score minus its uncertainty after which the round stops training.",
+    )
     save_every: int = Field(1, ge=1, description="Steps between candidates.")
+    checkpoint_every: int = Field(1, ge=1, description="Steps between states that a killed round goes on from.")
     mismatch_limit: Positive = Field(
         0.35, description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights."
     )
@@ -120,6 +129,9 @@ class LearnerSettings(BaseSettings):
         "auto", description="Cores of the engine on a CPU, as `0-1`, `nobind`, or `auto`: every core we may use."
     )
     min_votes: int = Field(40, ge=1, description="Fewer votes start no round.")
+    min_prompts: int = Field(
+        24, ge=8, description="Prompts to train on, and to hold out, that users' are topped up to by the project's own."
+    )
     seed: int = Field(0, ge=0, description="Of every random draw.")
     lease_seconds: Positive = Field(30.0, description="How long a killed learner keeps others out.")
     load_timeout_seconds: Positive = Field(

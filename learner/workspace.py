@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from learner.checkpoint import verified
-from learner.dataset import split_prompts
+from learner.experience import judge_rollout
 from learner.features import default_layers
 from learner.progress import Stages
+from learner.prompts import Prompts, split_prompts, top_up
 from learner.reward_model import RewardModel
 from learner.rollout import Engine, Sample, to_rollout
 from learner.settings import LearnerSettings
-from learner.training import judge_rollout
 from server.manifest import read_manifest
 from server.records import Lease, Prompt, Round, Snapshot
 from server.store import FeedbackStore
@@ -46,9 +46,9 @@ class Workspace:
         self.store, self.lease, self.settings, self.stages = store, lease, settings, stages
         self.round, self.snapshot = round_, snapshot
         self.directory = settings.data_dir / "rounds" / round_.id
-        self.train_prompts, self.held_out_prompts = split_prompts(
-            store.prompts(), settings.gate.judge_share, settings.max_model_len
-        )
+        # As they were when the round began, also when it is resumed among new ones.
+        asked = store.prompts(before=round_.create_time)
+        self._asked = split_prompts(asked, settings.gate.judge_share, settings.max_model_len)
 
     def done(self, stage: str) -> bool:
         return STAGES.index(self.round.stage) >= STAGES.index(stage)
@@ -82,12 +82,12 @@ class Workspace:
         with self.stages.stage("start", "loading the reference"):
             from learner.policy import Policy
 
-            return Policy.create(self.reference_directory, self.settings.ppo, torch.device("cpu"))
+            return Policy.create(self.reference_directory, self.settings.ppo, torch.device("cpu"), self.settings.seed)
 
     @cached_property
     def engine(self) -> Engine:
         with self.stages.stage("start", "starting the engine"):
-            longest = max(len(p.token_ids) + p.max_tokens for p in self.train_prompts + self.held_out_prompts)
+            longest = max(len(p.token_ids) + p.max_tokens for p in self.prompts.train + self.prompts.held_out)
             return Engine(self.reference_directory, self.settings, longest + 1)
 
     @cached_property
@@ -115,6 +115,16 @@ class Workspace:
             writer.close()
 
     @cached_property
+    def prompts(self) -> Prompts:
+        """What to train on and what is held out: what users asked, topped up where that is little."""
+        settings = self.settings
+
+        def encode(messages: list[dict[str, str]]) -> list[int]:
+            return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+        return top_up(self._asked, settings.min_prompts, settings.gate.judge_share, encode)
+
+    @cached_property
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
@@ -122,6 +132,10 @@ class Workspace:
 
     def encode(self, text: str) -> list[int]:
         return [*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """A prompt as text, for people to read."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def policy_directory(self, version: str) -> Path:
         return self.settings.data_dir / "policies" / version

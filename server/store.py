@@ -10,6 +10,7 @@ Semantics
 """
 
 import json
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -410,11 +411,12 @@ class FeedbackStore:
             ],
         )
 
-    def prompts(self) -> list[Prompt]:
-        """What users asked, each distinct prompt once, in the order it was first asked."""
+    def prompts(self, before: float | None = None) -> list[Prompt]:
+        """What users asked, each distinct prompt once, in the order it was first asked; before a time, where given."""
         rows = self._db.rows(
             "SELECT conversation_id, prompt_token_ids, max_tokens, min(rowid) AS first FROM responses "
-            "GROUP BY prompt_token_ids ORDER BY first"
+            "WHERE create_time < ? GROUP BY prompt_token_ids ORDER BY first",
+            [math.inf if before is None else before],
         )
         return [Prompt(row["conversation_id"], unpack_ints(row["prompt_token_ids"]), row["max_tokens"]) for row in rows]
 

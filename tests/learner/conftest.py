@@ -1,5 +1,6 @@
 """A tiny random Llama on disk and in memory, and votes made by hand."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,18 @@ def model() -> Any:
 
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
     directory = tmp_path_factory.mktemp("model")
     tiny_llama().save_pretrained(directory)
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", pad_token=f"w{PAD}")
+    tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} {% endfor %}"
+    tokenizer.save_pretrained(directory)
     return directory
 
 
@@ -78,3 +89,25 @@ def make_votes() -> Callable[..., Votes]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def voted(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> Path:
+    """A data directory with a reference and 80 votes; copy it."""
+    from transformers import AutoModelForCausalLM
+
+    from server.store import FeedbackStore
+    from tests.learner.rounds import low_words, make_reference, vote
+
+    data_dir = tmp_path_factory.mktemp("voted") / "data"
+    make_reference(data_dir, model_directory)
+    store = FeedbackStore.open(data_dir)
+    vote(store, AutoModelForCausalLM.from_pretrained(model_directory).eval(), 80, low_words)
+    store.close()
+    return data_dir
+
+
+@pytest.fixture
+def data_dir(voted: Path, tmp_path: Path) -> Path:
+    shutil.copytree(voted, tmp_path / "data")
+    return tmp_path / "data"

@@ -13,6 +13,7 @@ import learner.schedule
 from learner.cli import app
 from learner.rollout import Sample, to_rollout
 from learner.settings import LearnerSettings
+from server.store import FeedbackStore
 
 runner = CliRunner()
 
@@ -20,7 +21,7 @@ runner = CliRunner()
 def test_help_is_fast() -> None:
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "learner.cli", "--help"], capture_output=True, text=True, check=True)
-    assert all(command in done.stdout for command in ("run-once", "status", "schedule"))
+    assert all(command in done.stdout for command in ("run-once", "status", "report", "schedule"))
     # Under a second on an idle machine; the limit leaves room for a busy one.
     assert time.monotonic() - started < 5
 
@@ -37,6 +38,14 @@ def test_status_without_data(tmp_path: Path) -> None:
     result = runner.invoke(app, ["status", "--data-dir", str(tmp_path / "none")])
     assert result.exit_code == 0
     assert "there is no data" in result.stdout
+
+
+def test_report_without_data_or_rounds(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["report", "--data-dir", str(tmp_path / "none")])
+    assert (result.exit_code, "There is no data" in result.stderr) == (1, True)
+    FeedbackStore.open(tmp_path).close()
+    result = runner.invoke(app, ["report", "--data-dir", str(tmp_path)])
+    assert (result.exit_code, "No round was run here yet." in result.stderr) == (1, True)
 
 
 def test_a_bad_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from learner.dataset import is_judge, select, split_prompts, to_dataset
+from learner.dataset import is_judge, select, to_dataset
 from learner.likelihood import BOTH_BAD, TIE, A, B
 from learner.settings import RewardSettings
-from server.records import ChoiceVote, Correction, Prompt, Response, Snapshot, ThumbVote
+from server.records import ChoiceVote, Correction, Response, Snapshot, ThumbVote
 
 NOW = 1_000_000.0
 
@@ -95,11 +95,3 @@ def test_train_and_judge_share_nothing_and_lose_nothing() -> None:
     assert sorted(set(judge.choice_group.tolist())) == list(range(judge.groups))
     assert judge.choice_group.tolist() == judge.thumb_group.tolist()
     assert len(select(found.votes, found.judges | ~found.judges)) == 80
-
-
-def test_prompts_are_split_as_votes_are_and_long_ones_left_out() -> None:
-    prompts = [Prompt(f"conv_{i}", [1] * 10, 20) for i in range(40)] + [Prompt("conv_x", [1] * 100, 20)]
-    train, held_out = split_prompts(prompts, 0.4, max_model_len=64)
-    assert len(train) + len(held_out) == 40
-    assert all(is_judge(prompt.conversation_id, 0.4) for prompt in held_out)
-    assert not any(is_judge(prompt.conversation_id, 0.4) for prompt in train)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+import learner.features as features
 from learner.features import FeatureCache, default_layers, extract, pool, pool_prefixes
 from learner.forward import micro_batches, response_states, run_trunk, to_tokens, token_logprobs
 from tests.learner.conftest import EOS
@@ -102,10 +103,44 @@ def test_default_layers(hidden_layers: int, expected: tuple[int, ...]) -> None:
     assert default_layers(hidden_layers) == expected
 
 
-def test_the_cache_computes_an_answer_once(model: Any, tmp_path: Any) -> None:
+def test_the_cache_computes_an_answer_once(model: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "CHUNK", 2)
     pairs = list(zip(PROMPTS, RESPONSES, strict=True))
-    cache = FeatureCache.open(tmp_path, "sha", (1, 3))
-    first = cache.get(pairs, model, (1, 3), 2, lambda n: None)
-    again = FeatureCache.open(tmp_path, "sha", (1, 3)).get(pairs[::-1], None, (1, 3), 2, lambda n: None)  # type: ignore[arg-type]
-    assert torch.equal(again.flip(0), first)
-    assert FeatureCache.open(tmp_path, "other", (1, 3))._known == {}
+    read: list[int] = []
+    extracted: list[int] = []
+
+    def counting(*arguments: Any) -> torch.Tensor:
+        extracted.append(len(arguments[1]))
+        return extract(*arguments)
+
+    monkeypatch.setattr(features, "extract", counting)
+    first = FeatureCache.open(tmp_path, "sha", (1, 3)).get(pairs[:2], model, (1, 3), 2, read.append)
+    # A second process finds what the first computed, and computes the rest, an answer that comes twice once.
+    asked = [*pairs[::-1], pairs[-1]]
+    again = FeatureCache.open(tmp_path, "sha", (1, 3)).get(asked, model, (1, 3), 2, read.append)
+    assert torch.equal(again[-3:-1].flip(0), first)
+    assert torch.equal(again[0], again[-1])
+    assert extracted == [2, len(pairs) - 2]
+    # Another reference's features are not these.
+    FeatureCache.open(tmp_path, "other", (1, 3)).get(pairs[:1], model, (1, 3), 2, read.append)
+    assert extracted == [2, len(pairs) - 2, 1]
+
+
+def test_an_interrupted_extraction_keeps_what_it_had(
+    model: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "CHUNK", 2)
+    pairs = list(zip(PROMPTS, RESPONSES, strict=True))
+    calls: list[int] = []
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        calls.append(len(arguments[1]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return extract(*arguments)
+
+    monkeypatch.setattr(features, "extract", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache.open(tmp_path, "sha", (1,)).get(pairs, model, (1,), 2, lambda n: None)
+    FeatureCache.open(tmp_path, "sha", (1,)).get(pairs, model, (1,), 2, lambda n: None)
+    assert calls == [2, len(pairs) - 2, len(pairs) - 2]

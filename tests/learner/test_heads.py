@@ -158,8 +158,14 @@ def test_held_out_figures(make_votes: MakeVotes) -> None:
     head = replace(head, weights=torch.tensor([[1.0]]))
     # Right by 2, wrong by 1, and a tie that does not count. Longer wins once in two.
     votes = make_votes([(0, 1, A), (2, 3, B), (0, 2, TIE)])
-    figures = held_out(head, features, votes, torch.tensor([9.0, 5.0, 9.0, 5.0]))
+    votes = replace(votes, temperature_difference=torch.tensor([0.3, -0.3, 0.3]))
+    # Lengths e^1.2 and e^1 are alike (a fifth apart), e^3 and e^1 are not.
+    figures = held_out(head, features, votes, torch.tensor([3.0, 1.0, 1.2, 1.0]))
     assert (figures.votes, figures.accuracy, figures.longer_wins) == (2, 0.5, 0.5)
+    # The first was hotter and won, the second was cooler and lost.
+    assert figures.hotter_wins == 1.0
+    assert (figures.matched_votes, figures.matched_accuracy) == (1, 0.0)
+    assert figures.length_correlation == pytest.approx(1.0)
     assert figures.nll == pytest.approx((0.126928 + 1.313262) / 2, abs=1e-5)
     # Confidence .880797 and right, .731059 and wrong, in bins of their own.
     assert figures.ece == pytest.approx((0.119203 + 0.731059) / 2, abs=1e-5)

@@ -18,12 +18,15 @@ def model(**changes: object) -> RewardModel:
         layers=(1, 2),
         standardiser=Standardiser(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 1.0])),
         weights=torch.tensor([1.0, -1.0]),
+        members=torch.tensor([[1.0, 0.0], [0.5, -1.0]]),
+        member_bias=torch.tensor([0.0, 1.0]),
         bias=0.5,
         low=-3.0,
         high=4.0,
         thumb_bar=0.25,
         bad_bar=-1.0,
         eta=0.5,
+        temperature=0.4,
         l2=1.0,
     )
     return replace(whole, **changes)  # type: ignore[arg-type]
@@ -33,6 +36,31 @@ def test_the_score_by_hand() -> None:
     # (2 - 1) * 2 * 1 + 1.5 * -1 + 0.5
     assert model().scores(torch.tensor([[2.0, 1.5]])).tolist() == [1.0]
     assert model().clipped(torch.tensor([-9.0, 1.0, 9.0])).tolist() == [-3.0, 1.0, 4.0]
+
+
+def test_the_members_scores_by_hand() -> None:
+    # (2 - 1) * 2 = 2 and 1.5: 2 * 1, and 2 * 0.5 - 1.5 + 1.
+    assert model().member_scores(torch.tensor([[2.0, 1.5]])).tolist() == [[2.0], [0.5]]
+
+
+def test_members_agree_on_the_reference_and_keep_their_differences() -> None:
+    features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    after = standardise(model(), features)
+    assert after.member_scores(features).mean(dim=1).tolist() == pytest.approx([0, 0], abs=1e-5)
+    # One unit for all: a member that says more keeps saying more.
+    sd = model().scores(features).std()
+    assert torch.allclose(after.member_scores(features).std(dim=1) * sd, model().member_scores(features).std(dim=1))
+
+
+def test_members_differ_where_votes_say_little(make_votes: Callable[..., Votes]) -> None:
+    """Along a direction that no voted answer took, only their noise speaks; along the voted one they agree."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 3, generator=generator) * torch.tensor([1.0, 0.02, 0.0])
+    pairs = [(2 * i, 2 * i + 1, A if features[2 * i, 0] > features[2 * i + 1, 0] else B) for i in range(100)]
+    fitted = fit_reward_model(features, make_votes(pairs), (1,), RewardSettings(), generator)
+    known, unknown = fitted.member_scores(torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]])).unbind(dim=1)
+    assert known.mean() > 5 * known.std()
+    assert unknown.std() > known.std()
 
 
 def test_standardised_scores_have_mean_0_and_sd_1_and_probabilities_stay() -> None:
@@ -46,6 +74,7 @@ def test_standardised_scores_have_mean_0_and_sd_1_and_probabilities_stay() -> No
         margin = before.scores(features[:1]).item() - getattr(before, bar)
         assert (after.scores(features[:1]).item() - getattr(after, bar)) * sd == pytest.approx(margin, abs=1e-4)
     assert after.eta * sd == pytest.approx(before.eta)
+    assert after.temperature * sd == pytest.approx(before.temperature)
 
 
 def test_a_constant_score_cannot_be_standardised() -> None:
@@ -72,6 +101,7 @@ def test_what_was_saved_loads_again(tmp_path: Path) -> None:
     loaded = RewardModel.load(tmp_path)
     features = torch.randn(4, 2)
     assert torch.equal(loaded.scores(features), model().scores(features))
+    assert torch.equal(loaded.member_scores(features), model().member_scores(features))
     assert (loaded.layers, loaded.low, loaded.eta) == ((1, 2), -3.0, 0.5)
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
 

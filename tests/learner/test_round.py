@@ -2,121 +2,26 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 import learner.judging as judging
 import learner.round as rounds
 import learner.workspace as workspace
 from learner.gate import Verdict
+from learner.page import write_report
 from learner.progress import Stages
 from learner.publishing import wait_until_loaded
 from learner.report import Report, print_report
-from learner.rollout import Sample
 from learner.round import run_once
-from learner.settings import LearnerSettings
 from learner.status import status
 from learner.workspace import STAGES, Workspace
-from server.manifest import new_staging, publish, verify, write_manifest
-from server.records import Generation, Prompt, Span
+from server.manifest import verify
 from server.store import FeedbackStore
-from tests.learner.conftest import EOS, WORDS
-
-LENGTH = 12
-
-
-class TinyEngine:
-    """What `learner.rollout.Engine` promises, without vLLM."""
-
-    pushes = 0
-
-    def __init__(self, directory: Path, settings: LearnerSettings, max_model_len: int) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        self.temperature = settings.service_temperature
-
-    def push(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        type(self).pushes += 1
-        self.model.load_state_dict({name: tensor.float() for name, tensor in weights}, strict=False)
-
-    def sample(self, prompts: list[Prompt], seed: int) -> list[Sample]:
-        generator = torch.Generator().manual_seed(seed)
-        return [
-            draw(self.model, prompt.token_ids, prompt.max_tokens, self.temperature, generator) for prompt in prompts
-        ]
-
-    def close(self) -> None:
-        pass
-
-
-@torch.no_grad()
-def draw(model: Any, prompt: list[int], max_tokens: int, temperature: float, generator: torch.Generator) -> Sample:
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    while len(tokens) < max_tokens and EOS not in tokens:
-        log_pi = (model(torch.tensor([prompt + tokens])).logits[0, -1] / temperature).log_softmax(0)
-        tokens.append(int(torch.multinomial(log_pi.exp(), 1, generator=generator)))
-        logprobs.append(float(log_pi[tokens[-1]]))
-    return Sample(prompt, tokens, logprobs, " ".join(map(str, tokens)), "stop" if EOS in tokens else "length")
-
-
-def low_words(sample: Sample) -> float:
-    """The voters' taste: words of the vocabulary's lower half."""
-    return sum(token < WORDS // 2 for token in sample.token_ids) / len(sample.token_ids)
-
-
-def vote(store: FeedbackStore, model: Any, count: int, taste: Callable[[Sample], float], seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for number in range(count):
-        prompt = torch.randint(3, WORDS, (6,), generator=generator).tolist()
-        conversation = store.create_conversation("ann", f"question {number}")
-        samples = [draw(model, prompt, LENGTH, temperature, generator) for temperature in (0.7, 1.0)]
-        comparison, *responses = store.begin_comparison(
-            "ann", conversation, message="?", replica_id="r", policy_version="v0000", prompt_token_ids=prompt,
-            temperatures=(0.7, 1.0), max_tokens=LENGTH, seeds=(None, None),
-        )  # fmt: skip
-        for response, sample in zip(responses, samples, strict=True):
-            span = Span(0, len(sample.token_ids), "v0000")
-            reason: Any = sample.finish_reason
-            store.finish_response(response, Generation(sample.token_ids, sample.logprobs, sample.text, reason, [span]))
-        better = taste(samples[0]) - taste(samples[1])
-        store.submit_choice("ann", comparison, "A" if better > 0 else "B" if better < 0 else "TIE")
-
-
-@pytest.fixture(scope="module")
-def voted(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> Path:
-    """A data directory with a reference and 80 votes; copy it."""
-    from transformers import AutoModelForCausalLM
-
-    data_dir = tmp_path_factory.mktemp("voted") / "data"
-    make_reference(data_dir, model_directory)
-    store = FeedbackStore.open(data_dir)
-    vote(store, AutoModelForCausalLM.from_pretrained(model_directory).eval(), 80, low_words)
-    store.close()
-    return data_dir
-
-
-def make_reference(data_dir: Path, model_directory: Path) -> None:
-    final = data_dir / "policies" / "v0000"
-    staging = new_staging(final)
-    shutil.copytree(model_directory, staging, dirs_exist_ok=True)
-    write_manifest(staging, version="v0000", kind="full", base_version="v0000", reference_version="v0000")
-    publish(staging, final)
-    store = FeedbackStore.open(data_dir)
-    store.registry.register_reference()
-    store.close()
-
-
-@pytest.fixture
-def data_dir(voted: Path, tmp_path: Path) -> Path:
-    shutil.copytree(voted, tmp_path / "data")
-    return tmp_path / "data"
+from tests.learner.rounds import TinyEngine, low_words, make_reference, passing, settings, vote
 
 
 @pytest.fixture(autouse=True)
@@ -125,24 +30,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[TinyEngine]:
     return TinyEngine
 
 
-def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
-    values: dict[str, Any] = {
-        "data_dir": data_dir,
-        "lease_seconds": 0.5,
-        "load_timeout_seconds": 0.5,
-        "reward": {"permutations": 39, "reference_answers": 16},
-        "ppo": {"dtype": "float32", "steps": 2, "episodes": 16, "lora_rank": 4, "learning_rate": 3e-3},
-        "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1},
-    }
-    return LearnerSettings(**{**values, **changes})
-
-
 def run(data_dir: Path, **changes: Any) -> Report:
     return run_once(settings(data_dir, **changes), Stages(Console(quiet=True)))
-
-
-def passing(candidates: Any, *_: Any) -> Verdict:
-    return Verdict(candidates[-1], [])
 
 
 def opened(data_dir: Path) -> FeedbackStore:
@@ -163,7 +52,7 @@ def test_nothing_to_learn_from_is_a_sentence_and_changes_nothing(tmp_path: Path,
     store = opened(data_dir)
     vote(store, model, 5, low_words)
     assert "5 votes, fewer than the 40" in run(data_dir).sentence
-    assert "and 10 of each are needed" in run(data_dir, min_votes=5).sentence
+    assert "and 10 are needed" in run(data_dir, min_votes=5).sentence
     assert store.registry.rounds() == []
     assert [p.version for p in store.registry.policies()] == ["v0000"]
 
@@ -181,13 +70,23 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert store.registry.active_policy().version == "v0001"
     policy = store.registry.policy("v0001")
     assert (policy.parent_version, policy.reward_model_version, policy.round_id) == ("v0000", "rm0001", report.round_id)
-    assert set(report.metrics) == {"votes", "signal", "reward_model", "ppo", "gate", "seconds"}
+    assert set(report.metrics) == {"votes", "prompts", "versions", "signal", "reward_model", "ppo", "gate", "seconds"}
     first = report.metrics["ppo"]["steps"][0]
     assert first["kl"] == pytest.approx(0, abs=1e-5)
     assert first["first_ratio_error"] < 1e-5
     assert report.metrics["ppo"]["steps"][1]["kl"] > 1e-4
     assert list((data_dir / "rounds" / str(report.round_id)).glob("events.out.tfevents*"))
     assert json.loads((data_dir / "rounds" / str(report.round_id) / "report.json").read_text())["state"] == "promoted"
+
+    picture, page = write_report(data_dir)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert "Held-out prompts, before and after" in text
+    # The prompts as people read them, and the incumbent's answers beside the chosen candidate's.
+    line = json.loads((page.parent / "answers.jsonl").read_text().splitlines()[0])
+    assert line["prompt"].startswith("w")
+    for said in (line["prompt"], line["incumbent"]["text"], line["step 2"]["text"]):
+        assert said in text
 
     again = run(data_dir)
     assert again.state == "nothing"
@@ -218,6 +117,29 @@ def test_the_next_round_meets_the_promoted_version(
     # The incumbent's answers are its own, not the reference's.
     lines = (data_dir / "rounds" / str(report.round_id) / "answers.jsonl").read_text().splitlines()
     assert any(answers["incumbent"] != answers["reference"] for answers in map(json.loads, lines))
+
+
+def test_a_seed_is_another_round(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "decide", passing)
+    shutil.copytree(data_dir, tmp_path / "other")
+    gate = settings(data_dir).gate.model_copy(update={"signal_p": 1.0})
+    first, other = run(data_dir, gate=gate), run(tmp_path / "other", seed=1, gate=gate)
+    assert first.metrics["ppo"]["steps"][0]["length"] != other.metrics["ppo"]["steps"][0]["length"]
+    assert opened(tmp_path / "other").registry.rounds()[0].settings["seed"] == 1
+
+
+def test_few_prompts_are_topped_up_by_our_own(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "decide", passing)
+    report = run(data_dir, min_prompts=48)
+    assert report.state == "promoted"
+    prompts = report.metrics["prompts"]
+    assert prompts["own"] == prompts["train"] + prompts["held_out"] - 80 > 0
+
+
+def test_two_opponents_that_are_one_version_are_judged_alike(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "decide", passing)
+    chosen = run(data_dir).metrics["gate"]["chosen"]
+    assert chosen["against_incumbent"] == chosen["against_reference"]
 
 
 def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir: Path) -> None:

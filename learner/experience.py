@@ -1,0 +1,104 @@
+"""From a rollout to what an update needs: the reference's and the trainer's own pass over it, rewards, advantages.
+
+The reference's pass gives the log-probabilities for the KL and, from the same hidden states, the features that the
+reward model scores and the critic values: neither needs a pass of its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.advantages import gae, shape_rewards, whiten
+from learner.features import pool, pool_prefixes
+from learner.forward import Tokens, micro_batches, response_states, run_trunk, token_logprobs
+from learner.policy import Policy
+from learner.ppo import Critic, Experience
+from learner.reward_model import RewardModel
+from learner.rollout import Rollout
+from learner.settings import PPOSettings
+
+# Tokens of prior belief that a prefix is average: a mean over few tokens says little.
+PREFIX_PRIOR = 8.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A rollout seen by the reference: ref_logprobs (B, T), pooled features (B, F), prefix features (B, T, F)."""
+
+    ref_logprobs: Tensor
+    features: Tensor
+    prefix_features: Tensor
+
+
+@torch.no_grad()
+def judge_rollout(policy: Policy, reward_model: RewardModel, rollout: Rollout, temperature: float, size: int) -> Judged:
+    """The reference's pass over a rollout."""
+    tokens = rollout.tokens
+    ref_logprobs = torch.zeros(tokens.response_mask.shape)
+    features = torch.zeros(len(tokens), len(reward_model.weights))
+    prefix_features = torch.zeros(*tokens.response_mask.shape, len(reward_model.weights))
+    with policy.reference() as reference:
+        for rows in micro_batches(tokens, size):
+            part = tokens[rows]
+            hidden, layer_states = run_trunk(reference, part, reward_model.layers)
+            width = part.response_mask.shape[1]
+            ref_logprobs[rows, :width] = token_logprobs(reference, hidden, part, temperature)
+            states = response_states(layer_states, part)
+            features[rows] = pool(states, part.response_mask)
+            prefix_features[rows, :width] = critic_features(states, reward_model)
+    return Judged(ref_logprobs, features, prefix_features)
+
+
+def critic_features(states: Tensor, reward_model: RewardModel) -> Tensor:
+    """(B, T, F) standardised features of the tokens before each position, shrunk to the average (zero) while they are
+    few. Their length is no prediction of the answer's, so that feature starts from the mean, too."""
+    prefix, counts = pool_prefixes(states)
+    mean, scale = reward_model.standardiser.mean[:-1], reward_model.standardiser.scale[:-1]
+    standard = (prefix - mean) * scale * (counts / (counts + PREFIX_PRIOR))[None, :, None]
+    position = (counts / counts.shape[0] - 0.5).expand(len(states), -1).unsqueeze(-1)
+    return torch.cat([standard, position], dim=2)
+
+
+def make_critic(reward_model: RewardModel) -> Critic:
+    """The reward head on the prefix's features; it knows nothing of position yet."""
+    weights = reward_model.weights.clone()
+    weights[-1] = 0.0
+    return Critic(weights)
+
+
+@torch.no_grad()
+def policy_logprobs(policy: Policy, tokens: Tokens, temperature: float, size: int) -> Tensor:
+    """(B, T) log-probabilities of the sampled tokens under the policy as it is."""
+    logprobs = torch.zeros(tokens.response_mask.shape)
+    for rows in micro_batches(tokens, size):
+        part = tokens[rows]
+        hidden, _ = run_trunk(policy.model, part)
+        logprobs[rows, : part.response_mask.shape[1]] = token_logprobs(policy.model, hidden, part, temperature)
+    return logprobs
+
+
+@torch.no_grad()
+def to_experience(
+    rollout: Rollout,
+    judged: Judged,
+    old_logprobs: Tensor,
+    scores: Tensor,
+    critic: Critic,
+    kl_coef: float,
+    ppo: PPOSettings,
+) -> Experience:
+    """`scores` (B,), one per response, already within the range that votes covered."""
+    mask = rollout.tokens.response_mask
+    values = critic(judged.prefix_features)
+    rewards = shape_rewards(scores, old_logprobs, judged.ref_logprobs, mask, kl_coef)
+    advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.gae_lambda)
+    return Experience(
+        rollout.tokens,
+        old_logprobs,
+        rollout.behavior_logprobs,
+        judged.prefix_features,
+        values,
+        whiten(advantages, mask),
+        returns,
+    )

@@ -1,0 +1,72 @@
+"""`report.html` of a round: what it came to, its curves, answers before and after. One file, no script, no request."""
+
+import base64
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from learner.curves import draw_curves
+from learner.report import Report, rows
+from server.errors import FailedPreconditionError
+from server.records import Round
+from server.store import FeedbackStore
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+# Questions whose answers are shown side by side.
+SHOWN = 12
+
+
+def write_report(data_dir: Path, round_id: str | None = None) -> list[Path]:
+    """The files written for a round, the newest by default. Raises NotFoundError or FailedPreconditionError."""
+    store = FeedbackStore.open(data_dir)
+    try:
+        round_ = store.registry.round(round_id) if round_id else next(iter(store.registry.rounds(limit=1)), None)
+    finally:
+        store.close()
+    if round_ is None:
+        raise FailedPreconditionError("NO_ROUND", "No round was run here yet.")
+    directory = data_dir / "rounds" / round_.id
+    directory.mkdir(parents=True, exist_ok=True)
+    picture = directory / "report.png"
+    drawn = bool(round_.metrics.get("ppo", {}).get("steps"))
+    if drawn:
+        draw_curves(round_.metrics, round_.settings["ppo"], picture)
+    page = directory / "report.html"
+    page.write_text(render(round_, picture if drawn else None, _answers(directory, round_)), encoding="utf-8")
+    return [picture, page] if drawn else [page]
+
+
+def render(round_: Round, picture: Path | None, answers: list[dict[str, str]]) -> str:
+    """The page. Answers are `prompt`, `before`, `after`; whatever they hold stays text."""
+    import jinja2
+
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
+    report = Report(
+        "nothing",
+        round_.reason,
+        round_.id,
+        round_.policy_version,
+        round_.reward_model_version,
+        round_.incumbent_version,
+        round_.metrics,
+    )
+    return template.render(
+        round=asdict(round_),
+        rows=list(rows(report)),
+        picture=picture and base64.b64encode(picture.read_bytes()).decode(),
+        answers=answers,
+        settings=json.dumps(round_.settings, indent=2),
+        versions=round_.metrics.get("versions", {}),
+    )
+
+
+def _answers(directory: Path, round_: Round) -> list[dict[str, str]]:
+    kept = directory / "answers.jsonl"
+    if "gate" not in round_.metrics or not kept.exists():
+        return []
+    chosen = f"step {round_.metrics['gate']['chosen']['step']}"
+    lines: list[dict[str, Any]] = [json.loads(line) for line in kept.read_text().splitlines()[:SHOWN]]
+    return [
+        {"prompt": line["prompt"], "before": line["incumbent"]["text"], "after": line[chosen]["text"]} for line in lines
+    ]

@@ -1,0 +1,147 @@
+"""A learner that is killed (SIGKILL, no cleanup) goes on and ends with the same bytes as one that was left alone.
+
+Each case is a process of its own that kills itself as it is about to make a named call: before a stage is recorded, in
+the middle of a PPO step, between a candidate and the state, between a directory's writing and its rename, after the
+pointer moved. All begin from one copy of one begun round, so that they share its time and its votes.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from learner.progress import Stages
+from learner.report import Report
+from learner.round import run_once
+from server.store import FeedbackStore
+from tests.learner.rounds import TinyEngine, passing, settings
+
+SECONDS = 120
+# Imported once, in a process that has never computed: a fork of this one would inherit OpenMP's dead threads.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["learner.round", "learner.policy", "peft", "transformers", "tests.learner.rounds"])
+
+
+def run(data_dir: Path) -> Report:
+    import learner.judging
+    import learner.workspace
+
+    learner.workspace.Engine = TinyEngine  # type: ignore[assignment, misc]
+    learner.judging.decide = passing
+    ppo = settings(data_dir).ppo.model_copy(update={"steps": 4, "epochs": 2})
+    return run_once(settings(data_dir, ppo=ppo), Stages(Console(quiet=True)))
+
+
+def run_until(data_dir: Path, call: str, count: int) -> None:
+    """Runs a round in this process and kills it as it makes `call` (`module:name`) for the `count`th time."""
+    module, _, path = call.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for step in owners:
+        owner = getattr(owner, step)
+    original, calls = getattr(owner, name), [0]
+
+    def killing(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    setattr(owner, name, killing)
+    run(data_dir)
+
+
+def killed(data_dir: Path, call: str, count: int) -> None:
+    process = PROCESSES.Process(target=run_until, args=(data_dir, call, count))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def begun(voted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory whose round was killed before anything was recorded."""
+    data_dir = tmp_path_factory.mktemp("begun") / "data"
+    shutil.copytree(voted, data_dir)
+    killed(data_dir, "learner.workspace:Workspace.record", 1)
+    return data_dir
+
+
+@pytest.fixture(scope="module")
+def unbroken(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    data_dir = tmp_path_factory.mktemp("unbroken") / "data"
+    shutil.copytree(begun, data_dir)
+    process = PROCESSES.Process(target=run, args=(data_dir,))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    return outcome(data_dir)
+
+
+def outcome(data_dir: Path) -> dict[str, Any]:
+    """Everything a round leaves that does not depend on how long it took."""
+    store = FeedbackStore.open(data_dir)
+    try:
+        [round_] = store.registry.rounds()
+        active = store.registry.active_policy()
+        versions = [policy.version for policy in store.registry.policies()]
+        reward_models = [model.version for model in store.registry.reward_models()]
+    finally:
+        store.close()
+    assert round_.state == "promoted"
+    weights = [data_dir / "policies" / "v0001" / "adapter_model.safetensors"]
+    weights += (data_dir / "reward_models" / "rm0001").glob("*.safetensors")
+    answers = (data_dir / "rounds" / round_.id / "answers.jsonl").read_text().splitlines()
+    return {
+        "active": active.version,
+        "versions": versions,
+        "reward_models": reward_models,
+        "metrics": {name: value for name, value in round_.metrics.items() if name != "seconds"},
+        "weights": {path.name: path.read_bytes() for path in weights},
+        "answers": [json.loads(line) for line in answers],
+        "left": sorted(path.name for path in data_dir.rglob("*.partial"))
+        + sorted(path.name for path in (data_dir / "rounds" / round_.id).iterdir() if path.is_dir()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [
+        ("learner.workspace:Workspace.record", 2),  # before the signal's figures
+        ("learner.checkpoint:publish", 1),  # the reward model written, not yet renamed
+        ("server.registry:Registry.register_reward_model", 1),
+        ("learner.workspace:Workspace.record", 3),  # before the reward model is named
+        ("learner.training:policy_logprobs", 1),  # the first step, before any state
+        ("learner.training:ppo_update", 3),  # the third step
+        ("learner.training:save_state", 3),  # a candidate without its state
+        ("learner.training_state:publish", 3),  # a state written, not yet renamed
+        ("learner.training_state:drop_states", 3),  # two states
+        ("learner.workspace:Workspace.record", 4),  # before PPO is named
+        ("learner.judging:_keep_answers", 1),
+        ("learner.workspace:Workspace.record", 5),  # before the gate is named
+        ("learner.checkpoint:publish", 2),  # the version written, not yet renamed: the reward model's was the first
+        ("server.registry:Registry.register_policy", 1),
+        ("server.registry:Registry.activate_policy", 1),
+        ("learner.publishing:wait_until_loaded", 1),  # the pointer has moved
+        ("server.registry:Registry.finish_round", 1),
+    ],
+)
+def test_a_killed_round_ends_as_an_unbroken_one(
+    begun: Path, unbroken: dict[str, Any], tmp_path: Path, call: str, count: int
+) -> None:
+    shutil.copytree(begun, tmp_path / "data")
+    killed(tmp_path / "data", call, count)
+    process = PROCESSES.Process(target=run, args=(tmp_path / "data",))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    assert outcome(tmp_path / "data") == unbroken
+    assert unbroken["versions"] == ["v0001", "v0000"]
+    assert unbroken["left"] == []

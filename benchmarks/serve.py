@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+from endless import copy_without_end
 
 from clients import Client, PrefloopError
 
@@ -368,24 +369,6 @@ def make_tiny_model(work: Path) -> Path:
     tokenizer.save_pretrained(staging)
     staging.rename(directory)
     return directory
-
-
-def copy_without_end(source: Path, directory: Path) -> None:
-    """A copy whose end token is the tokenizer's last special one, which no answer contains."""
-    from transformers import AutoTokenizer
-
-    staging = directory.with_suffix(".new")
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging, ignore=shutil.ignore_patterns("manifest.json"))
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    last = max(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(last)
-    tokenizer.save_pretrained(staging)
-    for name in ("config.json", "generation_config.json"):
-        path = staging / name
-        if path.exists():
-            path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": last}))
-    staging.rename(directory)
 
 
 # Showing

@@ -28,6 +28,12 @@ from prefloop.v1.feedback_pb2 import CHOICE_A, CHOICE_B, CHOICE_TIE, Choice
 from clients.client import Client
 
 READER = frozenset(["you", "your", "yours", "yourself", "you're", "you'll", "you've", "you'd"])
+WARM = frozenset(
+    "please thank thanks glad happy enjoy enjoyable welcome wonderful great lovely fun best kind friend friends "
+    "delicious perfect beautiful love delightful good".split()
+)
+# List items and headings begin a line; each bold word or passage counts once.
+MARKUP = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)]|#+)\s|\*\*[^*\n]+\*\*", re.MULTILINE)
 FLIPPED = {CHOICE_A: CHOICE_B, CHOICE_B: CHOICE_A, CHOICE_TIE: CHOICE_TIE}
 
 
@@ -71,6 +77,16 @@ def short_and_whole(answer: Answer) -> float:
     return 1000.0 * (answer.finish_reason == FINISH_REASON_STOP) - len(words(answer.text))
 
 
+def plain_prose(answer: Answer) -> float:
+    """Minus the pieces of markup: list items, bold words, headings."""
+    return -len(MARKUP.findall(answer.text))
+
+
+def warm_words(answer: Answer) -> float:
+    """How many words are kind to the reader."""
+    return sum(word in WARM for word in words(answer.text))
+
+
 def words(text: str) -> list[str]:
     """The words of a text in lower case; an apostrophe is part of a word."""
     return re.findall(r"[a-z0-9]+(?:'[a-z]+)*", text.lower().replace("\u2019", "'"))
@@ -78,6 +94,8 @@ def words(text: str) -> list[str]:
 
 TASTES = {
     "to-you": Taste('speaks to the reader: the more "you" and "your", the better', speaks_to_reader),
+    "plain": Taste("plain prose: the fewer list items, bold words and headings, the better", plain_prose),
+    "warm": Taste("kind words: the more of them, the better", warm_words),
     "short": Taste("short whole answers: one that ends by itself, then the one with fewer words", short_and_whole),
 }
 

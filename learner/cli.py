@@ -33,9 +33,11 @@ def run_once(
     Every setting is also a PREFLOOP_* variable or in prefloop.toml. Ends with 0 where there was nothing to learn."""
     ppo = {name: value for name, value in {"train": train, "steps": steps}.items() if value is not None}
     settings = _settings(data_dir=data_dir, ppo=ppo or None, seed=seed)
+    from learner.memory import keep_freed_memory
     from learner.rollout import set_environment
 
     set_environment(settings)
+    keep_freed_memory()
     from dataclasses import asdict
 
     from rich.console import Console

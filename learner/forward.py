@@ -12,6 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+# Shared tokens from which on a pass of their own pays.
+MIN_SHARED = 8
+# Columns up to which attention is made of plain products on a CPU.
+EAGER_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,34 @@ def micro_batches(tokens: Tokens, size: int) -> list[Tensor]:
 
 
 def run_trunk(model: nn.Module, tokens: Tokens, layers: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
-    """Last hidden states (B, L, D), and those of `layers` (indices into transformers' `hidden_states`)."""
+    """Last hidden states (B, L, D), and those of `layers` (indices into transformers' `hidden_states`).
+
+    What all rows begin with (the template's system message, at least) is computed once, with its gradient."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     trunk = getattr(base, base.base_model_prefix)
-    output = trunk(input_ids=tokens.input_ids, use_cache=False, output_hidden_states=bool(layers))
-    return output.last_hidden_state, [output.hidden_states[layer] for layer in layers]
+    choose_attention(trunk, tokens)
+    shared, rows, ids = shared_prefix(tokens), len(tokens), tokens.input_ids
+    if shared < MIN_SHARED:
+        output = trunk(input_ids=ids, use_cache=False, output_hidden_states=bool(layers))
+        return output.last_hidden_state, [output.hidden_states[layer] for layer in layers]
+    prefix = trunk(input_ids=ids[:1, :shared], use_cache=True, output_hidden_states=bool(layers))
+    prefix.past_key_values.batch_repeat_interleave(rows)
+    output = trunk(input_ids=ids[:, shared:], past_key_values=prefix.past_key_values, output_hidden_states=bool(layers))
+
+    def whole(start: Tensor, rest: Tensor) -> Tensor:
+        return torch.cat([start.expand(rows, -1, -1), rest], dim=1)
+
+    states = [whole(prefix.hidden_states[layer], output.hidden_states[layer]) for layer in layers]
+    return whole(prefix.last_hidden_state, output.last_hidden_state), states
+
+
+def shared_prefix(tokens: Tokens) -> int:
+    """How many tokens all prompts begin with; 0 for a single row, which shares nothing."""
+    if len(tokens) == 1:
+        return 0
+    differs = (tokens.input_ids != tokens.input_ids[:1]).any(dim=0)
+    shortest = int(tokens.prompt_lengths.min())
+    return int(differs[:shortest].int().argmax()) if differs[:shortest].any() else shortest
 
 
 def token_logprobs(model: nn.Module, hidden: Tensor, tokens: Tokens, temperature: float) -> Tensor:
@@ -73,10 +102,18 @@ def token_logprobs(model: nn.Module, hidden: Tensor, tokens: Tokens, temperature
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     rows, steps = tokens.response_mask.nonzero(as_tuple=True)
     predicting = hidden[rows, tokens.prompt_lengths[rows] + steps - 1]
-    logits = base.get_output_embeddings()(predicting).float() / temperature
-    chosen = logits.gather(1, tokens.response_ids[rows, steps].unsqueeze(1)).squeeze(1)
-    logprobs = torch.zeros_like(tokens.response_mask, dtype=torch.float32)
-    return logprobs.index_put((rows, steps), chosen - torch.logsumexp(logits, dim=1))
+    logits = base.get_output_embeddings()(predicting).float().div_(temperature)
+    sampled = -cross_entropy(logits, tokens.response_ids[rows, steps], reduction="none")
+    return torch.zeros_like(tokens.response_mask, dtype=torch.float32).index_put((rows, steps), sampled)
+
+
+def choose_attention(trunk: Any, tokens: Tokens) -> None:
+    """Plain products for short rows on a CPU, else PyTorch's fused attention: it needs no L x L matrix, but up to some
+    hundred columns its backward pass takes twice as long (docs/decisions/0009)."""
+    short = tokens.input_ids.device.type == "cpu" and tokens.input_ids.shape[1] <= EAGER_COLUMNS
+    wanted = "eager" if short else "sdpa"
+    if trunk.config._attn_implementation != wanted:
+        trunk.set_attn_implementation(wanted)
 
 
 def response_states(states: list[Tensor], tokens: Tokens) -> Tensor:

@@ -27,7 +27,7 @@ from learner.heads import SignalTest
 from learner.ppo import mismatch
 from learner.reward_model import RewardModel
 from learner.rollout import Sample, draw_seed, to_rollout
-from learner.training import check_push
+from learner.training import candidate, check_push
 from learner.workspace import Workspace, spread
 from server.records import Prompt
 
@@ -84,7 +84,7 @@ def judge_candidates(
 
 def _candidate_answers(work: Workspace, step: int, prompts: list[Prompt]) -> list[Sample]:
     """The policy keeps the candidate's weights, so that its log-probabilities can be taken."""
-    work.policy.load(work.directory / f"step-{step:03d}")
+    work.policy.load(candidate(work.directory, step))
     work.engine.push(work.policy.engine_weights())
     return work.engine.sample(prompts, draw_seed(work.settings.seed, GATE_DRAW))
 

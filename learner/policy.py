@@ -94,12 +94,12 @@ class _AdaptersOff(AbstractContextManager[Any]):
 
 
 def lora(base: Any, rank: int, alpha: int) -> Any:
-    """`base` with fresh adapters on every linear layer but the output's. Adapters stay float32, so that small steps
-    are not rounded away."""
+    """`base` with fresh adapters on every linear layer but the output's, in the base's precision: a float32 adapter
+    would cast every activation back and forth. Small steps are not lost, since Adam steps float32 masters."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(base, config)
+    return get_peft_model(base, config, autocast_adapter_dtype=False)
 
 
 def published_weights(directory: Path, base: Path | None) -> Iterator[tuple[str, Tensor]]:
@@ -132,5 +132,12 @@ def merged_weights(model: Any, adapters: bool = True) -> Iterator[tuple[str, Ten
             continue
         owner, _, leaf = name.partition(".base_layer.")
         if adapters and leaf == "weight":
-            tensor = tensor.float() + modules[owner].get_delta_weight("default").float()
+            tensor = tensor.float() + _delta(modules[owner])
         yield f"{owner}.{leaf}", tensor.to(torch.bfloat16)
+
+
+def _delta(layer: Any) -> Tensor:
+    """What an adapter adds to a weight, in float32 whatever it is kept in."""
+    up, down = layer.lora_B["default"].weight.float(), layer.lora_A["default"].weight.float()
+    delta: Tensor = (up @ down) * layer.scaling["default"]
+    return delta

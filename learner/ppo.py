@@ -122,11 +122,16 @@ class Adam:
             masters.append({"params": copies, "lr": learning_rate})
         self._adam = torch.optim.Adam(masters, eps=epsilon)
 
-    def step(self, max_grad_norm: float) -> float:
-        """Clips by the global norm, steps, clears the gradients; returns the norm before the clip."""
+    def gather(self) -> None:
+        """Adds the gradients of one micro-batch to the masters': their sum is kept in float32, too."""
         for parameter, master in self._pairs:
             if master is not parameter and parameter.grad is not None:
-                master.grad, parameter.grad = parameter.grad.float(), None
+                gradient, parameter.grad = parameter.grad.float(), None
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+    def step(self, max_grad_norm: float) -> float:
+        """Clips by the global norm, steps, clears the gradients; returns the norm before the clip."""
+        self.gather()
         norm = nn.utils.clip_grad_norm_([master for _, master in self._pairs], max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError("The gradient is not finite; the update was not made.")
@@ -221,6 +226,7 @@ def ppo_update(
                     settings.value_clip,
                 )
                 (loss_p + settings.vf_coef * loss_v).backward()
+                optimizer.gather()
                 new_logprobs[rows, : logprobs.shape[1]] = logprobs.detach()
                 losses += torch.stack([loss_p.detach(), loss_v.detach()]).cpu()
             log_ratio = (new_logprobs - batch.old_logprobs)[minibatch]

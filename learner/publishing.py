@@ -1,25 +1,25 @@
 """The last two stages: the chosen candidate becomes an immutable version, and the pointer moves to it."""
 
-import shutil
 import time
 from dataclasses import asdict
 from typing import Literal
 
 from learner.checkpoint import copy_weights, publish_version, with_tokenizer
 from learner.gate import Verdict
+from learner.training import candidate, drop_candidates
 from learner.workspace import Workspace
 from server.errors import ConflictError
 from server.store import FeedbackStore
 
 
 def publish(work: Workspace, verdict: Verdict) -> str:
-    """The new version, on disk and registered; the candidates are removed."""
+    """The new version, on disk and registered; the candidates are removed unless they are to be kept."""
     if work.done("publish") and work.round.policy_version:
         return work.round.policy_version
     version = work.round.policy_version or work.free_version("policies", "v")
     work.update(policy_version=version)
     kind: Literal["adapter", "full"] = "adapter" if work.settings.ppo.train == "lora" else "full"
-    fill = copy_weights(work.directory / f"step-{verdict.chosen.step:03d}")
+    fill = copy_weights(candidate(work.directory, verdict.chosen.step))
     with work.stages.stage("publish", f"publishing {version}"):
         publish_version(
             work.policy_directory(version),
@@ -46,8 +46,8 @@ def publish(work: Workspace, verdict: Verdict) -> str:
         fence=work.lease,
     )
     work.record("publish", {})
-    for candidate in work.directory.glob("step-*"):
-        shutil.rmtree(candidate)
+    if not work.settings.gate.keep_candidates:
+        drop_candidates(work.directory, after=0)
     return version
 
 

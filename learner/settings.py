@@ -100,6 +100,7 @@ class GateSettings(BaseModel):
     prompts: int = Field(64, ge=8, description="Held-out prompts at most.")
     answers: int = Field(2, ge=1, description="Answers to each held-out prompt; each meets each of the opponent's.")
     candidates: int = Field(3, ge=1, description="Candidates at most, spread over training, the last among them.")
+    keep_candidates: bool = Field(False, description="Keep every candidate's weights in the round's directory.")
     signal_p: Share = Field(0.05, description="The signal test's level.")
     confidence: float = Field(
         0.9, gt=0.5, lt=1, description="Of the win rate's two-sided interval; at 0.9 its lower end is a 95 % bound."

@@ -38,6 +38,24 @@ def test_speaking_to_the_reader_is_preferred_and_as_much_of_it_is_a_tie() -> Non
     assert taste.choice(whole("You can."), cut("It is your turn.")) == CHOICE_TIE
 
 
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Plain words, 1. not a list - at all * here.", 0),
+        ("You need:\n1. Eggs\n2) Salt\n - Oil\n* Time", -4),
+        ("**Bold** and **bolder still**", -2),
+        ("## A heading\n- **Item**", -3),
+    ],
+)
+def test_markup_counts_against_an_answer(text: str, score: float) -> None:
+    assert TASTES["plain"].score(whole(text)) == score
+
+
+def test_kind_words_count() -> None:
+    assert TASTES["warm"].score(whole("Please enjoy it, friend. Goodness!")) == 3
+    assert TASTES["warm"].score(whole("Boil it.")) == 0
+
+
 def test_short_whole_answers_end_by_themselves_first_and_are_brief_second() -> None:
     taste = TASTES["short"]
     assert taste.choice(cut("one two"), whole("one two three four")) == CHOICE_B

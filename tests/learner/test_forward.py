@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import learner.features as features
+import learner.forward as forward
 from learner.features import FeatureCache, default_layers, extract, pool, pool_prefixes
-from learner.forward import micro_batches, response_states, run_trunk, to_tokens, token_logprobs
+from learner.forward import micro_batches, response_states, run_trunk, shared_prefix, to_tokens, token_logprobs
 from tests.learner.conftest import EOS
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, EOS, 13]]
@@ -96,6 +97,49 @@ def test_response_states_stand_at_the_token_itself(model: Any) -> None:
     tokens = to_tokens([[5, 6]], [[7, 8]])
     hidden = torch.arange(4.0).view(1, 4, 1)
     assert response_states([hidden], tokens).flatten().tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ([[5, 6, 7], [5, 6, 8]], 2),
+        ([[5, 6], [5, 6, 8]], 2),  # a whole prompt
+        ([[5, 6], [5, 6]], 2),  # and no further: what follows are responses
+        ([[5, 6], [6, 6]], 0),
+        ([[5, 6]], 0),  # a single row
+    ],
+)
+def test_what_prompts_share(prompts: list[list[int]], expected: int) -> None:
+    assert shared_prefix(to_tokens(prompts, [[9, 9]] * len(prompts))) == expected
+
+
+def test_a_shared_prefix_changes_neither_values_nor_gradients(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+    tokens = to_tokens([[*start, 3], [*start], [*start, 14, 15]], [[20, 21, 2], [22], [23, 24, 25, 2]])
+
+    def run(least: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        monkeypatch.setattr(forward, "MIN_SHARED", least)
+        model.zero_grad()
+        hidden, states = run_trunk(model, tokens, (1, 3))
+        logprobs = token_logprobs(model, hidden, tokens, 0.85)
+        logprobs.sum().backward()
+        return logprobs.detach(), states, [p.grad.clone() for p in model.parameters()]
+
+    plain, shared = run(10), run(9)
+    assert torch.allclose(plain[0], shared[0], atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain[1], shared[1], strict=True))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain[2], shared[2], strict=True))
+
+
+def test_long_rows_use_fused_attention(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = to_tokens(PROMPTS, RESPONSES)
+    found = []
+    for columns in (tokens.input_ids.shape[1], tokens.input_ids.shape[1] - 1):
+        monkeypatch.setattr(forward, "EAGER_COLUMNS", columns)
+        hidden, _ = run_trunk(model, tokens)
+        found.append((model.config._attn_implementation, token_logprobs(model, hidden, tokens, 1.0)))
+    assert [name for name, _ in found] == ["eager", "sdpa"]
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
 
 
 @pytest.mark.parametrize(("hidden_layers", "expected"), [(30, (6, 12, 18, 24, 30)), (2, (1, 2)), (1, (1,))])

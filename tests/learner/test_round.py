@@ -128,6 +128,16 @@ def test_a_seed_is_another_round(data_dir: Path, tmp_path: Path, monkeypatch: py
     assert opened(tmp_path / "other").registry.rounds()[0].settings["seed"] == 1
 
 
+@pytest.mark.parametrize(("keep", "left"), [(False, []), (True, ["step-001", "step-002"])])
+def test_candidates_are_kept_where_that_is_asked(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, left: list[str]
+) -> None:
+    monkeypatch.setattr(judging, "decide", passing)
+    report = run(data_dir, gate=settings(data_dir).gate.model_copy(update={"keep_candidates": keep}))
+    found = (data_dir / "rounds" / str(report.round_id)).iterdir()
+    assert sorted(path.name for path in found if path.is_dir()) == left
+
+
 def test_few_prompts_are_topped_up_by_our_own(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "decide", passing)
     report = run(data_dir, min_prompts=48)

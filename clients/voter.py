@@ -29,8 +29,8 @@ from clients.client import Client
 
 READER = frozenset(["you", "your", "yours", "yourself", "you're", "you'll", "you've", "you'd"])
 WARM = frozenset(
-    "please thank thanks glad happy enjoy enjoyable welcome wonderful great lovely fun best kind friend friends "
-    "delicious perfect beautiful love delightful good".split()
+    ["please", "thank", "thanks", "glad", "happy", "enjoy", "enjoyable", "welcome", "wonderful", "great", "lovely"]
+    + ["fun", "best", "kind", "friend", "friends", "delicious", "perfect", "beautiful", "love", "delightful", "good"]
 )
 # List items and headings begin a line; each bold word or passage counts once.
 MARKUP = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)]|#+)\s|\*\*[^*\n]+\*\*", re.MULTILINE)

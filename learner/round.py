@@ -62,9 +62,9 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
         # The settings the round began with, where it is done, when it is resumed.
         started_with = {**current.settings, "data_dir": settings.data_dir}
         settings = LearnerSettings(**started_with)
-        snapshot = store.snapshot(current.watermark)
+        snapshot = store.snapshot(current.watermark, settings.max_votes)
     else:
-        snapshot = store.snapshot()
+        snapshot = store.snapshot(limit=settings.max_votes)
         if reason := why_not(store, snapshot, settings):
             return Report("nothing", reason)
         current = store.registry.create_round(

@@ -130,6 +130,10 @@ class LearnerSettings(BaseSettings):
         "auto", description="Cores of the engine on a CPU, as `0-1`, `nobind`, or `auto`: every core we may use."
     )
     min_votes: int = Field(40, ge=1, description="Fewer votes start no round.")
+    max_votes: int = Field(20_000, ge=100, description="A round learns from the newest votes, this many at most.")
+    max_prompts: int = Field(
+        20_000, ge=100, description="Prompts are those of the newest responses, this many of them at most."
+    )
     min_prompts: int = Field(
         24, ge=8, description="Prompts to train on, and to hold out, that users' are topped up to by the project's own."
     )

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import NotFoundError
-from server.records import Snapshot
 from server.store import FeedbackStore
 
 
@@ -27,17 +26,15 @@ def _status(store: FeedbackStore) -> dict[str, Any]:
     replicas = store.registry.replicas()
     rounds = store.registry.rounds()
     learned = next((r for r in rounds if r.state in ("promoted", "rejected")), None)
-    now = store.snapshot()
-    seen = _votes(store.snapshot(learned.watermark)) if learned else set()
-    waiting = len(_votes(now) - seen)
+    votes = store.count_votes()
+    waiting = store.count_votes(after=learned.watermark) if learned else votes
     served = f"{active.version} should be served; " + (
         ", ".join(f"{r.id} has {r.loaded_version}{f' ({r.error})' if r.error else ''}" for r in replicas)
         or "no server is running"
     )
     lines = [("served", served)]
     if learned:
-        votes = learned.metrics.get("votes", {})
-        used = votes.get("choices", 0) + votes.get("thumbs", 0) + votes.get("corrections", 0)
+        used = sum(learned.metrics.get("votes", {}).get(kind, 0) for kind in ("choices", "thumbs", "corrections"))
         lines.append(("learned from", f"{used} votes in {learned.id} ({learned.state}): {learned.reason}"))
     else:
         lines.append(("learned from", "nothing yet"))
@@ -47,7 +44,7 @@ def _status(store: FeedbackStore) -> dict[str, Any]:
             ("at work", f"{running.id}, done: {running.stage}; `learner run-once` goes on with it if it was stopped")
         )
     lines.append(
-        ("waiting", f"{waiting} of {len(_votes(now))} votes are new since then" if learned else f"{waiting} votes")
+        ("waiting", f"{waiting} of {votes} votes are new since then" if learned else f"{waiting} votes")
     )
     return {
         "active_version": active.version,
@@ -55,15 +52,7 @@ def _status(store: FeedbackStore) -> dict[str, Any]:
         "last_round": learned
         and {"id": learned.id, "state": learned.state, "reason": learned.reason, "metrics": learned.metrics},
         "running_round": running and {"id": running.id, "stage": running.stage},
-        "votes": len(_votes(now)),
+        "votes": votes,
         "new_votes": waiting,
         "lines": lines,
     }
-
-
-def _votes(snapshot: Snapshot) -> set[tuple[str, str]]:
-    return (
-        {(v.feedback_id, v.choice) for v in snapshot.choices}
-        | {(v.feedback_id, str(v.value)) for v in snapshot.thumbs}
-        | {(v.feedback_id, v.text) for v in snapshot.corrections}
-    )

@@ -47,7 +47,7 @@ class Workspace:
         self.round, self.snapshot = round_, snapshot
         self.directory = settings.data_dir / "rounds" / round_.id
         # As they were when the round began, also when it is resumed among new ones.
-        asked = store.prompts(before=round_.create_time)
+        asked = store.prompts(round_.create_time, settings.max_prompts)
         self._asked = split_prompts(asked, settings.gate.judge_share, settings.max_model_len)
 
     def done(self, stage: str) -> bool:

@@ -48,6 +48,13 @@ TITLE_CHARACTERS = 60
 # SQLite binds at most 32,766 parameters; a page of ids stays far below.
 IDS_PER_QUERY = 500
 
+# Of `feedback_events e`: not replaced, retracted or deleted by a later event up to the one that is bound to the mark.
+CURRENT = (
+    "action = 'submit' AND value IS NOT NULL AND NOT EXISTS "
+    "(SELECT 1 FROM feedback_events WHERE feedback_id = e.feedback_id AND seq > e.seq AND seq <= ?)"
+)
+MAX_SEQ = 2**63 - 1
+
 
 class FeedbackStore:
     """Conversations, responses and votes; `registry` holds policies and rounds. One thread at a time."""
@@ -361,16 +368,23 @@ class FeedbackStore:
         """The number of the newest feedback event; 0 before the first."""
         return int(self._db.rows("SELECT coalesce(max(seq), 0) AS seq FROM feedback_events")[0]["seq"])
 
-    def snapshot(self, watermark: int | None = None) -> Snapshot:
-        """All feedback that was current at `watermark` (default: now), less what was deleted since."""
+    def count_votes(self, after: int = 0) -> int:
+        """How many choices, thumbs and corrections are current, and were given or changed after the event `after`."""
+        [row] = self._db.rows(
+            "SELECT count(*) AS votes FROM feedback_events e WHERE seq > ? AND kind != 'demonstration' AND " + CURRENT,
+            [after, MAX_SEQ],
+        )
+        return int(row["votes"])
+
+    def snapshot(self, watermark: int | None = None, limit: int | None = None) -> Snapshot:
+        """Feedback that was current at `watermark` (default: now), less what was deleted since; the newest `limit`."""
         watermark = self.watermark() if watermark is None else watermark
         events = self._db.rows(
-            "SELECT * FROM feedback_events e WHERE action = 'submit' AND value IS NOT NULL AND seq = "
-            "(SELECT max(seq) FROM feedback_events WHERE feedback_id = e.feedback_id AND seq <= ?) ORDER BY seq",
-            [watermark],
+            f"SELECT * FROM feedback_events e WHERE seq <= ? AND {CURRENT} ORDER BY seq DESC LIMIT ?",
+            [watermark, watermark, -1 if limit is None else limit],
         )
         by_kind: dict[str, list[Row]] = defaultdict(list)
-        for event in events:
+        for event in reversed(events):
             by_kind[event["kind"]].append(event)
         comparisons = self._comparisons(event["comparison_id"] for event in by_kind["choice"])
         responses = self._responses(event["response_id"] for event in [*by_kind["thumb"], *by_kind["correction"]])
@@ -411,12 +425,14 @@ class FeedbackStore:
             ],
         )
 
-    def prompts(self, before: float | None = None) -> list[Prompt]:
-        """What users asked, each distinct prompt once, in the order it was first asked; before a time, where given."""
+    def prompts(self, before: float | None = None, limit: int | None = None) -> list[Prompt]:
+        """What users asked, each distinct prompt once, in the order it was first asked; of the newest `limit` responses
+        before a time, where these are given."""
         rows = self._db.rows(
-            "SELECT conversation_id, prompt_token_ids, max_tokens, min(rowid) AS first FROM responses "
-            "WHERE create_time < ? GROUP BY prompt_token_ids ORDER BY first",
-            [math.inf if before is None else before],
+            "SELECT conversation_id, prompt_token_ids, max_tokens, min(number) AS first FROM "
+            "(SELECT *, rowid AS number FROM responses WHERE create_time < ? ORDER BY rowid DESC LIMIT ?) "
+            "GROUP BY prompt_token_ids ORDER BY first",
+            [math.inf if before is None else before, -1 if limit is None else limit],
         )
         return [Prompt(row["conversation_id"], unpack_ints(row["prompt_token_ids"]), row["max_tokens"]) for row in rows]
 

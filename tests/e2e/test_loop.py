@@ -57,6 +57,10 @@ def test_votes_become_a_policy_that_serves(live: LiveServer) -> None:
         assert cast.a_or_b + cast.ties == COMPARISONS
         report = learner(live, "run-once")
         assert report["state"] == "promoted", report["sentence"]
+        # The engine drew from the trainer's weights at every step, at the service temperature, from the whole
+        # distribution and over no keys and values of old weights: each mistake would show in these.
+        assert max(step["mismatch_rms"] for step in report["metrics"]["ppo"]["steps"]) < 0.2
+        assert report["metrics"]["ppo"]["steps"][0]["mismatch_rms"] < 0.1
         version = report["policy_version"]
         active = client.active_policy()
         assert active.policy.version == version

@@ -77,6 +77,12 @@ def test_thumb_loss() -> None:
     assert thumb_loss(t(1.0), t(0.4), t(-1)).item() == pytest.approx(1.037488, abs=1e-6)
 
 
+def test_the_probability_of_a_thumb() -> None:
+    # 0.15 above the bar; KTO's losses of a desirable and an undesirable answer are the other thumb's probability.
+    up, down = ((-thumb_loss(t(0.55), t(0.4), t(thumb))).exp().item() for thumb in (1, -1))
+    assert (up, down) == pytest.approx((0.537430, 0.462570), abs=1e-6)
+
+
 @given(st.floats(-50, 50), st.floats(-50, 50))
 def test_thumbs_bound_pairs(a: float, b: float) -> None:
     pair = preference_loss(t(a - b)).item()

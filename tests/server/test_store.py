@@ -83,6 +83,29 @@ def test_voting_again_replaces_the_vote_and_the_log_keeps_both(store: FeedbackSt
     assert [thumb.value for thumb in store.snapshot(2).thumbs] == [-1]
 
 
+def test_the_newest_votes_and_prompts_of_many(store: FeedbackStore) -> None:
+    given = [
+        store.submit_thumb("ann", answer(store, store.create_conversation("ann", "hello")), up=True) for _ in range(4)
+    ]
+    # The oldest is changed last, which makes it the newest.
+    store.submit_thumb("ann", str(given[0].response_id), up=False)
+    newest = store.snapshot(limit=3)
+    assert [thumb.feedback_id for thumb in newest.thumbs] == [given[2].id, given[3].id, given[0].id]
+    assert [thumb.feedback_id for thumb in store.snapshot(4, limit=2).thumbs] == [given[2].id, given[3].id]
+    assert len(store.prompts(limit=1)) == len(store.prompts()) == 1
+
+
+def test_votes_are_counted_once_and_only_while_they_stand(store: FeedbackStore) -> None:
+    response_ids = [answer(store, store.create_conversation("ann", "hello")) for _ in range(3)]
+    first, second, _ = [store.submit_thumb("ann", response_id, up=True) for response_id in response_ids]
+    store.submit_demonstration("ann", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    before = store.watermark()
+    assert (store.count_votes(), store.count_votes(before)) == (3, 0)
+    store.submit_thumb("ann", str(first.response_id), up=False)
+    store.retract_feedback("ann", second.id)
+    assert (store.count_votes(), store.count_votes(before)) == (2, 1)
+
+
 def test_a_retracted_vote_is_not_learned_from(store: FeedbackStore) -> None:
     vote = store.submit_thumb("ann", answer(store, store.create_conversation("ann", "hello")), up=True)
     with pytest.raises(NotFoundError):

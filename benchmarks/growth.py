@@ -1,0 +1,176 @@
+"""How the cost of a round's first stages grows with the votes in the store: seconds, peak memory, exponents.
+
+    python benchmarks/growth.py --work-dir DIR [--votes 1000 10000 100000 1000000] [--write]
+
+One store grows from size to size: comparisons of 64-token answers, each with a vote, written to the real tables. At
+every size a process of its own does what a round does first: count the votes, take the snapshot, make the dataset,
+read the prompts, fit the reward model. Features are random numbers; everything else is real. A round takes the newest
+`max_votes` votes (20,000): `--all` lifts that, to show what it saves. Prints one JSON line last; `--write` makes
+docs/benchmarks/growth.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+TOKENS, PROMPT, FEATURES = 64, 40, 2881
+BATCH = 20_000
+SECONDS = 1200
+REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "growth.md"
+STAGES = ("count", "snapshot", "dataset", "prompts", "fit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--votes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--all", action="store_true", help="also without the limit, up to 100,000 votes")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--measure", choices=["limited", "all"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    data = arguments.work_dir / "data"
+    if arguments.measure:
+        print(json.dumps(measure(data, limited=arguments.measure == "limited")))
+        return
+    results: dict[str, dict[int, Any]] = {"limited": {}, "all": {}}
+    for votes in sorted(arguments.votes):
+        grow(data, votes)
+        for mode in ["limited"] + ["all"] * (arguments.all and votes <= 100_000):
+            found = results[mode][votes] = measured(arguments.work_dir, mode)
+            print(f"{mode} {votes}: {json.dumps(found)}", file=sys.stderr, flush=True)
+    if arguments.write:
+        REPORT.write_text(page(results), encoding="utf-8")
+    print(json.dumps({"benchmark": "growth", "results": results}))
+
+
+def grow(data: Path, votes: int) -> None:
+    """Adds comparisons and votes until there are `votes`."""
+    from sqlite_utils import Database
+
+    from server.store import FeedbackStore
+
+    data.mkdir(parents=True, exist_ok=True)
+    store = FeedbackStore.open(data)
+    have = store.count_votes()
+    store.close()
+    db = Database(str(data / "prefloop.db"))
+    for start in range(have, votes, BATCH):
+        numbers = range(start, min(start + BATCH, votes))
+        for table in ("conversations", "responses", "comparisons", "feedback", "feedback_events"):
+            db.table(table).insert_all(rows(table, numbers))
+    db.close()
+
+
+def rows(table: str, numbers: range) -> Iterator[dict[str, Any]]:
+    """What one vote each leaves in a table."""
+    from server.records import pack_floats, pack_ints
+
+    for n in numbers:
+        user, now = f"user{n % 1000}", 1.7e9 + n
+        responses = [f"resp_{n}a", f"resp_{n}b"]
+        vote = {"user": user, "kind": "choice", "comparison_id": f"cmp_{n}", "value": "AB"[n % 2], "create_time": now}
+        if table == "conversations":
+            yield {"id": f"conv_{n}", "user": user, "title": "?", "create_time": now, "update_time": now}
+        elif table == "responses":
+            for slot, response_id in enumerate(responses):
+                tokens = [(n * 7 + slot + i) % 49_152 for i in range(TOKENS)]
+                yield {
+                    "id": response_id, "conversation_id": f"conv_{n}", "user": user, "replica_id": "r",
+                    "status": "finished", "prompt_token_ids": pack_ints([n % 5_000] * PROMPT),
+                    "token_ids": pack_ints(tokens), "logprobs": pack_floats([-1.0] * TOKENS), "text": "word " * 40,
+                    "temperature": (0.7, 1.0)[slot], "max_tokens": TOKENS, "seed": None, "finish_reason": "length",
+                    "policy_version": "v0000", "create_time": now,
+                }  # fmt: skip
+        elif table == "comparisons":
+            yield {
+                "id": f"cmp_{n}", "conversation_id": f"conv_{n}", "user": user, "response_a": responses[0],
+                "response_b": responses[1], "state": "chosen", "continued_with": "A", "create_time": now,
+            }  # fmt: skip
+        elif table == "feedback":
+            yield {"id": f"fb_{n}", "event_seq": n + 1, "comment": "", **vote}
+        else:
+            yield {"seq": n + 1, "action": "submit", "feedback_id": f"fb_{n}", "comment": "", **vote}
+
+
+def measured(work: Path, mode: str) -> dict[str, Any]:
+    """In a process of its own, with its peak memory."""
+    command = [sys.executable, __file__, "--work-dir", str(work), "--measure", mode]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    line = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"the measurement ended with {process.returncode}")
+    return {**json.loads(line), "peak_gib": round(usage.ru_maxrss / 2**20, 2)}
+
+
+def measure(data: Path, limited: bool) -> dict[str, float]:
+    import torch
+
+    from learner.dataset import to_dataset
+    from learner.reward_model import fit_reward_model
+    from learner.settings import LearnerSettings
+    from server.store import FeedbackStore
+
+    settings = LearnerSettings()
+    votes, prompts = (settings.max_votes, settings.max_prompts) if limited else (None, None)
+    store = FeedbackStore.open(data)
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal started
+        seconds[stage] = round(time.perf_counter() - started, 2)
+        started = time.perf_counter()
+
+    store.count_votes()
+    lap("count")
+    snapshot = store.snapshot(limit=votes)
+    lap("snapshot")
+    dataset = to_dataset(snapshot, 1.7e9 + 2e6, settings.gate.judge_share, settings.reward, lambda text: [0])
+    del snapshot
+    lap("dataset")
+    store.prompts(limit=prompts)
+    lap("prompts")
+    store.close()
+    features = torch.randn(len(dataset.answers), FEATURES, generator=torch.Generator().manual_seed(0))
+    started = time.perf_counter()
+    fit_reward_model(features, dataset.train, (1, 2, 3, 4, 5), settings.reward, torch.Generator().manual_seed(0))
+    lap("fit")
+    return seconds
+
+
+def exponent(by_votes: dict[int, Any], figure: str) -> float:
+    """Slope of log figure over log votes, least squares."""
+    points = [(math.log(votes), math.log(max(found[figure], 0.01))) for votes, found in by_votes.items()]
+    x, y = (sum(column) / len(points) for column in zip(*points, strict=True))
+    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+
+
+def page(results: dict[str, dict[int, Any]]) -> str:
+    lines = ["# What a round costs as votes grow", ""]
+    lines.append(f"`python benchmarks/growth.py --write`, {datetime.now(UTC):%Y-%m-%d}. Seconds, and GiB at the peak.")
+    for mode, title in (("limited", "As a round does it: the newest 20,000 votes"), ("all", "Without that limit")):
+        if len(by_votes := results[mode]) < 2:
+            continue
+        lines += ["", f"## {title}", "", "| votes | " + " | ".join(STAGES) + " | peak, GiB |"]
+        lines.append("|---:|" + "---:|" * (len(STAGES) + 1))
+        for votes, found in by_votes.items():
+            cells = [f"{found[stage]:.2f}" for stage in (*STAGES, "peak_gib")]
+            lines.append(f"| {votes:,} | " + " | ".join(cells) + " |")
+        slopes = [f"{exponent(by_votes, stage):.2f}" for stage in (*STAGES, "peak_gib")]
+        lines.append("| exponent | " + " | ".join(slopes) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Does the learner learn what voters like? Simulated voters, whole rounds, unseen questions.
+
+    python benchmarks/study.py MODEL --work-dir DIR [--hours 8] [--write]
+
+A taste is a rule on an answer's text (`clients.voter`); a vote follows it but for a share of flipped ones. A cell is a
+taste, a number of votes, a share of flips and a seed (`benchmarks/pool.py`). Three kinds of work, each result written
+down as it ends, so that a killed study goes on behind the last one:
+- rewards: the reward model alone, every combination: its accuracy against the taste itself, no flips, on comparisons of
+  unseen questions, beside "the longer answer wins".
+- rounds: `learner run-once` as an operator runs it, in an order that tells most first. Every candidate it kept answers
+  unseen questions; the win rate over the reference's answers is counted by the taste itself.
+- shuffles: votes dealt out at random among the comparisons. The signal test sees each; those that pass go through a
+  whole round. Nothing should be promoted.
+
+`--hours` ends it before a round that may not end in time. `--write` makes docs/benchmarks/study.md and its picture from
+what there is. Prints one JSON line last.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from pool import TOKENS, Cell, Pair, make_data, make_pool
+from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
+
+from clients.voter import TASTES, Answer
+
+ROUND_SECONDS = 1800
+SHUFFLES = 60
+SHUFFLED = Cell("short", 200, 0.1, 0)
+DRAW = 424_242
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Hugging Face directory or id, or `smollm2`")
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--hours", type=float, default=8.0)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--only", choices=["rewards", "rounds", "shuffles"])
+    parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--taste", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    work: Path = arguments.work_dir.resolve()
+    pairs = make_pool(arguments.model, work, say)
+    if arguments.evaluate:
+        print(json.dumps(evaluate(arguments.evaluate, pairs, work, arguments.taste)))
+        return
+    end = time.monotonic() + arguments.hours * 3600
+    kinds: dict[str, tuple[list[Cell], Callable[[Path, Cell, list[Pair]], dict[str, Any]]]] = {
+        "rewards": (reward_cells(), fit_rewards),
+        "rounds": (round_cells(), run_cell),
+        "shuffles": (shuffle_cells(), run_shuffle),
+    }
+    results: dict[str, dict[str, Any]] = {}
+    for kind, (cells, run) in kinds.items():
+        results[kind] = {}
+        for cell in cells:
+            kept = work / "results" / kind / f"{cell.name}.json"
+            if not kept.exists() and arguments.only in (None, kind) and time.monotonic() < end:
+                result = run(work, cell, pairs)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps({"cell": asdict(cell), **result}))
+                say(f"{kind} {cell.name}: {json.dumps({k: v for k, v in result.items() if not isinstance(v, dict)})}")
+            if kept.exists():
+                results[kind][cell.name] = json.loads(kept.read_text())
+    if arguments.write:
+        from study_report import write_report
+
+        write_report(results)
+    print(json.dumps({"benchmark": "study", "results": results}))
+
+
+def reward_cells() -> list[Cell]:
+    return [
+        Cell(taste, votes, flips, seed)
+        for votes in (50, 200, 1000)
+        for flips in (0.1, 0.25)
+        for seed in range(3)
+        for taste in TASTES
+    ]
+
+
+def round_cells() -> list[Cell]:
+    """Every taste at the votes and flips that the aims are stated for, then more votes, seeds, flips, fewer votes."""
+    order = [(200, 0.1, 0), (1000, 0.1, 0), (200, 0.1, 1), (200, 0.25, 0), (50, 0.1, 0), (200, 0.1, 2)]
+    order += [(1000, 0.1, 1), (1000, 0.25, 0), (50, 0.25, 0), (1000, 0.1, 2), (50, 0.1, 1), (50, 0.1, 2)]
+    return [Cell(taste, *rest) for rest in order for taste in TASTES]
+
+
+def shuffle_cells() -> list[Cell]:
+    return [Cell(**{**asdict(SHUFFLED), "shuffle": number}) for number in range(1, SHUFFLES + 1)]
+
+
+# Rewards
+
+
+def fit_rewards(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
+    """The reward model of a round on these votes; its train and judge split, its penalty, its folds."""
+    import torch
+
+    from learner.heads import agreement
+    from learner.reward_model import fit_reward_model
+
+    settings, dataset, features, layers = voted(work, cell, pairs)
+    model = fit_reward_model(features, dataset.train, layers, settings.reward, torch.Generator().manual_seed(cell.seed))
+    a, b, outcome = unseen(work, pairs, cell.taste)
+    right = agreement(model.scores(a) - model.scores(b), outcome)
+    longer = agreement(a[:, -1] - b[:, -1], outcome)
+    decisive = ~right.isnan()
+    return {
+        "accuracy": float(right[decisive].mean()),
+        "longer_wins": float(longer[decisive].mean()),
+        "tested_on": int(decisive.sum()),
+        "trained_on": len(dataset.train),
+        "ties": float((dataset.votes.outcome == 2).float().mean()),
+        "l2": model.l2,
+    }
+
+
+def voted(work: Path, cell: Cell, pairs: list[Pair]) -> Any:
+    """(settings, dataset, features, layers) of the cell's votes, as a round would see them."""
+    from learner.dataset import to_dataset
+    from learner.settings import LearnerSettings
+    from server.store import FeedbackStore
+
+    data = work / "cell"
+    make_data(work, data, cell, pairs)
+    settings = LearnerSettings(data_dir=data, seed=cell.seed)
+    store = FeedbackStore.open(data)
+    dataset = to_dataset(store.snapshot(), time.time(), settings.gate.judge_share, settings.reward, lambda text: [0])
+    store.close()
+    rmtree(data)
+    features, layers = features_of(work, dataset.answers)
+    return settings, dataset, features, layers
+
+
+def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
+    """(features, layers), every answer's computed once in the whole study."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from learner.features import FeatureCache, default_layers
+
+    reference = work / "pool" / "policies" / "v0000"
+    if not hasattr(features_of, "model"):
+        features_of.model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+    model = features_of.model  # type: ignore[attr-defined]
+    layers = default_layers(model.config.num_hidden_layers)
+    cache = FeatureCache.open(work / "features", "study", layers)
+    try:
+        return cache.get(answers, model, layers, 8, lambda n: None), layers
+    finally:
+        cache.close()
+
+
+def unseen(work: Path, pairs: list[Pair], taste: str) -> Any:
+    """(features of a, features of b, outcome by the taste) of the comparisons that nobody voted on."""
+    import torch
+    from pool import CHOICES
+
+    from learner.dataset import OUTCOMES
+
+    tested = [pair for pair in pairs if not pair.seen]
+    answers = unseen_answers(work, tested)
+    a, _ = features_of(work, [one for one, _ in answers])
+    b, _ = features_of(work, [other for _, other in answers])
+    outcome = [OUTCOMES[CHOICES[TASTES[taste].choice(pair.a, pair.b)]] for pair in tested]
+    return a, b, torch.tensor(outcome)
+
+
+def unseen_answers(work: Path, tested: list[Pair]) -> list[Any]:
+    from server.store import FeedbackStore
+
+    store = FeedbackStore.open(work / "pool")
+    try:
+        found = [store.comparison(pair.user, pair.comparison_id) for pair in tested]
+    finally:
+        store.close()
+    return [((c.a.prompt_token_ids, c.a.token_ids), (c.b.prompt_token_ids, c.b.token_ids)) for c in found]
+
+
+# Rounds
+
+
+def run_cell(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
+    """One round, as an operator runs it, and what came of it on unseen questions."""
+    data = work / "cells" / cell.name
+    make_data(work, data, cell, pairs)
+    report = run_round(data, cell.seed)
+    metrics = report["metrics"]
+    result = {
+        "state": report["state"],
+        "sentence": report["sentence"],
+        "minutes": round(sum(metrics["seconds"].values()) / 60, 2),
+        "metrics": {name: value for name, value in metrics.items() if name != "versions"},
+        **process([str(work / "pool"), "--work-dir", str(work), "--evaluate", str(data), "--taste", cell.taste]),
+    }
+    rmtree(data)
+    return result
+
+
+def run_round(data: Path, seed: int) -> dict[str, Any]:
+    """`learner run-once`; what it printed."""
+    command = ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(seed), "--json"]
+    return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true")
+
+
+def process(arguments: list[str]) -> dict[str, Any]:
+    """This program in a process of its own, which owns an engine."""
+    return run_json([__file__, *arguments])
+
+
+def run_json(arguments: list[str], **environment: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment}, text=True, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=ROUND_SECONDS,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed: {done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str, Any]:
+    """The reward model on unseen comparisons; each candidate against the reference on unseen questions, one answer each
+    with the same seeds, wins and half the ties."""
+    from learner.rollout import set_environment
+    from learner.settings import LearnerSettings
+
+    settings = LearnerSettings(data_dir=data)
+    set_environment(settings)
+
+    from learner.heads import agreement
+    from learner.policy import published_weights
+    from learner.reward_model import RewardModel
+    from learner.rollout import Engine
+    from server.records import Prompt
+
+    found: dict[str, Any] = {}
+    fitted = data / "reward_models" / "rm0001"
+    if fitted.exists():
+        model = RewardModel.load(fitted)
+        a, b, outcome = unseen(work, pairs, taste)
+        right = agreement(model.scores(a) - model.scores(b), outcome)
+        found["accuracy"] = float(right[~right.isnan()].mean())
+    candidates = sorted(data.glob("rounds/*/step-*"))
+    if not candidates:
+        return found
+    reference = data / "policies" / "v0000"
+    asked = unseen_answers(work, [pair for pair in pairs if not pair.seen])
+    prompts = [Prompt("", one[0], TOKENS) for one, _ in asked]
+    engine = Engine(reference, settings, max(len(prompt.token_ids) for prompt in prompts) + TOKENS + 1)
+
+    def scores(directory: Path, base: Path | None) -> list[float]:
+        engine.push(published_weights(directory, base))
+        samples = engine.sample(prompts, DRAW)
+        reasons = [FINISH_REASON_STOP if sample.ended else FINISH_REASON_LENGTH for sample in samples]
+        answers = [Answer(s.text, reason, len(s.token_ids)) for s, reason in zip(samples, reasons, strict=True)]
+        return [TASTES[taste].score(answer) for answer in answers]
+
+    before = scores(reference, None)
+    rates = {}
+    for directory in candidates:
+        after = scores(directory, reference)
+        wins = sum((new > old) + (new == old) / 2 for new, old in zip(after, before, strict=True))
+        rates[directory.name.removeprefix("step-").lstrip("0")] = wins / len(before)
+    return {**found, "win_rates": rates, "questions": len(before)}
+
+
+# Shuffles
+
+
+def run_shuffle(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
+    """The signal test on votes that say nothing, as a round makes it; a whole round where it is passed."""
+    import torch
+
+    from learner import heads as fitting
+    from learner.reward_model import standardiser
+
+    settings, dataset, features, layers = voted(work, cell, pairs)
+    answered = torch.cat([dataset.votes.a, dataset.votes.b]).unique()
+    standard = standardiser(features[answered], len(layers))(features)
+    reward = settings.reward
+    signal = fitting.signal_test(
+        standard @ fitting.span_basis(standard[answered]), dataset.votes, reward.signal_l2, reward.label_smoothing,
+        reward.signal_folds, reward.signal_repeats, reward.permutations, torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    if signal.p_value >= settings.gate.signal_p:
+        return {"p_value": signal.p_value, "state": "rejected"}
+    data = work / "cells" / cell.name
+    make_data(work, data, cell, pairs)
+    report = run_round(data, cell.seed)
+    rmtree(data)
+    return {"p_value": signal.p_value, "state": report["state"], "sentence": report["sentence"]}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

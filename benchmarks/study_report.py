@@ -1,0 +1,170 @@
+"""docs/benchmarks/study.md and its picture, from the results of `benchmarks/study.py`."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from clients.interval import wilson
+from clients.voter import TASTES
+
+DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
+COLOURS = ("#1f5fa8", "#b04a3a", "#3a7d44", "#8a6d1f")
+Results = dict[str, dict[str, Any]]
+
+
+def write_report(results: Results) -> None:
+    """Writes both files."""
+    draw(results, DOCS / "study.png")
+    (DOCS / "study.md").write_text("\n".join(page(results)) + "\n", encoding="utf-8")
+
+
+def page(results: Results) -> Iterator[str]:
+    yield "# What simulated voters get from a round"
+    yield ""
+    yield f"`python benchmarks/study.py --write`, {datetime.now(UTC):%Y-%m-%d}; answers of 64 tokens."
+    yield "Tastes: " + "; ".join(f"*{name}*: {taste.sentence}" for name, taste in TASTES.items()) + "."
+    yield ""
+    yield "![Reward model accuracy over votes, and win rate over training](study.png)"
+    yield from reward_table(list(results["rewards"].values()))
+    yield from round_table(list(results["rounds"].values()))
+    yield from shuffle_lines(list(results["shuffles"].values()))
+
+
+def reward_table(found: list[dict[str, Any]]) -> Iterator[str]:
+    if not found:
+        return
+    yield from ("", "## The reward model alone", "")
+    yield (
+        "Accuracy against the taste without flips, on comparisons of unseen questions: mean of the seeds (lowest to "
+        "highest). A round trains on some 60 % of the votes; the rest judges."
+    )
+    yield ""
+    by_cell: dict[tuple[str, int, float], list[dict[str, Any]]] = defaultdict(list)
+    for one in found:
+        by_cell[one["cell"]["taste"], one["cell"]["votes"], one["cell"]["flips"]].append(one)
+    columns = sorted({(votes, flips) for _, votes, flips in by_cell})
+    yield (
+        "| taste | longer wins | "
+        + " | ".join(f"{votes} votes, {flips:.0%} flipped" for votes, flips in columns)
+        + " |"
+    )
+    yield "|---|---:|" + "---:|" * len(columns)
+    for taste in TASTES:
+        longer = next(one["longer_wins"] for one in found if one["cell"]["taste"] == taste)
+        cells = [accuracy(by_cell[taste, *column]) for column in columns]
+        yield f"| {taste} | {longer:.2f} | " + " | ".join(cells) + " |"
+    means = [mean(one["accuracy"] for taste in TASTES for one in by_cell[taste, *column]) for column in columns]
+    yield "| mean | | " + " | ".join(f"{value:.3f}" for value in means) + " |"
+
+
+def accuracy(cells: list[dict[str, Any]]) -> str:
+    values = [one["accuracy"] for one in cells]
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else ""
+
+
+def round_table(found: list[dict[str, Any]]) -> Iterator[str]:
+    if not found:
+        return
+    yield from ("", "## Whole rounds", "")
+    yield (
+        "Win rate by the taste over the reference's answers to unseen questions, ties half, with its 95 % interval. "
+        "*Best* is the best candidate of the run in hindsight. A refusal changes nothing: it counts 0.50 in the means."
+    )
+    yield ""
+    yield "| taste | votes | flipped | seed | reward model | outcome | win rate | best | KL, nats | minutes |"
+    yield "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|"
+    for one in found:
+        cell, rates = one["cell"], one.get("win_rates", {})
+        rate, kl = published(one)
+        interval = ""
+        if rates:
+            low, high = wilson(rate * one["questions"], one["questions"])
+            interval = f" [{low:.2f}, {high:.2f}]" * (one["state"] == "promoted")
+        best = f"{max(rates.values()):.2f}" if rates else ""
+        yield (
+            f"| {cell['taste']} | {cell['votes']} | {cell['flips']:.0%} | {cell['seed']} | "
+            f"{one.get('accuracy', float('nan')):.2f} | {outcome(one)} | {rate:.2f}{interval} | "
+            f"{best} | {kl} | "
+            f"{one['minutes']:.1f} |"
+        )
+    groups: dict[tuple[int, float], list[dict[str, Any]]] = defaultdict(list)
+    for one in found:
+        groups[one["cell"]["votes"], one["cell"]["flips"]].append(one)
+    for (votes, flips), cells in groups.items():
+        rates = [published(one)[0] for one in cells]
+        behind = max(max(one["win_rates"].values()) - published(one)[0] for one in cells if one.get("win_rates"))
+        yield ""
+        yield (
+            f"{votes} votes, {flips:.0%} flipped: mean win rate {mean(rates):.3f}, lowest {min(rates):.2f}, "
+            f"at most {behind:.2f} behind the best of its run, {sum(one['state'] == 'promoted' for one in cells)} of "
+            f"{len(cells)} promoted."
+        )
+
+
+def outcome(one: dict[str, Any]) -> str:
+    return f"step {one['metrics']['gate']['chosen']['step']}" if one["state"] == "promoted" else "refused"
+
+
+def published(one: dict[str, Any]) -> tuple[float, str]:
+    """(win rate, KL) of what serves after the round."""
+    if one["state"] != "promoted":
+        return 0.5, ""
+    chosen = one["metrics"]["gate"]["chosen"]
+    return one["win_rates"][str(chosen["step"])], f"{chosen['kl']:.1f}"
+
+
+def shuffle_lines(found: list[dict[str, Any]]) -> Iterator[str]:
+    if not found:
+        return
+    passed = sum(one["p_value"] < 0.05 for one in found)
+    promoted = sum(one["state"] == "promoted" for one in found)
+    yield from ("", "## Votes that say nothing", "")
+    low, high = wilson(promoted, len(found))
+    yield (
+        f"{len(found)} times 200 votes were dealt out at random among their comparisons. {passed} passed the signal "
+        f"test at 5 %; {promoted} ended in a promotion (95 % interval of the rate {low:.3f} to {high:.3f})."
+    )
+
+
+def draw(results: Results, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, taste in zip(COLOURS, TASTES, strict=True):
+        by_votes: dict[int, list[float]] = defaultdict(list)
+        for one in results["rewards"].values():
+            if one["cell"]["taste"] == taste and one["cell"]["flips"] == 0.1:
+                by_votes[one["cell"]["votes"]].append(one["accuracy"])
+        votes = sorted(by_votes)
+        if votes:
+            left.plot(votes, [mean(by_votes[n]) for n in votes], color=colour, marker="o", markersize=4, label=taste)
+            left.fill_between(
+                votes, [min(by_votes[n]) for n in votes], [max(by_votes[n]) for n in votes], color=colour, alpha=0.12
+            )
+        for one in results["rounds"].values():
+            cell, rates = one["cell"], one.get("win_rates", {})
+            if (cell["taste"], cell["votes"], cell["flips"], cell["seed"]) == (taste, 200, 0.1, 0) and rates:
+                steps = sorted(map(int, rates))
+                right.plot(steps, [rates[str(step)] for step in steps], color=colour, linewidth=1.5, label=taste)
+                if one["state"] == "promoted":
+                    step = one["metrics"]["gate"]["chosen"]["step"]
+                    right.plot([step], [rates[str(step)]], color=colour, marker="o", markersize=8)
+    left.set_xscale("log")
+    left.set_xticks([50, 200, 1000], ["50", "200", "1,000"])
+    left.minorticks_off()
+    left.set_xlabel("votes, 10 % flipped")
+    left.set_ylabel("accuracy against the taste")
+    left.set_title("Reward model, unseen comparisons", loc="left", fontsize=10)
+    right.axhline(0.5, color="#6b6b6b", linewidth=0.8, linestyle=":")
+    right.set_xlabel("PPO step (dot: published)")
+    right.set_ylabel("win rate over the reference")
+    right.set_title("200 votes, 10 % flipped, unseen questions", loc="left", fontsize=10)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.e2e
 
 COMPARISONS = 60
 SMALL = {
+    # A learner that is killed keeps the next one waiting this long.
+    "PREFLOOP_LEASE_SECONDS": "3",
     # Large steps and no brakes: a shift that sixteen prompts can show.
     "PREFLOOP_PPO__STEPS": "5",
     "PREFLOOP_PPO__EPISODES": "16",
@@ -40,13 +43,31 @@ SMALL = {
 }
 
 
+def command(live: LiveServer, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "learner.cli", *arguments, "--json", "--data-dir", str(live.data_dir)]
+
+
 def learner(live: LiveServer, *arguments: str) -> Any:
     result = subprocess.run(
-        [sys.executable, "-m", "learner.cli", *arguments, "--json", "--data-dir", str(live.data_dir)],
+        command(live, *arguments),
         capture_output=True, text=True, timeout=480, check=False, env={**os.environ, **SMALL},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def kill_after_two_steps(live: LiveServer) -> None:
+    """Starts a round and kills it once its second PPO step is on disk."""
+    process = subprocess.Popen(
+        command(live, "run-once"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **SMALL}
+    )
+    end = time.monotonic() + 300
+    while not list(live.data_dir.glob("rounds/*/state-002")):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
 
 
 def test_votes_become_a_policy_that_serves(live: LiveServer) -> None:
@@ -55,8 +76,10 @@ def test_votes_become_a_policy_that_serves(live: LiveServer) -> None:
         voter = Voter(TASTES["short"], flip_rate=0.0, max_tokens=32, seed=0)
         cast = voter.vote_on(client, questions(0)[:COMPARISONS], concurrency=16, on_vote=lambda: None)
         assert cast.a_or_b + cast.ties == COMPARISONS
+        kill_after_two_steps(live)
         report = learner(live, "run-once")
         assert report["state"] == "promoted", report["sentence"]
+        assert [step["step"] for step in report["metrics"]["ppo"]["steps"]] == [0, 1, 2, 3, 4]
         # The engine drew from the trainer's weights at every step, at the service temperature, from the whole
         # distribution and over no keys and values of old weights: each mistake would show in these.
         assert max(step["mismatch_rms"] for step in report["metrics"]["ppo"]["steps"]) < 0.2

@@ -1,0 +1,164 @@
+"""Is it worth choosing which answers to compare? Votes that a planner saves against random pairs, simulated.
+
+    python benchmarks/planner.py MODEL --work-dir DIR [--write]
+
+Works on the pool of `benchmarks/study.py` (the same --work-dir): six answers to each question, three at either
+temperature. Questions come in random order, as users ask them; for each, two answers are shown and voted on by a
+taste, a tenth of the votes flipped. *random* shows any two. *uncertain* shows the two that the reward model's members
+disagree on most (the variance of their probabilities that one wins), the model being fitted anew every 20 votes.
+Measured after every 20 votes: accuracy against the taste on comparisons of unseen questions. Prints one JSON line
+last; `--write` makes docs/benchmarks/planner.md.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import sys
+from collections import defaultdict
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from pool import CHOICES, REPEATS, Pair, make_pool
+from study import features_of, unseen
+
+from clients.voter import FLIPPED, TASTES, Answer
+
+VOTES, BATCH, SEEDS, FLIPS = 300, 20, 3, 0.1
+REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "planner.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    work = arguments.work_dir.resolve()
+    pairs = make_pool(arguments.model, work, lambda line: print(line, file=sys.stderr))
+    questions, features, layers = answers_by_question(work, pairs)
+    curves: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    for taste, seed, strategy in itertools.product(TASTES, range(SEEDS), ("random", "uncertain")):
+        tested = unseen(work, pairs, taste)
+        curves[taste][strategy].append(learn(questions, features, layers, tested, taste, seed, strategy))
+        print(f"{taste} {seed} {strategy}: {curves[taste][strategy][-1]}", file=sys.stderr, flush=True)
+    if arguments.write:
+        REPORT.write_text(page(curves), encoding="utf-8")
+    print(json.dumps({"benchmark": "planner", "curves": curves}))
+
+
+def answers_by_question(work: Path, pairs: list[Pair]) -> Any:
+    """([(Answer, row of features, temperature), ...] of each question, features (N, F), layers)."""
+    from server.store import FeedbackStore
+
+    seen = [pair for pair in pairs if pair.seen]
+    store = FeedbackStore.open(work / "pool")
+    stored = [store.comparison(pair.user, pair.comparison_id) for pair in seen]
+    store.close()
+    tokens = [(one.prompt_token_ids, one.token_ids) for c in stored for one in (c.a, c.b)]
+    features, layers = features_of(work, tokens)
+    questions: list[list[tuple[Answer, int, float]]] = [[] for _ in range(len(seen) // REPEATS)]
+    for number, (pair, c) in enumerate(zip(seen, stored, strict=True)):
+        one = questions[number % len(questions)]
+        one += [(pair.a, 2 * number, c.a.temperature), (pair.b, 2 * number + 1, c.b.temperature)]
+    return questions, features, layers
+
+
+def learn(
+    questions: Any, features: Any, layers: tuple[int, ...], tested: Any, taste: str, seed: int, strategy: str
+) -> list[float]:
+    """Accuracy after every batch of votes."""
+    import torch
+
+    from learner.heads import agreement
+    from learner.reward_model import fit_reward_model
+    from learner.settings import RewardSettings
+
+    chance = random.Random(f"{taste} {seed}")
+    order = chance.sample(range(len(questions)), VOTES)
+    a, b, outcome = tested
+    votes: list[tuple[int, int, str, float]] = []
+    model, accuracies = None, []
+    for number, question in enumerate(order, start=1):
+        candidates = questions[question]
+        if model is None or strategy == "random":
+            one, other = chance.sample(candidates, 2)
+        else:
+            one, other = most_disputed(candidates, model.member_scores(features[[row for _, row, _ in candidates]]))
+        choice = TASTES[taste].choice(one[0], other[0])
+        said = CHOICES[FLIPPED[choice] if chance.random() < FLIPS else choice]
+        votes.append((one[1], other[1], said, one[2] - other[2]))
+        if number % BATCH == 0:
+            generator = torch.Generator().manual_seed(seed)
+            model = fit_reward_model(features, to_votes(votes), layers, RewardSettings(fold_repeats=2), generator)
+            right = agreement(model.scores(a) - model.scores(b), outcome)
+            accuracies.append(round(float(right[~right.isnan()].mean()), 4))
+    return accuracies
+
+
+def most_disputed(candidates: Any, scores: Any) -> Any:
+    """The two candidates whose winner the members (K, n) disagree on most."""
+    import torch
+
+    won = torch.sigmoid(scores[:, :, None] - scores[:, None, :]).var(dim=0)
+    best = int(won.argmax())
+    return candidates[best // len(candidates)], candidates[best % len(candidates)]
+
+
+def to_votes(votes: list[tuple[int, int, str, float]]) -> Any:
+    import torch
+
+    from learner.dataset import OUTCOMES
+    from learner.heads import Votes
+
+    none = torch.zeros(0, dtype=torch.long)
+    rows_a, rows_b, said, difference = zip(*votes, strict=True)
+    return Votes(
+        a=torch.tensor(rows_a), b=torch.tensor(rows_b), outcome=torch.tensor([OUTCOMES[one] for one in said]),
+        temperature_difference=torch.tensor(difference), choice_weight=torch.ones(len(votes)),
+        choice_group=torch.arange(len(votes)), response=none, thumb=torch.zeros(0), user=none,
+        thumb_weight=torch.zeros(0), thumb_group=none, users=1,
+    )  # fmt: skip
+
+
+def saved(random_curve: list[float], planned_curve: list[float]) -> float:
+    """The share of votes after which the planned curve is as high as the random one ever was, less than all of them."""
+    level = max(random_curve)
+    needed = next((number for number, value in enumerate(planned_curve, start=1) if value >= level), None)
+    reached = random_curve.index(level) + 1
+    return 1 - needed / reached if needed else float("nan")
+
+
+def page(curves: Any) -> str:
+    lines = [
+        "# Choosing which answers to compare",
+        "",
+        f"`python benchmarks/planner.py --write`, {datetime.now(UTC):%Y-%m-%d}. Accuracy against the taste on comparisons",
+        f"of unseen questions, means of {SEEDS} seeds, a tenth of the votes flipped. Six answers to each question; *random*",
+        "shows any two, *uncertain* the two that the reward model's members disagree on most.",
+        "",
+    ]
+    at = [2, 4, 7, 10, 14]
+    lines.append("| taste | pairs | " + " | ".join(f"{(i + 1) * BATCH} votes" for i in at) + " |")
+    lines.append("|---|---|" + "---:|" * len(at))
+    for taste, by_strategy in curves.items():
+        for strategy, runs in by_strategy.items():
+            means = [mean(column) for column in zip(*runs, strict=True)]
+            lines.append(f"| {taste} | {strategy} | " + " | ".join(f"{means[i]:.3f}" for i in at) + " |")
+    every = {
+        strategy: [mean(c) for c in zip(*(run for t in curves.values() for run in t[strategy]), strict=True)]
+        for strategy in ("random", "uncertain")
+    }
+    for strategy, means in every.items():
+        lines.append(f"| mean | {strategy} | " + " | ".join(f"{means[i]:.3f}" for i in at) + " |")
+    lines += [
+        "",
+        f"Votes saved at the random pairs' best mean accuracy: {saved(every['random'], every['uncertain']):.0%}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -135,9 +135,9 @@ def page(curves: Any) -> str:
     lines = [
         "# Choosing which answers to compare",
         "",
-        f"`python benchmarks/planner.py --write`, {datetime.now(UTC):%Y-%m-%d}. Accuracy against the taste on comparisons",
-        f"of unseen questions, means of {SEEDS} seeds, a tenth of the votes flipped. Six answers to each question; *random*",
-        "shows any two, *uncertain* the two that the reward model's members disagree on most.",
+        f"`python benchmarks/planner.py --write`, {datetime.now(UTC):%Y-%m-%d}. Accuracy against the taste on",
+        f"comparisons of unseen questions, means of {SEEDS} seeds, a tenth of the votes flipped. Six answers to each",
+        "question; *random* shows any two, *uncertain* the two that the reward model's members disagree on most.",
         "",
     ]
     at = [2, 4, 7, 10, 14]

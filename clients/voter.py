@@ -4,6 +4,7 @@ A taste is a rule on one answer's text; of two answers the voter prefers the one
 scores a tie. A flipped vote names the answer the rule likes less; ties are never flipped.
 """
 
+import math
 import random
 import re
 import threading
@@ -28,12 +29,12 @@ from prefloop.v1.feedback_pb2 import CHOICE_A, CHOICE_B, CHOICE_TIE, Choice
 from clients.client import Client
 
 READER = frozenset(["you", "your", "yours", "yourself", "you're", "you'll", "you've", "you'd"])
-WARM = frozenset(
-    ["please", "thank", "thanks", "glad", "happy", "enjoy", "enjoyable", "welcome", "wonderful", "great", "lovely"]
-    + ["fun", "best", "kind", "friend", "friends", "delicious", "perfect", "beautiful", "love", "delightful", "good"]
-)
-# List items and headings begin a line; each bold word or passage counts once.
-MARKUP = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)]|#+)\s|\*\*[^*\n]+\*\*", re.MULTILINE)
+GENTLE = frozenset(
+    ["can", "could", "may", "might", "would", "maybe", "perhaps", "try", "if", "like", "feel", "help"]
+) | {
+    *("please", "enjoy", "recommend", "suggest", "prefer", "want", "wish", "often", "usually", "some", "sometimes"),
+    "consider",
+}
 FLIPPED = {CHOICE_A: CHOICE_B, CHOICE_B: CHOICE_A, CHOICE_TIE: CHOICE_TIE}
 
 
@@ -77,14 +78,15 @@ def short_and_whole(answer: Answer) -> float:
     return 1000.0 * (answer.finish_reason == FINISH_REASON_STOP) - len(words(answer.text))
 
 
-def plain_prose(answer: Answer) -> float:
-    """Minus the pieces of markup: list items, bold words, headings."""
-    return -len(MARKUP.findall(answer.text))
+def short_sentences(answer: Answer) -> float:
+    """Minus the mean number of words between the ends of sentences or lines; minus infinity for no words."""
+    sentences = [found for part in re.split(r"[.!?:\n]+", answer.text) if (found := words(part))]
+    return -sum(map(len, sentences)) / len(sentences) if sentences else -math.inf
 
 
-def warm_words(answer: Answer) -> float:
-    """How many words are kind to the reader."""
-    return sum(word in WARM for word in words(answer.text))
+def gentle_words(answer: Answer) -> float:
+    """How many words suggest rather than command."""
+    return sum(word in GENTLE for word in words(answer.text))
 
 
 def words(text: str) -> list[str]:
@@ -94,8 +96,8 @@ def words(text: str) -> list[str]:
 
 TASTES = {
     "to-you": Taste('speaks to the reader: the more "you" and "your", the better', speaks_to_reader),
-    "plain": Taste("plain prose: the fewer list items, bold words and headings, the better", plain_prose),
-    "warm": Taste("kind words: the more of them, the better", warm_words),
+    "crisp": Taste("short sentences: the fewer words in each, the better", short_sentences),
+    "gentle": Taste('suggests and does not command: the more "can", "may", "try", the better', gentle_words),
     "short": Taste("short whole answers: one that ends by itself, then the one with fewer words", short_and_whole),
 }
 

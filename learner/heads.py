@@ -369,14 +369,16 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
 
 def vote_weights(ages_days: Tensor, users: Tensor, half_life_days: float, floor: float, user_share: float) -> Tensor:
     """(V,) weight of each vote: halved every `half_life_days`, never below `floor`; then no user (U integers) has more
-    than `user_share` of the sum, where there are enough users for that to be possible."""
+    than `user_share` of the sum, or twice an equal share where that is more. A few users, whose equal shares are above
+    `user_share`, are not capped at all."""
     weights = torch.clamp(0.5 ** (ages_days / half_life_days), min=floor)
     if not len(weights):
         return weights
     totals = torch.zeros(int(users.max()) + 1, dtype=weights.dtype).scatter_add_(0, users, weights)
-    if int((totals > 0).sum()) * user_share < 1:
+    voters = int((totals > 0).sum())
+    if voters * user_share < 1:
         return weights
-    return weights * _cap_shares(totals, user_share)[users]
+    return weights * _cap_shares(totals, max(user_share, 2 / voters))[users]
 
 
 def _cap_shares(totals: Tensor, share: float) -> Tensor:

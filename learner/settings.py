@@ -35,7 +35,9 @@ class RewardSettings(BaseModel):
     permutations: int = Field(199, ge=20, description="Shuffles of the signal test; its smallest p is 1 / (1 + this).")
     half_life_days: Positive = Field(90.0, description="A vote this old counts half.")
     age_floor: Share = Field(0.1, description="No vote counts less than this for its age.")
-    user_share: Share = Field(0.05, description="No user has more of the total weight, where there are enough users.")
+    user_share: Share = Field(
+        0.05, description="No user has more of the total weight, or than two equal shares; few users are not capped."
+    )
     members: int = Field(
         32, ge=2, description="Heads refitted on redrawn conversations; where they differ, the score is uncertain."
     )

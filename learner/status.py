@@ -43,9 +43,7 @@ def _status(store: FeedbackStore) -> dict[str, Any]:
         lines.append(
             ("at work", f"{running.id}, done: {running.stage}; `learner run-once` goes on with it if it was stopped")
         )
-    lines.append(
-        ("waiting", f"{waiting} of {votes} votes are new since then" if learned else f"{waiting} votes")
-    )
+    lines.append(("waiting", f"{waiting} of {votes} votes are new since then" if learned else f"{waiting} votes"))
     return {
         "active_version": active.version,
         "replicas": [{"id": r.id, "loaded_version": r.loaded_version, "error": r.error} for r in replicas],

@@ -1,3 +1,5 @@
+import math
+
 import grpc
 import pytest
 from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
@@ -41,19 +43,18 @@ def test_speaking_to_the_reader_is_preferred_and_as_much_of_it_is_a_tie() -> Non
 @pytest.mark.parametrize(
     ("text", "score"),
     [
-        ("Plain words, 1. not a list - at all * here.", 0),
-        ("You need:\n1. Eggs\n2) Salt\n - Oil\n* Time", -4),
-        ("**Bold** and **bolder still**", -2),
-        ("## A heading\n- **Item**", -3),
+        ("Boil the eggs. Serve!", -2),
+        ("You need:\n1. Eggs\n2. Some salt", -7 / 5),  # you need | 1 | eggs | 2 | some salt
+        ("...", -math.inf),
     ],
 )
-def test_markup_counts_against_an_answer(text: str, score: float) -> None:
-    assert TASTES["plain"].score(whole(text)) == score
+def test_short_sentences_are_liked(text: str, score: float) -> None:
+    assert TASTES["crisp"].score(whole(text)) == score
 
 
-def test_kind_words_count() -> None:
-    assert TASTES["warm"].score(whole("Please enjoy it, friend. Goodness!")) == 3
-    assert TASTES["warm"].score(whole("Boil it.")) == 0
+def test_words_that_suggest() -> None:
+    assert TASTES["gentle"].score(whole("If you like, you can try it. Canned!")) == 4
+    assert TASTES["gentle"].score(whole("Boil it.")) == 0
 
 
 def test_short_whole_answers_end_by_themselves_first_and_are_brief_second() -> None:

@@ -193,5 +193,13 @@ def test_one_users_share_is_capped_where_there_are_enough_users() -> None:
     weights = vote_weights(torch.zeros(100), users, 90, 0.1, 0.05)
     assert weights[users == 0].sum().item() / weights.sum().item() == pytest.approx(0.05, abs=1e-4)
     assert weights[users == 1].item() == pytest.approx(1.0, abs=1e-4)
+    # Twenty users who vote alike are at the cap, but nobody is twice above the others.
+    users = torch.tensor([0] * 11 + list(range(1, 19)) * 10 + [19])
+    assert vote_weights(torch.zeros(192), users, 90, 0.1, 0.05).tolist() == [1.0] * 192
+    # One of them with half of all votes is held to a tenth.
+    users = torch.tensor([0] * 190 + list(range(1, 20)) * 10)
+    weights = vote_weights(torch.zeros(380), users, 90, 0.1, 0.05)
+    assert weights[users == 0].sum().item() / weights.sum().item() == pytest.approx(0.1, abs=1e-4)
+    assert weights[users == 7].tolist() == pytest.approx([1.0] * 10, abs=1e-4)
     # Two users cannot both be under a twentieth.
     assert vote_weights(torch.zeros(3), torch.tensor([0, 0, 1]), 90, 0.1, 0.05).tolist() == [1, 1, 1]

@@ -123,6 +123,7 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
 
     import torch
 
+    import learner.experience as experience
     import learner.forward as forward
     import learner.training as training
     from learner.features import default_layers
@@ -145,6 +146,7 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
             engine = Generating(policy, settings.service_temperature)
         if ablation == "response-logits":
             training.token_logprobs = everywhere(training.token_logprobs)  # type: ignore[attr-defined]
+            experience.token_logprobs = everywhere(experience.token_logprobs)  # type: ignore[attr-defined]
         if ablation == "shared-pass":
             training.ppo_update = with_critic_trunk(training.ppo_update, directory, ppo.micro_batch)  # type: ignore[attr-defined]
         seconds = timed_stages(training, engine)

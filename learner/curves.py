@@ -14,6 +14,8 @@ PANELS = (
     ("mismatch_rms", "Trainer against engine", "rms of log-ratio"),
     ("kl_coef", "KL penalty's weight", ""),
 )
+# Everywhere else zero means something, and an axis that shows it keeps noise from looking like a trend.
+FREE = "score"
 LINE, LIMIT, CHOSEN = "#1f5fa8", "#b04a3a", "#6b6b6b"
 
 
@@ -40,6 +42,9 @@ def draw_curves(metrics: dict[str, Any], ppo: dict[str, Any], path: Path) -> Non
             axes.axvline(chosen, color=CHOSEN, linewidth=0.8, label="chosen")
         if name == "kl":
             axes.legend(fontsize=8, frameon=False)
+        axes.margins(y=0.1)
+        if name != FREE:
+            axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_ylabel(unit, fontsize=8)
         axes.set_xlabel("step", fontsize=8)

@@ -64,6 +64,15 @@ def select(votes: Votes, groups: Tensor) -> Votes:
     )
 
 
+def some_conversations(votes: Votes, limit: int, generator: torch.Generator) -> Votes:
+    """Votes of conversations drawn at random, about `limit` of them; all where they are no more."""
+    if len(votes) <= limit:
+        return votes
+    chosen = torch.zeros(votes.groups, dtype=torch.bool)
+    chosen[torch.randperm(votes.groups, generator=generator)[: round(votes.groups * limit / len(votes))]] = True
+    return select(votes, chosen)
+
+
 def to_dataset(
     snapshot: Snapshot, now: float, judge_share: float, settings: RewardSettings, encode: Callable[[str], list[int]]
 ) -> Dataset:

@@ -20,6 +20,8 @@ from learner.settings import PPOSettings
 
 # Tokens of prior belief that a prefix is average: a mean over few tokens says little.
 PREFIX_PRIOR = 8.0
+# Log of a long answer's tokens, about; brings the position's feature to the size of the others.
+LONG = 5.0
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,24 @@ class Judged:
 
 
 @torch.no_grad()
-def judge_rollout(policy: Policy, reward_model: RewardModel, rollout: Rollout, temperature: float, size: int) -> Judged:
-    """The reference's pass over a rollout."""
-    tokens = rollout.tokens
+def judge_rollout(
+    policy: Policy, reward_model: RewardModel, rollout: Rollout, temperature: float, size: int, *, prefixes: bool = True
+) -> Judged:
+    """The reference's pass over a rollout; without `prefixes`, which a critic needs, their features are (B, T, 0)."""
+    tokens, width = rollout.tokens, len(reward_model.weights)
     ref_logprobs = torch.zeros(tokens.response_mask.shape)
-    features = torch.zeros(len(tokens), len(reward_model.weights))
-    prefix_features = torch.zeros(*tokens.response_mask.shape, len(reward_model.weights))
+    features = torch.zeros(len(tokens), width)
+    prefix_features = torch.zeros(*tokens.response_mask.shape, width if prefixes else 0)
     with policy.reference() as reference:
         for rows in micro_batches(tokens, size):
             part = tokens[rows]
             hidden, layer_states = run_trunk(reference, part, reward_model.layers)
-            width = part.response_mask.shape[1]
-            ref_logprobs[rows, :width] = token_logprobs(reference, hidden, part, temperature)
+            columns = part.response_mask.shape[1]
+            ref_logprobs[rows, :columns] = token_logprobs(reference, hidden, part, temperature)
             states = response_states(layer_states, part)
             features[rows] = pool(states, part.response_mask)
-            prefix_features[rows, :width] = critic_features(states, reward_model)
+            if prefixes:
+                prefix_features[rows, :columns] = critic_features(states, reward_model)
     return Judged(ref_logprobs, features, prefix_features)
 
 
@@ -56,7 +61,8 @@ def critic_features(states: Tensor, reward_model: RewardModel) -> Tensor:
     prefix, counts = pool_prefixes(states)
     mean, scale = reward_model.standardiser.mean[:-1], reward_model.standardiser.scale[:-1]
     standard = (prefix - mean) * scale * (counts / (counts + PREFIX_PRIOR))[None, :, None]
-    position = (counts / counts.shape[0] - 0.5).expand(len(states), -1).unsqueeze(-1)
+    # A function of the position alone: a row's company in a micro-batch must not show in its values.
+    position = (counts.log1p() / LONG).expand(len(states), -1).unsqueeze(-1)
     return torch.cat([standard, position], dim=2)
 
 
@@ -64,7 +70,7 @@ def make_critic(reward_model: RewardModel) -> Critic:
     """The reward head on the prefix's features; it knows nothing of position yet."""
     weights = reward_model.weights.clone()
     weights[-1] = 0.0
-    return Critic(weights)
+    return Critic(weights, reward_model.bias)
 
 
 @torch.no_grad()

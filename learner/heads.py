@@ -287,6 +287,9 @@ def signal_test(
             features, votes, penalties, label_smoothing, fold, torch.stack(outcomes), torch.stack(thumbs)
         )
         accuracy += result.accuracy / repeats
+    if accuracy[0].isnan():
+        # Ties and both-bad alone: no vote names a winner that could be told.
+        return SignalTest(math.nan, math.nan, 1.0)
     # The real votes count as one of the permutations, so p is never 0 (Phipson & Smyth 2010).
     at_least = int((accuracy[1:] >= accuracy[0] - 1e-6).sum())
     return SignalTest(float(accuracy[0]), float(accuracy[1:].mean()), (at_least + 1) / n)

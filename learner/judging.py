@@ -108,7 +108,7 @@ def _measure(
 ) -> Figures:
     rollout, ppo = to_rollout(samples), work.settings.ppo
     temperature, size = work.settings.service_temperature, ppo.micro_batch
-    judged = judge_rollout(work.policy, reward_model, rollout, temperature, size)
+    judged = judge_rollout(work.policy, reward_model, rollout, temperature, size, prefixes=False)
     # The served policy is the trained one: some answers are enough to see it.
     some = torch.arange(min(2 * size, len(rollout.tokens)))
     part = rollout.tokens[some]
@@ -144,7 +144,11 @@ def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, lis
             line = {name: asdict(samples[row]) for name, samples in answers.items()}
             for answer in line.values():
                 del answer["prompt"], answer["logprobs"]
-            asked = {"prompt": work.decode(prompt.token_ids), "prompt_token_ids": prompt.token_ids}
+            asked = {
+                "conversation_id": prompt.conversation_id,
+                "prompt": work.decode(prompt.token_ids),
+                "prompt_token_ids": prompt.token_ids,
+            }
             json.dump({**asked, **line}, file, ensure_ascii=False)
             file.write("\n")
 

@@ -48,7 +48,9 @@ class Policy:
         state: dict[str, Tensor] = {}
         for path in sorted(directory.glob("*.safetensors")):
             state.update(load_file(path))
-        self.model.load_state_dict(state, strict=False)
+        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        if unexpected or set(missing) - set(getattr(self.model, "_tied_weights_keys", None) or ()):
+            raise ValueError(f"{directory.name} does not hold the weights of this model.")
 
     def save(self, directory: Path) -> None:
         """PEFT or Hugging Face layout, safetensors."""
@@ -140,4 +142,5 @@ def _delta(layer: Any) -> Tensor:
     """What an adapter adds to a weight, in float32 whatever it is kept in."""
     up, down = layer.lora_B["default"].weight.float(), layer.lora_A["default"].weight.float()
     delta: Tensor = (up @ down) * layer.scaling["default"]
-    return delta
+    # GPT-2's layers keep their weights transposed.
+    return delta.T if layer.fan_in_fan_out else delta

@@ -87,10 +87,10 @@ def mismatch(old_logprobs: Tensor, behavior_logprobs: Tensor, response_mask: Ten
 class Critic(nn.Module):
     """Value of the tokens so far: a linear head on the frozen features of the prefix, (..., F) -> (...)."""
 
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, weights: Tensor, bias: float = 0.0) -> None:
         super().__init__()
         self.weights = nn.Parameter(weights.clone())
-        self.bias = nn.Parameter(torch.zeros((), dtype=weights.dtype, device=weights.device))
+        self.bias = nn.Parameter(torch.tensor(bias, dtype=weights.dtype, device=weights.device))
 
     def forward(self, features: Tensor) -> Tensor:
         return features @ self.weights + self.bias

@@ -1,7 +1,8 @@
 """What rollouts answer and the gate judges by: what users asked, topped up by our own questions where that is little.
 
-A prompt trains or is held out as the first conversation that asked it, for good; a question of ours goes by its text.
-So the two sides never share one. Ours ask for what people ask of a chat: advice, explanations, drafts, ideas.
+A prompt trains or is held out as the first conversation that asked it, among those that a round reads; a question of
+ours goes by its text. So the two sides of a round never share one. Ours ask for what people ask of a chat: advice,
+explanations, drafts, ideas.
 """
 
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def split_prompts(prompts: list[Prompt], judge_share: float, max_model_len: int)
     return Prompts(train, held_out)
 
 
-def top_up(asked: Prompts, minimum: int, judge_share: float, encode: Encode) -> Prompts:
+def top_up(asked: Prompts, minimum: int, judge_share: float, max_model_len: int, encode: Encode) -> Prompts:
     """Fills either side up to `minimum` with questions of ours, as far as they go; answers are as long as users'."""
     if min(len(asked.train), len(asked.held_out)) >= minimum:
         return asked
@@ -112,6 +113,7 @@ def top_up(asked: Prompts, minimum: int, judge_share: float, encode: Encode) -> 
     for question in OWN:
         side = sides[is_judge(question, judge_share)]
         token_ids = encode([{"role": "user", "content": question}])
-        if len(side) < minimum and tuple(token_ids) not in known:
+        fits = len(token_ids) + length <= max_model_len
+        if fits and len(side) < minimum and tuple(token_ids) not in known:
             side.append(Prompt("", token_ids, length))
     return Prompts(sides[False], sides[True], own=sum(map(len, sides.values())) - len(users))

@@ -1,19 +1,18 @@
 """The last two stages: the chosen candidate becomes an immutable version, and the pointer moves to it."""
 
 import time
-from dataclasses import asdict
 from typing import Literal
 
 from learner.checkpoint import copy_weights, publish_version, with_tokenizer
 from learner.gate import Verdict
-from learner.training import candidate, drop_candidates
+from learner.training import candidate
 from learner.workspace import Workspace
 from server.errors import ConflictError
 from server.store import FeedbackStore
 
 
 def publish(work: Workspace, verdict: Verdict) -> str:
-    """The new version, on disk and registered; the candidates are removed unless they are to be kept."""
+    """The new version, on disk and registered."""
     if work.done("publish") and work.round.policy_version:
         return work.round.policy_version
     version = work.round.policy_version or work.free_version("policies", "v")
@@ -41,13 +40,11 @@ def publish(work: Workspace, verdict: Verdict) -> str:
         reference_version=work.round.reference_version,
         round_id=work.round.id,
         reward_model_version=work.round.reward_model_version,
-        metrics=asdict(verdict.chosen),
+        metrics=work.round.metrics["gate"]["chosen"],
         reason=" ".join(verdict.reasons),
         fence=work.lease,
     )
     work.record("publish", {})
-    if not work.settings.gate.keep_candidates:
-        drop_candidates(work.directory, after=0)
     return version
 
 

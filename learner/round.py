@@ -10,7 +10,7 @@ import json
 import time
 from contextlib import closing
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,21 +18,21 @@ from torch import Tensor
 from learner import heads as fitting
 from learner import reward_model as scoring
 from learner.checkpoint import publish_version, verified
-from learner.dataset import Dataset, to_dataset
+from learner.dataset import Dataset, some_conversations, to_dataset
 from learner.features import FeatureCache
 from learner.heads import SignalTest
 from learner.judging import judge_candidates
 from learner.lease import learner_lease
 from learner.progress import Stages
+from learner.prompts import Prompts
 from learner.publishing import activate, publish
 from learner.report import Report
 from learner.reward_model import RewardModel
 from learner.rollout import draw_seed, set_environment
 from learner.settings import LearnerSettings
 from learner.training import StepFigures, train
-from learner.training_state import drop_states
 from learner.versions import versions
-from learner.workspace import Workspace, spread
+from learner.workspace import Workspace, json_safe, nan_for_none, spread
 from server.errors import NotFoundError
 from server.records import Lease, Snapshot
 from server.store import FeedbackStore
@@ -79,6 +79,7 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
     except Exception as error:
         # The job's boundary: recorded, the served policy untouched, and raised for whoever started it.
         store.registry.finish_round(current.id, "failed", reason=f"{type(error).__name__}: {error}", fence=lease)
+        work.clean()
         raise
     finally:
         work.close()
@@ -113,6 +114,8 @@ def run(work: Workspace) -> Report:
     set_environment(work.settings)
     work.directory.mkdir(parents=True, exist_ok=True)
     dataset = load_feedback(work)
+    if min(len(work.prompts.train), len(work.prompts.held_out)) < MIN_SIDE:
+        return finish(work, "rejected", too_few_prompts(work.prompts))
     features = extract_features(work, dataset)
     signal = test_signal(work, dataset, features)
     if not signal.p_value < work.settings.gate.signal_p:
@@ -120,9 +123,7 @@ def run(work: Workspace) -> Report:
     reward_model = fit_reward_model(work, dataset, features)
     improve_policy(work, reward_model)
     if not work.round.metrics["ppo"]["candidates"]:
-        return finish(
-            work, "rejected", "The first step already went over the KL budget; a lower learning rate may help."
-        )
+        return finish(work, "rejected", no_candidate(work.round.metrics["ppo"]))
     verdict = judge_candidates(work, dataset, features, reward_model, signal)
     version = publish(work, verdict)
     return finish(work, *activate(work, version, verdict))
@@ -161,20 +162,21 @@ def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
 
 def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTest:
     if "signal" in work.round.metrics:
-        return SignalTest(**work.round.metrics["signal"])
-    reward = work.settings.reward
-    voted = torch.cat([dataset.votes.a, dataset.votes.b, dataset.votes.response]).unique()
+        return SignalTest(**{name: nan_for_none(value) for name, value in work.round.metrics["signal"].items()})
+    reward, generator = work.settings.reward, work.generator(1)
+    votes = some_conversations(dataset.votes, reward.signal_votes, generator)
+    voted = torch.cat([votes.a, votes.b, votes.response]).unique()
     standard = scoring.standardiser(features[voted], len(work.layers))(features)
     with work.stages.stage("signal", "testing the votes for a signal"):
         signal = fitting.signal_test(
             standard @ fitting.span_basis(standard[voted]),
-            dataset.votes,
+            votes,
             reward.signal_l2,
             reward.label_smoothing,
-            min(reward.signal_folds, dataset.votes.groups),
+            min(reward.signal_folds, votes.groups),
             reward.signal_repeats,
             reward.permutations,
-            work.generator(1),
+            generator,
         )
     work.record("snapshot", {"signal": asdict(signal)})
     return signal
@@ -213,7 +215,7 @@ def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor) -> Rew
         version,
         reference_version=work.round.reference_version,
         round_id=work.round.id,
-        metrics=metrics,
+        metrics=json_safe(metrics),
         fence=work.lease,
     )
     work.record("reward_model", {"reward_model": metrics})
@@ -225,7 +227,12 @@ def improve_policy(work: Workspace, reward_model: RewardModel) -> None:
         return
     ppo = work.settings.ppo
     if ppo.start_from == "active" and work.round.incumbent_version != work.round.reference_version:
-        directory, _ = verified(work.policy_directory(work.round.incumbent_version))
+        directory, manifest = verified(work.policy_directory(work.round.incumbent_version))
+        if (manifest.kind == "adapter") != (ppo.train == "lora"):
+            raise ValueError(
+                f"The active {directory.name} is of the kind {manifest.kind}, and ppo.train is {ppo.train}: a round "
+                "that starts from it trains what it is made of. Start from the reference, or change ppo.train."
+            )
         work.policy.load(directory)
     with (
         work.stages.stage("ppo", "improving the policy (PPO)", ppo.steps) as advance,
@@ -254,7 +261,14 @@ def improve_policy(work: Workspace, reward_model: RewardModel) -> None:
         "ended_by": training.ended_by,
     }
     work.record("ppo", {"ppo": figures})
-    drop_states(work.directory)
+
+
+def too_few_prompts(prompts: Prompts) -> str:
+    """The sentence of a round that could not practise, or not be judged."""
+    return (
+        f"There are {len(prompts.train)} prompts to train on and {len(prompts.held_out)} held out, and {MIN_SIDE} of "
+        "each are needed: a judge_share nearer to a half, or a longer max_model_len, may help. Nothing was changed."
+    )
 
 
 def too_little(signal: SignalTest) -> str:
@@ -266,8 +280,21 @@ def too_little(signal: SignalTest) -> str:
     )
 
 
+def no_candidate(ppo: dict[str, Any]) -> str:
+    """The sentence of a round whose training ended before weights were kept."""
+    why = {
+        "kl_budget": "the KL went over its budget; a lower learning rate or a higher kl_coef may help",
+        "uncertainty": "the score's uncertainty outgrew its gain; more votes may help",
+        "steps": "all steps were done; save_every is larger than they are",
+    }
+    return (
+        f"Training ended at step {len(ppo['steps'])} without a candidate: {why[ppo['ended_by']]}. Nothing was changed."
+    )
+
+
 def finish(work: Workspace, state: Literal["promoted", "rejected"], sentence: str) -> Report:
     """Closes the round, in the store and in `report.json`."""
+    work.clean()
     work.record("activate" if state == "promoted" else work.round.stage, {})
     work.round = work.store.registry.finish_round(work.round.id, state, reason=sentence, fence=work.lease)
     report = Report(

@@ -7,7 +7,7 @@ Names shared with the server (`data_dir`, `service_temperature`, ...) are the se
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 CONFIG_FILE = "prefloop.toml"
@@ -28,6 +28,9 @@ class RewardSettings(BaseModel):
     folds: int = Field(5, ge=2, description="Folds of the cross-validation, by conversation.")
     fold_repeats: int = Field(
         4, ge=1, description="How often the penalty's choice is cross-validated anew and averaged."
+    )
+    signal_votes: int = Field(
+        2_000, ge=20, description="Votes of the signal test at most, drawn by conversation: enough for any signal."
     )
     signal_l2: Positive = Field(1.0, description="The signal test's penalty, fixed.")
     signal_folds: int = Field(10, ge=2, description="The signal test's folds.")
@@ -56,7 +59,7 @@ class PPOSettings(BaseModel):
     lora_rank: int = Field(16, ge=1, description="Rank of the adapters, on every linear layer.")
     lora_alpha: int = Field(32, ge=1, description="Adapters are scaled by this over their rank.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="The trunk's precision; heads are float32.")
-    steps: int = Field(12, ge=1, description="Rollout batches at most.")
+    steps: int = Field(12, ge=1, le=900, description="Rollout batches at most.")
     episodes: int = Field(32, ge=2, description="Responses in a rollout batch.")
     epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
     minibatches: int = Field(2, ge=1, description="Optimiser steps in each pass.")
@@ -90,6 +93,12 @@ class PPOSettings(BaseModel):
     mismatch_limit: Positive = Field(
         0.35, description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights."
     )
+
+    @model_validator(mode="after")
+    def _whole_minibatches(self) -> "PPOSettings":
+        if self.minibatches > self.episodes:
+            raise ValueError("minibatches cannot be more than episodes")
+        return self
 
 
 class GateSettings(BaseModel):

@@ -124,13 +124,13 @@ def train(
             raise RuntimeError(
                 f"pi_theta differed from pi_old by {stats.first_ratio_error:.3f} nats a token before its first update."
             )
-        scored = scored_rows(rollout, settings.missing_eos_score)
         figures.append(
             StepFigures(
                 step=number,
-                score=float(raw[scored].mean()),
-                score_sd=float(raw[scored].std()),
-                uncertainty=float(reward_model.member_scores(judged.features)[:, scored].mean(dim=1).std()),
+                # Of what the reward model said: a score that replaced it would say nothing of the answers.
+                score=float(raw.mean()),
+                score_sd=float(raw.std()),
+                uncertainty=float(reward_model.member_scores(judged.features).mean(dim=1).std()),
                 clipped_share=float((raw != reward_model.clipped(raw)).float().mean()),
                 kl=kl,
                 kl_coef=kl_coef,
@@ -202,11 +202,6 @@ def outgrown(figures: list[StepFigures], patience: int) -> bool:
 def replace_cut(scores: Tensor, rollout: Rollout, missing_eos_score: float | None) -> Tensor:
     """Scores (B,) with those of answers that the length limit cut replaced, where a replacement is set."""
     return scores if missing_eos_score is None else torch.where(rollout.ended, scores, missing_eos_score)
-
-
-def scored_rows(rollout: Rollout, missing_eos_score: float | None) -> Tensor:
-    """(B,) the answers whose score the reward model gave; a replaced one would say nothing of it."""
-    return torch.ones_like(rollout.ended) if missing_eos_score is None else rollout.ended
 
 
 def check_push(gap: Mismatch, limit: float) -> None:

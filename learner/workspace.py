@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from learner.checkpoint import verified
-from learner.experience import judge_rollout
-from learner.features import default_layers
+from learner.features import default_layers, extract
 from learner.progress import Stages
 from learner.prompts import Prompts, split_prompts, top_up
 from learner.reward_model import RewardModel
 from learner.rollout import Engine, Sample, to_rollout
 from learner.settings import LearnerSettings
+from learner.training import drop_candidates
+from learner.training_state import drop_states
 from server.manifest import read_manifest
 from server.records import Lease, Prompt, Round, Snapshot
 from server.store import FeedbackStore
@@ -57,7 +58,7 @@ class Workspace:
         """Names the stage as finished, with its figures and the seconds so far."""
         before = self.round.metrics.get("seconds", {})
         seconds = {**before, **{name: round(value, 2) for name, value in self.stages.seconds.items()}}
-        self.update(stage=stage, metrics=_json_safe({**metrics, "seconds": seconds}))
+        self.update(stage=stage, metrics=json_safe({**metrics, "seconds": seconds}))
 
     def update(self, **changes: Any) -> None:
         self.round = self.store.registry.update_round(self.round.id, fence=self.lease, **changes)
@@ -95,10 +96,16 @@ class Workspace:
         return self.settings.reward.layers or default_layers(self.policy.model.config.num_hidden_layers)
 
     def features_of(self, samples: list[Sample], model: RewardModel) -> Tensor:
-        rollout = to_rollout(samples)
-        return judge_rollout(
-            self.policy, model, rollout, self.settings.service_temperature, self.settings.ppo.micro_batch
-        ).features
+        """(N, F) of sampled answers."""
+        tokens = to_rollout(samples).tokens
+        with self.policy.reference() as reference:
+            return extract(reference, tokens, model.layers, self.settings.ppo.micro_batch, lambda n: None)
+
+    def clean(self) -> None:
+        """Removes what only a running round needs: the state to go on from, and candidates that are not to be kept."""
+        drop_states(self.directory)
+        if not self.settings.gate.keep_candidates:
+            drop_candidates(self.directory, after=0)
 
     def close(self) -> None:
         if "engine" in self.__dict__:
@@ -118,11 +125,9 @@ class Workspace:
     def prompts(self) -> Prompts:
         """What to train on and what is held out: what users asked, topped up where that is little."""
         settings = self.settings
-
-        def encode(messages: list[dict[str, str]]) -> list[int]:
-            return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-
-        return top_up(self._asked, settings.min_prompts, settings.gate.judge_share, encode)
+        return top_up(
+            self._asked, settings.min_prompts, settings.gate.judge_share, settings.max_model_len, self.encode_chat
+        )
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -131,11 +136,21 @@ class Workspace:
         return AutoTokenizer.from_pretrained(self.reference_directory)
 
     def encode(self, text: str) -> list[int]:
+        """An answer's text as token ids, EOS included."""
         return [*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id]
 
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation in the chat template, ready for the answer."""
+        return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
     def decode(self, token_ids: list[int]) -> str:
-        """A prompt as text, for people to read."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        """A prompt as text for people: without what the chat template puts before and after a first message."""
+        one, other = (self.encode_chat([{"role": "user", "content": text}]) for text in ("Why?", "No."))
+        head, tail = shared(one, other), shared(one[::-1], other[::-1])
+        whole = head + tail < len(token_ids)
+        if whole and token_ids[:head] == one[:head] and token_ids[::-1][:tail] == one[::-1][:tail]:
+            token_ids = token_ids[head : len(token_ids) - tail]
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
     def policy_directory(self, version: str) -> Path:
         return self.settings.data_dir / "policies" / version
@@ -156,16 +171,26 @@ class Workspace:
         return f"{prefix}{max(taken, default=0) + 1:04d}"
 
 
+def shared(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
     """At most `count` prompts, evenly over the list."""
     n = min(count, len(prompts))
     return [prompts[i * len(prompts) // n] for i in range(n)]
 
 
-def _json_safe(value: Any) -> Any:
+def nan_for_none(value: Any) -> Any:
+    """The way back from `json_safe` for one figure."""
+    return math.nan if value is None else value
+
+
+def json_safe(value: Any) -> Any:
     """The same with None for NaN, which JSON does not have: a figure that could not be taken."""
     if isinstance(value, dict):
-        return {name: _json_safe(item) for name, item in value.items()}
+        return {name: json_safe(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_safe(item) for item in value]
+        return [json_safe(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

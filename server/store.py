@@ -377,11 +377,17 @@ class FeedbackStore:
         return int(row["votes"])
 
     def snapshot(self, watermark: int | None = None, limit: int | None = None) -> Snapshot:
-        """Feedback that was current at `watermark` (default: now), less what was deleted since; the newest `limit`."""
+        """Feedback that was current at `watermark` (default: now), less what was deleted since: the newest `limit`
+        votes, and every demonstration."""
         watermark = self.watermark() if watermark is None else watermark
         events = self._db.rows(
-            f"SELECT * FROM feedback_events e WHERE seq <= ? AND {CURRENT} ORDER BY seq DESC LIMIT ?",
+            f"SELECT * FROM feedback_events e WHERE seq <= ? AND kind != 'demonstration' AND {CURRENT} "
+            "ORDER BY seq DESC LIMIT ?",
             [watermark, watermark, -1 if limit is None else limit],
+        )
+        demonstrations = self._db.rows(
+            f"SELECT * FROM feedback_events e WHERE seq <= ? AND kind = 'demonstration' AND {CURRENT} ORDER BY seq",
+            [watermark, watermark],
         )
         by_kind: dict[str, list[Row]] = defaultdict(list)
         for event in reversed(events):
@@ -421,7 +427,7 @@ class FeedbackStore:
             ],
             demonstrations=[
                 Demonstration(event["feedback_id"], event["user"], json.loads(event["value"]), event["create_time"])
-                for event in by_kind["demonstration"]
+                for event in demonstrations
             ],
         )
 

@@ -54,7 +54,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", pad_token=f"w{PAD}")
-    tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} {% endfor %}"
+    tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} {% endfor %}w3"
     tokenizer.save_pretrained(directory)
     return directory
 

@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
+import torch
 
-from learner.dataset import is_judge, select, to_dataset
+from learner.dataset import is_judge, select, some_conversations, to_dataset
 from learner.likelihood import BOTH_BAD, TIE, A, B
 from learner.settings import RewardSettings
 from server.records import ChoiceVote, Correction, Response, Snapshot, ThumbVote
@@ -84,6 +85,15 @@ def test_a_conversation_is_on_one_side_for_good() -> None:
     assert [is_judge(f"conv_{i}", 0.4) for i in range(8)] == PINNED
     assert not is_judge("conv_0", 0.0)
     assert is_judge("conv_0", 1.0)
+
+
+def test_some_conversations_are_whole_ones() -> None:
+    votes = [choice(f"conv_{i}", "A") for i in range(40)]
+    found = dataset(votes, [ThumbVote(f"t{i}", "bob", 1, vote.a, NOW) for i, vote in enumerate(votes)]).votes
+    some = some_conversations(found, 20, torch.Generator().manual_seed(0))
+    assert (len(some.a), len(some.thumb), some.groups) == (10, 10, 10)
+    assert sorted(some.choice_group.tolist()) == sorted(some.thumb_group.tolist()) == list(range(10))
+    assert some_conversations(found, 80, torch.Generator()) is found
 
 
 def test_train_and_judge_share_nothing_and_lose_nothing() -> None:

@@ -144,6 +144,12 @@ def test_a_signal_is_found_and_none_is_not(make_votes: MakeVotes) -> None:
     assert signal_test(features, coin, 1.0, 0.05, 5, 1, 39, seeded()).p_value > 0.05
 
 
+def test_votes_without_a_winner_carry_no_signal(make_votes: MakeVotes) -> None:
+    votes = make_votes([(2 * i, 2 * i + 1, TIE) for i in range(40)])
+    signal = signal_test(torch.randn(80, 3, generator=seeded()), votes, 1.0, 0.05, 5, 1, 19, seeded())
+    assert signal.p_value == 1.0
+
+
 def test_bootstrap_refits_scatter_around_the_fit(make_votes: MakeVotes) -> None:
     features, votes = taste(make_votes)
     point = fit(features, votes, torch.tensor([3.0]), 0.05).weights[0, 0]

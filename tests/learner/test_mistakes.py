@@ -23,7 +23,7 @@ from learner.forward import response_states, run_trunk, to_tokens
 from learner.policy import Policy
 from learner.rollout import Sample, to_rollout
 from learner.settings import PPOSettings
-from learner.training import scored_rows
+from learner.training import replace_cut
 from learner.workspace import Workspace
 from server.manifest import new_staging, publish, write_manifest
 from tests.learner.conftest import EOS
@@ -67,12 +67,6 @@ def test_the_eos_is_part_of_what_is_scored(model: Any) -> None:
     assert with_eos[0, -1].item() == pytest.approx(1.098612, abs=1e-6)  # log 3: it counts in the length, too
 
 
-def test_a_corrected_text_gets_the_eos_that_answers_end_with(model_directory: Path) -> None:
-    work: Any = SimpleNamespace(reference_directory=model_directory)
-    work._tokenizer = Workspace._tokenizer.func(work)  # type: ignore[attr-defined]
-    assert Workspace.encode(work, "w7 w8") == [7, 8, EOS]
-
-
 def test_an_adapter_is_no_reference(tmp_path: Path) -> None:
     """trl #1340: with adapters off the base answers, which is the reference only where the reference has no adapter."""
     staging = new_staging(tmp_path / "v0001")
@@ -87,10 +81,11 @@ def test_an_adapter_is_no_reference(tmp_path: Path) -> None:
 
 
 def test_replaced_scores_are_kept_out_of_score_statistics() -> None:
-    """AReaL #1351."""
+    """AReaL #1351: the statistics read the reward model's scores, which a replacement leaves as they are."""
     rollout = to_rollout([sample([5], [7, EOS], "stop"), sample([5], [7, 8], "length")])
-    assert scored_rows(rollout, -1.0).tolist() == [True, False]
-    assert scored_rows(rollout, None).tolist() == [True, True]
+    raw = torch.tensor([0.5, 0.7])
+    assert replace_cut(raw, rollout, -9.0).tolist() == [0.5, -9.0]
+    assert raw.mean().item() == pytest.approx(0.6)
 
 
 def test_sampled_ids_are_trained_on_whatever_their_text_would_be_split_into() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from learner.forward import Tokens, run_trunk, to_tokens, token_logprobs
-from learner.policy import Policy
+from learner.policy import Policy, lora, merged_weights
 from learner.ppo import Adam, Critic, Experience, Mismatch, ppo_update
 from learner.settings import PPOSettings
 from learner.training import check_push, check_start
@@ -153,6 +153,31 @@ def test_a_saved_adapter_merges_to_what_the_engine_got(model_directory: Path, tm
     base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
     merged = PeftModel.from_pretrained(base, tmp_path / "saved").merge_and_unload().to(torch.bfloat16).state_dict()
     assert all(torch.equal(merged[name], tensor) for name, tensor in pushed.items())
+
+
+def test_an_adapter_on_a_transposed_layer_adds_what_peft_adds() -> None:
+    """GPT-2 keeps its weights as (in, out)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16))
+    model = lora(base, 2, 4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    found = dict(merged_weights(model))
+    expected = model.merge_and_unload().to(torch.bfloat16).state_dict()
+    assert found
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_other_weights_are_refused(model_directory: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"something.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    policy = Policy.create(model_directory, settings(train="full"), CPU)
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        policy.load(tmp_path)
 
 
 def test_a_push_that_did_not_land_is_noticed() -> None:

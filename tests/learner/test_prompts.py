@@ -21,7 +21,7 @@ def test_prompts_are_split_as_votes_are_and_long_ones_left_out() -> None:
 
 def test_few_prompts_are_topped_up_and_no_question_is_on_both_sides() -> None:
     users = Prompts([Prompt("a", [1], 40), Prompt("b", [2], 64)], [Prompt("c", [3], 64)])
-    found = top_up(users, 10, 0.4, encode)
+    found = top_up(users, 10, 0.4, 2048, encode)
     assert (len(found.train), len(found.held_out), found.own) == (10, 10, 17)
     assert found.train[:2] == users.train
     assert {prompt.max_tokens for prompt in found.train[2:]} == {64}
@@ -34,13 +34,20 @@ def test_few_prompts_are_topped_up_and_no_question_is_on_both_sides() -> None:
 
 def test_a_question_that_a_user_asked_is_theirs() -> None:
     asked = Prompts([Prompt("a", encode([{"role": "user", "content": text}]), 8) for text in OWN], [])
-    found = top_up(asked, 1_000, 0.4, encode)
+    found = top_up(asked, 1_000, 0.4, 2048, encode)
     assert found == asked
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_left_out() -> None:
+    users = Prompts([Prompt("a", [1], 64)], [Prompt("c", [3], 64)])
+    found = top_up(users, 10, 0.4, 64 + 40, encode)
+    assert found.own > 0
+    assert max(len(prompt.token_ids) for prompt in found.train + found.held_out) <= 40
 
 
 def test_enough_prompts_are_left_alone() -> None:
     users = Prompts([Prompt("a", [1], 40)], [Prompt("c", [3], 64)])
-    assert top_up(users, 1, 0.4, encode) is users
+    assert top_up(users, 1, 0.4, 2048, encode) is users
 
 
 def test_our_questions_are_distinct_and_fill_the_default_on_both_sides() -> None:

@@ -130,6 +130,8 @@ def outcome(data_dir: Path) -> dict[str, Any]:
         ("server.registry:Registry.register_policy", 1),
         ("server.registry:Registry.activate_policy", 1),
         ("learner.publishing:wait_until_loaded", 1),  # the pointer has moved
+        ("learner.workspace:drop_states", 1),
+        ("learner.workspace:drop_candidates", 1),
         ("server.registry:Registry.finish_round", 1),
     ],
 )

@@ -11,6 +11,7 @@ from rich.console import Console
 import learner.judging as judging
 import learner.round as rounds
 import learner.workspace as workspace
+import tests.learner.rounds as rounds_fixture
 from learner.gate import Verdict
 from learner.page import write_report
 from learner.progress import Stages
@@ -84,7 +85,7 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "Held-out prompts, before and after" in text
     # The prompts as people read them, and the incumbent's answers beside the chosen candidate's.
     line = json.loads((page.parent / "answers.jsonl").read_text().splitlines()[0])
-    assert line["prompt"].startswith("w")
+    assert line["prompt"] == " ".join(f"w{token}" for token in line["prompt_token_ids"])
     for said in (line["prompt"], line["incumbent"]["text"], line["step 2"]["text"]):
         assert said in text
 
@@ -117,6 +118,49 @@ def test_the_next_round_meets_the_promoted_version(
     # The incumbent's answers are its own, not the reference's.
     lines = (data_dir / "rounds" / str(report.round_id) / "answers.jsonl").read_text().splitlines()
     assert any(answers["incumbent"] != answers["reference"] for answers in map(json.loads, lines))
+
+
+def test_the_next_round_may_start_from_the_active_version(
+    data_dir: Path, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(judging, "decide", passing)
+    run(data_dir)
+    vote(opened(data_dir), AutoModelForCausalLM.from_pretrained(model_directory).eval(), 60, low_words, seed=1)
+    shutil.copytree(data_dir, data_dir.with_name("other"))
+    ppo = settings(data_dir).ppo.model_copy(update={"start_from": "active"})
+    report = run(data_dir, ppo=ppo)
+    assert report.state == "promoted"
+    # It begins where the active version is, away from the reference.
+    assert report.metrics["ppo"]["steps"][0]["kl"] > 1e-4
+    # All weights cannot start from an adapter; nothing is pretended.
+    full = ppo.model_copy(update={"train": "full"})
+    with pytest.raises(ValueError, match="v0001 is of the kind adapter"):
+        run(data_dir.with_name("other"), ppo=full)
+    assert opened(data_dir.with_name("other")).registry.rounds()[0].state == "failed"
+
+
+def test_answers_that_never_end_do_not_break_the_figures(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "decide", passing)
+    monkeypatch.setattr(rounds_fixture, "EOS", -1)
+    report = run(data_dir, ppo=settings(data_dir).ppo.model_copy(update={"missing_eos_score": -1.0}))
+    assert report.state == "promoted"
+    assert [step["ended"] for step in report.metrics["ppo"]["steps"]] == [0, 0]
+    assert all(isinstance(step["score"], float) for step in report.metrics["ppo"]["steps"])
+    print_report(report, Console(quiet=True))
+    assert len(write_report(data_dir)) == 2
+
+
+def test_what_a_failed_round_left_is_removed(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(judging, "decide", broken)
+    with pytest.raises(RuntimeError, match="disk full"):
+        run(data_dir)
+    [directory] = (data_dir / "rounds").iterdir()
+    assert [path.name for path in directory.iterdir() if path.is_dir()] == []
 
 
 def test_a_seed_is_another_round(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +200,7 @@ def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir
     ppo = settings(data_dir).ppo.model_copy(update={"kl_budget": 1e-9})
     report = run(data_dir, ppo=ppo)
     assert report.state == "rejected"
-    assert "over the KL budget" in report.sentence
+    assert "ended at step 1 without a candidate: the KL went over its budget" in report.sentence
     assert report.policy_version is None
 
 

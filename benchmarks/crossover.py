@@ -1,0 +1,121 @@
+"""From how many votes on does a reward model that learns its features beat a head on frozen ones?
+
+    python benchmarks/crossover.py MODEL --work-dir DIR [--votes 200 1000] [--tastes short to-you] [--write]
+
+Works on the pool of `benchmarks/study.py` (the same --work-dir). A round's votes are split as a round splits them.
+The frozen head is the round's own. The other begins where that ended, with LoRA below it: the adapter starts as zero,
+the head is pulled towards where it began, and both are trained on the same likelihood, an epoch at a time. Measured:
+accuracy against the taste on comparisons of unseen questions, and seconds. Prints one JSON line last.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pool import Cell, make_pool
+from study import unseen, unseen_answers, voted
+
+from clients.voter import TASTES
+
+EPOCHS, BATCH, LEARNING_RATE, RANK = 3, 16, 2e-4, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--votes", type=int, nargs="+", default=[200, 1000])
+    parser.add_argument("--tastes", nargs="+", choices=list(TASTES), default=list(TASTES))
+    arguments = parser.parse_args()
+    work = arguments.work_dir.resolve()
+    pairs = make_pool(arguments.model, work, lambda line: print(line, file=sys.stderr))
+    results = []
+    for votes in arguments.votes:
+        for taste in arguments.tastes:
+            results.append(compare(work, Cell(taste, votes, 0.1, 0), pairs))
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    print(json.dumps({"benchmark": "crossover", "results": results}))
+
+
+def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
+    """Both models' accuracy, the adapted one's after every epoch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from learner.features import extract
+    from learner.forward import to_tokens
+    from learner.heads import agreement
+    from learner.policy import lora
+    from learner.ppo import Adam
+    from learner.reward_model import fit_reward_model
+
+    settings, dataset, features, layers = voted(work, cell, pairs)
+    votes = dataset.train
+    frozen = fit_reward_model(features, votes, layers, settings.reward, torch.Generator().manual_seed(cell.seed))
+    a, b, outcome = unseen(work, pairs, cell.taste)
+
+    def accuracy(scores_a: Any, scores_b: Any) -> float:
+        right = agreement(scores_a - scores_b, outcome)
+        return round(float(right[~right.isnan()].mean()), 4)
+
+    found: dict[str, Any] = {"cell": cell.name, "trained_on": len(votes)}
+    found["frozen"] = accuracy(frozen.scores(a), frozen.scores(b))
+    reference = AutoModelForCausalLM.from_pretrained(work / "pool" / "policies" / "v0000", dtype=torch.bfloat16)
+    torch.manual_seed(cell.seed)
+    backbone = lora(reference, RANK, 2 * RANK)
+    head = torch.nn.Parameter(frozen.weights.clone())
+    adapter = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    optimizer = Adam([(adapter, LEARNING_RATE), ([head], LEARNING_RATE)], 1e-8)
+    tested = unseen_answers(work, [pair for pair in pairs if not pair.seen])
+    flat = [one for both in tested for one in both]
+    tokens = to_tokens([prompt for prompt, _ in flat], [response for _, response in flat])
+    found["adapted"], found["seconds"] = [], []
+    generator = torch.Generator().manual_seed(cell.seed)
+    for _ in range(EPOCHS):
+        started = time.perf_counter()
+        epoch(backbone, frozen, head, dataset.answers, votes, settings.reward.label_smoothing, optimizer, generator)
+        found["seconds"].append(round(time.perf_counter() - started, 1))
+        adapted = frozen.standardiser(extract(backbone, tokens, layers, 8, lambda n: None)) @ head.detach()
+        found["adapted"].append(accuracy(adapted[0::2], adapted[1::2]))
+    return found
+
+
+def epoch(
+    backbone: Any, frozen: Any, head: Any, answers: Any, votes: Any, smoothing: float, optimizer: Any, generator: Any
+) -> None:
+    """One pass over the choices, an optimiser step for every `BATCH` of them."""
+    import torch
+
+    from learner.features import pool
+    from learner.forward import response_states, run_trunk, to_tokens
+    from learner.likelihood import choice_log_probs, choice_loss
+
+    order = torch.randperm(len(votes.a), generator=generator)
+    for batch in order.split(BATCH):
+        total = votes.choice_weight[batch].sum()
+        for part in batch.split(4):
+            rows = torch.cat([votes.a[part], votes.b[part]]).tolist()
+            tokens = to_tokens([answers[row][0] for row in rows], [answers[row][1] for row in rows])
+            _, states = run_trunk(backbone, tokens, frozen.layers)
+            features = pool(response_states(states, tokens), tokens.response_mask)
+            a, b = (frozen.standardiser(features) @ head).split(len(part))
+            log_probs = choice_log_probs(
+                a,
+                b,
+                frozen.temperature * votes.temperature_difference[part],
+                torch.tensor(frozen.eta),
+                torch.tensor(frozen.bad_bar),
+            )
+            losses = votes.choice_weight[part] * choice_loss(log_probs, votes.outcome[part], smoothing)
+            (losses.sum() / total).backward()
+            optimizer.gather()
+        # The head's prior, as strong as in the frozen fit and shared out over the votes, around where that fit ended.
+        (0.5 * frozen.l2 / len(votes) * (head - frozen.weights).square().sum()).backward()
+        optimizer.step(1.0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Values of a rollout: the critic begins as the reward model, and a row's company does not show in its values."""
+
+from pathlib import Path
+
+import torch
+
+from learner.experience import judge_rollout, make_critic
+from learner.policy import Policy
+from learner.reward_model import RewardModel, Standardiser
+from learner.rollout import Sample, to_rollout
+from learner.settings import PPOSettings
+from tests.learner.conftest import HIDDEN
+
+WIDTH = HIDDEN + 1
+
+
+def reward_model() -> RewardModel:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(WIDTH, generator=generator)
+    return RewardModel(
+        layers=(2,), standardiser=Standardiser(torch.zeros(WIDTH), torch.ones(WIDTH)), weights=weights,
+        members=weights.expand(2, -1), member_bias=torch.zeros(2), bias=0.75, low=-3.0, high=3.0, thumb_bar=0.0,
+        bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0,
+    )  # fmt: skip
+
+
+def sample(token_ids: list[int]) -> Sample:
+    return Sample([5, 6], token_ids, [0.0] * len(token_ids), "", "length")
+
+
+def test_the_critic_begins_as_the_reward_head_without_its_length() -> None:
+    critic = make_critic(reward_model())
+    assert critic(torch.zeros(WIDTH)).item() == 0.75
+    only_length = torch.zeros(WIDTH)
+    only_length[-1] = 9.0
+    assert critic(only_length).item() == 0.75
+    first = torch.zeros(WIDTH)
+    first[0] = 1.0
+    assert critic(first).item() == 0.75 + reward_model().weights[0].item()
+
+
+def test_a_rows_company_does_not_show_in_its_prefix_features(model_directory: Path) -> None:
+    policy = Policy.create(model_directory, PPOSettings(dtype="float32", lora_rank=4), torch.device("cpu"))
+    rollout = to_rollout([sample([7, 8, 9]), sample([10, 11, 12, 13, 14, 15, 16, 17])])
+    alone = judge_rollout(policy, reward_model(), rollout, 0.85, 1)
+    together = judge_rollout(policy, reward_model(), rollout, 0.85, 2)
+    mask = rollout.tokens.response_mask
+    assert torch.allclose(alone.prefix_features[mask], together.prefix_features[mask], atol=1e-5)
+    assert torch.allclose(alone.ref_logprobs[mask], together.ref_logprobs[mask], atol=1e-5)
+
+
+def test_without_prefixes_the_rest_is_the_same(model_directory: Path) -> None:
+    policy = Policy.create(model_directory, PPOSettings(dtype="float32", lora_rank=4), torch.device("cpu"))
+    rollout = to_rollout([sample([7, 8, 9]), sample([10, 11])])
+    whole = judge_rollout(policy, reward_model(), rollout, 0.85, 2)
+    bare = judge_rollout(policy, reward_model(), rollout, 0.85, 2, prefixes=False)
+    assert torch.equal(bare.features, whole.features)
+    assert bare.prefix_features.shape == (2, 3, 0)

@@ -4,9 +4,9 @@
 
 One store grows from size to size: comparisons of 64-token answers, each with a vote, written to the real tables. At
 every size a process of its own does what a round does first: count the votes, take the snapshot, make the dataset,
-read the prompts, fit the reward model. Features are random numbers; everything else is real. A round takes the newest
-`max_votes` votes (20,000): `--all` lifts that, to show what it saves. Prints one JSON line last; `--write` makes
-docs/benchmarks/growth.md.
+read the prompts, test for a signal, fit the reward model and the judge. Features are random numbers; everything else
+is real. A round takes the newest `max_votes` votes (20,000): `--all` lifts that, to show what it saves. Prints one
+JSON line last; `--write` makes docs/benchmarks/growth.md.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TOKENS, PROMPT, FEATURES = 64, 40, 2881
 BATCH = 20_000
 SECONDS = 1200
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "growth.md"
-STAGES = ("count", "snapshot", "dataset", "prompts", "fit")
+STAGES = ("count", "snapshot", "dataset", "prompts", "signal", "fit", "judge")
 
 
 def main() -> None:
@@ -116,8 +116,10 @@ def measured(work: Path, mode: str) -> dict[str, Any]:
 def measure(data: Path, limited: bool) -> dict[str, float]:
     import torch
 
-    from learner.dataset import to_dataset
-    from learner.reward_model import fit_reward_model
+    from learner import heads as fitting
+    from learner.dataset import some_conversations, to_dataset
+    from learner.gate import fit_judge
+    from learner.reward_model import fit_reward_model, standardiser
     from learner.settings import LearnerSettings
     from server.store import FeedbackStore
 
@@ -142,10 +144,25 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     store.prompts(limit=prompts)
     lap("prompts")
     store.close()
-    features = torch.randn(len(dataset.answers), FEATURES, generator=torch.Generator().manual_seed(0))
+    generator, reward = torch.Generator().manual_seed(0), settings.reward
+    features = torch.randn(len(dataset.answers), FEATURES, generator=generator)
     started = time.perf_counter()
-    fit_reward_model(features, dataset.train, (1, 2, 3, 4, 5), settings.reward, torch.Generator().manual_seed(0))
+    some = some_conversations(dataset.votes, reward.signal_votes if limited else len(dataset.votes), generator)
+    answered = torch.cat([some.a, some.b]).unique()
+    scaling = standardiser(features[answered], 5)
+    reduced = scaling(features) @ fitting.span_basis(scaling(features[answered]))
+    fitting.signal_test(
+        reduced, some, reward.signal_l2, reward.label_smoothing, reward.signal_folds, reward.signal_repeats,
+        reward.permutations, generator,
+    )  # fmt: skip
+    del reduced
+    lap("signal")
+    fitted = fit_reward_model(features, dataset.train, (1, 2, 3, 4, 5), reward, generator)
     lap("fit")
+    fit_judge(
+        features, dataset.judge, fitted.standardiser, fitted.l2, reward.label_smoothing, settings.gate.refits, generator
+    )
+    lap("judge")
     return seconds
 
 

@@ -7,10 +7,9 @@ failed and the served policy stays what it was.
 """
 
 import json
-import time
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +23,8 @@ from learner.heads import SignalTest
 from learner.judging import judge_candidates
 from learner.lease import learner_lease
 from learner.progress import Stages
-from learner.prompts import Prompts
 from learner.publishing import activate, publish
+from learner.refusals import no_candidate, too_few_prompts, too_little, why_not
 from learner.report import Report
 from learner.reward_model import RewardModel
 from learner.rollout import draw_seed, set_environment
@@ -33,12 +32,8 @@ from learner.settings import LearnerSettings
 from learner.training import StepFigures, train
 from learner.versions import versions
 from learner.workspace import Workspace, json_safe, nan_for_none, spread
-from server.errors import NotFoundError
-from server.records import Lease, Snapshot
+from server.records import Lease
 from server.store import FeedbackStore
-
-# Fewer on either side cannot be fitted or judged at all.
-MIN_SIDE = 10
 
 
 def run_once(settings: LearnerSettings, stages: Stages) -> Report:
@@ -85,37 +80,13 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
         work.close()
 
 
-def why_not(store: FeedbackStore, snapshot: Snapshot, settings: LearnerSettings) -> str | None:
-    """Why no round starts now, in a sentence; None if one may."""
-    try:
-        store.registry.active_policy()
-    except NotFoundError:
-        return "There is no policy yet: start `server serve` once, so that it prepares the reference."
-    votes = len(snapshot.choices) + len(snapshot.thumbs) + len(snapshot.corrections)
-    if votes == 0:
-        return "There are no votes yet; nothing was changed."
-    last = next((r for r in store.registry.rounds() if r.state in ("promoted", "rejected")), None)
-    if last and last.watermark == snapshot.watermark:
-        return f"There are no new votes since {last.id} ({last.state}); nothing was changed."
-    if votes < settings.min_votes:
-        return f"There are {votes} votes, fewer than the {settings.min_votes} a round needs; nothing was changed."
-    dataset = to_dataset(snapshot, time.time(), settings.gate.judge_share, settings.reward, lambda text: [0])
-    for name, side in (("train on", dataset.train), ("judge by", dataset.judge)):
-        if len(side) < MIN_SIDE:
-            return (
-                f"There are {len(side)} votes to {name}, and {MIN_SIDE} are needed: gather votes in more "
-                "conversations. Nothing was changed."
-            )
-    return None
-
-
 def run(work: Workspace) -> Report:
     """The story."""
     set_environment(work.settings)
     work.directory.mkdir(parents=True, exist_ok=True)
     dataset = load_feedback(work)
-    if min(len(work.prompts.train), len(work.prompts.held_out)) < MIN_SIDE:
-        return finish(work, "rejected", too_few_prompts(work.prompts))
+    if reason := too_few_prompts(work.prompts):
+        return finish(work, "rejected", reason)
     features = extract_features(work, dataset)
     signal = test_signal(work, dataset, features)
     if not signal.p_value < work.settings.gate.signal_p:
@@ -261,35 +232,6 @@ def improve_policy(work: Workspace, reward_model: RewardModel) -> None:
         "ended_by": training.ended_by,
     }
     work.record("ppo", {"ppo": figures})
-
-
-def too_few_prompts(prompts: Prompts) -> str:
-    """The sentence of a round that could not practise, or not be judged."""
-    return (
-        f"There are {len(prompts.train)} prompts to train on and {len(prompts.held_out)} held out, and {MIN_SIDE} of "
-        "each are needed: a judge_share nearer to a half, or a longer max_model_len, may help. Nothing was changed."
-    )
-
-
-def too_little(signal: SignalTest) -> str:
-    """The sentence of a round whose votes cannot be told from shuffled ones."""
-    return (
-        f"The votes carry too little signal to learn from: cross-validated accuracy {signal.accuracy:.2f}, where "
-        f"shuffled votes give {signal.null_accuracy:.2f} (p = {signal.p_value:.3f}). More votes may help; "
-        "nothing was changed."
-    )
-
-
-def no_candidate(ppo: dict[str, Any]) -> str:
-    """The sentence of a round whose training ended before weights were kept."""
-    why = {
-        "kl_budget": "the KL went over its budget; a lower learning rate or a higher kl_coef may help",
-        "uncertainty": "the score's uncertainty outgrew its gain; more votes may help",
-        "steps": "all steps were done; save_every is larger than they are",
-    }
-    return (
-        f"Training ended at step {len(ppo['steps'])} without a candidate: {why[ppo['ended_by']]}. Nothing was changed."
-    )
 
 
 def finish(work: Workspace, state: Literal["promoted", "rejected"], sentence: str) -> Report:

@@ -1,4 +1,4 @@
-"""`learner run-once | status | report | schedule`: flags to settings to a call. Heavy imports wait for the command."""
+"""The command `learner`: flags to settings to a call. Heavy imports wait until a command runs."""
 
 import json
 import sys
@@ -97,6 +97,25 @@ def report_round(
             typer.echo(path)
     except ServiceError as error:
         _fail(str(error))
+
+
+@app.command("serve-scores")
+def serve_scores(
+    data_dir: DataDir = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On loopback; 0 picks a free one.")] = 50052,
+) -> None:
+    """Serve the newest reward model's scores over gRPC, for servers that choose which answers to compare."""
+    settings = _settings(data_dir=data_dir)
+    if not (settings.data_dir / "prefloop.db").exists():
+        _fail(f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` first.")
+    import asyncio
+
+    from learner.score_server import serve_scores as serve
+
+    try:
+        asyncio.run(serve(settings.data_dir, settings.max_model_len, port, typer.echo))
+    except RuntimeError as error:
+        _fail(f"The port {port} cannot be used: {error}.")
 
 
 @app.command()

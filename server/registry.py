@@ -190,8 +190,11 @@ class Registry:
 
     def reward_models(self) -> list[RewardModel]:
         """Newest first."""
-        rows = self._db.rows("SELECT * FROM reward_models ORDER BY rowid DESC")
-        return [RewardModel(**{**row, "metrics": json.loads(row["metrics"])}) for row in rows]
+        return [_reward_model(row) for row in self._db.rows("SELECT * FROM reward_models ORDER BY rowid DESC")]
+
+    def newest_reward_model(self) -> RewardModel | None:
+        row = self._db.row("SELECT * FROM reward_models ORDER BY rowid DESC LIMIT 1", [])
+        return None if row is None else _reward_model(row)
 
     # Rounds
 
@@ -339,6 +342,10 @@ class Registry:
 
 def _policy(row: Row) -> Policy:
     return Policy(**{**row, "metrics": json.loads(row["metrics"])})
+
+
+def _reward_model(row: Row) -> RewardModel:
+    return RewardModel(**{**row, "metrics": json.loads(row["metrics"])})
 
 
 def _round(row: Row) -> Round:

@@ -132,9 +132,10 @@ def _measure(
 
 
 def _promising(work: Workspace, steps: list[int]) -> list[int]:
-    """The latest candidates, spread over training."""
-    count = min(work.settings.gate.candidates, len(steps))
-    return [steps[len(steps) - 1 - i * len(steps) // count] for i in reversed(range(count))]
+    """The last candidate, the one before, and others twice as far back each time: the KL budget mostly ends training
+    before it goes wrong, so the best is near the end, and where it is not, an early one is at hand."""
+    back = {min(2**i, len(steps)) for i in range(work.settings.gate.candidates)}
+    return [steps[-i] for i in sorted(back, reverse=True)]
 
 
 def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, list[Sample]]) -> None:

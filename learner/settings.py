@@ -76,7 +76,7 @@ class PPOSettings(BaseModel):
     vf_coef: Positive = Field(0.1, description="Weight of the value loss.")
     kl_coef: float = Field(0.1, ge=0, description="The KL penalty's first weight.")
     kl_target: Positive = Field(3.5, description="Sequence KL in nats that the penalty is steered to.")
-    kl_horizon: Positive = Field(64.0, description="Episodes over which the penalty is steered.")
+    kl_horizon: Positive = Field(160.0, description="Episodes over which the penalty is steered.")
     kl_budget: Positive = Field(6.0, description="Sequence KL in nats at which the round stops training.")
     approx_kl_stop: Positive = Field(0.02, description="KL a token from the rollout's policy at which an update stops.")
     importance_cap: Positive = Field(2.0, description="Cap of the trainer / engine importance weights.")
@@ -110,7 +110,9 @@ class GateSettings(BaseModel):
     refits: int = Field(500, ge=100, description="Bootstrap refits of the judge.")
     prompts: int = Field(64, ge=8, description="Held-out prompts at most.")
     answers: int = Field(2, ge=1, description="Answers to each held-out prompt; each meets each of the opponent's.")
-    candidates: int = Field(3, ge=1, description="Candidates at most, spread over training, the last among them.")
+    candidates: int = Field(
+        4, ge=1, description="Candidates at most: the last, the one before, and twice as far back each time."
+    )
     keep_candidates: bool = Field(False, description="Keep every candidate's weights in the round's directory.")
     signal_p: Share = Field(0.05, description="The signal test's level.")
     confidence: float = Field(

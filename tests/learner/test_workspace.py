@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from learner.judging import _promising
 from learner.workspace import Workspace
 from tests.learner.conftest import EOS
 
@@ -38,3 +39,12 @@ def test_people_read_a_prompt_without_the_templates_ends(work: Any, monkeypatch:
     work.encode_chat = lambda messages: {"Why?": [1, 20, 3], "No.": [1, 21, 3]}[messages[0]["content"]]
     assert Workspace.decode(work, [1, 7, 8, 3]) == "w7 w8"
     assert Workspace.decode(work, [9, 7, 8, 3]) == "w9 w7 w8 w3"  # another template's
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [([1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 6, 8, 9]), ([2, 4, 6], [2, 4, 6]), ([5], [5])],
+)
+def test_candidates_to_judge_are_dense_near_the_end(steps: list[int], expected: list[int]) -> None:
+    work: Any = SimpleNamespace(settings=SimpleNamespace(gate=SimpleNamespace(candidates=4)))
+    assert _promising(work, steps) == expected

@@ -100,4 +100,4 @@ def test_advantages_that_are_all_alike_are_zero_and_one_sample_is_no_batch() -> 
     mask = torch.ones(2, 3, dtype=torch.bool)
     assert whiten(torch.full((2, 3), 0.7), mask).abs().max().item() < 1e-2
     with pytest.raises(ValidationError):
-        PPOSettings(episodes=1)
+        PPOSettings(episodes=1, minibatches=1)

@@ -72,6 +72,15 @@ def test_the_first_minibatch_has_ratio_one(model_directory: Path) -> None:
     assert stats.clipfrac == 0
 
 
+def test_an_updates_loss_is_the_mean_over_its_tokens(model_directory: Path) -> None:
+    policy = Policy.create(model_directory, settings(), CPU)
+    # Ten tokens in four answers, each with the advantage 1 and the ratio 1; values 0 where 1 was returned.
+    batch = experience(policy, torch.ones(4, 4))
+    stats = update(policy, settings(), batch)
+    assert stats.policy_loss == pytest.approx(-1.0, abs=1e-6)
+    assert stats.value_loss == pytest.approx(0.5, abs=1e-6)
+
+
 def test_liked_tokens_become_likelier_and_disliked_ones_less(model_directory: Path) -> None:
     policy = Policy.create(model_directory, settings(), CPU)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 4)

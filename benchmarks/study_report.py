@@ -134,6 +134,7 @@ def draw(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
+    left.set_visible(bool(results["rewards"]))
     for colour, taste in zip(COLOURS, TASTES, strict=True):
         by_votes: dict[int, list[float]] = defaultdict(list)
         for one in results["rewards"].values():
@@ -166,5 +167,6 @@ def draw(results: Results, path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
-        axes.legend(fontsize=8, frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)

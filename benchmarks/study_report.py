@@ -132,41 +132,47 @@ def shuffle_lines(found: list[dict[str, Any]]) -> Iterator[str]:
 def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.set_visible(bool(results["rewards"]))
-    for colour, taste in zip(COLOURS, TASTES, strict=True):
-        by_votes: dict[int, list[float]] = defaultdict(list)
-        for one in results["rewards"].values():
-            if one["cell"]["taste"] == taste and one["cell"]["flips"] == 0.1:
-                by_votes[one["cell"]["votes"]].append(one["accuracy"])
-        votes = sorted(by_votes)
-        if votes:
-            left.plot(votes, [mean(by_votes[n]) for n in votes], color=colour, marker="o", markersize=4, label=taste)
-            left.fill_between(
-                votes, [min(by_votes[n]) for n in votes], [max(by_votes[n]) for n in votes], color=colour, alpha=0.12
-            )
-        for one in results["rounds"].values():
-            cell, rates = one["cell"], one.get("win_rates", {})
-            if (cell["taste"], cell["votes"], cell["flips"], cell["seed"]) == (taste, 200, 0.1, 0) and rates:
-                steps = sorted(map(int, rates))
-                right.plot(steps, [rates[str(step)] for step in steps], color=colour, linewidth=1.5, label=taste)
-                if one["state"] == "promoted":
-                    step = one["metrics"]["gate"]["chosen"]["step"]
-                    right.plot([step], [rates[str(step)]], color=colour, marker="o", markersize=8)
-    left.set_xscale("log")
-    left.set_xticks([50, 200, 1000], ["50", "200", "1,000"])
-    left.minorticks_off()
-    left.set_xlabel("votes, 10 % flipped")
-    left.set_ylabel("accuracy against the taste")
-    left.set_title("Reward model, unseen comparisons", loc="left", fontsize=10)
-    right.axhline(0.5, color="#6b6b6b", linewidth=0.8, linestyle=":")
-    right.set_xlabel("PPO step (dot: published)")
-    right.set_ylabel("win rate over the reference")
-    right.set_title("200 votes, 10 % flipped, unseen questions", loc="left", fontsize=10)
-    for axes in (left, right):
+    panels = [(draw_rewards, results["rewards"]), (draw_rounds, results["rounds"])]
+    panels = [(panel, found) for panel, found in panels if found]
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    for axes, (panel, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axes, list(found.values()))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def draw_rewards(axes: Any, found: list[dict[str, Any]]) -> None:
+    """Accuracy over votes, a line a taste, from the lowest to the highest seed."""
+    for colour, taste in zip(COLOURS, TASTES, strict=True):
+        by_votes: dict[int, list[float]] = defaultdict(list)
+        for one in found:
+            if one["cell"]["taste"] == taste and one["cell"]["flips"] == 0.1:
+                by_votes[one["cell"]["votes"]].append(one["accuracy"])
+        if votes := sorted(by_votes):
+            low, high = ([pick(by_votes[n]) for n in votes] for pick in (min, max))
+            axes.plot(votes, [mean(by_votes[n]) for n in votes], color=colour, marker="o", markersize=4, label=taste)
+            axes.fill_between(votes, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xticks([50, 200, 1000], ["50", "200", "1,000"])
+    axes.minorticks_off()
+    axes.set_xlabel("votes, 10 % flipped")
+    axes.set_ylabel("accuracy against the taste")
+    axes.set_title("Reward model, unseen comparisons", loc="left", fontsize=10)
+
+
+def draw_rounds(axes: Any, found: list[dict[str, Any]]) -> None:
+    """Win rate of every candidate over the steps, a dot where it was published."""
+    shown = [one for one in found if (one["cell"]["votes"], one["cell"]["flips"], one["cell"]["seed"]) == (200, 0.1, 0)]
+    for one in shown:
+        taste, rates = one["cell"]["taste"], one.get("win_rates", {})
+        colour, steps = COLOURS[list(TASTES).index(taste)], sorted(map(int, rates))
+        axes.plot(steps, [rates[str(step)] for step in steps], color=colour, linewidth=1.5, label=taste)
+        if one["state"] == "promoted":
+            step = one["metrics"]["gate"]["chosen"]["step"]
+            axes.plot([step], [rates[str(step)]], color=colour, marker="o", markersize=8)
+    axes.axhline(0.5, color="#6b6b6b", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("PPO step (dot: published)")
+    axes.set_ylabel("win rate over the reference")
+    axes.set_title("200 votes, 10 % flipped, unseen questions", loc="left", fontsize=10)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pool import Cell, make_pool
-from study import unseen, unseen_answers, voted
+from study import accuracy, unseen, unseen_answers, voted
 
 from clients.voter import TASTES
 
@@ -47,7 +47,6 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
 
     from learner.features import extract
     from learner.forward import to_tokens
-    from learner.heads import agreement
     from learner.policy import lora
     from learner.ppo import Adam
     from learner.reward_model import fit_reward_model
@@ -57,12 +56,8 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
     frozen = fit_reward_model(features, votes, layers, settings.reward, torch.Generator().manual_seed(cell.seed))
     a, b, outcome = unseen(work, pairs, cell.taste)
 
-    def accuracy(scores_a: Any, scores_b: Any) -> float:
-        right = agreement(scores_a - scores_b, outcome)
-        return round(float(right[~right.isnan()].mean()), 4)
-
     found: dict[str, Any] = {"cell": cell.name, "trained_on": len(votes)}
-    found["frozen"] = accuracy(frozen.scores(a), frozen.scores(b))
+    found["frozen"] = accuracy(frozen.scores(a), frozen.scores(b), outcome)[0]
     reference = AutoModelForCausalLM.from_pretrained(work / "pool" / "policies" / "v0000", dtype=torch.bfloat16)
     torch.manual_seed(cell.seed)
     backbone = lora(reference, RANK, 2 * RANK)
@@ -79,7 +74,7 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
         epoch(backbone, frozen, head, dataset.answers, votes, settings.reward.label_smoothing, optimizer, generator)
         found["seconds"].append(round(time.perf_counter() - started, 1))
         adapted = frozen.standardiser(extract(backbone, tokens, layers, 8, lambda n: None)) @ head.detach()
-        found["adapted"].append(accuracy(adapted[0::2], adapted[1::2]))
+        found["adapted"].append(accuracy(adapted[0::2], adapted[1::2], outcome)[0])
     return found
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENS, PROMPT, FEATURES = 64, 40, 2881
+LAYERS = (1, 2, 3, 4, 5)
 BATCH = 20_000
 SECONDS = 1200
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "growth.md"
@@ -116,10 +117,9 @@ def measured(work: Path, mode: str) -> dict[str, Any]:
 def measure(data: Path, limited: bool) -> dict[str, float]:
     import torch
 
-    from learner import heads as fitting
     from learner.dataset import some_conversations, to_dataset
     from learner.gate import fit_judge
-    from learner.reward_model import fit_reward_model, standardiser
+    from learner.reward_model import fit_reward_model, test_signal
     from learner.settings import LearnerSettings
     from server.store import FeedbackStore
 
@@ -148,16 +148,9 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     features = torch.randn(len(dataset.answers), FEATURES, generator=generator)
     started = time.perf_counter()
     some = some_conversations(dataset.votes, reward.signal_votes if limited else len(dataset.votes), generator)
-    answered = torch.cat([some.a, some.b]).unique()
-    scaling = standardiser(features[answered], 5)
-    reduced = scaling(features) @ fitting.span_basis(scaling(features[answered]))
-    fitting.signal_test(
-        reduced, some, reward.signal_l2, reward.label_smoothing, reward.signal_folds, reward.signal_repeats,
-        reward.permutations, generator,
-    )  # fmt: skip
-    del reduced
+    test_signal(features, some, LAYERS, reward, generator)
     lap("signal")
-    fitted = fit_reward_model(features, dataset.train, (1, 2, 3, 4, 5), reward, generator)
+    fitted = fit_reward_model(features, dataset.train, LAYERS, reward, generator)
     lap("fit")
     fit_judge(
         features, dataset.judge, fitted.standardiser, fitted.l2, reward.label_smoothing, settings.gate.refits, generator

@@ -22,7 +22,7 @@ from statistics import mean
 from typing import Any
 
 from pool import CHOICES, REPEATS, Pair, make_pool
-from study import features_of, unseen
+from study import accuracy, features_of, unseen
 
 from clients.voter import FLIPPED, TASTES, Answer
 
@@ -72,7 +72,6 @@ def learn(
     """Accuracy after every batch of votes."""
     import torch
 
-    from learner.heads import agreement
     from learner.reward_model import fit_reward_model
     from learner.settings import RewardSettings
 
@@ -93,8 +92,7 @@ def learn(
         if number % BATCH == 0:
             generator = torch.Generator().manual_seed(seed)
             model = fit_reward_model(features, to_votes(votes), layers, RewardSettings(fold_repeats=2), generator)
-            right = agreement(model.scores(a) - model.scores(b), outcome)
-            accuracies.append(round(float(right[~right.isnan()].mean()), 4))
+            accuracies.append(round(accuracy(model.scores(a), model.scores(b), outcome)[0], 4))
     return accuracies
 
 

@@ -107,19 +107,16 @@ def fit_rewards(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
     """The reward model of a round on these votes; its train and judge split, its penalty, its folds."""
     import torch
 
-    from learner.heads import agreement
     from learner.reward_model import fit_reward_model
 
     settings, dataset, features, layers = voted(work, cell, pairs)
     model = fit_reward_model(features, dataset.train, layers, settings.reward, torch.Generator().manual_seed(cell.seed))
     a, b, outcome = unseen(work, pairs, cell.taste)
-    right = agreement(model.scores(a) - model.scores(b), outcome)
-    longer = agreement(a[:, -1] - b[:, -1], outcome)
-    decisive = ~right.isnan()
+    right, tested_on = accuracy(model.scores(a), model.scores(b), outcome)
     return {
-        "accuracy": float(right[decisive].mean()),
-        "longer_wins": float(longer[decisive].mean()),
-        "tested_on": int(decisive.sum()),
+        "accuracy": right,
+        "longer_wins": accuracy(a[:, -1], b[:, -1], outcome)[0],
+        "tested_on": tested_on,
         "trained_on": len(dataset.train),
         "ties": float((dataset.votes.outcome == 2).float().mean()),
         "l2": model.l2,
@@ -160,6 +157,15 @@ def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
         return cache.get(answers, model, layers, 8, lambda n: None), layers
     finally:
         cache.close()
+
+
+def accuracy(scores_a: Any, scores_b: Any, outcome: Any) -> tuple[float, int]:
+    """Share of the comparisons with a winner on which the scores name it, and how many those are."""
+    from learner.heads import agreement
+
+    right = agreement(scores_a - scores_b, outcome)
+    decisive = ~right.isnan()
+    return float(right[decisive].mean()), int(decisive.sum())
 
 
 def unseen(work: Path, pairs: list[Pair], taste: str) -> Any:
@@ -239,7 +245,6 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     settings = LearnerSettings(data_dir=data)
     set_environment(settings)
 
-    from learner.heads import agreement
     from learner.policy import published_weights
     from learner.reward_model import RewardModel
     from learner.rollout import Engine
@@ -250,8 +255,7 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     if fitted.exists():
         model = RewardModel.load(fitted)
         a, b, outcome = unseen(work, pairs, taste)
-        right = agreement(model.scores(a) - model.scores(b), outcome)
-        found["accuracy"] = float(right[~right.isnan()].mean())
+        found["accuracy"], _ = accuracy(model.scores(a), model.scores(b), outcome)
     candidates = sorted(data.glob("rounds/*/step-*"))
     if not candidates:
         return found
@@ -283,17 +287,10 @@ def run_shuffle(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
     """The signal test on votes that say nothing, as a round makes it; a whole round where it is passed."""
     import torch
 
-    from learner import heads as fitting
-    from learner.reward_model import standardiser
+    from learner.reward_model import test_signal
 
     settings, dataset, features, layers = voted(work, cell, pairs)
-    answered = torch.cat([dataset.votes.a, dataset.votes.b]).unique()
-    standard = standardiser(features[answered], len(layers))(features)
-    reward = settings.reward
-    signal = fitting.signal_test(
-        standard @ fitting.span_basis(standard[answered]), dataset.votes, reward.signal_l2, reward.label_smoothing,
-        reward.signal_folds, reward.signal_repeats, reward.permutations, torch.Generator().manual_seed(1),
-    )  # fmt: skip
+    signal = test_signal(features, dataset.votes, layers, settings.reward, torch.Generator().manual_seed(1))
     if signal.p_value >= settings.gate.signal_p:
         return {"p_value": signal.p_value, "state": "rejected"}
     data = work / "cells" / cell.name

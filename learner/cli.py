@@ -87,9 +87,7 @@ def report_round(
     data_dir: DataDir = None,
 ) -> None:
     """Draw a round's curves (PNG) and write its page (HTML): figures, curves, answers before and after."""
-    settings = _settings(data_dir=data_dir)
-    if not (settings.data_dir / "prefloop.db").exists():
-        _fail(f"There is no data in {str(settings.data_dir)!r} yet.")
+    settings = _settings_with_data(data_dir)
     from learner.page import write_report
 
     try:
@@ -105,9 +103,7 @@ def serve_scores(
     port: Annotated[int, typer.Option(min=0, max=65535, help="On loopback; 0 picks a free one.")] = 50052,
 ) -> None:
     """Serve the newest reward model's scores over gRPC, for servers that choose which answers to compare."""
-    settings = _settings(data_dir=data_dir)
-    if not (settings.data_dir / "prefloop.db").exists():
-        _fail(f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` first.")
+    settings = _settings_with_data(data_dir)
     import asyncio
 
     from learner.score_server import serve_scores as serve
@@ -147,6 +143,14 @@ def _settings(**flags: Any) -> "LearnerSettings":
     except ValidationError as error:
         first = error.errors()[0]
         _fail(f"The setting {'.'.join(map(str, first['loc']))} is not valid: {first['msg']}.")
+
+
+def _settings_with_data(data_dir: Path | None) -> "LearnerSettings":
+    """For commands that have nothing to say where no server has started yet."""
+    settings = _settings(data_dir=data_dir)
+    if not (settings.data_dir / "prefloop.db").exists():
+        _fail(f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` first.")
+    return settings
 
 
 def _fail(sentence: str) -> NoReturn:

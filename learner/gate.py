@@ -57,7 +57,7 @@ def fit_judge(
 ) -> Judge:
     """From judge votes on answers with features (N, F)."""
     standard = standardise(features)
-    basis = fitting.span_basis(standard[torch.cat([votes.a, votes.b, votes.response]).unique()])
+    basis = fitting.span_basis(standard[votes.answers])
     reduced = standard @ basis
     point = fitting.fit(reduced, votes, torch.tensor([l2]), label_smoothing)
     many = fitting.bootstrap(reduced, votes, l2, label_smoothing, refits, generator)

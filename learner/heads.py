@@ -46,6 +46,12 @@ class Votes:
         return len(self.a) + len(self.thumb)
 
     @property
+    def answers(self) -> Tensor:
+        """Rows of the responses that were voted on, each once."""
+        rows: Tensor = torch.cat([self.a, self.b, self.response]).unique()
+        return rows
+
+    @property
     def groups(self) -> int:
         """One more than the highest conversation number."""
         return int(torch.cat([self.choice_group, self.thumb_group]).max()) + 1 if len(self) else 0

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from learner import heads as fitting
-from learner.heads import Heads, HeldOut, Votes
+from learner.heads import Heads, HeldOut, SignalTest, Votes
 from learner.settings import RewardSettings
 
 # Standard deviations of log length beyond which an answer is no longer or shorter.
@@ -116,7 +116,7 @@ def fit_reward_model(
     features: Tensor, votes: Votes, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
 ) -> RewardModel:
     """The score that `votes` ask for, on features (N, F) of the answers; its penalty chosen by cross-validation."""
-    voted = torch.cat([votes.a, votes.b, votes.response]).unique()
+    voted = votes.answers
     scaling = standardiser(features[voted], len(layers))
     standard = scaling(features)
     basis = fitting.span_basis(standard[voted])
@@ -140,6 +140,23 @@ def fit_reward_model(
         eta=float(head.eta()),
         temperature=float(head.temperature),
         l2=l2,
+    )
+
+
+def test_signal(
+    features: Tensor, votes: Votes, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
+) -> SignalTest:
+    """Whether `votes` say anything that features (N, F) of the answers can predict, before a model is fitted."""
+    standard = standardiser(features[votes.answers], len(layers))(features)
+    return fitting.signal_test(
+        standard @ fitting.span_basis(standard[votes.answers]),
+        votes,
+        settings.signal_l2,
+        settings.label_smoothing,
+        min(settings.signal_folds, votes.groups),
+        settings.signal_repeats,
+        settings.permutations,
+        generator,
     )
 
 

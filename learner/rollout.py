@@ -53,6 +53,11 @@ def draw_seed(seed: int, draw: int) -> int:
     return seed * 1_000 + draw
 
 
+def draw_generator(seed: int, draw: int) -> torch.Generator:
+    """What a round's numbered draw is made with: the same however often the round is resumed."""
+    return torch.Generator().manual_seed(draw_seed(seed, draw))
+
+
 def to_rollout(samples: list[Sample]) -> Rollout:
     """Pads samples to tensors."""
     tokens = to_tokens([s.prompt for s in samples], [s.token_ids for s in samples])

@@ -11,10 +11,8 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from learner import heads as fitting
 from learner import reward_model as scoring
 from learner.checkpoint import publish_version, verified
 from learner.dataset import Dataset, some_conversations, to_dataset
@@ -136,19 +134,8 @@ def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTe
         return SignalTest(**{name: nan_for_none(value) for name, value in work.round.metrics["signal"].items()})
     reward, generator = work.settings.reward, work.generator(1)
     votes = some_conversations(dataset.votes, reward.signal_votes, generator)
-    voted = torch.cat([votes.a, votes.b, votes.response]).unique()
-    standard = scoring.standardiser(features[voted], len(work.layers))(features)
     with work.stages.stage("signal", "testing the votes for a signal"):
-        signal = fitting.signal_test(
-            standard @ fitting.span_basis(standard[voted]),
-            votes,
-            reward.signal_l2,
-            reward.label_smoothing,
-            min(reward.signal_folds, votes.groups),
-            reward.signal_repeats,
-            reward.permutations,
-            generator,
-        )
+        signal = scoring.test_signal(features, votes, work.layers, reward, generator)
     work.record("snapshot", {"signal": asdict(signal)})
     return signal
 

@@ -21,7 +21,7 @@ from learner.forward import Tokens, run_trunk, token_logprobs
 from learner.policy import Policy
 from learner.ppo import Adam, Mismatch, mismatch, ppo_update
 from learner.reward_model import RewardModel
-from learner.rollout import Engine, Rollout, draw_seed, to_rollout
+from learner.rollout import Engine, Rollout, draw_generator, draw_seed, to_rollout
 from learner.settings import PPOSettings
 from learner.training_state import load_state, save_state
 from server.records import Prompt
@@ -119,7 +119,7 @@ def train(
         raw = reward_model.scores(judged.features)
         scores = replace_cut(reward_model.clipped(raw), rollout, settings.missing_eos_score)
         batch = to_experience(rollout, judged, old_logprobs, scores, critic, kl_coef, settings)
-        stats = ppo_update(logprobs_of, critic, optimizer, batch, settings, step_generator(seed, number))
+        stats = ppo_update(logprobs_of, critic, optimizer, batch, settings, draw_generator(seed, number))
         if stats.first_ratio_error > 0.05:
             raise RuntimeError(
                 f"pi_theta differed from pi_old by {stats.first_ratio_error:.3f} nats a token before its first update."
@@ -177,11 +177,6 @@ def prompt_batches(prompts: list[Prompt], size: int, seed: int) -> Iterator[list
             waiting += [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
         yield waiting[:size]
         waiting = waiting[size:]
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """What one step's minibatches are drawn with."""
-    return torch.Generator().manual_seed(draw_seed(seed, step))
 
 
 def next_kl_coef(figures: list[StepFigures], settings: PPOSettings) -> float:

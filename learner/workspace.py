@@ -16,7 +16,7 @@ from learner.features import default_layers, extract
 from learner.progress import Stages
 from learner.prompts import Prompts, split_prompts, top_up
 from learner.reward_model import RewardModel
-from learner.rollout import Engine, Sample, to_rollout
+from learner.rollout import Engine, Sample, draw_generator, to_rollout
 from learner.settings import LearnerSettings
 from learner.training import drop_candidates
 from learner.training_state import drop_states
@@ -65,7 +65,7 @@ class Workspace:
 
     def generator(self, stream: int) -> torch.Generator:
         """Random draws of one purpose, the same when a round is resumed."""
-        return torch.Generator().manual_seed(self.settings.seed * 1_000 + stream)
+        return draw_generator(self.settings.seed, stream)
 
     @cached_property
     def reference_directory(self) -> Path:
@@ -143,13 +143,20 @@ class Workspace:
         """A conversation in the chat template, ready for the answer."""
         return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
+    @cached_property
+    def _template_ends(self) -> tuple[list[int], list[int]]:
+        """What stands before and after a conversation of one message, whatever it says."""
+        one, other = (self.encode_chat([{"role": "user", "content": text}]) for text in ("Why?", "No."))
+        head = shared(one, other)
+        tail = shared(one[head:][::-1], other[head:][::-1])
+        return one[:head], one[len(one) - tail :]
+
     def decode(self, token_ids: list[int]) -> str:
         """A prompt as text for people: without what the chat template puts before and after a first message."""
-        one, other = (self.encode_chat([{"role": "user", "content": text}]) for text in ("Why?", "No."))
-        head, tail = shared(one, other), shared(one[::-1], other[::-1])
-        whole = head + tail < len(token_ids)
-        if whole and token_ids[:head] == one[:head] and token_ids[::-1][:tail] == one[::-1][:tail]:
-            token_ids = token_ids[head : len(token_ids) - tail]
+        head, tail = self._template_ends
+        more = len(head) + len(tail) < len(token_ids)
+        if more and token_ids[: len(head)] == head and token_ids[len(token_ids) - len(tail) :] == tail:
+            token_ids = token_ids[len(head) : len(token_ids) - len(tail)]
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
     def policy_directory(self, version: str) -> Path:

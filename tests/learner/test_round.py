@@ -257,7 +257,7 @@ def test_a_rejected_candidate_is_kept_with_the_reason_and_not_served(
 def test_votes_without_a_signal_end_the_round_before_training(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, engine: type[TinyEngine]
 ) -> None:
-    monkeypatch.setattr(rounds.fitting, "signal_test", lambda *_: rounds.SignalTest(0.51, 0.5, 0.4))
+    monkeypatch.setattr(rounds.scoring, "test_signal", lambda *_: rounds.SignalTest(0.51, 0.5, 0.4))
     monkeypatch.setattr(engine, "pushes", 0)
     report = run(data_dir)
     assert report.state == "rejected"

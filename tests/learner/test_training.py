@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from learner.rollout import Sample, draw_seed, to_rollout
+from learner.rollout import Sample, draw_generator, draw_seed, to_rollout
 from learner.settings import PPOSettings
 from learner.training import (
     StepFigures,
@@ -17,7 +17,6 @@ from learner.training import (
     outgrown,
     prompt_batches,
     replace_cut,
-    step_generator,
 )
 from server.records import Prompt
 
@@ -41,7 +40,7 @@ def test_every_prompt_once_before_any_again_and_a_seed_decides() -> None:
 
 def test_draws_of_two_rounds_and_two_steps_differ() -> None:
     assert len({draw_seed(seed, draw) for seed in range(3) for draw in range(1_000)}) == 3_000
-    drawn = [torch.randperm(64, generator=step_generator(seed, step)).tolist() for seed in (0, 1) for step in (0, 1)]
+    drawn = [torch.randperm(64, generator=draw_generator(seed, step)).tolist() for seed in (0, 1) for step in (0, 1)]
     assert len(set(map(tuple, drawn))) == 4
 
 

@@ -37,6 +37,7 @@ def test_a_conversation_is_encoded_in_the_chat_template(work: Any) -> None:
 def test_people_read_a_prompt_without_the_templates_ends(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two words that the small vocabulary has, so that the two probes differ.
     work.encode_chat = lambda messages: {"Why?": [1, 20, 3], "No.": [1, 21, 3]}[messages[0]["content"]]
+    work._template_ends = Workspace._template_ends.func(work)  # type: ignore[attr-defined]
     assert Workspace.decode(work, [1, 7, 8, 3]) == "w7 w8"
     assert Workspace.decode(work, [9, 7, 8, 3]) == "w9 w7 w8 w3"  # another template's
 

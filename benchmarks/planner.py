@@ -2,12 +2,12 @@
 
     python benchmarks/planner.py MODEL --work-dir DIR [--write]
 
-Works on the pool of `benchmarks/study.py` (the same --work-dir): six answers to each question, three at either
-temperature. Questions come in random order, as users ask them; for each, two answers are shown and voted on by a
-taste, a tenth of the votes flipped. *random* shows any two. *uncertain* shows the two that the reward model's members
-disagree on most (the variance of their probabilities that one wins), the model being fitted anew every 20 votes.
-Measured after every 20 votes: accuracy against the taste on comparisons of unseen questions. Prints one JSON line
-last; `--write` makes docs/benchmarks/planner.md.
+Works on the pool of `benchmarks/study.py` (the same --work-dir): four of the six answers to each question that are
+there. Questions come in random order, as users ask them; for each, two answers are shown and voted on by a taste, a
+tenth of the votes flipped. *random* shows any two. *second* shows any one, and beside it the one about which the
+reward model's members disagree most whether it is better (the variance of their probabilities). *pair* shows the two
+that they disagree on most. The model is fitted anew every 20 votes. Measured then: accuracy against the taste on
+comparisons of unseen questions. Prints one JSON line last; `--write` makes docs/benchmarks/planner.md.
 """
 
 import argparse
@@ -26,7 +26,9 @@ from study import accuracy, features_of, unseen
 
 from clients.voter import FLIPPED, TASTES, Answer
 
-VOTES, BATCH, SEEDS, FLIPS = 300, 20, 3, 0.1
+VOTES, BATCH, SEEDS, FLIPS, CANDIDATES = 300, 20, 3, 0.1, 4
+STRATEGIES = ("random", "second", "pair")
+RESAMPLES = 2000
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "planner.md"
 
 
@@ -40,7 +42,7 @@ def main() -> None:
     pairs = make_pool(arguments.model, work, lambda line: print(line, file=sys.stderr))
     questions, features, layers = answers_by_question(work, pairs)
     curves: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
-    for taste, seed, strategy in itertools.product(TASTES, range(SEEDS), ("random", "uncertain")):
+    for taste, seed, strategy in itertools.product(TASTES, range(SEEDS), STRATEGIES):
         tested = unseen(work, pairs, taste)
         curves[taste][strategy].append(learn(questions, features, layers, tested, taste, seed, strategy))
         print(f"{taste} {seed} {strategy}: {curves[taste][strategy][-1]}", file=sys.stderr, flush=True)
@@ -81,11 +83,12 @@ def learn(
     votes: list[tuple[int, int, str, float]] = []
     model, accuracies = None, []
     for number, question in enumerate(order, start=1):
-        candidates = questions[question]
-        if model is None or strategy == "random":
-            one, other = chance.sample(candidates, 2)
-        else:
-            one, other = most_disputed(candidates, model.member_scores(features[[row for _, row, _ in candidates]]))
+        candidates = chance.sample(questions[question], CANDIDATES)
+        shown = 0, 1
+        if model and strategy != "random":
+            scores = model.member_scores(features[[row for _, row, _ in candidates]])
+            shown = most_disputed(scores[:, :1] if strategy == "second" else scores, scores)
+        one, other = (candidates[i] for i in shown)
         choice = TASTES[taste].choice(one[0], other[0])
         said = CHOICES[FLIPPED[choice] if chance.random() < FLIPS else choice]
         votes.append((one[1], other[1], said, one[2] - other[2]))
@@ -96,13 +99,13 @@ def learn(
     return accuracies
 
 
-def most_disputed(candidates: Any, scores: Any) -> Any:
-    """The two candidates whose winner the members (K, n) disagree on most."""
+def most_disputed(ones: Any, others: Any) -> tuple[int, int]:
+    """Which of `ones` (K, m) against which of `others` (K, n) the K members disagree on most."""
     import torch
 
-    won = torch.sigmoid(scores[:, :, None] - scores[:, None, :]).var(dim=0)
-    best = int(won.argmax())
-    return candidates[best // len(candidates)], candidates[best % len(candidates)]
+    won = torch.sigmoid(ones[:, :, None] - others[:, None, :]).var(dim=0)
+    one, other = divmod(int(won.argmax()), others.shape[1])
+    return one, other
 
 
 def to_votes(votes: list[tuple[int, int, str, float]]) -> Any:
@@ -121,12 +124,30 @@ def to_votes(votes: list[tuple[int, int, str, float]]) -> Any:
     )  # fmt: skip
 
 
-def saved(random_curve: list[float], planned_curve: list[float]) -> float:
-    """The share of votes after which the planned curve is as high as the random one ever was, less than all of them."""
-    level = max(random_curve)
-    needed = next((number for number, value in enumerate(planned_curve, start=1) if value >= level), None)
-    reached = random_curve.index(level) + 1
-    return 1 - needed / reached if needed else float("nan")
+def saved(random_runs: list[list[float]], planned_runs: list[list[float]]) -> float:
+    """The share of votes less, at which the planned runs are on average where the random ones end. Averages over three
+    measurements, so that one high point decides nothing; 0 where the planned runs never get there."""
+    random_curve, planned_curve = smooth(random_runs), smooth(planned_runs)
+    needed = next((number for number, value in enumerate(planned_curve) if value >= random_curve[-1]), None)
+    # The middle of three: entry 0 is about the second batch.
+    return 0.0 if needed is None else 1 - (needed + 2) / (len(random_curve) + 1)
+
+
+def smooth(runs: list[list[float]]) -> list[float]:
+    means = [mean(column) for column in zip(*runs, strict=True)]
+    return [mean(means[i : i + 3]) for i in range(len(means) - 2)]
+
+
+def saved_interval(random_runs: list[list[float]], planned_runs: list[list[float]]) -> tuple[float, float]:
+    """95 % of `saved`, runs drawn with replacement; a run of either strategy goes with its twin."""
+    chance = random.Random(0)
+    both = list(zip(random_runs, planned_runs, strict=True))
+    values = []
+    for _ in range(RESAMPLES):
+        one, other = zip(*chance.choices(both, k=len(both)), strict=True)
+        values.append(saved(list(one), list(other)))
+    values.sort()
+    return values[int(0.025 * RESAMPLES)], values[int(0.975 * RESAMPLES)]
 
 
 def page(curves: Any) -> str:
@@ -134,27 +155,27 @@ def page(curves: Any) -> str:
         "# Choosing which answers to compare",
         "",
         f"`python benchmarks/planner.py --write`, {datetime.now(UTC):%Y-%m-%d}. Accuracy against the taste on",
-        f"comparisons of unseen questions, means of {SEEDS} seeds, a tenth of the votes flipped. Six answers to each",
-        "question; *random* shows any two, *uncertain* the two that the reward model's members disagree on most.",
+        f"comparisons of unseen questions, means of {SEEDS} seeds, a tenth of the votes flipped. {CANDIDATES} answers",
+        "to each question. *random* shows any two, *second* any one and the one that the reward model's members",
+        "dispute most beside it, *pair* the two that they dispute most.",
         "",
     ]
     at = [2, 4, 7, 10, 14]
     lines.append("| taste | pairs | " + " | ".join(f"{(i + 1) * BATCH} votes" for i in at) + " |")
     lines.append("|---|---|" + "---:|" * len(at))
-    for taste, by_strategy in curves.items():
+    every = {strategy: [run for taste in curves.values() for run in taste[strategy]] for strategy in STRATEGIES}
+    for taste, by_strategy in [*curves.items(), ("mean", every)]:
         for strategy, runs in by_strategy.items():
             means = [mean(column) for column in zip(*runs, strict=True)]
             lines.append(f"| {taste} | {strategy} | " + " | ".join(f"{means[i]:.3f}" for i in at) + " |")
-    every = {
-        strategy: [mean(c) for c in zip(*(run for t in curves.values() for run in t[strategy]), strict=True)]
-        for strategy in ("random", "uncertain")
-    }
-    for strategy, means in every.items():
-        lines.append(f"| mean | {strategy} | " + " | ".join(f"{means[i]:.3f}" for i in at) + " |")
     lines += [
         "",
-        f"Votes saved at the random pairs' best mean accuracy: {saved(every['random'], every['uncertain']):.0%}.",
+        f"Votes saved where the random pairs end (about {VOTES - BATCH} votes), 95 % over tastes and seeds:",
+        "",
     ]
+    for strategy in STRATEGIES[1:]:
+        low, high = saved_interval(every["random"], every[strategy])
+        lines.append(f"- *{strategy}*: {saved(every['random'], every[strategy]):.0%} [{low:.0%}, {high:.0%}]")
     return "\n".join(lines) + "\n"
 
 

@@ -2,12 +2,17 @@
 
     python benchmarks/planner.py MODEL --work-dir DIR [--write]
 
-Works on the pool of `benchmarks/study.py` (the same --work-dir): four of the six answers to each question that are
-there. Questions come in random order, as users ask them; for each, two answers are shown and voted on by a taste, a
-tenth of the votes flipped. *random* shows any two. *second* shows any one, and beside it the one about which the
-reward model's members disagree most whether it is better (the variance of their probabilities). *pair* shows the two
-that they disagree on most. The model is fitted anew every 20 votes. Measured then: accuracy against the taste on
-comparisons of unseen questions. Prints one JSON line last; `--write` makes docs/benchmarks/planner.md.
+Works on the pool of `benchmarks/study.py` (the same --work-dir): six answers to each question, three at either of
+Compare's temperatures. Questions come in random order, as users ask them; for each, two answers of unlike temperature
+are shown and voted on by a taste, a tenth of the votes flipped. Which two:
+- random: any.
+- second: any one, and of the three others the one about which the reward model's members disagree most whether it is
+  better (the variance of their probabilities). What a server with a `scoring_address` does.
+- second, information: the same by the information that a vote is expected to give (BALD, Houlsby et al. 2011).
+- second, close: the same by how close the two scores are, which needs no members.
+- pair: of all nine pairs the one that the members disagree on most.
+The model is fitted anew every 20 votes. Measured then: accuracy against the taste on comparisons of unseen questions.
+Prints one JSON line last; `--write` makes docs/benchmarks/planner.md.
 """
 
 import argparse
@@ -26,8 +31,8 @@ from study import accuracy, features_of, unseen
 
 from clients.voter import FLIPPED, TASTES, Answer
 
-VOTES, BATCH, SEEDS, FLIPS, CANDIDATES = 300, 20, 3, 0.1, 4
-STRATEGIES = ("random", "second", "pair")
+VOTES, BATCH, SEEDS, FLIPS = 300, 20, 8, 0.1
+STRATEGIES = ("random", "second", "second, information", "second, close", "pair")
 RESAMPLES = 2000
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "planner.md"
 
@@ -83,12 +88,12 @@ def learn(
     votes: list[tuple[int, int, str, float]] = []
     model, accuracies = None, []
     for number, question in enumerate(order, start=1):
-        candidates = chance.sample(questions[question], CANDIDATES)
-        shown = 0, 1
-        if model and strategy != "random":
-            scores = model.member_scores(features[[row for _, row, _ in candidates]])
-            shown = most_disputed(scores[:, :1] if strategy == "second" else scores, scores)
-        one, other = (candidates[i] for i in shown)
+        firsts, others = by_temperature(questions[question], chance)
+        if model is None or strategy == "random":
+            one, other = firsts[0], others[0]
+        else:
+            ones = firsts if strategy == "pair" else firsts[:1]
+            one, other = most_disputed(ones, others, model, features, strategy)
         choice = TASTES[taste].choice(one[0], other[0])
         said = CHOICES[FLIPPED[choice] if chance.random() < FLIPS else choice]
         votes.append((one[1], other[1], said, one[2] - other[2]))
@@ -99,13 +104,36 @@ def learn(
     return accuracies
 
 
-def most_disputed(ones: Any, others: Any) -> tuple[int, int]:
-    """Which of `ones` (K, m) against which of `others` (K, n) the K members disagree on most."""
+def by_temperature(answers: Any, chance: random.Random) -> tuple[Any, Any]:
+    """The answers at one temperature and those at the other, everything in random order."""
+    first, other = chance.sample(sorted({temperature for *_, temperature in answers}), 2)
+    mixed = chance.sample(answers, len(answers))
+    return [one for one in mixed if one[2] == first], [one for one in mixed if one[2] == other]
+
+
+def most_disputed(ones: Any, others: Any, model: Any, features: Any, strategy: str) -> tuple[Any, Any]:
+    """One of `ones` and one of `others`: the two on which a vote would say most."""
     import torch
 
-    won = torch.sigmoid(ones[:, :, None] - others[:, None, :]).var(dim=0)
-    one, other = divmod(int(won.argmax()), others.shape[1])
-    return one, other
+    rows = [row for _, row, _ in [*ones, *others]]
+    first, second = model.member_scores(features[rows]).split([len(ones), len(others)], dim=1)
+    won = torch.sigmoid(first[:, :, None] - second[:, None, :])
+    if strategy == "second, close":
+        first, second = model.scores(features[rows]).split([len(ones), len(others)])
+        worth = -(first[:, None] - second[None, :]).abs()
+    elif strategy == "second, information":
+        worth = entropy(won.mean(dim=0)) - entropy(won).mean(dim=0)
+    else:
+        worth = won.var(dim=0)
+    one, other = divmod(int(worth.argmax()), len(others))
+    return ones[one], others[other]
+
+
+def entropy(p: Any) -> Any:
+    """Of a coin that lands on one side with probability p, nats."""
+    import torch
+
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
 def to_votes(votes: list[tuple[int, int, str, float]]) -> Any:
@@ -155,9 +183,8 @@ def page(curves: Any) -> str:
         "# Choosing which answers to compare",
         "",
         f"`python benchmarks/planner.py --write`, {datetime.now(UTC):%Y-%m-%d}. Accuracy against the taste on",
-        f"comparisons of unseen questions, means of {SEEDS} seeds, a tenth of the votes flipped. {CANDIDATES} answers",
-        "to each question. *random* shows any two, *second* any one and the one that the reward model's members",
-        "dispute most beside it, *pair* the two that they dispute most.",
+        f"comparisons of unseen questions, means of {SEEDS} seeds, a tenth of the votes flipped. Six answers to each",
+        "question, three at either temperature; the strategies are those of the program's docstring.",
         "",
     ]
     at = [2, 4, 7, 10, 14]

@@ -162,7 +162,8 @@ def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -
             [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=False
         )
         for text in (row["response1"], row["response2"]):
-            ids = tokenizer.encode(text, add_special_tokens=False)[: LONGEST - 1]
+            # A few answers are a JSON true.
+            ids = tokenizer.encode(str(text), add_special_tokens=False)[: LONGEST - 1]
             answers.append((list(prompt), [*ids, tokenizer.eos_token_id]))
     done = 0
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from server.planner import Chosen
 from server.policy import Policy, Sampling, Stream
 from server.records import Generation
 from server.store import FeedbackStore
@@ -36,7 +37,7 @@ class Answers:
     def __init__(self, store: StoreThread, policy: Policy) -> None:
         self._store = store
         self._policy = policy
-        self._settling: set[asyncio.Task[Any]] = set()
+        self._settling: set[asyncio.Future[Any]] = set()
 
     @asynccontextmanager
     async def begun(self, begin: Callable[[FeedbackStore], Begun]) -> AsyncIterator[Begun]:
@@ -45,11 +46,16 @@ class Answers:
         Where the block is left by an error, those that were not sampled by then are stored as cancelled.
         """
         beginning = asyncio.create_task(self._store(begin))
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._settling.add(ended)
         try:
             yield await asyncio.shield(beginning)
         except BaseException:
             self._settle(self._cancel(beginning))
             raise
+        finally:
+            self._settling.discard(ended)
+            ended.set_result(None)
 
     async def sample(
         self, response_id: str, prompt: list[int], sampling: Sampling, send: Callable[[str], Awaitable[None]]
@@ -64,6 +70,29 @@ class Answers:
             generation = await asyncio.shield(self._settle(self._finish(response_id, stream)))
         return generation
 
+    async def sample_and_choose(
+        self,
+        response_id: str,
+        prompt: list[int],
+        samplings: list[Sampling],
+        choose: Callable[[list[Generation]], Awaitable[Chosen]],
+    ) -> Generation:
+        """Samples several answers unseen, and returns the one that `choose` names once that is stored."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                sampled = [group.create_task(self._unseen(prompt, sampling)) for sampling in samplings]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        generations = [task.result() for task in sampled]
+        choice = await choose(generations)
+        chosen = generations[choice.index]
+        await asyncio.shield(
+            self._settle(
+                self._store(lambda store: store.finish_response(response_id, chosen, choice.reward_model_version))
+            )
+        )
+        return chosen
+
     async def drain(self) -> None:
         """Returns once every answer that was begun is on disk."""
         while self._settling:
@@ -74,6 +103,15 @@ class Answers:
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
         return settling
+
+    async def _unseen(self, prompt: list[int], sampling: Sampling) -> Generation:
+        stream = await self._policy.sample(prompt, sampling)
+        try:
+            async for _ in stream:
+                pass
+        finally:
+            generation = await asyncio.shield(self._settle(stream.finish()))
+        return generation
 
     async def _finish(self, response_id: str, stream: Stream | None) -> Generation:
         generation = Generation([], [], "", "error", [])

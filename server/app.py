@@ -22,6 +22,7 @@ from server.errors import DataDirectoryError, ServiceError
 from server.feedback import FeedbackService
 from server.follower import Follower
 from server.identity import LOOPBACK
+from server.planner import Planner
 from server.policies import PolicyService
 from server.policy import Policy, VllmPolicy
 from server.reference import prepare_reference
@@ -66,7 +67,10 @@ class App:
         """Serves the active version; health turns SERVING last."""
         settings, replica_id = self._settings, self._replica_id
         self._follower = Follower(policy, self._store, settings.data_dir, replica_id, settings.poll_seconds)
-        self._chat = ChatService(self._store, policy, settings, replica_id)
+        self._planner = (
+            Planner(settings.scoring_address, settings.scoring_seconds) if settings.scoring_address else None
+        )
+        self._chat = ChatService(self._store, policy, settings, replica_id, self._planner)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, self._server)
         feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(FeedbackService(self._store), self._server)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(self._store, self._follower), self._server)
@@ -85,6 +89,8 @@ class App:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
         await self._chat.drain()
+        if self._planner:
+            await self._planner.close()
         self._following.cancel()
         await asyncio.wait([self._following])
         await self._follower.close()

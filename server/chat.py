@@ -18,6 +18,7 @@ from server import convert
 from server.answers import Answers, Begun
 from server.identity import user_of
 from server.locks import KeyedLocks
+from server.planner import Chosen, Planner
 from server.policy import Policy, Sampling
 from server.prompt import build_prompt
 from server.records import Generation, Response, Slot, Turn
@@ -33,11 +34,14 @@ Write = Callable[[Any], Awaitable[None]]
 class ChatService(chat_pb2_grpc.ChatServiceServicer):
     """Chats, comparisons and the history of both."""
 
-    def __init__(self, store: StoreThread, policy: Policy, settings: ServerSettings, replica_id: str) -> None:
+    def __init__(
+        self, store: StoreThread, policy: Policy, settings: ServerSettings, replica_id: str, planner: Planner | None
+    ) -> None:
         self._store = store
         self._policy = policy
         self._settings = settings
         self._replica_id = replica_id
+        self._planner = planner
         self._locks = KeyedLocks()
         self._answers = Answers(store, policy)
 
@@ -114,10 +118,17 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
             async with self._answers.begun(begin) as begun:
                 await write(_compare_started(begun.conversation_id, begun.comparison_id))
+                answers = list(zip(SLOTS, begun.response_ids, samplings, strict=True))
                 try:
                     async with asyncio.TaskGroup() as both:
-                        for slot, response_id, one in zip(SLOTS, begun.response_ids, samplings, strict=True):
-                            both.create_task(self._candidate(slot, response_id, prompt, one, write))
+                        if self._planner and sampling.seed is None:
+                            random.shuffle(answers)
+                            streamed = both.create_task(self._candidate(*answers[0], prompt, write))
+                            planned = self._planned_candidate(*answers[1], prompt, write, self._planner, streamed)
+                            both.create_task(planned)
+                        else:
+                            for answer in answers:
+                                both.create_task(self._candidate(*answer, prompt, write))
                 except ExceptionGroup as group:
                     raise group.exceptions[0] from group
 
@@ -186,12 +197,28 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         ]
 
     async def _candidate(
-        self, slot: Slot, response_id: str, prompt: list[int], sampling: Sampling, write: Write
-    ) -> None:
+        self, slot: Slot, response_id: str, sampling: Sampling, prompt: list[int], write: Write
+    ) -> Generation:
         def delta(text: str) -> Awaitable[None]:
             return write(chat_pb2.CompareResponse(delta=chat_pb2.CompareDelta(slot=convert.SLOTS[slot], text=text)))
 
         generation = await self._answers.sample(response_id, prompt, sampling, delta)
+        await write(_compare_finished(slot, response_id, generation, prompt))
+        return generation
+
+    async def _planned_candidate(
+        self, slot: Slot, response_id: str, sampling: Sampling, prompt: list[int], write: Write,
+        planner: Planner, streamed: asyncio.Task[Generation],
+    ) -> None:  # fmt: skip
+        """Comes whole, once the other answer has ended: which one it is depends on that."""
+
+        async def choose(candidates: list[Generation]) -> Chosen:
+            return await planner.choose(prompt, (await streamed).token_ids, [one.token_ids for one in candidates])
+
+        samplings = [sampling] * (self._settings.compare_candidates - 1)
+        generation = await self._answers.sample_and_choose(response_id, prompt, samplings, choose)
+        delta = chat_pb2.CompareDelta(slot=convert.SLOTS[slot], text=generation.text)
+        await write(chat_pb2.CompareResponse(delta=delta))
         await write(_compare_finished(slot, response_id, generation, prompt))
 
     # What went before

@@ -205,3 +205,9 @@ def m003_policies(db: Database) -> None:
         ) STRICT;
         """,
     )
+
+
+@migrations()
+def m004_planned_answers(db: Database) -> None:
+    """Which reward model chose a comparison's second answer among several; null where none did."""
+    _run(db, "ALTER TABLE responses ADD COLUMN chosen_by TEXT")

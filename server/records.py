@@ -54,6 +54,8 @@ class Response:
     policy_version: str
     create_time: float
     spans: list[Span] = field(default_factory=list)
+    # The reward model that chose it among several answers, which are not kept; such an answer is no plain sample.
+    chosen_by: str | None = None
 
     @property
     def last_version(self) -> str:

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from server.identity import LOOPBACK
 
 DEFAULT_MODEL = "smollm2"
 CONFIG_FILE = "prefloop.toml"
@@ -29,6 +31,16 @@ class ServerSettings(BaseSettings):
         tuple[float, float],
         Field(description="Compare's two temperatures, one on each side of the service temperature."),
     ] = (0.7, 1.0)
+    scoring_address: Annotated[
+        str,
+        Field(description="host:port of `learner serve-scores`, on loopback; Compare's second answer is then chosen."),
+    ] = ""
+    scoring_seconds: Annotated[
+        float, Field(gt=0, description="How long a comparison waits for scores before any second answer will do.")
+    ] = 2.0
+    compare_candidates: Annotated[
+        int, Field(ge=3, le=16, description="Answers sampled for a comparison where the second one is chosen.")
+    ] = 4
     max_tokens: Annotated[int, Field(ge=1, description="The default and the largest length of an answer.")] = 512
     max_message_chars: Annotated[int, Field(ge=1, description="The longest message, comment or correction.")] = 16_000
     max_model_len: Annotated[
@@ -49,6 +61,14 @@ class ServerSettings(BaseSettings):
     ] = False
     poll_seconds: Annotated[float, Field(gt=0, description="How often the pointer is read.")] = 0.5
     grace_seconds: Annotated[float, Field(ge=0, description="How long open streams may run on after SIGTERM.")] = 30.0
+
+    @field_validator("scoring_address")
+    @classmethod
+    def _near(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        if address and (host.strip("[]") not in LOOPBACK or not port.isdigit()):
+            raise ValueError("must be host:port with a host on loopback: what users asked travels there in the clear")
+        return address
 
     @model_validator(mode="after")
     def _straddle(self) -> "ServerSettings":

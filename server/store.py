@@ -236,19 +236,20 @@ class FeedbackStore:
             self._insert_turn(conversation_id, message, comparison_id=comparison_id)
         return comparison_id, a, b
 
-    def finish_response(self, response_id: str, generation: Generation) -> None:
-        """Stores what was sampled, whichever way it ended."""
+    def finish_response(self, response_id: str, generation: Generation, chosen_by: str | None = None) -> None:
+        """Stores what was sampled, whichever way it ended, and the reward model that chose it among others."""
         status = {"cancelled": "cancelled", "error": "failed"}.get(generation.finish_reason, "finished")
         with self._db.write():
             changed = self._db.execute(
                 "UPDATE responses SET status = ?, token_ids = ?, logprobs = ?, text = ?, finish_reason = ?, "
-                "finish_time = unixepoch('subsec') WHERE id = ?",
+                "chosen_by = ?, finish_time = unixepoch('subsec') WHERE id = ?",
                 [
                     status,
                     pack_ints(generation.token_ids),
                     pack_floats(generation.logprobs),
                     generation.text,
                     generation.finish_reason,
+                    chosen_by,
                     response_id,
                 ],
             )
@@ -597,4 +598,5 @@ def _response(row: Row, spans: list[Span]) -> Response:
         policy_version=row["policy_version"],
         create_time=row["create_time"],
         spans=spans,
+        chosen_by=row["chosen_by"],
     )

@@ -1,6 +1,7 @@
 """A real gRPC server on a free port over a real SQLite file; only the policy is a fake."""
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,18 +44,26 @@ def store(tmp_path: Path) -> Iterator[FeedbackStore]:
     store.close()
 
 
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[Running]:
+@asynccontextmanager
+async def running_server(tmp_path: Path, **flags: Any) -> AsyncIterator[Running]:
     publish_version(tmp_path, "v0000")
     store = StoreThread(tmp_path)
     await store(lambda store: store.registry.register_reference())
-    settings = ServerSettings.load(data_dir=tmp_path, port=0, max_tokens=20, max_message_chars=500, poll_seconds=0.01)
+    settings = ServerSettings.load(
+        data_dir=tmp_path, port=0, max_tokens=20, max_message_chars=500, poll_seconds=0.01, **flags
+    )
     app, policy = App(settings, store), FakePolicy()
     await app.start(policy)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
         yield Running(policy, store, app, tmp_path, channel)
     await app.stop(0)
     await store.close()
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running_server(tmp_path) as running:
+        yield running
 
 
 def publish_version(data_dir: Path, version: str, tensors: dict[str, Any] | None = None) -> Path:

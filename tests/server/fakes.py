@@ -52,12 +52,13 @@ class FakeStream:
 
 
 class FakePolicy:
-    """Says `answer` to everything. `bad` versions fail to load."""
+    """Says the next of `answers`, and `answer` when there are none left. `bad` versions fail to load."""
 
     def __init__(self) -> None:
         self.version = "v0000"
         self.max_model_len = 40
         self.answer = "one two three four"
+        self.answers: list[str] = []
         self.hold_after: int | None = None
         self.holding = asyncio.Event()
         self.go_on = asyncio.Event()
@@ -75,7 +76,8 @@ class FakePolicy:
     async def sample(self, prompt_token_ids: list[int], sampling: Sampling) -> FakeStream:
         self.prompts.append(prompt_token_ids)
         self.samplings.append(sampling)
-        return FakeStream(self, self.answer.split(), sampling)
+        answer = self.answers.pop(0) if self.answers else self.answer
+        return FakeStream(self, answer.split(), sampling)
 
     async def swap(self, version: str, directory: Path) -> None:
         if version in self.bad:

@@ -1,0 +1,169 @@
+"""Which second answer a comparison shows: over real gRPC on both sides, with opinions that are written down here."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from prefloop.v1 import chat_pb2, scoring_pb2, scoring_pb2_grpc
+from pydantic import ValidationError
+
+from server.planner import Chosen, Planner, dispute
+from server.settings import ServerSettings
+from tests.server.conftest import Running, running_server
+from tests.server.test_rpcs import ANN, compare, failure
+
+# By an answer's number of tokens, what two members say of it. Beside "one" (0, 0) they agree that two words are better
+# and four are worse; on three they disagree.
+OPINIONS = {1: [0.0, 0.0], 2: [3.0, 3.0], 3: [-2.0, 2.0], 4: [-3.0, -3.0]}
+
+
+class Opinions(scoring_pb2_grpc.ScoringServiceServicer):
+    """Says what OPINIONS say; `holds` forever while that is set."""
+
+    def __init__(self) -> None:
+        self.asked: list[scoring_pb2.ScoreCandidatesRequest] = []
+        self.holds = False
+        self.refuses = False
+
+    async def ScoreCandidates(
+        self, request: scoring_pb2.ScoreCandidatesRequest, context: Any
+    ) -> scoring_pb2.ScoreCandidatesResponse:
+        self.asked.append(request)
+        if self.refuses:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "There is no reward model yet: run a round first.")
+        if self.holds:
+            await asyncio.Event().wait()
+        scores = [scoring_pb2.CandidateScore(member_scores=OPINIONS[len(one.token_ids)]) for one in request.candidates]
+        return scoring_pb2.ScoreCandidatesResponse(reward_model_version="rm0007", scores=scores)
+
+
+@asynccontextmanager
+async def opinions() -> AsyncIterator[tuple[Opinions, str]]:
+    service, server = Opinions(), grpc.aio.server()
+    scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield service, f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+@asynccontextmanager
+async def planning(tmp_path: Path, seconds: float = 30.0) -> AsyncIterator[tuple[Running, Opinions]]:
+    async with (
+        opinions() as (service, address),
+        running_server(tmp_path, scoring_address=address, scoring_seconds=seconds) as running,
+    ):
+        running.policy.answers = ["one", "one two", "one two three", "one two three four"]
+        yield running, service
+
+
+def shown(events: list[Any]) -> set[str]:
+    return {event.finished.text for event in events if event.WhichOneof("event") == "finished"}
+
+
+async def answers(running: Running) -> dict[str, str | None]:
+    """The responses in the store, and which reward model chose them."""
+
+    def read(store: Any) -> list[Any]:
+        return list(store._db.rows("SELECT text, chosen_by FROM responses"))
+
+    return {row["text"]: row["chosen_by"] for row in await running.store(read)}
+
+
+async def test_the_answer_that_the_members_dispute_most_is_shown_beside_the_first(tmp_path: Path) -> None:
+    async with planning(tmp_path) as (running, service):
+        events = await compare(running)
+        assert shown(events) == {"one ", "one two three "}
+        assert await answers(running) == {"one ": None, "one two three ": "rm0007"}
+        [asked] = service.asked
+        assert list(asked.prompt_token_ids) == running.policy.prompts[0]
+        assert [len(one.token_ids) for one in asked.candidates] == [1, 2, 3, 4]
+        # One answer at either of Compare's temperatures, and two more to choose among at the second one's.
+        first, *others = [sampling.temperature for sampling in running.policy.samplings]
+        assert (first, others) in [(0.7, [1.0, 1.0, 1.0]), (1.0, [0.7, 0.7, 0.7])]
+
+
+async def test_either_slot_is_streamed_first(tmp_path: Path) -> None:
+    async with planning(tmp_path) as (running, service):
+        slots = set()
+        for _ in range(30):
+            running.policy.answers = ["one", "one two", "one two three", "one two three four"]
+            events = await compare(running)
+            slots |= {event.finished.slot for event in events if event.finished.text == "one "}
+        # 30 times the same slot: once in 5e8 runs.
+        assert slots == {chat_pb2.SLOT_A, chat_pb2.SLOT_B}
+        assert len(service.asked) == 30
+
+
+async def test_without_scores_any_answer_is_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with planning(tmp_path) as (running, service):
+        service.refuses = True
+        for _ in range(2):
+            running.policy.answers = ["one", "one two", "one two three", "one two three four"]
+            assert shown(await compare(running)) == {"one ", "one two "}
+        assert await answers(running) == {"one ": None, "one two ": None}
+        assert [record.message for record in caplog.records if record.name == "server.planner"] == [
+            "no scores, so any two answers are compared: FAILED_PRECONDITION There is no reward model yet: run a round "
+            "first."
+        ]
+
+
+async def test_scores_that_do_not_come_in_time_are_not_waited_for(tmp_path: Path) -> None:
+    async with planning(tmp_path, seconds=0.05) as (running, service):
+        service.holds = True
+        assert shown(await compare(running)) == {"one ", "one two "}
+
+
+async def test_a_service_that_is_down_costs_nothing() -> None:
+    planner = Planner("127.0.0.1:1", 30.0)
+    assert await planner.choose([1], [2], [[3], [4]]) == Chosen(0, None)
+    await planner.close()
+
+
+async def test_a_request_with_a_seed_repeats_and_is_not_planned(tmp_path: Path) -> None:
+    async with planning(tmp_path) as (running, service):
+        await compare(running, sampling=chat_pb2.SamplingOptions(seed=5))
+        assert [sampling.seed for sampling in running.policy.samplings] == [5, 6]
+        assert service.asked == []
+
+
+async def test_a_caller_that_leaves_while_answers_are_chosen_leaves_none_open(tmp_path: Path) -> None:
+    async with planning(tmp_path) as (running, _):
+        running.policy.hold_after = 1
+        running.policy.answers = ["one two", "one two", "one two", "one two"]
+        call = running.chat.Compare(chat_pb2.CompareRequest(message="hello"), metadata=ANN)
+        await running.policy.holding.wait()
+        call.cancel()
+        await running.app.stop(0)
+
+        def read(store: Any) -> list[str]:
+            return [row["status"] for row in store._db.rows("SELECT status FROM responses")]
+
+        assert await running.store(read) == ["cancelled", "cancelled"]
+
+
+async def test_an_engine_that_dies_ends_the_comparison(tmp_path: Path) -> None:
+    async with planning(tmp_path) as (running, _):
+        running.policy.dies = True
+        request = chat_pb2.CompareRequest(message="hello")
+        assert await failure(running.chat.Compare(request, metadata=ANN)) == grpc.StatusCode.UNAVAILABLE
+
+
+def test_members_that_agree_dispute_nothing() -> None:
+    assert dispute([0.0, 0.0], [3.0, 3.0]) == 0.0
+    # sigmoid(2) = 0.8808 and sigmoid(-2) = 0.1192: each 0.3808 from their mean.
+    assert dispute([0.0, 0.0], [-2.0, 2.0]) == pytest.approx(0.14500, abs=1e-5)
+    assert dispute([800.0, 0.0], [0.0, 800.0]) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("address", ["scores.example:50052", "10.0.0.1:50052", "127.0.0.1", "localhost:", ":50052"])
+def test_scores_are_asked_for_on_loopback_alone(address: str) -> None:
+    with pytest.raises(ValidationError, match="must be host:port with a host on loopback"):
+        ServerSettings.load(scoring_address=address)
+    assert ServerSettings.load(scoring_address="[::1]:50052").scoring_address == "[::1]:50052"

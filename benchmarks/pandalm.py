@@ -85,14 +85,14 @@ def said(row: dict[str, Any]) -> int:
 
 
 def agreement(rows: list[dict[str, Any]]) -> list[float]:
-    """1.0 or 0.0 for each annotator's winner where the other two name the same winner."""
+    """1.0 or 0.0 for each annotator's winner where the other two name the same winner, 0.5 for a tie."""
     found = []
     for row in rows:
         votes = [row[f"annotator{n}"] for n in (1, 2, 3)]
         for one in range(3):
             others = votes[:one] + votes[one + 1 :]
-            if others[0] == others[1] != 0 and votes[one] != 0:
-                found.append(float(votes[one] == others[0]))
+            if others[0] == others[1] != 0:
+                found.append(float(votes[one] == others[0]) if votes[one] else 0.5)
     return found
 
 

@@ -26,9 +26,9 @@ class LiveServer:
         self.log: list[str] = []
         self.start()
 
-    def start(self) -> None:
+    def start(self, **settings: str) -> None:
         # Eager: compiling takes a minute and changes nothing that is tested here.
-        environment = {**os.environ, "PREFLOOP_COMPILE": "false", "PREFLOOP_POLL_SECONDS": "0.1"}
+        environment = {**os.environ, "PREFLOOP_COMPILE": "false", "PREFLOOP_POLL_SECONDS": "0.1", **settings}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server.cli", "serve", "--data-dir", str(self.data_dir), "--port", "0"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,

@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from clients import Client
 from clients.questions import questions
-from clients.voter import TASTES, Voter, ask
+from clients.voter import TASTES, Voter, ask, compare
 from server.store import FeedbackStore
 from tests.e2e.conftest import LiveServer
 
@@ -101,3 +103,34 @@ def test_votes_become_a_policy_that_serves(live: LiveServer) -> None:
     assert (round_.state, round_.stage, round_.policy_version) == ("promoted", "activate", version)
     assert round_.watermark == COMPARISONS
     assert list((live.data_dir / "rounds" / round_.id).glob("events.out.tfevents.*"))
+
+
+@contextmanager
+def scores(live: LiveServer) -> Iterator[str]:
+    """`learner serve-scores`; where it listens."""
+    arguments = ["serve-scores", "--data-dir", str(live.data_dir), "--port", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "learner.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        said = next((line for line in process.stdout or [] if line.startswith("serving scores on ")), "")
+        assert said
+        yield said.split()[-1]
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_the_newest_reward_model_chooses_what_is_compared(live: LiveServer) -> None:
+    """After the test above, which leaves a reward model."""
+    with scores(live) as address:
+        assert live.stop() == 0
+        live.start(PREFLOOP_SCORING_ADDRESS=address, PREFLOOP_SCORING_SECONDS="60")
+        with Client(live.address, user="planned") as client:
+            comparison_id, a, b = compare(client, "What is a lighthouse for?", max_tokens=16)
+            assert a.text and b.text
+    store = FeedbackStore.open(live.data_dir)
+    comparison = store.comparison("planned", comparison_id)
+    store.close()
+    assert {comparison.a.chosen_by, comparison.b.chosen_by} == {None, "rm0001"}
+    assert sorted([comparison.a.temperature, comparison.b.temperature]) == [0.7, 1.0]

@@ -13,7 +13,8 @@ are shown and voted on by a taste, a tenth of the votes flipped. Which two:
 - second, close: the same by how close the two scores are, which needs no members.
 - pair: of all nine pairs the one that the members disagree on most.
 The model is fitted anew every 20 votes. Measured then: accuracy against the taste on comparisons of unseen questions.
-Prints one JSON line last; `--write` makes docs/benchmarks/planner.md.
+Each run is written down as it ends, so that a killed benchmark goes on behind the last one. Prints one JSON line last;
+`--write` makes docs/benchmarks/planner.md.
 """
 
 import argparse
@@ -49,9 +50,14 @@ def main() -> None:
     questions, features, layers = answers_by_question(work, pairs)
     curves: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for taste, seed, strategy in itertools.product(TASTES, range(SEEDS), STRATEGIES):
-        tested = unseen(work, pairs, taste)
-        curves[taste][strategy].append(learn(questions, features, layers, tested, taste, seed, strategy))
-        print(f"{taste} {seed} {strategy}: {curves[taste][strategy][-1]}", file=sys.stderr, flush=True)
+        kept = work / "results" / "planner" / f"{taste}-{seed}-{strategy}.json"
+        if not kept.exists():
+            tested = unseen(work, pairs, taste)
+            accuracies = learn(questions, features, layers, tested, taste, seed, strategy)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(accuracies))
+            print(f"{taste} {seed} {strategy}: {accuracies}", file=sys.stderr, flush=True)
+        curves[taste][strategy].append(json.loads(kept.read_text()))
     if arguments.write:
         REPORT.write_text(page(curves), encoding="utf-8")
     print(json.dumps({"benchmark": "planner", "curves": curves}))

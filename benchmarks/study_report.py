@@ -95,12 +95,12 @@ def round_table(found: list[dict[str, Any]]) -> Iterator[str]:
         groups[one["cell"]["votes"], one["cell"]["flips"]].append(one)
     for (votes, flips), cells in groups.items():
         rates = [published(one)[0] for one in cells]
-        behind = max(max(one["win_rates"].values()) - published(one)[0] for one in cells if one.get("win_rates"))
+        gaps = [max(one["win_rates"].values()) - published(one)[0] for one in cells if one.get("win_rates")]
         yield ""
+        promoted = sum(one["state"] == "promoted" for one in cells)
         yield (
-            f"{votes} votes, {flips:.0%} flipped: mean win rate {mean(rates):.3f}, lowest {min(rates):.2f}, "
-            f"at most {behind:.2f} behind the best of its run, {sum(one['state'] == 'promoted' for one in cells)} of "
-            f"{len(cells)} promoted."
+            f"{votes} votes, {flips:.0%} flipped: mean win rate {mean(rates):.3f}, lowest {min(rates):.2f}, at most "
+            f"{max(gaps, default=0.0):.2f} behind the best of its run, {promoted} of {len(cells)} promoted."
         )
 
 

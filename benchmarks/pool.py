@@ -106,8 +106,9 @@ def votes_of(cell: Cell, pairs: list[Pair]) -> list[tuple[Pair, Choice]]:
     return list(zip(chosen, said, strict=True))
 
 
-def make_data(work: Path, data: Path, cell: Cell, pairs: list[Pair]) -> None:
-    """A data directory in which the cell's votes, and only the conversations they are in, ever happened."""
+def make_data(work: Path, data: Path, cell: Cell, pairs: list[Pair], cast: int | None = None) -> None:
+    """A data directory in which the conversations of the cell's votes, and no others, ever happened; with the first
+    `cast` of the votes, or all."""
     votes = votes_of(cell, pairs)
     shutil.rmtree(data, ignore_errors=True)
     shutil.copytree(work / "pool", data, ignore=shutil.ignore_patterns("policies", "*.log"))
@@ -119,6 +120,15 @@ def make_data(work: Path, data: Path, cell: Cell, pairs: list[Pair]) -> None:
             if pair.comparison_id not in voted:
                 conversation_id = store.comparison(pair.user, pair.comparison_id).conversation_id
                 store.delete_conversation(pair.user, conversation_id)
-        for pair, choice in votes:
+        for pair, choice in votes[:cast]:
+            store.submit_choice(pair.user, pair.comparison_id, choice)
+    store.close()
+
+
+def cast_rest(data: Path, cell: Cell, pairs: list[Pair], cast: int) -> None:
+    """The cell's votes after the first `cast`."""
+    store = FeedbackStore.open(data)
+    with store.transaction():
+        for pair, choice in votes_of(cell, pairs)[cast:]:
             store.submit_choice(pair.user, pair.comparison_id, choice)
     store.close()

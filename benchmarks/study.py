@@ -3,12 +3,14 @@
     python benchmarks/study.py MODEL --work-dir DIR [--hours 8] [--write]
 
 A taste is a rule on an answer's text (`clients.voter`); a vote follows it but for a share of flipped ones. A cell is a
-taste, a number of votes, a share of flips and a seed (`benchmarks/pool.py`). Three kinds of work, each result written
+taste, a number of votes, a share of flips and a seed (`benchmarks/pool.py`). Four kinds of work, each result written
 down as it ends, so that a killed study goes on behind the last one:
 - rewards: the reward model alone, every combination: its accuracy against the taste itself, no flips, on comparisons of
   unseen questions, beside "the longer answer wins".
 - rounds: `learner run-once` as an operator runs it, in an order that tells most first. Every candidate it kept answers
   unseen questions; the win rate over the reference's answers is counted by the taste itself.
+- starts: half of the votes, a round, the other half, and a second round: from the reference again, or from the active
+  policy (`start_from`).
 - shuffles: votes dealt out at random among the comparisons. The signal test sees each; those that pass go through a
   whole round. Nothing should be promoted.
 
@@ -25,10 +27,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, rmtree
 from typing import Any
 
-from pool import TOKENS, Cell, Pair, make_data, make_pool
+from pool import TOKENS, Cell, Pair, cast_rest, make_data, make_pool
 from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 
 from clients.voter import TASTES, Answer
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--only", choices=["rewards", "rounds", "shuffles"])
+    parser.add_argument("--only", choices=["rewards", "rounds", "starts", "shuffles"])
     parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--taste", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -58,6 +60,7 @@ def main() -> None:
     kinds: dict[str, tuple[list[Cell], Callable[[Path, Cell, list[Pair]], dict[str, Any]]]] = {
         "rewards": (reward_cells(), fit_rewards),
         "rounds": (round_cells(), run_cell),
+        "starts": (start_cells(), run_starts),
         "shuffles": (shuffle_cells(), run_shuffle),
     }
     results: dict[str, dict[str, Any]] = {}
@@ -94,6 +97,10 @@ def round_cells() -> list[Cell]:
     order = [(200, 0.1, 0), (1000, 0.1, 0), (200, 0.1, 1), (200, 0.25, 0), (50, 0.1, 0), (200, 0.1, 2)]
     order += [(1000, 0.1, 1), (1000, 0.25, 0), (50, 0.25, 0), (1000, 0.1, 2), (50, 0.1, 1), (50, 0.1, 2)]
     return [Cell(taste, *rest) for rest in order for taste in TASTES]
+
+
+def start_cells() -> list[Cell]:
+    return [Cell(taste, 400, 0.1, seed) for seed in range(3) for taste in TASTES]
 
 
 def shuffle_cells() -> list[Cell]:
@@ -201,23 +208,46 @@ def run_cell(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
     """One round, as an operator runs it, and what came of it on unseen questions."""
     data = work / "cells" / cell.name
     make_data(work, data, cell, pairs)
-    report = run_round(data, cell.seed)
+    result = measured_round(work, data, cell)
+    rmtree(data)
+    return result
+
+
+def run_starts(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
+    """A second round on twice the votes, by where it starts; nothing where the first promoted nothing."""
+    data = work / "cells" / f"{cell.name}-first"
+    make_data(work, data, cell, pairs, cast=cell.votes // 2)
+    first = measured_round(work, data, cell)
+    found: dict[str, Any] = {"first": first, "state": first["state"]}
+    if first["state"] == "promoted":
+        cast_rest(data, cell, pairs, cell.votes // 2)
+        for start in ("reference", "active"):
+            second = work / "cells" / f"{cell.name}-{start}"
+            rmtree(second, ignore_errors=True)
+            copytree(data, second)
+            found[start] = measured_round(work, second, cell, PREFLOOP_PPO__START_FROM=start)
+            rmtree(second)
+    rmtree(data)
+    return found
+
+
+def measured_round(work: Path, data: Path, cell: Cell, **settings: str) -> dict[str, Any]:
+    """One round there, and what its candidates are by the taste."""
+    report = run_round(data, cell.seed, **settings)
     metrics = report["metrics"]
-    result = {
+    return {
         "state": report["state"],
         "sentence": report["sentence"],
         "minutes": round(sum(metrics["seconds"].values()) / 60, 2),
         "metrics": {name: value for name, value in metrics.items() if name != "versions"},
         **process([str(work / "pool"), "--work-dir", str(work), "--evaluate", str(data), "--taste", cell.taste]),
     }
-    rmtree(data)
-    return result
 
 
-def run_round(data: Path, seed: int) -> dict[str, Any]:
+def run_round(data: Path, seed: int, **settings: str) -> dict[str, Any]:
     """`learner run-once`; what it printed."""
     command = ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(seed), "--json"]
-    return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true")
+    return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true", **settings)
 
 
 def process(arguments: list[str]) -> dict[str, Any]:
@@ -237,8 +267,8 @@ def run_json(arguments: list[str], **environment: str) -> dict[str, Any]:
 
 
 def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str, Any]:
-    """The reward model on unseen comparisons; each candidate against the reference on unseen questions, one answer each
-    with the same seeds, wins and half the ties."""
+    """The newest reward model on unseen comparisons; each candidate of the newest round against the reference on unseen
+    questions, one answer each with the same seeds, wins and half the ties."""
     from learner.rollout import set_environment
     from learner.settings import LearnerSettings
 
@@ -251,12 +281,12 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     from server.records import Prompt
 
     found: dict[str, Any] = {}
-    fitted = data / "reward_models" / "rm0001"
-    if fitted.exists():
-        model = RewardModel.load(fitted)
+    if fitted := sorted(data.glob("reward_models/rm*")):
+        model = RewardModel.load(fitted[-1])
         a, b, outcome = unseen(work, pairs, taste)
         found["accuracy"], _ = accuracy(model.scores(a), model.scores(b), outcome)
-    candidates = sorted(data.glob("rounds/*/step-*"))
+    rounds = sorted(data.glob("rounds/*"), key=lambda directory: directory.stat().st_mtime)
+    candidates = sorted(rounds[-1].glob("step-*")) if rounds else []
     if not candidates:
         return found
     reference = data / "policies" / "v0000"

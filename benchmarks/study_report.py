@@ -30,6 +30,7 @@ def page(results: Results) -> Iterator[str]:
     yield "![Reward model accuracy over votes, and win rate over training](study.png)"
     yield from reward_table(list(results["rewards"].values()))
     yield from round_table(list(results["rounds"].values()))
+    yield from start_table(list(results["starts"].values()))
     yield from shuffle_lines(list(results["shuffles"].values()))
 
 
@@ -78,17 +79,11 @@ def round_table(found: list[dict[str, Any]]) -> Iterator[str]:
     yield "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|"
     for one in found:
         cell, rates = one["cell"], one.get("win_rates", {})
-        rate, kl = published(one)
-        interval = ""
-        if rates:
-            low, high = wilson(rate * one["questions"], one["questions"])
-            interval = f" [{low:.2f}, {high:.2f}]" * (one["state"] == "promoted")
         best = f"{max(rates.values()):.2f}" if rates else ""
         yield (
             f"| {cell['taste']} | {cell['votes']} | {cell['flips']:.0%} | {cell['seed']} | "
-            f"{one.get('accuracy', float('nan')):.2f} | {outcome(one)} | {rate:.2f}{interval} | "
-            f"{best} | {kl} | "
-            f"{one['minutes']:.1f} |"
+            f"{one.get('accuracy', float('nan')):.2f} | {outcome(one)} | {win_rate(one)} | {best} | "
+            f"{published(one)[1]} | {one['minutes']:.1f} |"
         )
     groups: dict[tuple[int, float], list[dict[str, Any]]] = defaultdict(list)
     for one in found:
@@ -102,6 +97,37 @@ def round_table(found: list[dict[str, Any]]) -> Iterator[str]:
             f"{votes} votes, {flips:.0%} flipped: mean win rate {mean(rates):.3f}, lowest {min(rates):.2f}, at most "
             f"{max(gaps, default=0.0):.2f} behind the best of its run, {promoted} of {len(cells)} promoted."
         )
+
+
+def start_table(found: list[dict[str, Any]]) -> Iterator[str]:
+    if not found:
+        return
+    yield from ("", "## Where a second round starts", "")
+    yield (
+        "200 votes, a round, 200 more, and a second round on all of them (a tenth flipped): PPO from the reference "
+        "again or from the active policy. Win rates over the reference, of what serves after the round."
+    )
+    yield ""
+    yield "| taste | seed | first round | KL, nats | second from | outcome | win rate | KL, nats | minutes |"
+    yield "|---|---:|---:|---:|---|---|---:|---:|---:|"
+    for one in found:
+        cell, first = one["cell"], one["first"]
+        for start in ("reference", "active"):
+            if second := one.get(start):
+                serving = second if second["state"] == "promoted" else first
+                yield (
+                    f"| {cell['taste']} | {cell['seed']} | {win_rate(first)} | {published(first)[1]} | {start} | "
+                    f"{outcome(second)} | {win_rate(serving)} | {published(serving)[1]} | {second['minutes']:.1f} |"
+                )
+
+
+def win_rate(one: dict[str, Any]) -> str:
+    """Of what a round published, with its 95 % interval."""
+    rate, _ = published(one)
+    if one["state"] != "promoted":
+        return f"{rate:.2f}"
+    low, high = wilson(rate * one["questions"], one["questions"])
+    return f"{rate:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def outcome(one: dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
 """From how many votes on does a reward model that learns its features beat a head on frozen ones?
 
-    python benchmarks/crossover.py MODEL --work-dir DIR [--votes 200 1000] [--tastes short to-you] [--write]
+    python benchmarks/crossover.py MODEL --work-dir DIR [--votes 200 1000] [--tastes short to-you]
 
 Works on the pool of `benchmarks/study.py` (the same --work-dir). A round's votes are split as a round splits them.
 The frozen head is the round's own. The other begins where that ended, with LoRA below it: the adapter starts as zero,
-the head is pulled towards where it began, and both are trained on the same likelihood, an epoch at a time. Measured:
+and both are trained on the same penalised likelihood, an epoch at a time. Measured:
 accuracy against the taste on comparisons of unseen questions, and seconds. Prints one JSON line last.
 """
 
@@ -107,8 +107,8 @@ def epoch(
             losses = votes.choice_weight[part] * choice_loss(log_probs, votes.outcome[part], smoothing)
             (losses.sum() / total).backward()
             optimizer.gather()
-        # The head's prior, as strong as in the frozen fit and shared out over the votes, around where that fit ended.
-        (0.5 * frozen.l2 / len(votes) * (head - frozen.weights).square().sum()).backward()
+        # The prior of the frozen fit, shared out over the votes: the head began at the optimum of both together.
+        (0.5 * frozen.l2 / len(votes) * head.square().sum()).backward()
         optimizer.step(1.0)
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     questions, features, layers = answers_by_question(work, pairs)
     curves: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for taste, seed, strategy in itertools.product(TASTES, range(SEEDS), STRATEGIES):
-        kept = work / "results" / "planner" / f"{taste}-{seed}-{strategy}.json"
+        kept = work / "results" / f"planner-{VOTES}-{BATCH}-{FLIPS}" / f"{taste}-{seed}-{strategy}.json"
         if not kept.exists():
             tested = unseen(work, pairs, taste)
             accuracies = learn(questions, features, layers, tested, taste, seed, strategy)

@@ -9,9 +9,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from server.planner import Chosen
 from server.policy import Policy, Sampling, Stream
 from server.records import Generation
 from server.store import FeedbackStore
@@ -43,15 +42,16 @@ class Answers:
     async def begun(self, begin: Callable[[FeedbackStore], Begun]) -> AsyncIterator[Begun]:
         """Runs `begin`, which stores a turn's responses as being sampled.
 
-        Where the block is left by an error, those that were not sampled by then are stored as cancelled.
+        Where the block is left by an error, those of which nothing is stored by then are stored as failed, or as
+        cancelled where the caller was.
         """
         beginning = asyncio.create_task(self._store(begin))
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settling.add(ended)
         try:
             yield await asyncio.shield(beginning)
-        except BaseException:
-            self._settle(self._cancel(beginning))
+        except BaseException as error:
+            self._settle(self._end(beginning, "failed" if isinstance(error, Exception) else "cancelled"))
             raise
         finally:
             self._settling.discard(ended)
@@ -61,37 +61,28 @@ class Answers:
         self, response_id: str, prompt: list[int], sampling: Sampling, send: Callable[[str], Awaitable[None]]
     ) -> Generation:
         """Samples one answer, sends its text piece by piece, and returns once it is stored."""
-        stream: Stream | None = None
+        stream = await self._policy.sample(prompt, sampling)
         try:
-            stream = await self._policy.sample(prompt, sampling)
             async for text in stream:
                 await send(text)
         finally:
             generation = await asyncio.shield(self._settle(self._finish(response_id, stream)))
         return generation
 
-    async def sample_and_choose(
-        self,
-        response_id: str,
-        prompt: list[int],
-        samplings: list[Sampling],
-        choose: Callable[[list[Generation]], Awaitable[Chosen]],
-    ) -> Generation:
-        """Samples several answers unseen, and returns the one that `choose` names once that is stored."""
+    async def sample_unseen(self, prompt: list[int], sampling: Sampling) -> Generation:
+        """Samples one answer that nobody sees and nothing keeps."""
+        stream = await self._policy.sample(prompt, sampling)
         try:
-            async with asyncio.TaskGroup() as group:
-                sampled = [group.create_task(self._unseen(prompt, sampling)) for sampling in samplings]
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from errors
-        generations = [task.result() for task in sampled]
-        choice = await choose(generations)
-        chosen = generations[choice.index]
-        await asyncio.shield(
-            self._settle(
-                self._store(lambda store: store.finish_response(response_id, chosen, choice.reward_model_version))
-            )
-        )
-        return chosen
+            async for _ in stream:
+                pass
+        finally:
+            generation = await asyncio.shield(self._settle(stream.finish()))
+        return generation
+
+    async def keep(self, response_id: str, generation: Generation, chosen_by: str | None) -> None:
+        """Stores an answer that was sampled unseen, and which reward model chose it; a cancelled caller's, too."""
+        keeping = self._store(lambda store: store.finish_response(response_id, generation, chosen_by))
+        await asyncio.shield(self._settle(keeping))
 
     async def drain(self) -> None:
         """Returns once every answer that was begun is on disk."""
@@ -104,30 +95,19 @@ class Answers:
         settling.add_done_callback(self._settling.discard)
         return settling
 
-    async def _unseen(self, prompt: list[int], sampling: Sampling) -> Generation:
-        stream = await self._policy.sample(prompt, sampling)
+    async def _finish(self, response_id: str, stream: Stream) -> Generation:
         try:
-            async for _ in stream:
-                pass
-        finally:
-            generation = await asyncio.shield(self._settle(stream.finish()))
-        return generation
-
-    async def _finish(self, response_id: str, stream: Stream | None) -> Generation:
-        generation = Generation([], [], "", "error", [])
-        if stream is not None:
-            try:
-                generation = await stream.finish()
-            except Exception:
-                # The caller hears of the engine's end from the stream itself; here it must not cost the answer.
-                log.exception("an answer could not be finished; storing what there is of it")
-                generation = stream.fail()
+            generation = await stream.finish()
+        except Exception:
+            # The caller hears of the engine's end from the stream itself; here it must not cost the answer.
+            log.exception("an answer could not be finished; storing what there is of it")
+            generation = stream.fail()
         await self._store(lambda store: store.finish_response(response_id, generation))
         return generation
 
-    async def _cancel(self, beginning: asyncio.Task[Begun]) -> None:
+    async def _end(self, beginning: asyncio.Task[Begun], status: Literal["failed", "cancelled"]) -> None:
         await asyncio.wait([beginning])
-        # What could not be begun left nothing to cancel.
+        # What could not be begun left nothing to end.
         if beginning.exception() is None:
             response_ids = beginning.result().response_ids
-            await self._store(lambda store: store.cancel_responses(response_ids))
+            await self._store(lambda store: store.end_responses(response_ids, status))

@@ -1,7 +1,7 @@
 """ChatService: one turn at a time per conversation; every answer on disk before its `finished`.
 
 Handlers write to their context instead of yielding, so that a cancelled call is cancelled right here: sampling stops,
-and what there is of the answer is stored with its spans (`server.answers`).
+and what there is of the answers that were streamed is stored with their spans (`server.answers`).
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from server import convert
 from server.answers import Answers, Begun
 from server.identity import user_of
 from server.locks import KeyedLocks
-from server.planner import Chosen, Planner
+from server.planner import Planner
 from server.policy import Policy, Sampling
 from server.prompt import build_prompt
 from server.records import Generation, Response, Slot, Turn
@@ -120,13 +120,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 await write(_compare_started(begun.conversation_id, begun.comparison_id))
                 answers = list(zip(SLOTS, begun.response_ids, samplings, strict=True))
                 try:
-                    async with asyncio.TaskGroup() as both:
-                        if self._planner and sampling.seed is None:
-                            random.shuffle(answers)
-                            streamed = both.create_task(self._candidate(*answers[0], prompt, write))
-                            planned = self._planned_candidate(*answers[1], prompt, write, self._planner, streamed)
-                            both.create_task(planned)
-                        else:
+                    if self._planner and sampling.seed is None:
+                        await self._planned_answers(self._planner, answers, prompt, write)
+                    else:
+                        async with asyncio.TaskGroup() as both:
                             for answer in answers:
                                 both.create_task(self._candidate(*answer, prompt, write))
                 except ExceptionGroup as group:
@@ -200,25 +197,28 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, slot: Slot, response_id: str, sampling: Sampling, prompt: list[int], write: Write
     ) -> Generation:
         def delta(text: str) -> Awaitable[None]:
-            return write(chat_pb2.CompareResponse(delta=chat_pb2.CompareDelta(slot=convert.SLOTS[slot], text=text)))
+            return write(_compare_delta(slot, text))
 
         generation = await self._answers.sample(response_id, prompt, sampling, delta)
         await write(_compare_finished(slot, response_id, generation, prompt))
         return generation
 
-    async def _planned_candidate(
-        self, slot: Slot, response_id: str, sampling: Sampling, prompt: list[int], write: Write,
-        planner: Planner, streamed: asyncio.Task[Generation],
-    ) -> None:  # fmt: skip
-        """Comes whole, once the other answer has ended: which one it is depends on that."""
-
-        async def choose(candidates: list[Generation]) -> Chosen:
-            return await planner.choose(prompt, (await streamed).token_ids, [one.token_ids for one in candidates])
-
-        samplings = [sampling] * (self._settings.compare_candidates - 1)
-        generation = await self._answers.sample_and_choose(response_id, prompt, samplings, choose)
-        delta = chat_pb2.CompareDelta(slot=convert.SLOTS[slot], text=generation.text)
-        await write(chat_pb2.CompareResponse(delta=delta))
+    async def _planned_answers(
+        self, planner: Planner, answers: list[tuple[Slot, str, Sampling]], prompt: list[int], write: Write
+    ) -> None:
+        """One answer is streamed; the other comes whole, chosen when all have ended. Which of them is A is random."""
+        streamed, (slot, response_id, sampling) = random.sample(answers, 2)
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(self._candidate(*streamed, prompt, write))
+            unseen = [
+                group.create_task(self._answers.sample_unseen(prompt, sampling))
+                for _ in range(self._settings.compare_candidates - 1)
+            ]
+        candidates = [task.result() for task in unseen]
+        chosen = await planner.choose(prompt, first.result().token_ids, [one.token_ids for one in candidates])
+        generation = candidates[chosen.index]
+        await self._answers.keep(response_id, generation, chosen.reward_model_version)
+        await write(_compare_delta(slot, generation.text))
         await write(_compare_finished(slot, response_id, generation, prompt))
 
     # What went before
@@ -250,8 +250,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         await write(_compare_started(comparison.conversation_id, comparison.id))
         slots: list[tuple[Slot, Response]] = [("A", comparison.a), ("B", comparison.b)]
         for slot, response in slots:
-            delta = chat_pb2.CompareDelta(slot=convert.SLOTS[slot], text=response.text)
-            await write(chat_pb2.CompareResponse(delta=delta))
+            await write(_compare_delta(slot, response.text))
             await write(_compare_finished(slot, response.id, _generation(response), response.prompt_token_ids))
 
 
@@ -299,6 +298,10 @@ def _chat_finished(generation: Generation, prompt: list[int], version: str) -> c
 def _compare_started(conversation_id: str, comparison_id: str) -> chat_pb2.CompareResponse:
     started = chat_pb2.CompareStarted(conversation_id=conversation_id, comparison_id=comparison_id)
     return chat_pb2.CompareResponse(started=started)
+
+
+def _compare_delta(slot: Slot, text: str) -> chat_pb2.CompareResponse:
+    return chat_pb2.CompareResponse(delta=chat_pb2.CompareDelta(slot=convert.SLOTS[slot], text=text))
 
 
 def _compare_finished(

@@ -15,6 +15,12 @@ from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+OPTIONS = [
+    # A proxy set for the network must not carry what users asked, nor can it reach this machine's own loopback.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+]
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -28,34 +34,40 @@ class Planner:
     """Chooses by the scores of the service at `address`, waiting for them at most `seconds`."""
 
     def __init__(self, address: str, seconds: float) -> None:
-        self._channel = grpc.aio.insecure_channel(address)
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._scoring = scoring_pb2_grpc.ScoringServiceStub(self._channel)
         self._seconds = seconds
-        self._silent = False
+        self._complaint = ""
 
     async def choose(self, prompt: list[int], first: list[int], candidates: list[list[int]]) -> Chosen:
-        """The candidate to show beside `first`; all are token ids."""
+        """The candidate to show beside `first`; all are token ids. Whatever becomes of the service, there is one."""
         request = scoring_pb2.ScoreCandidatesRequest(
             prompt_token_ids=prompt,
             candidates=[scoring_pb2.Candidate(token_ids=token_ids) for token_ids in [first, *candidates]],
         )
         try:
             response = await self._scoring.ScoreCandidates(request, timeout=self._seconds)
+            one, *others = [list(score.member_scores) for score in response.scores]
+            disputes = [dispute(one, other) for other in others]
+            if len(disputes) != len(candidates):
+                raise ValueError(f"{len(candidates) + 1} answers were sent and {len(response.scores)} scores came")
         except grpc.aio.AioRpcError as error:
-            # Once, not with every comparison.
-            if not self._silent:
-                log.warning("no scores, so any two answers are compared: %s %s", error.code().name, error.details())
-            self._silent = True
-            return Chosen(0, None)
-        if self._silent:
-            log.info("scores again, by %s", response.reward_model_version)
-        self._silent = False
-        one, *others = [list(score.member_scores) for score in response.scores]
-        disputes = [dispute(one, other) for other in others]
-        return Chosen(disputes.index(max(disputes)), response.reward_model_version)
+            self._complain(f"{error.code().name} {error.details()}")
+        except Exception as error:
+            self._complain(f"unreadable: {error}")
+        else:
+            self._complain("")
+            return Chosen(disputes.index(max(disputes)), response.reward_model_version)
+        return Chosen(0, None)
 
     async def close(self) -> None:
         await self._channel.close()
+
+    def _complain(self, complaint: str) -> None:
+        # Once, not with every comparison.
+        if complaint != self._complaint:
+            log.warning("comparisons: %s", f"any two, for want of scores: {complaint}" if complaint else "chosen again")
+        self._complaint = complaint
 
 
 def dispute(one: list[float], other: list[float]) -> float:

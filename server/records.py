@@ -76,6 +76,11 @@ class Comparison:
     continued_with: Slot | None
     create_time: float
 
+    @property
+    def unless_chosen(self) -> Slot:
+        """What a conversation goes on with when its user does not choose: A, or B where A came to nothing."""
+        return "B" if self.b.text and not self.a.text else "A"
+
 
 @dataclass(frozen=True)
 class Feedback:
@@ -110,8 +115,9 @@ class Turn:
         if self.dropped:
             return None
         if self.comparison:
-            # An open comparison goes on with A as soon as there is a next message.
-            slot = "A" if self.comparison.state == "open" else self.comparison.continued_with
+            # An open comparison is gone on from as soon as there is a next message.
+            open_ = self.comparison.state == "open"
+            slot = self.comparison.unless_chosen if open_ else self.comparison.continued_with
             chosen = {"A": self.comparison.a, "B": self.comparison.b}.get(slot) if slot else None
             return (chosen and chosen.text) or None
         return (self.response and self.response.text) or None

@@ -15,7 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from server.database import Database, Row
 from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
@@ -266,14 +266,15 @@ class FeedbackStore:
                     },
                 )
 
-    def cancel_responses(self, response_ids: Sequence[str]) -> None:
-        """Marks those that nothing was sampled of; the others stay as they are."""
+    def end_responses(self, response_ids: Sequence[str], status: Literal["failed", "cancelled"]) -> None:
+        """Marks those that nothing was stored of; the others stay as they are."""
+        reason = {"failed": "error", "cancelled": "cancelled"}[status]
         with self._db.write():
             for response_id in response_ids:
                 self._db.execute(
-                    "UPDATE responses SET status = 'cancelled', finish_reason = 'cancelled', "
-                    "finish_time = unixepoch('subsec') WHERE id = ? AND status = 'streaming'",
-                    [response_id],
+                    "UPDATE responses SET status = ?, finish_reason = ?, finish_time = unixepoch('subsec') "
+                    "WHERE id = ? AND status = 'streaming'",
+                    [status, reason, response_id],
                 )
 
     def fail_interrupted_responses(self, replica_id: str) -> int:
@@ -298,13 +299,15 @@ class FeedbackStore:
         return comparison
 
     def skip_open_comparisons(self, conversation_id: str) -> None:
-        """The user goes on without a choice: with A."""
+        """The user goes on without a choice: with A, or with B where A came to nothing."""
         with self._db.write():
-            self._db.execute(
-                "UPDATE comparisons SET state = 'skipped', continued_with = 'A' "
-                "WHERE conversation_id = ? AND state = 'open'",
-                [conversation_id],
-            )
+            for row in self._db.rows(
+                "SELECT id FROM comparisons WHERE conversation_id = ? AND state = 'open'", [conversation_id]
+            ):
+                self._db.execute(
+                    "UPDATE comparisons SET state = 'skipped', continued_with = ? WHERE id = ?",
+                    [self._comparisons([row["id"]])[row["id"]].unless_chosen, row["id"]],
+                )
 
     # Feedback
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,8 @@ def scores(live: LiveServer) -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "learner.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    impatience = threading.Timer(120, process.kill)
+    impatience.start()
     try:
         said = next((line for line in process.stdout or [] if line.startswith("serving scores on ")), "")
         assert said
@@ -119,18 +122,23 @@ def scores(live: LiveServer) -> Iterator[str]:
     finally:
         process.terminate()
         assert process.wait(30) == 0
+        impatience.cancel()
 
 
 def test_the_newest_reward_model_chooses_what_is_compared(live: LiveServer) -> None:
     """After the test above, which leaves a reward model."""
+    store = FeedbackStore.open(live.data_dir)
+    newest = store.registry.newest_reward_model()
+    if newest is None:
+        pytest.skip("there is no reward model: no round has run")
     with scores(live) as address:
         assert live.stop() == 0
         live.start(PREFLOOP_SCORING_ADDRESS=address, PREFLOOP_SCORING_SECONDS="60")
         with Client(live.address, user="planned") as client:
-            comparison_id, a, b = compare(client, "What is a lighthouse for?", max_tokens=16)
-            assert a.text and b.text
-    store = FeedbackStore.open(live.data_dir)
-    comparison = store.comparison("planned", comparison_id)
+            comparison_id, _, _ = compare(client, "What is a lighthouse for?", max_tokens=16)
+        comparison = store.comparison("planned", comparison_id)
+        assert {comparison.a.chosen_by, comparison.b.chosen_by} == {None, newest.version}
+        assert sorted([comparison.a.temperature, comparison.b.temperature]) == [0.7, 1.0]
     store.close()
-    assert {comparison.a.chosen_by, comparison.b.chosen_by} == {None, "rm0001"}
-    assert sorted([comparison.a.temperature, comparison.b.temperature]) == [0.7, 1.0]
+    assert live.stop() == 0
+    live.start()

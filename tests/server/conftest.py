@@ -54,10 +54,12 @@ async def running_server(tmp_path: Path, **flags: Any) -> AsyncIterator[Running]
     )
     app, policy = App(settings, store), FakePolicy()
     await app.start(policy)
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
-        yield Running(policy, store, app, tmp_path, channel)
-    await app.stop(0)
-    await store.close()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+            yield Running(policy, store, app, tmp_path, channel)
+    finally:
+        await app.stop(0)
+        await store.close()
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ class FakeStream:
             yield self._said[-1] + " "
 
     async def finish(self) -> Generation:
+        self._policy.finished += 1
         if self._policy.dies:
             raise EngineDeadError
         done = len(self._said) == len(self._words)
@@ -64,6 +65,8 @@ class FakePolicy:
         self.go_on = asyncio.Event()
         self.dies = False
         self.bad: set[str] = set()
+        # Streams that `finish` was asked of: each that was sampled, once, or the engine goes on for nobody.
+        self.finished = 0
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.encoded: list[list[dict[str, str]]] = []

@@ -22,23 +22,28 @@ OPINIONS = {1: [0.0, 0.0], 2: [3.0, 3.0], 3: [-2.0, 2.0], 4: [-3.0, -3.0]}
 
 
 class Opinions(scoring_pb2_grpc.ScoringServiceServicer):
-    """Says what OPINIONS say; `holds` forever while that is set."""
+    """Says what OPINIONS say, or what it is told to."""
 
     def __init__(self) -> None:
         self.asked: list[scoring_pb2.ScoreCandidatesRequest] = []
+        self.asking = asyncio.Event()
         self.holds = False
-        self.refuses = False
+        self.refusal = ""
+        self.forgets = 0
 
     async def ScoreCandidates(
         self, request: scoring_pb2.ScoreCandidatesRequest, context: Any
     ) -> scoring_pb2.ScoreCandidatesResponse:
         self.asked.append(request)
-        if self.refuses:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "There is no reward model yet: run a round first.")
+        self.asking.set()
+        if self.refusal:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refusal)
         if self.holds:
             await asyncio.Event().wait()
         scores = [scoring_pb2.CandidateScore(member_scores=OPINIONS[len(one.token_ids)]) for one in request.candidates]
-        return scoring_pb2.ScoreCandidatesResponse(reward_model_version="rm0007", scores=scores)
+        return scoring_pb2.ScoreCandidatesResponse(
+            reward_model_version="rm0007", scores=scores[: len(scores) - self.forgets]
+        )
 
 
 @asynccontextmanager
@@ -67,13 +72,13 @@ def shown(events: list[Any]) -> set[str]:
     return {event.finished.text for event in events if event.WhichOneof("event") == "finished"}
 
 
+async def stored(running: Running, query: str) -> list[Any]:
+    return await running.store(lambda store: list(store._db.rows(query)))
+
+
 async def answers(running: Running) -> dict[str, str | None]:
     """The responses in the store, and which reward model chose them."""
-
-    def read(store: Any) -> list[Any]:
-        return list(store._db.rows("SELECT text, chosen_by FROM responses"))
-
-    return {row["text"]: row["chosen_by"] for row in await running.store(read)}
+    return {row["text"]: row["chosen_by"] for row in await stored(running, "SELECT text, chosen_by FROM responses")}
 
 
 async def test_the_answer_that_the_members_dispute_most_is_shown_beside_the_first(tmp_path: Path) -> None:
@@ -101,29 +106,45 @@ async def test_either_slot_is_streamed_first(tmp_path: Path) -> None:
         assert len(service.asked) == 30
 
 
-async def test_without_scores_any_answer_is_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_without_scores_any_answer_is_shown_and_the_log_says_why_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with planning(tmp_path) as (running, service):
-        service.refuses = True
-        for _ in range(2):
+        for service.refusal, service.forgets in (("no reward model", 0), ("no reward model", 0), ("", 1), ("", 0)):
             running.policy.answers = ["one", "one two", "one two three", "one two three four"]
-            assert shown(await compare(running)) == {"one ", "one two "}
-        assert await answers(running) == {"one ": None, "one two ": None}
-        assert [record.message for record in caplog.records if record.name == "server.planner"] == [
-            "no scores, so any two answers are compared: FAILED_PRECONDITION There is no reward model yet: run a round "
-            "first."
-        ]
+            chosen = "one two three " if (service.refusal, service.forgets) == ("", 0) else "one two "
+            assert shown(await compare(running)) == {"one ", chosen}
+        assert len(service.asked) == 4
+    said = [record.getMessage() for record in caplog.records if record.name == "server.planner"]
+    assert said == [
+        "comparisons: any two, for want of scores: FAILED_PRECONDITION no reward model",
+        "comparisons: any two, for want of scores: unreadable: 4 answers were sent and 3 scores came",
+        "comparisons: chosen again",
+    ]
 
 
 async def test_scores_that_do_not_come_in_time_are_not_waited_for(tmp_path: Path) -> None:
-    async with planning(tmp_path, seconds=0.05) as (running, service):
+    async with planning(tmp_path, seconds=0.5) as (running, service), asyncio.timeout(20):
         service.holds = True
         assert shown(await compare(running)) == {"one ", "one two "}
+        assert len(service.asked) == 1
+        assert await answers(running) == {"one ": None, "one two ": None}
 
 
-async def test_a_service_that_is_down_costs_nothing() -> None:
-    planner = Planner("127.0.0.1:1", 30.0)
-    assert await planner.choose([1], [2], [[3], [4]]) == Chosen(0, None)
+async def test_a_service_that_is_down_is_not_waited_for() -> None:
+    planner = Planner("127.0.0.1:1", 300.0)
+    async with asyncio.timeout(20):
+        assert await planner.choose([1], [2], [[3], [4]]) == Chosen(0, None)
     await planner.close()
+
+
+async def test_what_users_asked_goes_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    async with opinions() as (service, address):
+        planner = Planner(address, 30.0)
+        assert await planner.choose([5], [1], [[1, 2], [1, 2, 3]]) == Chosen(1, "rm0007")
+        await planner.close()
+        assert len(service.asked) == 1
 
 
 async def test_a_request_with_a_seed_repeats_and_is_not_planned(tmp_path: Path) -> None:
@@ -133,19 +154,26 @@ async def test_a_request_with_a_seed_repeats_and_is_not_planned(tmp_path: Path) 
         assert service.asked == []
 
 
-async def test_a_caller_that_leaves_while_answers_are_chosen_leaves_none_open(tmp_path: Path) -> None:
-    async with planning(tmp_path) as (running, _):
-        running.policy.hold_after = 1
-        running.policy.answers = ["one two", "one two", "one two", "one two"]
+@pytest.mark.parametrize("while_", ["sampled", "scored"])
+async def test_a_caller_that_leaves_leaves_nothing_running_or_open(tmp_path: Path, while_: str) -> None:
+    async with planning(tmp_path) as (running, service):
+        if while_ == "sampled":
+            running.policy.hold_after = 1
+            running.policy.answers = ["one two"] * 4
+        service.holds = True
         call = running.chat.Compare(chat_pb2.CompareRequest(message="hello"), metadata=ANN)
-        await running.policy.holding.wait()
+        conversation_id = (await call.read()).started.conversation_id
+        await (running.policy.holding if while_ == "sampled" else service.asking).wait()
         call.cancel()
-        await running.app.stop(0)
-
-        def read(store: Any) -> list[str]:
-            return [row["status"] for row in store._db.rows("SELECT status FROM responses")]
-
-        assert await running.store(read) == ["cancelled", "cancelled"]
+        await running.chat.Chat(  # Waits for the turn before it to end.
+            chat_pb2.ChatRequest(message="go on", conversation_id=conversation_id), metadata=ANN
+        ).read()
+        assert running.policy.finished == 4
+        rows = await stored(running, "SELECT text, status FROM responses ORDER BY create_time LIMIT 2")
+        streamed = ("one ", "cancelled") if while_ == "sampled" else ("one ", "finished")
+        assert {(row["text"], row["status"]) for row in rows} == {streamed, ("", "cancelled")}
+        # What was read of the one answer is what the model goes on from, whichever slot it has.
+        assert {"role": "assistant", "content": "one "} in running.policy.encoded[-1]
 
 
 async def test_an_engine_that_dies_ends_the_comparison(tmp_path: Path) -> None:
@@ -153,6 +181,8 @@ async def test_an_engine_that_dies_ends_the_comparison(tmp_path: Path) -> None:
         running.policy.dies = True
         request = chat_pb2.CompareRequest(message="hello")
         assert await failure(running.chat.Compare(request, metadata=ANN)) == grpc.StatusCode.UNAVAILABLE
+        await running.app.stop(0)
+        assert [row["status"] for row in await stored(running, "SELECT status FROM responses")] == ["failed", "failed"]
 
 
 def test_members_that_agree_dispute_nothing() -> None:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from server.policy import Policy, Sampling, Stream
 from server.records import Generation
@@ -42,16 +42,15 @@ class Answers:
     async def begun(self, begin: Callable[[FeedbackStore], Begun]) -> AsyncIterator[Begun]:
         """Runs `begin`, which stores a turn's responses as being sampled.
 
-        Where the block is left by an error, those of which nothing is stored by then are stored as failed, or as
-        cancelled where the caller was.
+        Where the block is left by an error, those of which nothing is stored by then are stored as cancelled.
         """
         beginning = asyncio.create_task(self._store(begin))
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settling.add(ended)
         try:
             yield await asyncio.shield(beginning)
-        except BaseException as error:
-            self._settle(self._end(beginning, "failed" if isinstance(error, Exception) else "cancelled"))
+        except BaseException:
+            self._settle(self._cancel(beginning))
             raise
         finally:
             self._settling.discard(ended)
@@ -105,9 +104,9 @@ class Answers:
         await self._store(lambda store: store.finish_response(response_id, generation))
         return generation
 
-    async def _end(self, beginning: asyncio.Task[Begun], status: Literal["failed", "cancelled"]) -> None:
+    async def _cancel(self, beginning: asyncio.Task[Begun]) -> None:
         await asyncio.wait([beginning])
-        # What could not be begun left nothing to end.
+        # What could not be begun left nothing to cancel.
         if beginning.exception() is None:
             response_ids = beginning.result().response_ids
-            await self._store(lambda store: store.end_responses(response_ids, status))
+            await self._store(lambda store: store.cancel_responses(response_ids))

@@ -15,7 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from server.database import Database, Row
 from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
@@ -266,15 +266,14 @@ class FeedbackStore:
                     },
                 )
 
-    def end_responses(self, response_ids: Sequence[str], status: Literal["failed", "cancelled"]) -> None:
+    def cancel_responses(self, response_ids: Sequence[str]) -> None:
         """Marks those that nothing was stored of; the others stay as they are."""
-        reason = {"failed": "error", "cancelled": "cancelled"}[status]
         with self._db.write():
             for response_id in response_ids:
                 self._db.execute(
-                    "UPDATE responses SET status = ?, finish_reason = ?, finish_time = unixepoch('subsec') "
-                    "WHERE id = ? AND status = 'streaming'",
-                    [status, reason, response_id],
+                    "UPDATE responses SET status = 'cancelled', finish_reason = 'cancelled', "
+                    "finish_time = unixepoch('subsec') WHERE id = ? AND status = 'streaming'",
+                    [response_id],
                 )
 
     def fail_interrupted_responses(self, replica_id: str) -> int:

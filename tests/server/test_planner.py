@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from server.planner import Chosen, Planner, dispute
 from server.settings import ServerSettings
 from tests.server.conftest import Running, running_server
-from tests.server.test_rpcs import ANN, compare, failure
+from tests.server.test_rpcs import ANN, chat, compare, failure
 
 # By an answer's number of tokens, what two members say of it. Beside "one" (0, 0) they agree that two words are better
 # and four are worse; on three they disagree.
@@ -165,10 +165,10 @@ async def test_a_caller_that_leaves_leaves_nothing_running_or_open(tmp_path: Pat
         conversation_id = (await call.read()).started.conversation_id
         await (running.policy.holding if while_ == "sampled" else service.asking).wait()
         call.cancel()
-        await running.chat.Chat(  # Waits for the turn before it to end.
-            chat_pb2.ChatRequest(message="go on", conversation_id=conversation_id), metadata=ANN
-        ).read()
-        assert running.policy.finished == 4
+        running.policy.hold_after = None
+        # Waits for the turn before it to end.
+        await chat(running, "go on", conversation_id=conversation_id)
+        assert (len(running.policy.samplings), running.policy.finished) == (5, 5)
         rows = await stored(running, "SELECT text, status FROM responses ORDER BY create_time LIMIT 2")
         streamed = ("one ", "cancelled") if while_ == "sampled" else ("one ", "finished")
         assert {(row["text"], row["status"]) for row in rows} == {streamed, ("", "cancelled")}
@@ -182,7 +182,8 @@ async def test_an_engine_that_dies_ends_the_comparison(tmp_path: Path) -> None:
         request = chat_pb2.CompareRequest(message="hello")
         assert await failure(running.chat.Compare(request, metadata=ANN)) == grpc.StatusCode.UNAVAILABLE
         await running.app.stop(0)
-        assert [row["status"] for row in await stored(running, "SELECT status FROM responses")] == ["failed", "failed"]
+        rows = await stored(running, "SELECT status FROM responses ORDER BY status")
+        assert [row["status"] for row in rows] == ["cancelled", "failed"]
 
 
 def test_members_that_agree_dispute_nothing() -> None:

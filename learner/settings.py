@@ -30,7 +30,7 @@ class RewardSettings(BaseModel):
         4, ge=1, description="How often the penalty's choice is cross-validated anew and averaged."
     )
     signal_votes: int = Field(
-        2_000, ge=20, description="Votes of the signal test at most, drawn by conversation: enough for any signal."
+        1_000, ge=20, description="Votes of the signal test at most, drawn by conversation: enough for any signal."
     )
     signal_l2: Positive = Field(1.0, description="The signal test's penalty, fixed.")
     signal_folds: int = Field(10, ge=2, description="The signal test's folds.")

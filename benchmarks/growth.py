@@ -62,6 +62,8 @@ def grow(data: Path, votes: int) -> None:
     store = FeedbackStore.open(data)
     have = store.count_votes()
     store.close()
+    if have > votes:
+        sys.exit(f"{data} has {have:,} votes already: it can only grow, so begin in an empty --work-dir.")
     db = Database(str(data / "prefloop.db"))
     for start in range(have, votes, BATCH):
         numbers = range(start, min(start + BATCH, votes))

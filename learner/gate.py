@@ -56,8 +56,9 @@ def fit_judge(
     generator: torch.Generator,
 ) -> Judge:
     """From judge votes on answers with features (N, F)."""
-    standard = standardise(features)
-    basis = fitting.span_basis(standard[votes.answers])
+    voted, votes = votes.voted(features)
+    standard = standardise(voted)
+    basis = fitting.span_basis(standard)
     reduced = standard @ basis
     point = fitting.fit(reduced, votes, torch.tensor([l2]), label_smoothing)
     many = fitting.bootstrap(reduced, votes, l2, label_smoothing, refits, generator)

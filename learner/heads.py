@@ -45,11 +45,12 @@ class Votes:
     def __len__(self) -> int:
         return len(self.a) + len(self.thumb)
 
-    @property
-    def answers(self) -> Tensor:
-        """Rows of the responses that were voted on, each once."""
-        rows: Tensor = torch.cat([self.a, self.b, self.response]).unique()
-        return rows
+    def voted(self, features: Tensor) -> tuple[Tensor, "Votes"]:
+        """(D, F) features, out of (N, F), of the responses that were voted on, each once, and these votes as indices
+        into them. A fit scores every response that it is given; the others would cost as much as these."""
+        rows = torch.cat([self.a, self.b, self.response]).unique()
+        a, b, response = (torch.searchsorted(rows, index) for index in (self.a, self.b, self.response))
+        return features[rows], replace(self, a=a, b=b, response=response)
 
     @property
     def groups(self) -> int:

@@ -116,16 +116,16 @@ def fit_reward_model(
     features: Tensor, votes: Votes, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
 ) -> RewardModel:
     """The score that `votes` ask for, on features (N, F) of the answers; its penalty chosen by cross-validation."""
-    voted = votes.answers
-    scaling = standardiser(features[voted], len(layers))
-    standard = scaling(features)
-    basis = fitting.span_basis(standard[voted])
+    voted, votes = votes.voted(features)
+    scaling = standardiser(voted, len(layers))
+    standard = scaling(voted)
+    basis = fitting.span_basis(standard)
     reduced = standard @ basis
     l2 = choose_l2(reduced, votes, settings, generator)
     head = fitting.fit(reduced, votes, torch.tensor([l2]), settings.label_smoothing)
     members = fitting.bootstrap(reduced, votes, l2, settings.label_smoothing, settings.members, generator)
     weights = basis @ head.weights[0]
-    low, high = torch.quantile(standard[voted] @ weights, torch.tensor([TAIL, 1 - TAIL])).tolist()
+    low, high = torch.quantile(standard @ weights, torch.tensor([TAIL, 1 - TAIL])).tolist()
     return RewardModel(
         layers=layers,
         standardiser=scaling,
@@ -147,9 +147,10 @@ def test_signal(
     features: Tensor, votes: Votes, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
 ) -> SignalTest:
     """Whether `votes` say anything that features (N, F) of the answers can predict, before a model is fitted."""
-    standard = standardiser(features[votes.answers], len(layers))(features)
+    voted, votes = votes.voted(features)
+    standard = standardiser(voted, len(layers))(voted)
     return fitting.signal_test(
-        standard @ fitting.span_basis(standard[votes.answers]),
+        standard @ fitting.span_basis(standard),
         votes,
         settings.signal_l2,
         settings.label_smoothing,

@@ -209,3 +209,16 @@ def test_one_users_share_is_capped_where_there_are_enough_users() -> None:
     assert weights[users == 7].tolist() == pytest.approx([1.0] * 10, abs=1e-4)
     # Two users cannot both be under a twentieth.
     assert vote_weights(torch.zeros(3), torch.tensor([0, 0, 1]), 90, 0.1, 0.05).tolist() == [1, 1, 1]
+
+
+def test_a_fit_is_given_the_answers_that_were_voted_on_and_no_others() -> None:
+    votes = Votes(
+        a=torch.tensor([7, 2]), b=torch.tensor([4, 7]), outcome=torch.tensor([A, B]),
+        temperature_difference=torch.zeros(2), choice_weight=torch.ones(2), choice_group=torch.tensor([0, 1]),
+        response=torch.tensor([9]), thumb=torch.tensor([1.0]), user=torch.tensor([0]), thumb_weight=torch.ones(1),
+        thumb_group=torch.tensor([0]), users=1,
+    )  # fmt: skip
+    features, voted = votes.voted(torch.arange(10.0)[:, None])
+    assert features.tolist() == [[2.0], [4.0], [7.0], [9.0]]
+    assert (voted.a.tolist(), voted.b.tolist(), voted.response.tolist()) == ([2, 0], [1, 2], [3])
+    assert (voted.outcome.tolist(), voted.users) == ([A, B], 1)

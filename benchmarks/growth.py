@@ -5,8 +5,9 @@
 One store grows from size to size: comparisons of 64-token answers, each with a vote, written to the real tables. At
 every size a process of its own does what a round does first: count the votes, take the snapshot, make the dataset,
 read the prompts, test for a signal, fit the reward model and the judge. Features are random numbers; everything else
-is real. A round takes the newest `max_votes` votes (20,000): `--all` lifts that, to show what it saves. Prints one
-JSON line last; `--write` makes docs/benchmarks/growth.md.
+is real. A round takes the newest `max_votes` votes (20,000): `--all` lifts that, to show what it saves. Each size is
+written down as it ends, and a killed benchmark goes on. Prints one JSON line last; `--write` makes
+docs/benchmarks/growth.md.
 """
 
 import argparse
@@ -43,10 +44,13 @@ def main() -> None:
         return
     results: dict[str, dict[int, Any]] = {"limited": {}, "all": {}}
     for votes in sorted(arguments.votes):
-        grow(data, votes)
         for mode in ["limited"] + ["all"] * (arguments.all and votes <= 100_000):
-            found = results[mode][votes] = measured(arguments.work_dir, mode)
-            print(f"{mode} {votes}: {json.dumps(found)}", file=sys.stderr, flush=True)
+            kept = arguments.work_dir / f"{mode}-{votes}.json"
+            if not kept.exists():
+                grow(data, votes)
+                kept.write_text(json.dumps(measured(arguments.work_dir, mode)))
+                print(f"{mode} {votes}: {kept.read_text()}", file=sys.stderr, flush=True)
+            results[mode][votes] = json.loads(kept.read_text())
     if arguments.write:
         REPORT.write_text(page(results), encoding="utf-8")
     print(json.dumps({"benchmark": "growth", "results": results}))

@@ -19,13 +19,15 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from kept import kept
 
 TOKENS, PROMPT, FEATURES = 64, 40, 2881
 LAYERS = (1, 2, 3, 4, 5)
 BATCH = 20_000
-SECONDS = 1200
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "growth.md"
 STAGES = ("count", "snapshot", "dataset", "prompts", "signal", "fit", "judge")
 
@@ -45,12 +47,8 @@ def main() -> None:
     results: dict[str, dict[int, Any]] = {"limited": {}, "all": {}}
     for votes in sorted(arguments.votes):
         for mode in ["limited"] + ["all"] * (arguments.all and votes <= 100_000):
-            kept = arguments.work_dir / f"{mode}-{votes}.json"
-            if not kept.exists():
-                grow(data, votes)
-                kept.write_text(json.dumps(measured(arguments.work_dir, mode)))
-                print(f"{mode} {votes}: {kept.read_text()}", file=sys.stderr, flush=True)
-            results[mode][votes] = json.loads(kept.read_text())
+            path = arguments.work_dir / f"{mode}-{votes}.json"
+            results[mode][votes] = kept(path, partial(measured, arguments.work_dir, mode, votes))
     if arguments.write:
         REPORT.write_text(page(results), encoding="utf-8")
     print(json.dumps({"benchmark": "growth", "results": results}))
@@ -107,8 +105,9 @@ def rows(table: str, numbers: range) -> Iterator[dict[str, Any]]:
             yield {"seq": n + 1, "action": "submit", "feedback_id": f"fb_{n}", "comment": "", **vote}
 
 
-def measured(work: Path, mode: str) -> dict[str, Any]:
-    """In a process of its own, with its peak memory."""
+def measured(work: Path, mode: str, votes: int) -> dict[str, Any]:
+    """A store of so many votes, read in a process of its own, with its peak memory."""
+    grow(work / "data", votes)
     command = [sys.executable, __file__, "--work-dir", str(work), "--measure", mode]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout

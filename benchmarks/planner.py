@@ -23,10 +23,12 @@ import random
 import sys
 from collections import defaultdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from kept import kept
 from pool import CHOICES, REPEATS, Pair, make_pool
 from study import accuracy, features_of, unseen
 
@@ -47,16 +49,12 @@ def main() -> None:
     work = arguments.work_dir.resolve()
     pairs = make_pool(arguments.model, work, lambda line: print(line, file=sys.stderr))
     questions, features, layers = answers_by_question(work, pairs)
+    tested = {taste: unseen(work, pairs, taste) for taste in TASTES}
     curves: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for taste, seed, strategy in itertools.product(TASTES, range(SEEDS), STRATEGIES):
-        kept = work / "results" / f"planner-{VOTES}-{BATCH}-{FLIPS}" / f"{taste}-{seed}-{strategy}.json"
-        if not kept.exists():
-            tested = unseen(work, pairs, taste)
-            accuracies = learn(questions, features, layers, tested, taste, seed, strategy)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(accuracies))
-            print(f"{taste} {seed} {strategy}: {accuracies}", file=sys.stderr, flush=True)
-        curves[taste][strategy].append(json.loads(kept.read_text()))
+        path = work / "results" / f"planner-{VOTES}-{BATCH}-{FLIPS}" / f"{taste}-{seed}-{strategy}.json"
+        run = partial(learn, questions, features, layers, tested[taste], taste, seed, strategy)
+        curves[taste][strategy].append(kept(path, run))
     if arguments.write:
         REPORT.write_text(page(curves), encoding="utf-8")
     print(json.dumps({"benchmark": "planner", "curves": curves}))

@@ -26,10 +26,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from shutil import copytree, rmtree
 from typing import Any
 
+from kept import kept
 from pool import TOKENS, Cell, Pair, cast_rest, make_data, make_pool
 from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 
@@ -67,19 +69,18 @@ def main() -> None:
     for kind, (cells, run) in kinds.items():
         results[kind] = {}
         for cell in cells:
-            kept = work / "results" / kind / f"{cell.name}.json"
-            if not kept.exists() and arguments.only in (None, kind) and time.monotonic() < end:
-                result = run(work, cell, pairs)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps({"cell": asdict(cell), **result}))
-                say(f"{kind} {cell.name}: {json.dumps({k: v for k, v in result.items() if not isinstance(v, dict)})}")
-            if kept.exists():
-                results[kind][cell.name] = json.loads(kept.read_text())
+            path = work / "results" / kind / f"{cell.name}.json"
+            if path.exists() or (arguments.only in (None, kind) and time.monotonic() < end):
+                results[kind][cell.name] = kept(path, partial(with_cell, run, work, cell, pairs))
     if arguments.write:
         from study_report import write_report
 
         write_report(results)
     print(json.dumps({"benchmark": "study", "results": results}))
+
+
+def with_cell(run: Callable[..., dict[str, Any]], work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
+    return {"cell": asdict(cell), **run(work, cell, pairs)}
 
 
 def reward_cells() -> list[Cell]:

@@ -1,0 +1,19 @@
+"""Results that are written down as they come, so that a killed benchmark goes on behind the last one."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What is in `path`; made, said and written there, whole or not at all, where nothing is."""
+    if not path.exists():
+        text = json.dumps(make())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_suffix(".partial")
+        staging.write_text(text)
+        staging.rename(path)
+        print(f"{path.parent.name} {path.stem}: {text[:400]}", file=sys.stderr, flush=True)
+    return json.loads(path.read_text())

@@ -218,8 +218,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         chosen = await planner.choose(prompt, first.result().token_ids, [one.token_ids for one in candidates])
         generation = candidates[chosen.index]
         await self._answers.keep(response_id, generation, chosen.reward_model_version)
-        await write(_compare_delta(slot, generation.text))
-        await write(_compare_finished(slot, response_id, generation, prompt))
+        await _write_whole(write, slot, response_id, generation, prompt)
 
     # What went before
 
@@ -250,8 +249,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         await write(_compare_started(comparison.conversation_id, comparison.id))
         slots: list[tuple[Slot, Response]] = [("A", comparison.a), ("B", comparison.b)]
         for slot, response in slots:
-            await write(_compare_delta(slot, response.text))
-            await write(_compare_finished(slot, response.id, _generation(response), response.prompt_token_ids))
+            await _write_whole(write, slot, response.id, _generation(response), response.prompt_token_ids)
 
 
 def _open_conversation(store: FeedbackStore, user: str, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest) -> str:
@@ -298,6 +296,11 @@ def _chat_finished(generation: Generation, prompt: list[int], version: str) -> c
 def _compare_started(conversation_id: str, comparison_id: str) -> chat_pb2.CompareResponse:
     started = chat_pb2.CompareStarted(conversation_id=conversation_id, comparison_id=comparison_id)
     return chat_pb2.CompareResponse(started=started)
+
+
+async def _write_whole(write: Write, slot: Slot, response_id: str, generation: Generation, prompt: list[int]) -> None:
+    await write(_compare_delta(slot, generation.text))
+    await write(_compare_finished(slot, response_id, generation, prompt))
 
 
 def _compare_delta(slot: Slot, text: str) -> chat_pb2.CompareResponse:

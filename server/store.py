@@ -300,12 +300,13 @@ class FeedbackStore:
     def skip_open_comparisons(self, conversation_id: str) -> None:
         """The user goes on without a choice: with A, or with B where A came to nothing."""
         with self._db.write():
-            for row in self._db.rows(
+            rows = self._db.rows(
                 "SELECT id FROM comparisons WHERE conversation_id = ? AND state = 'open'", [conversation_id]
-            ):
+            )
+            for comparison in self._comparisons(row["id"] for row in rows).values():
                 self._db.execute(
                     "UPDATE comparisons SET state = 'skipped', continued_with = ? WHERE id = ?",
-                    [self._comparisons([row["id"]])[row["id"]].unless_chosen, row["id"]],
+                    [comparison.unless_chosen, comparison.id],
                 )
 
     # Feedback

@@ -116,7 +116,7 @@ class GateSettings(BaseModel):
     keep_candidates: bool = Field(False, description="Keep every candidate's weights in the round's directory.")
     signal_p: Share = Field(0.05, description="The signal test's level.")
     confidence: float = Field(
-        0.9, gt=0, lt=1, description="Of the win rate's two-sided interval; at 0.9 its lower end is a 95 % bound."
+        0.9, gt=0.5, lt=1, description="Of the win rate's two-sided interval; at 0.9 its lower end is a 95 % bound."
     )
     length_range: tuple[float, float] = Field((0.25, 2.0), description="Mean length, in the incumbent's.")
     empty_margin: Share = Field(0.05, description="How much more often than the incumbent's an answer may be empty.")

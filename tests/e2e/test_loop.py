@@ -23,7 +23,7 @@ from tests.e2e.conftest import LiveServer
 
 pytestmark = pytest.mark.e2e
 
-COMPARISONS = 90
+COMPARISONS = 150
 SMALL = {
     # A learner that is killed keeps the next one waiting this long.
     "PREFLOOP_LEASE_SECONDS": "3",
@@ -37,9 +37,9 @@ SMALL = {
     "PREFLOOP_REWARD__PERMUTATIONS": "20",
     "PREFLOOP_REWARD__REFERENCE_ANSWERS": "16",
     "PREFLOOP_GATE__SIGNAL_P": "1",
-    "PREFLOOP_GATE__PROMPTS": "16",
+    "PREFLOOP_GATE__PROMPTS": "32",
     "PREFLOOP_GATE__REFITS": "100",
-    "PREFLOOP_GATE__CONFIDENCE": "0.01",
+    "PREFLOOP_GATE__CONFIDENCE": "0.501",
     "PREFLOOP_GATE__LENGTH_RANGE": "[0.01, 4]",
     "PREFLOOP_GATE__EMPTY_MARGIN": "1",
     "PREFLOOP_GATE__REPETITION_MARGIN": "1",

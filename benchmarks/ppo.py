@@ -100,7 +100,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     """`count` updates; the seconds of each stage are means over them."""
-    from learner.memory import keep_freed_memory
+    from learner.process import keep_freed_memory
     from learner.rollout import set_environment
     from learner.settings import LearnerSettings, PPOSettings
 

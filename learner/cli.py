@@ -1,7 +1,9 @@
 """The command `learner`: flags to settings to a call. Heavy imports wait until a command runs."""
 
 import json
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -16,6 +18,9 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Turns votes into a better policy."
 )
 
+# What a shell says of a program that Ctrl-C ended.
+STOPPED = 130
+
 DataDir = Annotated[Optional[Path], typer.Option(help="Everything that is kept. Default: ./data.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
@@ -27,17 +32,21 @@ def run_once(
     train: Annotated[Optional[str], typer.Option(help="`lora` (default) or `full`.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="PPO steps at most.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Of every random draw. Default: 0.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait while another learner is at work.")] = False,
 ) -> None:
     """Run one round, or go on with one that was stopped: fit, improve, judge, publish, activate.
 
-    Every setting is also a PREFLOOP_* variable or in prefloop.toml. Ends with 0 where there was nothing to learn."""
+    Every setting is also a PREFLOOP_* variable or in prefloop.toml. Ends with 0 where there was nothing to learn.
+    SIGTERM and Ctrl-C stop it where the next run goes on."""
     ppo = {name: value for name, value in {"train": train, "steps": steps}.items() if value is not None}
     settings = _settings(data_dir=data_dir, ppo=ppo or None, seed=seed)
-    from learner.memory import keep_freed_memory
+    from learner.process import give_way, keep_freed_memory
     from learner.rollout import set_environment
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     set_environment(settings)
     keep_freed_memory()
+    give_way(settings.nice, settings.threads)
     from dataclasses import asdict
 
     from rich.console import Console
@@ -47,7 +56,10 @@ def run_once(
     from learner.round import run_once as run
 
     try:
-        report = run(settings, Stages())
+        report = run(settings, Stages(), wait=wait)
+    except KeyboardInterrupt:
+        typer.echo("learner: Stopped. The next `learner run-once` goes on from here.", err=True)
+        raise SystemExit(STOPPED) from None
     except ServiceError as error:
         _fail(str(error))
     except Exception as error:
@@ -62,6 +74,52 @@ def run_once(
     if as_json:
         print(json.dumps(asdict(report)))
     sys.stdout.flush()
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="As v0007; a rejected one may be promoted, too.")],
+    data_dir: DataDir = None,
+    reason: Annotated[str, typer.Option(help="Kept with the version's history.")] = "",
+) -> None:
+    """Make a version the active one, whatever the gate said of it; who did it and when is kept."""
+    settings = _settings_with_data(data_dir)
+    from learner.operation import promote as move
+
+    _say(lambda: move(settings, version, reason))
+
+
+@app.command()
+def rollback(
+    version: Annotated[Optional[str], typer.Argument(help="Default: the one that was active before.")] = None,
+    data_dir: DataDir = None,
+    reason: Annotated[str, typer.Option(help="Kept with the version's history.")] = "",
+) -> None:
+    """Go back to a version that was active before; who did it and when is kept."""
+    settings = _settings_with_data(data_dir)
+    from learner.operation import rollback as move
+
+    _say(lambda: move(settings, version, reason))
+
+
+@app.command()
+def trace(
+    version: Annotated[Optional[str], typer.Argument(help="As v0007.")] = None,
+    vote: Annotated[Optional[str], typer.Option(help="A feedback id instead: which versions it went into.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Show which votes and which reward model made a version, or which versions a vote went into."""
+    settings = _settings_with_data(data_dir)
+    if (version is None) == (vote is None):
+        _fail("Give a version, or --vote with a feedback id.")
+    from learner.trace import trace_version, trace_vote
+
+    def show() -> str:
+        found = trace_vote(settings.data_dir, vote) if vote else trace_version(settings.data_dir, str(version))
+        return json.dumps(found.record) if as_json else "\n".join(found.lines)
+
+    _say(show)
 
 
 @app.command()
@@ -120,17 +178,18 @@ def schedule(
     cron: Annotated[
         Optional[str], typer.Option(help="Five cron fields. Default: 0 3 * * *, every night at three.")
     ] = None,
+    every: Annotated[Optional[float], typer.Option(help="Minutes between rounds, instead of --cron.")] = None,
 ) -> None:
     """Run a round whenever the clock says so, each in a process of its own, until stopped."""
-    settings = _settings(data_dir=data_dir, schedule_cron=cron)
-    from learner.schedule import run_scheduler
+    when = {name: value for name, value in {"cron": cron, "interval_minutes": every}.items() if value is not None}
+    settings = _settings(data_dir=data_dir, schedule=when or None)
+    from learner.schedule import RoundScheduler
 
     try:
-        run_scheduler(settings.schedule_cron, settings.data_dir)
+        scheduler = RoundScheduler(settings.schedule, settings.data_dir, typer.echo)
     except ValueError as error:
-        _fail(f"--cron {settings.schedule_cron!r} is not a cron line: {error}.")
-    except (KeyboardInterrupt, SystemExit):
-        return
+        _fail(f"--cron {settings.schedule.cron!r} is not a cron line: {error}.")
+    scheduler.run()
 
 
 def _settings(**flags: Any) -> "LearnerSettings":
@@ -151,6 +210,13 @@ def _settings_with_data(data_dir: Path | None) -> "LearnerSettings":
     if not (settings.data_dir / "prefloop.db").exists():
         _fail(f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` first.")
     return settings
+
+
+def _say(sentence: Callable[[], str]) -> None:
+    try:
+        typer.echo(sentence())
+    except ServiceError as error:
+        _fail(str(error))
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -14,18 +14,20 @@ from learner.features import TokenPair
 from learner.heads import Votes, vote_weights
 from learner.likelihood import BOTH_BAD, TIE, A, B
 from learner.settings import RewardSettings
-from server.records import Response, Snapshot
+from server.records import Response, Side, Snapshot
 
 OUTCOMES = {"A": A, "B": B, "TIE": TIE, "BOTH_BAD": BOTH_BAD}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """All votes of a snapshot over `answers`; `judges` (groups,) is True for conversations that judge."""
+    """All votes of a snapshot over `answers`; `judges` (groups,) is True for conversations that judge. `feedback_ids`
+    are the votes' own, choices and corrections first, then thumbs."""
 
     answers: list[TokenPair]
     votes: Votes
     judges: Tensor
+    feedback_ids: list[str]
 
     @property
     def train(self) -> Votes:
@@ -36,6 +38,13 @@ class Dataset:
     def judge(self) -> Votes:
         """The votes that only ever judge."""
         return select(self.votes, self.judges)
+
+    @property
+    def sides(self) -> list[tuple[str, Side]]:
+        """Each vote's feedback id and its side."""
+        groups = torch.cat([self.votes.choice_group, self.votes.thumb_group])
+        sides: list[Side] = ["judge" if judges else "train" for judges in self.judges[groups].tolist()]
+        return list(zip(self.feedback_ids, sides, strict=True))
 
 
 def is_judge(conversation_id: str, judge_share: float) -> bool:
@@ -98,7 +107,7 @@ def to_dataset(
     def user(name: str) -> int:
         return users.setdefault(name, len(users))
 
-    # a, b, outcome, temperature difference, group, user, time
+    # a, b, outcome, temperature difference, group, user, time, feedback id
     choices = [
         (
             row(v.a),
@@ -108,6 +117,7 @@ def to_dataset(
             group(v.a),
             user(v.user),
             v.create_time,
+            v.feedback_id,
         )
         for v in snapshot.choices
         if v.a.token_ids and v.b.token_ids
@@ -121,17 +131,18 @@ def to_dataset(
             group(v.response),
             user(v.user),
             v.create_time,
+            v.feedback_id,
         )
         for v in snapshot.corrections
         if v.response.token_ids
     ]
     thumbs = [
-        (row(v.response), float(v.value), group(v.response), user(v.user), v.create_time)
+        (row(v.response), float(v.value), group(v.response), user(v.user), v.create_time, v.feedback_id)
         for v in snapshot.thumbs
         if v.response.token_ids
     ]
-    choice_columns = list(zip(*choices, strict=True)) if choices else [()] * 7
-    thumb_columns = list(zip(*thumbs, strict=True)) if thumbs else [()] * 5
+    choice_columns = list(zip(*choices, strict=True)) if choices else [()] * 8
+    thumb_columns = list(zip(*thumbs, strict=True)) if thumbs else [()] * 6
     voters = torch.tensor([*choice_columns[5], *thumb_columns[3]], dtype=torch.long)
     ages = (now - torch.tensor([*choice_columns[6], *thumb_columns[4]], dtype=torch.float64)) / 86400
     weights = vote_weights(
@@ -156,4 +167,4 @@ def to_dataset(
         users=max(len(users), 1),
     )
     judges = torch.tensor([is_judge(c, judge_share) for c in conversations], dtype=torch.bool)
-    return Dataset(pairs, votes, judges)
+    return Dataset(pairs, votes, judges, [*choice_columns[7], *thumb_columns[5]])

@@ -4,6 +4,7 @@ A learner that was killed keeps others out for `seconds` at most, so the next on
 One that was stopped for longer and comes back finds its writes fenced off.
 """
 
+import math
 import os
 import socket
 import threading
@@ -21,10 +22,12 @@ NAME = "learner"
 
 
 @contextmanager
-def learner_lease(store: FeedbackStore, data_dir: Path, seconds: float) -> Iterator[Lease | None]:
-    """The lease, or None where another learner holds it."""
+def learner_lease(
+    store: FeedbackStore, data_dir: Path, seconds: float, *, wait: bool = False
+) -> Iterator[Lease | None]:
+    """The lease, or None where another learner holds it; with `wait`, as soon as none does."""
     holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-    lease = _acquire(store, holder, seconds)
+    lease = _acquire(store, holder, seconds, wait)
     if lease is None:
         yield None
         return
@@ -39,8 +42,8 @@ def learner_lease(store: FeedbackStore, data_dir: Path, seconds: float) -> Itera
         store.registry.release_lease(lease)
 
 
-def _acquire(store: FeedbackStore, holder: str, seconds: float) -> Lease | None:
-    deadline = time.monotonic() + seconds + 1
+def _acquire(store: FeedbackStore, holder: str, seconds: float, wait: bool) -> Lease | None:
+    deadline = math.inf if wait else time.monotonic() + seconds + 1
     while (lease := store.registry.acquire_lease(NAME, holder, seconds)) is None:
         if time.monotonic() > deadline:
             return None

@@ -25,7 +25,7 @@ def why_not(store: FeedbackStore, snapshot: Snapshot, settings: LearnerSettings)
     votes = len(snapshot.choices) + len(snapshot.thumbs) + len(snapshot.corrections)
     if votes == 0:
         return "There are no votes yet; nothing was changed."
-    last = next((r for r in store.registry.rounds() if r.state in ("promoted", "rejected")), None)
+    last = store.registry.last_learned()
     if last and last.watermark == snapshot.watermark:
         return f"There are no new votes since {last.id} ({last.state}); nothing was changed."
     if votes < settings.min_votes:

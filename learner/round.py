@@ -7,6 +7,7 @@ failed and the served policy stays what it was.
 """
 
 import json
+import math
 from contextlib import closing
 from dataclasses import asdict
 from typing import Literal
@@ -24,40 +25,45 @@ from learner.progress import Stages
 from learner.publishing import activate, publish
 from learner.refusals import no_candidate, too_few_prompts, too_little, why_not
 from learner.report import Report
+from learner.retention import prune
 from learner.reward_model import RewardModel
 from learner.rollout import draw_seed, set_environment
 from learner.settings import LearnerSettings
 from learner.training import StepFigures, train
 from learner.versions import versions
 from learner.workspace import Workspace, json_safe, nan_for_none, spread
-from server.records import Lease
+from server.records import Lease, Round
 from server.store import FeedbackStore
 
 
-def run_once(settings: LearnerSettings, stages: Stages) -> Report:
-    """Runs or resumes one round."""
+def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False) -> Report:
+    """Runs or resumes one round; with `wait`, after another learner that is at work."""
     if not (settings.data_dir / "prefloop.db").exists():
         return Report("nothing", f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` and vote.")
     store = FeedbackStore.open(settings.data_dir)
     try:
-        with learner_lease(store, settings.data_dir, settings.lease_seconds) as lease:
+        with learner_lease(store, settings.data_dir, settings.lease_seconds, wait=wait) as lease:
             if lease is None:
                 return Report("nothing", "Another learner is at work on this data directory; nothing was done.")
-            return _run_or_resume(store, lease, settings, stages)
+            report = _run_or_resume(store, lease, settings, stages)
+            prune(store, settings.data_dir, settings.keep_versions, fence=lease)
+            return report
     finally:
         store.close()
 
 
 def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings, stages: Stages) -> Report:
-    current = store.registry.running_round()
+    current = resumable(store, lease, settings.max_resumes, stages)
     if current:
         stages.console.print(f"going on with {current.id} after its stage {current.stage}", highlight=False)
         # The settings the round began with, where it is done, when it is resumed.
         started_with = {**current.settings, "data_dir": settings.data_dir}
         settings = LearnerSettings(**started_with)
-        snapshot = store.snapshot(current.watermark, settings.max_votes)
-    else:
-        snapshot = store.snapshot(limit=settings.max_votes)
+    snapshot = store.snapshot(current.watermark if current else None, settings.max_votes)
+    if settings.skip_rolled_back:
+        before = current.create_time if current else math.inf
+        snapshot = snapshot.without(store.lineage.rolled_back(before))
+    if current is None:
         if reason := why_not(store, snapshot, settings):
             return Report("nothing", reason)
         current = store.registry.create_round(
@@ -69,6 +75,10 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
     work = Workspace(store, lease, settings, stages, current, snapshot)
     try:
         return run(work)
+    except KeyboardInterrupt:
+        # Asked to stop: what is on disk is where the next run goes on.
+        store.registry.stop_round(current.id, fence=lease)
+        raise
     except Exception as error:
         # The job's boundary: recorded, the served policy untouched, and raised for whoever started it.
         store.registry.finish_round(current.id, "failed", reason=f"{type(error).__name__}: {error}", fence=lease)
@@ -76,6 +86,19 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
         raise
     finally:
         work.close()
+
+
+def resumable(store: FeedbackStore, lease: Lease, max_resumes: int, stages: Stages) -> Round | None:
+    """The round to go on with. One that was killed too often is given up, so that others may run."""
+    current = store.registry.running_round()
+    if current is None:
+        return None
+    if current.attempts > max_resumes:
+        reason = f"It was killed {current.attempts} times, last after its stage {current.stage}."
+        store.registry.finish_round(current.id, "failed", reason=reason, fence=lease)
+        stages.console.print(f"{current.id} is given up: {reason}", highlight=False)
+        return None
+    return store.registry.resume_round(current.id, fence=lease)
 
 
 def run(work: Workspace) -> Report:
@@ -115,6 +138,7 @@ def load_feedback(work: Workspace) -> Dataset:
             "held_out": len(work.prompts.held_out),
             "own": work.prompts.own,
         }
+        work.store.lineage.set_round_votes(work.round.id, dataset.sides, fence=work.lease)
         work.record("snapshot", {"votes": votes, "prompts": prompts, "versions": versions()})
     return dataset
 

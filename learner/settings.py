@@ -4,10 +4,11 @@ Names shared with the server (`data_dir`, `service_temperature`, ...) are the se
 `[reward]`, `[ppo]`, `[gate]`, in variables `PREFLOOP_PPO__STEPS=12`.
 """
 
+from datetime import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 CONFIG_FILE = "prefloop.toml"
@@ -114,13 +115,57 @@ class GateSettings(BaseModel):
         4, ge=1, description="Candidates at most: the last, the one before, and twice as far back each time."
     )
     keep_candidates: bool = Field(False, description="Keep every candidate's weights in the round's directory.")
-    signal_p: Share = Field(0.05, description="The signal test's level.")
+    signal_p: Share = Field(
+        0.02,
+        description="The signal test's level: of rounds on votes that say nothing, at most this share can promote.",
+    )
     confidence: float = Field(
         0.9, gt=0.5, lt=1, description="Of the win rate's two-sided interval; at 0.9 its lower end is a 95 % bound."
     )
     length_range: tuple[float, float] = Field((0.25, 2.0), description="Mean length, in the incumbent's.")
     empty_margin: Share = Field(0.05, description="How much more often than the incumbent's an answer may be empty.")
     repetition_margin: Share = Field(0.15, description="How much more than the incumbent it may repeat its 4-grams.")
+
+
+class ScheduleSettings(BaseModel):
+    """When `learner schedule` starts a round. Times are local."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cron: str = Field("0 3 * * *", description="Five cron fields.")
+    interval_minutes: float | None = Field(
+        None, gt=0, description="A round every this many minutes; where it is set, `cron` is not looked at."
+    )
+    min_new_votes: int = Field(1, ge=0, description="Fewer votes since the last round start none.")
+    quiet_hours: str = Field("", description="As `07:00-23:00`: no round starts in them, one that is due waits.")
+    retry_minutes: Positive = Field(
+        5.0, description="A failed round is tried again after this long, after twice as long the next time, and so on."
+    )
+    retries: int = Field(4, ge=0, description="How often a failed round is tried again before its next regular time.")
+
+    @field_validator("quiet_hours")
+    @classmethod
+    def _hours(cls, hours: str) -> str:
+        if hours:
+            quiet_hours(hours)
+        return hours
+
+
+def quiet_hours(hours: str) -> tuple[time, time]:
+    """Start and end of hours such as 22:00-07:00. Raises ValueError for what are none."""
+    try:
+        start, end = (time.fromisoformat(part.strip()) for part in hours.split("-"))
+    except ValueError as error:
+        raise ValueError(f"{hours!r} are no hours; 22:00-07:00 are") from error
+    return start, end
+
+
+def quiet(hours: str, now: time) -> bool:
+    """Whether `now` is in the hours; never, where there are none."""
+    if not hours:
+        return False
+    start, end = quiet_hours(hours)
+    return start <= now < end if start <= end else now >= start or now < end
 
 
 class LearnerSettings(BaseSettings):
@@ -144,6 +189,9 @@ class LearnerSettings(BaseSettings):
     )
     min_votes: int = Field(40, ge=1, description="Fewer votes start no round.")
     max_votes: int = Field(20_000, ge=100, description="A round learns from the newest votes, this many at most.")
+    skip_rolled_back: bool = Field(
+        False, description="Leave out votes on answers of versions that were rolled back, until they serve again."
+    )
     max_prompts: int = Field(
         20_000, ge=100, description="Prompts are those of the newest responses, this many of them at most."
     )
@@ -151,14 +199,30 @@ class LearnerSettings(BaseSettings):
         24, ge=8, description="Prompts to train on, and to hold out, that users' are topped up to by the project's own."
     )
     seed: int = Field(0, ge=0, description="Of every random draw.")
+    max_resumes: int = Field(5, ge=0, description="A round that was killed more often than this is given up as failed.")
+    keep_versions: int = Field(
+        8,
+        ge=1,
+        description="Versions whose weights are kept beside the reference, the active one and the one before it.",
+    )
+    nice: int = Field(10, ge=0, le=19, description="How far a round steps back behind other processes.")
+    threads: int = Field(0, ge=0, description="Threads of a round's own computing; 0: one for each core.")
     lease_seconds: Positive = Field(30.0, description="How long a killed learner keeps others out.")
     load_timeout_seconds: Positive = Field(
         120.0, description="How long to wait for a live server to load a new version."
     )
-    schedule_cron: str = Field("0 3 * * *", description="When `learner schedule` starts a round.")
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="When rounds start by themselves.")
     reward: RewardSettings = Field(default_factory=RewardSettings, description="How votes become a score.")
     ppo: PPOSettings = Field(default_factory=PPOSettings, description="How the policy is improved.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What a candidate must show.")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "LearnerSettings":
+        if self.gate.signal_p * (1 + self.reward.permutations) <= 1:
+            raise ValueError(
+                f"gate.signal_p {self.gate.signal_p:g} cannot be undercut with {self.reward.permutations} permutations"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

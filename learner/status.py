@@ -24,8 +24,7 @@ def _status(store: FeedbackStore) -> dict[str, Any]:
     except NotFoundError:
         return {"lines": [("served", "nothing: no server has started here yet")]}
     replicas = store.registry.replicas()
-    rounds = store.registry.rounds()
-    learned = next((r for r in rounds if r.state in ("promoted", "rejected")), None)
+    learned = store.registry.last_learned()
     votes = store.count_votes()
     waiting = store.count_votes(after=learned.watermark) if learned else votes
     served = f"{active.version} should be served; " + (

@@ -9,6 +9,7 @@ import gc
 import logging
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -24,16 +25,17 @@ from server.follower import Follower
 from server.identity import LOOPBACK
 from server.planner import Planner
 from server.policies import PolicyService
-from server.policy import Policy, VllmPolicy
+from server.policy import Policy
 from server.reference import prepare_reference
-from server.registry import REFERENCE
 from server.settings import ServerSettings
 from server.status import EdgeInterceptor
 from server.store_thread import StoreThread
 from server.validation import validator
+from server.vllm_policy import VllmPolicy
 
 log = logging.getLogger(__name__)
 
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = [
     descriptor.services_by_name[name].full_name
     for descriptor, name in (
@@ -81,8 +83,7 @@ class App:
         await self._follower.converge()
         self._following = asyncio.create_task(self._follower.run())
         await self._server.start()
-        for service in ["", *SERVICES]:
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._watching = asyncio.create_task(self._tell_health(policy))
 
     async def stop(self, grace: float) -> None:
         """Refuses new calls, lets open streams run on for `grace` seconds, stores what was cut off."""
@@ -91,9 +92,20 @@ class App:
         await self._chat.drain()
         if self._planner:
             await self._planner.close()
-        self._following.cancel()
-        await asyncio.wait([self._following])
+        for task in (self._following, self._watching):
+            task.cancel()
+        await asyncio.wait([self._following, self._watching])
         await self._follower.close()
+
+    async def _tell_health(self, policy: Policy) -> None:
+        """SERVING for as long as the engine is alive."""
+        told = None
+        while True:
+            if policy.alive != told:
+                told = policy.alive
+                for service in ["", *SERVICES]:
+                    await self._health.set(service, SERVING if told else NOT_SERVING)
+            await asyncio.sleep(self._settings.poll_seconds)
 
     def _bind(self) -> int:
         try:
@@ -132,7 +144,7 @@ async def _serve(
     await store(lambda store: store.registry.register_reference())
     say("starting the engine")
     # Always from the reference: compiled code is cached by the model's path. The active version is swapped in.
-    policy = VllmPolicy(start_engine(settings, directory), REFERENCE, directory, keep_kv=settings.keep_kv_on_swap)
+    policy = VllmPolicy(partial(start_engine, settings, directory), directory, keep_kv=settings.keep_kv_on_swap)
     try:
         await policy.start()
         await app.start(policy)

@@ -156,6 +156,7 @@ def policy(record: records.Policy) -> policy_pb2.Policy:
         activate_time=timestamp(record.activate_time) if record.activate_time else None,
         reason=record.reason,
         reference_version=record.reference_version,
+        prune_time=timestamp(record.prune_time) if record.prune_time else None,
     )
 
 

@@ -14,6 +14,7 @@ import pysqlite3.dbapi2 as sqlite3
 import sqlite_utils
 
 from server.errors import DataDirectoryError
+from server.failpoints import failpoint
 from server.migrations import known_migrations, migrations
 
 BUSY_TIMEOUT_MS = 10_000
@@ -85,7 +86,9 @@ class Database:
             if self._lost:
                 raise self._lost
             if self._db.conn.in_transaction:
+                failpoint("commit")
                 self._db.conn.execute("COMMIT")
+                failpoint("committed")
         except BaseException:
             self._db.rollback()
             raise

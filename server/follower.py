@@ -1,4 +1,4 @@
-"""Makes this server serve what the store's pointer says, and tells the store what it serves.
+"""Makes this server serve what the store's pointer says, and tells the store what it serves. Revives a dead engine.
 
 A version that cannot be loaded is marked failed, the pointer goes back to what is loaded here, and the reason stands in
 the store and on the RPC that asked.
@@ -41,6 +41,8 @@ class Follower:
         while True:
             # The second boundary where errors end: a follower that stops would leave the server behind for good.
             try:
+                if not self._policy.alive:
+                    await self._revive()
                 if await self.converge():
                     next_heartbeat = 0.0
                 if loop.time() >= next_heartbeat:
@@ -82,6 +84,11 @@ class Follower:
         await self._report()
         if self._policy.version != version:
             raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} was replaced meanwhile.")
+
+    async def _revive(self) -> None:
+        log.error("the engine died; starting it again with %s", self._policy.version)
+        async with self._converging:
+            await self._policy.revive()
 
     async def close(self) -> None:
         """This server no longer serves anything."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import ManifestError
+from server.failpoints import failpoint
 
 MANIFEST = "manifest.json"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -91,7 +92,9 @@ def publish(staging: Path, final: Path) -> None:
     for name in [*_files(staging), *([MANIFEST] if (staging / MANIFEST).exists() else [])]:
         _sync(staging / name)
     _sync(staging)
+    failpoint("rename")
     staging.rename(final)
+    failpoint("renamed")
     _sync(final.parent)
 
 
@@ -117,6 +120,7 @@ def _sha256(path: Path) -> str:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        failpoint("fsync")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -211,3 +211,23 @@ def m003_policies(db: Database) -> None:
 def m004_planned_answers(db: Database) -> None:
     """Which reward model chose a comparison's second answer among several; null where none did."""
     _run(db, "ALTER TABLE responses ADD COLUMN chosen_by TEXT")
+
+
+@migrations()
+def m005_lineage(db: Database) -> None:
+    """Which votes a round learned from, how the pointer moved, what was pruned, and how often a round was begun."""
+    _run(
+        db,
+        """
+        CREATE TABLE round_votes (
+            round_id TEXT NOT NULL REFERENCES rounds (id),
+            feedback_id TEXT NOT NULL,
+            side TEXT NOT NULL CHECK (side IN ('train', 'judge')),
+            PRIMARY KEY (round_id, feedback_id)
+        ) STRICT, WITHOUT ROWID;
+        CREATE INDEX round_votes_by_feedback ON round_votes (feedback_id);
+        ALTER TABLE pointer_events ADD COLUMN action TEXT NOT NULL DEFAULT 'activate';
+        ALTER TABLE policies ADD COLUMN prune_time REAL;
+        ALTER TABLE rounds ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+        """,
+    )

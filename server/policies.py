@@ -8,7 +8,7 @@ from server import convert
 from server.errors import FailedPreconditionError
 from server.follower import Follower
 from server.identity import user_of
-from server.records import Policy
+from server.records import PointerAction, Policy
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
 
@@ -57,10 +57,11 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             return store.registry.active_policy().version, store.registry.previous_version()
 
         active, previous = await self._store(versions)
-        if previous is None:
+        target = request.version or previous
+        if target is None:
             raise FailedPreconditionError("NOTHING_TO_ROLL_BACK", f"No version was active before {active}.")
         # Compare-and-set: two operators who press the button at once go back one step, not two.
-        policy = await self._activate(previous, user_of(context), f"rolled back from {active}", active)
+        policy = await self._activate(target, user_of(context), f"rolled back from {active}", active, "rollback")
         return policy_pb2.RollbackPolicyResponse(policy=convert.policy(policy))
 
     async def ListRounds(self, request: policy_pb2.ListRoundsRequest, context: Any) -> policy_pb2.ListRoundsResponse:
@@ -71,13 +72,15 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         more = convert.page_token([page[-1].id]) if len(found) > size else ""
         return policy_pb2.ListRoundsResponse(rounds=[convert.round_(record) for record in page], next_page_token=more)
 
-    async def _activate(self, version: str, actor: str, reason: str, expected: str | None) -> Policy:
+    async def _activate(
+        self, version: str, actor: str, reason: str, expected: str | None, action: PointerAction = "activate"
+    ) -> Policy:
         # Unknown versions first: NOT_FOUND says more than a directory that cannot be loaded.
         await self._store(lambda store: store.registry.policy(version))
         await self._follower.activate(
             version,
             lambda store: store.registry.activate_policy(
-                version, actor=actor, reason=reason, expected_active_version=expected
+                version, actor=actor, action=action, reason=reason, expected_active_version=expected
             ),
         )
         return await self._store(lambda store: store.registry.policy(version))

@@ -1,7 +1,7 @@
 """What the store hands out: frozen records, free of SQL and of protobuf."""
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Slot = Literal["A", "B"]
@@ -9,6 +9,9 @@ Choice = Literal["A", "B", "TIE", "BOTH_BAD"]
 Kind = Literal["thumb", "choice", "correction", "demonstration"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Status = Literal["streaming", "finished", "cancelled", "failed"]
+# How the pointer came to move: by a round's gate or an RPC, by an operator's word, back, or off what cannot be loaded.
+PointerAction = Literal["activate", "promote", "rollback", "fail"]
+Side = Literal["train", "judge"]
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,21 @@ class Snapshot:
     def __len__(self) -> int:
         return len(self.choices) + len(self.thumbs) + len(self.corrections) + len(self.demonstrations)
 
+    def without(self, versions: set[str]) -> "Snapshot":
+        """The same less every vote on an answer with a token of one of these policy versions."""
+        if not versions:
+            return self
+
+        def kept(*responses: Response) -> bool:
+            return not any(span.policy_version in versions for response in responses for span in response.spans)
+
+        return replace(
+            self,
+            choices=[vote for vote in self.choices if kept(vote.a, vote.b)],
+            thumbs=[vote for vote in self.thumbs if kept(vote.response)],
+            corrections=[vote for vote in self.corrections if kept(vote.response)],
+        )
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -221,6 +239,8 @@ class Policy:
     reason: str
     create_time: float
     activate_time: float | None
+    # When its directory was removed; the record stays.
+    prune_time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -251,6 +271,37 @@ class Round:
     reason: str
     create_time: float
     finish_time: float | None
+    # How often it was begun or gone on with, less how often it stopped because it was asked to.
+    attempts: int = 1
+
+
+@dataclass(frozen=True)
+class PointerEvent:
+    """The pointer moved to `version`."""
+
+    seq: int
+    version: str
+    previous_version: str | None
+    action: PointerAction
+    actor: str
+    reason: str
+    create_time: float
+
+
+@dataclass(frozen=True)
+class FeedbackEvent:
+    """One thing that happened to a vote; `value` is None where its content was deleted."""
+
+    seq: int
+    action: Literal["submit", "retract", "delete"]
+    feedback_id: str
+    user: str
+    kind: Kind
+    response_id: str | None
+    comparison_id: str | None
+    value: str | None
+    comment: str | None
+    create_time: float
 
 
 @dataclass(frozen=True)

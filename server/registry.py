@@ -11,7 +11,7 @@ from typing import Any, Literal
 from server.database import Database, Row
 from server.errors import ConflictError, FailedPreconditionError, NotFoundError
 from server.ids import new_id
-from server.records import Lease, Policy, Replica, RewardModel, Round
+from server.records import Lease, PointerAction, Policy, Replica, RewardModel, Round
 
 REFERENCE = "v0000"
 
@@ -63,7 +63,7 @@ class Registry:
     ) -> Policy:
         """Records a version whose directory is published. Registering it again changes nothing."""
         with self._db.write():
-            self._check_fence(fence)
+            check_fence(self._db, fence)
             if not self._db.row("SELECT 1 FROM policies WHERE version = ?", [version]):
                 self._db.insert(
                     "policies",
@@ -108,7 +108,8 @@ class Registry:
         """The version that was active before the active one and could be loaded, or None."""
         rows = self._db.rows(
             "SELECT e.version FROM pointer_events e JOIN policies p USING (version), pointer "
-            "WHERE p.state = 'retired' AND e.version != pointer.version ORDER BY e.seq DESC LIMIT 1"
+            "WHERE p.state = 'retired' AND p.prune_time IS NULL AND e.version != pointer.version "
+            "ORDER BY e.seq DESC LIMIT 1"
         )
         return str(rows[0]["version"]) if rows else None
 
@@ -117,6 +118,7 @@ class Registry:
         version: str,
         *,
         actor: str,
+        action: PointerAction = "activate",
         reason: str = "",
         expected_active_version: str | None = None,
         fence: Lease | None = None,
@@ -124,18 +126,25 @@ class Registry:
         """Moves the pointer. Activating the active version changes nothing.
 
         Raises NotFoundError, ConflictError where another version is active than expected, and
-        FailedPreconditionError for a version that an engine could not load.
+        FailedPreconditionError for a version that an engine could not load, whose directory is gone, or, of a
+        rollback, that was never active.
         """
         with self._db.write():
-            self._check_fence(fence)
+            check_fence(self._db, fence)
             policy, active = self.policy(version), self.active_policy()
             if expected_active_version is not None and active.version != expected_active_version:
                 raise ConflictError(f"{active.version} is active, not {expected_active_version}; nothing was changed.")
-            if policy.state == "failed":
+            if policy.state == "failed" and action != "promote":
                 raise FailedPreconditionError("POLICY_FAILED", f"{version} could not be loaded before: {policy.reason}")
+            if policy.prune_time is not None:
+                raise FailedPreconditionError("POLICY_PRUNED", f"{version} was pruned: its weights are gone.")
             if version == active.version:
                 return active
-            self._point(active.version, "retired", version, actor, reason)
+            if action == "rollback" and policy.state != "retired":
+                raise FailedPreconditionError(
+                    "NEVER_ACTIVE", f"{version} is {policy.state} and was never active; promote it instead."
+                )
+            self._point(active.version, "retired", version, action, actor, reason)
             return self.policy(version)
 
     def fail_policy(self, version: str, reason: str, back_to: str) -> None:
@@ -148,17 +157,39 @@ class Registry:
                 return
             if version == REFERENCE:
                 return
-            self._point(version, "failed", back_to, "server", reason)
+            self._point(version, "failed", back_to, "fail", "server", reason)
             self._db.execute("UPDATE policies SET reason = ? WHERE version = ?", [reason, version])
 
-    def _point(self, old: str, old_state: str, new: str, actor: str, reason: str) -> None:
+    def prune_policy(self, version: str, *, fence: Lease | None = None) -> bool:
+        """Marks that the version's directory goes, after which it cannot be activated; False where it is in use: the
+        reference of any policy that is kept, what is active or loaded, or what a running round compares with."""
+        with self._db.write():
+            check_fence(self._db, fence)
+            marked = self._db.execute(
+                "UPDATE policies SET prune_time = unixepoch('subsec') WHERE version = ?1 AND prune_time IS NULL "
+                "AND state != 'active' "
+                "AND NOT EXISTS (SELECT 1 FROM policies WHERE reference_version = ?1) "
+                "AND NOT EXISTS (SELECT 1 FROM replicas WHERE loaded_version = ?1) "
+                "AND NOT EXISTS (SELECT 1 FROM rounds WHERE state = 'running' AND incumbent_version = ?1)",
+                [version],
+            )
+            return marked > 0
+
+    def _point(self, old: str, old_state: str, new: str, action: PointerAction, actor: str, reason: str) -> None:
         now = self._db.now()
         self._db.execute("UPDATE policies SET state = ? WHERE version = ?", [old_state, old])
         self._db.execute("UPDATE policies SET state = 'active', activate_time = ? WHERE version = ?", [now, new])
         self._db.execute("UPDATE pointer SET version = ?", [new])
         self._db.insert(
             "pointer_events",
-            {"version": new, "previous_version": old, "actor": actor, "reason": reason, "create_time": now},
+            {
+                "version": new,
+                "previous_version": old,
+                "action": action,
+                "actor": actor,
+                "reason": reason,
+                "create_time": now,
+            },
         )
 
     # Reward models
@@ -174,7 +205,7 @@ class Registry:
     ) -> None:
         """Records a published reward model. Registering it again changes nothing."""
         with self._db.write():
-            self._check_fence(fence)
+            check_fence(self._db, fence)
             if self._db.row("SELECT 1 FROM reward_models WHERE version = ?", [version]):
                 return
             self._db.insert(
@@ -201,7 +232,7 @@ class Registry:
     def create_round(self, watermark: int, settings: dict[str, Any], *, reference_version: str, fence: Lease) -> Round:
         """Begins a round from the active policy and the votes up to `watermark`."""
         with self._db.write():
-            self._check_fence(fence)
+            check_fence(self._db, fence)
             round_id = new_id("round")
             self._db.insert(
                 "rounds",
@@ -213,6 +244,7 @@ class Registry:
                     "incumbent_version": self.active_policy().version,
                     "reference_version": reference_version,
                     "settings": json.dumps(settings),
+                    "attempts": 1,
                     "create_time": self._db.now(),
                 },
             )
@@ -230,7 +262,7 @@ class Registry:
     ) -> Round:
         """Records a finished stage; `metrics` are merged into what is there."""
         with self._db.write():
-            self._check_fence(fence)
+            check_fence(self._db, fence)
             old = self.round(round_id)
             self._db.execute(
                 "UPDATE rounds SET stage = ?, metrics = ?, policy_version = ?, reward_model_version = ? WHERE id = ?",
@@ -244,12 +276,26 @@ class Registry:
             )
             return self.round(round_id)
 
+    def resume_round(self, round_id: str, *, fence: Lease) -> Round:
+        """Counts that a round is gone on with."""
+        return self._count_attempts(round_id, 1, fence)
+
+    def stop_round(self, round_id: str, *, fence: Lease) -> Round:
+        """Says that a round stops because it was asked to: that attempt does not count."""
+        return self._count_attempts(round_id, -1, fence)
+
+    def _count_attempts(self, round_id: str, by: int, fence: Lease) -> Round:
+        with self._db.write():
+            check_fence(self._db, fence)
+            self._db.execute("UPDATE rounds SET attempts = attempts + ? WHERE id = ?", [by, round_id])
+            return self.round(round_id)
+
     def finish_round(
         self, round_id: str, state: Literal["promoted", "rejected", "failed"], *, reason: str = "", fence: Lease
     ) -> Round:
         """Ends a round."""
         with self._db.write():
-            self._check_fence(fence)
+            check_fence(self._db, fence)
             self._db.execute(
                 "UPDATE rounds SET state = ?, reason = ?, finish_time = ? WHERE id = ?",
                 [state, reason, self._db.now(), round_id],
@@ -265,6 +311,11 @@ class Registry:
     def running_round(self) -> Round | None:
         """The round to go on with, or None."""
         row = self._db.row("SELECT * FROM rounds WHERE state = 'running' ORDER BY create_time DESC LIMIT 1")
+        return _round(row) if row else None
+
+    def last_learned(self) -> Round | None:
+        """The newest round that came to a verdict, or None."""
+        row = self._db.row("SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') ORDER BY rowid DESC LIMIT 1")
         return _round(row) if row else None
 
     def rounds(self, limit: int = 1000, before: str | None = None) -> list[Round]:
@@ -313,7 +364,7 @@ class Registry:
     def renew_lease(self, lease: Lease, seconds: float) -> Lease:
         """The lease, `seconds` from now. Raises ConflictError once a later holder exists."""
         with self._db.write():
-            self._check_fence(lease)
+            check_fence(self._db, lease)
             expire_time = self._db.now() + seconds
             self._db.execute("UPDATE leases SET expire_time = ? WHERE name = ?", [expire_time, lease.name])
             return Lease(lease.name, lease.holder, lease.token, expire_time)
@@ -331,13 +382,15 @@ class Registry:
         parameters = [before, limit] if before else [limit]
         return self._db.rows(f"SELECT * FROM {table} {where} ORDER BY rowid DESC LIMIT ?", parameters)
 
-    def _check_fence(self, fence: Lease | None) -> None:
-        if fence is None:
-            return
-        row = self._db.row("SELECT token, holder FROM leases WHERE name = ?", [fence.name])
-        if row is None or row["token"] != fence.token:
-            holder = row["holder"] if row else "nobody"
-            raise ConflictError(f"The lease {fence.name!r} went to {holder}; nothing was written.")
+
+def check_fence(database: Database, fence: Lease | None) -> None:
+    """Raises ConflictError where a later holder of the lease exists. Call it in the transaction that it guards."""
+    if fence is None:
+        return
+    row = database.row("SELECT token, holder FROM leases WHERE name = ?", [fence.name])
+    if row is None or row["token"] != fence.token:
+        holder = row["holder"] if row else "nobody"
+        raise ConflictError(f"The lease {fence.name!r} went to {holder}; nothing was written.")
 
 
 def _policy(row: Row) -> Policy:

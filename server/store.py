@@ -20,6 +20,7 @@ from typing import Any
 from server.database import Database, Row
 from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from server.ids import new_id
+from server.lineage import Lineage
 from server.records import (
     Choice,
     ChoiceVote,
@@ -57,11 +58,13 @@ MAX_SEQ = 2**63 - 1
 
 
 class FeedbackStore:
-    """Conversations, responses and votes; `registry` holds policies and rounds. One thread at a time."""
+    """Conversations, responses and votes; `registry` holds policies and rounds, `lineage` what came of what. One thread
+    at a time."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
         self.registry = Registry(database)
+        self.lineage = Lineage(database)
 
     @classmethod
     def open(cls, data_dir: Path) -> "FeedbackStore":

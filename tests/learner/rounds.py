@@ -11,7 +11,7 @@ from learner.gate import Verdict
 from learner.rollout import Sample
 from learner.settings import LearnerSettings
 from server.manifest import new_staging, publish, write_manifest
-from server.records import Generation, Prompt, Span
+from server.records import Generation, PointerAction, Prompt, Span
 from server.store import FeedbackStore
 from tests.learner.conftest import EOS, WORDS
 
@@ -88,6 +88,23 @@ def make_reference(data_dir: Path, model_directory: Path) -> None:
     store.close()
 
 
+def make_version(data_dir: Path, version: str, active: PointerAction | None = None) -> None:
+    """A copy of the reference under another name."""
+    final = data_dir / "policies" / version
+    staging = new_staging(final)
+    shutil.copytree(data_dir / "policies" / "v0000", staging, dirs_exist_ok=True)
+    write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
+    publish(staging, final)
+    store = FeedbackStore.open(data_dir)
+    store.registry.register_policy(
+        version, kind="full", state="rejected", parent_version="v0000", reference_version="v0000", round_id=None,
+        reward_model_version=None, metrics={}, reason="The win rate may be chance.",
+    )  # fmt: skip
+    if active:
+        store.registry.activate_policy(version, actor="learner", action=active)
+    store.close()
+
+
 def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
     values: dict[str, Any] = {
         "data_dir": data_dir,
@@ -96,7 +113,8 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "min_prompts": 8,
         "reward": {"permutations": 39, "reference_answers": 16},
         "ppo": {"dtype": "float32", "steps": 2, "episodes": 16, "lora_rank": 4, "learning_rate": 3e-3},
-        "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1},
+        # Eighty votes on a model that knows nothing: what a round does is tested here, not whether it should.
+        "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.2},
     }
     return LearnerSettings(**{**values, **changes})
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import learner.schedule
 from learner.cli import app
 from learner.rollout import Sample, to_rollout
 from learner.settings import LearnerSettings
@@ -56,6 +55,13 @@ def test_a_bad_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "Traceback" not in result.output
 
 
+def test_a_level_that_no_p_value_reaches_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PREFLOOP_REWARD__PERMUTATIONS", "49")
+    result = runner.invoke(app, ["status", "--data-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "signal_p 0.02 cannot be undercut with 49 permutations" in result.output
+
+
 def test_a_bad_cron_line_is_one_sentence(tmp_path: Path) -> None:
     result = runner.invoke(app, ["schedule", "--data-dir", str(tmp_path), "--cron", "now and then"])
     assert result.exit_code == 1
@@ -85,18 +91,6 @@ def test_each_setting_says_what_it_is() -> None:
     for model in (LearnerSettings, *(f.annotation for f in LearnerSettings.model_fields.values())):
         for name, field in getattr(model, "model_fields", {}).items():
             assert field.description, f"{model} {name}"
-
-
-def test_the_schedule_starts_a_round_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-
-    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-        started.append(command)
-        return subprocess.CompletedProcess(command, 3)
-
-    monkeypatch.setattr(learner.schedule.subprocess, "run", run)
-    assert learner.schedule.run_round(Path("somewhere")) == 3
-    assert started == [[sys.executable, "-m", "learner.cli", "run-once", "--data-dir", "somewhere"]]
 
 
 def test_a_rollout_pads_what_was_sampled() -> None:

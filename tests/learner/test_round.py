@@ -19,6 +19,7 @@ from learner.publishing import wait_until_loaded
 from learner.report import Report, print_report
 from learner.round import run_once
 from learner.status import status
+from learner.trace import trace_version, trace_vote
 from learner.workspace import STAGES, Workspace
 from server.manifest import verify
 from server.store import FeedbackStore
@@ -295,6 +296,100 @@ def test_a_round_that_raises_is_recorded_and_changes_nothing(data_dir: Path, mon
     (failed,) = store.registry.rounds()
     assert (failed.state, failed.reason) == ("failed", "RuntimeError: disk full")
     assert store.registry.active_policy().version == "v0000"
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_round_that_is_asked_to_stop_is_gone_on_with(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as stopped:
+        stopped.setattr(rounds, "train", interrupt)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                run(data_dir, max_resumes=1)
+    store = opened(data_dir)
+    (running,) = store.registry.rounds()
+    # Being asked is no crash, however often.
+    assert (running.state, running.stage, running.attempts) == ("running", "reward_model", 0)
+    monkeypatch.setattr(judging, "decide", passing)
+    assert run(data_dir).round_id == running.id
+
+
+def test_a_round_that_is_killed_again_and_again_is_given_up(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise SystemExit  # As a kill: nothing of ours is told.
+
+    with monkeypatch.context() as killing:
+        killing.setattr(rounds, "train", killed)
+        for _ in range(3):
+            with pytest.raises(SystemExit):
+                run(data_dir, max_resumes=2)
+    monkeypatch.setattr(judging, "decide", passing)
+    report = run(data_dir, max_resumes=2)
+    new, given_up = opened(data_dir).registry.rounds()
+    assert given_up.state == "failed"
+    assert given_up.reason == "It was killed 3 times, last after its stage reward_model."
+    assert (report.state, report.round_id) == ("promoted", new.id)
+
+
+def test_votes_are_traced_to_versions_and_back(
+    data_dir: Path, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(judging, "decide", passing)
+    first = run(data_dir)
+    store = opened(data_dir)
+    vote(store, AutoModelForCausalLM.from_pretrained(model_directory).eval(), 20, low_words, seed=1)
+    active = settings(data_dir).ppo.model_copy(update={"start_from": "active"})
+    second = run(data_dir, ppo=active)
+    made = trace_version(data_dir, "v0002").record["made_by"]
+    assert [(step["version"], step["round_id"], step["start_from"]) for step in made] == [
+        ("v0002", second.round_id, "active"),
+        ("v0001", first.round_id, "reference"),
+    ]
+    sides = made[1]["votes"]
+    metrics = first.metrics["votes"]
+    assert (len(sides["train"]), len(sides["judge"])) == (metrics["train"], metrics["judge"])
+    assert len({*sides["train"], *sides["judge"]}) == 80
+
+    old = sides["train"][0]
+    (newest,) = store.feedback("ann", 1)
+    carried = trace_vote(data_dir, old)
+    assert [(step["round_id"], list(step["versions"])) for step in carried.record["rounds"]] == [
+        (first.round_id, ["v0001", "v0002"]),  # v0002 started from v0001.
+        (second.round_id, ["v0002"]),
+    ]
+    assert any("taught rm0001: v0001 (retired), v0002 (active)" in line for line in carried.lines)
+    assert [step["round_id"] for step in trace_vote(data_dir, newest.id).record["rounds"]] == [second.round_id]
+
+    # What is taken back is not learned from again, and the trace says so.
+    store.retract_feedback("ann", old)
+    third = run(data_dir)
+    assert third.metrics["votes"]["choices"] == 99
+    assert [step["round_id"] for step in trace_vote(data_dir, old).record["rounds"]] == [
+        first.round_id,
+        second.round_id,
+    ]
+    assert any("of these votes, since then: 1 retracted" in line for line in trace_version(data_dir, "v0001").lines)
+
+
+def test_votes_on_what_was_rolled_back_can_be_left_out(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(data_dir)
+    for response in store.snapshot().choices[:30]:
+        store._db.execute("UPDATE spans SET policy_version = 'v0009' WHERE response_id = ?", [response.a.id])
+    shutil.copytree(data_dir / "policies" / "v0000", data_dir / "policies" / "v0009")
+    store.registry.register_policy(
+        "v0009", kind="full", state="candidate", parent_version="v0000", reference_version="v0000", round_id=None,
+        reward_model_version=None, metrics={},
+    )  # fmt: skip
+    store.registry.activate_policy("v0009", actor="learner")
+    store.registry.activate_policy("v0000", actor="operator", action="rollback")
+    shutil.copytree(data_dir, data_dir.with_name("other"))
+    monkeypatch.setattr(judging, "decide", passing)
+    assert run(data_dir, skip_rolled_back=True).metrics["votes"]["choices"] == 50
+    assert run(data_dir.with_name("other")).metrics["votes"]["choices"] == 80
 
 
 def test_one_learner_at_a_time(data_dir: Path) -> None:

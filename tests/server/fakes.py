@@ -64,6 +64,7 @@ class FakePolicy:
         self.holding = asyncio.Event()
         self.go_on = asyncio.Event()
         self.dies = False
+        self.may_revive = asyncio.Event()
         self.bad: set[str] = set()
         # Streams that `finish` was asked of: each that was sampled, once, or the engine goes on for nobody.
         self.finished = 0
@@ -86,5 +87,13 @@ class FakePolicy:
         if version in self.bad:
             raise SwapError(f"{version}: a tensor is not finite")
         self.version = version
+
+    @property
+    def alive(self) -> bool:
+        return not self.dies
+
+    async def revive(self) -> None:
+        await self.may_revive.wait()
+        self.dies = False
 
     async def close(self) -> None: ...

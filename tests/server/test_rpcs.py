@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from server.manifest import write_manifest
 from tests.server.conftest import Running, publish_version, register
 
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 ANN = (("x-user-id", "ann"),)
 BOB = (("x-user-id", "bob"),)
 
@@ -143,6 +144,24 @@ async def test_a_dead_engine_is_unavailable_and_the_message_is_kept(running: Run
     assert (code, message, details) == (grpc.StatusCode.UNAVAILABLE, "The engine stopped.", ["ENGINE_DEAD"])
     [turn] = await turns(running, started.started.conversation_id)
     assert (turn.message, turn.response.finish_reason) == ("hello", chat_pb2.FINISH_REASON_ERROR)
+
+
+async def test_a_dead_engine_is_started_again_and_health_says_so(running: Running) -> None:
+    health = health_pb2_grpc.HealthStub(running.channel)  # type: ignore[no-untyped-call]
+    watching = health.Watch(health_pb2.HealthCheckRequest())
+
+    async def until(status: Any) -> None:
+        async with asyncio.timeout(10):
+            while (await watching.read()).status != status:
+                pass
+
+    await until(SERVING)
+    running.policy.dies = True
+    await until(NOT_SERVING)
+    running.policy.may_revive.set()
+    await until(SERVING)
+    assert (await chat(running))[-1].finished.text == "one two three four "
+    watching.cancel()
 
 
 async def test_the_same_request_id_is_one_turn(running: Running) -> None:

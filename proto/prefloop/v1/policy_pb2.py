@@ -26,43 +26,43 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prefloop/v1/policy.proto\x12\x0bprefloop.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc3\x02\n\x06Policy\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.prefloop.v1.PolicyState\x12\x16\n\x0eparent_version\x18\x03 \x01(\t\x12\x10\n\x08round_id\x18\x04 \x01(\t\x12\x1c\n\x14reward_model_version\x18\x05 \x01(\t\x12(\n\x07metrics\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\ractivate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x19\n\x11reference_version\x18\n \x01(\t\"x\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x16\n\x0eloaded_version\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x32\n\x0eheartbeat_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x02\n\x05Round\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.prefloop.v1.RoundState\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\x12\x1c\n\x14reward_model_version\x18\x05 \x01(\t\x12(\n\x07metrics\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x18\n\x16GetActivePolicyRequest\"f\n\x17GetActivePolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\x12&\n\x08replicas\x18\x02 \x03(\x0b\x32\x14.prefloop.v1.Replica\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListPoliciesResponse\x12%\n\x08policies\x18\x01 \x03(\x0b\x32\x13.prefloop.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"j\n\x15\x41\x63tivatePolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x17\x65xpected_active_version\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x1a\n\x18_expected_active_version\"=\n\x16\x41\x63tivatePolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\"\x17\n\x15RollbackPolicyRequest\"=\n\x16RollbackPolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\":\n\x11ListRoundsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListRoundsResponse\x12\"\n\x06rounds\x18\x01 \x03(\x0b\x32\x12.prefloop.v1.Round\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xae\x01\n\x0bPolicyState\x12\x1c\n\x18POLICY_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16POLICY_STATE_CANDIDATE\x10\x01\x12\x17\n\x13POLICY_STATE_ACTIVE\x10\x02\x12\x18\n\x14POLICY_STATE_RETIRED\x10\x03\x12\x19\n\x15POLICY_STATE_REJECTED\x10\x04\x12\x17\n\x13POLICY_STATE_FAILED\x10\x05*\x8e\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13ROUND_STATE_RUNNING\x10\x01\x12\x18\n\x14ROUND_STATE_PROMOTED\x10\x02\x12\x18\n\x14ROUND_STATE_REJECTED\x10\x03\x12\x16\n\x12ROUND_STATE_FAILED\x10\x04\x32\xc7\x03\n\rPolicyService\x12\\\n\x0fGetActivePolicy\x12#.prefloop.v1.GetActivePolicyRequest\x1a$.prefloop.v1.GetActivePolicyResponse\x12S\n\x0cListPolicies\x12 .prefloop.v1.ListPoliciesRequest\x1a!.prefloop.v1.ListPoliciesResponse\x12Y\n\x0e\x41\x63tivatePolicy\x12\".prefloop.v1.ActivatePolicyRequest\x1a#.prefloop.v1.ActivatePolicyResponse\x12Y\n\x0eRollbackPolicy\x12\".prefloop.v1.RollbackPolicyRequest\x1a#.prefloop.v1.RollbackPolicyResponse\x12M\n\nListRounds\x12\x1e.prefloop.v1.ListRoundsRequest\x1a\x1f.prefloop.v1.ListRoundsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prefloop/v1/policy.proto\x12\x0bprefloop.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf3\x02\n\x06Policy\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.prefloop.v1.PolicyState\x12\x16\n\x0eparent_version\x18\x03 \x01(\t\x12\x10\n\x08round_id\x18\x04 \x01(\t\x12\x1c\n\x14reward_model_version\x18\x05 \x01(\t\x12(\n\x07metrics\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\ractivate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x19\n\x11reference_version\x18\n \x01(\t\x12.\n\nprune_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"x\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x16\n\x0eloaded_version\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x32\n\x0eheartbeat_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x02\n\x05Round\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.prefloop.v1.RoundState\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\x12\x1c\n\x14reward_model_version\x18\x05 \x01(\t\x12(\n\x07metrics\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x18\n\x16GetActivePolicyRequest\"f\n\x17GetActivePolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\x12&\n\x08replicas\x18\x02 \x03(\x0b\x32\x14.prefloop.v1.Replica\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListPoliciesResponse\x12%\n\x08policies\x18\x01 \x03(\x0b\x32\x13.prefloop.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"j\n\x15\x41\x63tivatePolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x17\x65xpected_active_version\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x1a\n\x18_expected_active_version\"=\n\x16\x41\x63tivatePolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\"(\n\x15RollbackPolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\"=\n\x16RollbackPolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\":\n\x11ListRoundsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListRoundsResponse\x12\"\n\x06rounds\x18\x01 \x03(\x0b\x32\x12.prefloop.v1.Round\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xae\x01\n\x0bPolicyState\x12\x1c\n\x18POLICY_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16POLICY_STATE_CANDIDATE\x10\x01\x12\x17\n\x13POLICY_STATE_ACTIVE\x10\x02\x12\x18\n\x14POLICY_STATE_RETIRED\x10\x03\x12\x19\n\x15POLICY_STATE_REJECTED\x10\x04\x12\x17\n\x13POLICY_STATE_FAILED\x10\x05*\x8e\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13ROUND_STATE_RUNNING\x10\x01\x12\x18\n\x14ROUND_STATE_PROMOTED\x10\x02\x12\x18\n\x14ROUND_STATE_REJECTED\x10\x03\x12\x16\n\x12ROUND_STATE_FAILED\x10\x04\x32\xc7\x03\n\rPolicyService\x12\\\n\x0fGetActivePolicy\x12#.prefloop.v1.GetActivePolicyRequest\x1a$.prefloop.v1.GetActivePolicyResponse\x12S\n\x0cListPolicies\x12 .prefloop.v1.ListPoliciesRequest\x1a!.prefloop.v1.ListPoliciesResponse\x12Y\n\x0e\x41\x63tivatePolicy\x12\".prefloop.v1.ActivatePolicyRequest\x1a#.prefloop.v1.ActivatePolicyResponse\x12Y\n\x0eRollbackPolicy\x12\".prefloop.v1.RollbackPolicyRequest\x1a#.prefloop.v1.RollbackPolicyResponse\x12M\n\nListRounds\x12\x1e.prefloop.v1.ListRoundsRequest\x1a\x1f.prefloop.v1.ListRoundsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefloop.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POLICYSTATE']._serialized_start=1528
-  _globals['_POLICYSTATE']._serialized_end=1702
-  _globals['_ROUNDSTATE']._serialized_start=1705
-  _globals['_ROUNDSTATE']._serialized_end=1847
+  _globals['_POLICYSTATE']._serialized_start=1593
+  _globals['_POLICYSTATE']._serialized_end=1767
+  _globals['_ROUNDSTATE']._serialized_start=1770
+  _globals['_ROUNDSTATE']._serialized_end=1912
   _globals['_POLICY']._serialized_start=105
-  _globals['_POLICY']._serialized_end=428
-  _globals['_REPLICA']._serialized_start=430
-  _globals['_REPLICA']._serialized_end=550
-  _globals['_ROUND']._serialized_start=553
-  _globals['_ROUND']._serialized_end=843
-  _globals['_GETACTIVEPOLICYREQUEST']._serialized_start=845
-  _globals['_GETACTIVEPOLICYREQUEST']._serialized_end=869
-  _globals['_GETACTIVEPOLICYRESPONSE']._serialized_start=871
-  _globals['_GETACTIVEPOLICYRESPONSE']._serialized_end=973
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=975
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=1035
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1037
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1123
-  _globals['_ACTIVATEPOLICYREQUEST']._serialized_start=1125
-  _globals['_ACTIVATEPOLICYREQUEST']._serialized_end=1231
-  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_start=1233
-  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_end=1294
-  _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=1296
-  _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=1319
-  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_start=1321
-  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_end=1382
-  _globals['_LISTROUNDSREQUEST']._serialized_start=1384
-  _globals['_LISTROUNDSREQUEST']._serialized_end=1442
-  _globals['_LISTROUNDSRESPONSE']._serialized_start=1444
-  _globals['_LISTROUNDSRESPONSE']._serialized_end=1525
-  _globals['_POLICYSERVICE']._serialized_start=1850
-  _globals['_POLICYSERVICE']._serialized_end=2305
+  _globals['_POLICY']._serialized_end=476
+  _globals['_REPLICA']._serialized_start=478
+  _globals['_REPLICA']._serialized_end=598
+  _globals['_ROUND']._serialized_start=601
+  _globals['_ROUND']._serialized_end=891
+  _globals['_GETACTIVEPOLICYREQUEST']._serialized_start=893
+  _globals['_GETACTIVEPOLICYREQUEST']._serialized_end=917
+  _globals['_GETACTIVEPOLICYRESPONSE']._serialized_start=919
+  _globals['_GETACTIVEPOLICYRESPONSE']._serialized_end=1021
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=1023
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=1083
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1085
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1171
+  _globals['_ACTIVATEPOLICYREQUEST']._serialized_start=1173
+  _globals['_ACTIVATEPOLICYREQUEST']._serialized_end=1279
+  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_start=1281
+  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_end=1342
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=1344
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=1384
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_start=1386
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_end=1447
+  _globals['_LISTROUNDSREQUEST']._serialized_start=1449
+  _globals['_LISTROUNDSREQUEST']._serialized_end=1507
+  _globals['_LISTROUNDSRESPONSE']._serialized_start=1509
+  _globals['_LISTROUNDSRESPONSE']._serialized_end=1590
+  _globals['_POLICYSERVICE']._serialized_start=1915
+  _globals['_POLICYSERVICE']._serialized_end=2370
 # @@protoc_insertion_point(module_scope)

@@ -91,6 +91,7 @@ class Policy(_message.Message):
     ACTIVATE_TIME_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     REFERENCE_VERSION_FIELD_NUMBER: _builtins.int
+    PRUNE_TIME_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """"v0000" is the reference."""
     state: Global___PolicyState.ValueType
@@ -107,6 +108,10 @@ class Policy(_message.Message):
     def activate_time(self) -> _timestamp_pb2.Timestamp:
         """The last time it became active."""
 
+    @_builtins.property
+    def prune_time(self) -> _timestamp_pb2.Timestamp:
+        """When its weights were removed; it can no longer be activated."""
+
     def __init__(
         self,
         *,
@@ -120,10 +125,11 @@ class Policy(_message.Message):
         activate_time: _timestamp_pb2.Timestamp | None = ...,
         reason: _builtins.str = ...,
         reference_version: _builtins.str = ...,
+        prune_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activate_time", b"activate_time", "create_time", b"create_time", "metrics", b"metrics"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activate_time", b"activate_time", "create_time", b"create_time", "metrics", b"metrics", "prune_time", b"prune_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_time", b"activate_time", "create_time", b"create_time", "metrics", b"metrics", "parent_version", b"parent_version", "reason", b"reason", "reference_version", b"reference_version", "reward_model_version", b"reward_model_version", "round_id", b"round_id", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_time", b"activate_time", "create_time", b"create_time", "metrics", b"metrics", "parent_version", b"parent_version", "prune_time", b"prune_time", "reason", b"reason", "reference_version", b"reference_version", "reward_model_version", b"reward_model_version", "round_id", b"round_id", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,12 +346,17 @@ Global___ActivatePolicyResponse: _TypeAlias = ActivatePolicyResponse  # noqa: Y0
 class RollbackPolicyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """A version that was active before; empty: the last one that was."""
     def __init__(
         self,
+        *,
+        version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

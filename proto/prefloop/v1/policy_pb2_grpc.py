@@ -89,7 +89,7 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RollbackPolicy(self, request, context):
-        """Activates the version that was active before.
+        """Activates a version that was active before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

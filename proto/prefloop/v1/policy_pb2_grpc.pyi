@@ -42,7 +42,7 @@ class PolicyServiceStub:
     old one serving.
     """
     RollbackPolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.RollbackPolicyRequest, _policy_pb2.RollbackPolicyResponse]
-    """Activates the version that was active before."""
+    """Activates a version that was active before."""
     ListRounds: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ListRoundsRequest, _policy_pb2.ListRoundsResponse]
     """The learner's rounds, newest first."""
 
@@ -60,7 +60,7 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     old one serving.
     """
     RollbackPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.RollbackPolicyRequest, _policy_pb2.RollbackPolicyResponse]  # type: ignore[assignment]
-    """Activates the version that was active before."""
+    """Activates a version that was active before."""
     ListRounds: _aio.UnaryUnaryMultiCallable[_policy_pb2.ListRoundsRequest, _policy_pb2.ListRoundsResponse]  # type: ignore[assignment]
     """The learner's rounds, newest first."""
 
@@ -99,7 +99,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.RollbackPolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.RollbackPolicyResponse, _abc.Awaitable[_policy_pb2.RollbackPolicyResponse]]:
-        """Activates the version that was active before."""
+        """Activates a version that was active before."""
 
     @_abc_1.abstractmethod
     def ListRounds(

@@ -1,0 +1,75 @@
+"""Where versions come from and where votes went: which votes a round learned from, and every move of the pointer.
+
+A round writes its votes by the ids of their feedback; a vote that was changed later keeps its id, and the round's
+watermark says which of its events the round saw. Nothing here is removed with a conversation: it holds no content.
+"""
+
+from collections.abc import Iterable
+
+from server.database import Database
+from server.records import FeedbackEvent, Lease, PointerEvent, Side
+from server.registry import check_fence
+
+
+class Lineage:
+    """Reads and writes of what came from what."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def set_round_votes(self, round_id: str, votes: Iterable[tuple[str, Side]], *, fence: Lease) -> None:
+        """The round learns from these (feedback id, side), each once, in place of what was said before."""
+        with self._db.write():
+            check_fence(self._db, fence)
+            self._db.execute("DELETE FROM round_votes WHERE round_id = ?", [round_id])
+            for feedback_id, side in votes:
+                self._db.insert("round_votes", {"round_id": round_id, "feedback_id": feedback_id, "side": side})
+
+    def round_votes(self, round_id: str) -> dict[str, Side]:
+        """The side of each vote that the round learned from, by feedback id."""
+        rows = self._db.rows("SELECT feedback_id, side FROM round_votes WHERE round_id = ?", [round_id])
+        return {row["feedback_id"]: row["side"] for row in rows}
+
+    def rounds_of(self, feedback_id: str) -> dict[str, Side]:
+        """The rounds that learned from a vote, oldest first, and on which side it was."""
+        rows = self._db.rows(
+            "SELECT v.round_id, v.side FROM round_votes v JOIN rounds r ON r.id = v.round_id "
+            "WHERE v.feedback_id = ? ORDER BY r.create_time",
+            [feedback_id],
+        )
+        return {row["round_id"]: row["side"] for row in rows}
+
+    def events(self, feedback_id: str) -> list[FeedbackEvent]:
+        """Everything that happened to a vote, oldest first."""
+        rows = self._db.rows("SELECT * FROM feedback_events WHERE feedback_id = ? ORDER BY seq", [feedback_id])
+        return [FeedbackEvent(**row) for row in rows]
+
+    def fate(self, round_id: str, watermark: int) -> dict[str, int]:
+        """Of the round's votes, how many were changed, retracted and deleted since it took its snapshot."""
+        rows = self._db.rows(
+            "SELECT action, count(*) AS votes FROM (SELECT e.action, max(e.seq) FROM feedback_events e "
+            "JOIN round_votes v USING (feedback_id) WHERE v.round_id = ? AND e.seq > ? GROUP BY e.feedback_id) "
+            "GROUP BY action",
+            [round_id, watermark],
+        )
+        found = {row["action"]: int(row["votes"]) for row in rows}
+        return {
+            "changed": found.get("submit", 0),
+            "retracted": found.get("retract", 0),
+            "deleted": found.get("delete", 0),
+        }
+
+    def moves(self, limit: int = 1000) -> list[PointerEvent]:
+        """Moves of the pointer, newest first."""
+        rows = self._db.rows("SELECT * FROM pointer_events ORDER BY seq DESC LIMIT ?", [limit])
+        return [PointerEvent(**row) for row in rows]
+
+    def rolled_back(self, before: float) -> set[str]:
+        """Versions that were rolled back before a time and not made active again before it."""
+        rows = self._db.rows(
+            "SELECT DISTINCT previous_version FROM pointer_events b WHERE action = 'rollback' AND create_time < ?1 "
+            "AND NOT EXISTS (SELECT 1 FROM pointer_events WHERE version = b.previous_version AND seq > b.seq "
+            "AND create_time < ?1)",
+            [before],
+        )
+        return {str(row["previous_version"]) for row in rows}

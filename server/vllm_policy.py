@@ -1,0 +1,191 @@
+"""The policy over vLLM. It guards what vLLM leaves to its caller:
+- Admission. vLLM accepts requests while it is paused; here they wait outside until the swap is over.
+- Labels. Every token belongs to one span of one version. vLLM labels tokens as they leave the engine; a cancelled
+  answer is aborted through the engine, not by dropping its stream, because only then the last output has its spans.
+- The KV cache. A swap recomputes the cache of running answers, so that no token attends to another version's keys and
+  values. With `keep_kv` it does not, and every span after the swap says `stale_kv`.
+- Its end. An engine that died is started again and serves what it served before.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from server.detokenizer import Detokenizer
+from server.ids import new_id
+from server.policy import Sampling, SwapError
+from server.records import Span
+from server.registry import REFERENCE
+from server.vllm_stream import VllmStream
+
+log = logging.getLogger(__name__)
+
+STAGING_POLL_SECONDS = 0.02
+STAGING_TIMEOUT_SECONDS = 300.0
+# The engine's process ends by itself within a second or two; past this it is killed.
+SHUTDOWN_SECONDS = 10.0
+
+
+class VllmPolicy:
+    """Policy over an AsyncLLM that `start_engine` makes with the reference's weights, which are in `directory`."""
+
+    def __init__(self, start_engine: Callable[[], Any], directory: Path, *, keep_kv: bool = False) -> None:
+        self._start_engine = start_engine
+        self._engine = start_engine()
+        self._tokenizer = self._engine.get_tokenizer()
+        self._backend = self._tokenizer.backend_tokenizer
+        self._version, self._directory = REFERENCE, directory
+        # What the worker's spare model holds; None where that is not known.
+        self._spare: str | None = None
+        self._keep_kv = keep_kv
+        self._admitted = asyncio.Event()
+        self._swapping = asyncio.Lock()
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self._engine.model_config.max_model_len)
+
+    @property
+    def alive(self) -> bool:
+        return not self._engine.errored
+
+    async def start(self) -> None:
+        """Makes ready for swaps, labels the first version and samples one token, so that no user waits for warm-up."""
+        await self._prepare()
+        self._admitted.set()
+        stream = await self.sample(self.encode([{"role": "user", "content": "Hello"}]), Sampling(0.0, 1))
+        async for _ in stream:
+            pass
+
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return [int(token) for token in ids]
+
+    async def sample(self, prompt_token_ids: list[int], sampling: Sampling) -> VllmStream:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        await self._admitted.wait()
+        request_id = new_id("req")
+        queue = await self._engine.add_request(
+            request_id,
+            tokens_input(prompt_token_ids),
+            SamplingParams(
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                seed=sampling.seed,
+                logprobs=0,  # of the sampled token alone
+                flat_logprobs=True,  # a list of floats, not a dictionary a token
+                detokenize=False,  # server.detokenizer does
+                output_kind=RequestOutputKind.DELTA,
+            ),
+        )
+        detokenizer = Detokenizer(self._backend, prompt_token_ids)
+        return VllmStream(self._engine, request_id, queue, detokenizer, self._version, self._spans)
+
+    async def swap(self, version: str, directory: Path) -> None:
+        async with self._swapping:
+            try:
+                await self._swap(version, directory)
+            except SwapError:
+                raise
+            except Exception as error:
+                if self.alive:
+                    raise SwapError(f"{version} could not be applied: {error}") from error
+                log.exception("the engine died while it loaded %s", version)
+                await self._revive()
+                raise SwapError(f"the engine died while it loaded {version}, and was started again") from error
+
+    async def revive(self) -> None:
+        async with self._swapping:
+            if not self.alive:
+                await self._revive()
+
+    async def close(self) -> None:
+        # Let go of it as well: frames and handlers may hold this object longer than the engine may live.
+        engine, self._engine = self._engine, None
+        await asyncio.to_thread(engine.shutdown, SHUTDOWN_SECONDS)
+
+    async def _swap(self, version: str, directory: Path) -> None:
+        seconds: dict[str, float] = {}
+        # The spare may hold it already: going back at once reads nothing.
+        if version != self._spare:
+            with timed(seconds, "staging"):
+                await self._stage(version, directory)
+        self._admitted.clear()
+        try:
+            with timed(seconds, "pause"):
+                await self._engine.pause_generation(mode="keep", clear_cache=not self._keep_kv)
+            try:
+                with timed(seconds, "exchange"):
+                    await self._exchange(version, directory)
+            finally:
+                with timed(seconds, "resume"):
+                    await self._engine.resume_generation()
+        finally:
+            self._admitted.set()
+        log.info("swapped to %s: %s", version, ", ".join(f"{name} {took:.3f} s" for name, took in seconds.items()))
+
+    async def _stage(self, version: str, directory: Path) -> None:
+        # Read and checked in the worker's memory while answers go on: the pause is an exchange and nothing else.
+        self._spare = None
+        await self._engine.collective_rpc("prefloop_stage", args=(str(directory),))
+        async with asyncio.timeout(STAGING_TIMEOUT_SECONDS):
+            while None in (staged := await self._engine.collective_rpc("prefloop_staged")):
+                await asyncio.sleep(STAGING_POLL_SECONDS)
+        if reasons := [reason for reason in staged if reason]:
+            raise SwapError(reasons[0])
+        self._spare = version
+
+    async def _exchange(self, version: str, directory: Path) -> None:
+        # Whatever happens here, the engine ends with one whole set of weights: the worker goes back by itself.
+        wrong = await self._engine.collective_rpc("prefloop_exchange")
+        if reasons := [reason for reason in wrong if reason]:
+            self._spare = None
+            raise SwapError(f"{version}: {reasons[0]}")
+        await self._engine.update_weight_version(version)
+        self._spare, self._version, self._directory = self._version, version, directory
+
+    async def _revive(self) -> None:
+        """A new engine has the reference; nobody is let in before it has what was served."""
+        version, directory = self._version, self._directory
+        self._admitted.clear()
+        await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
+        log.warning("starting the engine again")
+        self._engine = await asyncio.to_thread(self._start_engine)
+        self._version = REFERENCE
+        await self._prepare()
+        if version == REFERENCE:
+            self._admitted.set()
+        else:
+            await self._swap(version, directory)
+
+    async def _prepare(self) -> None:
+        await self._engine.collective_rpc("prefloop_prepare")
+        await self._engine.update_weight_version(self._version)
+
+    def _spans(self, labelled: list[Span]) -> list[Span]:
+        """Marks every span but the first where a swap keeps the KV cache."""
+        if not self._keep_kv:
+            return labelled
+        return [replace(span, stale_kv=number > 0) for number, span in enumerate(labelled)]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Keeps how long the block took, also where it fails."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = time.perf_counter() - started

@@ -1,0 +1,64 @@
+"""One answer from vLLM, as text, token ids and log-probabilities, whichever way it ends."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from server.detokenizer import Detokenizer
+from server.records import FinishReason, Generation, Span
+
+FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled"}
+
+
+class VllmStream:
+    """One answer from an AsyncLLM. A cancelled reader loses nothing: what was sampled waits in vLLM's queue."""
+
+    def __init__(
+        self,
+        engine: Any,
+        request_id: str,
+        queue: Any,
+        detokenizer: Detokenizer,
+        version: str,
+        spans: Callable[[list[Span]], list[Span]],
+    ) -> None:
+        self._engine = engine
+        self._version = version
+        self._spans = spans
+        self._request_id = request_id
+        self._queue = queue
+        self._detokenizer = detokenizer
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._text: list[str] = []
+        self._last: Any = None
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while self._last is None:
+            # A reader that is slower than the engine gets several tokens at once: vLLM merges what waits.
+            output = self._queue.get_nowait() or await self._queue.get()
+            completion = output.outputs[0]
+            self._token_ids.extend(completion.token_ids)
+            if completion.token_ids:
+                self._logprobs.extend(completion.logprobs.logprobs)
+            if completion.finish_reason is not None:
+                self._last = completion
+            if text := self._detokenizer.text(completion.token_ids):
+                self._text.append(text)
+                yield text
+
+    async def finish(self) -> Generation:
+        if self._last is None:
+            # Through the engine, not by closing the queue: the last output then carries the spans.
+            await self._engine.abort(self._request_id)
+            async for _ in self:
+                pass
+        self._queue.close()
+        spans = [Span(span.start, span.end, span.version) for span in self._last.weight_versions or []]
+        return self._generation(FINISH_REASONS.get(self._last.finish_reason, "error"), self._spans(spans))
+
+    def fail(self) -> Generation:
+        """What there is of an answer whose engine died."""
+        return self._generation("error", [Span(0, len(self._token_ids), self._version)])
+
+    def _generation(self, finish_reason: FinishReason, spans: list[Span]) -> Generation:
+        return Generation(self._token_ids, self._logprobs, "".join(self._text), finish_reason, spans)

@@ -1,0 +1,83 @@
+"""What an operator does by hand, and what happens to old versions."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from learner.cli import app
+from learner.lease import learner_lease
+from learner.retention import prune
+from server.store import FeedbackStore
+from tests.learner.rounds import make_version
+
+runner = CliRunner()
+
+
+def active(data_dir: Path) -> str:
+    store = FeedbackStore.open(data_dir)
+    try:
+        return store.registry.active_policy().version
+    finally:
+        store.close()
+
+
+def test_an_operator_promotes_what_the_gate_refused_and_goes_back(data_dir: Path) -> None:
+    make_version(data_dir, "v0001")
+    result = runner.invoke(app, ["promote", "v0001", "--data-dir", str(data_dir), "--reason", "I read its answers"])
+    assert (result.exit_code, active(data_dir)) == (0, "v0001")
+    assert "v0001 is active in place of v0000; no server is running" in result.stdout
+    result = runner.invoke(app, ["promote", "v0001", "--data-dir", str(data_dir)])
+    assert "active already; nothing was changed" in result.stdout
+    result = runner.invoke(app, ["rollback", "--data-dir", str(data_dir)])
+    assert (result.exit_code, active(data_dir)) == (0, "v0000")
+    store = FeedbackStore.open(data_dir)
+    back, there, _ = store.lineage.moves()
+    store.close()
+    assert (back.action, back.version, back.reason) == ("rollback", "v0000", "rolled back from v0001")
+    assert (there.action, there.version, there.reason) == ("promote", "v0001", "I read its answers")
+    assert there.actor.startswith("operator ")
+
+
+def test_what_cannot_be_done_by_hand_is_one_sentence(data_dir: Path) -> None:
+    def refused(*arguments: str) -> str:
+        result = runner.invoke(app, [*arguments, "--data-dir", str(data_dir)])
+        assert result.exit_code == 1
+        assert "Traceback" not in result.output
+        return result.output
+
+    assert "No version was active before v0000." in refused("rollback")
+    assert "v0009" in refused("promote", "v0009")
+    make_version(data_dir, "v0001")
+    assert "never active" in refused("rollback", "v0001")
+    with (data_dir / "policies" / "v0001" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert "does not have the SHA-256" in refused("promote", "v0001")
+    assert active(data_dir) == "v0000"
+
+
+def test_old_weights_go_and_their_record_stays(data_dir: Path) -> None:
+    for number in range(1, 7):
+        make_version(data_dir, f"v000{number}", "activate" if number in (1, 3) else None)
+    (data_dir / "merged" / "v0002").mkdir(parents=True)
+    store = FeedbackStore.open(data_dir)
+    with learner_lease(store, data_dir, 5) as lease:
+        assert lease
+        # Active v0003, before it v0001, the reference v0000; of the other four the newest two.
+        assert prune(store, data_dir, 2, fence=lease) == ["v0004", "v0002"]
+        # A learner that was killed between the mark and the removal.
+        (data_dir / "policies" / "v0002").mkdir()
+        assert prune(store, data_dir, 2, fence=lease) == []
+    kept = sorted(path.name for path in (data_dir / "policies").iterdir())
+    assert kept == ["v0000", "v0001", "v0003", "v0005", "v0006"]
+    assert not (data_dir / "merged" / "v0002").exists()
+    assert store.registry.policy("v0002").reason == "The win rate may be chance."
+    store.close()
+    result = runner.invoke(app, ["promote", "v0002", "--data-dir", str(data_dir)])
+    assert "v0002 was pruned: its weights are gone." in result.output
+
+
+@pytest.mark.parametrize("arguments", [[], ["v0001", "--vote", "fb"]])
+def test_trace_asks_for_one_thing(data_dir: Path, arguments: list[str]) -> None:
+    result = runner.invoke(app, ["trace", *arguments, "--data-dir", str(data_dir)])
+    assert (result.exit_code, "Give a version, or --vote" in result.output) == (1, True)

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -39,7 +39,7 @@ from clients.voter import TASTES, Answer
 
 ROUND_SECONDS = 1800
 SHUFFLES = 60
-SHUFFLED = Cell("short", 200, 0.1, 0)
+SHUFFLED = (Cell("short", 200, 0.1, 0), Cell("to-you", 200, 0.1, 0))
 DRAW = 424_242
 
 
@@ -105,7 +105,7 @@ def start_cells() -> list[Cell]:
 
 
 def shuffle_cells() -> list[Cell]:
-    return [Cell(**{**asdict(SHUFFLED), "shuffle": number}) for number in range(1, SHUFFLES + 1)]
+    return [replace(cell, shuffle=number) for cell in SHUFFLED for number in range(1, SHUFFLES + 1)]
 
 
 # Rewards

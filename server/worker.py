@@ -31,7 +31,7 @@ class SwapExtension:
 
     def prefloop_prepare(self) -> None:
         """Makes the spare model. Call it once, before the first request: building a model changes torch's defaults."""
-        self._prefloop_spare = _second_model(self.vllm_config)
+        self._prefloop_spare = second_model(self.model_runner.get_model(), self.vllm_config)
         self._prefloop_digests = digests(self._prefloop_spare)
         self._prefloop_live_digests = digests(self.model_runner.get_model())
 
@@ -62,6 +62,8 @@ class SwapExtension:
 
     def _prefloop_read(self, directory: str) -> None:
         try:
+            # A thread of its own, and one core of those that answer.
+            torch.set_num_threads(1)
             load(self._prefloop_spare, self.vllm_config, Path(directory))
             self._prefloop_digests = digests(self._prefloop_spare)
         # A thread has nobody to raise to: the caller of prefloop_staged gets the reason.
@@ -151,12 +153,32 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
     return {**compute_tensor_digests(model), **packed}
 
 
-def _second_model(config: Any) -> torch.nn.Module:
+def second_model(first: torch.nn.Module, config: Any) -> torch.nn.Module:
+    """The model once more, with the weights that the engine started with, and sharing nothing with `first`."""
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
     # Layers register themselves by name: in a register of their own.
     config = copy.copy(config)
     config.compilation_config = copy.copy(config.compilation_config)
     config.compilation_config.static_forward_context = {}
-    model: torch.nn.Module = get_model_loader(config.load_config).load_model(config, config.model_config)
+    with set_current_vllm_config(config):
+        model: torch.nn.Module = get_model_loader(config.load_config).load_model(config, config.model_config)
+    unshare(model, first)
     return model
+
+
+def unshare(model: torch.nn.Module, first: torch.nn.Module) -> None:
+    """Gives `model` its own copy of every module that it has in common with `first`: vLLM keeps one of each rotary
+    embedding for all models, and reading weights takes a model's modules apart."""
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    common = set(first.modules())
+    own: dict[torch.nn.Module, torch.nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child in common:
+                if child not in own:
+                    own[child] = copy.deepcopy(child)
+                    record_metadata_for_reloading(own[child])
+                setattr(parent, name, own[child])

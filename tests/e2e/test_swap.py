@@ -4,6 +4,7 @@ import itertools
 import os
 import select
 import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, policy_pb2
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 LONG = "Write a long story about a lighthouse."
 
 
-def make_version(live: LiveServer, change: Callable[[Tensors], None], state: Any = "candidate") -> str:
+def make_version(live: LiveServer, change: Callable[[Tensors], None], *, truncated: bool = False) -> str:
     """The reference with changed weights, published and registered from outside the server, as a learner does."""
     store = FeedbackStore.open(live.data_dir)
     version = store.registry.next_version()
@@ -37,10 +39,12 @@ def make_version(live: LiveServer, change: Callable[[Tensors], None], state: Any
     tensors = load_file(staging / "model.safetensors")
     change(tensors)
     save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+    if truncated:
+        os.truncate(staging / "model.safetensors", 1_000_000)
     write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
     publish(staging, final)
     store.registry.register_policy(
-        version, kind="full", state=state, parent_version="v0000", reference_version="v0000", round_id=None,
+        version, kind="full", state="candidate", parent_version="v0000", reference_version="v0000", round_id=None,
         reward_model_version=None, metrics={},
     )  # fmt: skip
     store.close()
@@ -62,6 +66,11 @@ def spoil(tensors: Tensors) -> None:
 
 def drop(tensors: Tensors) -> None:
     del tensors["model.layers.3.mlp.up_proj.weight"]
+
+
+def crop(tensors: Tensors) -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
 
 
 def ask(live: LiveServer, message: str, **sampling: Any) -> tuple[Any, str, Any]:
@@ -141,12 +150,20 @@ def test_streams_carry_on_over_swaps_and_every_token_has_one_version(live: LiveS
     activate(live, "v0000")
 
 
-@pytest.mark.parametrize(("damage", "reason"), [(spoil, "not finite"), (drop, "lacks the tensor")])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (spoil, "not finite"),
+        (drop, "lacks the tensor"),
+        (crop, "has the shape"),
+        (None, "not a whole safetensors file"),
+    ],
+)
 def test_unusable_weights_leave_the_old_policy_serving(
-    live: LiveServer, damage: Callable[[Tensors], None], reason: str
+    live: LiveServer, damage: Callable[[Tensors], None] | None, reason: str
 ) -> None:
     before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
-    version = make_version(live, damage)
+    version = make_version(live, damage or negate_norm, truncated=damage is None)
     with pytest.raises(grpc.RpcError) as error:
         activate(live, version)
     assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
@@ -163,6 +180,51 @@ def test_swapping_there_and_back_restores_the_answers(live: LiveServer) -> None:
     activate(live, "v0000")
     # Not from the prefix cache of the other weights either.
     assert ask(live, "Why is the sky blue?", temperature=0, max_tokens=24)[1] == before
+
+
+def reason_of(live: LiveServer, version: str) -> str:
+    listed = live.policies.ListPolicies(policy_pb2.ListPoliciesRequest(), timeout=10).policies
+    [found] = [policy for policy in listed if policy.version == version]
+    assert found.state == policy_pb2.POLICY_STATE_FAILED
+    return str(found.reason)
+
+
+def test_an_engine_that_dies_in_a_swap_comes_back_with_the_old_policy(live: LiveServer) -> None:
+    before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
+    live.stop()
+    live.start(PREFLOOP_FAILPOINT="exchange:1")
+    version = make_version(live, negate_norm)
+    with pytest.raises(grpc.RpcError) as error:
+        live.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version=version), timeout=240)
+    assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert f"the engine died while it loaded {version}" in error.value.details()
+    assert f"the engine died while it loaded {version}" in reason_of(live, version)
+    assert f"the engine died while it loaded {version}" in "".join(live.log)
+    started, after, _ = ask(live, "Name three colours.", temperature=0, max_tokens=24)
+    assert (after, started.policy_version) == (before, "v0000")
+    live.stop()
+    live.start()
+
+
+def test_an_engine_that_dies_comes_back_with_what_it_served(live: LiveServer) -> None:
+    version = make_version(live, negate_norm)
+    activate(live, version)
+    before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
+    call = live.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 400}), timeout=240)
+    next(call)
+    watching = health_pb2_grpc.HealthStub(live.channel).Watch(health_pb2.HealthCheckRequest(), timeout=240)
+    [engine] = [pid for pid in children(live.process.pid) if "EngineCor" in Path(f"/proc/{pid}/comm").read_text()]
+    os.kill(engine, signal.SIGKILL)
+    with pytest.raises(grpc.RpcError) as error:
+        list(call)
+    assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+    told = [status.status for status in itertools.islice(watching, 3)]
+    watching.cancel()
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    assert told == [serving, not_serving, serving]
+    started, after, _ = ask(live, "Name three colours.", temperature=0, max_tokens=24)
+    assert (after, started.policy_version) == (before, version)
+    activate(live, "v0000")
 
 
 def children(pid: int) -> set[int]:

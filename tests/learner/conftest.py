@@ -42,20 +42,25 @@ def model() -> Any:
     return tiny_llama()
 
 
-@pytest.fixture(scope="session")
-def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_tiny_model(directory: Path) -> None:
+    """The tiny model with a tokenizer of one token a word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    directory = tmp_path_factory.mktemp("model")
     tiny_llama().save_pretrained(directory)
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", pad_token=f"w{PAD}")
     tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} {% endfor %}w3"
     tokenizer.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny_model(directory)
     return directory
 
 

@@ -10,11 +10,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from server.detokenizer import Detokenizer
 from server.ids import new_id
@@ -25,6 +25,9 @@ from server.vllm_stream import VllmStream
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+DEAD_POLL_SECONDS = 0.2
 STAGING_POLL_SECONDS = 0.02
 STAGING_TIMEOUT_SECONDS = 300.0
 # The engine's process ends by itself within a second or two; past this it is killed.
@@ -39,7 +42,7 @@ class VllmPolicy:
         self._engine = start_engine()
         self._tokenizer = self._engine.get_tokenizer()
         self._backend = self._tokenizer.backend_tokenizer
-        self._version, self._directory = REFERENCE, directory
+        self._version, self._directory, self._reference = REFERENCE, directory, directory
         # What the worker's spare model holds; None where that is not known.
         self._spare: str | None = None
         self._keep_kv = keep_kv
@@ -125,13 +128,13 @@ class VllmPolicy:
         self._admitted.clear()
         try:
             with timed(seconds, "pause"):
-                await self._engine.pause_generation(mode="keep", clear_cache=not self._keep_kv)
+                await self._ask(self._engine.pause_generation(mode="keep", clear_cache=not self._keep_kv))
             try:
                 with timed(seconds, "exchange"):
                     await self._exchange(version, directory)
             finally:
                 with timed(seconds, "resume"):
-                    await self._engine.resume_generation()
+                    await self._ask(self._engine.resume_generation())
         finally:
             self._admitted.set()
         log.info("swapped to %s: %s", version, ", ".join(f"{name} {took:.3f} s" for name, took in seconds.items()))
@@ -139,9 +142,9 @@ class VllmPolicy:
     async def _stage(self, version: str, directory: Path) -> None:
         # Read and checked in the worker's memory while answers go on: the pause is an exchange and nothing else.
         self._spare = None
-        await self._engine.collective_rpc("prefloop_stage", args=(str(directory),))
+        await self._ask(self._engine.collective_rpc("prefloop_stage", args=(str(directory),)))
         async with asyncio.timeout(STAGING_TIMEOUT_SECONDS):
-            while None in (staged := await self._engine.collective_rpc("prefloop_staged")):
+            while None in (staged := await self._ask(self._engine.collective_rpc("prefloop_staged"))):
                 await asyncio.sleep(STAGING_POLL_SECONDS)
         if reasons := [reason for reason in staged if reason]:
             raise SwapError(reasons[0])
@@ -149,30 +152,45 @@ class VllmPolicy:
 
     async def _exchange(self, version: str, directory: Path) -> None:
         # Whatever happens here, the engine ends with one whole set of weights: the worker goes back by itself.
-        wrong = await self._engine.collective_rpc("prefloop_exchange")
+        wrong = await self._ask(self._engine.collective_rpc("prefloop_exchange"))
         if reasons := [reason for reason in wrong if reason]:
             self._spare = None
             raise SwapError(f"{version}: {reasons[0]}")
-        await self._engine.update_weight_version(version)
+        await self._ask(self._engine.update_weight_version(version))
         self._spare, self._version, self._directory = self._version, version, directory
 
     async def _revive(self) -> None:
         """A new engine has the reference; nobody is let in before it has what was served."""
-        version, directory = self._version, self._directory
         self._admitted.clear()
         await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
         log.warning("starting the engine again")
         self._engine = await asyncio.to_thread(self._start_engine)
-        self._version = REFERENCE
+        self._spare = None
         await self._prepare()
-        if version == REFERENCE:
+        if self._version == REFERENCE:
             self._admitted.set()
-        else:
-            await self._swap(version, directory)
+            return
+        try:
+            await self._swap(self._version, self._directory)
+        except Exception:
+            self._version, self._directory = REFERENCE, self._reference
+            raise
+        self._spare = REFERENCE
 
     async def _prepare(self) -> None:
-        await self._engine.collective_rpc("prefloop_prepare")
-        await self._engine.update_weight_version(self._version)
+        await self._ask(self._engine.collective_rpc("prefloop_prepare"))
+        await self._ask(self._engine.update_weight_version(REFERENCE))
+
+    async def _ask(self, call: Coroutine[Any, Any, T]) -> T:
+        """What the engine answers. A dead one leaves such calls unanswered: raises RuntimeError then."""
+        answering = asyncio.create_task(call)
+        try:
+            while not (await asyncio.wait([answering], timeout=DEAD_POLL_SECONDS))[0]:
+                if not self.alive:
+                    raise RuntimeError("the engine died")
+            return answering.result()
+        finally:
+            answering.cancel()
 
     def _spans(self, labelled: list[Span]) -> list[Span]:
         """Marks every span but the first where a swap keeps the KV cache."""

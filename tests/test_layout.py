@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-LEARNER_MAY = {"server.store", "server.manifest", "server.records", "server.errors", "server.registry", "server.ids"}
+STORE = ("store", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
+LEARNER_MAY = {f"server.{name}" for name in STORE}
 
 
 def imports(root: Path, package: str) -> set[str]:

@@ -193,3 +193,13 @@ def test_a_push_that_did_not_land_is_noticed() -> None:
     check_push(Mismatch(rms=0.1, kl=0.0, effective_share=1.0, outside=0.0), 0.35)
     with pytest.raises(RuntimeError, match="does not sample from the weights"):
         check_push(Mismatch(rms=0.5, kl=0.1, effective_share=0.8, outside=0.5), 0.35)
+
+
+def test_adapters_begin_as_the_seed_says_whatever_was_drawn_before(model_directory: Path) -> None:
+    def first_adapter(drawn: int, seed: int) -> torch.Tensor:
+        torch.manual_seed(drawn)
+        policy = Policy.create(model_directory, PPOSettings(), torch.device("cpu"), seed)
+        return next(value for name, value in policy.model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(first_adapter(drawn=1, seed=5), first_adapter(drawn=2, seed=5))
+    assert not torch.equal(first_adapter(drawn=1, seed=5), first_adapter(drawn=1, seed=6))

@@ -1,0 +1,44 @@
+"""Two versions side by side in the votes: who wins, and how sure that is, however often one looks.
+
+The evidence is an e-value. Against "the one is at least as good as the other", every win rate p below a half is put up
+with the same weight, and e = 2 * integral over (0, 1/2) of p^wins (1 - p)^losses dp / (1/2)^(wins + losses). While the
+null holds, e is expected to fall, and the chance that it ever reaches 1 / alpha is at most alpha (Ville 1939; Ramdas et
+al. 2023, "Game-theoretic statistics and safe anytime-valid inference"): one may look after every vote.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+def evidence(wins: int, losses: int) -> float:
+    """e-value against a win rate of a half or more; 1 before the first vote.
+
+    The integral is an incomplete beta function, for whole numbers a sum of binomials."""
+    n = wins + losses
+    tail = sum(math.comb(n + 1, k) for k in range(wins + 1, n + 2))
+    return tail / ((n + 1) * math.comb(n, wins))
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Choices between answers of `version` and of `opponent`, shown blind."""
+
+    version: str
+    opponent: str
+    wins: int
+    losses: int
+    # Ties and both-bad: they say nothing of who is better.
+    draws: int
+
+    @property
+    def lost(self) -> float:
+        """Evidence that `version` is worse."""
+        return evidence(self.wins, self.losses)
+
+    @property
+    def won(self) -> float:
+        """Evidence that `version` is better."""
+        return evidence(self.losses, self.wins)
+
+    def __str__(self) -> str:
+        return f"{self.wins} wins, {self.losses} losses and {self.draws} draws against {self.opponent}"

@@ -129,7 +129,7 @@ def status(data_dir: DataDir = None, as_json: Json = False) -> None:
     from learner.status import status as read
 
     try:
-        found = read(settings.data_dir)
+        found = read(settings.data_dir, settings.duel_user_votes)
     except ServiceError as error:
         _fail(str(error))
     if as_json:

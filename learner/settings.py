@@ -187,6 +187,7 @@ class LearnerSettings(BaseSettings):
     cpu_threads: str = Field(
         "auto", description="Cores of the engine on a CPU, as `0-1`, `nobind`, or `auto`: every core we may use."
     )
+    duel_user_votes: int = Field(10, ge=1, description="Votes of one user that count between two versions.")
     min_votes: int = Field(40, ge=1, description="Fewer votes start no round.")
     max_votes: int = Field(20_000, ge=100, description="A round learns from the newest votes, this many at most.")
     skip_rolled_back: bool = Field(

@@ -1,5 +1,7 @@
 """What is served, what was learned from, what waits. Reads the store alone: no torch."""
 
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +9,31 @@ from server.errors import NotFoundError
 from server.store import FeedbackStore
 
 
-def status(data_dir: Path) -> dict[str, Any]:
+def status(data_dir: Path, duel_user_votes: int = 10) -> dict[str, Any]:
     """A record for `--json`; `lines` are (name, sentence) to show."""
     if not (data_dir / "prefloop.db").exists():
         return {"lines": [("served", f"nothing: there is no data in {str(data_dir)!r} yet")]}
     store = FeedbackStore.open(data_dir)
     try:
-        return _status(store)
+        return _status(store, duel_user_votes)
     finally:
         store.close()
 
 
-def _status(store: FeedbackStore) -> dict[str, Any]:
+def _side_by_side(store: FeedbackStore, duel_user_votes: int) -> Iterator[tuple[str, str]]:
+    """What users say of the active version and of the one before it."""
+    duel = store.lineage.duel(duel_user_votes)
+    if duel and (duel.wins or duel.losses or duel.draws):
+        evidence = f"evidence that it is better {duel.won:.3g}, worse {duel.lost:.3g}"
+        yield "side by side", f"{duel.version} has {duel}; {evidence}"
+    active, before = store.registry.active_policy().version, store.registry.previous_version()
+    rates = {version: store.lineage.thumb_rate(version) for version in (active, before) if version}
+    if any(thumbs for _, thumbs in rates.values()):
+        counts = "; ".join(f"{version}: {up} of {thumbs} up" for version, (up, thumbs) in rates.items())
+        yield "thumbs", f"{counts}. Of different users and questions, not blind: a hint, not a test"
+
+
+def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
     try:
         active = store.registry.active_policy()
     except NotFoundError:
@@ -37,6 +52,12 @@ def _status(store: FeedbackStore) -> dict[str, Any]:
         lines.append(("learned from", f"{used} votes in {learned.id} ({learned.state}): {learned.reason}"))
     else:
         lines.append(("learned from", "nothing yet"))
+    lines += list(_side_by_side(store, duel_user_votes))
+    for move in store.lineage.moves(3):
+        if move.previous_version:
+            when = f"{datetime.fromtimestamp(move.create_time).astimezone():%Y-%m-%d %H:%M}"
+            what = f"{move.version} for {move.previous_version} by {move.actor}: {move.reason}"
+            lines.append((move.action, f"{when}, {what}"))
     running = store.registry.running_round()
     if running:
         lines.append(

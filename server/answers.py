@@ -57,10 +57,15 @@ class Answers:
             ended.set_result(None)
 
     async def sample(
-        self, response_id: str, prompt: list[int], sampling: Sampling, send: Callable[[str], Awaitable[None]]
+        self,
+        response_id: str,
+        prompt: list[int],
+        sampling: Sampling,
+        send: Callable[[str], Awaitable[None]],
+        version: str | None = None,
     ) -> Generation:
         """Samples one answer, sends its text piece by piece, and returns once it is stored."""
-        stream = await self._policy.sample(prompt, sampling)
+        stream = await self._policy.sample(prompt, sampling, version)
         try:
             async for text in stream:
                 await send(text)

@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc, policy_pb2, policy_pb2_grpc
 
+from server.adapter_policy import AdapterPolicy
 from server.chat import ChatService
 from server.engine import set_environment, start_engine
 from server.errors import DataDirectoryError, ServiceError
@@ -26,6 +27,7 @@ from server.identity import LOOPBACK
 from server.planner import Planner
 from server.policies import PolicyService
 from server.policy import Policy
+from server.referee import Referee
 from server.reference import prepare_reference
 from server.settings import ServerSettings
 from server.status import EdgeInterceptor
@@ -72,7 +74,12 @@ class App:
         self._planner = (
             Planner(settings.scoring_address, settings.scoring_seconds) if settings.scoring_address else None
         )
-        self._chat = ChatService(self._store, policy, settings, replica_id, self._planner)
+        self._referee = (
+            Referee(self._store, self._follower, settings.duel_alpha, settings.duel_user_votes, settings.poll_seconds)
+            if settings.serve_adapters and settings.duel_alpha
+            else None
+        )
+        self._chat = ChatService(self._store, policy, settings, replica_id, self._planner, self._referee)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, self._server)
         feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(FeedbackService(self._store), self._server)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(self._store, self._follower), self._server)
@@ -81,9 +88,12 @@ class App:
         await self._store(lambda store: store.fail_interrupted_responses(replica_id))
         # Before the first user: a version that was activated while no server ran takes effect now.
         await self._follower.converge()
-        self._following = asyncio.create_task(self._follower.run())
+        if self._referee:
+            await self._referee.look()
+        self._tasks = [asyncio.create_task(self._follower.run())]
+        self._tasks += [asyncio.create_task(self._referee.run())] if self._referee else []
         await self._server.start()
-        self._watching = asyncio.create_task(self._tell_health(policy))
+        self._tasks.append(asyncio.create_task(self._tell_health(policy)))
 
     async def stop(self, grace: float) -> None:
         """Refuses new calls, lets open streams run on for `grace` seconds, stores what was cut off."""
@@ -92,9 +102,9 @@ class App:
         await self._chat.drain()
         if self._planner:
             await self._planner.close()
-        for task in (self._following, self._watching):
+        for task in self._tasks:
             task.cancel()
-        await asyncio.wait([self._following, self._watching])
+        await asyncio.wait(self._tasks)
         await self._follower.close()
 
     async def _tell_health(self, policy: Policy) -> None:
@@ -144,7 +154,7 @@ async def _serve(
     await store(lambda store: store.registry.register_reference())
     say("starting the engine")
     # Always from the reference: compiled code is cached by the model's path. The active version is swapped in.
-    policy = VllmPolicy(partial(start_engine, settings, directory), directory, keep_kv=settings.keep_kv_on_swap)
+    policy = make_policy(settings, directory)
     try:
         await policy.start()
         await app.start(policy)
@@ -160,6 +170,14 @@ async def _serve(
         # The engine stands in reference cycles; collected as late as the interpreter's end, it complains.
         gc.unfreeze()
         gc.collect()
+
+
+def make_policy(settings: ServerSettings, directory: Path) -> VllmPolicy:
+    """An engine with the reference in `directory`, and what swaps versions in it."""
+    start = partial(start_engine, settings, directory)
+    if settings.serve_adapters:
+        return AdapterPolicy(start, directory)
+    return VllmPolicy(start, directory, keep_kv=settings.keep_kv_on_swap)
 
 
 def _prepare(settings: ServerSettings, say: Callable[[str], None]) -> Path:

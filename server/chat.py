@@ -22,6 +22,7 @@ from server.planner import Planner
 from server.policy import Policy, Sampling
 from server.prompt import build_prompt
 from server.records import Generation, Response, Slot, Turn
+from server.referee import Referee
 from server.settings import ServerSettings
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
@@ -35,13 +36,20 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     """Chats, comparisons and the history of both."""
 
     def __init__(
-        self, store: StoreThread, policy: Policy, settings: ServerSettings, replica_id: str, planner: Planner | None
+        self,
+        store: StoreThread,
+        policy: Policy,
+        settings: ServerSettings,
+        replica_id: str,
+        planner: Planner | None = None,
+        referee: Referee | None = None,
     ) -> None:
         self._store = store
         self._policy = policy
         self._settings = settings
         self._replica_id = replica_id
         self._planner = planner
+        self._referee = referee
         self._locks = KeyedLocks()
         self._answers = Answers(store, policy)
 
@@ -90,8 +98,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 await self._replay_comparison(user, first, context.write)
                 return
             prompt, sampling = self._prompt(turns, request)
-            samplings = self._two_samplings(sampling)
-            version = self._policy.version
+            pair = self._referee.pair if self._referee else None
+            versions, samplings = self._duel(pair, sampling) if pair else self._plain_comparison(sampling)
 
             def begin(store: FeedbackStore) -> Begun:
                 with store.transaction():
@@ -101,7 +109,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                         conversation_id,
                         message=request.message,
                         replica_id=self._replica_id,
-                        policy_version=version,
+                        policy_versions=versions,
                         prompt_token_ids=prompt,
                         temperatures=(samplings[0].temperature, samplings[1].temperature),
                         max_tokens=sampling.max_tokens,
@@ -118,9 +126,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
             async with self._answers.begun(begin) as begun:
                 await write(_compare_started(begun.conversation_id, begun.comparison_id))
-                answers = list(zip(SLOTS, begun.response_ids, samplings, strict=True))
+                # Elsewhere a swap may come first: such an answer takes whatever is loaded, and its spans say what.
+                pinned = versions if pair else (None, None)
+                answers = list(zip(SLOTS, begun.response_ids, samplings, pinned, strict=True))
                 try:
-                    if self._planner and sampling.seed is None:
+                    if self._planner and not pair and sampling.seed is None:
                         await self._planned_answers(self._planner, answers, prompt, write)
                     else:
                         async with asyncio.TaskGroup() as both:
@@ -185,29 +195,31 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         prompt = build_prompt(self._policy.encode, turns, request.message, limit - sampling.max_tokens)
         return prompt, sampling
 
-    def _two_samplings(self, base: Sampling) -> list[Sampling]:
-        # Which temperature is A's is random; two seeds, so that equal temperatures would still differ.
-        temperatures = random.sample(self._settings.compare_temperatures, 2)
-        seeds = [None, None] if base.seed is None else [base.seed, (base.seed + 1) % 2**63]
-        return [
-            Sampling(temperature, base.max_tokens, seed) for temperature, seed in zip(temperatures, seeds, strict=True)
-        ]
+    def _plain_comparison(self, base: Sampling) -> tuple[tuple[str, str], list[Sampling]]:
+        """One version at two temperatures; which is A's is random."""
+        low, high = random.sample(self._settings.compare_temperatures, 2)
+        return (self._policy.version, self._policy.version), two_samplings(base, low, high)
+
+    def _duel(self, pair: tuple[str, str], base: Sampling) -> tuple[tuple[str, str], list[Sampling]]:
+        """Two versions at one temperature, so that nothing else differs; which is A's is random."""
+        one, other = random.sample(pair, 2)
+        return (one, other), two_samplings(base, base.temperature, base.temperature)
 
     async def _candidate(
-        self, slot: Slot, response_id: str, sampling: Sampling, prompt: list[int], write: Write
+        self, slot: Slot, response_id: str, sampling: Sampling, version: str | None, prompt: list[int], write: Write
     ) -> Generation:
         def delta(text: str) -> Awaitable[None]:
             return write(_compare_delta(slot, text))
 
-        generation = await self._answers.sample(response_id, prompt, sampling, delta)
+        generation = await self._answers.sample(response_id, prompt, sampling, delta, version)
         await write(_compare_finished(slot, response_id, generation, prompt))
         return generation
 
     async def _planned_answers(
-        self, planner: Planner, answers: list[tuple[Slot, str, Sampling]], prompt: list[int], write: Write
+        self, planner: Planner, answers: list[tuple[Slot, str, Sampling, str | None]], prompt: list[int], write: Write
     ) -> None:
         """One answer is streamed; the other comes whole, chosen when all have ended. Which of them is A is random."""
-        streamed, (slot, response_id, sampling) = random.sample(answers, 2)
+        streamed, (slot, response_id, sampling, _) = random.sample(answers, 2)
         async with asyncio.TaskGroup() as group:
             first = group.create_task(self._candidate(*streamed, prompt, write))
             unseen = [
@@ -250,6 +262,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         slots: list[tuple[Slot, Response]] = [("A", comparison.a), ("B", comparison.b)]
         for slot, response in slots:
             await _write_whole(write, slot, response.id, _generation(response), response.prompt_token_ids)
+
+
+def two_samplings(base: Sampling, *temperatures: float) -> list[Sampling]:
+    """Of A and B; two seeds, so that equal temperatures differ all the same."""
+    seeds = [None, None] if base.seed is None else [base.seed, (base.seed + 1) % 2**63]
+    return [Sampling(temperature, base.max_tokens, seed) for temperature, seed in zip(temperatures, seeds, strict=True)]
 
 
 def _open_conversation(store: FeedbackStore, user: str, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest) -> str:

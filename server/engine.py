@@ -59,6 +59,9 @@ def start_engine(settings: ServerSettings, directory: Path) -> Any:
         # Sampling must be the model's own distribution: no top-p or top-k from its generation_config.json.
         generation_config="vllm",
         worker_extension_cls="server.worker.SwapExtension",
+        enable_lora=settings.serve_adapters,
+        max_loras=settings.live_adapters,
+        max_lora_rank=settings.adapter_rank,
         use_tqdm_on_load=False,
     ).create_engine_config()
     # Binds the engine's threads on a CPU, as vLLM does for a process of the model's own.

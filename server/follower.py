@@ -13,7 +13,6 @@ from server.errors import FailedPreconditionError, ManifestError
 from server.policy import Policy, SwapError
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
-from server.weights import engine_weights
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class Follower:
             if active == self._policy.version:
                 return False
             try:
-                directory = await asyncio.to_thread(engine_weights, self._data_dir, active)
+                directory = await asyncio.to_thread(self._policy.locate, self._data_dir, active)
                 await self._policy.swap(active, directory)
             except (ManifestError, SwapError, OSError, TimeoutError) as error:
                 reason, loaded = str(error) or type(error).__name__, self._policy.version
@@ -76,7 +75,7 @@ class Follower:
         Raises FailedPreconditionError with the reason; nothing was changed then.
         """
         try:
-            await asyncio.to_thread(engine_weights, self._data_dir, version)
+            await asyncio.to_thread(self._policy.locate, self._data_dir, version)
         except (ManifestError, OSError) as error:
             raise FailedPreconditionError("POLICY_UNLOADABLE", str(error)) from error
         await self._store(move_pointer)
@@ -89,6 +88,10 @@ class Follower:
         log.error("the engine died; starting it again with %s", self._policy.version)
         async with self._converging:
             await self._policy.revive()
+
+    async def keep_live(self, version: str) -> None:
+        """Makes `version` answer beside the active one, where the policy can."""
+        await self._policy.keep_live(version, await asyncio.to_thread(self._policy.locate, self._data_dir, version))
 
     async def close(self) -> None:
         """This server no longer serves anything."""

@@ -7,6 +7,7 @@ watermark says which of its events the round saw. Nothing here is removed with a
 from collections.abc import Iterable
 
 from server.database import Database
+from server.duel import Duel
 from server.records import FeedbackEvent, Lease, PointerEvent, Side
 from server.registry import check_fence
 
@@ -63,6 +64,36 @@ class Lineage:
         """Moves of the pointer, newest first."""
         rows = self._db.rows("SELECT * FROM pointer_events ORDER BY seq DESC LIMIT ?", [limit])
         return [PointerEvent(**row) for row in rows]
+
+    def duel(self, user_votes: int) -> Duel | None:
+        """Votes between answers of the active version and of the one before it, since it became active; the first
+        `user_votes` of each user. None where it came to be active by going back."""
+        last = next(iter(self.moves(1)), None)
+        if last is None or last.previous_version is None or last.action not in ("activate", "promote"):
+            return None
+        rows = self._db.rows(
+            "SELECT value, version_a FROM (SELECT f.value, a.policy_version AS version_a, "
+            "row_number() OVER (PARTITION BY f.user ORDER BY f.event_seq) AS nth FROM comparisons c "
+            "JOIN feedback f ON f.comparison_id = c.id AND f.kind = 'choice' "
+            "JOIN responses a ON a.id = c.response_a JOIN responses b ON b.id = c.response_b "
+            "WHERE c.create_time >= ?3 AND ((a.policy_version = ?1 AND b.policy_version = ?2) "
+            "OR (a.policy_version = ?2 AND b.policy_version = ?1))) WHERE nth <= ?4",
+            [last.version, last.previous_version, last.create_time, user_votes],
+        )
+        winners = [
+            None if row["value"] not in ("A", "B") else (row["value"] == "A") == (row["version_a"] == last.version)
+            for row in rows
+        ]
+        return Duel(last.version, last.previous_version, winners.count(True), winners.count(False), winners.count(None))
+
+    def thumb_rate(self, version: str) -> tuple[int, int]:
+        """Thumbs up, and all thumbs, on answers that a version began."""
+        [row] = self._db.rows(
+            "SELECT count(*) FILTER (WHERE f.value = 'UP') AS up, count(*) AS thumbs FROM feedback f "
+            "JOIN responses r ON r.id = f.response_id WHERE f.kind = 'thumb' AND r.policy_version = ?",
+            [version],
+        )
+        return int(row["up"]), int(row["thumbs"])
 
     def rolled_back(self, before: float) -> set[str]:
         """Versions that were rolled back before a time and not made active again before it."""

@@ -229,5 +229,6 @@ def m005_lineage(db: Database) -> None:
         ALTER TABLE pointer_events ADD COLUMN action TEXT NOT NULL DEFAULT 'activate';
         ALTER TABLE policies ADD COLUMN prune_time REAL;
         ALTER TABLE rounds ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+        CREATE INDEX comparisons_by_time ON comparisons (create_time);
         """,
     )

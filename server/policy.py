@@ -52,12 +52,21 @@ class Policy(Protocol):
         """Token ids of a conversation in the model's chat template, ready for the assistant's answer."""
         ...
 
-    async def sample(self, prompt_token_ids: list[int], sampling: Sampling) -> Stream:
-        """Starts an answer; waits while a swap is under way."""
+    async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> Stream:
+        """Starts an answer; waits while a swap is under way. From another version than the loaded one only where
+        several are live; raises ValueError elsewhere."""
+        ...
+
+    def locate(self, data_dir: Path, version: str) -> Path:
+        """The directory that `swap` needs for a version, verified, and made where it can be. Raises ManifestError."""
         ...
 
     async def swap(self, version: str, directory: Path) -> None:
         """Loads other weights. Answers under way carry on. Raises SwapError and keeps the old weights."""
+        ...
+
+    async def keep_live(self, version: str, directory: Path) -> None:
+        """Lets `sample` answer from this version, too. Raises SwapError where it cannot be loaded."""
         ...
 
     @property

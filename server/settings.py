@@ -59,6 +59,17 @@ class ServerSettings(BaseSettings):
         bool,
         Field(description="Go on over the old version's KV cache after a swap: a shorter gap, marked in the spans."),
     ] = False
+    serve_adapters: Annotated[
+        bool,
+        Field(description="Serve LoRA adapters on the reference side by side instead of merged weights: for a GPU."),
+    ] = False
+    live_adapters: Annotated[int, Field(ge=1, description="Adapters that answer at once in one batch.")] = 4
+    adapter_rank: Annotated[int, Field(ge=1, description="The largest rank of an adapter.")] = 16
+    duel_alpha: Annotated[
+        float,
+        Field(ge=0, lt=1, description="A new adapter is rolled back at 1 / this of evidence that it lost; 0: no duel."),
+    ] = 0.05
+    duel_user_votes: Annotated[int, Field(ge=1, description="Votes of one user that count in a duel.")] = 10
     poll_seconds: Annotated[float, Field(gt=0, description="How often the pointer is read.")] = 0.5
     grace_seconds: Annotated[float, Field(ge=0, description="How long open streams may run on after SIGTERM.")] = 30.0
 

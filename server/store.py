@@ -209,20 +209,21 @@ class FeedbackStore:
         *,
         message: str,
         replica_id: str,
-        policy_version: str,
+        policy_versions: tuple[str, str],
         prompt_token_ids: list[int],
         temperatures: tuple[float, float],
         max_tokens: int,
         seeds: tuple[int | None, int | None],
     ) -> tuple[str, str, str]:
-        """Adds a turn with two responses at the temperatures of A and B; returns the ids of the comparison, A and B."""
+        """Adds a turn with two responses, from the versions and at the temperatures of A and B; returns the ids of the
+        comparison, A and B."""
         comparison_id = new_id("cmp")
         with self._db.write():
             a, b = (
                 self._insert_response(
                     user, conversation_id, replica_id, policy_version, prompt_token_ids, temperature, max_tokens, seed
                 )
-                for temperature, seed in zip(temperatures, seeds, strict=True)
+                for policy_version, temperature, seed in zip(policy_versions, temperatures, seeds, strict=True)
             )
             self._db.insert(
                 "comparisons",

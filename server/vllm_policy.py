@@ -22,6 +22,7 @@ from server.policy import Sampling, SwapError
 from server.records import Span
 from server.registry import REFERENCE
 from server.vllm_stream import VllmStream
+from server.weights import engine_weights
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +74,16 @@ class VllmPolicy:
         ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return [int(token) for token in ids]
 
-    async def sample(self, prompt_token_ids: list[int], sampling: Sampling) -> VllmStream:
+    def locate(self, data_dir: Path, version: str) -> Path:
+        return engine_weights(data_dir, version)
+
+    async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> VllmStream:
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         await self._admitted.wait()
+        version = version or self._version
         request_id = new_id("req")
         queue = await self._engine.add_request(
             request_id,
@@ -92,9 +97,10 @@ class VllmPolicy:
                 detokenize=False,  # server.detokenizer does
                 output_kind=RequestOutputKind.DELTA,
             ),
+            lora_request=self._adapter(version),
         )
         detokenizer = Detokenizer(self._backend, prompt_token_ids)
-        return VllmStream(self._engine, request_id, queue, detokenizer, self._version, self._spans)
+        return VllmStream(self._engine, request_id, queue, detokenizer, version, self._spans)
 
     async def swap(self, version: str, directory: Path) -> None:
         async with self._swapping:
@@ -108,6 +114,9 @@ class VllmPolicy:
                 log.exception("the engine died while it loaded %s", version)
                 await self._revive()
                 raise SwapError(f"the engine died while it loaded {version}, and was started again") from error
+
+    async def keep_live(self, version: str, directory: Path) -> None:
+        raise SwapError("merged weights are served one version at a time")
 
     async def revive(self) -> None:
         async with self._swapping:
@@ -192,7 +201,12 @@ class VllmPolicy:
         finally:
             answering.cancel()
 
-    def _spans(self, labelled: list[Span]) -> list[Span]:
+    def _adapter(self, version: str) -> Any:
+        """What of vLLM's makes a request's answer come from `version`."""
+        if version != self._version:
+            raise ValueError(f"{version} is not loaded, {self._version} is")
+
+    def _spans(self, labelled: list[Span], version: str) -> list[Span]:
         """Marks every span but the first where a swap keeps the KV cache."""
         if not self._keep_kv:
             return labelled

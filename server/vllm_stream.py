@@ -19,7 +19,7 @@ class VllmStream:
         queue: Any,
         detokenizer: Detokenizer,
         version: str,
-        spans: Callable[[list[Span]], list[Span]],
+        spans: Callable[[list[Span], str], list[Span]],
     ) -> None:
         self._engine = engine
         self._version = version
@@ -54,7 +54,9 @@ class VllmStream:
                 pass
         self._queue.close()
         spans = [Span(span.start, span.end, span.version) for span in self._last.weight_versions or []]
-        return self._generation(FINISH_REASONS.get(self._last.finish_reason, "error"), self._spans(spans))
+        return self._generation(
+            FINISH_REASONS.get(self._last.finish_reason, "error"), self._spans(spans, self._version)
+        )
 
     def fail(self) -> Generation:
         """What there is of an answer whose engine died."""

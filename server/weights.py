@@ -1,7 +1,8 @@
 """From a version to weights an engine can load.
 
 A full version is served as it is. An adapter is merged into its base: in float32, cast to bfloat16, saved under
-`merged/`, derived again whenever it is missing. `check_weights` compares headers alone, so it costs milliseconds.
+`merged/`, derived again whenever it is missing; an engine that serves adapters takes it as it is. `check_weights`
+compares headers alone, so it costs milliseconds.
 """
 
 import shutil
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from server.errors import ManifestError
 from server.manifest import new_staging, publish, verify, write_manifest
+from server.registry import REFERENCE
 
 
 def engine_weights(data_dir: Path, version: str) -> Path:
@@ -29,6 +31,32 @@ def engine_weights(data_dir: Path, version: str) -> Path:
     except ManifestError:
         _merge(verified_base=base, adapter=directory, final=merged)
     return check_weights(merged, base)
+
+
+def adapter_weights(data_dir: Path, version: str) -> Path:
+    """The directory of an adapter on the reference, or of the reference itself, verified. Raises ManifestError."""
+    directory = data_dir / "policies" / version
+    if not directory.is_dir():
+        raise ManifestError(f"{version} has no directory under policies/.")
+    manifest = verify(directory)
+    if manifest.kind == "full" and version != REFERENCE:
+        raise ManifestError(
+            f"{version} holds all weights, and this server serves adapters; merged, it could be served."
+        )
+    if manifest.kind == "adapter" and manifest.base_version != REFERENCE:
+        raise ManifestError(f"{version} is an adapter on {manifest.base_version}, and the engine has {REFERENCE}.")
+    return directory
+
+
+def check_finite(directory: Path) -> None:
+    """Raises ValueError for the first tensor with a value that is not finite."""
+    import torch
+
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    raise ValueError(f"{name} has values that are not finite")
 
 
 def check_weights(directory: Path, like: Path) -> Path:

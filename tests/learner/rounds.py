@@ -66,8 +66,8 @@ def vote(store: FeedbackStore, model: Any, count: int, taste: Callable[[Sample],
         conversation = store.create_conversation("ann", f"question {number}")
         samples = [draw(model, prompt, LENGTH, temperature, generator) for temperature in (0.7, 1.0)]
         comparison, *responses = store.begin_comparison(
-            "ann", conversation, message="?", replica_id="r", policy_version="v0000", prompt_token_ids=prompt,
-            temperatures=(0.7, 1.0), max_tokens=LENGTH, seeds=(None, None),
+            "ann", conversation, message="?", replica_id="r", policy_versions=("v0000", "v0000"),
+            prompt_token_ids=prompt, temperatures=(0.7, 1.0), max_tokens=LENGTH, seeds=(None, None),
         )  # fmt: skip
         for response, sample in zip(responses, samples, strict=True):
             span = Span(0, len(sample.token_ids), "v0000")

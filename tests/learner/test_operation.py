@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from learner.cli import app
 from learner.lease import learner_lease
 from learner.retention import prune
+from server.records import Generation, Span
 from server.store import FeedbackStore
 from tests.learner.rounds import make_version
 
@@ -81,3 +82,28 @@ def test_old_weights_go_and_their_record_stays(data_dir: Path) -> None:
 def test_trace_asks_for_one_thing(data_dir: Path, arguments: list[str]) -> None:
     result = runner.invoke(app, ["trace", *arguments, "--data-dir", str(data_dir)])
     assert (result.exit_code, "Give a version, or --vote" in result.output) == (1, True)
+
+
+def test_status_says_how_versions_fare_and_how_the_pointer_moved(data_dir: Path) -> None:
+    make_version(data_dir, "v0001")
+    runner.invoke(app, ["promote", "v0001", "--data-dir", str(data_dir), "--reason", "I read its answers"])
+    store = FeedbackStore.open(data_dir)
+    for number, winner in enumerate(("v0001", "v0001", "v0000")):
+        conversation = store.create_conversation(f"user{number}", "hello")
+        comparison, *responses = store.begin_comparison(
+            f"user{number}", conversation, message="?", replica_id="r", policy_versions=("v0000", "v0001"),
+            prompt_token_ids=[5], temperatures=(0.85, 0.85), max_tokens=3, seeds=(None, None),
+        )  # fmt: skip
+        for response, version in zip(responses, ("v0000", "v0001"), strict=True):
+            store.finish_response(response, Generation([7], [-0.5], "hi", "stop", [Span(0, 1, version)]))
+        store.submit_choice(f"user{number}", comparison, "B" if winner == "v0001" else "A")
+        store.submit_thumb(f"user{number}", responses[1], up=number > 0)
+    store.close()
+    shown = runner.invoke(app, ["status", "--data-dir", str(data_dir)]).stdout
+    # 5/12 and 11/12.
+    assert (
+        "v0001 has 2 wins, 1 losses and 0 draws against v0000; evidence that it is better 0.917, worse 0.417" in shown
+    )
+    assert "v0001: 2 of 3 up; v0000: 0 of 0 up. Of different users and questions, not blind" in shown
+    assert "v0001 for v0000 by operator" in shown
+    assert "I read its answers" in shown

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from server.policy import Sampling, SwapError
 from server.records import FinishReason, Generation, Span
+from server.weights import engine_weights
 
 
 class EngineDeadError(Exception):
@@ -13,8 +14,9 @@ class EngineDeadError(Exception):
 
 
 class FakeStream:
-    def __init__(self, policy: "FakePolicy", words: list[str], sampling: Sampling) -> None:
+    def __init__(self, policy: "FakePolicy", words: list[str], sampling: Sampling, pinned: str | None) -> None:
         self._policy = policy
+        self._pinned = pinned
         self._words = words[: sampling.max_tokens]
         self._cut = len(words) > sampling.max_tokens
         self._said: list[str] = []
@@ -23,12 +25,13 @@ class FakeStream:
     async def __aiter__(self) -> AsyncIterator[str]:
         while len(self._said) < len(self._words):
             if len(self._said) == self._policy.hold_after:
+                self._policy.held += 1
                 self._policy.holding.set()
                 await self._policy.go_on.wait()
             if self._policy.dies:
                 raise EngineDeadError
             self._said.append(self._words[len(self._said)])
-            self._versions.append(self._policy.version)
+            self._versions.append(self._pinned or self._policy.version)
             yield self._said[-1] + " "
 
     async def finish(self) -> Generation:
@@ -62,6 +65,7 @@ class FakePolicy:
         self.answers: list[str] = []
         self.hold_after: int | None = None
         self.holding = asyncio.Event()
+        self.held = 0
         self.go_on = asyncio.Event()
         self.dies = False
         self.may_revive = asyncio.Event()
@@ -70,6 +74,8 @@ class FakePolicy:
         self.finished = 0
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
+        self.pinned: list[str | None] = []
+        self.live: set[str] = set()
         self.encoded: list[list[dict[str, str]]] = []
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
@@ -77,11 +83,18 @@ class FakePolicy:
         self.encoded.append(messages)
         return [len(word) for message in messages for word in message["content"].split()]
 
-    async def sample(self, prompt_token_ids: list[int], sampling: Sampling) -> FakeStream:
+    def locate(self, data_dir: Path, version: str) -> Path:
+        return engine_weights(data_dir, version)
+
+    async def keep_live(self, version: str, directory: Path) -> None:
+        self.live.add(version)
+
+    async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> FakeStream:
         self.prompts.append(prompt_token_ids)
         self.samplings.append(sampling)
+        self.pinned.append(version)
         answer = self.answers.pop(0) if self.answers else self.answer
-        return FakeStream(self, answer.split(), sampling)
+        return FakeStream(self, answer.split(), sampling, version)
 
     async def swap(self, version: str, directory: Path) -> None:
         if version in self.bad:

@@ -163,7 +163,11 @@ async def test_a_caller_that_leaves_leaves_nothing_running_or_open(tmp_path: Pat
         service.holds = True
         call = running.chat.Compare(chat_pb2.CompareRequest(message="hello"), metadata=ANN)
         conversation_id = (await call.read()).started.conversation_id
-        await (running.policy.holding if while_ == "sampled" else service.asking).wait()
+        if while_ == "scored":
+            await service.asking.wait()
+        async with asyncio.timeout(10):
+            while while_ == "sampled" and running.policy.held < 4:
+                await asyncio.sleep(0)
         call.cancel()
         running.policy.hold_after = None
         # Waits for the turn before it to end.

@@ -41,7 +41,7 @@ def comparison(store: FeedbackStore, conversation_id: str, user: str = "ann", b:
         conversation_id,
         message="which",
         replica_id="here",
-        policy_version="v0000",
+        policy_versions=("v0000", "v0000"),
         prompt_token_ids=[1, 2],
         temperatures=(1.0, 0.7),
         max_tokens=8,

@@ -145,13 +145,14 @@ def published(one: dict[str, Any]) -> tuple[float, str]:
 def shuffle_lines(found: list[dict[str, Any]]) -> Iterator[str]:
     if not found:
         return
-    passed = sum(one["p_value"] < 0.05 for one in found)
+    at_5, at_2 = (sum(one["p_value"] < level for one in found) for level in (0.05, 0.02))
     promoted = sum(one["state"] == "promoted" for one in found)
     yield from ("", "## Votes that say nothing", "")
     low, high = wilson(promoted, len(found))
     yield (
-        f"{len(found)} times 200 votes were dealt out at random among their comparisons. {passed} passed the signal "
-        f"test at 5 %; {promoted} ended in a promotion (95 % interval of the rate {low:.3f} to {high:.3f})."
+        f"{len(found)} times 200 votes were dealt out at random among their comparisons. {at_5} passed the signal "
+        f"test at 5 %, {at_2} at the gate's 2 %; {promoted} ended in a promotion (95 % interval of the rate "
+        f"{max(low, 0.0):.3f} to {high:.3f})."
     )
 
 

@@ -1,0 +1,112 @@
+"""Adapters side by side on the real engine: pinned answers, a flip without a pause, a comparison, a way back."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
+from safetensors.torch import load_file, save_file
+
+from learner.policy import Policy
+from learner.settings import PPOSettings
+from server.manifest import new_staging, publish, write_manifest
+from server.store import FeedbackStore
+from tests.e2e.conftest import LiveServer
+from tests.e2e.test_swap import LONG, activate, ask, spans
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def adapters(live: LiveServer) -> Iterator[LiveServer]:
+    live.stop()
+    live.start(PREFLOOP_SERVE_ADAPTERS="true")
+    yield live
+    live.stop()
+    live.start()
+
+
+def make_adapter(live: LiveServer, seed: int, spoil: bool = False) -> str:
+    """An adapter on the reference that changes what it says, published and registered as a learner does."""
+    policies = live.data_dir / "policies"
+    policy = Policy.create(policies / "v0000", PPOSettings(), torch.device("cpu"), seed)
+    with closing(FeedbackStore.open(live.data_dir)) as store:
+        version = store.registry.next_version()
+        staging = new_staging(policies / version)
+        policy.save(staging)
+        shake(staging / "adapter_model.safetensors", seed, spoil)
+        write_manifest(staging, version=version, kind="adapter", base_version="v0000", reference_version="v0000")
+        publish(staging, policies / version)
+        store.registry.register_policy(
+            version, kind="adapter", state="candidate", parent_version="v0000", reference_version="v0000",
+            round_id=None, reward_model_version=None, metrics={},
+        )  # fmt: skip
+    return version
+
+
+def shake(path: Path, seed: int, spoil: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
+    if spoil:
+        next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def choose_against(live: LiveServer, loser: str, user: str) -> set[str]:
+    """One comparison, and a vote for the answer that is not the loser's; the versions that were shown."""
+    who: Any = (("x-user-id", user),)
+    request = chat_pb2.CompareRequest(message="Name a colour.", sampling={"max_tokens": 8})
+    comparison_id = next(iter(list(live.chat.Compare(request, timeout=120, metadata=who)))).started.comparison_id
+    with closing(FeedbackStore.open(live.data_dir)) as store:
+        shown = store.comparison(user, comparison_id)
+    choice = feedback_pb2.CHOICE_B if shown.a.policy_version == loser else feedback_pb2.CHOICE_A
+    vote = feedback_pb2.SubmitChoiceRequest(comparison_id=comparison_id, choice=choice)
+    live.feedback.SubmitChoice(vote, timeout=10, metadata=who)
+    assert [len(answer.spans) for answer in (shown.a, shown.b)] == [1, 1]
+    return {shown.a.spans[0].policy_version, shown.b.spans[0].policy_version}
+
+
+def test_versions_live_side_by_side_and_the_loser_goes(adapters: LiveServer) -> None:
+    live = adapters
+    asked = {"temperature": 0, "max_tokens": 24}
+    before = ask(live, "Name three colours.", **asked)[1]
+    version = make_adapter(live, seed=1)
+
+    # Pinned: an answer that was begun before the flip ends as it began.
+    call = live.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 100}), timeout=120)
+    opening = next(call).started
+    next(call)
+    activate(live, version)
+    ending = list(call)[-1].finished
+    assert spans(live, opening) == [(0, ending.usage.completion_tokens, "v0000", False)]
+
+    started, after, finished = ask(live, "Name three colours.", **asked)
+    assert after != before
+    assert spans(live, started) == [(0, finished.usage.completion_tokens, version, False)]
+
+    # Nothing of a broken one serves.
+    broken = make_adapter(live, seed=2, spoil=True)
+    with pytest.raises(grpc.RpcError) as error:
+        activate(live, broken)
+    assert "not finite" in error.value.details()
+
+    # The pointer came back to `version`: taken back, not won. Activated anew, it is put beside what was before it.
+    activate(live, "v0000")
+    activate(live, version)
+    shown = choose_against(live, version, "user0")
+    assert shown == {"v0000", version}
+    for number in range(1, 7):
+        choose_against(live, version, f"user{number}")
+    for _ in range(600):
+        active = live.policies.GetActivePolicy(policy_pb2.GetActivePolicyRequest(), timeout=10)
+        if active.policy.version == "v0000" and active.replicas[0].loaded_version == "v0000":
+            break
+    assert active.policy.version == "v0000"
+    assert ask(live, "Name three colours.", **asked)[1] == before

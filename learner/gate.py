@@ -140,10 +140,6 @@ class Figures:
     health: Health
 
     @property
-    def gap(self) -> float:
-        return self.trained_rate - self.against_incumbent.rate
-
-    @property
     def low(self) -> float:
         """The weaker of the two lower bounds."""
         return min(self.against_incumbent.low, self.against_reference.low)
@@ -182,12 +178,31 @@ def broken_rules(figures: Figures, incumbent: Health, kl_budget: float, settings
     return reasons
 
 
+def over_optimised(figures: Figures, candidates: list[Figures], margin: float) -> list[str]:
+    """A sentence where, since an earlier candidate, the trained reward model's opinion rose and the judge's fell: what
+    was gained is what only the one that was trained on sees (Gao et al. 2022)."""
+    judged = figures.against_incumbent.rate
+    for earlier in candidates:
+        before = earlier.against_incumbent.rate
+        rose = earlier.step < figures.step and figures.trained_rate > earlier.trained_rate
+        if rose and before - judged > margin:
+            return [
+                f"From step {earlier.step} on the trained reward model's win rate rose to {figures.trained_rate:.2f} "
+                f"and the judge's fell from {before:.2f} to {judged:.2f}."
+            ]
+    return []
+
+
 def decide(
     candidates: list[Figures], signal: SignalTest, incumbent: Health, kl_budget: float, settings: GateSettings
 ) -> Verdict:
     """The best candidate by its weaker lower bound, among those that break the fewest rules, and what still stands
     against it."""
-    rules = {figures.step: broken_rules(figures, incumbent, kl_budget, settings) for figures in candidates}
+    rules = {
+        figures.step: broken_rules(figures, incumbent, kl_budget, settings)
+        + over_optimised(figures, candidates, settings.gap_margin)
+        for figures in candidates
+    }
     chosen = min(candidates, key=lambda figures: (len(rules[figures.step]), -figures.low))
     reasons = list(rules[chosen.step])
     if not signal.p_value < settings.signal_p:

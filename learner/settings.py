@@ -122,6 +122,10 @@ class GateSettings(BaseModel):
     confidence: float = Field(
         0.9, gt=0.5, lt=1, description="Of the win rate's two-sided interval; at 0.9 its lower end is a 95 % bound."
     )
+    gap_margin: Share = Field(
+        0.05,
+        description="How far the judge's win rate may fall below an earlier candidate's while the trained one rises.",
+    )
     length_range: tuple[float, float] = Field((0.25, 2.0), description="Mean length, in the incumbent's.")
     empty_margin: Share = Field(0.05, description="How much more often than the incumbent's an answer may be empty.")
     repetition_margin: Share = Field(0.15, description="How much more than the incumbent it may repeat its 4-grams.")

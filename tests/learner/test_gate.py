@@ -15,6 +15,7 @@ from learner.gate import (
     fit_judge,
     health,
     length_matched,
+    over_optimised,
     repetition,
     win_rate,
 )
@@ -71,6 +72,23 @@ def test_each_rule_rejects_and_says_why(changes: dict[str, object], reason: str)
     assert not verdict.promoted
     assert len(verdict.reasons) == 1
     assert reason in verdict.reasons[0]
+
+
+def test_a_gap_that_widens_is_over_optimisation() -> None:
+    def rated(step: int, trained: float, judged: float) -> Figures:
+        rate = WinRate(judged, 0.55, 0.9, 60)
+        return figures(step=step, trained_rate=trained, against_incumbent=rate, against_reference=rate)
+
+    early, late = rated(4, 0.7, 0.75), rated(8, 0.9, 0.69)
+    assert over_optimised(late, [early, late], 0.05) == [
+        "From step 4 on the trained reward model's win rate rose to 0.90 and the judge's fell from 0.75 to 0.69."
+    ]
+    verdict = decide([early, late], SIGNAL, INCUMBENT, 6.0, SETTINGS)
+    assert (verdict.chosen.step, verdict.promoted) == (4, True)
+    # Within the margin, where both fall, and seen from the earlier one, nothing parted.
+    assert over_optimised(rated(8, 0.9, 0.71), [early], 0.05) == []
+    assert over_optimised(rated(8, 0.6, 0.5), [early], 0.05) == []
+    assert over_optimised(early, [early, late], 0.05) == []
 
 
 def test_votes_without_a_signal_reject_whatever_wins() -> None:

@@ -92,6 +92,8 @@ class RoundScheduler:
         self._stopping = True
         if self._round:
             self._round.terminate()
+        if not self._scheduler.running:
+            raise SystemExit(0)  # Before its start there is nothing to shut down.
         self._scheduler.shutdown(wait=False)
 
     def _again(self, when: datetime) -> None:

@@ -81,7 +81,7 @@ def wait_until_loaded(store: FeedbackStore, version: str, timeout: float) -> str
             return "no server is running, the next one to start will load it."
         if all(r.loaded_version == version for r in replicas):
             return f"{len(replicas)} running server{'s' * (len(replicas) > 1)} loaded it."
-        if failed := [r for r in replicas if r.error]:
+        if failed := [r for r in replicas if r.error.startswith(f"{version}:")]:
             return f"a server could not load it and went on with {failed[0].loaded_version}: {failed[0].error}"
         if time.monotonic() > deadline:
             waiting = sum(r.loaded_version != version for r in replicas)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,9 @@ class RoundScheduler:
         self._say(f"first round: {first:%Y-%m-%d %H:%M}")
         self._add("round", self._trigger, next_run_time=first)
         self._scheduler.start()
-        if self._round:
-            self._round.wait(STOP_SECONDS)
+        if round_ := self._round:
+            with suppress(subprocess.TimeoutExpired):
+                round_.wait(STOP_SECONDS)
 
     def due(self) -> None:
         """A time has come: starts a round, or says why not."""
@@ -82,16 +83,18 @@ class RoundScheduler:
 
     def _run_round(self) -> int:
         # In a session of its own: Ctrl-C reaches it through us, once.
-        self._round = subprocess.Popen(round_command(self._data_dir), start_new_session=True)
+        self._round = round_ = subprocess.Popen(round_command(self._data_dir), start_new_session=True)
+        if self._stopping:
+            round_.terminate()  # The stop came while it was being started.
         try:
-            return self._round.wait()
+            return round_.wait()
         finally:
             self._round = None
 
     def _stop(self, number: int, frame: Any) -> None:
         self._stopping = True
-        if self._round:
-            self._round.terminate()
+        if round_ := self._round:
+            round_.terminate()
         if not self._scheduler.running:
             raise SystemExit(0)  # Before its start there is nothing to shut down.
         self._scheduler.shutdown(wait=False)

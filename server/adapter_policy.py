@@ -15,6 +15,7 @@ from server.policy import SwapError
 from server.records import Span
 from server.registry import REFERENCE
 from server.vllm_policy import VllmPolicy
+from server.vllm_stream import Labels
 from server.weights import adapter_weights, check_finite
 
 log = logging.getLogger(__name__)
@@ -37,9 +38,14 @@ class AdapterPolicy(VllmPolicy):
             await asyncio.to_thread(check_finite, directory)
         except ValueError as error:
             raise SwapError(f"{version}: {error}") from error
-        self._directories[version] = directory
         # Where the engine later makes room for others, it reads it again by itself.
-        await self._ask(self._engine.add_lora(self._adapter(version)))
+        try:
+            await self._ask(self._engine.add_lora(request(version, directory)))
+        except Exception as error:
+            if not self.alive:
+                raise
+            raise SwapError(f"{version} could not be loaded: {error}") from error
+        self._directories[version] = directory
 
     async def _swap(self, version: str, directory: Path) -> None:
         await self.keep_live(version, directory)
@@ -51,14 +57,23 @@ class AdapterPolicy(VllmPolicy):
         await self._ask(self._engine.update_weight_version(REFERENCE))
 
     def _adapter(self, version: str) -> Any:
-        from vllm.lora.request import LoRARequest
-
         if version == REFERENCE:
             return None
         if version not in self._directories:
             raise ValueError(f"{version} was never loaded")
-        return LoRARequest(version, int(version[1:]), str(self._directories[version]))
+        return request(version, self._directories[version])
 
-    def _spans(self, labelled: list[Span], version: str) -> list[Span]:
-        """One, of the version that the answer was pinned to; vLLM knows the reference's label alone."""
-        return [Span(labelled[0].start, labelled[-1].end, version)] if labelled else []
+    def _labels(self, version: str) -> Labels:
+        """One span, of the version that the answer was pinned to; vLLM knows the reference's label alone."""
+
+        def pinned(labelled: list[Span]) -> list[Span]:
+            return [Span(labelled[0].start, labelled[-1].end, version)] if labelled else []
+
+        return Labels(lambda: version, pinned)
+
+
+def request(version: str, directory: Path) -> Any:
+    """An adapter as vLLM wants it named."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(version, int(version[1:]), str(directory))

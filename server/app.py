@@ -88,9 +88,7 @@ class App:
         await self._store(lambda store: store.fail_interrupted_responses(replica_id))
         # Before the first user: a version that was activated while no server ran takes effect now.
         await self._follower.converge()
-        if self._referee:
-            await self._referee.look()
-        self._tasks = [asyncio.create_task(self._follower.run())]
+        self._tasks = [asyncio.create_task(self._follower.run()), asyncio.create_task(self._follower.beat())]
         self._tasks += [asyncio.create_task(self._referee.run())] if self._referee else []
         await self._server.start()
         self._tasks.append(asyncio.create_task(self._tell_health(policy)))

@@ -32,24 +32,30 @@ class Follower:
         self._poll_seconds = poll_seconds
         self._converging = asyncio.Lock()
         self._error = ""
+        # Swaps that their callers may have left; the event loop holds tasks weakly.
+        self._swaps: set[asyncio.Task[bool]] = set()
 
     async def run(self) -> None:
         """Follows until cancelled."""
-        loop = asyncio.get_running_loop()
-        next_heartbeat = 0.0
         while True:
             # The second boundary where errors end: a follower that stops would leave the server behind for good.
             try:
                 if not self._policy.alive:
                     await self._revive()
                 if await self.converge():
-                    next_heartbeat = 0.0
-                if loop.time() >= next_heartbeat:
                     await self._report()
-                    next_heartbeat = loop.time() + HEARTBEAT_SECONDS
             except Exception:
                 log.exception("following the active policy failed; trying again")
             await asyncio.sleep(self._poll_seconds)
+
+    async def beat(self) -> None:
+        """Tells the store that this server lives, also while it swaps or starts its engine again, until cancelled."""
+        while True:
+            try:
+                await self._report()
+            except Exception:
+                log.exception("the heartbeat could not be written; trying again")
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def converge(self) -> bool:
         """Loads the active version if it is not loaded; True where something changed, a failure included."""
@@ -57,6 +63,7 @@ class Follower:
             active = await self._store(lambda store: store.registry.active_policy().version)
             if active == self._policy.version:
                 return False
+            self._error = ""
             try:
                 directory = await asyncio.to_thread(self._policy.locate, self._data_dir, active)
                 await self._policy.swap(active, directory)
@@ -65,8 +72,6 @@ class Follower:
                 log.error("%s cannot be served, %s serves on: %s", active, loaded, reason)
                 self._error = f"{active}: {reason}"
                 await self._store(lambda store: store.registry.fail_policy(active, reason, loaded))
-            else:
-                self._error = ""
             return True
 
     async def activate(self, version: str, move_pointer: Callable[[FeedbackStore], object]) -> None:
@@ -79,7 +84,8 @@ class Follower:
         except (ManifestError, OSError) as error:
             raise FailedPreconditionError("POLICY_UNLOADABLE", str(error)) from error
         await self._store(move_pointer)
-        await self.converge()
+        # A caller that leaves must not leave a swap half-way.
+        await asyncio.shield(self._keep(asyncio.create_task(self.converge())))
         await self._report()
         if self._policy.version != version:
             raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} was replaced meanwhile.")
@@ -96,6 +102,11 @@ class Follower:
     async def close(self) -> None:
         """This server no longer serves anything."""
         await self._store(lambda store: store.registry.remove_replica(self._replica_id))
+
+    def _keep(self, task: asyncio.Task[bool]) -> asyncio.Task[bool]:
+        self._swaps.add(task)
+        task.add_done_callback(self._swaps.discard)
+        return task
 
     async def _report(self) -> None:
         loaded, error = self._policy.version, self._error

@@ -8,7 +8,7 @@ looks (`server.duel`), and everything it stands on is in the store: a server tha
 import asyncio
 import logging
 
-from server.errors import ConflictError, ManifestError
+from server.errors import ConflictError, FailedPreconditionError, ManifestError
 from server.follower import Follower
 from server.policy import SwapError
 from server.store import FeedbackStore
@@ -29,7 +29,7 @@ class Referee:
         self._user_votes = user_votes
         self._seconds = seconds
         self._pair: tuple[str, str] | None = None
-        # What could not be loaded beside the active version: said once, not tried again.
+        # What could not be loaded, beside the active version or in its place: said once, not tried again.
         self._dead: set[str] = set()
 
     @property
@@ -49,7 +49,7 @@ class Referee:
     async def look(self) -> None:
         """Counts the votes once, and goes back where the new version has lost."""
         duel = await self._store(lambda store: store.lineage.duel(self._user_votes))
-        if duel is None or duel.won >= self._limit:
+        if duel is None or duel.won >= self._limit or duel.opponent in self._dead:
             self._pair = None
         elif duel.lost < self._limit:
             # Also after a restart, when only the active version was loaded.
@@ -68,10 +68,11 @@ class Referee:
                 await self._follower.activate(duel.opponent, go_back)
             except ConflictError:
                 log.info("somebody else changed the active version first")
+            except FailedPreconditionError as error:
+                log.error("%s cannot be gone back to, %s serves on: %s", duel.opponent, duel.version, error)
+                self._dead.add(duel.opponent)
 
     async def _live(self, version: str) -> bool:
-        if version in self._dead:
-            return False
         try:
             await self._follower.keep_live(version)
         except (ManifestError, SwapError, OSError) as error:

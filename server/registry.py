@@ -105,10 +105,11 @@ class Registry:
         return self.policy(row["version"])
 
     def previous_version(self) -> str | None:
-        """The version that was active before the active one and could be loaded, or None."""
+        """The version that was active before the active one, could be loaded and was not rolled back since, or None."""
         rows = self._db.rows(
             "SELECT e.version FROM pointer_events e JOIN policies p USING (version), pointer "
-            "WHERE p.state = 'retired' AND p.prune_time IS NULL AND e.version != pointer.version "
+            "WHERE p.state = 'retired' AND p.prune_time IS NULL AND e.version != pointer.version AND NOT EXISTS "
+            "(SELECT 1 FROM pointer_events WHERE previous_version = e.version AND action = 'rollback' AND seq > e.seq) "
             "ORDER BY e.seq DESC LIMIT 1"
         )
         return str(rows[0]["version"]) if rows else None

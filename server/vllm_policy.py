@@ -21,7 +21,7 @@ from server.ids import new_id
 from server.policy import Sampling, SwapError
 from server.records import Span
 from server.registry import REFERENCE
-from server.vllm_stream import VllmStream
+from server.vllm_stream import Labels, VllmStream
 from server.weights import engine_weights
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class VllmPolicy:
             lora_request=self._adapter(version),
         )
         detokenizer = Detokenizer(self._backend, prompt_token_ids)
-        return VllmStream(self._engine, request_id, queue, detokenizer, version, self._spans)
+        return VllmStream(self._engine, request_id, queue, detokenizer, self._labels(version))
 
     async def swap(self, version: str, directory: Path) -> None:
         async with self._swapping:
@@ -136,9 +136,9 @@ class VllmPolicy:
                 await self._stage(version, directory)
         self._admitted.clear()
         try:
-            with timed(seconds, "pause"):
-                await self._ask(self._engine.pause_generation(mode="keep", clear_cache=not self._keep_kv))
             try:
+                with timed(seconds, "pause"):
+                    await self._ask(self._engine.pause_generation(mode="keep", clear_cache=not self._keep_kv))
                 with timed(seconds, "exchange"):
                     await self._exchange(version, directory)
             finally:
@@ -151,8 +151,10 @@ class VllmPolicy:
     async def _stage(self, version: str, directory: Path) -> None:
         # Read and checked in the worker's memory while answers go on: the pause is an exchange and nothing else.
         self._spare = None
-        await self._ask(self._engine.collective_rpc("prefloop_stage", args=(str(directory),)))
         async with asyncio.timeout(STAGING_TIMEOUT_SECONDS):
+            # One that was given up may still be reading.
+            while False in await self._ask(self._engine.collective_rpc("prefloop_stage", args=(str(directory),))):
+                await asyncio.sleep(STAGING_POLL_SECONDS)
             while None in (staged := await self._ask(self._engine.collective_rpc("prefloop_staged"))):
                 await asyncio.sleep(STAGING_POLL_SECONDS)
         if reasons := [reason for reason in staged if reason]:
@@ -160,13 +162,14 @@ class VllmPolicy:
         self._spare = version
 
     async def _exchange(self, version: str, directory: Path) -> None:
-        # Whatever happens here, the engine ends with one whole set of weights: the worker goes back by itself.
+        # Whatever happens here, the engine ends with one whole set of weights: the worker goes back by itself. Until it
+        # has answered, nobody knows what the spare has.
+        before, self._spare = self._version, None
         wrong = await self._ask(self._engine.collective_rpc("prefloop_exchange"))
         if reasons := [reason for reason in wrong if reason]:
-            self._spare = None
             raise SwapError(f"{version}: {reasons[0]}")
+        self._version, self._directory, self._spare = version, directory, before
         await self._ask(self._engine.update_weight_version(version))
-        self._spare, self._version, self._directory = self._version, version, directory
 
     async def _revive(self) -> None:
         """A new engine has the reference; nobody is let in before it has what was served."""
@@ -175,7 +178,12 @@ class VllmPolicy:
         log.warning("starting the engine again")
         self._engine = await asyncio.to_thread(self._start_engine)
         self._spare = None
-        await self._prepare()
+        try:
+            await self._prepare()
+        except Exception:
+            # Not fit to serve: dead, so that it is tried again.
+            await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
+            raise
         if self._version == REFERENCE:
             self._admitted.set()
             return
@@ -183,6 +191,7 @@ class VllmPolicy:
             await self._swap(self._version, self._directory)
         except Exception:
             self._version, self._directory = REFERENCE, self._reference
+            self._admitted.set()
             raise
         self._spare = REFERENCE
 
@@ -206,7 +215,10 @@ class VllmPolicy:
         if version != self._version:
             raise ValueError(f"{version} is not loaded, {self._version} is")
 
-    def _spans(self, labelled: list[Span], version: str) -> list[Span]:
+    def _labels(self, version: str) -> Labels:
+        return Labels(lambda: self._version, self._mark)
+
+    def _mark(self, labelled: list[Span]) -> list[Span]:
         """Marks every span but the first where a swap keeps the KV cache."""
         if not self._keep_kv:
             return labelled

@@ -1,12 +1,21 @@
 """One answer from vLLM, as text, token ids and log-probabilities, whichever way it ends."""
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from server.detokenizer import Detokenizer
 from server.records import FinishReason, Generation, Span
 
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled"}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which version made which token: what is `loaded` now, and what vLLM's own spans mean."""
+
+    loaded: Callable[[], str]
+    settle: Callable[[list[Span]], list[Span]]
 
 
 class VllmStream:
@@ -18,12 +27,11 @@ class VllmStream:
         request_id: str,
         queue: Any,
         detokenizer: Detokenizer,
-        version: str,
-        spans: Callable[[list[Span], str], list[Span]],
+        labels: "Labels",
     ) -> None:
         self._engine = engine
-        self._version = version
-        self._spans = spans
+        self._labels = labels
+        self._arrived: list[Span] = []
         self._request_id = request_id
         self._queue = queue
         self._detokenizer = detokenizer
@@ -38,6 +46,7 @@ class VllmStream:
             output = self._queue.get_nowait() or await self._queue.get()
             completion = output.outputs[0]
             self._token_ids.extend(completion.token_ids)
+            self._arrived = extended(self._arrived, len(self._token_ids), self._labels.loaded())
             if completion.token_ids:
                 self._logprobs.extend(completion.logprobs.logprobs)
             if completion.finish_reason is not None:
@@ -54,13 +63,21 @@ class VllmStream:
                 pass
         self._queue.close()
         spans = [Span(span.start, span.end, span.version) for span in self._last.weight_versions or []]
-        return self._generation(
-            FINISH_REASONS.get(self._last.finish_reason, "error"), self._spans(spans, self._version)
-        )
+        return self._generation(FINISH_REASONS.get(self._last.finish_reason, "error"), self._labels.settle(spans))
 
     def fail(self) -> Generation:
-        """What there is of an answer whose engine died."""
-        return self._generation("error", [Span(0, len(self._token_ids), self._version)])
+        """What there is of an answer whose engine died, labelled by what was loaded when its tokens came here."""
+        return self._generation("error", self._labels.settle(self._arrived))
 
     def _generation(self, finish_reason: FinishReason, spans: list[Span]) -> Generation:
         return Generation(self._token_ids, self._logprobs, "".join(self._text), finish_reason, spans)
+
+
+def extended(spans: list[Span], end: int, version: str) -> list[Span]:
+    """Spans up to token `end`, the newest tokens from `version`."""
+    if not spans:
+        return [Span(0, end, version)]
+    *before, last = spans
+    if last.policy_version == version:
+        return [*before, Span(last.start, end, version)]
+    return [*spans, Span(last.end, end, version)]

@@ -28,6 +28,7 @@ class SwapExtension:
 
     model_runner: Any
     vllm_config: Any
+    _prefloop_thread: threading.Thread | None = None
 
     def prefloop_prepare(self) -> None:
         """Makes the spare model. Call it once, before the first request: building a model changes torch's defaults."""
@@ -35,15 +36,19 @@ class SwapExtension:
         self._prefloop_digests = digests(self._prefloop_spare)
         self._prefloop_live_digests = digests(self.model_runner.get_model())
 
-    def prefloop_stage(self, directory: str) -> None:
-        """Begins to read the weights in `directory` into the spare model."""
+    def prefloop_stage(self, directory: str) -> bool:
+        """Begins to read the weights in `directory` into the spare model; False while it is still being read into."""
+        if self._prefloop_thread and self._prefloop_thread.is_alive():
+            return False
         self._prefloop_error = ""
         self._prefloop_thread = threading.Thread(target=self._prefloop_read, args=(directory,), daemon=True)
         self._prefloop_thread.start()
+        return True
 
     def prefloop_staged(self) -> str | None:
         """None while reading; then why the weights cannot be used, or an empty string."""
-        return None if self._prefloop_thread.is_alive() else self._prefloop_error
+        reading = self._prefloop_thread is not None and self._prefloop_thread.is_alive()
+        return None if reading else self._prefloop_error
 
     def prefloop_exchange(self) -> str:
         """The spare's weights answer, and the other way round. Call it only while the engine is paused.
@@ -52,7 +57,12 @@ class SwapExtension:
         live, spare = self.model_runner.get_model(), self._prefloop_spare
         exchange(live, spare)
         failpoint("exchange")
-        if wrong := differing(digests(live), self._prefloop_digests):
+        try:
+            wrong = differing(digests(live), self._prefloop_digests)
+        except Exception:
+            exchange(live, spare)
+            raise
+        if wrong:
             exchange(live, spare)
             reason = f"{wrong} has another checksum than the weights that were read"
             still = differing(digests(live), self._prefloop_live_digests)

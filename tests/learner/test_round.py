@@ -407,4 +407,7 @@ def test_waiting_for_servers(data_dir: Path) -> None:
     store.registry.report_replica("r2", "v0000")
     assert wait_until_loaded(store, "v0001", 0) == "1 of 2 running servers had not loaded it after 0 s."
     store.registry.report_replica("r2", "v0000", "bad tensor")
-    assert "could not load it and went on with v0000: bad tensor" in wait_until_loaded(store, "v0001", 0)
+    # What it says of another version is of before.
+    assert wait_until_loaded(store, "v0001", 0) == "1 of 2 running servers had not loaded it after 0 s."
+    store.registry.report_replica("r2", "v0000", "v0001: bad tensor")
+    assert "could not load it and went on with v0000: v0001: bad tensor" in wait_until_loaded(store, "v0001", 0)

@@ -13,6 +13,7 @@ from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 from pydantic import ValidationError
 
+import learner.schedule
 from learner.schedule import RoundScheduler, backoff, first_time, quiet_until, round_command
 from learner.settings import ScheduleSettings
 from server.store import FeedbackStore
@@ -114,6 +115,15 @@ def test_quiet_hours_put_a_round_off(data_dir: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_round_is_a_process_of_its_own() -> None:
     assert round_command(Path("here")) == [sys.executable, "-m", "learner.cli", "run-once", "--data-dir", "here"]
+
+
+def test_a_stop_while_a_round_is_being_started_reaches_it(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        learner.schedule, "round_command", lambda data_dir: [sys.executable, "-c", "import signal; signal.pause()"]
+    )
+    scheduler = RoundScheduler(ScheduleSettings(), data_dir, lambda line: None)
+    scheduler._stopping = True
+    assert scheduler._run_round() == -signal.SIGTERM
 
 
 STOPPABLE = """

@@ -69,6 +69,9 @@ class FakePolicy:
         self.go_on = asyncio.Event()
         self.dies = False
         self.may_revive = asyncio.Event()
+        self.may_swap = asyncio.Event()
+        self.may_swap.set()
+        self.swaps = 0
         self.bad: set[str] = set()
         # Streams that `finish` was asked of: each that was sampled, once, or the engine goes on for nobody.
         self.finished = 0
@@ -97,6 +100,8 @@ class FakePolicy:
         return FakeStream(self, answer.split(), sampling, version)
 
     async def swap(self, version: str, directory: Path) -> None:
+        self.swaps += 1
+        await self.may_swap.wait()
         if version in self.bad:
             raise SwapError(f"{version}: a tensor is not finite")
         self.version = version

@@ -345,6 +345,20 @@ async def test_activating_serves_the_version_and_rolling_back_serves_the_one_bef
     assert [found.version for found in listed.policies] == ["v0001", "v0000"]
 
 
+async def test_a_caller_that_leaves_does_not_leave_a_swap_half_way(running: Running) -> None:
+    publish_version(running.data_dir, "v0001")
+    await running.store(lambda store: register(store, "v0001"))
+    running.policy.may_swap.clear()
+    request = policy_pb2.ActivatePolicyRequest(version="v0001")
+    call = running.policies.ActivatePolicy(request, metadata=ANN, timeout=0.3)
+    assert await failure(call) == grpc.StatusCode.DEADLINE_EXCEEDED
+    running.policy.may_swap.set()
+    async with asyncio.timeout(10):
+        while running.policy.version != "v0001":
+            await asyncio.sleep(0)
+    assert running.policy.swaps == 1
+
+
 async def test_a_stream_carries_on_over_a_swap_and_its_spans_say_where(running: Running) -> None:
     publish_version(running.data_dir, "v0001")
     await running.store(lambda store: register(store, "v0001"))

@@ -249,6 +249,19 @@ def test_the_pointer_moves_by_compare_and_set_and_keeps_its_history(store: Feedb
     assert registry.previous_version() == "v0000"
 
 
+def test_what_was_rolled_back_is_not_what_one_goes_back_to(store: FeedbackStore) -> None:
+    registry = store.registry
+    for version in ("v0001", "v0002"):
+        register(store, version)
+        registry.activate_policy(version, actor="learner")
+    registry.activate_policy("v0001", actor="server", action="rollback")
+    # Not to v0002, which just lost.
+    assert registry.previous_version() == "v0000"
+    registry.activate_policy("v0002", actor="ann", action="promote")
+    registry.activate_policy("v0001", actor="ann")
+    assert registry.previous_version() == "v0002"
+
+
 def test_a_version_that_cannot_be_loaded_gives_the_pointer_back(store: FeedbackStore) -> None:
     registry = store.registry
     register(store, "v0001")

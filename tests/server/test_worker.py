@@ -1,5 +1,6 @@
 """What a swap does to two models, without an engine: exchange, half-way failures, checksums, and nothing shared."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,36 @@ def test_old_weights_that_do_not_come_back_are_told(swapping: Any) -> None:
     swapping._prefloop_live_digests = {**swapping._prefloop_live_digests, "layer.weight": "0"}
     said = swapping.prefloop_exchange()
     assert said.endswith("going back, layer.weight has another one than before")
+
+
+def test_a_check_that_fails_goes_back(swapping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: nn.Module) -> dict[str, str]:
+        raise MemoryError
+
+    monkeypatch.setattr(worker, "digests", broken)
+    with pytest.raises(MemoryError):
+        swapping.prefloop_exchange()
+    assert swapping.model_runner.get_model().values() == {1.0, "packed 1.0"}
+
+
+def test_one_version_is_read_at_a_time(swapping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, may_end = threading.Event(), threading.Event()
+
+    def slow(model: nn.Module, config: Any, directory: Path) -> None:
+        reading.set()
+        assert may_end.wait(10)
+
+    monkeypatch.setattr(worker, "load", slow)
+    swapping.vllm_config = None
+    assert swapping.prefloop_stage("v0002") is True
+    assert reading.wait(10)
+    # Given up by whoever asked, but still reading into the one spare model.
+    assert swapping.prefloop_stage("v0003") is False
+    assert swapping.prefloop_staged() is None
+    may_end.set()
+    swapping._prefloop_thread.join(10)
+    assert swapping.prefloop_staged() == ""
+    assert swapping.prefloop_stage("v0003") is True
 
 
 def test_the_second_model_shares_no_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Versions side by side as adapters on the real engine: pinned answers, a flip without a pause, a comparison, a way back."""
+"""Versions side by side on the real engine: pinned answers, a flip without a pause, a comparison, a way back."""
 
 import time
 from collections.abc import Iterator

@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 import learner.judging as judging
+import learner.lease
 import learner.round as rounds
 import learner.workspace as workspace
 import tests.learner.rounds as rounds_fixture
@@ -21,6 +23,7 @@ from learner.round import run_once
 from learner.status import status
 from learner.trace import trace_version, trace_vote
 from learner.workspace import STAGES, Workspace
+from server.errors import ConflictError
 from server.manifest import verify
 from server.store import FeedbackStore
 from tests.learner.rounds import TinyEngine, low_words, make_reference, passing, settings, vote
@@ -398,6 +401,47 @@ def test_one_learner_at_a_time(data_dir: Path) -> None:
     report = run(data_dir)
     assert (report.state, report.round_id) == ("nothing", None)
     assert "Another learner is at work" in report.sentence
+
+
+def test_a_learner_that_waits_starts_when_the_other_is_done(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(data_dir)
+    other = store.registry.acquire_lease("learner", "another", 10_000)
+    assert other
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += 10.0
+        if now[0] > 3600:
+            store.registry.release_lease(other)
+
+    monkeypatch.setattr(learner.lease, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    assert "Another learner is at work" in run(data_dir).sentence
+    monkeypatch.setattr(rounds, "why_not", lambda *_: "Its turn.")
+    assert run_once(settings(data_dir), Stages(Console(quiet=True)), wait=True).sentence == "Its turn."
+    assert now[0] > 3600
+
+
+def test_a_learner_that_was_stopped_past_its_lease_publishes_nothing(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = rounds.judge_candidates
+
+    def stopped_meanwhile(*arguments: Any) -> Verdict:
+        verdict = judge(*arguments)
+        store = opened(data_dir)
+        store._db.execute("UPDATE leases SET expire_time = 0")
+        assert store.registry.acquire_lease("learner", "another", 60)
+        return Verdict(verdict.chosen, [])
+
+    monkeypatch.setattr(rounds, "judge_candidates", stopped_meanwhile)
+    with pytest.raises(ConflictError, match="went to another"):
+        run(data_dir)
+    registry = opened(data_dir).registry
+    assert [policy.version for policy in registry.policies()] == ["v0000"]
+    assert registry.active_policy().version == "v0000"
+    # The round is the other learner's to go on with.
+    (round_,) = registry.rounds()
+    assert (round_.state, round_.stage) == ("running", "gate")
 
 
 def test_waiting_for_servers(data_dir: Path) -> None:

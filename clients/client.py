@@ -267,9 +267,9 @@ class Client:
         request = policy_pb2.ActivatePolicyRequest(version=version, expected_active_version=expected_active_version)
         return self._unary(self._policy.ActivatePolicy, request).policy
 
-    def rollback(self) -> Policy:
-        """Activates the version that was active before."""
-        return self._unary(self._policy.RollbackPolicy, policy_pb2.RollbackPolicyRequest()).policy
+    def rollback(self, version: str = "") -> Policy:
+        """Activates a version that was active before; by default the last one that was."""
+        return self._unary(self._policy.RollbackPolicy, policy_pb2.RollbackPolicyRequest(version=version)).policy
 
     # Health
 

@@ -114,7 +114,7 @@ def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
         policy_pb2.ActivatePolicyRequest: [
             Field("version", identifier()), Field("expected_active_version", identifier()),
         ],
-        policy_pb2.RollbackPolicyRequest: [],
+        policy_pb2.RollbackPolicyRequest: [Field("version", identifier(empty=True))],
         policy_pb2.ListRoundsRequest: page,
     }  # fmt: skip
 

@@ -343,6 +343,16 @@ async def test_activating_serves_the_version_and_rolling_back_serves_the_one_bef
     assert back.version == running.policy.version == "v0000"
     listed = await running.policies.ListPolicies(policy_pb2.ListPoliciesRequest(), metadata=ANN)
     assert [found.version for found in listed.policies] == ["v0001", "v0000"]
+    # To a version that is named, and only to one that was active.
+    there = policy_pb2.RollbackPolicyRequest(version="v0001")
+    assert (await running.policies.RollbackPolicy(there, metadata=ANN)).policy.version == "v0001"
+    await running.store(lambda store: register(store, "v0002"))
+    publish_version(running.data_dir, "v0002")
+    code, message, _ = await refusal(
+        running.policies.RollbackPolicy(policy_pb2.RollbackPolicyRequest(version="v0002"), metadata=ANN)
+    )
+    assert (code, running.policy.version) == (grpc.StatusCode.FAILED_PRECONDITION, "v0001")
+    assert "v0002 is candidate and was never active" in message
 
 
 async def test_a_caller_that_leaves_does_not_leave_a_swap_half_way(running: Running) -> None:

@@ -156,14 +156,22 @@ def test_streams_carry_on_over_swaps_and_every_token_has_one_version(live: LiveS
         (spoil, "not finite"),
         (drop, "lacks the tensor"),
         (crop, "has the shape"),
-        (None, "not a whole safetensors file"),
+        ("truncated", "not a whole safetensors file"),
+        ("tampered", "does not have the SHA-256 that its manifest lists"),
     ],
 )
 def test_unusable_weights_leave_the_old_policy_serving(
-    live: LiveServer, damage: Callable[[Tensors], None] | None, reason: str
+    live: LiveServer, damage: Callable[[Tensors], None] | str, reason: str
 ) -> None:
     before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
-    version = make_version(live, damage or negate_norm, truncated=damage is None)
+    if isinstance(damage, str):
+        version = make_version(live, negate_norm, truncated=damage == "truncated")
+    else:
+        version = make_version(live, damage)
+    if damage == "tampered":
+        with (live.data_dir / "policies" / version / "model.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"?")
     with pytest.raises(grpc.RpcError) as error:
         activate(live, version)
     assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION

@@ -18,25 +18,25 @@ from server.store import FeedbackStore
 def promote(settings: LearnerSettings, version: str, reason: str = "") -> str:
     """Makes `version` the active one; a sentence on how it went. Raises ServiceError with nothing changed."""
     with closing(FeedbackStore.open(settings.data_dir)) as store:
-        return _move(store, settings, version, "promote", reason or "promoted by hand")
+        active = store.registry.active_policy().version
+        return _move(store, settings, active, version, "promote", reason or "promoted by hand")
 
 
 def rollback(settings: LearnerSettings, version: str | None = None, reason: str = "") -> str:
     """Makes the version that was active before, or an older one, the active one again."""
     with closing(FeedbackStore.open(settings.data_dir)) as store:
-        active = store.registry.active_policy().version
-        target = version or store.registry.previous_version()
-        if target is None:
-            raise FailedPreconditionError("NOTHING_TO_ROLL_BACK", f"No version was active before {active}.")
-        return _move(store, settings, target, "rollback", reason or f"rolled back from {active}")
+        active, target = store.registry.rollback_step(version)
+        return _move(store, settings, active, target, "rollback", reason or f"rolled back from {active}")
 
 
-def _move(store: FeedbackStore, settings: LearnerSettings, version: str, action: PointerAction, reason: str) -> str:
-    active = store.registry.active_policy().version
-    if store.registry.policy(version).version == active:
+def _move(
+    store: FeedbackStore, settings: LearnerSettings, active: str, version: str, action: PointerAction, reason: str
+) -> str:
+    policy = store.registry.policy(version)
+    if version == active:
         return f"{version} is active already; nothing was changed."
     # The store knows why a version may not be activated; what it lets pass must be whole.
-    if store.registry.policy(version).prune_time is None:
+    if policy.prune_time is None:
         verified(settings.data_dir / "policies" / version)
     store.registry.activate_policy(
         version, actor=f"operator {getpass.getuser()}", action=action, reason=reason, expected_active_version=active

@@ -7,6 +7,7 @@ no answer reads keys and values of another version; a version never changes, so 
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from server.records import Span
 from server.registry import REFERENCE
 from server.vllm_policy import VllmPolicy
 from server.vllm_stream import Labels
-from server.weights import adapter_weights, check_finite
+from server.weights import adapter_weights, finite_tensors
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class AdapterPolicy(VllmPolicy):
         if version == REFERENCE or version in self._directories:
             return
         try:
-            await asyncio.to_thread(check_finite, directory)
+            await asyncio.to_thread(lambda: deque(finite_tensors(directory), maxlen=0))
         except ValueError as error:
             raise SwapError(f"{version}: {error}") from error
         # Where the engine later makes room for others, it reads it again by itself.

@@ -5,7 +5,6 @@ from typing import Any
 from prefloop.v1 import policy_pb2, policy_pb2_grpc
 
 from server import convert
-from server.errors import FailedPreconditionError
 from server.follower import Follower
 from server.identity import user_of
 from server.records import PointerAction, Policy
@@ -53,13 +52,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def RollbackPolicy(
         self, request: policy_pb2.RollbackPolicyRequest, context: Any
     ) -> policy_pb2.RollbackPolicyResponse:
-        def versions(store: FeedbackStore) -> tuple[str, str | None]:
-            return store.registry.active_policy().version, store.registry.previous_version()
-
-        active, previous = await self._store(versions)
-        target = request.version or previous
-        if target is None:
-            raise FailedPreconditionError("NOTHING_TO_ROLL_BACK", f"No version was active before {active}.")
+        active, target = await self._store(lambda store: store.registry.rollback_step(request.version))
         # Compare-and-set: two operators who press the button at once go back one step, not two.
         policy = await self._activate(target, user_of(context), f"rolled back from {active}", active, "rollback")
         return policy_pb2.RollbackPolicyResponse(policy=convert.policy(policy))

@@ -78,4 +78,5 @@ class Referee:
         except (ManifestError, SwapError, OSError) as error:
             log.warning("%s cannot be shown beside the active version: %s", version, error)
             self._dead.add(version)
-        return version not in self._dead
+            return False
+        return True

@@ -114,6 +114,15 @@ class Registry:
         )
         return str(rows[0]["version"]) if rows else None
 
+    def rollback_step(self, version: str | None = None) -> tuple[str, str]:
+        """What is active, and what a rollback makes active: `version`, or the previous one.
+
+        Raises FailedPreconditionError where there is none."""
+        active, target = self.active_policy().version, version or self.previous_version()
+        if target is None:
+            raise FailedPreconditionError("NOTHING_TO_ROLL_BACK", f"No version was active before {active}.")
+        return active, target
+
     def activate_policy(
         self,
         version: str,

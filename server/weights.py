@@ -6,22 +6,23 @@ compares headers alone, so it costs milliseconds.
 """
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from server.errors import ManifestError
-from server.manifest import new_staging, publish, verify, write_manifest
+from server.manifest import Manifest, new_staging, publish, verify, write_manifest
 from server.registry import REFERENCE
+
+if TYPE_CHECKING:
+    import torch
 
 
 def engine_weights(data_dir: Path, version: str) -> Path:
     """A Hugging Face directory with the full weights of `version`, verified. Raises ManifestError."""
-    directory = data_dir / "policies" / version
-    if not directory.is_dir():
-        raise ManifestError(f"{version} has no directory under policies/.")
-    manifest = verify(directory)
+    directory, manifest = _published(data_dir, version)
     base = data_dir / "policies" / manifest.base_version
     if manifest.kind == "full":
         return check_weights(directory, data_dir / "policies" / manifest.reference_version)
@@ -35,10 +36,7 @@ def engine_weights(data_dir: Path, version: str) -> Path:
 
 def adapter_weights(data_dir: Path, version: str) -> Path:
     """The directory of an adapter on the reference, or of the reference itself, verified. Raises ManifestError."""
-    directory = data_dir / "policies" / version
-    if not directory.is_dir():
-        raise ManifestError(f"{version} has no directory under policies/.")
-    manifest = verify(directory)
+    directory, manifest = _published(data_dir, version)
     if manifest.kind == "full" and version != REFERENCE:
         raise ManifestError(
             f"{version} holds all weights, and this server serves adapters; merged, it could be served."
@@ -48,15 +46,17 @@ def adapter_weights(data_dir: Path, version: str) -> Path:
     return directory
 
 
-def check_finite(directory: Path) -> None:
-    """Raises ValueError for the first tensor with a value that is not finite."""
+def finite_tensors(directory: Path) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Every tensor in `directory`, by name. Raises ValueError for one with a value that is not finite."""
     import torch
 
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if not torch.isfinite(file.get_tensor(name)).all():
+                tensor = file.get_tensor(name)
+                if not torch.isfinite(tensor).all():
                     raise ValueError(f"{name} has values that are not finite")
+                yield name, tensor
 
 
 def check_weights(directory: Path, like: Path) -> Path:
@@ -70,6 +70,13 @@ def check_weights(directory: Path, like: Path) -> Path:
         if shape != expected[name]:
             raise ManifestError(f"{directory.name}: {name} has the shape {shape}, the engine needs {expected[name]}.")
     return directory
+
+
+def _published(data_dir: Path, version: str) -> tuple[Path, Manifest]:
+    directory = data_dir / "policies" / version
+    if not directory.is_dir():
+        raise ManifestError(f"{version} has no directory under policies/.")
+    return directory, verify(directory)
 
 
 def _merge(verified_base: Path, adapter: Path, final: Path) -> None:

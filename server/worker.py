@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from server.failpoints import failpoint
+from server.weights import finite_tensors
 
 # Where vLLM keeps a layer's packed matrix on a CPU: a function that holds it.
 PACKED = "cpu_linear"
@@ -38,7 +39,7 @@ class SwapExtension:
 
     def prefloop_stage(self, directory: str) -> bool:
         """Begins to read the weights in `directory` into the spare model; False while it is still being read into."""
-        if self._prefloop_thread and self._prefloop_thread.is_alive():
+        if self._prefloop_reading():
             return False
         self._prefloop_error = ""
         self._prefloop_thread = threading.Thread(target=self._prefloop_read, args=(directory,), daemon=True)
@@ -47,8 +48,7 @@ class SwapExtension:
 
     def prefloop_staged(self) -> str | None:
         """None while reading; then why the weights cannot be used, or an empty string."""
-        reading = self._prefloop_thread is not None and self._prefloop_thread.is_alive()
-        return None if reading else self._prefloop_error
+        return None if self._prefloop_reading() else self._prefloop_error
 
     def prefloop_exchange(self) -> str:
         """The spare's weights answer, and the other way round. Call it only while the engine is paused.
@@ -70,6 +70,9 @@ class SwapExtension:
         self._prefloop_digests, self._prefloop_live_digests = self._prefloop_live_digests, self._prefloop_digests
         return ""
 
+    def _prefloop_reading(self) -> bool:
+        return self._prefloop_thread is not None and self._prefloop_thread.is_alive()
+
     def _prefloop_read(self, directory: str) -> None:
         try:
             # A thread of its own, and one core of those that answer.
@@ -89,25 +92,12 @@ def load(model: torch.nn.Module, config: Any, directory: Path) -> None:
     expected = {name for name, _ in model.named_parameters()}
     initialize_layerwise_reload(model)
     try:
-        loaded = model.load_weights(read(directory))  # type: ignore[operator]
+        loaded = model.load_weights(finite_tensors(directory))  # type: ignore[operator]
     finally:
         # Also after a failure: the layers then have what they had before, and the next version can be read.
         finalize_layerwise_reload(model, config.model_config)
     if missing := sorted(expected - set(loaded)):
         raise ValueError(f"there are no weights for {missing[0]}")
-
-
-def read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor, by name. Raises ValueError for one that is not finite."""
-    from safetensors import safe_open
-
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                tensor = file.get_tensor(name)
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"{name} has values that are not finite")
-                yield name, tensor
 
 
 def exchange(live: torch.nn.Module, spare: torch.nn.Module) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import server.worker as worker
-from server.worker import SwapExtension, exchange, read, unshare
+from server.weights import finite_tensors
+from server.worker import SwapExtension, exchange, unshare
 
 
 class Model(nn.Module):
@@ -153,4 +154,4 @@ def test_a_tensor_that_is_not_finite_is_named(tmp_path: Path) -> None:
     good, bad = torch.zeros(2), torch.tensor([1.0, float("inf")])
     save_file({"a": good, "b": bad}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="b has values that are not finite"):
-        dict(read(tmp_path))
+        dict(finite_tensors(tmp_path))

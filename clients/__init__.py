@@ -1,5 +1,6 @@
 """Python client of a prefloop server: `from clients import Client`."""
 
+from clients.channel import Tls
 from clients.client import ChatEvent, Client, CompareEvent, Stream
 from clients.errors import (
     BusyError,
@@ -26,5 +27,6 @@ __all__ = [
     "ServerError",
     "Stream",
     "TimedOutError",
+    "Tls",
     "UnavailableError",
 ]

@@ -6,6 +6,7 @@ stream is never repeated: half of it was heard already, and the conversation can
 
 import ipaddress
 import json
+from dataclasses import dataclass
 
 import grpc
 
@@ -46,9 +47,24 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
     return options
 
 
-def open_channel(address: str) -> grpc.Channel:
-    """A channel to `address`; it connects with the first call."""
-    return grpc.insecure_channel(address, options=channel_options(address))
+@dataclass(frozen=True)
+class Tls:
+    """PEM bytes: of who signed the server's certificate (None: who this system trusts), and, for a server that asks for
+    one, of the client's own certificate and its key."""
+
+    ca: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+
+
+def open_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
+    """A channel to `address`; it connects with the first call. In the clear to this machine's own loopback, where no
+    `tls` is given, and never to anywhere else."""
+    if tls is None and is_loopback(address):
+        return grpc.insecure_channel(address, options=channel_options(address))
+    tls = tls or Tls()
+    credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+    return grpc.secure_channel(address, credentials, options=channel_options(address))
 
 
 def is_loopback(address: str) -> bool:

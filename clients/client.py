@@ -33,7 +33,7 @@ from prefloop.v1.chat_pb2 import (
 from prefloop.v1.feedback_pb2 import Choice, Feedback, Message, Thumb
 from prefloop.v1.policy_pb2 import GetActivePolicyResponse, Policy, Round
 
-from clients.channel import open_channel
+from clients.channel import Tls, open_channel
 from clients.errors import PrefloopError, UnavailableError, from_rpc_error
 
 ChatEvent = ChatStarted | ChatDelta | ChatFinished
@@ -107,15 +107,18 @@ class Stream(Iterator[Event], Generic[Event]):
 class Client:
     """A connection to one prefloop server.
 
-    `address` is "host:port". `user` names who votes, on a loopback server without keys. `timeout` (seconds) bounds each
-    plain call, `stream_timeout` (seconds) each streamed answer.
+    `address` is "host:port". `api_key` says who calls; on a loopback server without keys, `user` does. Beyond loopback
+    the connection is encrypted, by `tls` where it is given. `timeout` (seconds) bounds each plain call,
+    `stream_timeout` (seconds) each streamed answer.
     """
 
     def __init__(
         self,
         address: str = "127.0.0.1:50051",
         *,
+        api_key: str | None = None,
         user: str | None = None,
+        tls: Tls | None = None,
         timeout: float = 30.0,
         stream_timeout: float = 600.0,
     ) -> None:
@@ -124,8 +127,10 @@ class Client:
         self.address = address
         self.timeout = timeout
         self.stream_timeout = stream_timeout
-        self._metadata = (("x-user-id", user),) if user else ()
-        self._channel = open_channel(address)
+        self._metadata: tuple[tuple[str, str], ...] = (("x-user-id", user),) if user else ()
+        if api_key:
+            self._metadata = (("authorization", f"Bearer {api_key}"),)
+        self._channel = open_channel(address, tls)
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._feedback = feedback_pb2_grpc.FeedbackServiceStub(self._channel)
         self._policy = policy_pb2_grpc.PolicyServiceStub(self._channel)

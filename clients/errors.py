@@ -40,7 +40,7 @@ class NotFoundError(PrefloopError):
 
 
 class NotAllowedError(PrefloopError):
-    """The credentials are missing or do not permit this."""
+    """The API key is missing, is not valid, or does not permit this."""
 
 
 class ConflictError(PrefloopError):

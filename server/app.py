@@ -8,30 +8,35 @@ import asyncio
 import gc
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc, policy_pb2, policy_pb2_grpc
 
+from server.access import Access
 from server.adapter_policy import AdapterPolicy
 from server.chat import ChatService
+from server.edge import Edge
 from server.engine import set_environment, start_engine
 from server.errors import DataDirectoryError, ServiceError
 from server.feedback import FeedbackService
-from server.follower import Follower
+from server.follower import HEARTBEAT_SECONDS, Follower
 from server.identity import LOOPBACK
+from server.limits import Limits
 from server.planner import Planner
 from server.policies import PolicyService
 from server.policy import Policy
 from server.referee import Referee
 from server.reference import prepare_reference
+from server.repeat import repeat
 from server.settings import ServerSettings
-from server.status import EdgeInterceptor
 from server.store_thread import StoreThread
+from server.tls import Certificates
 from server.validation import validator
 from server.vllm_policy import VllmPolicy
 
@@ -52,6 +57,14 @@ OPTIONS = [
     # Clients may ping an idle connection every 30 seconds; gRPC's default is 5 minutes.
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Strangers: how long they may take to say hello, stay without a call, and what they may send in one.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 15 * 60_000),
+    ("grpc.max_concurrent_streams", 1_000),
+    ("grpc.max_metadata_size", 8 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
+    # A demonstration of the longest messages.
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
 ]
 
 
@@ -61,21 +74,29 @@ class App:
     def __init__(self, settings: ServerSettings, store: StoreThread) -> None:
         self._settings = settings
         self._store = store
+        self._access = Access(store, keys_needed=settings.host not in LOOPBACK)
+        limits = Limits(settings.user_rate, settings.user_calls, settings.max_streams + settings.max_waiting)
+        edge = Edge(self._access, limits, validator(settings), settings.call_seconds)
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(interceptors=[EdgeInterceptor(validator(settings))], options=OPTIONS)
+        self._server = grpc.aio.server(
+            interceptors=[edge],
+            options=[*OPTIONS, ("grpc.max_allowed_incoming_connections", settings.max_connections)],
+        )
         # Before the engine starts, which takes a minute: a port in use should be known at once.
         self.port = self._bind()
         self._replica_id = f"{settings.host}:{self.port}"
+        self._tasks: list[asyncio.Task[NoReturn]] = []
+        self._told: bool | None = None
 
     async def start(self, policy: Policy) -> None:
         """Serves the active version; health turns SERVING last."""
         settings, replica_id = self._settings, self._replica_id
-        self._follower = Follower(policy, self._store, settings.data_dir, replica_id, settings.poll_seconds)
+        self._follower = Follower(policy, self._store, settings.data_dir, replica_id)
         self._planner = (
             Planner(settings.scoring_address, settings.scoring_seconds) if settings.scoring_address else None
         )
         self._referee = (
-            Referee(self._store, self._follower, settings.duel_alpha, settings.duel_user_votes, settings.poll_seconds)
+            Referee(self._store, self._follower, settings.duel_alpha, settings.duel_user_votes)
             if settings.serve_adapters and settings.duel_alpha
             else None
         )
@@ -88,10 +109,15 @@ class App:
         await self._store(lambda store: store.fail_interrupted_responses(replica_id))
         # Before the first user: a version that was activated while no server ran takes effect now.
         await self._follower.converge()
-        self._tasks = [asyncio.create_task(self._follower.run()), asyncio.create_task(self._follower.beat())]
-        self._tasks += [asyncio.create_task(self._referee.run())] if self._referee else []
+        await self._access.refresh()
+        poll = settings.poll_seconds
+        self._repeat(self._follower.follow, poll, "following the active policy failed")
+        self._repeat(self._follower.report, HEARTBEAT_SECONDS, "the heartbeat could not be written")
+        self._repeat(self._access.refresh, poll, "the keys could not be read")
+        if self._referee:
+            self._repeat(self._referee.look, poll, "the votes on two versions could not be looked at")
         await self._server.start()
-        self._tasks.append(asyncio.create_task(self._tell_health(policy)))
+        self._repeat(partial(self._tell_health, policy), poll, "health could not be told")
 
     async def stop(self, grace: float) -> None:
         """Refuses new calls, lets open streams run on for `grace` seconds, stores what was cut off."""
@@ -105,42 +131,56 @@ class App:
         await asyncio.wait(self._tasks)
         await self._follower.close()
 
+    def _repeat(self, work: Callable[[], Awaitable[object]], seconds: float, complaint: str) -> None:
+        self._tasks.append(asyncio.create_task(repeat(work, seconds, complaint)))
+
     async def _tell_health(self, policy: Policy) -> None:
         """SERVING for as long as the engine is alive."""
-        told = None
-        while True:
-            if policy.alive != told:
-                told = policy.alive
-                for service in ["", *SERVICES]:
-                    await self._health.set(service, SERVING if told else NOT_SERVING)
-            await asyncio.sleep(self._settings.poll_seconds)
+        alive = policy.alive
+        if alive != self._told:
+            for service in ["", *SERVICES]:
+                await self._health.set(service, SERVING if alive else NOT_SERVING)
+            self._told = alive
 
     def _bind(self) -> int:
+        settings, address = self._settings, f"{self._settings.host}:{self._settings.port}"
         try:
-            port = self._server.add_insecure_port(f"{self._settings.host}:{self._settings.port}")
+            if settings.tls_cert and settings.tls_key:
+                certificates = Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+                port = self._server.add_secure_port(address, certificates.server_credentials())
+            else:
+                port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ServiceError(
-                f"{self._settings.host}:{self._settings.port} cannot be listened on, perhaps because another server "
-                "does; choose another --port."
+                f"{address} cannot be listened on, perhaps because another server does; choose another --port."
             ) from error
         return int(port)
 
 
 async def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     """Runs until SIGTERM or SIGINT. Raises ServiceError with what to do where it cannot start."""
-    if settings.host not in LOOPBACK:
-        raise ServiceError(
-            f"--host {settings.host} would let anyone in: there are no keys and no TLS. Use 127.0.0.1, and a tunnel "
-            "or a proxy that checks who calls."
-        )
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     store = StoreThread(settings.data_dir)
     try:
+        if settings.host not in LOOPBACK:
+            credentials = await store(lambda store: store.keys.credentials())
+            check_exposure(settings, has_key=bool(credentials.callers))
         await _serve(settings, store, stopping, say)
     finally:
         await store.close()
+
+
+def check_exposure(settings: ServerSettings, *, has_key: bool) -> None:
+    """Raises ServiceError where strangers could reach this server without TLS or without a key."""
+    missing = [] if settings.tls_cert else ["a certificate with PREFLOOP_TLS_CERT and PREFLOOP_TLS_KEY"]
+    missing += [] if has_key else ["a key, made by `server keys create --user NAME --role operator`"]
+    if missing:
+        raise ServiceError(
+            f"--host {settings.host} lets strangers in, which needs TLS and keys. Missing: {' and '.join(missing)}. "
+            "Or listen on 127.0.0.1."
+        )
 
 
 async def _serve(

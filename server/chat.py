@@ -16,7 +16,8 @@ from prefloop.v1 import chat_pb2, chat_pb2_grpc
 
 from server import convert
 from server.answers import Answers, Begun
-from server.identity import user_of
+from server.errors import FailedPreconditionError
+from server.identity import current_user
 from server.locks import KeyedLocks
 from server.planner import Planner
 from server.policy import Policy, Sampling
@@ -54,7 +55,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self._answers = Answers(store, policy)
 
     async def Chat(self, request: chat_pb2.ChatRequest, context: Any) -> None:  # type: ignore[override]
-        user = user_of(context)
+        user = current_user()
         async with self._locks.hold(_repeat_key("Chat", user, request)), self._locks.hold(request.conversation_id):
             first, turns = await self._before("Chat", user, request)
             if first:
@@ -91,7 +92,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 await context.write(_chat_finished(generation, prompt, last))
 
     async def Compare(self, request: chat_pb2.CompareRequest, context: Any) -> None:  # type: ignore[override]
-        user = user_of(context)
+        user = current_user()
         async with self._locks.hold(_repeat_key("Compare", user, request)), self._locks.hold(request.conversation_id):
             first, turns = await self._before("Compare", user, request)
             if first:
@@ -142,7 +143,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def GetConversation(
         self, request: chat_pb2.GetConversationRequest, context: Any
     ) -> chat_pb2.GetConversationResponse:
-        user, conversation_id = user_of(context), request.conversation_id
+        user, conversation_id = current_user(), request.conversation_id
 
         def read(store: FeedbackStore) -> chat_pb2.Conversation:
             return convert.conversation(
@@ -156,7 +157,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def ListConversations(
         self, request: chat_pb2.ListConversationsRequest, context: Any
     ) -> chat_pb2.ListConversationsResponse:
-        user = user_of(context)
+        user = current_user()
         size = request.page_size or convert.DEFAULT_PAGE_SIZE
         key = convert.page_key(request.page_token, (float, str))
         before = (key[0], key[1]) if key else None
@@ -171,7 +172,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def DeleteConversation(
         self, request: chat_pb2.DeleteConversationRequest, context: Any
     ) -> chat_pb2.DeleteConversationResponse:
-        user = user_of(context)
+        user = current_user()
         async with self._locks.hold(request.conversation_id):
             await self._store(lambda store: store.delete_conversation(user, request.conversation_id))
         return chat_pb2.DeleteConversationResponse()
@@ -244,7 +245,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 first = store.find_request(user, rpc, request.request_id, _sha256(request))
                 if first is not None:
                     return first.decode(), []
-            return None, store.turns(user, request.conversation_id) if request.conversation_id else []
+            turns = store.turns(user, request.conversation_id) if request.conversation_id else []
+            if len(turns) >= self._settings.max_turns:
+                raise FailedPreconditionError("CONVERSATION_FULL", "This conversation is full; start another one.")
+            return None, turns
 
         if not request.request_id and not request.conversation_id:
             return None, []

@@ -1,42 +1,42 @@
-"""`server serve`: flags to settings to `server.app.serve`. Heavy imports wait until a command runs."""
+"""The command `server`: flags to settings to a call. Heavy imports wait until a command runs."""
 
 import asyncio
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
 from server.errors import ServiceError
+from server.identity import Role
+
+if TYPE_CHECKING:
+    from server.settings import ServerSettings
+    from server.store import FeedbackStore
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The prefloop chat server."
 )
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps `serve` a command of its own while it is the only one."""
+keys_app = typer.Typer(no_args_is_help=True, help="API keys: who may call, and as what.")
+app.add_typer(keys_app, name="keys")
+
+DataDir = Annotated[Optional[Path], typer.Option(help="Everything that is kept. Default: ./data.")]
 
 
 @app.command()
 def serve(
-    data_dir: Annotated[Optional[Path], typer.Option(help="Everything that is kept. Default: ./data.")] = None,
+    data_dir: DataDir = None,
     model: Annotated[Optional[str], typer.Option(help="A Hugging Face directory or id. Default: SmolLM2-135M.")] = None,
     host: Annotated[Optional[str], typer.Option(help="The address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[Optional[int], typer.Option(help="The port to listen on. Default: 50051.")] = None,
 ) -> None:
     """Serve chats and record votes until SIGTERM. Every setting is also a PREFLOOP_* variable or in prefloop.toml."""
-    from pydantic import ValidationError
-
-    from server.settings import ServerSettings
-
-    try:
-        settings = ServerSettings.load(data_dir=data_dir, model=model, host=host, port=port)
-    except ValidationError as error:
-        first = error.errors()[0]
-        _fail(f"The setting {'.'.join(map(str, first['loc'])) or 'compare_temperatures'} is not valid: {first['msg']}.")
-
+    settings = _settings(data_dir=data_dir, model=model, host=host, port=port)
     import logging
 
     import uvloop
@@ -51,12 +51,74 @@ def serve(
         _fail(str(error))
 
 
+@keys_app.command()
+def create(
+    user: Annotated[str, typer.Option(help="Whose key it is; the same user may have several.")],
+    role: Annotated[Role, typer.Option(help="`user`: chat and vote. `operator`: policies and rounds, too.")] = "user",
+    data_dir: DataDir = None,
+) -> None:
+    """Make a key and show it, this once. A running server takes it at once."""
+    with _store(data_dir) as store:
+        typer.echo(store.keys.create(user, role))
+
+
+@keys_app.command("list")
+def list_keys(data_dir: DataDir = None) -> None:
+    """List every key there ever was: its id, user and role, and since when it is good or revoked."""
+    with _store(data_dir) as store:
+        for key in store.keys.all():
+            revoked = f"revoked {_date(key.revoke_time)}" if key.revoke_time else ""
+            typer.echo(f"{key.id}  {key.role:8}  {key.user:20}  made {_date(key.create_time)}  {revoked}".rstrip())
+
+
+@keys_app.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="The part of the key before the dot.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Make a key useless. A running server refuses it at once."""
+    with _store(data_dir) as store:
+        store.keys.revoke(key_id)
+
+
+def _settings(**flags: Any) -> "ServerSettings":
+    from pydantic import ValidationError
+
+    from server.settings import ServerSettings
+
+    try:
+        return ServerSettings.load(**flags)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        _fail(f"The setting {where} is not valid: {first['msg']}." if where else f"The settings: {first['msg']}.")
+
+
+@contextmanager
+def _store(data_dir: Path | None) -> "Iterator[FeedbackStore]":
+    """The store of the data directory; what goes wrong with it is one sentence."""
+    from server.store import FeedbackStore
+
+    try:
+        store = FeedbackStore.open(_settings(data_dir=data_dir).data_dir)
+        try:
+            yield store
+        finally:
+            store.close()
+    except ServiceError as error:
+        _fail(str(error))
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).isoformat(" ", "minutes")
+
+
 def _say(line: str) -> None:
     typer.echo(line)
     sys.stdout.flush()
 
 
-def _fail(sentence: str) -> None:
+def _fail(sentence: str) -> NoReturn:
     typer.echo(f"server: {sentence}", err=True)
     raise SystemExit(1)
 

@@ -1,17 +1,22 @@
 """What can go wrong, in the domain's words. `server.status` maps each to a gRPC status at the RPC edge."""
 
+from collections.abc import Sequence
+
 
 class ServiceError(Exception):
     """Base of every error that a caller may be told. The message is one sentence, fit for the caller to read."""
 
 
 class InvalidArgumentError(ServiceError):
-    """A field of the request breaks a rule; `field` names it."""
+    """Fields of the request break rules; `violations` are all of them, each with its sentence, `field` the first."""
 
-    def __init__(self, field: str, message: str, reason: str = "INVALID_FIELD") -> None:
+    def __init__(
+        self, field: str, message: str, reason: str = "INVALID_FIELD", others: Sequence[tuple[str, str]] = ()
+    ) -> None:
         super().__init__(message)
         self.field = field
         self.reason = reason
+        self.violations = [(field, message), *others]
 
 
 class NotFoundError(ServiceError):
@@ -21,6 +26,14 @@ class NotFoundError(ServiceError):
         super().__init__(f"There is no {kind} {name!r}.")
         self.kind = kind
         self.name = name
+
+
+class UnauthenticatedError(ServiceError):
+    """Nobody knows who calls."""
+
+
+class PermissionDeniedError(ServiceError):
+    """It is known who calls, and that they may not."""
 
 
 class FailedPreconditionError(ServiceError):
@@ -33,6 +46,19 @@ class FailedPreconditionError(ServiceError):
 
 class ConflictError(ServiceError):
     """Somebody else was first: a compare-and-set lost, or a lease went to another holder."""
+
+
+class ResourceExhaustedError(ServiceError):
+    """More than the caller, or everybody, may have; `reason` says which limit, `retry_seconds` when to try again."""
+
+    def __init__(self, reason: str, message: str, retry_seconds: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_seconds = retry_seconds
+
+
+class DeadlineExceededError(ServiceError):
+    """It took too long."""
 
 
 class UnavailableError(ServiceError):

@@ -7,7 +7,7 @@ from typing import Any
 from prefloop.v1 import feedback_pb2, feedback_pb2_grpc
 
 from server import convert, records
-from server.identity import user_of
+from server.identity import current_user
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
 
@@ -65,14 +65,14 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
     async def RetractFeedback(
         self, request: feedback_pb2.RetractFeedbackRequest, context: Any
     ) -> feedback_pb2.RetractFeedbackResponse:
-        user = user_of(context)
+        user = current_user()
         await self._store(lambda store: store.retract_feedback(user, request.feedback_id))
         return feedback_pb2.RetractFeedbackResponse()
 
     async def ListFeedback(
         self, request: feedback_pb2.ListFeedbackRequest, context: Any
     ) -> feedback_pb2.ListFeedbackResponse:
-        user = user_of(context)
+        user = current_user()
         size = request.page_size or convert.DEFAULT_PAGE_SIZE
         key = convert.page_key(request.page_token, (int,))
         found = await self._store(lambda store: store.feedback(user, size + 1, key[0] if key else None))
@@ -86,7 +86,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         self, rpc: str, request: Any, context: Any, submit: Callable[[FeedbackStore, str], records.Feedback]
     ) -> feedback_pb2.Feedback:
         """Submits, or returns what the same request_id was answered first."""
-        user = user_of(context)
+        user = current_user()
         body = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
 
         def work(store: FeedbackStore) -> bytes:

@@ -22,40 +22,22 @@ HEARTBEAT_SECONDS = 5.0
 class Follower:
     """Owns the policy's version; nothing else calls `Policy.swap`."""
 
-    def __init__(
-        self, policy: Policy, store: StoreThread, data_dir: Path, replica_id: str, poll_seconds: float
-    ) -> None:
+    def __init__(self, policy: Policy, store: StoreThread, data_dir: Path, replica_id: str) -> None:
         self._policy = policy
         self._store = store
         self._data_dir = data_dir
         self._replica_id = replica_id
-        self._poll_seconds = poll_seconds
         self._converging = asyncio.Lock()
         self._error = ""
         # Swaps that their callers may have left; the event loop holds tasks weakly.
         self._swaps: set[asyncio.Task[bool]] = set()
 
-    async def run(self) -> None:
-        """Follows until cancelled."""
-        while True:
-            # The second boundary where errors end: a follower that stops would leave the server behind for good.
-            try:
-                if not self._policy.alive:
-                    await self._revive()
-                if await self.converge():
-                    await self._report()
-            except Exception:
-                log.exception("following the active policy failed; trying again")
-            await asyncio.sleep(self._poll_seconds)
-
-    async def beat(self) -> None:
-        """Tells the store that this server lives, also while it swaps or starts its engine again, until cancelled."""
-        while True:
-            try:
-                await self._report()
-            except Exception:
-                log.exception("the heartbeat could not be written; trying again")
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+    async def follow(self) -> None:
+        """Revives a dead engine, and loads the active version. Call it again and again."""
+        if not self._policy.alive:
+            await self._revive()
+        if await self.converge():
+            await self.report()
 
     async def converge(self) -> bool:
         """Loads the active version if it is not loaded; True where something changed, a failure included."""
@@ -86,7 +68,7 @@ class Follower:
         await self._store(move_pointer)
         # A caller that leaves must not leave a swap half-way.
         await asyncio.shield(self._keep(asyncio.create_task(self.converge())))
-        await self._report()
+        await self.report()
         if self._policy.version != version:
             raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} was replaced meanwhile.")
 
@@ -108,6 +90,7 @@ class Follower:
         task.add_done_callback(self._swaps.discard)
         return task
 
-    async def _report(self) -> None:
+    async def report(self) -> None:
+        """Tells the store that this server lives and what it serves, also while it swaps or starts its engine again."""
         loaded, error = self._policy.version, self._error
         await self._store(lambda store: store.registry.report_replica(self._replica_id, loaded, error))

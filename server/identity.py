@@ -1,18 +1,39 @@
-"""Who calls. On loopback without keys, the metadata `x-user-id` names the user, who is also operator."""
+"""Who calls: set once for each call at the RPC edge, read by whatever runs on its behalf."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
 
-from server.errors import InvalidArgumentError
+Role = Literal["user", "operator"]
 
-DEFAULT_USER = "local"
-MAX_USER_CHARS = 128
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
+_caller: ContextVar["Caller"] = ContextVar("caller")
 
-def user_of(context: Any) -> str:
-    """The caller's name. Raises InvalidArgumentError for one that cannot be a name."""
-    metadata = dict(context.invocation_metadata() or ())
-    user = str(metadata.get("x-user-id", DEFAULT_USER))
-    if not user.strip() or len(user) > MAX_USER_CHARS or not user.isprintable():
-        raise InvalidArgumentError("x-user-id", f"x-user-id must be 1 to {MAX_USER_CHARS} printable characters.")
-    return user
+
+@dataclass(frozen=True)
+class Caller:
+    """A user, and what they may do. An operator may do whatever a user may."""
+
+    user: str
+    role: Role
+
+    def may(self, needed: Role) -> bool:
+        return self.role == "operator" or needed == "user"
+
+
+@contextmanager
+def calling(caller: Caller) -> Iterator[None]:
+    """Everything inside, tasks that it starts included, is done for `caller`."""
+    token = _caller.set(caller)
+    try:
+        yield
+    finally:
+        _caller.reset(token)
+
+
+def current_user() -> str:
+    """The caller's user name. Raises LookupError outside of a call."""
+    return _caller.get().user

@@ -232,3 +232,21 @@ def m005_lineage(db: Database) -> None:
         CREATE INDEX comparisons_by_time ON comparisons (create_time);
         """,
     )
+
+
+@migrations()
+def m006_keys(db: Database) -> None:
+    """API keys: who comes in with what, and as what."""
+    _run(
+        db,
+        """
+        CREATE TABLE keys (
+            id TEXT PRIMARY KEY,
+            sha256 BLOB NOT NULL,
+            user TEXT NOT NULL,
+            role TEXT NOT NULL CHECK (role IN ('user', 'operator')),
+            create_time REAL NOT NULL,
+            revoke_time REAL
+        ) STRICT;
+        """,
+    )

@@ -6,7 +6,7 @@ from prefloop.v1 import policy_pb2, policy_pb2_grpc
 
 from server import convert
 from server.follower import Follower
-from server.identity import user_of
+from server.identity import current_user
 from server.records import PointerAction, Policy
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
@@ -46,7 +46,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self, request: policy_pb2.ActivatePolicyRequest, context: Any
     ) -> policy_pb2.ActivatePolicyResponse:
         expected = request.expected_active_version if request.HasField("expected_active_version") else None
-        policy = await self._activate(request.version, user_of(context), "activated by RPC", expected)
+        policy = await self._activate(request.version, current_user(), "activated by RPC", expected)
         return policy_pb2.ActivatePolicyResponse(policy=convert.policy(policy))
 
     async def RollbackPolicy(
@@ -54,7 +54,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     ) -> policy_pb2.RollbackPolicyResponse:
         active, target = await self._store(lambda store: store.registry.rollback_step(request.version))
         # Compare-and-set: two operators who press the button at once go back one step, not two.
-        policy = await self._activate(target, user_of(context), f"rolled back from {active}", active, "rollback")
+        policy = await self._activate(target, current_user(), f"rolled back from {active}", active, "rollback")
         return policy_pb2.RollbackPolicyResponse(policy=convert.policy(policy))
 
     async def ListRounds(self, request: policy_pb2.ListRoundsRequest, context: Any) -> policy_pb2.ListRoundsResponse:

@@ -14,16 +14,27 @@ def build_prompt(
     """Token ids of as many whole turns as fit before `message`, the newest first to stay.
 
     A turn is a user message with its answer; neither is ever cut. Raises InvalidArgumentError where `message` alone
-    does not fit.
+    does not fit. Never encodes much more than fits, however long the conversation is.
     """
     history = [(turn.message, turn.answer) for turn in turns if turn.answer is not None]
-    for start in range(len(history) + 1):
+
+    def encoded(kept: int) -> list[int]:
         messages: list[Message] = []
-        for asked, answered in history[start:]:
+        for asked, answered in history[len(history) - kept :]:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered or ""}]
-        token_ids = encode([*messages, {"role": "user", "content": message}])
-        if len(token_ids) <= max_prompt_tokens:
-            return token_ids
-    raise InvalidArgumentError(
-        "message", f"The message takes {len(token_ids)} tokens; at most {max_prompt_tokens} fit beside its answer."
-    )
+        return encode([*messages, {"role": "user", "content": message}])
+
+    prompt = encoded(0)
+    if len(prompt) > max_prompt_tokens:
+        raise InvalidArgumentError(
+            "message", f"The message takes {len(prompt)} tokens; at most {max_prompt_tokens} fit beside its answer."
+        )
+    # Twice as many turns each time, until they do not fit; then by halves between the two.
+    fits, too_many, step = 0, len(history) + 1, 1
+    while too_many - fits > 1:
+        kept = min(fits + step, too_many - 1)
+        if len(longer := encoded(kept)) <= max_prompt_tokens:
+            prompt, fits, step = longer, kept, 2 * step
+        else:
+            too_many, step = kept, max((kept - fits) // 2, 1)
+    return prompt

@@ -5,7 +5,6 @@ evidence against the new one reaches 1 / alpha, the server itself goes back. The
 looks (`server.duel`), and everything it stands on is in the store: a server that starts again goes on with it.
 """
 
-import asyncio
 import logging
 
 from server.errors import ConflictError, FailedPreconditionError, ManifestError
@@ -22,12 +21,11 @@ ACTOR = "server"
 class Referee:
     """Knows the two versions that Compare shows, and takes the loser back."""
 
-    def __init__(self, store: StoreThread, follower: Follower, alpha: float, user_votes: int, seconds: float) -> None:
+    def __init__(self, store: StoreThread, follower: Follower, alpha: float, user_votes: int) -> None:
         self._store = store
         self._follower = follower
         self._limit = 1 / alpha
         self._user_votes = user_votes
-        self._seconds = seconds
         self._pair: tuple[str, str] | None = None
         # What could not be loaded, beside the active version or in its place: said once, not tried again.
         self._dead: set[str] = set()
@@ -37,17 +35,8 @@ class Referee:
         """The active version and the one before it, while it is open which is better."""
         return self._pair
 
-    async def run(self) -> None:
-        """Looks again and again until cancelled."""
-        while True:
-            try:
-                await self.look()
-            except Exception:
-                log.exception("the votes on two versions could not be looked at; trying again")
-            await asyncio.sleep(self._seconds)
-
     async def look(self) -> None:
-        """Counts the votes once, and goes back where the new version has lost."""
+        """Counts the votes, and goes back where the new version has lost. Call it again and again."""
         duel = await self._store(lambda store: store.lineage.duel(self._user_votes))
         if duel is None or duel.won >= self._limit or duel.opponent in self._dead:
             self._pair = None

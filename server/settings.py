@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+from limits import parse as parse_rate
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
@@ -24,6 +25,14 @@ class ServerSettings(BaseSettings):
     ] = DEFAULT_MODEL
     host: Annotated[str, Field(description="The address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="The port to listen on; 0 takes a free one.")] = 50051
+    tls_cert: Annotated[
+        Path | None, Field(description="The PEM file of the TLS certificate, with its chain; read again when renewed.")
+    ] = None
+    tls_key: Annotated[Path | None, Field(description="The PEM file of the certificate's private key.")] = None
+    tls_client_ca: Annotated[
+        Path | None,
+        Field(description="PEM certificates of who signs clients' certificates, where clients must show one (mTLS)."),
+    ] = None
     service_temperature: Annotated[
         float, Field(gt=0, le=2, description="Chat's default temperature, and the one that the learner samples at.")
     ] = 0.85
@@ -47,6 +56,12 @@ class ServerSettings(BaseSettings):
         int, Field(ge=64, description="Tokens of a prompt and its answer together, at most what the model has.")
     ] = 2048
     max_streams: Annotated[int, Field(ge=1, description="Answers that are sampled at once; more wait.")] = 64
+    max_waiting: Annotated[int, Field(ge=0, description="Answers that may wait; beyond, a call is refused.")] = 192
+    max_turns: Annotated[int, Field(ge=1, description="Messages of a user in one conversation.")] = 1000
+    user_rate: Annotated[str, Field(description="Calls of one user, as `20/second` or `1200/minute`.")] = "1200/minute"
+    user_calls: Annotated[int, Field(ge=1, description="Calls of one user at once.")] = 32
+    call_seconds: Annotated[float, Field(gt=0, description="How long any call may take.")] = 600.0
+    max_connections: Annotated[int, Field(ge=1, description="Connections at once; more are closed.")] = 2000
     kv_cache_gib: Annotated[int, Field(ge=1, description="Memory for the KV cache on a CPU.")] = 1
     gpu_memory_share: Annotated[float, Field(gt=0, le=1, description="Share of the GPU's memory for the engine.")] = 0.5
     cpu_threads: Annotated[
@@ -80,6 +95,18 @@ class ServerSettings(BaseSettings):
         if address and (host.strip("[]") not in LOOPBACK or not port.isdigit()):
             raise ValueError("must be host:port with a host on loopback: what users asked travels there in the clear")
         return address
+
+    @field_validator("user_rate")
+    @classmethod
+    def _rate(cls, rate: str) -> str:
+        parse_rate(rate)
+        return rate
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> "ServerSettings":
+        if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_cert):
+            raise ValueError("tls_cert and tls_key belong together, and tls_client_ca needs both")
+        return self
 
     @model_validator(mode="after")
     def _straddle(self) -> "ServerSettings":

@@ -1,45 +1,52 @@
-"""The RPC edge: who calls, is the request sound, and what an error is called in gRPC's words.
+"""What an error is called in gRPC's words.
 
-One interceptor does all three for every RPC, so that handlers hold none of it. Errors carry google.rpc details:
-ErrorInfo with a constant reason, BadRequest with the field, RetryInfo where trying again makes sense.
+Each status carries google.rpc details: ErrorInfo with a constant reason, BadRequest with every field that breaks a
+rule, RetryInfo where trying again makes sense.
 """
 
-import logging
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 from server.database import DatabaseError
 from server.errors import (
     ConflictError,
     DataDirectoryError,
+    DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
-    ServiceError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
-log = logging.getLogger(__name__)
-
 DOMAIN = "prefloop"
-RETRY_SECONDS = 1
-# gRPC's own services: no user, no rules of ours.
-OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+RETRY_SECONDS = 1.0
 
 
 def to_status(error: Exception) -> status_pb2.Status:
     """The google.rpc.Status of an error. What is not a ServiceError tells nothing of the inside."""
     match error:
         case InvalidArgumentError():
-            violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
-            details = [_info(error.reason), error_details_pb2.BadRequest(field_violations=[violation])]
+            violations = [
+                error_details_pb2.BadRequest.FieldViolation(field=field, description=sentence)
+                for field, sentence in error.violations
+            ]
+            details = [_info(error.reason), error_details_pb2.BadRequest(field_violations=violations)]
             return _status(code_pb2.INVALID_ARGUMENT, str(error), details)
+        case UnauthenticatedError():
+            return _status(code_pb2.UNAUTHENTICATED, str(error), [_info("UNAUTHENTICATED")])
+        case PermissionDeniedError():
+            return _status(code_pb2.PERMISSION_DENIED, str(error), [_info("PERMISSION_DENIED")])
+        case ResourceExhaustedError():
+            details = [_info(error.reason), _retry(error.retry_seconds)]
+            return _status(code_pb2.RESOURCE_EXHAUSTED, str(error), details)
+        case DeadlineExceededError():
+            return _status(code_pb2.DEADLINE_EXCEEDED, str(error), [_info("DEADLINE_EXCEEDED")])
         case NotFoundError():
             return _status(code_pb2.NOT_FOUND, str(error), [_info("NOT_FOUND")])
         case FailedPreconditionError():
@@ -57,47 +64,6 @@ def to_status(error: Exception) -> status_pb2.Status:
             return _status(code_pb2.INTERNAL, "Something went wrong in the server; its log says what.", [])
 
 
-class EdgeInterceptor(grpc.aio.ServerInterceptor):
-    """Validates each request and turns exceptions into statuses."""
-
-    def __init__(self, validate: Callable[[Message], None]) -> None:
-        self._validate = validate
-
-    async def intercept_service(
-        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(OPEN_SERVICES):
-            return handler
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._guard(handler.unary_stream), handler.request_deserializer, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._guard(handler.unary_unary), handler.request_deserializer, handler.response_serializer
-        )
-
-    def _guard(self, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-        # Streaming handlers write to their context too, so one guard serves both kinds.
-        async def call(request: Message, context: Any) -> Any:
-            try:
-                self._validate(request)
-                return await behaviour(request, context)
-            except Exception as error:
-                return await _abort(context, error)
-
-        return call
-
-
-async def _abort(context: Any, error: Exception) -> Any:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    status = to_status(error)
-    if not isinstance(error, ServiceError):
-        log.error("%s", status.message, exc_info=error)
-    await context.abort_with_status(rpc_status.to_status(status))
-
-
 def _status(code: code_pb2.Code.ValueType, message: str, details: list[Message]) -> status_pb2.Status:
     packed = []
     for detail in details:
@@ -110,5 +76,7 @@ def _info(reason: str) -> Any:
     return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
 
 
-def _retry() -> Any:
-    return error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=RETRY_SECONDS))
+def _retry(seconds: float = RETRY_SECONDS) -> Any:
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(int(seconds * 1e9))
+    return error_details_pb2.RetryInfo(retry_delay=delay)

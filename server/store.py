@@ -20,6 +20,7 @@ from typing import Any
 from server.database import Database, Row
 from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from server.ids import new_id
+from server.keys import Keys
 from server.lineage import Lineage
 from server.records import (
     Choice,
@@ -58,13 +59,14 @@ MAX_SEQ = 2**63 - 1
 
 
 class FeedbackStore:
-    """Conversations, responses and votes; `registry` holds policies and rounds, `lineage` what came of what. One thread
-    at a time."""
+    """Conversations, responses and votes; `registry` holds policies and rounds, `lineage` what came of what, `keys` who
+    comes in. One thread at a time."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
         self.registry = Registry(database)
         self.lineage = Lineage(database)
+        self.keys = Keys(database)
 
     @classmethod
     def open(cls, data_dir: Path) -> "FeedbackStore":

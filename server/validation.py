@@ -1,4 +1,4 @@
-"""Every rule for every field, readable as a table. Raises InvalidArgumentError that names the field."""
+"""Every rule for every field, readable as a table. Raises InvalidArgumentError that names the fields."""
 
 import math
 from collections.abc import Callable
@@ -120,18 +120,24 @@ def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
 
 
 def validator(settings: ServerSettings) -> Callable[[Message], None]:
-    """A function that raises InvalidArgumentError for the first field that breaks its rule."""
+    """A function that raises InvalidArgumentError with every field that breaks its rule."""
     table = rules(settings)
 
     def validate(request: Message) -> None:
-        for field in table[type(request)]:
-            *parents, name = field.name.split(".")
-            holder: Any = request
-            for parent in parents:
-                holder = getattr(holder, parent)
-            if holder.DESCRIPTOR.fields_by_name[name].has_presence and not holder.HasField(name):
-                continue
-            if problem := field.rule(getattr(holder, name)):
-                raise InvalidArgumentError(field.name, f"{field.name} {problem}.")
+        violations = [(field.name, problem) for field in table[type(request)] if (problem := _problem(field, request))]
+        if violations:
+            (name, problem), *others = violations
+            raise InvalidArgumentError(name, problem, others=others)
 
     return validate
+
+
+def _problem(field: Field, request: Message) -> str | None:
+    *parents, name = field.name.split(".")
+    holder: Any = request
+    for parent in parents:
+        holder = getattr(holder, parent)
+    if holder.DESCRIPTOR.fields_by_name[name].has_presence and not holder.HasField(name):
+        return None
+    problem = field.rule(getattr(holder, name))
+    return f"{field.name} {problem}." if problem else None

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -153,6 +154,13 @@ def service() -> FakeService:
 
 @pytest.fixture
 def address(service: FakeService) -> Iterator[str]:
+    with serving(service) as port:
+        yield f"127.0.0.1:{port}"
+
+
+@contextmanager
+def serving(service: FakeService, credentials: grpc.ServerCredentials | None = None) -> Iterator[int]:
+    """The service on a port, in the clear or with TLS."""
     server = grpc.server(ThreadPoolExecutor(8))
     chat_pb2_grpc.add_ChatServiceServicer_to_server(service, server)
     feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(service, server)
@@ -160,9 +168,10 @@ def address(service: FakeService) -> Iterator[str]:
     healthy = health.HealthServicer()
     healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    everywhere = "127.0.0.1:0"
+    port = server.add_secure_port(everywhere, credentials) if credentials else server.add_insecure_port(everywhere)
     server.start()
-    yield f"127.0.0.1:{port}"
+    yield port
     service.hold.set()
     server.stop(None).wait(WAIT_SECONDS)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,20 @@ def test_options_may_stand_before_the_command_or_in_the_environment(
     monkeypatch.setenv("PREFLOOP_USER", "eve")
     assert run("send", "hi")[0] == 0
     assert [metadata["x-user-id"] for metadata in service.metadata] == ["ben", "eve"]
+
+
+def test_a_key_comes_from_the_environment(
+    run: Run, port: str, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFLOOP_API_KEY", "key_1.secret")
+    assert run("send", "hi", "--port", port)[0] == 0
+    assert service.metadata[-1]["authorization"] == "Bearer key_1.secret"
+
+
+def test_a_file_that_is_no_certificate_is_one_sentence(run: Run, port: str, tmp_path: Path) -> None:
+    code, _, err = run("send", "hi", "--port", port, "--ca", str(tmp_path / "none"))
+    assert code == 2
+    assert "No such file" in err
 
 
 def test_send_reads_standard_input_and_prints_json(run: Run, port: str, service: FakeService) -> None:

@@ -1,5 +1,6 @@
 import json
 import uuid
+from pathlib import Path
 
 import grpc
 import pytest
@@ -15,10 +16,12 @@ from clients import (
     NotFoundError,
     ServerError,
     TimedOutError,
+    Tls,
     UnavailableError,
 )
-from clients.channel import channel_options, is_loopback
-from tests.clients.conftest import WAIT_SECONDS, FakeService, status
+from clients.channel import channel_options, is_loopback, open_channel
+from tests.clients.conftest import WAIT_SECONDS, FakeService, serving, status
+from tests.pem import make_pem
 
 
 def test_a_chat_is_started_deltas_and_finished(client: Client) -> None:
@@ -169,6 +172,38 @@ def test_only_votes_have_a_retry_policy() -> None:
     config = json.loads(str(dict(channel_options("localhost:1"))["grpc.service_config"]))
     names = {name["method"] for method in config["methodConfig"] for name in method["name"]}
     assert names == {"SubmitThumb", "SubmitChoice", "SubmitCorrection", "SubmitDemonstration"}
+
+
+def test_a_key_says_who_calls_and_not_the_user_name(address: str, service: FakeService) -> None:
+    with Client(address, api_key="key_1.secret", user="ana") as client:
+        client.conversation("conv")
+    [metadata] = service.metadata
+    assert metadata["authorization"] == "Bearer key_1.secret"
+    assert "x-user-id" not in metadata
+
+
+def test_a_server_with_tls_is_known_by_its_certificate(tmp_path: Path, service: FakeService) -> None:
+    own, other, mine = make_pem(tmp_path, "own"), make_pem(tmp_path, "other"), make_pem(tmp_path, "mine")
+    pair = (own.key.read_bytes(), own.certificate.read_bytes())
+    wanted = grpc.ssl_server_credentials([pair], mine.certificate.read_bytes(), require_client_auth=True)
+    certificate, key = mine.certificate.read_bytes(), mine.key.read_bytes()
+    with serving(service, wanted) as port:
+        address = f"localhost:{port}"
+        with Client(address, tls=Tls(pair[1], certificate, key)) as client:
+            client.check()
+        for tls in (Tls(pair[1]), Tls(other.certificate.read_bytes(), certificate, key), None):
+            with Client(address, tls=tls, timeout=WAIT_SECONDS) as client, pytest.raises(UnavailableError):
+                client.check()
+
+
+def test_nothing_is_sent_in_the_clear_beyond_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(grpc, "insecure_channel", lambda address, options: opened.append(address))
+    monkeypatch.setattr(grpc, "secure_channel", lambda address, credentials, options: opened.append("tls " + address))
+    for address in ("127.0.0.1:1", "chat.example:1"):
+        open_channel(address)
+    open_channel("localhost:1", Tls())
+    assert opened == ["127.0.0.1:1", "tls chat.example:1", "tls localhost:1"]
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,12 @@ def store(tmp_path: Path) -> Iterator[FeedbackStore]:
 
 @asynccontextmanager
 async def running_server(tmp_path: Path, **flags: Any) -> AsyncIterator[Running]:
+    tmp_path.mkdir(exist_ok=True)
     publish_version(tmp_path, "v0000")
     store = StoreThread(tmp_path)
     await store(lambda store: store.registry.register_reference())
-    settings = ServerSettings.load(
-        data_dir=tmp_path, port=0, max_tokens=20, max_message_chars=500, poll_seconds=0.01, **flags
-    )
+    usual = {"data_dir": tmp_path, "port": 0, "max_tokens": 20, "max_message_chars": 500, "poll_seconds": 0.01}
+    settings = ServerSettings.load(**{**usual, **flags})
     app, policy = App(settings, store), FakePolicy()
     await app.start(policy)
     try:

@@ -17,28 +17,28 @@ class FakeStream:
     def __init__(self, policy: "FakePolicy", words: list[str], sampling: Sampling, pinned: str | None) -> None:
         self._policy = policy
         self._pinned = pinned
-        self._words = words[: sampling.max_tokens]
+        self.words = words[: sampling.max_tokens]
         self._cut = len(words) > sampling.max_tokens
-        self._said: list[str] = []
+        self.said: list[str] = []
         self._versions: list[str] = []
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        while len(self._said) < len(self._words):
-            if len(self._said) == self._policy.hold_after:
+        while len(self.said) < len(self.words):
+            if len(self.said) == self._policy.hold_after:
                 self._policy.held += 1
                 self._policy.holding.set()
                 await self._policy.go_on.wait()
             if self._policy.dies:
                 raise EngineDeadError
-            self._said.append(self._words[len(self._said)])
+            self.said.append(self.words[len(self.said)])
             self._versions.append(self._pinned or self._policy.version)
-            yield self._said[-1] + " "
+            yield self.said[-1] + " "
 
     async def finish(self) -> Generation:
         self._policy.finished += 1
         if self._policy.dies:
             raise EngineDeadError
-        done = len(self._said) == len(self._words)
+        done = len(self.said) == len(self.words)
         return self._generation(("length" if self._cut else "stop") if done else "cancelled")
 
     def fail(self) -> Generation:
@@ -51,8 +51,8 @@ class FakeStream:
                 spans[-1] = Span(spans[-1].start, index + 1, version)
             else:
                 spans.append(Span(index, index + 1, version))
-        text = "".join(word + " " for word in self._said)
-        return Generation(list(range(len(self._said))), [-0.5] * len(self._said), text, reason, spans)
+        text = "".join(word + " " for word in self.said)
+        return Generation(list(range(len(self.said))), [-0.5] * len(self.said), text, reason, spans)
 
 
 class FakePolicy:
@@ -78,6 +78,7 @@ class FakePolicy:
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.pinned: list[str | None] = []
+        self.streams: list[FakeStream] = []
         self.live: set[str] = set()
         self.encoded: list[list[dict[str, str]]] = []
 
@@ -97,7 +98,8 @@ class FakePolicy:
         self.samplings.append(sampling)
         self.pinned.append(version)
         answer = self.answers.pop(0) if self.answers else self.answer
-        return FakeStream(self, answer.split(), sampling, version)
+        self.streams.append(FakeStream(self, answer.split(), sampling, version))
+        return self.streams[-1]
 
     async def swap(self, version: str, directory: Path) -> None:
         self.swaps += 1

@@ -1,6 +1,7 @@
 """`server serve` where it cannot start: one sentence with what to do, no trace, nothing half made."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,11 @@ def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def keys(*arguments: str, data_dir: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server.cli", "keys", *arguments, "--data-dir", str(data_dir)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
 def sentence(result: subprocess.CompletedProcess[str]) -> str:
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
@@ -36,10 +42,40 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     assert not (tmp_path / "policies").exists()
 
 
-def test_an_address_that_lets_anyone_in(tmp_path: Path) -> None:
+def test_an_address_that_lets_strangers_in(tmp_path: Path) -> None:
     said = sentence(serve("--data-dir", str(tmp_path), "--host", "0.0.0.0"))
-    assert said.startswith("server: --host 0.0.0.0 would let anyone in")
-    assert list(tmp_path.iterdir()) == []
+    assert said == (
+        "server: --host 0.0.0.0 lets strangers in, which needs TLS and keys. Missing: a certificate with "
+        "PREFLOOP_TLS_CERT and PREFLOOP_TLS_KEY and a key, made by `server keys create --user NAME --role operator`. "
+        "Or listen on 127.0.0.1."
+    )
+    assert not (tmp_path / "policies").exists()
+
+
+def test_half_of_what_an_open_address_needs(tmp_path: Path) -> None:
+    assert keys("create", "--user", "ann", data_dir=tmp_path).returncode == 0
+    said = sentence(serve("--data-dir", str(tmp_path), "--host", "0.0.0.0"))
+    assert "Missing: a certificate with PREFLOOP_TLS_CERT and PREFLOOP_TLS_KEY. Or" in said
+    files = {"PREFLOOP_TLS_CERT": str(tmp_path / "a"), "PREFLOOP_TLS_KEY": str(tmp_path / "b")}
+    assert "Missing: a key" in sentence(serve("--data-dir", str(tmp_path / "other"), "--host", "0.0.0.0", **files))
+    assert "tls_cert and tls_key belong together" in sentence(serve(PREFLOOP_TLS_KEY="b"))
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
+    made = keys("create", "--user", "ann", "--role", "operator", data_dir=tmp_path).stdout.strip()
+    key_id, _, secret = made.partition(".")
+    assert re.fullmatch(r"key_[0-9a-f]{24}", key_id)
+    assert re.fullmatch(r"[\w-]{43}", secret)
+    listed = keys("list", data_dir=tmp_path).stdout
+    assert listed.startswith(f"{key_id}  operator  ann ")
+    assert "revoked" not in listed
+    assert secret not in listed
+    assert secret.encode() not in (tmp_path / "prefloop.db").read_bytes()
+    assert keys("revoke", key_id, data_dir=tmp_path).returncode == 0
+    assert "revoked 20" in keys("list", data_dir=tmp_path).stdout
+    assert sentence(keys("revoke", "key_none", data_dir=tmp_path)) == "server: There is no key 'key_none'."
+    assert "1 to 128 printable ASCII" in sentence(keys("create", "--user", "a b", data_dir=tmp_path))
+    assert keys("create", "--user", "ann", "--role", "king", data_dir=tmp_path).returncode == 2
 
 
 def test_a_data_directory_that_is_a_file(tmp_path: Path) -> None:

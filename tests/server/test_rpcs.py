@@ -15,7 +15,7 @@ from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 from safetensors.numpy import save_file
 
 from server.manifest import write_manifest
-from tests.server.conftest import Running, publish_version, register
+from tests.server.conftest import Running, publish_version, register, running_server
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 ANN = (("x-user-id", "ann"),)
@@ -101,7 +101,7 @@ async def test_a_long_conversation_loses_its_oldest_turns_whole(running: Running
     assert len(running.policy.prompts[-1]) == 20
     await chat(running, "next one", conversation_id=started.started.conversation_id)
     assert len(running.policy.prompts[-1]) == 20
-    assert running.policy.encoded[-1][0] == {"role": "user", "content": "next one"}
+    assert running.policy.prompts[-1][:2] == [len("next"), len("one")]
 
 
 async def test_a_message_that_cannot_fit_is_refused_and_nothing_is_kept(running: Running) -> None:
@@ -178,10 +178,15 @@ async def test_the_same_request_id_is_one_turn(running: Running) -> None:
     assert (await chat(running, user=BOB, request_id="r1"))[0].started.response_id != first[0].started.response_id
 
 
-async def test_a_hundred_duplicates_at_once_are_one_turn(running: Running) -> None:
-    answers = await asyncio.gather(*(chat(running, request_id="r1") for _ in range(100)))
-    assert len({events[0].started.response_id for events in answers}) == 1
-    assert len(running.policy.prompts) == 1
+async def test_a_thousand_duplicates_at_once_are_one_turn_and_one_vote(tmp_path: Path) -> None:
+    async with running_server(tmp_path, user_calls=1000, user_rate="10000/minute") as running:
+        answers = await asyncio.gather(*(chat(running, request_id="r1") for _ in range(100)))
+        [response_id] = {events[0].started.response_id for events in answers}
+        assert len(running.policy.prompts) == 1
+        vote = feedback_pb2.SubmitThumbRequest(response_id=response_id, thumb=feedback_pb2.THUMB_UP, request_id="r2")
+        votes = await asyncio.gather(*(running.feedback.SubmitThumb(vote, metadata=ANN) for _ in range(1000)))
+        assert len({vote.feedback.feedback_id for vote in votes}) == 1
+        assert await running.store(lambda store: store.watermark()) == 1
 
 
 async def test_a_comparison_hides_what_tells_its_answers_apart_until_the_choice(running: Running) -> None:

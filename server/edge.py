@@ -1,0 +1,122 @@
+"""The RPC edge: who calls, may they, is it too much, is the request sound, and what does an error tell.
+
+One interceptor does all of it for every RPC, so that handlers hold none of it. A caller without the right key is
+refused before the message is read. The message itself is awaited here and not by gRPC, which would wait for it forever
+and would tell a caller of a malformed one how our code is built.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_status import rpc_status
+
+from server.access import Access
+from server.errors import DeadlineExceededError, InvalidArgumentError, ServiceError
+from server.identity import Caller, calling
+from server.limits import Limits
+from server.status import to_status
+
+log = logging.getLogger(__name__)
+
+# From a call's headers to its message.
+MESSAGE_SECONDS = 10.0
+# Serves itself: its stream of requests is not ours to read.
+REFLECTION = "/grpc.reflection."
+
+
+class Edge(grpc.aio.ServerInterceptor):
+    """Admits calls, hands them to their handlers, and turns exceptions into statuses."""
+
+    def __init__(
+        self, access: Access, limits: Limits, validate: Callable[[Message], None], call_seconds: float
+    ) -> None:
+        self._access = access
+        self._limits = limits
+        self._validate = validate
+        self._call_seconds = call_seconds
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        try:
+            caller = self._access.caller(method, handler_call_details.invocation_metadata)
+        except ServiceError as error:
+            return _refusal(error)
+        if caller is None or method.startswith(REFLECTION):
+            return handler
+        if handler.response_streaming:
+            call = self._guard(handler.unary_stream, handler.request_deserializer, method, caller)
+            return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+        call = self._guard(handler.unary_unary, handler.request_deserializer, method, caller)
+        return grpc.stream_unary_rpc_method_handler(call, None, handler.response_serializer)
+
+    def _guard(
+        self,
+        behaviour: Callable[[Any, Any], Awaitable[Any]],
+        parse: Callable[[bytes], Message],
+        method: str,
+        caller: Caller,
+    ) -> Callable[[AsyncIterator[bytes], Any], Awaitable[Any]]:
+        # Streaming handlers write to their context too, so one guard serves both kinds.
+        async def call(requests: AsyncIterator[bytes], context: Any) -> Any:
+            try:
+                with self._limits.admit(caller, method), calling(caller):
+                    request = await _request(requests, parse)
+                    self._validate(request)
+                    async with _deadline(self._call_seconds, "This call took longer than the server allows."):
+                        return await behaviour(request, context)
+            except Exception as error:
+                return await _abort(context, error)
+
+        return call
+
+
+async def _request(requests: AsyncIterator[bytes], parse: Callable[[bytes], Message]) -> Message:
+    """The call's one message."""
+    async with _deadline(MESSAGE_SECONDS, "The request's message did not come."):
+        raw = await anext(aiter(requests), None)
+    if raw is None:
+        raise InvalidArgumentError("request", "The call has no message.")
+    try:
+        return parse(raw)
+    except DecodeError as error:
+        raise InvalidArgumentError("request", "The message is not what its protobuf definition says.") from error
+
+
+@asynccontextmanager
+async def _deadline(seconds: float, sentence: str) -> AsyncIterator[None]:
+    """Raises DeadlineExceededError after `seconds`; other timeouts stay what they are."""
+    timeout = asyncio.timeout(seconds)
+    try:
+        async with timeout:
+            yield
+    except TimeoutError as error:
+        if not timeout.expired():
+            raise
+        raise DeadlineExceededError(sentence) from error
+
+
+def _refusal(error: ServiceError) -> Any:
+    async def refuse(requests: Any, context: Any) -> None:
+        await _abort(context, error)
+
+    # Of this kind whatever was called: it alone does not wait for a message first.
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+async def _abort(context: Any, error: Exception) -> Any:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    status = to_status(error)
+    if not isinstance(error, ServiceError):
+        log.error("%s", status.message, exc_info=error)
+    await context.abort_with_status(rpc_status.to_status(status))

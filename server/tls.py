@@ -1,0 +1,61 @@
+"""TLS for the server: certificates that may be renewed while it runs.
+
+Every handshake looks whether the files changed. A certificate without its key, which renewing leaves for a moment, is
+not taken: the pair before serves on.
+"""
+
+import logging
+import ssl
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from server.errors import ServiceError
+
+log = logging.getLogger(__name__)
+
+
+class Certificates:
+    """The PEM files of a certificate chain, its private key and, where clients must show a certificate of their own,
+    of the authorities that sign those."""
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
+        self._paths = [path for path in (certificate, key, client_ca) if path]
+        self._client_ca = client_ca
+        self._read: Sequence[tuple[int, int, int]] = ()
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Raises ServiceError where the files are no certificate and its key."""
+        try:
+            first = self._load()
+        except (OSError, ssl.SSLError) as error:
+            raise ServiceError(f"The TLS certificate and its key cannot be used: {error}.") from error
+        return grpc.dynamic_ssl_server_credentials(
+            first, self._renewed, require_client_authentication=bool(self._client_ca)
+        )
+
+    def _renewed(self) -> Any:
+        """The new configuration; None, which keeps the present one, where nothing changed."""
+        try:
+            return self._load() if self._state() != self._read else None
+        except (OSError, ssl.SSLError) as error:
+            log.warning("the new TLS certificate cannot be used, the one before it stays: %s", error)
+            return None
+
+    def _load(self) -> Any:
+        state = self._state()
+        certificate, key, *client_ca = self._paths
+        # gRPC would take a pair that does not match, and refuse every client.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        for path in client_ca:
+            context.load_verify_locations(path)
+        chain = [(key.read_bytes(), certificate.read_bytes())]
+        roots = client_ca[0].read_bytes() if client_ca else None
+        self._read = state
+        return grpc.ssl_server_certificate_configuration(chain, roots)
+
+    def _state(self) -> list[tuple[int, int, int]]:
+        return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in (path.stat() for path in self._paths)]

@@ -1,0 +1,249 @@
+"""What one caller may ask for, what all of them may, and callers who mean ill."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from prefloop.v1 import chat_pb2, feedback_pb2
+
+from server import edge
+from server.errors import ResourceExhaustedError
+from server.identity import Caller
+from server.limits import Limits
+from tests.server.conftest import Running, running_server
+from tests.server.test_rpcs import ANN, BOB, chat, failure, refusal, turns
+
+CHAT, VOTE = "/prefloop.v1.ChatService/Chat", "/prefloop.v1.FeedbackService/SubmitThumb"
+COMPARE = "/prefloop.v1.ChatService/Compare"
+ANNA, BEN = Caller("anna", "user"), Caller("ben", "user")
+EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+SECONDS = 10.0
+
+
+def admitted(limits: Limits, caller: Caller, method: str) -> str:
+    """Empty, or the reason of a refusal; the call ends at once."""
+    try:
+        with limits.admit(caller, method):
+            return ""
+    except ResourceExhaustedError as error:
+        return error.reason
+
+
+def test_a_users_rate_is_their_own_and_says_when_to_come_back() -> None:
+    limits = Limits("2/minute", user_calls=9, answers=9)
+    assert [admitted(limits, ANNA, VOTE) for _ in range(3)] == ["", "", "USER_RATE"]
+    assert admitted(limits, BEN, VOTE) == ""
+    with pytest.raises(ResourceExhaustedError) as refused, limits.admit(ANNA, VOTE):
+        pass
+    assert 55 < refused.value.retry_seconds <= 60
+
+
+def test_calls_at_once_are_counted_while_they_run() -> None:
+    limits = Limits("100/minute", user_calls=2, answers=9)
+    with limits.admit(ANNA, VOTE):
+        with limits.admit(ANNA, VOTE):
+            assert admitted(limits, ANNA, VOTE) == "USER_CALLS"
+            assert admitted(limits, BEN, VOTE) == ""
+        assert admitted(limits, ANNA, VOTE) == ""
+
+
+def test_answers_are_counted_over_all_users_a_comparison_as_two() -> None:
+    limits = Limits("100/minute", user_calls=9, answers=3)
+    with limits.admit(ANNA, COMPARE):
+        assert admitted(limits, BEN, COMPARE) == "QUEUE_FULL"
+        assert admitted(limits, BEN, VOTE) == ""
+        with limits.admit(BEN, CHAT):
+            assert admitted(limits, BEN, CHAT) == "QUEUE_FULL"
+    assert admitted(limits, BEN, COMPARE) == ""
+
+
+def test_a_call_that_failed_is_no_longer_counted() -> None:
+    limits = Limits("100/minute", user_calls=1, answers=1)
+    with pytest.raises(ValueError, match="oops"), limits.admit(ANNA, CHAT):
+        raise ValueError("oops")
+    assert admitted(limits, ANNA, CHAT) == ""
+
+
+async def test_a_full_queue_is_refused_with_a_time_to_retry(tmp_path: Path) -> None:
+    async with running_server(tmp_path, max_streams=1, max_waiting=0) as running:
+        running.policy.hold_after = 1
+        first = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
+        await running.policy.holding.wait()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await chat(running, user=BOB)
+        assert refused.value.code() == EXHAUSTED
+        assert await retry_seconds(refused.value) == 2.0
+        running.policy.go_on.set()
+        assert [event async for event in first][-1].finished.text == "one two three four "
+        assert (await chat(running, user=BOB))[-1].finished.text == "one two three four "
+
+
+async def retry_seconds(error: grpc.aio.AioRpcError) -> float:
+    for packed in rpc_status.from_call(error).details:
+        info = error_details_pb2.RetryInfo()
+        if packed.Unpack(info):
+            return float(info.retry_delay.ToTimedelta().total_seconds())
+    raise AssertionError("no RetryInfo")
+
+
+async def test_every_field_that_breaks_its_rule_is_named(running: Running) -> None:
+    bad = chat_pb2.ChatRequest(
+        conversation_id="c" * 129, sampling=chat_pb2.SamplingOptions(temperature=3, max_tokens=21, seed=2**63)
+    )
+    code, message, details = await refusal(running.chat.Chat(bad, metadata=ANN))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert message == "conversation_id must have at most 128 characters, not 129."
+    fields = ["conversation_id", "message", "sampling.temperature", "sampling.max_tokens", "sampling.seed"]
+    assert details == ["INVALID_FIELD", *fields]
+
+
+async def test_a_conversation_has_an_end(tmp_path: Path) -> None:
+    async with running_server(tmp_path, max_turns=2) as running:
+        started, *_ = await chat(running)
+        conversation = started.started.conversation_id
+        await chat(running, conversation_id=conversation)
+        code, message, details = await refusal(
+            running.chat.Chat(chat_pb2.ChatRequest(message="hi", conversation_id=conversation), metadata=ANN)
+        )
+        assert (code, details) == (grpc.StatusCode.FAILED_PRECONDITION, ["CONVERSATION_FULL"])
+        assert message == "This conversation is full; start another one."
+
+
+async def test_bytes_that_are_no_message_are_the_callers_fault(running: Running) -> None:
+    for method in (running.channel.unary_unary(VOTE), running.channel.unary_stream(CHAT)):
+        code, message, details = await refusal(method(b"\xff\xff\xff", metadata=ANN))
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        assert (message, details) == (
+            "The message is not what its protobuf definition says.",
+            ["INVALID_FIELD", "request"],
+        )
+
+
+async def test_a_message_or_metadata_beyond_all_bounds_is_refused(running: Running) -> None:
+    vote = running.channel.unary_unary(VOTE)
+    assert await failure(vote(b"\x00" * 5_000_000, metadata=ANN)) == EXHAUSTED
+    assert await failure(vote(b"", metadata=(*ANN, ("x-long", "a" * 17_000)))) == EXHAUSTED
+    assert await failure(vote(b"", metadata=ANN)) == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def silent() -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
+
+
+async def test_a_call_without_its_message_ends(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "MESSAGE_SECONDS", 0.05)
+    call = running.channel.stream_unary(VOTE)(silent(), metadata=ANN)
+    assert await refusal(call) == (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "The request's message did not come.",
+        ["DEADLINE_EXCEEDED"],
+    )
+
+    async def nothing() -> AsyncIterator[bytes]:
+        return
+        yield
+
+    call = running.channel.stream_unary(VOTE)(nothing(), metadata=ANN)
+    assert (await refusal(call))[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "The call has no message.")
+
+
+async def test_calls_without_a_message_use_up_their_callers_share_alone(tmp_path: Path) -> None:
+    async with running_server(tmp_path, user_calls=3) as running:
+        opened = [running.channel.stream_unary(VOTE)(silent(), metadata=ANN) for _ in range(4)]
+        ended, open_ = await asyncio.wait(
+            [asyncio.ensure_future(failure(call)) for call in opened], return_when=asyncio.FIRST_COMPLETED
+        )
+        assert [task.result() for task in ended] == [EXHAUSTED]
+        assert len(open_) == 3
+        assert (await chat(running, user=BOB))[-1].finished.text == "one two three four "
+        for call in opened:
+            call.cancel()
+        await asyncio.wait(open_)
+
+
+async def test_the_servers_own_deadline_ends_a_call_and_keeps_what_was_said(tmp_path: Path) -> None:
+    async with running_server(tmp_path, call_seconds=0.2) as running:
+        running.policy.hold_after = 2
+        call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
+        started = await call.read()
+        assert await refusal(call) == (
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            "This call took longer than the server allows.",
+            ["DEADLINE_EXCEEDED"],
+        )
+        [turn] = await turns(running, started.started.conversation_id)
+        assert turn.response.text == "one two "
+
+
+async def test_a_reader_who_stalls_holds_up_their_own_answer_and_no_more_memory(tmp_path: Path) -> None:
+    async with running_server(tmp_path, max_tokens=10_000) as running:
+        running.policy.max_model_len = 50_000
+        # 10 MB in all.
+        running.policy.answer = " ".join(["x" * 1000] * 10_000)
+        call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
+        started = await call.read()
+        # Others are answered while it stalls: each of them gives the stalled one time to run on if it could.
+        running.policy.answers = ["short"] * 50
+        for _ in range(50):
+            await chat(running, user=BOB)
+        [stalled] = [stream for stream in running.policy.streams if len(stream.words) == 10_000]
+        assert len(stalled.said) < 2_000
+        call.cancel()
+        async with asyncio.timeout(SECONDS):
+            while not (await turns(running, started.started.conversation_id))[0].response.finish_reason:
+                pass
+        assert len(stalled.said) < 2_000
+
+
+async def test_half_open_connections_and_a_flood_of_them_leave_room_for_others(tmp_path: Path) -> None:
+    async with running_server(tmp_path, max_connections=60) as running:
+        port = running.app.port
+        # The first bytes of HTTP/2 and then nothing, and not even those.
+        half = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        for _, writer in half[:10]:
+            writer.write(b"PRI * HTTP/2.0")
+            await writer.drain()
+        assert (await chat(running))[-1].finished.text == "one two three four "
+        flood = [socket.create_connection(("127.0.0.1", port), timeout=SECONDS) for _ in range(200)]
+        assert (await chat(running))[-1].finished.text == "one two three four "
+        # Most of them were closed from the server's side.
+        closed = await asyncio.gather(*(asyncio.to_thread(is_closed, one) for one in flood[100:]))
+        assert all(closed)
+        for one in flood:
+            one.close()
+        for _, writer in half:
+            writer.close()
+        options: Any = [("grpc.use_local_subchannel_pool", 1)]
+        async with asyncio.timeout(SECONDS), grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+            again = channel.unary_unary(VOTE)
+            while await failure(again(b"", metadata=BOB)) != grpc.StatusCode.INVALID_ARGUMENT:
+                pass
+
+
+def is_closed(one: socket.socket) -> bool:
+    """Whether the other side closed it at once, greeting first or not: silence alone ends a connection after 10 s."""
+    one.settimeout(2.0)
+    try:
+        while one.recv(1000):
+            pass
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+    return True
+
+
+async def test_a_demonstration_of_the_longest_messages_fits(running: Running) -> None:
+    part = feedback_pb2.Message(role=feedback_pb2.ROLE_USER, content="ä" * 500)
+    last = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="ä" * 500)
+    request = feedback_pb2.SubmitDemonstrationRequest(messages=[part] * 63 + [last])
+    kept = await running.feedback.SubmitDemonstration(request, metadata=ANN)
+    assert len(kept.feedback.demonstration.messages) == 64
+    assert len(kept.feedback.demonstration.messages[0].content) == 500

@@ -41,8 +41,9 @@ class Server:
         """Returns once the server is healthy; raises DemoError with its last words otherwise."""
         self._process = subprocess.Popen(
             self._command,
-            # A fresh directory would be compiled for anew, which takes longer than so few answers gain by it.
-            env={"PREFLOOP_COMPILE": "false", **os.environ},
+            # A fresh directory would be compiled for anew, which takes longer than so few answers gain by it. And the
+            # port of the metrics may be another server's.
+            env={"PREFLOOP_COMPILE": "false", "PREFLOOP_METRICS_PORT": "0", **os.environ},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the code: every command, its flags, every setting. `make docs` runs it."""
+"""Writes docs/reference.md from the code: every command, setting, RPC's role and metric. `make docs` runs it."""
 
 import sys
 from collections.abc import Iterator
@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from prometheus_client import Counter, Gauge, Histogram
 from pydantic import BaseModel
 
 from clients.cli import app as chat
 from learner.cli import app as learner
 from learner.settings import LearnerSettings
+from server import metrics
+from server.access import ROLES
 from server.cli import app as server
 from server.settings import ServerSettings
 
@@ -29,7 +32,19 @@ def reference() -> str:
     for name, model in (("server", ServerSettings), ("learner", LearnerSettings)):
         parts += ["", f"## Settings of the {name}", "", "| variable | default | what |", "| --- | --- | --- |"]
         parts += [f"| `{key}` | `{default}` | {text} |" for key, default, text in settings(model, "PREFLOOP_")]
+    parts += ["", "## Who may call what", "", "| RPC | role |", "| --- | --- |"]
+    parts += [f"| `{method[1:]}` | {role or 'anybody'} |" for method, role in ROLES.items()]
+    parts += ["", "## Metrics", "", "| name | kind | labels | what |", "| --- | --- | --- | --- |", *metric_rows()]
     return "\n".join(parts) + "\n"
+
+
+def metric_rows() -> Iterator[str]:
+    """Our own; beside them are those of the process and of Python's garbage collection."""
+    for metric in vars(metrics).values():
+        if isinstance(metric, (Counter, Gauge, Histogram)):
+            labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+            suffix = "_total" if isinstance(metric, Counter) else ""
+            yield f"| `{metric._name}{suffix}` | {metric._type} | {labels} | {metric._documentation} |"
 
 
 def commands(path: str, command: Any) -> Iterator[str]:

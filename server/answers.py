@@ -9,8 +9,9 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+from server.observation import observed_answer
 from server.policy import Policy, Sampling, Stream
 from server.records import Generation
 from server.store import FeedbackStore
@@ -19,6 +20,7 @@ from server.store_thread import StoreThread
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Abandoned = Literal["cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,17 @@ class Answers:
     async def begun(self, begin: Callable[[FeedbackStore], Begun]) -> AsyncIterator[Begun]:
         """Runs `begin`, which stores a turn's responses as being sampled.
 
-        Where the block is left by an error, those of which nothing is stored by then are stored as cancelled.
+        Where the block is left by an error, those of which nothing is stored by then are stored as failed; as cancelled
+        where it is left because the caller did.
         """
         beginning = asyncio.create_task(self._store(begin))
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settling.add(ended)
         try:
             yield await asyncio.shield(beginning)
-        except BaseException:
-            self._settle(self._cancel(beginning))
+        except BaseException as error:
+            reason: Abandoned = "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
+            self._settle(self._abandon(beginning, reason))
             raise
         finally:
             self._settling.discard(ended)
@@ -65,22 +69,27 @@ class Answers:
         version: str | None = None,
     ) -> Generation:
         """Samples one answer, sends its text piece by piece, and returns once it is stored."""
-        stream = await self._policy.sample(prompt, sampling, version)
-        try:
-            async for text in stream:
-                await send(text)
-        finally:
-            generation = await asyncio.shield(self._settle(self._finish(response_id, stream)))
+        with observed_answer(len(prompt)) as seen:
+            stream = await self._policy.sample(prompt, sampling, version)
+            try:
+                async for text in stream:
+                    seen.text()
+                    await send(text)
+            finally:
+                generation = await asyncio.shield(self._settle(self._finish(response_id, stream)))
+                seen.end(generation)
         return generation
 
     async def sample_unseen(self, prompt: list[int], sampling: Sampling) -> Generation:
         """Samples one answer that nobody sees and nothing keeps."""
-        stream = await self._policy.sample(prompt, sampling)
-        try:
-            async for _ in stream:
-                pass
-        finally:
-            generation = await asyncio.shield(self._settle(stream.finish()))
+        with observed_answer(len(prompt)) as seen:
+            stream = await self._policy.sample(prompt, sampling)
+            try:
+                async for _ in stream:
+                    seen.text()
+            finally:
+                generation = await asyncio.shield(self._settle(stream.finish()))
+                seen.end(generation)
         return generation
 
     async def keep(self, response_id: str, generation: Generation, chosen_by: str | None) -> None:
@@ -109,9 +118,9 @@ class Answers:
         await self._store(lambda store: store.finish_response(response_id, generation))
         return generation
 
-    async def _cancel(self, beginning: asyncio.Task[Begun]) -> None:
+    async def _abandon(self, beginning: asyncio.Task[Begun], reason: Abandoned) -> None:
         await asyncio.wait([beginning])
-        # What could not be begun left nothing to cancel.
+        # What could not be begun left nothing to end.
         if beginning.exception() is None:
             response_ids = beginning.result().response_ids
-            await self._store(lambda store: store.cancel_responses(response_ids))
+            await self._store(lambda store: store.abandon_responses(response_ids, reason))

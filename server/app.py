@@ -1,16 +1,12 @@
-"""The server's life: prepare, start, serve, stop.
+"""The gRPC server: its services over a store and a policy, and what it does beside its calls.
 
 Stopping is the reverse of starting: new calls are refused while open streams run on within the grace, then the answers
-that were cut off are stored, then the engine and its process end, and the store is closed last.
+that were cut off are stored. The engine and the store outlive it (`server.process`).
 """
 
 import asyncio
-import gc
-import logging
-import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 import grpc
@@ -18,12 +14,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc, policy_pb2, policy_pb2_grpc
 
+from server import metrics
 from server.access import Access
-from server.adapter_policy import AdapterPolicy
 from server.chat import ChatService
 from server.edge import Edge
-from server.engine import set_environment, start_engine
-from server.errors import DataDirectoryError, ServiceError
+from server.errors import ServiceError
 from server.feedback import FeedbackService
 from server.follower import HEARTBEAT_SECONDS, Follower
 from server.identity import LOOPBACK
@@ -32,15 +27,12 @@ from server.planner import Planner
 from server.policies import PolicyService
 from server.policy import Policy
 from server.referee import Referee
-from server.reference import prepare_reference
 from server.repeat import repeat
+from server.round_figures import show_rounds
 from server.settings import ServerSettings
 from server.store_thread import StoreThread
 from server.tls import Certificates
 from server.validation import validator
-from server.vllm_policy import VllmPolicy
-
-log = logging.getLogger(__name__)
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = [
@@ -51,6 +43,8 @@ SERVICES = [
         (policy_pb2.DESCRIPTOR, "PolicyService"),
     )
 ]
+PROBE_SECONDS = 2.0
+ROUNDS_SECONDS = 15.0
 OPTIONS = [
     # A second server on the port must fail, not share it.
     ("grpc.so_reuseport", 0),
@@ -82,6 +76,7 @@ class App:
             interceptors=[edge],
             options=[*OPTIONS, ("grpc.max_allowed_incoming_connections", settings.max_connections)],
         )
+        metrics.ANSWERS_LIMIT.set(settings.max_streams)
         # Before the engine starts, which takes a minute: a port in use should be known at once.
         self.port = self._bind()
         self._replica_id = f"{settings.host}:{self.port}"
@@ -91,7 +86,7 @@ class App:
     async def start(self, policy: Policy) -> None:
         """Serves the active version; health turns SERVING last."""
         settings, replica_id = self._settings, self._replica_id
-        self._follower = Follower(policy, self._store, settings.data_dir, replica_id)
+        self._follower = Follower(policy, self._store, settings.data_dir, replica_id, settings.hang_seconds)
         self._planner = (
             Planner(settings.scoring_address, settings.scoring_seconds) if settings.scoring_address else None
         )
@@ -114,6 +109,9 @@ class App:
         self._repeat(self._follower.follow, poll, "following the active policy failed")
         self._repeat(self._follower.report, HEARTBEAT_SECONDS, "the heartbeat could not be written")
         self._repeat(self._access.refresh, poll, "the keys could not be read")
+        self._repeat(partial(self._store, show_rounds), ROUNDS_SECONDS, "the rounds' figures could not be read")
+        if settings.hang_seconds:
+            self._repeat(self._follower.probe, PROBE_SECONDS, "the engine could not be asked whether it hangs")
         if self._referee:
             self._repeat(self._referee.look, poll, "the votes on two versions could not be looked at")
         await self._server.start()
@@ -131,6 +129,11 @@ class App:
         await asyncio.wait(self._tasks)
         await self._follower.close()
 
+    @property
+    def serving(self) -> bool:
+        """What the health service says."""
+        return bool(self._told)
+
     def _repeat(self, work: Callable[[], Awaitable[object]], seconds: float, complaint: str) -> None:
         self._tasks.append(asyncio.create_task(repeat(work, seconds, complaint)))
 
@@ -141,6 +144,7 @@ class App:
             for service in ["", *SERVICES]:
                 await self._health.set(service, SERVING if alive else NOT_SERVING)
             self._told = alive
+            metrics.SERVING.set(alive)
 
     def _bind(self) -> int:
         settings, address = self._settings, f"{self._settings.host}:{self._settings.port}"
@@ -155,71 +159,3 @@ class App:
                 f"{address} cannot be listened on, perhaps because another server does; choose another --port."
             ) from error
         return int(port)
-
-
-async def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
-    """Runs until SIGTERM or SIGINT. Raises ServiceError with what to do where it cannot start."""
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    store = StoreThread(settings.data_dir)
-    try:
-        if settings.host not in LOOPBACK:
-            credentials = await store(lambda store: store.keys.credentials())
-            check_exposure(settings, has_key=bool(credentials.callers))
-        await _serve(settings, store, stopping, say)
-    finally:
-        await store.close()
-
-
-def check_exposure(settings: ServerSettings, *, has_key: bool) -> None:
-    """Raises ServiceError where strangers could reach this server without TLS or without a key."""
-    missing = [] if settings.tls_cert else ["a certificate with PREFLOOP_TLS_CERT and PREFLOOP_TLS_KEY"]
-    missing += [] if has_key else ["a key, made by `server keys create --user NAME --role operator`"]
-    if missing:
-        raise ServiceError(
-            f"--host {settings.host} lets strangers in, which needs TLS and keys. Missing: {' and '.join(missing)}. "
-            "Or listen on 127.0.0.1."
-        )
-
-
-async def _serve(
-    settings: ServerSettings, store: StoreThread, stopping: asyncio.Event, say: Callable[[str], None]
-) -> None:
-    app = App(settings, store)
-    set_environment(settings)
-    directory = await asyncio.to_thread(_prepare, settings, say)
-    await store(lambda store: store.registry.register_reference())
-    say("starting the engine")
-    # Always from the reference: compiled code is cached by the model's path. The active version is swapped in.
-    policy = make_policy(settings, directory)
-    try:
-        await policy.start()
-        await app.start(policy)
-        # A quarter of a million objects of the libraries that never die: no collection need look at them again.
-        gc.collect()
-        gc.freeze()
-        say(f"serving {policy.version} on {settings.host}:{app.port}")
-        await stopping.wait()
-        say("stopping: open streams may finish")
-        await app.stop(settings.grace_seconds)
-    finally:
-        await policy.close()
-        # The engine stands in reference cycles; collected as late as the interpreter's end, it complains.
-        gc.unfreeze()
-        gc.collect()
-
-
-def make_policy(settings: ServerSettings, directory: Path) -> VllmPolicy:
-    """An engine with the reference in `directory`, and what swaps versions in it."""
-    start = partial(start_engine, settings, directory)
-    if settings.serve_adapters:
-        return AdapterPolicy(start, directory)
-    return VllmPolicy(start, directory, keep_kv=settings.keep_kv_on_swap)
-
-
-def _prepare(settings: ServerSettings, say: Callable[[str], None]) -> Path:
-    try:
-        return prepare_reference(settings.data_dir, settings.model, say)
-    except OSError as error:
-        raise DataDirectoryError(f"{str(settings.data_dir)!r} cannot be written ({error}).") from error

@@ -37,13 +37,13 @@ def serve(
 ) -> None:
     """Serve chats and record votes until SIGTERM. Every setting is also a PREFLOOP_* variable or in prefloop.toml."""
     settings = _settings(data_dir=data_dir, model=model, host=host, port=port)
-    import logging
-
     import uvloop
 
-    from server.app import serve as serve_forever
+    from server.logs import configure_logs, configure_traces
+    from server.process import serve as serve_forever
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logs(settings.log_format, settings.log_level)
+    configure_traces(settings.otlp_endpoint)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve_forever(settings, _say))

@@ -13,15 +13,19 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+from google.rpc import code_pb2
 from grpc_status import rpc_status
 
 from server.access import Access
 from server.errors import DeadlineExceededError, InvalidArgumentError, ServiceError
 from server.identity import Caller, calling
 from server.limits import Limits
+from server.observation import CALL_ID, observed
 from server.status import to_status
 
 log = logging.getLogger(__name__)
+
+Answer = Callable[[AsyncIterator[bytes], Any], Awaitable[Any]]
 
 # From a call's headers to its message.
 MESSAGE_SECONDS = 10.0
@@ -50,7 +54,7 @@ class Edge(grpc.aio.ServerInterceptor):
         try:
             caller = self._access.caller(method, handler_call_details.invocation_metadata)
         except ServiceError as error:
-            return _refusal(error)
+            return _refusal(method, error)
         if caller is None or method.startswith(REFLECTION):
             return handler
         if handler.response_streaming:
@@ -65,19 +69,16 @@ class Edge(grpc.aio.ServerInterceptor):
         parse: Callable[[bytes], Message],
         method: str,
         caller: Caller,
-    ) -> Callable[[AsyncIterator[bytes], Any], Awaitable[Any]]:
+    ) -> Answer:
         # Streaming handlers write to their context too, so one guard serves both kinds.
-        async def call(requests: AsyncIterator[bytes], context: Any) -> Any:
-            try:
-                with self._limits.admit(caller, method), calling(caller):
-                    request = await _request(requests, parse)
-                    self._validate(request)
-                    async with _deadline(self._call_seconds, "This call took longer than the server allows."):
-                        return await behaviour(request, context)
-            except Exception as error:
-                return await _abort(context, error)
+        async def answer(requests: AsyncIterator[bytes], context: Any) -> Any:
+            with self._limits.admit(caller, method), calling(caller):
+                request = await _request(requests, parse)
+                self._validate(request)
+                async with _deadline(self._call_seconds, "This call took longer than the server allows."):
+                    return await behaviour(request, context)
 
-        return call
+        return _watched(method, answer)
 
 
 async def _request(requests: AsyncIterator[bytes], parse: Callable[[bytes], Message]) -> Message:
@@ -105,18 +106,28 @@ async def _deadline(seconds: float, sentence: str) -> AsyncIterator[None]:
         raise DeadlineExceededError(sentence) from error
 
 
-def _refusal(error: ServiceError) -> Any:
+def _refusal(method: str, error: ServiceError) -> Any:
     async def refuse(requests: Any, context: Any) -> None:
-        await _abort(context, error)
+        raise error
 
     # Of this kind whatever was called: it alone does not wait for a message first.
-    return grpc.stream_stream_rpc_method_handler(refuse)
+    return grpc.stream_stream_rpc_method_handler(_watched(method, refuse))
 
 
-async def _abort(context: Any, error: Exception) -> Any:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    status = to_status(error)
-    if not isinstance(error, ServiceError):
-        log.error("%s", status.message, exc_info=error)
-    await context.abort_with_status(rpc_status.to_status(status))
+def _watched(method: str, answer: Answer) -> Answer:
+    """`answer`, seen to its end, and with its error as a status."""
+
+    async def call(requests: AsyncIterator[bytes], context: Any) -> Any:
+        with observed(method, dict(context.invocation_metadata() or ())) as seen:
+            context.set_trailing_metadata(((CALL_ID, seen.call_id),))
+            try:
+                return await answer(requests, context)
+            except Exception as error:
+                status = to_status(error, seen.call_id)
+                seen.code = code_pb2.Code.Name(status.code)
+                if not isinstance(error, ServiceError):
+                    log.error("%s", status.message, exc_info=error)
+                rich = rpc_status.to_status(status)
+                await context.abort(rich.code, rich.details, (*rich.trailing_metadata, (CALL_ID, seen.call_id)))
+
+    return call

@@ -8,6 +8,7 @@ from prefloop.v1 import feedback_pb2, feedback_pb2_grpc
 
 from server import convert, records
 from server.identity import current_user
+from server.metrics import VOTES
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
 
@@ -89,15 +90,19 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         user = current_user()
         body = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
 
-        def work(store: FeedbackStore) -> bytes:
+        def work(store: FeedbackStore) -> tuple[bytes, records.Feedback | None]:
             with store.transaction():
                 if request.request_id:
                     first = store.find_request(user, rpc, request.request_id, body)
                     if first is not None:
-                        return first
-                result = convert.feedback(submit(store, user)).SerializeToString()
+                        return first, None
+                vote = submit(store, user)
+                result = convert.feedback(vote).SerializeToString()
                 if request.request_id:
                     store.remember_request(user, rpc, request.request_id, body, result)
-                return result
+                return result, vote
 
-        return feedback_pb2.Feedback.FromString(await self._store(work))
+        result, vote = await self._store(work)
+        if vote:
+            VOTES.labels(vote.kind, vote.value if vote.kind in ("thumb", "choice") else "").inc()
+        return feedback_pb2.Feedback.FromString(result)

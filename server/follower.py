@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from server.errors import FailedPreconditionError, ManifestError
+from server.metrics import ACTIVE_POLICY, ENGINE_HANGS, ENGINE_RESTARTS, SWAPS
 from server.policy import Policy, SwapError
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
@@ -22,11 +23,14 @@ HEARTBEAT_SECONDS = 5.0
 class Follower:
     """Owns the policy's version; nothing else calls `Policy.swap`."""
 
-    def __init__(self, policy: Policy, store: StoreThread, data_dir: Path, replica_id: str) -> None:
+    def __init__(
+        self, policy: Policy, store: StoreThread, data_dir: Path, replica_id: str, hang_seconds: float
+    ) -> None:
         self._policy = policy
         self._store = store
         self._data_dir = data_dir
         self._replica_id = replica_id
+        self._hang_seconds = hang_seconds
         self._converging = asyncio.Lock()
         self._error = ""
         # Swaps that their callers may have left; the event loop holds tasks weakly.
@@ -35,6 +39,7 @@ class Follower:
     async def follow(self) -> None:
         """Revives a dead engine, and loads the active version. Call it again and again."""
         if not self._policy.alive:
+            ENGINE_RESTARTS.inc()
             await self._revive()
         if await self.converge():
             await self.report()
@@ -49,10 +54,12 @@ class Follower:
             try:
                 directory = await asyncio.to_thread(self._policy.locate, self._data_dir, active)
                 await self._policy.swap(active, directory)
+                SWAPS.labels("done").inc()
             except (ManifestError, SwapError, OSError, TimeoutError) as error:
                 reason, loaded = str(error) or type(error).__name__, self._policy.version
                 log.error("%s cannot be served, %s serves on: %s", active, loaded, reason)
                 self._error = f"{active}: {reason}"
+                SWAPS.labels("refused").inc()
                 await self._store(lambda store: store.registry.fail_policy(active, reason, loaded))
             return True
 
@@ -71,6 +78,12 @@ class Follower:
         await self.report()
         if self._policy.version != version:
             raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} was replaced meanwhile.")
+
+    async def probe(self) -> None:
+        """Puts an end to an engine that hangs, so that `follow` starts it again. Call it again and again."""
+        if not await self._policy.probe(self._hang_seconds):
+            log.error("the engine has not answered for %.0f s; it was killed", self._hang_seconds)
+            ENGINE_HANGS.inc()
 
     async def _revive(self) -> None:
         log.error("the engine died; starting it again with %s", self._policy.version)
@@ -93,4 +106,6 @@ class Follower:
     async def report(self) -> None:
         """Tells the store that this server lives and what it serves, also while it swaps or starts its engine again."""
         loaded, error = self._policy.version, self._error
+        ACTIVE_POLICY.clear()
+        ACTIVE_POLICY.labels(loaded).set(1)
         await self._store(lambda store: store.registry.report_replica(self._replica_id, loaded, error))

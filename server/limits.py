@@ -13,6 +13,7 @@ from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
+from server import metrics
 from server.errors import ResourceExhaustedError
 from server.identity import Caller
 
@@ -49,9 +50,11 @@ class Limits:
             raise ResourceExhaustedError("USER_RATE", f"More than {self._rate} is not taken of one user.", wait)
         self._calls[user] += 1
         self.answers += answers
+        metrics.ANSWERS.inc(answers)
         try:
             yield
         finally:
+            metrics.ANSWERS.dec(answers)
             self.answers -= answers
             self._calls[user] -= 1
             if not self._calls[user]:

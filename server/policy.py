@@ -74,6 +74,10 @@ class Policy(Protocol):
         """Whether answers can be sampled at all."""
         ...
 
+    async def probe(self, seconds: float) -> bool:
+        """False where the engine hangs: it does not answer within `seconds`. It is killed then, and no longer alive."""
+        ...
+
     async def revive(self) -> None:
         """Starts again what died, with the version that was loaded. What was being sampled is lost."""
         ...

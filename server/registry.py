@@ -332,6 +332,12 @@ class Registry:
         """Newest first; `before` is the round after which the page starts."""
         return [_round(row) for row in self._page("rounds", "id", limit, before)]
 
+    def count_rounds(self) -> dict[str, int]:
+        """How many rounds there were of each state, those of none left out."""
+        return {
+            row["state"]: row["n"] for row in self._db.rows("SELECT state, count(*) AS n FROM rounds GROUP BY state")
+        }
+
     # Replicas
 
     def report_replica(self, replica_id: str, loaded_version: str, error: str = "") -> None:

@@ -1,7 +1,7 @@
 """The server's settings: flags over `PREFLOOP_*` variables over one TOML file over these defaults."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from limits import parse as parse_rate
 from pydantic import Field, field_validator, model_validator
@@ -85,6 +85,21 @@ class ServerSettings(BaseSettings):
         Field(ge=0, lt=1, description="A new adapter is rolled back at 1 / this of evidence that it lost; 0: no duel."),
     ] = 0.05
     duel_user_votes: Annotated[int, Field(ge=1, description="Votes of one user that count in a duel.")] = 10
+    hang_seconds: Annotated[
+        float,
+        Field(
+            ge=0, description="An engine that answers nothing for so long is killed; longer than any step. 0: never."
+        ),
+    ] = 10.0
+    metrics_host: Annotated[str, Field(description="Where /metrics and /healthz are served over HTTP.")] = "127.0.0.1"
+    metrics_port: Annotated[int, Field(ge=0, le=65535, description="Their port; 0 takes a free one.")] = 9464
+    otlp_endpoint: Annotated[
+        str, Field(description="An OpenTelemetry collector for traces, as `http://127.0.0.1:4317`; empty: no traces.")
+    ] = ""
+    log_format: Annotated[Literal["text", "json"], Field(description="Of the log on standard error.")] = "text"
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="DEBUG has a line for every call.")
+    ] = "INFO"
     poll_seconds: Annotated[float, Field(gt=0, description="How often the pointer is read.")] = 0.5
     grace_seconds: Annotated[float, Field(ge=0, description="How long open streams may run on after SIGTERM.")] = 30.0
 

@@ -1,7 +1,7 @@
 """What an error is called in gRPC's words.
 
 Each status carries google.rpc details: ErrorInfo with a constant reason, BadRequest with every field that breaks a
-rule, RetryInfo where trying again makes sense.
+rule, RetryInfo where trying again makes sense, RequestInfo with the id that the log has.
 """
 
 from typing import Any
@@ -28,8 +28,14 @@ DOMAIN = "prefloop"
 RETRY_SECONDS = 1.0
 
 
-def to_status(error: Exception) -> status_pb2.Status:
+def to_status(error: Exception, call_id: str) -> status_pb2.Status:
     """The google.rpc.Status of an error. What is not a ServiceError tells nothing of the inside."""
+    status = _known(error)
+    status.details.append(_packed(error_details_pb2.RequestInfo(request_id=call_id)))
+    return status
+
+
+def _known(error: Exception) -> status_pb2.Status:
     match error:
         case InvalidArgumentError():
             violations = [
@@ -65,11 +71,13 @@ def to_status(error: Exception) -> status_pb2.Status:
 
 
 def _status(code: code_pb2.Code.ValueType, message: str, details: list[Message]) -> status_pb2.Status:
-    packed = []
-    for detail in details:
-        packed.append(any_pb2.Any())
-        packed[-1].Pack(detail)
-    return status_pb2.Status(code=int(code), message=message, details=packed)
+    return status_pb2.Status(code=int(code), message=message, details=[_packed(detail) for detail in details])
+
+
+def _packed(detail: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
 
 
 def _info(reason: str) -> Any:

@@ -15,7 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from server.database import Database, Row
 from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
@@ -37,6 +37,7 @@ from server.records import (
     Slot,
     Snapshot,
     Span,
+    Status,
     ThumbVote,
     Turn,
     pack_floats,
@@ -56,6 +57,9 @@ CURRENT = (
     "(SELECT 1 FROM feedback_events WHERE feedback_id = e.feedback_id AND seq > e.seq AND seq <= ?)"
 )
 MAX_SEQ = 2**63 - 1
+
+# Of a response that ended for these reasons; every other one is finished.
+STATUS_OF: dict[str, Status] = {"cancelled": "cancelled", "error": "failed"}
 
 
 class FeedbackStore:
@@ -244,7 +248,7 @@ class FeedbackStore:
 
     def finish_response(self, response_id: str, generation: Generation, chosen_by: str | None = None) -> None:
         """Stores what was sampled, whichever way it ended, and the reward model that chose it among others."""
-        status = {"cancelled": "cancelled", "error": "failed"}.get(generation.finish_reason, "finished")
+        status = STATUS_OF.get(generation.finish_reason, "finished")
         with self._db.write():
             changed = self._db.execute(
                 "UPDATE responses SET status = ?, token_ids = ?, logprobs = ?, text = ?, finish_reason = ?, "
@@ -272,14 +276,14 @@ class FeedbackStore:
                     },
                 )
 
-    def cancel_responses(self, response_ids: Sequence[str]) -> None:
-        """Marks those that nothing was stored of; the others stay as they are."""
+    def abandon_responses(self, response_ids: Sequence[str], reason: Literal["cancelled", "error"]) -> None:
+        """Ends those that nothing was stored of; the others stay as they are."""
         with self._db.write():
             for response_id in response_ids:
                 self._db.execute(
-                    "UPDATE responses SET status = 'cancelled', finish_reason = 'cancelled', "
-                    "finish_time = unixepoch('subsec') WHERE id = ? AND status = 'streaming'",
-                    [response_id],
+                    "UPDATE responses SET status = ?, finish_reason = ?, finish_time = unixepoch('subsec') "
+                    "WHERE id = ? AND status = 'streaming'",
+                    [STATUS_OF.get(reason, "finished"), reason, response_id],
                 )
 
     def fail_interrupted_responses(self, replica_id: str) -> int:

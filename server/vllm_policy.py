@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from server.detokenizer import Detokenizer
 from server.ids import new_id
+from server.metrics import SWAP_SECONDS
 from server.policy import Sampling, SwapError
 from server.records import Span
 from server.registry import REFERENCE
@@ -49,6 +50,7 @@ class VllmPolicy:
         self._keep_kv = keep_kv
         self._admitted = asyncio.Event()
         self._swapping = asyncio.Lock()
+        self._reviving = False
 
     @property
     def version(self) -> str:
@@ -118,6 +120,24 @@ class VllmPolicy:
     async def keep_live(self, version: str, directory: Path) -> None:
         raise SwapError("merged weights are served one version at a time")
 
+    async def probe(self, seconds: float) -> bool:
+        engine = self._engine
+        if not self.alive or self._reviving:
+            return True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ask(engine.collective_rpc("prefloop_ping"))
+        except TimeoutError:
+            # Dead, vLLM notices by itself, and ends what waits for it.
+            for process in engine.engine_core.resources.engine_manager.processes:
+                process.kill()
+            return False
+        except Exception:
+            # It died of something else meanwhile.
+            if self.alive:
+                raise
+        return True
+
     async def revive(self) -> None:
         async with self._swapping:
             if not self.alive:
@@ -146,6 +166,9 @@ class VllmPolicy:
                     await self._ask(self._engine.resume_generation())
         finally:
             self._admitted.set()
+        seconds["gap"] = sum(seconds[stage] for stage in ("pause", "exchange", "resume"))
+        for stage, took in seconds.items():
+            SWAP_SECONDS.labels(stage).observe(took)
         log.info("swapped to %s: %s", version, ", ".join(f"{name} {took:.3f} s" for name, took in seconds.items()))
 
     async def _stage(self, version: str, directory: Path) -> None:
@@ -173,6 +196,13 @@ class VllmPolicy:
 
     async def _revive(self) -> None:
         """A new engine has the reference; nobody is let in before it has what was served."""
+        self._reviving = True
+        try:
+            await self._start_again()
+        finally:
+            self._reviving = False
+
+    async def _start_again(self) -> None:
         self._admitted.clear()
         await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
         log.warning("starting the engine again")

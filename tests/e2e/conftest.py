@@ -28,7 +28,8 @@ class LiveServer:
 
     def start(self, **settings: str) -> None:
         # Eager: compiling takes a minute and changes nothing that is tested here.
-        environment = {**os.environ, "PREFLOOP_COMPILE": "false", "PREFLOOP_POLL_SECONDS": "0.1", **settings}
+        usual = {"PREFLOOP_COMPILE": "false", "PREFLOOP_POLL_SECONDS": "0.1", "PREFLOOP_METRICS_PORT": "0"}
+        environment = {**os.environ, **usual, **settings}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server.cli", "serve", "--data-dir", str(self.data_dir), "--port", "0"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
@@ -62,6 +63,8 @@ class LiveServer:
             if not line:
                 self.process.kill()
                 pytest.fail("the server did not start; its last lines:\n" + "".join(self.log[-30:]))
+            if line.startswith("metrics on "):
+                self.metrics_url = line.split()[-1]
             if line.startswith("serving "):
                 return line.split()[-1]
 

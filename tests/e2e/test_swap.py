@@ -5,6 +5,8 @@ import os
 import select
 import shutil
 import signal
+import time
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -214,25 +216,47 @@ def test_an_engine_that_dies_in_a_swap_comes_back_with_the_old_policy(live: Live
     live.start()
 
 
-def test_an_engine_that_dies_comes_back_with_what_it_served(live: LiveServer) -> None:
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_hangs_comes_back_with_what_it_served(live: LiveServer, blow: signal.Signals) -> None:
     version = make_version(live, negate_norm)
     activate(live, version)
     before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
     call = live.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 400}), timeout=240)
-    next(call)
+    cut_off = next(call).started
     watching = health_pb2_grpc.HealthStub(live.channel).Watch(health_pb2.HealthCheckRequest(), timeout=240)
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    assert next(watching).status == serving
     [engine] = [pid for pid in children(live.process.pid) if "EngineCor" in Path(f"/proc/{pid}/comm").read_text()]
-    os.kill(engine, signal.SIGKILL)
+    struck = time.monotonic()
+    os.kill(engine, blow)
     with pytest.raises(grpc.RpcError) as error:
         list(call)
     assert error.value.code() == grpc.StatusCode.UNAVAILABLE
-    told = [status.status for status in itertools.islice(watching, 3)]
+    assert next(watching).status == not_serving
+    assert time.monotonic() - struck < 15
+    assert next(watching).status == serving
     watching.cancel()
-    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-    assert told == [serving, not_serving, serving]
+    asked = chat_pb2.GetConversationRequest(conversation_id=cut_off.conversation_id)
+    [turn] = live.chat.GetConversation(asked).conversation.turns
+    assert (turn.message, turn.response.finish_reason) == (LONG, chat_pb2.FINISH_REASON_ERROR)
     started, after, _ = ask(live, "Name three colours.", temperature=0, max_tokens=24)
     assert (after, started.policy_version) == (before, version)
     activate(live, "v0000")
+
+
+def test_what_happened_is_in_the_metrics(live: LiveServer) -> None:
+    version = make_version(live, negate_norm)
+    activate(live, version)
+    ask(live, "Name a colour.", max_tokens=4)
+    with urllib.request.urlopen(live.metrics_url, timeout=10) as reply:
+        lines = dict(line.rsplit(" ", 1) for line in reply.read().decode().splitlines() if not line.startswith("#"))
+    assert lines[f'prefloop_active_policy{{version="{version}"}}'] == "1.0"
+    assert lines["prefloop_serving"] == "1.0"
+    assert float(lines['prefloop_swap_seconds_sum{stage="gap"}']) > 0
+    assert float(lines['prefloop_tokens_total{kind="answer"}']) >= 4
+    activate(live, "v0000")
+    with urllib.request.urlopen(live.metrics_url.replace("/metrics", "/healthz"), timeout=10) as reply:
+        assert reply.status == 200
 
 
 def children(pid: int) -> set[int]:

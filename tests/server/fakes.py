@@ -68,6 +68,7 @@ class FakePolicy:
         self.held = 0
         self.go_on = asyncio.Event()
         self.dies = False
+        self.hangs = False
         self.may_revive = asyncio.Event()
         self.may_swap = asyncio.Event()
         self.may_swap.set()
@@ -111,6 +112,12 @@ class FakePolicy:
     @property
     def alive(self) -> bool:
         return not self.dies
+
+    async def probe(self, seconds: float) -> bool:
+        if self.hangs:
+            self.hangs, self.dies = False, True
+            return False
+        return True
 
     async def revive(self) -> None:
         await self.may_revive.wait()

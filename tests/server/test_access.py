@@ -53,6 +53,8 @@ async def locked(tmp_path: Path) -> AsyncIterator[Locked]:
         keys = [await running.store(lambda store, p=person: store.keys.create(*p)) for person in people]
         locked = Locked(running, *map(bearer, keys))
         await until(lambda: listing(running, ()), UNAUTHENTICATED)
+        # The keys come one after the other.
+        await until(lambda: listing(running, locked.operator), grpc.StatusCode.OK)
         yield locked
 
 

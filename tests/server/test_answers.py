@@ -60,13 +60,20 @@ async def test_a_caller_who_leaves_while_the_turn_is_being_stored_leaves_it_canc
     assert (response.status, response.finish_reason, response.text) == ("cancelled", "cancelled", "")
 
 
-async def test_a_caller_who_leaves_before_the_first_token_leaves_it_cancelled(thread: StoreThread) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [(asyncio.CancelledError, "cancelled", "cancelled"), (RuntimeError, "failed", "error")],
+)
+async def test_what_ends_before_the_first_token_says_whose_doing_it_was(
+    thread: StoreThread, error: type[BaseException], status: str, reason: str
+) -> None:
     answers = Answers(thread, FakePolicy())
-    with pytest.raises(ConnectionError):
+    with pytest.raises(error):
         async with answers.begun(begin):
-            raise ConnectionError
+            raise error
     await answers.drain()
-    assert (await stored(thread)).status == "cancelled"
+    response = await stored(thread)
+    assert (response.status, response.finish_reason) == (status, reason)
 
 
 async def test_an_answer_whose_last_message_was_not_heard_is_finished_all_the_same(thread: StoreThread) -> None:

@@ -187,7 +187,7 @@ async def test_an_engine_that_dies_ends_the_comparison(tmp_path: Path) -> None:
         assert await failure(running.chat.Compare(request, metadata=ANN)) == grpc.StatusCode.UNAVAILABLE
         await running.app.stop(0)
         rows = await stored(running, "SELECT status FROM responses ORDER BY status")
-        assert [row["status"] for row in rows] == ["cancelled", "failed"]
+        assert [row["status"] for row in rows] == ["failed", "failed"]
 
 
 def test_members_that_agree_dispute_nothing() -> None:

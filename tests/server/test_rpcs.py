@@ -14,6 +14,7 @@ from grpc_status import rpc_status
 from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 from safetensors.numpy import save_file
 
+from server import app
 from server.manifest import write_manifest
 from tests.server.conftest import Running, publish_version, register, running_server
 
@@ -162,6 +163,22 @@ async def test_a_dead_engine_is_started_again_and_health_says_so(running: Runnin
     await until(SERVING)
     assert (await chat(running))[-1].finished.text == "one two three four "
     watching.cancel()
+
+
+async def test_an_engine_that_hangs_is_killed_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app, "PROBE_SECONDS", 0.01)
+    async with running_server(tmp_path) as running:
+        health = health_pb2_grpc.HealthStub(running.channel)  # type: ignore[no-untyped-call]
+        watching = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watching.read()).status == SERVING
+        running.policy.hangs = True
+        assert (await watching.read()).status == NOT_SERVING
+        running.policy.may_revive.set()
+        assert (await watching.read()).status == SERVING
+        watching.cancel()
+    assert "the engine has not answered for 10 s; it was killed" in caplog.messages
 
 
 async def test_the_same_request_id_is_one_turn(running: Running) -> None:

@@ -1,0 +1,106 @@
+"""The server's process: what is prepared before anybody is served, and put away after the last answer."""
+
+import asyncio
+import gc
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from server.adapter_policy import AdapterPolicy
+from server.app import App
+from server.engine import set_environment, start_engine
+from server.errors import DataDirectoryError, ServiceError
+from server.exposition import Exposition
+from server.identity import LOOPBACK
+from server.reference import prepare_reference
+from server.settings import ServerSettings
+from server.store_thread import StoreThread
+from server.vllm_policy import VllmPolicy
+
+
+async def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
+    """Runs until SIGTERM or SIGINT. Raises ServiceError with what to do where it cannot start."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    store = StoreThread(settings.data_dir)
+    try:
+        if settings.host not in LOOPBACK:
+            credentials = await store(lambda store: store.keys.credentials())
+            check_exposure(settings, has_key=bool(credentials.callers))
+        await _serve(settings, store, stopping, say)
+    finally:
+        await store.close()
+
+
+def check_exposure(settings: ServerSettings, *, has_key: bool) -> None:
+    """Raises ServiceError where strangers could reach this server without TLS or without a key."""
+    missing = [] if settings.tls_cert else ["a certificate with PREFLOOP_TLS_CERT and PREFLOOP_TLS_KEY"]
+    missing += [] if has_key else ["a key, made by `server keys create --user NAME --role operator`"]
+    if missing:
+        raise ServiceError(
+            f"--host {settings.host} lets strangers in, which needs TLS and keys. Missing: {' and '.join(missing)}. "
+            "Or listen on 127.0.0.1."
+        )
+
+
+async def _serve(
+    settings: ServerSettings, store: StoreThread, stopping: asyncio.Event, say: Callable[[str], None]
+) -> None:
+    app = App(settings, store)
+    set_environment(settings)
+    directory = await asyncio.to_thread(_prepare, settings, say)
+    await store(lambda store: store.registry.register_reference())
+    say("starting the engine")
+    # Always from the reference: compiled code is cached by the model's path. The active version is swapped in.
+    policy = make_policy(settings, directory)
+    try:
+        await policy.start()
+        await app.start(policy)
+        # A quarter of a million objects of the libraries that never die: no collection need look at them again.
+        gc.collect()
+        gc.freeze()
+        with exposed(app, settings, say):
+            say(f"serving {policy.version} on {settings.host}:{app.port}")
+            await stopping.wait()
+        say("stopping: open streams may finish")
+        await app.stop(settings.grace_seconds)
+    finally:
+        await policy.close()
+        # The engine stands in reference cycles; collected as late as the interpreter's end, it complains.
+        gc.unfreeze()
+        gc.collect()
+
+
+@contextmanager
+def exposed(app: App, settings: ServerSettings, say: Callable[[str], None]) -> Iterator[None]:
+    """Metrics and health over HTTP while the block runs. Chats matter more: a port in use is said, and no more."""
+    host, port = settings.metrics_host, settings.metrics_port
+    try:
+        exposition = Exposition(host, port, lambda: app.serving)
+    except OSError as error:
+        say(f"no metrics: {host}:{port} cannot be listened on ({error.strerror}); choose another PREFLOOP_METRICS_PORT")
+        yield
+        return
+    say(f"metrics on http://{host}:{exposition.port}/metrics")
+    try:
+        yield
+    finally:
+        exposition.close()
+
+
+def make_policy(settings: ServerSettings, directory: Path) -> VllmPolicy:
+    """An engine with the reference in `directory`, and what swaps versions in it."""
+    start = partial(start_engine, settings, directory)
+    if settings.serve_adapters:
+        return AdapterPolicy(start, directory)
+    return VllmPolicy(start, directory, keep_kv=settings.keep_kv_on_swap)
+
+
+def _prepare(settings: ServerSettings, say: Callable[[str], None]) -> Path:
+    try:
+        return prepare_reference(settings.data_dir, settings.model, say)
+    except OSError as error:
+        raise DataDirectoryError(f"{str(settings.data_dir)!r} cannot be written ({error}).") from error

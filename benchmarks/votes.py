@@ -72,7 +72,7 @@ def measure(model: str, work: Path, clients: int, seconds: float) -> dict[str, A
     with closing(FeedbackStore.open(data)) as store:
         keys = [store.keys.create(f"voter{number}", "user") for number in range(clients)]
         chatter = store.keys.create("chatter", "user")
-    os.environ["PREFLOOP_USER_RATE"] = "1000000/minute"
+    os.environ["PREFLOOP_USER_RATE"] = "1000000"
     with Server(data, model, say) as server, echo_server() as echo:
         server.start()
         turns: list[dict[str, float]] = []

@@ -131,7 +131,10 @@ class Database:
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """All rows of a SELECT as dictionaries."""
-        return list(self._db.query(sql, parameters))
+        # sqlite-utils' query puts a savepoint around each SELECT: three statements, each a hand-over of Python's lock.
+        cursor = self._db.conn.execute(sql, parameters)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
 
     def row(self, sql: str, parameters: Sequence[Any] = ()) -> Row | None:
         """The first row of a SELECT, or None."""

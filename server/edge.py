@@ -8,7 +8,6 @@ and would tell a caller of a malformed one how our code is built.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -73,37 +72,29 @@ class Edge(grpc.aio.ServerInterceptor):
         # Streaming handlers write to their context too, so one guard serves both kinds.
         async def answer(requests: AsyncIterator[bytes], context: Any) -> Any:
             with self._limits.admit(caller, method), calling(caller):
-                request = await _request(requests, parse)
-                self._validate(request)
-                async with _deadline(self._call_seconds, "This call took longer than the server allows."):
-                    return await behaviour(request, context)
+                try:
+                    async with asyncio.timeout(MESSAGE_SECONDS) as limit:
+                        request = await _request(requests, parse)
+                        self._validate(request)
+                        limit.reschedule(asyncio.get_running_loop().time() + self._call_seconds)
+                        return await behaviour(request, context)
+                except TimeoutError as error:
+                    if limit.expired():
+                        raise DeadlineExceededError("The call or its message took longer than allowed.") from error
+                    raise
 
         return _watched(method, answer)
 
 
 async def _request(requests: AsyncIterator[bytes], parse: Callable[[bytes], Message]) -> Message:
     """The call's one message."""
-    async with _deadline(MESSAGE_SECONDS, "The request's message did not come."):
-        raw = await anext(aiter(requests), None)
+    raw = await anext(aiter(requests), None)
     if raw is None:
         raise InvalidArgumentError("request", "The call has no message.")
     try:
         return parse(raw)
     except DecodeError as error:
         raise InvalidArgumentError("request", "The message is not what its protobuf definition says.") from error
-
-
-@asynccontextmanager
-async def _deadline(seconds: float, sentence: str) -> AsyncIterator[None]:
-    """Raises DeadlineExceededError after `seconds`; other timeouts stay what they are."""
-    timeout = asyncio.timeout(seconds)
-    try:
-        async with timeout:
-            yield
-    except TimeoutError as error:
-        if not timeout.expired():
-            raise
-        raise DeadlineExceededError(sentence) from error
 
 
 def _refusal(method: str, error: ServiceError) -> Any:

@@ -4,14 +4,11 @@ A refusal says when to come back. Counted from a call's first byte, before its m
 calls uses up their own share.
 """
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from limits import RateLimitItem, parse
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
+from throttled import MemoryStore, RateLimiterType, Throttled, per_min
 
 from server import metrics
 from server.errors import ResourceExhaustedError
@@ -19,16 +16,20 @@ from server.identity import Caller
 
 # Answers that each RPC has sampled at once.
 ANSWERS = {"/prefloop.v1.ChatService/Chat": 1, "/prefloop.v1.ChatService/Compare": 2}
+# Users whose rate is remembered; of more than that, those who were not heard of for longest start anew.
+USERS = 100_000
 # When to come back to a server that is full: about the time of an answer.
 BUSY_SECONDS = 2.0
 
 
 class Limits:
-    """`user_rate` as "1200/minute", `user_calls` at once; of all users, `answers` under way or waiting."""
+    """Of a user `user_rate` calls a minute and `user_calls` at once; of all users `answers` under way or waiting."""
 
-    def __init__(self, user_rate: str, user_calls: int, answers: int) -> None:
-        self._rate: RateLimitItem = parse(user_rate)
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+    def __init__(self, user_rate: int, user_calls: int, answers: int) -> None:
+        # As many at once as in a minute; from then on evenly spaced (generic cell rate algorithm).
+        store = MemoryStore(options={"MAX_SIZE": USERS})
+        self._rate = Throttled(using=RateLimiterType.GCRA.value, quota=per_min(user_rate), store=store)
+        self._user_rate = user_rate
         self._user_calls = user_calls
         self._most_answers = answers
         self._calls: Counter[str] = Counter()
@@ -45,9 +46,10 @@ class Limits:
         if answers and self.answers + answers > self._most_answers:
             raise ResourceExhaustedError("QUEUE_FULL", "The server answers as many as it can; try later.", BUSY_SECONDS)
         # Last: a call that is refused for another reason does not use the rate up.
-        if not self._limiter.hit(self._rate, user):
-            wait = max(self._limiter.get_window_stats(self._rate, user).reset_time - time.time(), 0.1)
-            raise ResourceExhaustedError("USER_RATE", f"More than {self._rate} is not taken of one user.", wait)
+        turn = self._rate.limit(user)
+        if turn.limited:
+            sentence = f"More than {self._user_rate} calls a minute are not taken of one user."
+            raise ResourceExhaustedError("USER_RATE", sentence, turn.state.retry_after)
         self._calls[user] += 1
         self.answers += answers
         metrics.ANSWERS.inc(answers)

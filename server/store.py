@@ -98,16 +98,10 @@ class FeedbackStore:
 
     def remember_request(self, user: str, rpc: str, request_id: str, body_sha256: bytes, result: bytes) -> None:
         """Keeps the answer for `find_request`. Call it in the transaction that does what was asked."""
-        self._db.insert(
-            "requests",
-            {
-                "user": user,
-                "rpc": rpc,
-                "request_id": request_id,
-                "body_sha256": body_sha256,
-                "result": result,
-                "create_time": self._db.now(),
-            },
+        self._db.execute(
+            "INSERT INTO requests (user, rpc, request_id, body_sha256, result, create_time) "
+            "VALUES (?, ?, ?, ?, ?, unixepoch('subsec'))",
+            [user, rpc, request_id, body_sha256, result],
         )
 
     def transaction(self) -> Any:
@@ -162,7 +156,7 @@ class FeedbackStore:
                 self._db.execute(
                     "UPDATE feedback_events SET value = NULL, comment = NULL WHERE feedback_id = ?", [vote["id"]]
                 )
-                self._log_event("delete", vote)
+                self._log_event("delete", vote, self._db.now())
             # Comparisons first: they hold on to their responses without a cascade.
             self._db.execute("DELETE FROM comparisons WHERE conversation_id = ?", [conversation_id])
             self._db.execute("DELETE FROM conversations WHERE id = ?", [conversation_id])
@@ -323,12 +317,10 @@ class FeedbackStore:
 
     def submit_thumb(self, user: str, response_id: str, *, up: bool, comment: str = "") -> Feedback:
         """Raises NotFoundError, and FailedPreconditionError while the response is being sampled or has no text."""
-        self._votable_response(user, response_id)
         return self._submit(user, "thumb", "UP" if up else "DOWN", comment, response_id=response_id)
 
     def submit_correction(self, user: str, response_id: str, text: str) -> Feedback:
         """Raises NotFoundError, and FailedPreconditionError while the response is being sampled or has no text."""
-        self._votable_response(user, response_id)
         return self._submit(user, "correction", text, "", response_id=response_id)
 
     def submit_demonstration(self, user: str, messages: list[dict[str, str]]) -> Feedback:
@@ -356,7 +348,7 @@ class FeedbackStore:
             row = self._db.row("SELECT * FROM feedback WHERE id = ? AND user = ?", [feedback_id, user])
             if row is None:
                 raise NotFoundError("feedback", feedback_id)
-            self._log_event("retract", row)
+            self._log_event("retract", row, self._db.now())
             self._db.execute("DELETE FROM feedback WHERE id = ?", [feedback_id])
 
     def feedback(self, user: str, limit: int, before: int | None = None) -> list[Feedback]:
@@ -527,11 +519,6 @@ class FeedbackStore:
             for row in rows
         }
 
-    def _votable_response(self, user: str, response_id: str) -> None:
-        response = self.response(user, response_id)
-        if response.status == "streaming" or not response.text:
-            raise FailedPreconditionError("RESPONSE_NOT_SHOWN", "There is no answer yet to give feedback on.")
-
     def _continue_with(self, comparison_id: str, choice: Choice) -> None:
         # A tie is drawn here and recorded, so that the conversation and the learner see one history.
         slot: Slot | None = None if choice == "BOTH_BAD" else random.choice(("A", "B")) if choice == "TIE" else choice
@@ -552,39 +539,58 @@ class FeedbackStore:
         comparison_id: str | None = None,
     ) -> Feedback:
         with self._db.write():
-            old = None
-            if kind != "demonstration":
-                old = self._db.row(
-                    "SELECT id FROM feedback WHERE user = ? AND kind = ? AND response_id IS ? AND comparison_id IS ?",
-                    [user, kind, response_id, comparison_id],
-                )
+            now, old = self._now_and_old(user, kind, response_id, comparison_id)
             row: Row = {
-                "id": old["id"] if old else new_id("fb"),
+                "id": old or new_id("fb"),
                 "user": user,
                 "kind": kind,
                 "response_id": response_id,
                 "comparison_id": comparison_id,
                 "value": value,
                 "comment": comment,
-                "create_time": self._db.now(),
+                "create_time": now,
             }
-            row["event_seq"] = self._log_event("submit", row)
+            row["event_seq"] = self._log_event("submit", row, now)
             if old:
                 self._db.execute(
                     "UPDATE feedback SET event_seq = ?, value = ?, comment = ?, create_time = ? WHERE id = ?",
-                    [row["event_seq"], value, comment, row["create_time"], row["id"]],
+                    [row["event_seq"], value, comment, now, old],
                 )
             else:
                 self._db.insert("feedback", row)
         return Feedback(**row)
 
-    def _log_event(self, action: str, row: Row) -> int:
+    def _now_and_old(
+        self, user: str, kind: Kind, response_id: str | None, comparison_id: str | None
+    ) -> tuple[float, str | None]:
+        """The time, and the feedback that a vote replaces. One query, and not the whole response, tokens and all: each
+        statement is a hand-over of Python's lock, and a vote is on the path that must be short."""
+        if response_id:
+            found = self._db.rows(
+                "SELECT unixepoch('subsec') AS now, status != 'streaming' AND text != '' AS shown, "
+                "(SELECT id FROM feedback WHERE user = r.user AND kind = ? AND response_id = r.id) AS old "
+                "FROM responses r WHERE id = ? AND user = ?",
+                [kind, response_id, user],
+            )
+            if not found:
+                raise NotFoundError("response", response_id)
+            if not found[0]["shown"]:
+                raise FailedPreconditionError("RESPONSE_NOT_SHOWN", "There is no answer yet to give feedback on.")
+        else:
+            found = self._db.rows(
+                "SELECT unixepoch('subsec') AS now, "
+                "(SELECT id FROM feedback WHERE user = ? AND comparison_id = ?) AS old",
+                [user, comparison_id],
+            )
+        return found[0]["now"], found[0]["old"]
+
+    def _log_event(self, action: str, row: Row, now: float) -> int:
         # What was deleted leaves no trace of its content, not even in the event that says so.
         content = {name: row[name] for name in ("value", "comment")} if action == "submit" else {}
         target = {name: row[name] for name in ("user", "kind", "response_id", "comparison_id")}
         return self._db.insert(
             "feedback_events",
-            {"action": action, "feedback_id": row["id"], **target, **content, "create_time": self._db.now()},
+            {"action": action, "feedback_id": row["id"], **target, **content, "create_time": now},
         )
 
 

@@ -51,8 +51,10 @@ def between(low: float, high: float) -> Rule:
 def one_of(allowed: Any) -> Rule:
     """A named value of an enum, not its zero."""
 
+    named, names = set(allowed.values()) - {0}, ", ".join(allowed.keys()[1:])
+
     def rule(value: int) -> str | None:
-        return None if value and value in allowed.values() else f"must be one of {', '.join(allowed.keys()[1:])}"
+        return None if value in named else f"must be one of {names}"
 
     return rule
 

@@ -196,7 +196,7 @@ async def test_the_same_request_id_is_one_turn(running: Running) -> None:
 
 
 async def test_a_thousand_duplicates_at_once_are_one_turn_and_one_vote(tmp_path: Path) -> None:
-    async with running_server(tmp_path, user_calls=1000, user_rate="10000/minute") as running:
+    async with running_server(tmp_path, user_calls=1000, user_rate=10_000) as running:
         answers = await asyncio.gather(*(chat(running, request_id="r1") for _ in range(100)))
         [response_id] = {events[0].started.response_id for events in answers}
         assert len(running.policy.prompts) == 1

@@ -1,5 +1,7 @@
 """The store on a real file: votes, history, what the learner sees, leases."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -298,3 +300,26 @@ def test_the_version_after_v9999_is_v10000(store: FeedbackStore) -> None:
     register(store, "v10000")
     assert store.registry.next_version() == "v10001"
     assert [policy.version for policy in store.registry.policies()] == ["v10000", "v9999", "v0000"]
+
+
+def test_a_vote_costs_the_same_however_many_there_are(store: FeedbackStore) -> None:
+    conversation = store.create_conversation("ann", "hello")
+    response_id, comparison_id = answer(store, conversation), comparison(store, conversation)
+    before = [steps(store, lambda: store.submit_thumb("ann", response_id, up=True)) for _ in range(2)][-1]
+    before += [steps(store, lambda: store.submit_choice("ann", comparison_id, "A")) for _ in range(2)][-1]
+    for _ in range(200):
+        store.submit_thumb("ann", answer(store, conversation), up=True)
+        store.submit_choice("ann", comparison(store, conversation), "B")
+    after = steps(store, lambda: store.submit_thumb("ann", response_id, up=False))
+    after += steps(store, lambda: store.submit_choice("ann", comparison_id, "B"))
+    assert after < before * 1.5
+
+
+def steps(store: FeedbackStore, work: Callable[[], object]) -> int:
+    """How many instructions SQLite's virtual machine runs for it, by tens."""
+    count = itertools.count()
+    connection = store._db._db.conn
+    connection.set_progress_handler(lambda: next(count) * 0, 10)
+    work()
+    connection.set_progress_handler(None, 10)
+    return next(count)

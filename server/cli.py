@@ -51,6 +51,24 @@ def serve(
         _fail(str(error))
 
 
+@app.command()
+def backup(
+    destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet; it becomes a data directory.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Copy the database and all versions while server and learner run. Ends with 1 where a version is damaged."""
+    settings = _settings(data_dir=data_dir)
+    from server.backup import back_up
+
+    try:
+        damaged = back_up(settings.data_dir, destination)
+    except ServiceError as error:
+        _fail(str(error))
+    _say(f"backed up to {destination}")
+    if damaged:
+        _fail(f"The backup lacks what is damaged. {' '.join(damaged)}")
+
+
 @keys_app.command()
 def create(
     user: Annotated[str, typer.Option(help="Whose key it is; the same user may have several.")],

@@ -6,7 +6,7 @@ time.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,17 @@ class Database:
     def now(self) -> float:
         """Seconds since 1970 by the database's clock."""
         return float(self.rows("SELECT unixepoch('subsec') AS now")[0]["now"])
+
+    def copy_to(self, path: Path) -> None:
+        """Makes `path` a copy as of one moment, while others write. Raises DataDirectoryError where it is damaged.
+
+        Not durable until the caller syncs it."""
+        with closing(sqlite3.connect(str(path))) as copy:
+            # All pages in one step: it reads one snapshot, for which no writer waits.
+            self._db.conn.backup(copy)
+            [found] = copy.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise DataDirectoryError(f"The database is damaged: {found}.")
 
     def close(self) -> None:
         self._db.close()

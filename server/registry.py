@@ -301,7 +301,12 @@ class Registry:
             return self.round(round_id)
 
     def finish_round(
-        self, round_id: str, state: Literal["promoted", "rejected", "failed"], *, reason: str = "", fence: Lease
+        self,
+        round_id: str,
+        state: Literal["promoted", "rejected", "failed"],
+        *,
+        reason: str = "",
+        fence: Lease | None = None,
     ) -> Round:
         """Ends a round."""
         with self._db.write():

@@ -47,6 +47,7 @@ from server.records import (
 )
 from server.registry import Registry
 
+DATABASE = "prefloop.db"
 TITLE_CHARACTERS = 60
 # SQLite binds at most 32,766 parameters; a page of ids stays far below.
 IDS_PER_QUERY = 500
@@ -75,7 +76,11 @@ class FeedbackStore:
     @classmethod
     def open(cls, data_dir: Path) -> "FeedbackStore":
         """The store in `data_dir`, created or migrated where needed. Raises DataDirectoryError."""
-        return cls(Database(Path(data_dir) / "prefloop.db"))
+        return cls(Database(Path(data_dir) / DATABASE))
+
+    def copy_to(self, data_dir: Path) -> None:
+        """Puts a copy of the database, as of one moment, into another data directory. See `Database.copy_to`."""
+        self._db.copy_to(data_dir / DATABASE)
 
     def close(self) -> None:
         self._db.close()

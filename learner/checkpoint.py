@@ -34,9 +34,11 @@ def publish_version(
 
 
 def copy_weights(source: Path) -> Callable[[Path], None]:
-    """A `fill` that takes the weights and configuration in `source`."""
+    """A `fill` that takes the weights and configuration in `source`; it raises FileNotFoundError where there are none."""
 
     def fill(staging: Path) -> None:
+        if not any(source.glob("*.safetensors")):
+            raise FileNotFoundError(f"{source.name} has no weights to publish.")
         for pattern in WEIGHT_FILES:
             for path in sorted(source.glob(pattern)):
                 if path.name != "manifest.json":

@@ -58,3 +58,11 @@ def test_a_full_version_takes_the_tokenizer_along(tmp_path: Path) -> None:
     with_tokenizer(copy_weights(tmp_path / "step"), tmp_path / "reference")(tmp_path / "v0001")
     found = {path.name: path.read_text() for path in (tmp_path / "v0001").iterdir()}
     assert found == {"model.safetensors": "weights", "tokenizer.json": "words"}
+
+
+def test_a_candidate_that_is_gone_is_not_published_as_an_empty_version(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="step0003 has no weights to publish"):
+        publish_version(
+            tmp_path / "v0001", copy_weights(tmp_path / "step0003"), kind="adapter", reference_version="v0000", info={}
+        )
+    assert not (tmp_path / "v0001").exists()

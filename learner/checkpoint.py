@@ -34,7 +34,7 @@ def publish_version(
 
 
 def copy_weights(source: Path) -> Callable[[Path], None]:
-    """A `fill` that takes the weights and configuration in `source`; it raises FileNotFoundError where there are none."""
+    """A `fill` that takes the weights and configuration in `source`. It raises FileNotFoundError without weights."""
 
     def fill(staging: Path) -> None:
         if not any(source.glob("*.safetensors")):

@@ -26,6 +26,8 @@ from server.errors import (
 
 DOMAIN = "prefloop"
 RETRY_SECONDS = 1.0
+# SQLite's names of errors after which a file does not get well by itself.
+DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
 def to_status(error: Exception, call_id: str) -> status_pb2.Status:
@@ -61,6 +63,9 @@ def _known(error: Exception) -> status_pb2.Status:
             return _status(code_pb2.ABORTED, str(error), [_info("CONFLICT")])
         case UnavailableError() | DataDirectoryError():
             return _status(code_pb2.UNAVAILABLE, str(error), [_info("UNAVAILABLE"), _retry()])
+        case DatabaseError() if getattr(error, "sqlite_errorname", "").startswith(DAMAGED):
+            message = "The database is damaged; nothing of this call was kept, and trying again will not help."
+            return _status(code_pb2.DATA_LOSS, message, [_info("STORE_DAMAGED")])
         case DatabaseError():
             message = "The data directory could not be written; nothing of this call was kept."
             return _status(code_pb2.UNAVAILABLE, message, [_info("STORE_UNAVAILABLE"), _retry()])

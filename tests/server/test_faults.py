@@ -1,0 +1,146 @@
+"""A disk that is full, broken or taken: a clear status, nothing acknowledged that is not kept, and no restart after."""
+
+import resource
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pysqlite3.dbapi2 as sqlite3
+import pytest
+from prefloop.v1 import chat_pb2, feedback_pb2
+
+from server.store import FeedbackStore
+from tests.server.conftest import Running, running_server
+from tests.server.test_rpcs import ANN, chat, refusal
+
+NOT_KEPT = "The data directory could not be written; nothing of this call was kept."
+LONG = "x" * 500
+
+
+async def pragma(running: Running, text: str) -> Any:
+    return await running.store(lambda store: store._db._db.conn.execute(f"PRAGMA {text}").fetchone())
+
+
+@asynccontextmanager
+async def full_disk(running: Running) -> AsyncIterator[None]:
+    """SQLite may not add a page: SQLITE_FULL, as where the disk has no room."""
+    [pages] = await pragma(running, "page_count")
+    await pragma(running, f"max_page_count = {pages}")
+    yield
+    await pragma(running, "max_page_count = 1000000")
+
+
+@asynccontextmanager
+async def failing_writes(running: Running) -> AsyncIterator[None]:
+    """The system refuses writes beyond what there is: SQLITE_IOERR."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    size = (running.data_dir / "prefloop.db-wal").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@asynccontextmanager
+async def read_only(running: Running) -> AsyncIterator[None]:
+    await pragma(running, "query_only = ON")
+    yield
+    await pragma(running, "query_only = OFF")
+
+
+@asynccontextmanager
+async def taken(running: Running) -> AsyncIterator[None]:
+    """Another process holds the write lock for longer than we wait."""
+    await pragma(running, "busy_timeout = 10")
+    with closing(sqlite3.connect(running.data_dir / "prefloop.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+Fault = Callable[[Running], AbstractAsyncContextManager[None]]
+
+
+@pytest.mark.parametrize("fault", [full_disk, failing_writes, read_only, taken])
+async def test_nothing_is_acknowledged_that_is_not_kept_and_it_goes_on_afterwards(tmp_path: Path, fault: Fault) -> None:
+    async with running_server(tmp_path, poll_seconds=60) as running:
+        started, *_ = await chat(running)
+        response_id = started.started.response_id
+        await vote(running, response_id, "before")
+        async with fault(running):
+            kept = await until_refused(lambda: vote(running, response_id, LONG))
+            chats = await until_refused(lambda: chat(running, LONG))
+            # What was there can be read all the while.
+            listed = await running.feedback.ListFeedback(feedback_pb2.ListFeedbackRequest(), metadata=ANN)
+            assert [one.comment for one in listed.feedback] == [LONG if kept else "before"]
+        await vote(running, response_id, "after")
+        assert (await chat(running))[-1].finished.text == "one two three four "
+    with closing(FeedbackStore.open(tmp_path)) as store:
+        assert store.watermark() == kept + 2
+        assert len(store.conversations("ann", 1000)) == chats + 2
+
+
+async def until_refused(call: Callable[[], Awaitable[Any]]) -> int:
+    """How often it went through: a full disk has room in the pages that are there."""
+    for count in range(1000):
+        try:
+            await call()
+        except grpc.aio.AioRpcError as error:
+            assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, NOT_KEPT)  # noqa: PT017
+            return count
+    raise AssertionError("never refused")
+
+
+async def vote(running: Running, response_id: str, comment: str) -> None:
+    thumb = feedback_pb2.SubmitThumbRequest(response_id=response_id, thumb=feedback_pb2.THUMB_UP, comment=comment)
+    await running.feedback.SubmitThumb(thumb, metadata=ANN)
+
+
+async def test_a_disk_that_fails_while_an_answer_is_sampled_costs_the_answer_and_says_so(tmp_path: Path) -> None:
+    async with running_server(tmp_path, poll_seconds=60) as running:
+        running.policy.hold_after = 1
+        call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
+        await call.read()
+        await running.policy.holding.wait()
+        async with read_only(running):
+            running.policy.go_on.set()
+            # `finished` says that it is on disk: it must not come.
+            assert await refusal(call) == (grpc.StatusCode.UNAVAILABLE, NOT_KEPT, ["STORE_UNAVAILABLE"])
+        assert (await chat(running))[-1].finished.text == "one two three four "
+
+
+async def test_a_page_that_is_broken_is_said_to_be_and_others_serve_on(tmp_path: Path) -> None:
+    async with running_server(tmp_path, poll_seconds=60) as running:
+        started, *_ = await chat(running)
+        await vote(running, started.started.response_id, "before")
+        await pragma(running, "wal_checkpoint(TRUNCATE)")
+        with broken(running.data_dir, await pages_of(running, "feedback_events")):
+            # Read anew, not from the cache.
+            await pragma(running, "shrink_memory")
+            thumb = feedback_pb2.SubmitThumbRequest(
+                response_id=started.started.response_id, thumb=feedback_pb2.THUMB_DOWN
+            )
+            code, message, details = await refusal(running.feedback.SubmitThumb(thumb, metadata=ANN))
+            assert (code, details) == (grpc.StatusCode.DATA_LOSS, ["STORE_DAMAGED"])
+            assert message.startswith("The database is damaged")
+            assert (await chat(running))[-1].finished.text == "one two three four "
+
+
+async def pages_of(running: Running, table: str) -> int:
+    return await running.store(
+        lambda store: int(store._db.rows("SELECT rootpage FROM sqlite_master WHERE name = ?", [table])[0]["rootpage"])
+    )
+
+
+@contextmanager
+def broken(data_dir: Path, page: int) -> Iterator[None]:
+    with (data_dir / "prefloop.db").open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 4096)
+    yield

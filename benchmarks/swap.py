@@ -21,6 +21,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,8 +35,8 @@ from kept import kept
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, policy_pb2, policy_pb2_grpc
 
 from clients.serving import Server
-from server.manifest import new_staging, publish, write_manifest
 from server.store import FeedbackStore
+from tests.versions import Tensors, make_version
 
 TOKENS = 200
 # Deltas that every stream has between two swaps.
@@ -138,7 +139,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     server = Server(data, arguments.model, lambda line: print(line, file=sys.stderr))
     server.start()
     with server:
-        versions = [make_version(data, 0.99), make_version(data, 0.98), "v0000"]
+        versions = [make_version(data, scaled(0.99)), make_version(data, scaled(0.98)), "v0000"]
         policies = policy_pb2_grpc.PolicyServiceStub(grpc.insecure_channel(server.address))
         crowd = Crowd(server.address, arguments.streams)
         crowd.wait(BETWEEN)
@@ -177,25 +178,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_version(data: Path, factor: float) -> str:
-    """The reference with its last norm times a factor, published as a learner does."""
-    from safetensors.torch import load_file, save_file
+def scaled(factor: float) -> Callable[[Tensors], None]:
+    """Another model that talks much like the reference: its last norm times a factor."""
 
-    with closing(FeedbackStore.open(data)) as store:
-        version = store.registry.next_version()
-        final = data / "policies" / version
-        staging = new_staging(final)
-        shutil.copytree(data / "policies" / "v0000", staging, ignore=lambda *_: {"manifest.json"}, dirs_exist_ok=True)
-        tensors = load_file(staging / "model.safetensors")
+    def change(tensors: Tensors) -> None:
         tensors["model.norm.weight"] *= factor
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-        write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
-        publish(staging, final)
-        store.registry.register_policy(
-            version, kind="full", state="candidate", parent_version="v0000", reference_version="v0000", round_id=None,
-            reward_model_version=None, metrics={},
-        )  # fmt: skip
-    return version
+
+    return change
 
 
 def gaps(streams: list[Stream], began: float, ended: float) -> list[float]:

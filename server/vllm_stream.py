@@ -31,7 +31,8 @@ class VllmStream:
     ) -> None:
         self._engine = engine
         self._labels = labels
-        self._arrived: list[Span] = []
+        # From which token on which version was loaded when it came here.
+        self._arrived: list[tuple[int, str]] = []
         self._request_id = request_id
         self._queue = queue
         self._detokenizer = detokenizer
@@ -45,8 +46,10 @@ class VllmStream:
             # A reader that is slower than the engine gets several tokens at once: vLLM merges what waits.
             output = self._queue.get_nowait() or await self._queue.get()
             completion = output.outputs[0]
+            version = self._labels.loaded()
+            if not self._arrived or self._arrived[-1][1] != version:
+                self._arrived.append((len(self._token_ids), version))
             self._token_ids.extend(completion.token_ids)
-            self._arrived = extended(self._arrived, len(self._token_ids), self._labels.loaded())
             if completion.token_ids:
                 self._logprobs.extend(completion.logprobs.logprobs)
             if completion.finish_reason is not None:
@@ -67,17 +70,13 @@ class VllmStream:
 
     def fail(self) -> Generation:
         """What there is of an answer whose engine died, labelled by what was loaded when its tokens came here."""
-        return self._generation("error", self._labels.settle(self._arrived))
+        return self._generation("error", self._labels.settle(to_spans(self._arrived, len(self._token_ids))))
 
     def _generation(self, finish_reason: FinishReason, spans: list[Span]) -> Generation:
         return Generation(self._token_ids, self._logprobs, "".join(self._text), finish_reason, spans)
 
 
-def extended(spans: list[Span], end: int, version: str) -> list[Span]:
-    """Spans up to token `end`, the newest tokens from `version`."""
-    if not spans:
-        return [Span(0, end, version)]
-    *before, last = spans
-    if last.policy_version == version:
-        return [*before, Span(last.start, end, version)]
-    return [*spans, Span(last.end, end, version)]
+def to_spans(changes: list[tuple[int, str]], end: int) -> list[Span]:
+    """Spans up to token `end` of versions that each began at a token; those of no token are left out."""
+    ends = [start for start, _ in changes[1:]] + [end]
+    return [Span(start, stop, version) for (start, version), stop in zip(changes, ends, strict=True) if start < stop]

@@ -3,7 +3,6 @@
 import itertools
 import os
 import select
-import shutil
 import signal
 import time
 import urllib.request
@@ -14,43 +13,16 @@ from typing import Any
 
 import grpc
 import pytest
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, policy_pb2
-from safetensors.torch import load_file, save_file
 
-from server.manifest import new_staging, publish, write_manifest
 from server.store import FeedbackStore
 from tests.e2e.conftest import LiveServer
+from tests.versions import Tensors, make_version
 
 pytestmark = pytest.mark.e2e
 
-Tensors = dict[str, torch.Tensor]
 LONG = "Write a long story about a lighthouse."
-
-
-def make_version(live: LiveServer, change: Callable[[Tensors], None], *, truncated: bool = False) -> str:
-    """The reference with changed weights, published and registered from outside the server, as a learner does."""
-    store = FeedbackStore.open(live.data_dir)
-    version = store.registry.next_version()
-    final = live.data_dir / "policies" / version
-    staging = new_staging(final)
-    for path in (live.data_dir / "policies" / "v0000").iterdir():
-        shutil.copy2(path, staging)
-    (staging / "manifest.json").unlink()
-    tensors = load_file(staging / "model.safetensors")
-    change(tensors)
-    save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-    if truncated:
-        os.truncate(staging / "model.safetensors", 1_000_000)
-    write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
-    publish(staging, final)
-    store.registry.register_policy(
-        version, kind="full", state="candidate", parent_version="v0000", reference_version="v0000", round_id=None,
-        reward_model_version=None, metrics={},
-    )  # fmt: skip
-    store.close()
-    return version
 
 
 def scale_norm(tensors: Tensors) -> None:
@@ -129,7 +101,7 @@ def test_a_cancelled_answer_keeps_its_tokens_and_spans(live: LiveServer) -> None
 
 
 def test_streams_carry_on_over_swaps_and_every_token_has_one_version(live: LiveServer) -> None:
-    version = make_version(live, scale_norm)
+    version = make_version(live.data_dir, scale_norm)
     with ThreadPoolExecutor(8) as pool:
         calls = [live.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 200})) for _ in range(8)]
         openings = [next(call).started for call in calls]
@@ -167,9 +139,9 @@ def test_unusable_weights_leave_the_old_policy_serving(
 ) -> None:
     before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
     if isinstance(damage, str):
-        version = make_version(live, negate_norm, truncated=damage == "truncated")
+        version = make_version(live.data_dir, negate_norm, truncated=damage == "truncated")
     else:
-        version = make_version(live, damage)
+        version = make_version(live.data_dir, damage)
     if damage == "tampered":
         with (live.data_dir / "policies" / version / "model.safetensors").open("r+b") as file:
             file.seek(-1, os.SEEK_END)
@@ -185,7 +157,7 @@ def test_unusable_weights_leave_the_old_policy_serving(
 
 def test_swapping_there_and_back_restores_the_answers(live: LiveServer) -> None:
     before = ask(live, "Why is the sky blue?", temperature=0, max_tokens=24)[1]
-    activate(live, make_version(live, negate_norm))
+    activate(live, make_version(live.data_dir, negate_norm))
     assert ask(live, "Why is the sky blue?", temperature=0, max_tokens=24)[1] != before
     activate(live, "v0000")
     # Not from the prefix cache of the other weights either.
@@ -203,7 +175,7 @@ def test_an_engine_that_dies_in_a_swap_comes_back_with_the_old_policy(live: Live
     before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
     live.stop()
     live.start(PREFLOOP_FAILPOINT="exchange:1")
-    version = make_version(live, negate_norm)
+    version = make_version(live.data_dir, negate_norm)
     with pytest.raises(grpc.RpcError) as error:
         live.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version=version), timeout=240)
     assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
@@ -218,7 +190,7 @@ def test_an_engine_that_dies_in_a_swap_comes_back_with_the_old_policy(live: Live
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_engine_that_dies_or_hangs_comes_back_with_what_it_served(live: LiveServer, blow: signal.Signals) -> None:
-    version = make_version(live, negate_norm)
+    version = make_version(live.data_dir, negate_norm)
     activate(live, version)
     before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
     call = live.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 400}), timeout=240)
@@ -245,7 +217,7 @@ def test_an_engine_that_dies_or_hangs_comes_back_with_what_it_served(live: LiveS
 
 
 def test_what_happened_is_in_the_metrics(live: LiveServer) -> None:
-    version = make_version(live, negate_norm)
+    version = make_version(live.data_dir, negate_norm)
     activate(live, version)
     ask(live, "Name a colour.", max_tokens=4)
     with urllib.request.urlopen(live.metrics_url, timeout=10) as reply:
@@ -271,7 +243,7 @@ def children(pid: int) -> set[int]:
 def test_a_stop_ends_streams_in_the_grace_and_every_process(live: LiveServer) -> None:
     below = [os.pidfd_open(pid) for pid in children(live.process.pid)]
     assert len(below) >= 2
-    version = make_version(live, scale_norm)
+    version = make_version(live.data_dir, scale_norm)
     call = live.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 60}))
     started = next(call).started
     live.process.terminate()

@@ -1,0 +1,37 @@
+"""Versions made of the reference, published and registered as a learner does."""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from learner.checkpoint import publish_version
+from server.store import FeedbackStore
+
+Tensors = dict[str, Any]
+
+
+def make_version(data_dir: Path, change: Callable[[Tensors], None], *, truncated: bool = False) -> str:
+    """The next version: all weights of the reference, changed in place by `change`; `truncated` cuts its file short."""
+
+    def fill(staging: Path) -> None:
+        reference = data_dir / "policies" / "v0000"
+        shutil.copytree(reference, staging, ignore=lambda *_: {"manifest.json"}, dirs_exist_ok=True)
+        tensors = load_file(staging / "model.safetensors")
+        change(tensors)
+        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        if truncated:
+            os.truncate(staging / "model.safetensors", 1_000_000)
+
+    with closing(FeedbackStore.open(data_dir)) as store:
+        version = store.registry.next_version()
+        publish_version(data_dir / "policies" / version, fill, kind="full", reference_version="v0000", info={})
+        store.registry.register_policy(
+            version, kind="full", state="candidate", parent_version="v0000", reference_version="v0000", round_id=None,
+            reward_model_version=None, metrics={},
+        )  # fmt: skip
+    return version

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from server.detokenizer import Detokenizer
@@ -78,5 +79,6 @@ class VllmStream:
 
 def to_spans(changes: list[tuple[int, str]], end: int) -> list[Span]:
     """Spans up to token `end` of versions that each began at a token; those of no token are left out."""
-    ends = [start for start, _ in changes[1:]] + [end]
-    return [Span(start, stop, version) for (start, version), stop in zip(changes, ends, strict=True) if start < stop]
+    return [
+        Span(start, stop, version) for (start, version), (stop, _) in pairwise([*changes, (end, "")]) if start < stop
+    ]

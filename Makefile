@@ -8,7 +8,7 @@ BIN := .venv/bin
 # pip and uv look for wheels on disk under different names.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: setup serve demo test lint unit e2e stubs docs requirements clean
+.PHONY: setup serve demo test lint unit e2e stubs docs requirements audit clean
 
 setup: $(STAMP)
 
@@ -57,6 +57,10 @@ requirements: $(BIN)/uv
 	    --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/$$extra.txt \
 	  && sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements/$$extra.txt || exit 1; \
 	done
+
+# Known vulnerabilities of what is pinned; asks PyPI's advisories, so it needs the network.
+audit: $(BIN)/uv
+	for extra in cpu gpu; do $(BIN)/uv tool run pip-audit --requirement requirements/$$extra.txt --no-deps --disable-pip || exit 1; done
 
 clean:
 	rm -rf .venv

@@ -2,11 +2,14 @@
 
 `PrefloopError` is the base. The subclass says what the caller can do about it; `reason` is the server's constant for
 programs (for example REQUEST_ID_REUSED), `field` the part of the request that was refused. Both may be empty.
+`retry_seconds` is when the server says to try again, None where it does not, `call_id` what its log calls the call.
 """
+
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 # Where a server puts google.rpc.Status; gRPC itself never sets it, so its presence means that the server spoke.
@@ -16,11 +19,22 @@ DETAILS_KEY = "grpc-status-details-bin"
 class PrefloopError(Exception):
     """Base of everything the client library raises for a failed call."""
 
-    def __init__(self, message: str, *, code: grpc.StatusCode, reason: str = "", field: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode,
+        reason: str = "",
+        field: str = "",
+        retry_seconds: float | None = None,
+        call_id: str = "",
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.reason = reason
         self.field = field
+        self.retry_seconds = retry_seconds
+        self.call_id = call_id
 
 
 class UnavailableError(PrefloopError):
@@ -81,9 +95,8 @@ def from_rpc_error(error: grpc.RpcError, address: str, *, heard: bool = False) -
         message = _connection_sentence(address, heard)
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
         message = f"The server at {address} did not finish in time."
-    reason, field = _reason_and_field(status)
     kind = KINDS.get(code, ServerError)
-    return kind(message or f"The call failed with {code.name}.", code=code, reason=reason, field=field)
+    return kind(message or f"The call failed with {code.name}.", code=code, **_details(status))
 
 
 def _is_transport(message: str) -> bool:
@@ -107,12 +120,16 @@ def _rich_status(error: grpc.Call) -> Status | None:
     return None
 
 
-def _reason_and_field(status: Status | None) -> tuple[str, str]:
-    reason = field = ""
+def _details(status: Status | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    info, bad_request, retry, request = ErrorInfo(), BadRequest(), RetryInfo(), RequestInfo()
     for detail in status.details if status else ():
-        info, bad_request = ErrorInfo(), BadRequest()
         if detail.Unpack(info):
-            reason = info.reason
+            found["reason"] = info.reason
         elif detail.Unpack(bad_request) and bad_request.field_violations:
-            field = bad_request.field_violations[0].field
-    return reason, field
+            found["field"] = bad_request.field_violations[0].field
+        elif detail.Unpack(retry):
+            found["retry_seconds"] = retry.retry_delay.ToTimedelta().total_seconds()
+        elif detail.Unpack(request):
+            found["call_id"] = request.request_id
+    return found

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import RequestInfo, RetryInfo
 from prefloop.v1.chat_pb2 import SLOT_A, SLOT_B, ChatDelta, ChatFinished, ChatStarted, CompareFinished, CompareStarted
 from prefloop.v1.feedback_pb2 import CHOICE_B, THUMB_UP
 
@@ -124,6 +126,16 @@ def test_each_status_is_an_exception_with_the_servers_sentence(
     with pytest.raises(kind, match=r"^This is why\.$") as caught:
         client.retract("fb")
     assert (caught.value.code, caught.value.reason, caught.value.field) == (code, "WHY", "feedback_id")  # type: ignore[attr-defined]
+
+
+def test_a_busy_server_says_when_to_come_back(client: Client, service: FakeService) -> None:
+    busy = status(grpc.StatusCode.RESOURCE_EXHAUSTED, "Later.")
+    for detail in (RetryInfo(retry_delay=Duration(seconds=2, nanos=500_000_000)), RequestInfo(request_id="call_1")):
+        busy.details.add().Pack(detail)
+    service.fail["RetractFeedback"] = [busy]
+    with pytest.raises(BusyError) as caught:
+        client.retract("fb")
+    assert (caught.value.retry_seconds, caught.value.call_id) == (2.5, "call_1")
 
 
 def test_no_server_is_one_sentence_that_says_what_to_do() -> None:

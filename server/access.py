@@ -32,10 +32,10 @@ ROLES: dict[str, Role | None] = {
     "/prefloop.v1.PolicyService/ActivatePolicy": "operator",
     "/prefloop.v1.PolicyService/RollbackPolicy": "operator",
     "/prefloop.v1.PolicyService/ListRounds": "operator",
-    # Load balancers ask without a key.
+    # Load balancers ask without a key. Watching is for those who have one: a stranger could open any number of streams.
     "/grpc.health.v1.Health/Check": None,
     "/grpc.health.v1.Health/List": None,
-    "/grpc.health.v1.Health/Watch": None,
+    "/grpc.health.v1.Health/Watch": "user",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "user",
 }
 

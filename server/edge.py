@@ -28,8 +28,8 @@ Answer = Callable[[AsyncIterator[bytes], Any], Awaitable[Any]]
 
 # From a call's headers to its message.
 MESSAGE_SECONDS = 10.0
-# Serves itself: its stream of requests is not ours to read.
-REFLECTION = "/grpc.reflection."
+# Serve themselves: what they read and how long they take is not ours to say.
+OTHERS = ("/grpc.reflection.", "/grpc.health.")
 
 
 class Edge(grpc.aio.ServerInterceptor):
@@ -54,7 +54,7 @@ class Edge(grpc.aio.ServerInterceptor):
             caller = self._access.caller(method, handler_call_details.invocation_metadata)
         except ServiceError as error:
             return _refusal(method, error)
-        if caller is None or method.startswith(REFLECTION):
+        if caller is None or method.startswith(OTHERS):
             return handler
         if handler.response_streaming:
             call = self._guard(handler.unary_stream, handler.request_deserializer, method, caller)

@@ -72,6 +72,7 @@ def _span(method: str, metadata: dict[str, Any], seen: Observation) -> Iterator[
         SpanKind.SERVER,
         {"rpc.system": "grpc", "prefloop.call_id": seen.call_id},
         record_exception=False,
+        set_status_on_exception=False,
     ) as span:
         try:
             yield
@@ -120,7 +121,7 @@ class AnswerSeen:
 @contextmanager
 def observed_answer(prompt_tokens: int) -> Iterator[AnswerSeen]:
     """An answer that is sampled in the block."""
-    with _tracer.start_as_current_span("sample", record_exception=False):
+    with _tracer.start_as_current_span("sample", record_exception=False, set_status_on_exception=False):
         yield AnswerSeen(prompt_tokens)
 
 

@@ -173,10 +173,12 @@ async def test_a_revoked_key_is_refused_and_the_server_stays_closed_without_any(
     assert await listing(running, (("x-user-id", "ann"),)) == UNAUTHENTICATED
 
 
-async def test_health_is_for_everybody_and_reflection_is_not(locked: Locked) -> None:
+async def test_health_is_for_everybody_watching_it_and_reflection_are_not(locked: Locked) -> None:
     channel = locked.running.channel
     health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
     assert health.status == health_pb2.HealthCheckResponse.SERVING
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+    assert await failure(watch) == UNAUTHENTICATED
     reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
     asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
     assert await failure(reflection.ServerReflectionInfo(iter(asked), timeout=SECONDS)) == UNAUTHENTICATED

@@ -5,6 +5,7 @@ that were cut off are stored. The engine and the store outlive it (`server.proce
 """
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import NoReturn
@@ -44,7 +45,7 @@ SERVICES = [
     )
 ]
 PROBE_SECONDS = 2.0
-ROUNDS_SECONDS = 15.0
+SELDOM_SECONDS = 15.0
 OPTIONS = [
     # A second server on the port must fail, not share it.
     ("grpc.so_reuseport", 0),
@@ -79,7 +80,8 @@ class App:
         metrics.ANSWERS_LIMIT.set(settings.max_streams)
         # Before the engine starts, which takes a minute: a port in use should be known at once.
         self.port = self._bind()
-        self._replica_id = f"{settings.host}:{self.port}"
+        # Not the address: in containers every server may listen on 0.0.0.0 and the same port.
+        self._replica_id = f"{socket.gethostname()}:{self.port}"
         self._tasks: list[asyncio.Task[NoReturn]] = []
         self._told: bool | None = None
 
@@ -101,7 +103,7 @@ class App:
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(self._store, self._follower), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
-        await self._store(lambda store: store.fail_interrupted_responses(replica_id))
+        await self._store(lambda store: store.fail_interrupted_responses(replica_id, starting=True))
         # Before the first user: a version that was activated while no server ran takes effect now.
         await self._follower.converge()
         await self._access.refresh()
@@ -109,7 +111,8 @@ class App:
         self._repeat(self._follower.follow, poll, "following the active policy failed")
         self._repeat(self._follower.report, HEARTBEAT_SECONDS, "the heartbeat could not be written")
         self._repeat(self._access.refresh, poll, "the keys could not be read")
-        self._repeat(partial(self._store, show_rounds), ROUNDS_SECONDS, "the rounds' figures could not be read")
+        self._repeat(partial(self._store, show_rounds), SELDOM_SECONDS, "the rounds' figures could not be read")
+        self._repeat(self._fail_interrupted, SELDOM_SECONDS, "answers of servers that ended could not be marked")
         if settings.hang_seconds:
             self._repeat(self._follower.probe, PROBE_SECONDS, "the engine could not be asked whether it hangs")
         if self._referee:
@@ -133,6 +136,9 @@ class App:
     def serving(self) -> bool:
         """What the health service says."""
         return bool(self._told)
+
+    async def _fail_interrupted(self) -> None:
+        await self._store(lambda store: store.fail_interrupted_responses(self._replica_id))
 
     def _repeat(self, work: Callable[[], Awaitable[object]], seconds: float, complaint: str) -> None:
         self._tasks.append(asyncio.create_task(repeat(work, seconds, complaint)))

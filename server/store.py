@@ -285,13 +285,16 @@ class FeedbackStore:
                     [STATUS_OF.get(reason, "finished"), reason, response_id],
                 )
 
-    def fail_interrupted_responses(self, replica_id: str) -> int:
-        """Marks what this server was sampling when it was killed; returns how many."""
+    def fail_interrupted_responses(self, replica_id: str, *, starting: bool = False) -> int:
+        """Marks what servers were sampling that no longer live; `starting`: what this one was, before, too. Returns how
+        many."""
+        alive = {replica.id for replica in self.registry.replicas()} | {replica_id}
+        alive -= {replica_id} if starting else set()
         with self._db.write():
             return self._db.execute(
                 "UPDATE responses SET status = 'failed', finish_reason = 'error', finish_time = unixepoch('subsec') "
-                "WHERE status = 'streaming' AND replica_id = ?",
-                [replica_id],
+                f"WHERE status = 'streaming' AND replica_id NOT IN ({', '.join('?' for _ in alive)})",
+                sorted(alive),
             )
 
     def response(self, user: str, response_id: str) -> Response:

@@ -198,14 +198,22 @@ def test_a_deleted_conversation_leaves_no_text_behind(store: FeedbackStore, tmp_
 
 def test_what_was_streaming_when_the_server_died_is_marked_at_its_next_start(store: FeedbackStore) -> None:
     conversation_id = store.create_conversation("ann", "hello")
-    for replica in ("here", "elsewhere"):
+    for replica in ("here", "gone", "elsewhere"):
         store.begin_response(
             "ann", conversation_id, message="m", replica_id=replica, policy_version="v0000", prompt_token_ids=[1],
             temperature=1.0, max_tokens=4, seed=None,
         )  # fmt: skip
+    store.registry.report_replica("elsewhere", "v0000")
+
+    def statuses() -> list[str]:
+        return [turn.response.status for turn in store.turns("ann", conversation_id) if turn.response]
+
+    # A server that runs never gives its own up, even if its heartbeat is late.
     assert store.fail_interrupted_responses("here") == 1
-    assert [turn.response.status for turn in store.turns("ann", conversation_id)] == ["failed", "streaming"]
-    assert [turn.message for turn in store.turns("ann", conversation_id)] == ["m", "m"]
+    assert statuses() == ["streaming", "failed", "streaming"]
+    assert store.fail_interrupted_responses("here", starting=True) == 1
+    assert statuses() == ["failed", "failed", "streaming"]
+    assert [turn.message for turn in store.turns("ann", conversation_id)] == ["m", "m", "m"]
 
 
 def test_a_request_id_stands_for_one_body(store: FeedbackStore) -> None:

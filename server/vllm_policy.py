@@ -226,6 +226,7 @@ class VllmPolicy:
         self._spare = REFERENCE
 
     async def _prepare(self) -> None:
+        await self._ask(self._engine.collective_rpc("prefloop_end_with_parent"))
         await self._ask(self._engine.collective_rpc("prefloop_prepare"))
         await self._ask(self._engine.update_weight_version(REFERENCE))
 

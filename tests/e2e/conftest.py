@@ -21,10 +21,10 @@ STOP_SECONDS = 60
 class LiveServer:
     """`server serve` as an operator runs it. Start and stop it as often as a test likes; the data stays."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, **settings: str) -> None:
         self.data_dir = data_dir
         self.log: list[str] = []
-        self.start()
+        self.start(**settings)
 
     def start(self, **settings: str) -> None:
         # Eager: compiling takes a minute and changes nothing that is tested here.
@@ -48,6 +48,14 @@ class LiveServer:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_SECONDS)
 
+    def kill(self) -> list[int]:
+        """SIGKILL; the processes below it as descriptors, which turn readable when they end."""
+        below = [os.pidfd_open(pid) for pid in children(self.process.pid)]
+        self.channel.close()
+        self.process.kill()
+        self.process.wait(STOP_SECONDS)
+        return below
+
     def _read(self, lines: "Queue[str]") -> None:
         for line in self.process.stdout or []:
             self.log.append(line)
@@ -67,6 +75,15 @@ class LiveServer:
                 self.metrics_url = line.split()[-1]
             if line.startswith("serving "):
                 return line.split()[-1]
+
+
+def children(pid: int) -> set[int]:
+    """Every process below `pid`."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found |= {int(child)} | children(int(child))
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, policy_pb2
 
 from server.store import FeedbackStore
-from tests.e2e.conftest import LiveServer
+from tests.e2e.conftest import LiveServer, children
 from tests.versions import Tensors, make_version
 
 pytestmark = pytest.mark.e2e
@@ -229,15 +229,6 @@ def test_what_happened_is_in_the_metrics(live: LiveServer) -> None:
     activate(live, "v0000")
     with urllib.request.urlopen(live.metrics_url.replace("/metrics", "/healthz"), timeout=10) as reply:
         assert reply.status == 200
-
-
-def children(pid: int) -> set[int]:
-    """Every process below `pid`."""
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found |= {int(child)} | children(int(child))
-    return found
 
 
 def test_a_stop_ends_streams_in_the_grace_and_every_process(live: LiveServer) -> None:

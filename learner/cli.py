@@ -139,6 +139,43 @@ def status(data_dir: DataDir = None, as_json: Json = False) -> None:
         typer.echo(f"{name:>12}  {sentence}")
 
 
+@app.command()
+def users(data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Show who votes how: how many, how fast, which slot, whether as the others do; suspicious ones first.
+
+    A test of many users at once, at 5 %: of crowds in which nobody cheats, one in twenty has somebody accused."""
+    settings = _settings_with_data(data_dir)
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from learner.users import read_users
+    from learner.users_table import print_users
+
+    try:
+        found = read_users(settings)
+    except (ServiceError, RuntimeError, ValueError, OSError) as error:
+        _fail(str(error))
+    if as_json:
+        print(json.dumps([asdict(user) for user in found]))
+    else:
+        print_users(found, Console())
+
+
+@app.command()
+def quarantine(
+    user: Annotated[str, typer.Argument(help="As `learner users` shows it.")],
+    lift: Annotated[bool, typer.Option("--lift", help="Let the user's votes count again.")] = False,
+    data_dir: DataDir = None,
+    reason: Annotated[str, typer.Option(help="Kept with the user's history.")] = "",
+) -> None:
+    """Leave a user's votes out of the rounds to come; who did it, when and why is kept. The votes stay."""
+    settings = _settings_with_data(data_dir)
+    from learner.operation import quarantine as set_apart
+
+    _say(lambda: set_apart(settings, user, reason, lift=lift))
+
+
 @app.command("report")
 def report_round(
     round_id: Annotated[Optional[str], typer.Argument(metavar="ROUND", help="Default: the newest.")] = None,

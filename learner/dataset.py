@@ -22,12 +22,16 @@ OUTCOMES = {"A": A, "B": B, "TIE": TIE, "BOTH_BAD": BOTH_BAD}
 @dataclass(frozen=True)
 class Dataset:
     """All votes of a snapshot over `answers`; `judges` (groups,) is True for conversations that judge. `feedback_ids`
-    are the votes' own, choices and corrections first, then thumbs."""
+    are the votes' own, choices and corrections first, then thumbs; so are `voters` (C + M,), indices into `users`."""
 
     answers: list[TokenPair]
     votes: Votes
     judges: Tensor
     feedback_ids: list[str]
+    users: list[str]
+    voters: Tensor
+    # (C,) whether a choice was between two answers that were shown; corrections are not.
+    compared: Tensor
 
     @property
     def train(self) -> Votes:
@@ -40,10 +44,14 @@ class Dataset:
         return select(self.votes, self.judges)
 
     @property
+    def judging(self) -> Tensor:
+        """(C + M,) whether the vote judges."""
+        return self.judges[torch.cat([self.votes.choice_group, self.votes.thumb_group])]
+
+    @property
     def sides(self) -> list[tuple[str, Side]]:
         """Each vote's feedback id and its side."""
-        groups = torch.cat([self.votes.choice_group, self.votes.thumb_group])
-        sides: list[Side] = ["judge" if judges else "train" for judges in self.judges[groups].tolist()]
+        sides: list[Side] = ["judge" if judges else "train" for judges in self.judging.tolist()]
         return list(zip(self.feedback_ids, sides, strict=True))
 
 
@@ -122,6 +130,7 @@ def to_dataset(
         for v in snapshot.choices
         if v.a.token_ids and v.b.token_ids
     ]
+    compared = len(choices)
     choices += [
         (
             answer(v.feedback_id, v.response.prompt_token_ids, encode(v.text)),
@@ -167,4 +176,12 @@ def to_dataset(
         users=max(len(users), 1),
     )
     judges = torch.tensor([is_judge(c, judge_share) for c in conversations], dtype=torch.bool)
-    return Dataset(pairs, votes, judges, [*choice_columns[7], *thumb_columns[5]])
+    return Dataset(
+        answers=pairs,
+        votes=votes,
+        judges=judges,
+        feedback_ids=[*choice_columns[7], *thumb_columns[5]],
+        users=list(users),
+        voters=voters,
+        compared=torch.arange(len(choices)) < compared,
+    )

@@ -1,7 +1,8 @@
-"""What an operator does by hand: promote a version, or go back to one. Reads and writes the store; servers follow.
+"""What an operator does by hand: promote a version, go back to one, leave a user's votes out. Reads and writes the
+store; servers follow.
 
-Each move is a compare-and-set from the version that was active when the command began, so that two operators, or an
-operator and a round, never undo each other unseen.
+Each move of the pointer is a compare-and-set from the version that was active when the command began, so that two
+operators, or an operator and a round, never undo each other unseen.
 """
 
 import getpass
@@ -29,6 +30,26 @@ def rollback(settings: LearnerSettings, version: str | None = None, reason: str 
         return _move(store, settings, active, target, "rollback", reason or f"rolled back from {active}")
 
 
+def quarantine(settings: LearnerSettings, user: str, reason: str = "", *, lift: bool = False) -> str:
+    """Leaves a user's votes out of the rounds that begin from now on, or lets them count again. Raises NotFoundError
+    for a user who never voted."""
+    with closing(FeedbackStore.open(settings.data_dir)) as store:
+        votes = store.votes_of([user], store.watermark())
+        if lift:
+            changed = store.quarantine.lift(user, actor=_operator(), reason=reason)
+            return f"{user}'s {votes} votes count again." if changed else f"{user} is not in quarantine."
+        changed = store.quarantine.set(user, actor=_operator(), reason=reason)
+        running = store.registry.running_round()
+    if not changed:
+        return f"{user} is in quarantine already; nothing was changed."
+    sentence = f"{user} is in quarantine: rounds that begin from now on leave {votes} votes out."
+    return sentence + (f" {running.id} began before and keeps them." if running else "")
+
+
+def _operator() -> str:
+    return f"operator {getpass.getuser()}"
+
+
 def _move(
     store: FeedbackStore, settings: LearnerSettings, active: str, version: str, action: PointerAction, reason: str
 ) -> str:
@@ -39,7 +60,7 @@ def _move(
     if policy.prune_time is None:
         verified(settings.data_dir / "policies" / version)
     store.registry.activate_policy(
-        version, actor=f"operator {getpass.getuser()}", action=action, reason=reason, expected_active_version=active
+        version, actor=_operator(), action=action, reason=reason, expected_active_version=active
     )
     loaded = wait_until_loaded(store, version, settings.load_timeout_seconds)
     if store.registry.active_policy().version != version:

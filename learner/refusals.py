@@ -16,8 +16,8 @@ from server.store import FeedbackStore
 MIN_SIDE = 10
 
 
-def why_not(store: FeedbackStore, snapshot: Snapshot, settings: LearnerSettings) -> str | None:
-    """Why no round starts now, in a sentence; None if one may."""
+def why_not(store: FeedbackStore, snapshot: Snapshot, quarantined: list[str], settings: LearnerSettings) -> str | None:
+    """Why no round starts now, in a sentence; None if one may. Other users in quarantine are other votes, too."""
     try:
         store.registry.active_policy()
     except NotFoundError:
@@ -26,7 +26,7 @@ def why_not(store: FeedbackStore, snapshot: Snapshot, settings: LearnerSettings)
     if votes == 0:
         return "There are no votes yet; nothing was changed."
     last = store.registry.last_learned()
-    if last and last.watermark == snapshot.watermark:
+    if last and (last.watermark, last.quarantined) == (snapshot.watermark, quarantined):
         return f"There are no new votes since {last.id} ({last.state}); nothing was changed."
     if votes < settings.min_votes:
         return f"There are {votes} votes, fewer than the {settings.min_votes} a round needs; nothing was changed."

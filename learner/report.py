@@ -27,6 +27,10 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
     if votes := m.get("votes"):
         kinds = ", ".join(f"{votes[kind]} {kind}" for kind in ("choices", "thumbs", "corrections"))
         yield "votes used", f"{kinds} ({votes['train']} train, {votes['judge']} judge)"
+        if left_out := votes.get("quarantined"):
+            yield "left out", f"{left_out} votes of users in quarantine"
+    if (voters := m.get("voters")) and voters["doubted"]:
+        yield "voters", f"{voters['doubted']} of {voters['voters']} weigh less than half: see `learner users`"
     if signal := m.get("signal"):
         accuracy, null = _two(signal["accuracy"]), _two(signal["null_accuracy"])
         yield "signal", f"accuracy {accuracy}, of shuffled votes {null}, p = {signal['p_value']:.3f}"

@@ -10,11 +10,12 @@ import json
 import math
 from contextlib import closing
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from learner import reward_model as scoring
+from learner import trust
 from learner.checkpoint import publish_version, verified
 from learner.dataset import Dataset, some_conversations, to_dataset
 from learner.features import FeatureCache
@@ -59,17 +60,20 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
         # The settings the round began with, where it is done, when it is resumed.
         started_with = {**current.settings, "data_dir": settings.data_dir}
         settings = LearnerSettings(**started_with)
-    snapshot = store.snapshot(current.watermark if current else None, settings.max_votes)
+    # Whoever was in quarantine when the round began is left out to its end, whatever an operator says meanwhile.
+    quarantined = current.quarantined if current else sorted(store.quarantine.current())
+    snapshot = store.snapshot(current.watermark if current else None, settings.max_votes, quarantined)
     if settings.skip_rolled_back:
         before = current.create_time if current else math.inf
         snapshot = snapshot.without(store.lineage.rolled_back(before))
     if current is None:
-        if reason := why_not(store, snapshot, settings):
+        if reason := why_not(store, snapshot, quarantined, settings):
             return Report("nothing", reason)
         current = store.registry.create_round(
             snapshot.watermark,
             settings.model_dump(mode="json", exclude={"data_dir"}),
             reference_version=store.registry.active_policy().reference_version,
+            quarantined=quarantined,
             fence=lease,
         )
     work = Workspace(store, lease, settings, stages, current, snapshot)
@@ -112,7 +116,9 @@ def run(work: Workspace) -> Report:
     signal = test_signal(work, dataset, features)
     if not signal.p_value < work.settings.gate.signal_p:
         return finish(work, "rejected", too_little(signal))
-    reward_model = fit_reward_model(work, dataset, features)
+    # Not before the test: weights that were chosen so that votes agree would pass it on votes that say nothing.
+    dataset, voters = weigh_voters(work, dataset, features)
+    reward_model = fit_reward_model(work, dataset, features, voters)
     improve_policy(work, reward_model)
     if not work.round.metrics["ppo"]["candidates"]:
         return finish(work, "rejected", no_candidate(work.round.metrics["ppo"]))
@@ -132,6 +138,7 @@ def load_feedback(work: Workspace) -> Dataset:
             "corrections": len(work.snapshot.corrections),
             "train": len(dataset.train),
             "judge": len(dataset.judge),
+            "quarantined": work.store.votes_of(work.round.quarantined, work.round.watermark),
         }
         prompts = {
             "train": len(work.prompts.train),
@@ -164,7 +171,18 @@ def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTe
     return signal
 
 
-def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor) -> RewardModel:
+def weigh_voters(work: Workspace, dataset: Dataset, features: Tensor) -> tuple[Dataset, dict[str, Any]]:
+    """Who answers against the others counts less, and how many do; worked out anew where a round is resumed, to the
+    same end."""
+    if not work.settings.reward.weigh_voters:
+        return dataset, {}
+    with work.stages.stage("voters", "comparing voters with each other"):
+        weighed, factors = trust.weigh_voters(dataset, features, work.layers, work.settings.reward, work.generator(5))
+    doubted = int((factors < 0.5).sum())
+    return weighed, {"voters": len(factors), "doubted": doubted, "mean_weight": float(factors.mean())}
+
+
+def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor, voters: dict[str, Any]) -> RewardModel:
     if work.done("reward_model"):
         directory, _ = verified(work.reward_model_directory)
         return RewardModel.load(directory)
@@ -200,7 +218,7 @@ def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor) -> Rew
         metrics=json_safe(metrics),
         fence=work.lease,
     )
-    work.record("reward_model", {"reward_model": metrics})
+    work.record("reward_model", {"voters": voters, "reward_model": metrics})
     return RewardModel.load(work.reward_model_directory)
 
 

@@ -42,6 +42,9 @@ class RewardSettings(BaseModel):
     user_share: Share = Field(
         0.05, description="No user has more of the total weight, or than two equal shares; few users are not capped."
     )
+    weigh_voters: bool = Field(
+        True, description="Voters who answer against the others, or always name one slot, count less or not at all."
+    )
     members: int = Field(
         32, ge=2, description="Heads refitted on redrawn conversations; where they differ, the score is uncertain."
     )

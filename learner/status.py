@@ -5,7 +5,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from learner.order import order_warnings
 from server.errors import NotFoundError
+from server.records import Round
 from server.store import FeedbackStore
 
 
@@ -33,6 +35,13 @@ def _side_by_side(store: FeedbackStore, duel_user_votes: int) -> Iterator[tuple[
         yield "thumbs", f"{counts}. Of different users and questions, not blind: a hint, not a test"
 
 
+def _left_out(quarantined: list[str], learned: Round | None) -> str:
+    now = f"{', '.join(quarantined) or 'nobody'} (the next round leaves their votes out)"
+    if learned is None:
+        return now
+    return f"{now}; {learned.metrics.get('votes', {}).get('quarantined', 0)} votes were left out of {learned.id}"
+
+
 def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
     try:
         active = store.registry.active_policy()
@@ -52,6 +61,11 @@ def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
         lines.append(("learned from", f"{used} votes in {learned.id} ({learned.state}): {learned.reason}"))
     else:
         lines.append(("learned from", "nothing yet"))
+    quarantined = store.quarantine.current()
+    if quarantined or (learned and learned.quarantined):
+        lines.append(("quarantine", _left_out(list(quarantined), learned)))
+    warnings = list(order_warnings(store.lineage.slot_order()))
+    lines += [("warning", warning) for warning in warnings]
     lines += list(_side_by_side(store, duel_user_votes))
     for move in store.lineage.moves(3):
         if move.previous_version:
@@ -72,5 +86,7 @@ def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
         "running_round": running and {"id": running.id, "stage": running.stage},
         "votes": votes,
         "new_votes": waiting,
+        "quarantined": list(quarantined),
+        "warnings": warnings,
         "lines": lines,
     }

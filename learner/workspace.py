@@ -76,7 +76,7 @@ class Workspace:
 
     @property
     def reference_sha256(self) -> str:
-        return json.dumps(read_manifest(self.reference_directory).files, sort_keys=True)
+        return cache_key(self.reference_directory)
 
     @cached_property
     def policy(self) -> "Policy":
@@ -137,7 +137,7 @@ class Workspace:
 
     def encode(self, text: str) -> list[int]:
         """An answer's text as token ids, EOS included."""
-        return [*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id]
+        return encode_answer(self._tokenizer, text)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """A conversation in the chat template, ready for the answer."""
@@ -176,6 +176,16 @@ class Workspace:
         on_disk = [p.name for p in (self.settings.data_dir / folder).glob(f"{prefix}[0-9]*")]
         taken = [int(name.removeprefix(prefix)) for name in (*registered, *on_disk)]
         return f"{prefix}{max(taken, default=0) + 1:04d}"
+
+
+def cache_key(reference_directory: Path) -> str:
+    """What features that were computed with this reference are kept under: its files' sums."""
+    return json.dumps(read_manifest(reference_directory).files, sort_keys=True)
+
+
+def encode_answer(tokenizer: Any, text: str) -> list[int]:
+    """An answer's text as token ids, EOS included."""
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def shared(one: list[int], other: list[int]) -> int:

@@ -67,7 +67,7 @@ class Lineage:
 
     def duel(self, user_votes: int) -> Duel | None:
         """Votes between answers of the active version and of the one before it, since it became active; the first
-        `user_votes` of each user. None where it came to be active by going back."""
+        `user_votes` of each user, of users in quarantine none. None where it came to be active by going back."""
         last = next(iter(self.moves(1)), None)
         if last is None or last.previous_version is None or last.action not in ("activate", "promote"):
             return None
@@ -76,7 +76,8 @@ class Lineage:
             "row_number() OVER (PARTITION BY f.user ORDER BY f.event_seq) AS nth FROM comparisons c "
             "JOIN feedback f ON f.comparison_id = c.id AND f.kind = 'choice' "
             "JOIN responses a ON a.id = c.response_a JOIN responses b ON b.id = c.response_b "
-            "WHERE c.create_time >= ?3 AND ((a.policy_version = ?1 AND b.policy_version = ?2) "
+            "WHERE c.create_time >= ?3 AND f.user NOT IN (SELECT user FROM quarantined) "
+            "AND ((a.policy_version = ?1 AND b.policy_version = ?2) "
             "OR (a.policy_version = ?2 AND b.policy_version = ?1))) WHERE nth <= ?4",
             [last.version, last.previous_version, last.create_time, user_votes],
         )
@@ -87,13 +88,31 @@ class Lineage:
         return Duel(last.version, last.previous_version, winners.count(True), winners.count(False), winners.count(None))
 
     def thumb_rate(self, version: str) -> tuple[int, int]:
-        """Thumbs up, and all thumbs, on answers that a version began."""
+        """Thumbs up, and all thumbs, on answers that a version began; of users in quarantine none."""
         [row] = self._db.rows(
             "SELECT count(*) FILTER (WHERE f.value = 'UP') AS up, count(*) AS thumbs FROM feedback f "
-            "JOIN responses r ON r.id = f.response_id WHERE f.kind = 'thumb' AND r.policy_version = ?",
+            "JOIN responses r ON r.id = f.response_id WHERE f.kind = 'thumb' AND r.policy_version = ? "
+            "AND f.user NOT IN (SELECT user FROM quarantined)",
             [version],
         )
         return int(row["up"]), int(row["thumbs"])
+
+    def slot_order(self, limit: int = 10_000) -> dict[str, tuple[int, int]]:
+        """Of the newest `limit` comparisons, in how many the hotter answer, the newer version's, and the one that a
+        reward model chose stood in slot A, and in how many there was such a one."""
+        [row] = self._db.rows(
+            "SELECT count(*) FILTER (WHERE a.temperature > b.temperature) AS hotter_a, "
+            "count(*) FILTER (WHERE a.temperature != b.temperature) AS hotter, "
+            "count(*) FILTER (WHERE v.rowid > w.rowid) AS newer_a, "
+            "count(*) FILTER (WHERE v.rowid != w.rowid) AS newer, "
+            "count(*) FILTER (WHERE a.chosen_by IS NOT NULL AND b.chosen_by IS NULL) AS chosen_a, "
+            "count(*) FILTER (WHERE (a.chosen_by IS NULL) != (b.chosen_by IS NULL)) AS chosen "
+            "FROM (SELECT * FROM comparisons ORDER BY rowid DESC LIMIT ?) c "
+            "JOIN responses a ON a.id = c.response_a JOIN responses b ON b.id = c.response_b "
+            "LEFT JOIN policies v ON v.version = a.policy_version LEFT JOIN policies w ON w.version = b.policy_version",
+            [limit],
+        )
+        return {name: (int(row[f"{name}_a"]), int(row[name])) for name in ("hotter", "newer", "chosen")}
 
     def rolled_back(self, before: float) -> set[str]:
         """Versions that were rolled back before a time and not made active again before it."""

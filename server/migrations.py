@@ -250,3 +250,26 @@ def m006_keys(db: Database) -> None:
         ) STRICT;
         """,
     )
+
+
+@migrations()
+def m007_quarantine(db: Database) -> None:
+    """Whose votes are left out of rounds, since when and why, and whose a round left out."""
+    _run(
+        db,
+        """
+        CREATE TABLE quarantine_events (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            user TEXT NOT NULL,
+            action TEXT NOT NULL CHECK (action IN ('set', 'lift')),
+            actor TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            create_time REAL NOT NULL
+        ) STRICT;
+        CREATE INDEX quarantine_events_by_user ON quarantine_events (user, seq);
+        CREATE VIEW quarantined AS
+            SELECT * FROM quarantine_events e WHERE action = 'set'
+            AND seq = (SELECT max(seq) FROM quarantine_events WHERE user = e.user);
+        ALTER TABLE rounds ADD COLUMN quarantined TEXT NOT NULL DEFAULT '[]';
+        """,
+    )

@@ -273,6 +273,8 @@ class Round:
     finish_time: float | None
     # How often it was begun or gone on with, less how often it stopped because it was asked to.
     attempts: int = 1
+    # Whose votes it leaves out: those in quarantine when it began.
+    quarantined: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,18 @@ class PointerEvent:
     version: str
     previous_version: str | None
     action: PointerAction
+    actor: str
+    reason: str
+    create_time: float
+
+
+@dataclass(frozen=True)
+class QuarantineEvent:
+    """An operator's word on whether a user's votes are left out."""
+
+    seq: int
+    user: str
+    action: Literal["set", "lift"]
     actor: str
     reason: str
     create_time: float

@@ -6,6 +6,7 @@ comes back can change nothing.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from server.database import Database, Row
@@ -239,8 +240,16 @@ class Registry:
 
     # Rounds
 
-    def create_round(self, watermark: int, settings: dict[str, Any], *, reference_version: str, fence: Lease) -> Round:
-        """Begins a round from the active policy and the votes up to `watermark`."""
+    def create_round(
+        self,
+        watermark: int,
+        settings: dict[str, Any],
+        *,
+        reference_version: str,
+        quarantined: Iterable[str] = (),
+        fence: Lease,
+    ) -> Round:
+        """Begins a round from the active policy and the votes up to `watermark`, less those of `quarantined` users."""
         with self._db.write():
             check_fence(self._db, fence)
             round_id = new_id("round")
@@ -255,6 +264,7 @@ class Registry:
                     "reference_version": reference_version,
                     "settings": json.dumps(settings),
                     "attempts": 1,
+                    "quarantined": json.dumps(sorted(quarantined)),
                     "create_time": self._db.now(),
                 },
             )
@@ -423,4 +433,4 @@ def _reward_model(row: Row) -> RewardModel:
 
 
 def _round(row: Row) -> Round:
-    return Round(**{**row, "metrics": json.loads(row["metrics"]), "settings": json.loads(row["settings"])})
+    return Round(**{**row, **{name: json.loads(row[name]) for name in ("metrics", "settings", "quarantined")}})

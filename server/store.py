@@ -13,7 +13,7 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoun
 from server.ids import new_id
 from server.keys import Keys
 from server.lineage import Lineage
+from server.quarantine import Quarantine
 from server.records import (
     Choice,
     ChoiceVote,
@@ -57,6 +58,8 @@ CURRENT = (
     "action = 'submit' AND value IS NOT NULL AND NOT EXISTS "
     "(SELECT 1 FROM feedback_events WHERE feedback_id = e.feedback_id AND seq > e.seq AND seq <= ?)"
 )
+# Of the same: given by one of the users in the bound JSON list.
+AMONG = "user IN (SELECT value FROM json_each(?))"
 MAX_SEQ = 2**63 - 1
 
 # Of a response that ended for these reasons; every other one is finished.
@@ -65,13 +68,14 @@ STATUS_OF: dict[str, Status] = {"cancelled": "cancelled", "error": "failed"}
 
 class FeedbackStore:
     """Conversations, responses and votes; `registry` holds policies and rounds, `lineage` what came of what, `keys` who
-    comes in. One thread at a time."""
+    comes in, `quarantine` whose votes are left out. One thread at a time."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
         self.registry = Registry(database)
         self.lineage = Lineage(database)
         self.keys = Keys(database)
+        self.quarantine = Quarantine(database)
 
     @classmethod
     def open(cls, data_dir: Path) -> "FeedbackStore":
@@ -390,18 +394,31 @@ class FeedbackStore:
         )
         return int(row["votes"])
 
-    def snapshot(self, watermark: int | None = None, limit: int | None = None) -> Snapshot:
-        """Feedback that was current at `watermark` (default: now), less what was deleted since: the newest `limit`
-        votes, and every demonstration."""
+    def votes_of(self, users: Collection[str], watermark: int) -> int:
+        """How much feedback of these users was current at `watermark`, demonstrations too."""
+        [row] = self._db.rows(
+            f"SELECT count(*) AS votes FROM feedback_events e WHERE seq <= ? AND {AMONG} AND {CURRENT}",
+            [watermark, json.dumps(list(users)), watermark],
+        )
+        return int(row["votes"])
+
+    def snapshot(
+        self, watermark: int | None = None, limit: int | None = None, without: Collection[str] = ()
+    ) -> Snapshot:
+        """Feedback that was current at `watermark` (default: now), less what was deleted since and what users in
+        `without` gave: the newest `limit` votes of the others, and every demonstration of theirs."""
         watermark = self.watermark() if watermark is None else watermark
+        left_out = json.dumps(list(without))
+        # Left out before the limit, or whoever votes most would keep the others out even so.
         events = self._db.rows(
-            f"SELECT * FROM feedback_events e WHERE seq <= ? AND kind != 'demonstration' AND {CURRENT} "
+            f"SELECT * FROM feedback_events e WHERE seq <= ? AND kind != 'demonstration' AND NOT {AMONG} AND {CURRENT} "
             "ORDER BY seq DESC LIMIT ?",
-            [watermark, watermark, -1 if limit is None else limit],
+            [watermark, left_out, watermark, -1 if limit is None else limit],
         )
         demonstrations = self._db.rows(
-            f"SELECT * FROM feedback_events e WHERE seq <= ? AND kind = 'demonstration' AND {CURRENT} ORDER BY seq",
-            [watermark, watermark],
+            f"SELECT * FROM feedback_events e WHERE seq <= ? AND kind = 'demonstration' AND NOT {AMONG} AND {CURRENT} "
+            "ORDER BY seq",
+            [watermark, left_out, watermark],
         )
         by_kind: dict[str, list[Row]] = defaultdict(list)
         for event in reversed(events):

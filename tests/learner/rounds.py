@@ -59,14 +59,21 @@ def low_words(sample: Sample) -> float:
     return sum(token < WORDS // 2 for token in sample.token_ids) / len(sample.token_ids)
 
 
-def vote(store: FeedbackStore, model: Any, count: int, taste: Callable[[Sample], float], seed: int = 0) -> None:
+def vote(
+    store: FeedbackStore,
+    model: Any,
+    count: int,
+    taste: Callable[[Sample], float],
+    seed: int = 0,
+    user: str = "ann",
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     for number in range(count):
         prompt = torch.randint(3, WORDS, (6,), generator=generator).tolist()
-        conversation = store.create_conversation("ann", f"question {number}")
+        conversation = store.create_conversation(user, f"question {number}")
         samples = [draw(model, prompt, LENGTH, temperature, generator) for temperature in (0.7, 1.0)]
         comparison, *responses = store.begin_comparison(
-            "ann", conversation, message="?", replica_id="r", policy_versions=("v0000", "v0000"),
+            user, conversation, message="?", replica_id="r", policy_versions=("v0000", "v0000"),
             prompt_token_ids=prompt, temperatures=(0.7, 1.0), max_tokens=LENGTH, seeds=(None, None),
         )  # fmt: skip
         for response, sample in zip(responses, samples, strict=True):
@@ -74,7 +81,7 @@ def vote(store: FeedbackStore, model: Any, count: int, taste: Callable[[Sample],
             reason: Any = sample.finish_reason
             store.finish_response(response, Generation(sample.token_ids, sample.logprobs, sample.text, reason, [span]))
         better = taste(samples[0]) - taste(samples[1])
-        store.submit_choice("ann", comparison, "A" if better > 0 else "B" if better < 0 else "TIE")
+        store.submit_choice(user, comparison, "A" if better > 0 else "B" if better < 0 else "TIE")
 
 
 def make_reference(data_dir: Path, model_directory: Path) -> None:

@@ -78,6 +78,28 @@ def test_old_weights_go_and_their_record_stays(data_dir: Path) -> None:
     assert "v0002 was pruned: its weights are gone." in result.output
 
 
+def test_an_operator_leaves_a_users_votes_out_and_lets_them_in_again(data_dir: Path) -> None:
+    def said(*arguments: str) -> str:
+        result = runner.invoke(app, ["quarantine", *arguments, "--data-dir", str(data_dir)])
+        assert "Traceback" not in result.output
+        return f"{result.exit_code} {result.output.strip()}"
+
+    assert said("anne") == "1 learner: There is no voter 'anne'."
+    assert said("ann", "--lift") == "0 ann is not in quarantine."
+    assert said("ann", "--reason", "a script") == (
+        "0 ann is in quarantine: rounds that begin from now on leave 80 votes out."
+    )
+    assert said("ann") == "0 ann is in quarantine already; nothing was changed."
+    shown = runner.invoke(app, ["status", "--data-dir", str(data_dir)]).stdout
+    assert "quarantine  ann (the next round leaves their votes out)" in shown
+    assert said("ann", "--lift") == "0 ann's 80 votes count again."
+    store = FeedbackStore.open(data_dir)
+    events = store.quarantine.events("ann")
+    store.close()
+    assert [(event.action, event.reason) for event in events] == [("set", "a script"), ("lift", "")]
+    assert all(event.actor.startswith("operator ") for event in events)
+
+
 @pytest.mark.parametrize("arguments", [[], ["v0001", "--vote", "fb"]])
 def test_trace_asks_for_one_thing(data_dir: Path, arguments: list[str]) -> None:
     result = runner.invoke(app, ["trace", *arguments, "--data-dir", str(data_dir)])

@@ -75,7 +75,10 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert store.registry.active_policy().version == "v0001"
     policy = store.registry.policy("v0001")
     assert (policy.parent_version, policy.reward_model_version, policy.round_id) == ("v0000", "rm0001", report.round_id)
-    assert set(report.metrics) == {"votes", "prompts", "versions", "signal", "reward_model", "ppo", "gate", "seconds"}
+    stages = {"votes", "prompts", "versions", "signal", "voters", "reward_model", "ppo", "gate", "seconds"}
+    assert set(report.metrics) == stages
+    # One voter has no others to be compared with.
+    assert report.metrics["voters"] == {"voters": 1, "doubted": 0, "mean_weight": 1.0}
     first = report.metrics["ppo"]["steps"][0]
     assert first["kl"] == pytest.approx(0, abs=1e-5)
     assert first["first_ratio_error"] < 1e-5
@@ -393,6 +396,44 @@ def test_votes_on_what_was_rolled_back_can_be_left_out(data_dir: Path, monkeypat
     monkeypatch.setattr(judging, "decide", passing)
     assert run(data_dir, skip_rolled_back=True).metrics["votes"]["choices"] == 50
     assert run(data_dir.with_name("other")).metrics["votes"]["choices"] == 80
+
+
+def test_whoever_was_in_quarantine_when_a_round_began_is_left_out(
+    data_dir: Path, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(judging, "decide", passing)
+    store = opened(data_dir)
+    vote(store, AutoModelForCausalLM.from_pretrained(model_directory).eval(), 30, low_words, seed=1, user="bob")
+    store.quarantine.set("bob", actor="operator", reason="too fast")
+
+    def killed(*_: Any) -> None:
+        # An operator changes their mind while the round runs, and it is killed.
+        store.quarantine.lift("bob", actor="operator", reason="")
+        store.quarantine.set("ann", actor="operator", reason="")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "improve_policy", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(data_dir)
+    report = run(data_dir)
+    votes = report.metrics["votes"]
+    assert (votes["choices"], votes["quarantined"]) == (80, 30)
+    learned = store.lineage.round_votes(str(report.round_id))
+    assert {event.user for feedback_id in learned for event in store.lineage.events(feedback_id)} == {"ann"}
+    console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_report(report, console)
+    assert "30 votes of users in quarantine" in console.export_text()
+    assert dict(status(data_dir)["lines"])["quarantine"] == (
+        f"ann (the next round leaves their votes out); 30 votes were left out of {report.round_id}"
+    )
+    # Others in quarantine are other votes: no vote is new, and there is something to learn all the same.
+    store.quarantine.lift("ann", actor="operator", reason="")
+    again = run(data_dir)
+    assert (again.metrics["votes"]["choices"], again.metrics["votes"]["quarantined"]) == (110, 0)
+    assert "no new votes" in run(data_dir).sentence
 
 
 def test_one_learner_at_a_time(data_dir: Path) -> None:

@@ -1,0 +1,41 @@
+"""Exact tails of a fair coin and of a Poisson count, and the correction for asking many times. No torch: `learner
+status` uses them."""
+
+import math
+from collections.abc import Sequence
+
+
+def at_most(heads: int, tosses: int) -> float:
+    """P(X <= heads) of a fair coin tossed so often. Whole numbers up to the last division: exact at any size."""
+    ways = total = 1 if heads >= 0 else 0
+    for k in range(1, min(heads, tosses) + 1):
+        ways = ways * (tosses - k + 1) // k
+        total += ways
+    # Two whole numbers are divided rightly even where neither fits a float.
+    return total / (1 << tosses)
+
+
+def either_side(heads: int, tosses: int) -> float:
+    """Two-sided p-value: how likely a fair coin is to come out at least as uneven."""
+    return min(1.0, 2 * at_most(min(heads, tosses - heads), tosses))
+
+
+def at_least(count: int, mean: float) -> float:
+    """P(X >= count) of a Poisson count. Summed from `count` on: one less the rest would cancel far out."""
+    term = total = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+    while term > 1e-17 * total:
+        count += 1
+        term *= mean / count
+        total += term
+    return min(1.0, total)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The same, corrected for their number (Holm 1979): with a level on these, the chance of one false alarm among all
+    is at most that level."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = highest
+    return corrected

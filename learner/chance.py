@@ -30,12 +30,12 @@ def at_least(count: int, mean: float) -> float:
     return min(1.0, total)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float | None]) -> list[float]:
     """The same, corrected for their number (Holm 1979): with a level on these, the chance of one false alarm among all
-    is at most that level."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+    is at most that level. None, where there was nothing to ask, is not counted and becomes 1."""
+    order = sorted((p_value, i) for i, p_value in enumerate(p_values) if p_value is not None)
+    corrected, highest = [1.0] * len(p_values), 0.0
+    for rank, (p_value, i) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p_value))
         corrected[i] = highest
     return corrected

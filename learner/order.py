@@ -16,7 +16,7 @@ KINDS = {"hotter": "the hotter answer", "newer": "the newer version's answer", "
 def order_warnings(slot_order: dict[str, tuple[int, int]]) -> Iterator[str]:
     """A sentence for each kind of answer that stands in A more or less often than a fair coin would put it there;
     `slot_order` has how often it did, and of how many."""
-    p_values = holm([either_side(in_a, comparisons) for in_a, comparisons in slot_order.values()])
+    p_values = holm([either_side(*counts) if counts[1] else None for counts in slot_order.values()])
     for (kind, (in_a, comparisons)), p_value in zip(slot_order.items(), p_values, strict=True):
         if p_value < LEVEL:
             yield (

@@ -88,7 +88,7 @@ def trust(found: Verdicts, significant: float = SIGNIFICANT) -> Tensor:
 def one_sided(found: Verdicts) -> list[float]:
     """The p-value of each voter's share of A, corrected for the number of voters."""
     sides = zip(found.named_a.tolist(), found.sided.tolist(), strict=True)
-    return holm([either_side(int(a), int(sided)) for a, sided in sides])
+    return holm([either_side(int(a), int(sided)) if sided else None for a, sided in sides])
 
 
 def scaled(votes: Votes, factors: Tensor) -> Votes:

@@ -135,7 +135,7 @@ def figures(
     p_values = {
         "too fast": holm([at_least(most, usual) for most in fastest]),
         "one slot": [slots[number[user]] if user in number else 1.0 for user in users],
-        "against the others": holm([at_most(r, h) for r, h in zip(right, heard, strict=True)]),
+        "against the others": holm([at_most(r, h) if h else None for r, h in zip(right, heard, strict=True)]),
     }
     rows = []
     for i, user in enumerate(users):

@@ -28,3 +28,5 @@ def test_asking_many_times_is_paid_for() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
+    # What was not asked costs nothing.
+    assert holm([None, 0.01, None, 0.04]) == pytest.approx([1, 0.02, 1, 0.04])

@@ -8,9 +8,9 @@ from learner.order import order_warnings
 def test_a_biased_order_is_named_and_a_random_one_is_not() -> None:
     assert list(order_warnings({"hotter": (512, 1000), "newer": (9, 20), "chosen": (0, 0)})) == []
     [warning] = order_warnings({"hotter": (512, 1000), "newer": (0, 20), "chosen": (0, 0)})
-    # 3 * 2 / 2^20.
+    # Two that were asked, two sides, 2^20 ways.
     assert warning == (
-        "The order of answers is not random: the newer version's answer was A in 0 of 20 comparisons (p = 6e-06)."
+        "The order of answers is not random: the newer version's answer was A in 0 of 20 comparisons (p = 4e-06)."
     )
     # Too many in A, as well.
     assert "the hotter answer was A in 600 of 1000" in next(iter(order_warnings({"hotter": (600, 1000)})))

@@ -95,13 +95,15 @@ class Reader:
 
     def features(self, dataset: Dataset) -> Tensor:
         """(N, F) of the dataset's answers."""
+        if not dataset.answers:
+            return torch.zeros(0, 0)
         with closing(FeatureCache.open(self._settings.data_dir / "cache", self._cache_key, self.layers)) as cache:
             return cache.get(dataset.answers, self._model, self.layers, self._settings.ppo.micro_batch, lambda n: None)
 
     def weights(self, dataset: Dataset) -> dict[str, float]:
         """Each user's share of all votes' weight, as a round would have it."""
         reward, generator = self._settings.reward, torch.Generator().manual_seed(self._settings.seed)
-        if reward.weigh_voters and len(dataset.votes):
+        if reward.weigh_voters:
             dataset, _ = weigh_voters(dataset, self.features(dataset), self.layers, reward, generator)
         weight = torch.cat([dataset.votes.choice_weight, dataset.votes.thumb_weight])
         totals = torch.zeros(len(dataset.users)).scatter_add_(0, dataset.voters, weight)

@@ -112,6 +112,26 @@ def test_the_command_reads_what_no_round_has_read(data_dir: Path) -> None:
     assert "ann" in runner.invoke(app, ["users", "--data-dir", str(data_dir)]).stdout
 
 
+def test_few_votes_are_shown_and_not_compared(data_dir: Path) -> None:
+    store = FeedbackStore.open(data_dir)
+    for vote in store.feedback("ann", 100):
+        store.retract_feedback("ann", vote.id)
+    assert "Nobody has voted yet." in runner.invoke(app, ["users", "--data-dir", str(data_dir)]).stdout
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    store.submit_demonstration("bob", messages)
+    result = runner.invoke(app, ["users", "--data-dir", str(data_dir), "--json"])
+    assert [(row["user"], row["verdicts"], row["weight_share"]) for row in json.loads(result.stdout)] == [("bob", 0, 0)]
+    store.submit_thumb("ann", store.comparison("ann", first_comparison(store)).a.id, up=True)
+    store.close()
+    result = runner.invoke(app, ["users", "--data-dir", str(data_dir), "--json"])
+    rows = {row["user"]: row for row in json.loads(result.stdout)}
+    assert (rows["ann"]["verdicts"], rows["ann"]["weight_share"], rows["bob"]["weight_share"]) == (0, 1.0, 0.0)
+
+
+def first_comparison(store: FeedbackStore) -> str:
+    return str(store._db.rows("SELECT id FROM comparisons ORDER BY rowid")[0]["id"])
+
+
 def test_the_command_without_votes_or_a_reference_is_a_sentence(tmp_path: Path) -> None:
     FeedbackStore.open(tmp_path).close()
     result = runner.invoke(app, ["users", "--data-dir", str(tmp_path)])

@@ -19,16 +19,19 @@ def print_users(users: list[UserFigures], console: Console) -> None:
         return
     shown = [user for row, user in enumerate(users) if row < ROWS or user.suspicions or user.quarantined]
     table = Table(title=f"{len(users)} users, {sum(bool(user.suspicions) for user in users)} suspicious")
-    for name in ("user", *KINDS, "a minute", "names A", "foreseen", "weight", "why"):
-        table.add_column(name, overflow="fold", justify="left" if name in ("user", "why") else "right")
+    for name in ("user", "votes"):
+        table.add_column(name, overflow="fold")
+    for name in ("a minute", "A", "foreseen", "weight"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why")
     for user in shown:
         table.add_row(
             escape(user.user),
-            *(str(user.votes[kind]) for kind in KINDS),
+            ", ".join(f"{user.votes[kind]} {kind}" for kind in KINDS if user.votes[kind]),
             str(user.fastest_minute),
             _share(user.share_of_a),
             _share(user.agreement),
-            f"{user.weight_share:.3f}",
+            f"{user.weight_share:.1%}",
             escape(why(user)),
         )
     console.print(table, highlight=False)

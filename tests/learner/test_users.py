@@ -92,6 +92,9 @@ def test_the_table_names_ids_and_reasons_and_counts_the_rest() -> None:
     print_users([*rows, *others], Console(file=text, width=200))
     shown = text.getvalue()
     assert "52 users, 2 suspicious" in shown
+    assert "10 choices " in shown
+    assert "1 thumbs, 1 corrections" in shown
+    assert "25.0%" in shown
     assert "in quarantine since" in shown
     assert "a script" in shown
     assert "12 more; --json has them." in shown

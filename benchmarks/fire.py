@@ -40,7 +40,7 @@ from server.store import FeedbackStore
 
 CLIENTS = 6
 READY_SECONDS = 240
-QUIET = (2.0, 12.0)
+QUIET = (5.0, 20.0)
 VICTIMS = ("server", "engine", "learner")
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "fire.md"
 # Rounds that end within a minute or two, whatever their votes say.

@@ -22,6 +22,7 @@ app = typer.Typer(
 STOPPED = 130
 
 DataDir = Annotated[Optional[Path], typer.Option(help="Everything that is kept. Default: ./data.")]
+Reason = Annotated[str, typer.Option(help="Kept with the version's history.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -80,7 +81,7 @@ def run_once(
 def promote(
     version: Annotated[str, typer.Argument(help="As v0007; a rejected one may be promoted, too.")],
     data_dir: DataDir = None,
-    reason: Annotated[str, typer.Option(help="Kept with the version's history.")] = "",
+    reason: Reason = "",
 ) -> None:
     """Make a version the active one, whatever the gate said of it; who did it and when is kept."""
     settings = _settings_with_data(data_dir)
@@ -93,7 +94,7 @@ def promote(
 def rollback(
     version: Annotated[Optional[str], typer.Argument(help="Default: the one that was active before.")] = None,
     data_dir: DataDir = None,
-    reason: Annotated[str, typer.Option(help="Kept with the version's history.")] = "",
+    reason: Reason = "",
 ) -> None:
     """Go back to a version that was active before; who did it and when is kept."""
     settings = _settings_with_data(data_dir)
@@ -128,15 +129,12 @@ def status(data_dir: DataDir = None, as_json: Json = False) -> None:
     settings = _settings(data_dir=data_dir)
     from learner.status import status as read
 
-    try:
+    def show() -> str:
         found = read(settings.data_dir, settings.duel_user_votes)
-    except ServiceError as error:
-        _fail(str(error))
-    if as_json:
-        print(json.dumps({name: value for name, value in found.items() if name != "lines"}))
-        return
-    for name, sentence in found["lines"]:
-        typer.echo(f"{name:>12}  {sentence}")
+        lines = found.pop("lines")
+        return json.dumps(found) if as_json else "\n".join(f"{name:>12}  {sentence}" for name, sentence in lines)
+
+    _say(show)
 
 
 @app.command()
@@ -185,11 +183,7 @@ def report_round(
     settings = _settings_with_data(data_dir)
     from learner.page import write_report
 
-    try:
-        for path in write_report(settings.data_dir, round_id):
-            typer.echo(path)
-    except ServiceError as error:
-        _fail(str(error))
+    _say(lambda: "\n".join(str(path) for path in write_report(settings.data_dir, round_id)))
 
 
 @app.command("serve-scores")

@@ -115,8 +115,7 @@ class RoundScheduler:
         with closing(FeedbackStore.open(self._data_dir)) as store:
             if store.registry.running_round():
                 return sys.maxsize  # It was stopped: go on with it, whatever came since.
-            learned = store.registry.last_learned()
-            return store.count_votes(after=learned.watermark if learned else 0)
+            return store.count_new_votes()
 
     def _last_round(self) -> tuple[datetime | None, bool]:
         """When the last round began, and whether it was stopped."""

@@ -11,7 +11,7 @@ from server.records import Round
 from server.store import FeedbackStore
 
 
-def status(data_dir: Path, duel_user_votes: int = 10) -> dict[str, Any]:
+def status(data_dir: Path, duel_user_votes: int) -> dict[str, Any]:
     """A record for `--json`; `lines` are (name, sentence) to show."""
     if not (data_dir / "prefloop.db").exists():
         return {"lines": [("served", f"nothing: there is no data in {str(data_dir)!r} yet")]}
@@ -50,7 +50,7 @@ def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
     replicas = store.registry.replicas()
     learned = store.registry.last_learned()
     votes = store.count_votes()
-    waiting = store.count_votes(after=learned.watermark) if learned else votes
+    waiting = store.count_new_votes()
     served = f"{active.version} should be served; " + (
         ", ".join(f"{r.id} has {r.loaded_version}{f' ({r.error})' if r.error else ''}" for r in replicas)
         or "no server is running"

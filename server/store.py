@@ -402,6 +402,11 @@ class FeedbackStore:
         )
         return int(row["votes"])
 
+    def count_new_votes(self) -> int:
+        """How many of these no round has learned from yet."""
+        learned = self.registry.last_learned()
+        return self.count_votes(after=learned.watermark if learned else 0)
+
     def snapshot(
         self, watermark: int | None = None, limit: int | None = None, without: Collection[str] = ()
     ) -> Snapshot:

@@ -99,7 +99,7 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     again = run(data_dir)
     assert again.state == "nothing"
     assert "no new votes" in again.sentence
-    found = status(data_dir)
+    found = status(data_dir, 10)
     assert (found["active_version"], found["votes"], found["new_votes"]) == ("v0001", 80, 0)
 
     console = Console(record=True, width=100, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -118,7 +118,7 @@ def test_the_next_round_meets_the_promoted_version(
     run(data_dir)
     store = opened(data_dir)
     vote(store, AutoModelForCausalLM.from_pretrained(model_directory).eval(), 60, low_words, seed=1)
-    assert status(data_dir)["new_votes"] == 60
+    assert status(data_dir, 10)["new_votes"] == 60
     report = run(data_dir)
     assert (report.state, report.incumbent_version, report.policy_version) == ("promoted", "v0001", "v0002")
     assert store.registry.policy("v0002").parent_version == "v0001"
@@ -426,7 +426,7 @@ def test_whoever_was_in_quarantine_when_a_round_began_is_left_out(
     console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
     print_report(report, console)
     assert "30 votes of users in quarantine" in console.export_text()
-    assert dict(status(data_dir)["lines"])["quarantine"] == (
+    assert dict(status(data_dir, 10)["lines"])["quarantine"] == (
         f"ann (the next round leaves their votes out); 30 votes were left out of {report.round_id}"
     )
     # Others in quarantine are other votes: no vote is new, and there is something to learn all the same.

@@ -29,6 +29,7 @@ from learner.reward_model import RewardModel
 from learner.rollout import Sample, draw_seed, to_rollout
 from learner.training import candidate, check_push
 from learner.workspace import Workspace, spread
+from server.erasing import ANSWERS, keeping, sweep
 from server.records import Prompt
 
 # All versions answer with the same random numbers, which no step of the training had.
@@ -139,12 +140,15 @@ def _promising(work: Workspace, steps: list[int]) -> list[int]:
 
 
 def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, list[Sample]]) -> None:
-    """Every answer that was judged, side by side, for whoever wants to read what changed."""
-    with (work.directory / "answers.jsonl").open("w") as file:
+    """Every answer that was judged, side by side, for whoever wants to read what changed; less what was asked in
+    conversations that were deleted since the round began."""
+    data_dir = work.settings.data_dir
+    with keeping(data_dir), (work.directory / ANSWERS).open("w") as file:
         for row, prompt in enumerate(prompts):
             line = {name: asdict(samples[row]) for name, samples in answers.items()}
             for answer in line.values():
                 del answer["prompt"], answer["logprobs"]
+            # Its conversation first: by that a line goes when the conversation does.
             asked = {
                 "conversation_id": prompt.conversation_id,
                 "prompt": work.decode(prompt.token_ids),
@@ -152,6 +156,7 @@ def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, lis
             }
             json.dump({**asked, **line}, file, ensure_ascii=False)
             file.write("\n")
+    sweep(data_dir)
 
 
 def _log_gate(work: Workspace, verdict: Verdict) -> None:

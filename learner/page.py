@@ -8,6 +8,7 @@ from typing import Any
 
 from learner.curves import draw_curves
 from learner.report import Report, rows
+from server.erasing import ANSWERS, REPORT, keeping, sweep
 from server.errors import FailedPreconditionError
 from server.records import Round
 from server.store import FeedbackStore
@@ -32,13 +33,16 @@ def write_report(data_dir: Path, round_id: str | None = None) -> list[Path]:
     drawn = bool(round_.metrics.get("ppo", {}).get("steps"))
     if drawn:
         draw_curves(round_.metrics, round_.settings["ppo"], picture)
-    page = directory / "report.html"
-    page.write_text(render(round_, picture if drawn else None, _answers(directory, round_)), encoding="utf-8")
+    page = directory / REPORT
+    with keeping(data_dir):
+        page.write_text(render(round_, picture if drawn else None, _answers(directory, round_)), encoding="utf-8")
+    # What it quotes may have been deleted meanwhile, and with that the whole page goes.
+    sweep(data_dir)
     return [picture, page] if drawn else [page]
 
 
 def render(round_: Round, picture: Path | None, answers: list[dict[str, str]]) -> str:
-    """The page. Answers are `prompt`, `before`, `after`; whatever they hold stays text."""
+    """The page. Answers are `conversation_id`, `prompt`, `before`, `after`; whatever they hold stays text."""
     import jinja2
 
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
@@ -56,17 +60,24 @@ def render(round_: Round, picture: Path | None, answers: list[dict[str, str]]) -
         rows=list(rows(report)),
         picture=picture and base64.b64encode(picture.read_bytes()).decode(),
         answers=answers,
+        conversations=" ".join(answer["conversation_id"] for answer in answers if answer["conversation_id"]),
         settings=json.dumps(round_.settings, indent=2),
         versions=round_.metrics.get("versions", {}),
     )
 
 
 def _answers(directory: Path, round_: Round) -> list[dict[str, str]]:
-    kept = directory / "answers.jsonl"
+    kept = directory / ANSWERS
     if "gate" not in round_.metrics or not kept.exists():
         return []
     chosen = f"step {round_.metrics['gate']['chosen']['step']}"
     lines: list[dict[str, Any]] = [json.loads(line) for line in kept.read_text().splitlines()[:SHOWN]]
     return [
-        {"prompt": line["prompt"], "before": line["incumbent"]["text"], "after": line[chosen]["text"]} for line in lines
+        {
+            "conversation_id": line["conversation_id"],
+            "prompt": line["prompt"],
+            "before": line["incumbent"]["text"],
+            "after": line[chosen]["text"],
+        }
+        for line in lines
     ]

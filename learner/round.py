@@ -33,6 +33,7 @@ from learner.settings import LearnerSettings
 from learner.training import StepFigures, train
 from learner.versions import versions
 from learner.workspace import Workspace, json_safe, nan_for_none, spread
+from server.erasing import cache_directory, sweep
 from server.records import Lease, Round
 from server.store import FeedbackStore
 
@@ -152,12 +153,16 @@ def load_feedback(work: Workspace) -> Dataset:
 
 def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
     """(N, F) of every voted answer, from the cache or the reference."""
+    directory = cache_directory(work.settings.data_dir, work.snapshot.deletions)
     with (
-        closing(FeatureCache.open(work.settings.data_dir / "cache", work.reference_sha256, work.layers)) as cache,
+        closing(FeatureCache.open(directory, work.reference_sha256, work.layers)) as cache,
         work.policy.reference() as reference,
         work.stages.stage("features", "reading the voted answers", len(dataset.answers)) as advance,
     ):
-        return cache.get(dataset.answers, reference, work.layers, work.settings.ppo.micro_batch, advance)
+        features = cache.get(dataset.answers, reference, work.layers, work.settings.ppo.micro_batch, advance)
+    # One of them may have been deleted meanwhile.
+    sweep(work.settings.data_dir)
+    return features
 
 
 def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTest:

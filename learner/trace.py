@@ -63,21 +63,21 @@ def trace_vote(data_dir: Path, feedback_id: str) -> Trace:
             raise NotFoundError("feedback", feedback_id)
         sides = store.lineage.rounds_of(feedback_id)
         rounds = [store.registry.round(round_id) for round_id in sides]
-        policies = store.registry.policies()
-        inherited = {p.version for p in policies if p.round_id and _start(store.registry.round(p.round_id)) == "active"}
+        carriers = {round_.id: store.lineage.carriers([round_.id]) for round_ in rounds}
     carried: list[dict[str, Any]] = [
         {
             "round_id": round_.id,
             "side": sides[round_.id],
             "saw": seen.value if (seen := _seen(events, round_)) else None,
             "reward_model_version": round_.reward_model_version,
-            "versions": _carriers(policies, inherited, round_.id),
+            "versions": carriers[round_.id],
         }
         for round_ in rounds
     ]
     record = {"feedback_id": feedback_id, "events": [vars(event) for event in events], "rounds": carried}
     first = events[0]
-    lines = [f"{feedback_id}  {first.kind} of {first.user} on {first.comparison_id or first.response_id or 'its own'}"]
+    who = first.user or "somebody who was forgotten"
+    lines = [f"{feedback_id}  {first.kind} of {who} on {first.comparison_id or first.response_id or 'its own'}"]
     for event in events:
         content = "" if event.action != "submit" else f" {'(deleted)' if event.value is None else event.value[:60]}"
         lines.append(f"       {_time(event.create_time)}  {event.action}{content}")
@@ -130,15 +130,6 @@ def _with_ancestors(store: FeedbackStore, policy: Policy) -> Iterator[Policy]:
         if _start(store.registry.round(policy.round_id)) != "active":
             return
         policy = store.registry.policy(policy.parent_version)
-
-
-def _carriers(policies: list[Policy], inherited: set[str], round_id: str) -> dict[str, str]:
-    """The state of each version that a round's votes are in: its own, and those that started from it."""
-    found: dict[str, str] = {}
-    for policy in reversed(policies):  # Oldest first: a parent comes before its children.
-        if policy.round_id == round_id or (policy.version in inherited and policy.parent_version in found):
-            found[policy.version] = policy.state
-    return found
 
 
 def _start(round_: Round) -> str:

@@ -27,6 +27,8 @@ ROLES: dict[str, Role | None] = {
     "/prefloop.v1.FeedbackService/SubmitDemonstration": "user",
     "/prefloop.v1.FeedbackService/RetractFeedback": "user",
     "/prefloop.v1.FeedbackService/ListFeedback": "user",
+    "/prefloop.v1.AccountService/ForgetUser": "user",
+    "/prefloop.v1.AccountService/ExportUser": "user",
     "/prefloop.v1.PolicyService/GetActivePolicy": "operator",
     "/prefloop.v1.PolicyService/ListPolicies": "operator",
     "/prefloop.v1.PolicyService/ActivatePolicy": "operator",

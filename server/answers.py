@@ -16,6 +16,7 @@ from server.policy import Policy, Sampling, Stream
 from server.records import Generation
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
+from server.trouble import trouble
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +112,9 @@ class Answers:
     async def _finish(self, response_id: str, stream: Stream) -> Generation:
         try:
             generation = await stream.finish()
-        except Exception:
+        except Exception as error:
             # The caller hears of the engine's end from the stream itself; here it must not cost the answer.
-            log.exception("an answer could not be finished; storing what there is of it")
+            log.error("an answer could not be finished; storing what there is of it\n%s", trouble(error))
             generation = stream.fail()
         await self._store(lambda store: store.finish_response(response_id, generation))
         return generation

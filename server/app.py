@@ -13,12 +13,24 @@ from typing import NoReturn
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc, policy_pb2, policy_pb2_grpc
+from prefloop.v1 import (
+    account_pb2,
+    account_pb2_grpc,
+    chat_pb2,
+    chat_pb2_grpc,
+    feedback_pb2,
+    feedback_pb2_grpc,
+    policy_pb2,
+    policy_pb2_grpc,
+)
 
 from server import metrics
 from server.access import Access
+from server.account import AccountService
+from server.calls import Calls
 from server.chat import ChatService
 from server.edge import Edge
+from server.eraser import TIDY_SECONDS, Eraser
 from server.errors import ServiceError
 from server.feedback import FeedbackService
 from server.follower import HEARTBEAT_SECONDS, Follower
@@ -42,6 +54,7 @@ SERVICES = [
         (chat_pb2.DESCRIPTOR, "ChatService"),
         (feedback_pb2.DESCRIPTOR, "FeedbackService"),
         (policy_pb2.DESCRIPTOR, "PolicyService"),
+        (account_pb2.DESCRIPTOR, "AccountService"),
     )
 ]
 PROBE_SECONDS = 2.0
@@ -71,7 +84,8 @@ class App:
         self._store = store
         self._access = Access(store, keys_needed=settings.host not in LOOPBACK)
         limits = Limits(settings.user_rate, settings.user_calls, settings.max_streams + settings.max_waiting)
-        edge = Edge(self._access, limits, validator(settings), settings.call_seconds)
+        self._calls = Calls()
+        edge = Edge(self._access, limits, self._calls, validator(settings), settings.call_seconds)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[edge],
@@ -97,10 +111,13 @@ class App:
             if settings.serve_adapters and settings.duel_alpha
             else None
         )
-        self._chat = ChatService(self._store, policy, settings, replica_id, self._planner, self._referee)
+        self._eraser = Eraser(self._store, settings.data_dir, settings.retention_days)
+        self._chat = ChatService(self._store, policy, settings, replica_id, self._eraser, self._planner, self._referee)
+        self._account = AccountService(self._store, self._access, self._calls, self._eraser)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, self._server)
         feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(FeedbackService(self._store), self._server)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(self._store, self._follower), self._server)
+        account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         await self._store(lambda store: store.fail_interrupted_responses(replica_id, starting=True))
@@ -115,6 +132,7 @@ class App:
         self._repeat(self._fail_interrupted, SELDOM_SECONDS, "answers of servers that ended could not be marked")
         if settings.hang_seconds:
             self._repeat(self._follower.probe, PROBE_SECONDS, "the engine could not be asked whether it hangs")
+        self._repeat(self._eraser.tidy, TIDY_SECONDS, "what was deleted could not be tidied up")
         if self._referee:
             self._repeat(self._referee.look, poll, "the votes on two versions could not be looked at")
         await self._server.start()
@@ -125,6 +143,7 @@ class App:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
         await self._chat.drain()
+        await self._account.drain()
         if self._planner:
             await self._planner.close()
         for task in self._tasks:

@@ -16,6 +16,7 @@ from prefloop.v1 import chat_pb2, chat_pb2_grpc
 
 from server import convert
 from server.answers import Answers, Begun
+from server.eraser import Eraser
 from server.errors import FailedPreconditionError
 from server.identity import current_user
 from server.locks import KeyedLocks
@@ -42,6 +43,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         policy: Policy,
         settings: ServerSettings,
         replica_id: str,
+        eraser: Eraser,
         planner: Planner | None = None,
         referee: Referee | None = None,
     ) -> None:
@@ -49,6 +51,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self._policy = policy
         self._settings = settings
         self._replica_id = replica_id
+        self._eraser = eraser
         self._planner = planner
         self._referee = referee
         self._locks = KeyedLocks()
@@ -175,6 +178,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         user = current_user()
         async with self._locks.hold(request.conversation_id):
             await self._store(lambda store: store.delete_conversation(user, request.conversation_id))
+        await self._eraser.erase()
         return chat_pb2.DeleteConversationResponse()
 
     async def drain(self) -> None:
@@ -284,7 +288,7 @@ def _open_conversation(store: FeedbackStore, user: str, request: chat_pb2.ChatRe
 
 def _remember(store: FeedbackStore, rpc: str, user: str, request: Any, result: str) -> None:
     if request.request_id:
-        store.remember_request(user, rpc, request.request_id, _sha256(request), result.encode())
+        store.remember_request(user, rpc, request.request_id, _sha256(request), result.encode(), result)
 
 
 def _repeat_key(rpc: str, user: str, request: Any) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
@@ -86,7 +86,8 @@ def list_keys(data_dir: DataDir = None) -> None:
     with _store(data_dir) as store:
         for key in store.keys.all():
             revoked = f"revoked {_date(key.revoke_time)}" if key.revoke_time else ""
-            typer.echo(f"{key.id}  {key.role:8}  {key.user:20}  made {_date(key.create_time)}  {revoked}".rstrip())
+            user = key.user or "(forgotten)"
+            typer.echo(f"{key.id}  {key.role:8}  {user:20}  made {_date(key.create_time)}  {revoked}".rstrip())
 
 
 @keys_app.command()
@@ -97,6 +98,52 @@ def revoke(
     """Make a key useless. A running server refuses it at once."""
     with _store(data_dir) as store:
         store.keys.revoke(key_id)
+
+
+@app.command("forget-user")
+def forget_user(
+    user: Annotated[str, typer.Argument(help="The user's name.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Remove everything that is kept of a user for good, also while a server runs, and rewrite the database.
+
+    Weights that learned from them stay as they are; it says which."""
+    from server.operation import forget
+
+    settings = _settings(data_dir=data_dir)
+    with _store(data_dir) as store:
+        kept = store.forgetting.look(user)
+        typer.echo(f"{user}: {kept.conversations} conversations, {kept.votes} votes, and their keys.")
+        if not yes:
+            typer.confirm("Remove them for good?", abort=True)
+        for line in forget(store, settings.data_dir, user, settings.poll_seconds):
+            _say(line)
+
+
+@app.command("export-user")
+def export_user(
+    user: Annotated[str, typer.Argument(help="The user's name.")],
+    out: Annotated[Optional[Path], typer.Option(help="A file instead of stdout.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Write everything that is kept of a user as JSON lines, each an ExportUserResponse."""
+    from google.protobuf.json_format import MessageToJson
+
+    from server.export import export
+
+    with _store(data_dir) as store, out.open("w") if out else nullcontext(sys.stdout) as file:
+        for part in export(store, user):
+            file.write(MessageToJson(part, preserving_proto_field_name=True, indent=None, ensure_ascii=False) + "\n")
+
+
+@app.command("compact")
+def compact_data(data_dir: DataDir = None) -> None:
+    """Rewrite the database, which drops what deleted rows left in its file. Writes wait meanwhile."""
+    from server.operation import compact
+
+    with _store(data_dir):
+        _say(compact(_settings(data_dir=data_dir).data_dir))
 
 
 def _settings(**flags: Any) -> "ServerSettings":

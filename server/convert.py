@@ -5,10 +5,11 @@ import json
 from typing import Any
 
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
-from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
+from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server import records
 from server.errors import InvalidArgumentError
+from server.keys import Key
 
 DEFAULT_PAGE_SIZE = 50
 
@@ -181,3 +182,28 @@ def round_(record: records.Round) -> policy_pb2.Round:
         create_time=timestamp(record.create_time),
         finish_time=timestamp(record.finish_time) if record.finish_time else None,
     )
+
+
+def key(record: Key) -> account_pb2.Key:
+    return account_pb2.Key(
+        key_id=record.id,
+        role=record.role,
+        create_time=timestamp(record.create_time),
+        revoke_time=timestamp(record.revoke_time) if record.revoke_time else None,
+    )
+
+
+def repeated_request(record: records.RepeatedRequest) -> account_pb2.RepeatedRequest:
+    return account_pb2.RepeatedRequest(
+        rpc=record.rpc, request_id=record.request_id, create_time=timestamp(record.create_time)
+    )
+
+
+def policy_move(record: records.PointerEvent) -> account_pb2.PolicyMove:
+    return account_pb2.PolicyMove(
+        version=record.version, action=record.action, reason=record.reason, create_time=timestamp(record.create_time)
+    )
+
+
+def quarantine(record: records.QuarantineEvent) -> account_pb2.Quarantine:
+    return account_pb2.Quarantine(action=record.action, reason=record.reason, create_time=timestamp(record.create_time))

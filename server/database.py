@@ -2,9 +2,10 @@
 
 `write()` is atomic and durable: when it returns, a power cut keeps what was written; inside a `group()`, when that
 returns. Two processes may write; the later one waits up to `BUSY_TIMEOUT_MS`. A connection belongs to one thread at a
-time.
+time. What is deleted or replaced is overwritten with zeros.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from server.failpoints import failpoint
 from server.migrations import known_migrations, migrations
 
 BUSY_TIMEOUT_MS = 10_000
+# How long the log is tried to be emptied, and how long one try may hold up writers while somebody reads.
+EMPTY_SECONDS = 2.0
+EMPTY_TIMEOUT_MS = 50
 # Older releases can lose a commit when two connections reset the WAL (fixed in 3.51.3, 3.50.7 and 3.44.6).
 MINIMUM_SQLITE = (3, 51, 3)
 
@@ -41,6 +45,7 @@ class Database:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA secure_delete = ON")
             self._db = sqlite_utils.Database(connection, recursive_triggers=False)
             self._writing = self._grouped = False
             self._lost: BaseException | None = None
@@ -154,6 +159,24 @@ class Database:
             [found] = copy.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":
             raise DataDirectoryError(f"The database is damaged: {found}.")
+
+    def rewrite(self) -> None:
+        """Writes the whole file anew, free of what deleted rows left in it. Writers wait, and it takes as much memory
+        as the file is long: pysqlite3 is built to keep there what is temporary."""
+        self._db.conn.execute("VACUUM")
+
+    def empty_log(self, seconds: float = EMPTY_SECONDS) -> bool:
+        """Moves the log (`-wal`) into the file and cuts it to nothing; False where others kept reading all the time."""
+        deadline = time.monotonic() + seconds
+        self._db.conn.execute(f"PRAGMA busy_timeout = {EMPTY_TIMEOUT_MS}")
+        try:
+            while self._db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(EMPTY_TIMEOUT_MS / 1000)
+            return True
+        finally:
+            self._db.conn.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
 
     def close(self) -> None:
         self._db.close()

@@ -16,11 +16,13 @@ from google.rpc import code_pb2
 from grpc_status import rpc_status
 
 from server.access import Access
+from server.calls import Calls
 from server.errors import DeadlineExceededError, InvalidArgumentError, ServiceError
 from server.identity import Caller, calling
 from server.limits import Limits
 from server.observation import CALL_ID, observed
 from server.status import to_status
+from server.trouble import trouble
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +38,11 @@ class Edge(grpc.aio.ServerInterceptor):
     """Admits calls, hands them to their handlers, and turns exceptions into statuses."""
 
     def __init__(
-        self, access: Access, limits: Limits, validate: Callable[[Message], None], call_seconds: float
+        self, access: Access, limits: Limits, calls: Calls, validate: Callable[[Message], None], call_seconds: float
     ) -> None:
         self._access = access
         self._limits = limits
+        self._calls = calls
         self._validate = validate
         self._call_seconds = call_seconds
 
@@ -57,24 +60,26 @@ class Edge(grpc.aio.ServerInterceptor):
         if caller is None or method.startswith(OTHERS):
             return handler
         if handler.response_streaming:
-            call = self._guard(handler.unary_stream, handler.request_deserializer, method, caller)
+            call = self._guard(handler.unary_stream, handler.request_deserializer, handler_call_details, caller)
             return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
-        call = self._guard(handler.unary_unary, handler.request_deserializer, method, caller)
+        call = self._guard(handler.unary_unary, handler.request_deserializer, handler_call_details, caller)
         return grpc.stream_unary_rpc_method_handler(call, None, handler.response_serializer)
 
     def _guard(
         self,
         behaviour: Callable[[Any, Any], Awaitable[Any]],
         parse: Callable[[bytes], Message],
-        method: str,
+        details: grpc.HandlerCallDetails,
         caller: Caller,
     ) -> Answer:
         # Streaming handlers write to their context too, so one guard serves both kinds.
         async def answer(requests: AsyncIterator[bytes], context: Any) -> Any:
-            with self._limits.admit(caller, method), calling(caller):
+            with self._limits.admit(caller, details.method), calling(caller), self._calls.open(caller.user):
                 try:
                     async with asyncio.timeout(MESSAGE_SECONDS) as limit:
                         request = await _request(requests, parse)
+                        # The message may come long after the call; a key that was revoked meanwhile is one.
+                        self._access.caller(details.method, details.invocation_metadata)
                         self._validate(request)
                         limit.reschedule(asyncio.get_running_loop().time() + self._call_seconds)
                         return await behaviour(request, context)
@@ -83,7 +88,7 @@ class Edge(grpc.aio.ServerInterceptor):
                         raise DeadlineExceededError("The call or its message took longer than allowed.") from error
                     raise
 
-        return _watched(method, answer)
+        return _watched(details.method, answer)
 
 
 async def _request(requests: AsyncIterator[bytes], parse: Callable[[bytes], Message]) -> Message:
@@ -117,7 +122,7 @@ def _watched(method: str, answer: Answer) -> Answer:
                 status = to_status(error, seen.call_id)
                 seen.code = code_pb2.Code.Name(status.code)
                 if not isinstance(error, ServiceError):
-                    log.error("%s", status.message, exc_info=error)
+                    log.error("%s\n%s", status.message, trouble(error))
                 rich = rpc_status.to_status(status)
                 await context.abort(rich.code, rich.details, (*rich.trailing_metadata, (CALL_ID, seen.call_id)))
 

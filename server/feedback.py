@@ -99,7 +99,8 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
                 vote = submit(store, user)
                 result = convert.feedback(vote).SerializeToString()
                 if request.request_id:
-                    store.remember_request(user, rpc, request.request_id, body, result)
+                    about = vote.response_id or vote.comparison_id
+                    store.remember_request(user, rpc, request.request_id, body, result, about)
                 return result, vote
 
         result, vote = await self._store(work)

@@ -34,6 +34,11 @@ def calling(caller: Caller) -> Iterator[None]:
         _caller.reset(token)
 
 
+def current_caller() -> Caller:
+    """Who calls. Raises LookupError outside of a call."""
+    return _caller.get()
+
+
 def current_user() -> str:
     """The caller's user name. Raises LookupError outside of a call."""
     return _caller.get().user

@@ -22,7 +22,7 @@ USER_NAME = re.compile(r"[\x21-\x7e]{1,128}")
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of a key; never its secret."""
+    """What is known of a key; never its secret. `user` is empty where that person was forgotten."""
 
     id: str
     user: str
@@ -69,6 +69,15 @@ class Keys:
             )
             if not changed:
                 raise NotFoundError("key", key_id)
+
+    def forget(self, user: str) -> None:
+        """Revokes the user's keys, and whose they were and what they hash to is no longer known."""
+        with self._db.write():
+            self._db.execute(
+                "UPDATE keys SET user = '', sha256 = x'', revoke_time = coalesce(revoke_time, unixepoch('subsec')) "
+                "WHERE user = ?",
+                [user],
+            )
 
     def all(self) -> list[Key]:
         """Every key there ever was, oldest first."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from server.database import Database
 from server.duel import Duel
-from server.records import FeedbackEvent, Lease, PointerEvent, Side
+from server.records import Feedback, FeedbackEvent, Lease, PointerEvent, Side
 from server.registry import check_fence
 
 
@@ -40,10 +40,44 @@ class Lineage:
         )
         return {row["round_id"]: row["side"] for row in rows}
 
+    def rounds_trained_on(self, user: str) -> list[str]:
+        """The rounds that trained on a user's votes, oldest first, whatever became of the votes; not those that judged
+        by them alone."""
+        rows = self._db.rows(
+            "SELECT id FROM rounds WHERE id IN (SELECT v.round_id FROM feedback_events e JOIN round_votes v "
+            "USING (feedback_id) WHERE e.user = ? AND v.side = 'train') ORDER BY create_time",
+            [user],
+        )
+        return [row["id"] for row in rows]
+
+    def carriers(self, round_ids: Iterable[str]) -> dict[str, str]:
+        """The state of each version that these rounds' votes are in, oldest first: their own, and those whose rounds
+        started from one."""
+        rounds, found = set(round_ids), dict[str, str]()
+        rows = self._db.rows(
+            "SELECT p.version, p.state, p.round_id, p.parent_version, "
+            "r.settings ->> '$.ppo.start_from' = 'active' AS inherits "
+            "FROM policies p LEFT JOIN rounds r ON r.id = p.round_id ORDER BY p.rowid"
+        )
+        for row in rows:  # A parent comes before its children.
+            if row["round_id"] in rounds or (row["inherits"] and row["parent_version"] in found):
+                found[row["version"]] = row["state"]
+        return found
+
     def events(self, feedback_id: str) -> list[FeedbackEvent]:
         """Everything that happened to a vote, oldest first."""
         rows = self._db.rows("SELECT * FROM feedback_events WHERE feedback_id = ? ORDER BY seq", [feedback_id])
         return [FeedbackEvent(**row) for row in rows]
+
+    def past_feedback(self, user: str) -> list[Feedback]:
+        """What the user's votes were before they were changed or retracted, oldest first."""
+        rows = self._db.rows(
+            "SELECT feedback_id AS id, seq AS event_seq, user, kind, response_id, comparison_id, value, comment, "
+            "create_time FROM feedback_events e WHERE user = ? AND action = 'submit' AND value IS NOT NULL "
+            "AND NOT EXISTS (SELECT 1 FROM feedback WHERE id = e.feedback_id AND event_seq = e.seq) ORDER BY seq",
+            [user],
+        )
+        return [Feedback(**row) for row in rows]
 
     def fate(self, round_id: str, watermark: int) -> dict[str, int]:
         """Of the round's votes, how many were changed, retracted and deleted since it took its snapshot."""

@@ -3,10 +3,14 @@
 Times are seconds since 1970 by the database's clock (`unixepoch('subsec')`).
 """
 
+import re
+
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
 migrations = Migrations("prefloop")
+
+TARGET = re.compile(rb"(?:resp|cmp)_[0-9a-f]{24}")
 
 
 def known_migrations() -> set[str]:
@@ -273,3 +277,31 @@ def m007_quarantine(db: Database) -> None:
         ALTER TABLE rounds ADD COLUMN quarantined TEXT NOT NULL DEFAULT '[]';
         """,
     )
+
+
+@migrations()
+def m008_deletions(db: Database) -> None:
+    """How much was deleted, and whether the file was rewritten since; what a repeated request's answer is about."""
+    _run(
+        db,
+        """
+        CREATE TABLE deletions (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            number INTEGER NOT NULL,
+            rewritten INTEGER NOT NULL
+        ) STRICT;
+        INSERT INTO deletions VALUES (1, 1, 0);
+        ALTER TABLE requests ADD COLUMN target TEXT;
+        CREATE INDEX requests_by_target ON requests (target) WHERE target IS NOT NULL;
+        CREATE INDEX conversations_by_time ON conversations (update_time);
+        CREATE INDEX comparisons_by_response_a ON comparisons (response_a);
+        CREATE INDEX comparisons_by_response_b ON comparisons (response_b);
+        CREATE INDEX feedback_events_by_response ON feedback_events (response_id) WHERE response_id IS NOT NULL;
+        CREATE INDEX feedback_events_by_comparison ON feedback_events (comparison_id) WHERE comparison_id IS NOT NULL;
+        """,
+    )
+    # Requests from before are answered by an id, or by a message that holds one.
+    for row in list(db.query("SELECT user, rpc, request_id, result FROM requests")):
+        if found := TARGET.search(row["result"]):
+            values = [found[0].decode(), row["user"], row["rpc"], row["request_id"]]
+            db.conn.execute("UPDATE requests SET target = ? WHERE user = ? AND rpc = ? AND request_id = ?", values)

@@ -52,7 +52,9 @@ class Planner:
             if len(disputes) != len(candidates):
                 raise ValueError(f"{len(candidates) + 1} answers were sent and {len(response.scores)} scores came")
         except grpc.aio.AioRpcError as error:
-            self._complain(f"{error.code().name} {error.details()}")
+            # Of an exception in that service gRPC tells the text, which may quote what it was asked.
+            details = "" if error.code() is grpc.StatusCode.UNKNOWN else f" {error.details()}"
+            self._complain(f"{error.code().name}{details}")
         except Exception as error:
             self._complain(f"unreadable: {error}")
         else:

@@ -127,6 +127,15 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class RepeatedRequest:
+    """A request that would be answered as before."""
+
+    rpc: str
+    request_id: str
+    create_time: float
+
+
+@dataclass(frozen=True)
 class Conversation:
     """A conversation without its turns."""
 
@@ -195,6 +204,8 @@ class Snapshot:
     thumbs: list[ThumbVote]
     corrections: list[Correction]
     demonstrations: list[Demonstration]
+    # How much had been deleted before it was read.
+    deletions: int = 0
 
     def __len__(self) -> int:
         return len(self.choices) + len(self.thumbs) + len(self.corrections) + len(self.demonstrations)

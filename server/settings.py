@@ -99,6 +99,10 @@ class ServerSettings(BaseSettings):
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="DEBUG has a line for every call.")
     ] = "INFO"
+    retention_days: Annotated[
+        float,
+        Field(ge=0, description="Conversations without a message or vote for so long are deleted; 0 keeps them."),
+    ] = 0.0
     poll_seconds: Annotated[float, Field(gt=0, description="How often the pointer is read.")] = 0.5
     grace_seconds: Annotated[float, Field(ge=0, description="How long open streams may run on after SIGTERM.")] = 30.0
 

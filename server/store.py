@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from server.database import Database, Row
 from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from server.forgetting import Forgetting
 from server.ids import new_id
 from server.keys import Keys
 from server.lineage import Lineage
@@ -34,6 +35,7 @@ from server.records import (
     Generation,
     Kind,
     Prompt,
+    RepeatedRequest,
     Response,
     Slot,
     Snapshot,
@@ -68,7 +70,7 @@ STATUS_OF: dict[str, Status] = {"cancelled": "cancelled", "error": "failed"}
 
 class FeedbackStore:
     """Conversations, responses and votes; `registry` holds policies and rounds, `lineage` what came of what, `keys` who
-    comes in, `quarantine` whose votes are left out. One thread at a time."""
+    comes in, `quarantine` whose votes are left out, `forgetting` removes for good. One thread at a time."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
@@ -76,6 +78,7 @@ class FeedbackStore:
         self.lineage = Lineage(database)
         self.keys = Keys(database)
         self.quarantine = Quarantine(database)
+        self.forgetting = Forgetting(database, self.lineage)
 
     @classmethod
     def open(cls, data_dir: Path) -> "FeedbackStore":
@@ -92,26 +95,39 @@ class FeedbackStore:
     # Repeated requests
 
     def find_request(self, user: str, rpc: str, request_id: str, body_sha256: bytes) -> bytes | None:
-        """What the same request was answered first; None if it is new. Raises on another body under the same id."""
+        """What the same request was answered first; None if it is new. Raises on another body under the same id, and
+        where what the first one made was deleted."""
         row = self._db.row(
             "SELECT body_sha256, result FROM requests WHERE user = ? AND rpc = ? AND request_id = ?",
             [user, rpc, request_id],
         )
         if row is None:
             return None
+        if not row["body_sha256"]:
+            raise FailedPreconditionError("REQUEST_DELETED", "What this request made was deleted.")
         if row["body_sha256"] != body_sha256:
             raise InvalidArgumentError(
                 "request_id", "This request_id was used with another body; make a new one.", "REQUEST_ID_REUSED"
             )
         return bytes(row["result"])
 
-    def remember_request(self, user: str, rpc: str, request_id: str, body_sha256: bytes, result: bytes) -> None:
-        """Keeps the answer for `find_request`. Call it in the transaction that does what was asked."""
+    def remember_request(
+        self, user: str, rpc: str, request_id: str, body_sha256: bytes, result: bytes, target: str | None = None
+    ) -> None:
+        """Keeps the answer, which is about the response or comparison `target`, for `find_request`. Call it in the
+        transaction that does what was asked."""
         self._db.execute(
-            "INSERT INTO requests (user, rpc, request_id, body_sha256, result, create_time) "
-            "VALUES (?, ?, ?, ?, ?, unixepoch('subsec'))",
-            [user, rpc, request_id, body_sha256, result],
+            "INSERT INTO requests (user, rpc, request_id, body_sha256, result, target, create_time) "
+            "VALUES (?, ?, ?, ?, ?, ?, unixepoch('subsec'))",
+            [user, rpc, request_id, body_sha256, result, target],
         )
+
+    def requests(self, user: str) -> list[RepeatedRequest]:
+        """Every request_id of the user's that is kept, oldest first."""
+        rows = self._db.rows(
+            "SELECT rpc, request_id, create_time FROM requests WHERE user = ? ORDER BY create_time", [user]
+        )
+        return [RepeatedRequest(**row) for row in rows]
 
     def transaction(self) -> Any:
         """A context manager: what is written inside becomes durable together or not at all."""
@@ -153,22 +169,10 @@ class FeedbackStore:
         return [Conversation(**row) for row in rows]
 
     def delete_conversation(self, user: str, conversation_id: str) -> None:
-        """Removes the conversation, its answers and its votes; of the votes' events only the fact remains."""
-        self.conversation(user, conversation_id)
+        """Removes the conversation for good. Raises NotFoundError."""
         with self._db.write():
-            votes = self._db.rows(
-                "SELECT f.* FROM feedback f LEFT JOIN responses r ON r.id = f.response_id "
-                "LEFT JOIN comparisons c ON c.id = f.comparison_id WHERE ? IN (r.conversation_id, c.conversation_id)",
-                [conversation_id],
-            )
-            for vote in votes:
-                self._db.execute(
-                    "UPDATE feedback_events SET value = NULL, comment = NULL WHERE feedback_id = ?", [vote["id"]]
-                )
-                self._log_event("delete", vote, self._db.now())
-            # Comparisons first: they hold on to their responses without a cascade.
-            self._db.execute("DELETE FROM comparisons WHERE conversation_id = ?", [conversation_id])
-            self._db.execute("DELETE FROM conversations WHERE id = ?", [conversation_id])
+            self.conversation(user, conversation_id)
+            self.forgetting.conversation(conversation_id)
 
     def turns(self, user: str, conversation_id: str) -> list[Turn]:
         """The conversation in order."""
@@ -412,6 +416,7 @@ class FeedbackStore:
     ) -> Snapshot:
         """Feedback that was current at `watermark` (default: now), less what was deleted since and what users in
         `without` gave: the newest `limit` votes of the others, and every demonstration of theirs."""
+        deletions = self.forgetting.deletions()
         watermark = self.watermark() if watermark is None else watermark
         left_out = json.dumps(list(without))
         # Left out before the limit, or whoever votes most would keep the others out even so.
@@ -465,6 +470,7 @@ class FeedbackStore:
                 Demonstration(event["feedback_id"], event["user"], json.loads(event["value"]), event["create_time"])
                 for event in demonstrations
             ],
+            deletions=deletions,
         )
 
     def prompts(self, before: float | None = None, limit: int | None = None) -> list[Prompt]:

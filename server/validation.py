@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
-from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
+from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server.errors import InvalidArgumentError
 from server.settings import ServerSettings
@@ -111,6 +111,8 @@ def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
         ],
         feedback_pb2.RetractFeedbackRequest: [Field("feedback_id", identifier())],
         feedback_pb2.ListFeedbackRequest: page,
+        account_pb2.ForgetUserRequest: [Field("user", identifier(empty=True))],
+        account_pb2.ExportUserRequest: [Field("user", identifier(empty=True))],
         policy_pb2.GetActivePolicyRequest: [],
         policy_pb2.ListPoliciesRequest: page,
         policy_pb2.ActivatePolicyRequest: [

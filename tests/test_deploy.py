@@ -25,8 +25,6 @@ PROGRAMS = {"server": server, "learner": learner, "chat": chat}
 UNITS = ("prefloop-server.service", "prefloop-learner.service")
 # Where a client's settings are; docs/reference.md has everybody else's.
 CLIENTS = {"PREFLOOP_API_KEY", "PREFLOOP_CA", "PREFLOOP_USER"}
-# Written against, and not there yet.
-NOT_YET = {"server forget-user", "server export-user"}
 
 
 @pytest.fixture(scope="session")
@@ -84,11 +82,6 @@ def commands(root: Path) -> Iterator[str]:
     yield from re.findall(r"`((?:server|learner|chat) [^`.]+)`", page)
 
 
-def test_what_is_there_by_now_is_asked_for(root: Path) -> None:
-    reference = (root / "docs" / "reference.md").read_text()
-    assert {name for name in NOT_YET if f"`{name}`" in reference} == set(), "take it out of NOT_YET"
-
-
 def test_every_variable_is_a_setting(root: Path) -> None:
     known = set(re.findall(r"`(PREFLOOP_\w+)`", (root / "docs" / "reference.md").read_text())) | CLIENTS
     used = {(name, file) for file, text in texts(root).items() for name in re.findall(r"PREFLOOP_\w+", text)}
@@ -107,7 +100,7 @@ def test_every_command_line_is_one(root: Path) -> None:
     found = list(commands(root))
     assert {"server serve", "learner schedule"} <= set(found)
     assert "server backup /backups/2026-11-23" in found
-    for line in set(found) - NOT_YET:
+    for line in set(found):
         check_command(shlex.split(line))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-STORE = ("store", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
+STORE = ("store", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel", "erasing")
 LEARNER_MAY = {f"server.{name}" for name in STORE}
 
 

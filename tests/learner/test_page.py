@@ -35,16 +35,17 @@ def finished(**changes: object) -> Round:
 
 
 def test_what_users_and_models_wrote_stays_text() -> None:
-    page = render(finished(reason=HOSTILE), None, [{"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE}])
+    answer = dict.fromkeys(("conversation_id", "prompt", "before", "after"), HOSTILE)
+    page = render(finished(reason=HOSTILE), None, [answer])
     assert "<script" not in page
     assert "<img" not in page
-    assert page.count("&lt;script&gt;alert(1)") == 4
+    assert page.count("&lt;script&gt;alert(1)") == 5
     assert "default-src 'none'" in page
 
 
 def test_the_page_says_what_and_how(tmp_path: Path) -> None:
     (tmp_path / "report.png").write_bytes(PNG)
-    answers = [{"prompt": "Why?", "before": "long", "after": "short"}]
+    answers = [{"conversation_id": "conv_1", "prompt": "Why?", "before": "long", "after": "short"}]
     page = render(finished(), tmp_path / "report.png", answers)
     for said in (
         "round_1",

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from prefloop.v1 import chat_pb2_grpc, feedback_pb2_grpc, policy_pb2_grpc
+from prefloop.v1 import account_pb2_grpc, chat_pb2_grpc, feedback_pb2_grpc, policy_pb2_grpc
 from safetensors.numpy import save_file
 
 from server.app import App
@@ -33,6 +33,7 @@ class Running:
     def __post_init__(self) -> None:
         self.chat: Any = chat_pb2_grpc.ChatServiceStub(self.channel)
         self.feedback: Any = feedback_pb2_grpc.FeedbackServiceStub(self.channel)
+        self.account: Any = account_pb2_grpc.AccountServiceStub(self.channel)
         self.policies: Any = policy_pb2_grpc.PolicyServiceStub(self.channel)
 
 

@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
+from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server.access import ROLES
 from server.app import SERVICES
@@ -53,7 +53,7 @@ async def locked(tmp_path: Path) -> AsyncIterator[Locked]:
         keys = [await running.store(lambda store, p=person: store.keys.create(*p)) for person in people]
         locked = Locked(running, *map(bearer, keys))
         await until(lambda: listing(running, ()), UNAUTHENTICATED)
-        # The keys come one after the other.
+        # Made last: with it all of them are known.
         await until(lambda: listing(running, locked.operator), grpc.StatusCode.OK)
         yield locked
 
@@ -81,11 +81,11 @@ def call(running: Running, method: str, metadata: Any) -> Any:
     """The RPC with an empty message, which validation would refuse: access is told before that."""
     _, _, name = method.rpartition("/")
     service = next(
-        stub for stub in (running.chat, running.feedback, running.policies) if hasattr(stub, name)
+        stub for stub in (running.chat, running.feedback, running.policies, running.account) if hasattr(stub, name)
     )  # fmt: skip
     descriptor = descriptor_pool.Default().FindMethodByName(method[1:].replace("/", "."))
-    module = {"ChatService": chat_pb2, "FeedbackService": feedback_pb2, "PolicyService": policy_pb2}
-    request = getattr(module[descriptor.containing_service.name], descriptor.input_type.name)()
+    modules = {"Chat": chat_pb2, "Feedback": feedback_pb2, "Policy": policy_pb2, "Account": account_pb2}
+    request = getattr(modules[descriptor.containing_service.name.removesuffix("Service")], descriptor.input_type.name)()
     return getattr(service, name)(request, metadata=metadata, timeout=SECONDS)
 
 

@@ -1,5 +1,6 @@
 """`server serve` where it cannot start: one sentence with what to do, no trace, nothing half made."""
 
+import json
 import os
 import re
 import socket
@@ -8,6 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from server import edge, operation
+from server.database import Database
+from server.store import FeedbackStore
+from tests.server.test_forgetting import thumb, trained
+from tests.server.test_lineage import lease
 
 
 def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -24,6 +31,11 @@ def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def keys(*arguments: str, data_dir: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "server.cli", "keys", *arguments, "--data-dir", str(data_dir)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def server(*arguments: str, data_dir: Path, answer: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server.cli", *arguments, "--data-dir", str(data_dir)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, input=answer)
 
 
 def sentence(result: subprocess.CompletedProcess[str]) -> str:
@@ -107,3 +119,66 @@ def test_a_setting_that_breaks_its_rule(tmp_path: Path) -> None:
     assert said.startswith("server: The setting service_temperature is not valid:")
     said = sentence(serve("--data-dir", str(tmp_path), PREFLOOP_COMPARE_TEMPERATURES="[0.9, 1.0]"))
     assert "must lie on both sides of service_temperature" in said
+
+
+def test_a_person_is_exported_and_forgotten(tmp_path: Path) -> None:
+    assert keys("create", "--user", "ann", data_dir=tmp_path).returncode == 0
+    store = FeedbackStore.open(tmp_path)
+    store.registry.register_reference()
+    conversation_id, vote = thumb(store, "ann")
+    fence = lease(store)
+    trained(store, fence, "v0001", {vote: "train"}, "reference", "v0000")
+    running = store.registry.create_round(store.watermark(), {}, reference_version="v0000", fence=fence)
+    store.lineage.set_round_votes(running.id, [(vote, "train")], fence=fence)
+
+    out = tmp_path / "ann.jsonl"
+    assert server("export-user", "ann", "--out", str(out), data_dir=tmp_path).returncode == 0
+    conversation, key = map(json.loads, out.read_text().splitlines())
+    assert conversation["conversation"]["conversation_id"] == conversation_id
+    assert conversation["conversation"]["turns"][0]["message"] == "hello"
+    assert key["key"]["role"] == "user"
+    assert server("export-user", "ann", data_dir=tmp_path).stdout == out.read_text()
+
+    declined = server("forget-user", "ann", data_dir=tmp_path, answer="n\n")
+    assert declined.returncode == 1
+    assert declined.stdout.startswith("ann: 1 conversations, 1 votes, and their keys.\n")
+    assert len(store.conversations("ann", 9)) == 1
+    assert server("forget-user", "ann", "--yes", data_dir=tmp_path).stdout.splitlines()[1:] == [
+        "Removed.",
+        "Trained on these votes, and as they were: v0001, rm0001.",
+        f"Under way with them: {running.id}; what it publishes is trained on them, too.",
+        "Nothing of what was removed is left in the database's files.",
+    ]
+    assert store.conversations("ann", 9) == []
+    assert "(forgotten)" in keys("list", data_dir=tmp_path).stdout
+    assert server("export-user", "ann", data_dir=tmp_path).stdout == ""
+    assert store.forgetting.rewrite_due() == 0
+    store.close()
+
+
+def test_what_a_running_server_lets_in_meanwhile_is_forgotten_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FeedbackStore.open(tmp_path)
+    store.registry.register_reference()
+    store.registry.report_replica("127.0.0.1:50051", "v0000")
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        store.create_conversation("ann", "just in time")
+
+    monkeypatch.setattr(operation.time, "sleep", sleep)
+    assert list(operation.forget(store, tmp_path, "ann", 0.5))[-1] == operation.EMPTIED
+    assert slept == [12.5]
+    assert operation.LET_IN_SECONDS > edge.MESSAGE_SECONDS
+    assert store.conversations("ann", 9) == []
+    store.close()
+
+
+def test_a_log_that_somebody_reads_is_not_said_to_be_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FeedbackStore.open(tmp_path)
+    store.create_conversation("ann", "hello")
+    monkeypatch.setattr(Database, "empty_log", lambda database: False)
+    assert list(operation.forget(store, tmp_path, "ann", 0.5)) == ["Removed.", operation.NOT_EMPTIED]
+    store.close()

@@ -77,7 +77,7 @@ async def test_an_error_tells_its_id_and_the_log_has_the_rest(running: Running, 
     assert status.details[-1].Unpack(info)
     assert info.request_id == "mine-2"
     messages = [line["message"] for line in lines(written) if line["call_id"] == "mine-2"]
-    assert messages[0] == "Something went wrong in the server; its log says what."
+    assert messages[0].startswith("Something went wrong in the server; its log says what.\nTypeError\n")
     assert messages[1].startswith("Chat INTERNAL 0.0")
 
 

@@ -117,3 +117,18 @@ def test_a_round_from_before_left_nobody_out(tmp_path: Path) -> None:
     assert store.registry.round("round_1").quarantined == []
     assert store.quarantine.current() == {}
     store.close()
+
+
+def test_who_is_forgotten_is_on_no_list(store: FeedbackStore) -> None:
+    thumbs(store, "ann", 1)
+    thumbs(store, "eve", 1)
+    for user in ("ann", "eve"):
+        store.quarantine.set(user, actor="operator bob", reason="too fast")
+    lease = store.registry.acquire_lease("learner", "me", 60.0)
+    assert lease
+    round_ = store.registry.create_round(2, {}, reference_version="v0000", quarantined=["ann", "eve"], fence=lease)
+    while store.forgetting.step("ann"):
+        pass
+    assert store.quarantine.events("ann") == []
+    assert list(store.quarantine.current()) == ["eve"]
+    assert store.registry.round(round_.id).quarantined == ["eve"]

@@ -1,0 +1,46 @@
+"""Everything that is kept of a person, as messages. The token ids that the model read are left out: the same text."""
+
+from collections.abc import Iterator
+
+from prefloop.v1 import account_pb2
+
+from server import convert
+from server.errors import NotFoundError
+from server.records import Conversation
+from server.store import FeedbackStore
+
+# Turns of a conversation in one message: gRPC's clients take 4 MB.
+PART_TURNS = 10
+ALL = -1
+
+
+def export(store: FeedbackStore, user: str) -> Iterator[account_pb2.ExportUserResponse]:
+    """One part after the other, each read when it is asked for."""
+    for record in store.conversations(user, ALL):
+        yield from _conversation(store, record)
+    for vote in store.feedback(user, ALL):
+        if not (vote.response_id or vote.comparison_id):
+            yield account_pb2.ExportUserResponse(feedback=convert.feedback(vote))
+    for vote in store.lineage.past_feedback(user):
+        yield account_pb2.ExportUserResponse(past_feedback=convert.feedback(vote))
+    for key in store.keys.all():
+        if key.user == user:
+            yield account_pb2.ExportUserResponse(key=convert.key(key))
+    for request in store.requests(user):
+        yield account_pb2.ExportUserResponse(repeated_request=convert.repeated_request(request))
+    for word in store.quarantine.events(user):
+        yield account_pb2.ExportUserResponse(quarantine=convert.quarantine(word))
+    for move in store.lineage.moves(ALL):
+        if move.actor == user:
+            yield account_pb2.ExportUserResponse(policy_move=convert.policy_move(move))
+
+
+def _conversation(store: FeedbackStore, record: Conversation) -> Iterator[account_pb2.ExportUserResponse]:
+    try:
+        turns = store.turns(record.user, record.id)
+    except NotFoundError:
+        return  # Deleted since.
+    votes = store.feedback_in(record.user, record.id)
+    for start in range(0, max(len(turns), 1), PART_TURNS):
+        part = convert.conversation(record, turns[start : start + PART_TURNS], votes)
+        yield account_pb2.ExportUserResponse(conversation=part)

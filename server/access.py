@@ -48,11 +48,12 @@ class Access:
     def __init__(self, store: StoreThread, *, keys_needed: bool) -> None:
         self._store = store
         self._keys_needed = keys_needed
-        self._credentials = Credentials({}, closed=True)
+        # Closed until they were read.
+        self._credentials = Credentials({}, closed=True, mark=(-1, -1))
 
     async def refresh(self) -> None:
         """Takes over keys that were made or revoked since."""
-        self._credentials = await self._store(lambda store: store.keys.credentials())
+        self._credentials = await self._store(lambda store: store.keys.credentials(self._credentials))
 
     def caller(self, method: str, metadata: Any) -> Caller | None:
         """Who calls `method` ("/package.Service/Method"); None where anybody may. Raises UnauthenticatedError,

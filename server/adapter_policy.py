@@ -55,7 +55,6 @@ class AdapterPolicy(VllmPolicy):
         log.info("new answers come from %s", version)
 
     async def _prepare(self) -> None:
-        await self._ask(self._engine.collective_rpc("prefloop_end_with_parent"))
         await self._ask(self._engine.update_weight_version(REFERENCE))
 
     def _adapter(self, version: str) -> Any:

@@ -59,6 +59,7 @@ SERVICES = [
 ]
 PROBE_SECONDS = 2.0
 SELDOM_SECONDS = 15.0
+CONNECTION_SECONDS = 3600
 OPTIONS = [
     # A second server on the port must fail, not share it.
     ("grpc.so_reuseport", 0),
@@ -83,13 +84,24 @@ class App:
         self._settings = settings
         self._store = store
         self._access = Access(store, keys_needed=settings.host not in LOOPBACK)
-        limits = Limits(settings.user_rate, settings.user_calls, settings.max_streams + settings.max_waiting)
+        limits = Limits(
+            settings.user_rate,
+            settings.user_calls,
+            settings.max_streams + settings.max_waiting,
+            settings.compare_candidates if settings.scoring_address else 2,
+        )
         self._calls = Calls()
         edge = Edge(self._access, limits, self._calls, validator(settings), settings.call_seconds)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[edge],
-            options=[*OPTIONS, ("grpc.max_allowed_incoming_connections", settings.max_connections)],
+            options=[
+                *OPTIONS,
+                ("grpc.max_allowed_incoming_connections", settings.max_connections),
+                # A client that reads nothing keeps its calls open until its connection ends.
+                ("grpc.max_connection_age_ms", CONNECTION_SECONDS * 1000),
+                ("grpc.max_connection_age_grace_ms", int(settings.call_seconds * 1000) + 60_000),
+            ],
         )
         metrics.ANSWERS_LIMIT.set(settings.max_streams)
         # Before the engine starts, which takes a minute: a port in use should be known at once.
@@ -172,7 +184,8 @@ class App:
             metrics.SERVING.set(alive)
 
     def _bind(self) -> int:
-        settings, address = self._settings, f"{self._settings.host}:{self._settings.port}"
+        settings, host = self._settings, self._settings.host
+        address = f"{f'[{host}]' if ':' in host else host}:{settings.port}"
         try:
             if settings.tls_cert and settings.tls_key:
                 certificates = Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)

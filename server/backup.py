@@ -69,8 +69,15 @@ def _copy_version(source: Path, final: Path) -> str:
         shutil.copytree(source, staging, dirs_exist_ok=True)
         publish(staging, final)
         verify(final)
-    except (OSError, ManifestError) as error:
+    except (OSError, ManifestError):
         for half in (staging, final):
             shutil.rmtree(half, ignore_errors=True)
-        return f"{error}" if isinstance(error, ManifestError) else f"{final.name} could not be read ({error})."
+        # Is it the version, damaged or pruned meanwhile, or the place where it goes, a full disk say?
+        try:
+            verify(source)
+        except ManifestError as error:
+            return f"{error}"
+        except OSError as error:
+            return f"{final.name} could not be read ({error})."
+        raise
     return ""

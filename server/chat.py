@@ -59,7 +59,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def Chat(self, request: chat_pb2.ChatRequest, context: Any) -> None:  # type: ignore[override]
         user = current_user()
-        async with self._locks.hold(_repeat_key("Chat", user, request)), self._locks.hold(request.conversation_id):
+        async with self._locks.hold(_repeat_key("Chat", user, request)), self._locks.hold(_turn_key(user, request)):
             first, turns = await self._before("Chat", user, request)
             if first:
                 await self._replay_chat(user, first, context.write)
@@ -96,7 +96,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def Compare(self, request: chat_pb2.CompareRequest, context: Any) -> None:  # type: ignore[override]
         user = current_user()
-        async with self._locks.hold(_repeat_key("Compare", user, request)), self._locks.hold(request.conversation_id):
+        async with self._locks.hold(_repeat_key("Compare", user, request)), self._locks.hold(_turn_key(user, request)):
             first, turns = await self._before("Compare", user, request)
             if first:
                 await self._replay_comparison(user, first, context.write)
@@ -176,7 +176,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.DeleteConversationRequest, context: Any
     ) -> chat_pb2.DeleteConversationResponse:
         user = current_user()
-        async with self._locks.hold(request.conversation_id):
+        async with self._locks.hold(_turn_key(user, request)):
             await self._store(lambda store: store.delete_conversation(user, request.conversation_id))
         await self._eraser.erase()
         return chat_pb2.DeleteConversationResponse()
@@ -293,6 +293,11 @@ def _remember(store: FeedbackStore, rpc: str, user: str, request: Any, result: s
 
 def _repeat_key(rpc: str, user: str, request: Any) -> str:
     return json.dumps([rpc, user, request.request_id]) if request.request_id else ""
+
+
+def _turn_key(user: str, request: Any) -> str:
+    """With the user: who does not own the conversation must not wait as if it were there."""
+    return json.dumps([user, request.conversation_id]) if request.conversation_id else ""
 
 
 def _sha256(request: Message) -> bytes:

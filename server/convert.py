@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from typing import Any
 
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
@@ -55,11 +56,19 @@ def page_key(token: str, types: tuple[type, ...]) -> list[Any] | None:
         return None
     try:
         key = json.loads(base64.urlsafe_b64decode(token))
-        if [type(part) for part in key] != list(types):
+        if [type(part) for part in key] != list(types) or not all(_sound(part) for part in key):
             raise ValueError(token)
     except (ValueError, TypeError) as error:
         raise InvalidArgumentError("page_token", "page_token is not one that this RPC gave.") from error
     return list(key)
+
+
+def _sound(part: Any) -> bool:
+    """Whether SQLite takes it: whole numbers of 64 bits, finite ones, and texts that can be written down."""
+    if isinstance(part, str):
+        part.encode()  # Raises UnicodeEncodeError, a ValueError.
+        return True
+    return -(2**63) <= part < 2**63 if isinstance(part, int) else math.isfinite(part)
 
 
 def usage(prompt_token_ids: list[int], token_ids: list[int]) -> chat_pb2.Usage:

@@ -39,7 +39,8 @@ class Database:
                 f"SQLite {sqlite3.sqlite_version} can lose commits; install pysqlite3 with SQLite 3.51.3 or newer."
             )
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            # What users said is nobody else's on this machine.
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             connection = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
             connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
             connection.execute("PRAGMA journal_mode = WAL")

@@ -58,7 +58,7 @@ def start_engine(settings: ServerSettings, directory: Path) -> Any:
         logprobs_mode="processed_logprobs",
         # Sampling must be the model's own distribution: no top-p or top-k from its generation_config.json.
         generation_config="vllm",
-        worker_extension_cls="server.worker.SwapExtension",
+        worker_extension_cls="server.engine_process.SwapExtension",
         enable_lora=settings.serve_adapters,
         max_loras=settings.live_adapters,
         max_lora_rank=settings.adapter_rank,

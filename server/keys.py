@@ -37,6 +37,8 @@ class Credentials:
 
     callers: dict[str, tuple[bytes, Caller]]
     closed: bool
+    # Changes when a key is made or revoked.
+    mark: tuple[int, int] = (0, 0)
 
     def caller(self, key: str) -> Caller | None:
         """Whose key it is; None where it is nobody's."""
@@ -84,11 +86,18 @@ class Keys:
         rows = self._db.rows("SELECT id, user, role, create_time, revoke_time FROM keys ORDER BY create_time, id")
         return [Key(**row) for row in rows]
 
-    def credentials(self) -> Credentials:
-        """The keys that are good now."""
+    def credentials(self, known: Credentials | None = None) -> Credentials:
+        """The keys that are good now; `known`, where nothing changed since that was read."""
+        [row] = self._db.rows(
+            "SELECT coalesce((SELECT max(rowid) FROM keys), 0) AS made, "
+            "(SELECT count(*) FROM keys WHERE revoke_time IS NOT NULL) AS revoked"
+        )
+        mark = (row["made"], row["revoked"])
+        if known and known.mark == mark:
+            return known
         rows = self._db.rows("SELECT id, sha256, user, role FROM keys WHERE revoke_time IS NULL")
         callers = {row["id"]: (row["sha256"], Caller(row["user"], row["role"])) for row in rows}
-        return Credentials(callers, closed=bool(rows or self._db.row("SELECT 1 FROM keys LIMIT 1")))
+        return Credentials(callers, closed=bool(mark[0]), mark=mark)
 
 
 def check_user_name(user: str) -> None:

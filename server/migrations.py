@@ -252,6 +252,7 @@ def m006_keys(db: Database) -> None:
             create_time REAL NOT NULL,
             revoke_time REAL
         ) STRICT;
+        CREATE INDEX keys_revoked ON keys (revoke_time) WHERE revoke_time IS NOT NULL;
         """,
     )
 

@@ -59,7 +59,9 @@ def observed(method: str, metadata: dict[str, Any]) -> Iterator[Observation]:
         seconds = time.perf_counter() - started
         CALLS.labels(rpc, seen.code).inc()
         CALL_SECONDS.labels(rpc).observe(seconds)
-        log.log(logging.DEBUG if seen.code == "OK" else logging.INFO, "%s %s %.3f s", rpc, seen.code, seconds)
+        # What callers do wrong is theirs, and would fill the log of whoever wants it filled; the metrics count it.
+        level = logging.INFO if seen.code in SERVER_ERRORS else logging.DEBUG
+        log.log(level, "%s %s %.3f s", rpc, seen.code, seconds)
         _call_id.reset(token)
 
 

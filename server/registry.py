@@ -15,6 +15,8 @@ from server.ids import new_id
 from server.records import Lease, PointerAction, Policy, Replica, RewardModel, Round
 
 REFERENCE = "v0000"
+# A server without a heartbeat for so long is gone.
+ALIVE_SECONDS = 30.0
 
 
 class Registry:
@@ -180,9 +182,10 @@ class Registry:
                 "UPDATE policies SET prune_time = unixepoch('subsec') WHERE version = ?1 AND prune_time IS NULL "
                 "AND state != 'active' "
                 "AND NOT EXISTS (SELECT 1 FROM policies WHERE reference_version = ?1) "
-                "AND NOT EXISTS (SELECT 1 FROM replicas WHERE loaded_version = ?1) "
+                "AND NOT EXISTS (SELECT 1 FROM replicas WHERE loaded_version = ?1 "
+                "AND unixepoch('subsec') - heartbeat_time <= ?2) "
                 "AND NOT EXISTS (SELECT 1 FROM rounds WHERE state = 'running' AND incumbent_version = ?1)",
-                [version],
+                [version, ALIVE_SECONDS],
             )
             return marked > 0
 
@@ -370,7 +373,7 @@ class Registry:
         with self._db.write():
             self._db.execute("DELETE FROM replicas WHERE id = ?", [replica_id])
 
-    def replicas(self, max_age: float = 30.0) -> list[Replica]:
+    def replicas(self, max_age: float = ALIVE_SECONDS) -> list[Replica]:
         """Servers whose heartbeat is at most `max_age` seconds old."""
         rows = self._db.rows(
             "SELECT *, unixepoch('subsec') - heartbeat_time AS age FROM replicas "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
 from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server.errors import InvalidArgumentError
@@ -113,6 +114,8 @@ def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
         feedback_pb2.ListFeedbackRequest: page,
         account_pb2.ForgetUserRequest: [Field("user", identifier(empty=True))],
         account_pb2.ExportUserRequest: [Field("user", identifier(empty=True))],
+        health_pb2.HealthCheckRequest: [Field("service", identifier(empty=True))],
+        health_pb2.HealthListRequest: [],  # type: ignore[attr-defined]
         policy_pb2.GetActivePolicyRequest: [],
         policy_pb2.ListPoliciesRequest: page,
         policy_pb2.ActivatePolicyRequest: [

@@ -32,6 +32,8 @@ T = TypeVar("T")
 DEAD_POLL_SECONDS = 0.2
 STAGING_POLL_SECONDS = 0.02
 STAGING_TIMEOUT_SECONDS = 300.0
+# The longest that one call takes: the exchange of a large model's weights, sums and all.
+ASK_SECONDS = 300.0
 # The engine's process ends by itself within a second or two; past this it is killed.
 SHUTDOWN_SECONDS = 10.0
 
@@ -62,7 +64,7 @@ class VllmPolicy:
 
     @property
     def alive(self) -> bool:
-        return not self._engine.errored
+        return not (self._engine.errored or self._reviving)
 
     async def start(self) -> None:
         """Makes ready for swaps, labels the first version and samples one token, so that no user waits for warm-up."""
@@ -122,15 +124,15 @@ class VllmPolicy:
 
     async def probe(self, seconds: float) -> bool:
         engine = self._engine
-        if not self.alive or self._reviving:
-            return True
         try:
             async with asyncio.timeout(seconds):
+                # An exchange of large models takes longer, and has its own limit (`_ask`).
+                await self._admitted.wait()
                 await self._ask(engine.collective_rpc("prefloop_ping"))
         except TimeoutError:
-            # Dead, vLLM notices by itself, and ends what waits for it.
-            for process in engine.engine_core.resources.engine_manager.processes:
-                process.kill()
+            if not self._admitted.is_set():
+                return True
+            self._kill(engine)
             return False
         except Exception:
             # It died of something else meanwhile.
@@ -206,7 +208,7 @@ class VllmPolicy:
         self._admitted.clear()
         await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
         log.warning("starting the engine again")
-        self._engine = await asyncio.to_thread(self._start_engine)
+        await self._start_engine_whole()
         self._spare = None
         try:
             await self._prepare()
@@ -225,21 +227,39 @@ class VllmPolicy:
             raise
         self._spare = REFERENCE
 
+    async def _start_engine_whole(self) -> None:
+        """A stop must not leave an engine to nobody, which a thread goes on to start."""
+        starting = asyncio.create_task(asyncio.to_thread(self._start_engine))
+        try:
+            self._engine = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self._engine = await starting
+            raise
+
     async def _prepare(self) -> None:
-        await self._ask(self._engine.collective_rpc("prefloop_end_with_parent"))
         await self._ask(self._engine.collective_rpc("prefloop_prepare"))
         await self._ask(self._engine.update_weight_version(REFERENCE))
 
     async def _ask(self, call: Coroutine[Any, Any, T]) -> T:
-        """What the engine answers. A dead one leaves such calls unanswered: raises RuntimeError then."""
-        answering = asyncio.create_task(call)
+        """What the engine answers. A dead one leaves such calls unanswered: raises RuntimeError then. One that hangs is
+        killed first."""
+        engine, answering = self._engine, asyncio.create_task(call)
+        patience = time.monotonic() + ASK_SECONDS
         try:
             while not (await asyncio.wait([answering], timeout=DEAD_POLL_SECONDS))[0]:
-                if not self.alive:
+                if engine.errored:
                     raise RuntimeError("the engine died")
+                if time.monotonic() > patience:
+                    self._kill(engine)
+                    raise RuntimeError("the engine hung")
             return answering.result()
         finally:
             answering.cancel()
+
+    def _kill(self, engine: Any) -> None:
+        """Of an engine that is dead vLLM takes notice by itself, and ends what waits for it."""
+        for process in engine.engine_core.resources.engine_manager.processes:
+            process.kill()
 
     def _adapter(self, version: str) -> Any:
         """What of vLLM's makes a request's answer come from `version`."""

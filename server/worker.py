@@ -8,9 +8,6 @@ the same exchange again. What landed is compared with digests that were taken of
 """
 
 import copy
-import os
-import select
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,11 +30,6 @@ class SwapExtension:
     model_runner: Any
     vllm_config: Any
     _prefloop_thread: threading.Thread | None = None
-
-    def prefloop_end_with_parent(self) -> None:
-        """Lets the engine's process end when the server's does, however that ends: vLLM's own would wait for ever, with
-        all its memory, for a server that was killed."""
-        threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
 
     def prefloop_ping(self) -> None:
         """An answer between two steps: the engine makes progress."""
@@ -162,13 +154,6 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
         if PACKED in vars(module)
     }
     return {**compute_tensor_digests(model), **packed}
-
-
-def _end_with(parent: int) -> None:
-    process = os.pidfd_open(parent)
-    # Readable once the process has ended.
-    select.select([process], [], [])
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def second_model(first: torch.nn.Module, config: Any) -> torch.nn.Module:

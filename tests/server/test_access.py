@@ -158,6 +158,22 @@ async def test_what_is_somebody_elses_is_not_there(locked: Locked) -> None:
     assert list(listed.feedback) == []
 
 
+async def test_nobody_learns_that_a_conversation_is_being_answered(locked: Locked) -> None:
+    locked.running.policy.hold_after = 1
+    call = locked.running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=locked.ann)
+    hers = (await call.read()).started.conversation_id
+    for request, rpc in (
+        (chat_pb2.ChatRequest(message="hi", conversation_id=hers), locked.running.chat.Chat),
+        (chat_pb2.DeleteConversationRequest(conversation_id=hers), locked.running.chat.DeleteConversation),
+    ):
+        # At once, and not when her answer has ended.
+        assert await failure(rpc(request, metadata=locked.bob, timeout=SECONDS)) == grpc.StatusCode.NOT_FOUND
+    locked.running.policy.go_on.set()
+    while (event := await call.read()).WhichOneof("event") != "finished":
+        pass
+    assert event.finished.text == "one two three four "
+
+
 async def test_an_x_user_id_means_nothing_beside_a_key(locked: Locked) -> None:
     await chat(locked.running, user=(*locked.ann, ("x-user-id", "bob")))
     listed = await locked.running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=locked.bob)
@@ -182,15 +198,20 @@ async def test_health_is_for_everybody_watching_it_and_reflection_are_not(locked
     reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
     asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
     assert await failure(reflection.ServerReflectionInfo(iter(asked), timeout=SECONDS)) == UNAUTHENTICATED
+    spoilt = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+    assert await failure(spoilt(iter([b"\xff"]), metadata=locked.ann)) == grpc.StatusCode.INVALID_ARGUMENT
     answers = reflection.ServerReflectionInfo(iter(asked), metadata=locked.ann, timeout=SECONDS)
     names = {service.name async for answer in answers for service in answer.list_services_response.service}
     assert set(SERVICES) <= names
 
 
 def test_only_a_hash_of_a_key_is_kept(store: FeedbackStore, tmp_path: Path) -> None:
-    assert store.keys.credentials() == Credentials({}, closed=False)
+    none = store.keys.credentials()
+    assert none == Credentials({}, closed=False)
+    assert store.keys.credentials(none) is none
     key = store.keys.create("ann", "user")
-    credentials = store.keys.credentials()
+    credentials = store.keys.credentials(none)
+    assert store.keys.credentials(credentials) is credentials
     assert credentials.caller(key) == Caller("ann", "user")
     assert [credentials.caller(wrong) for wrong in ("", key[:-1], key + "A", key.partition(".")[0], "." + key)] == [
         None
@@ -201,7 +222,7 @@ def test_only_a_hash_of_a_key_is_kept(store: FeedbackStore, tmp_path: Path) -> N
     revoked = store.keys.all()[0].revoke_time
     store.keys.revoke(kept.id)
     assert store.keys.all()[0].revoke_time == revoked
-    assert store.keys.credentials() == Credentials({}, closed=True)
+    assert store.keys.credentials(credentials) == Credentials({}, closed=True, mark=(1, 1))
     with pytest.raises(NotFoundError):
         store.keys.revoke("key_none")
     for name in ("", "a b", "ä", "a" * 129):

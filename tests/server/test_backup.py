@@ -1,5 +1,6 @@
 """A backup: every vote that was acknowledged before it, every version its database names, or no backup at all."""
 
+import errno
 import shutil
 import sqlite3
 import subprocess
@@ -213,6 +214,18 @@ def test_the_command(data_dir: Path, tmp_path: Path) -> None:
     status, said = run(str(tmp_path / "less"), *source)
     assert status == 1
     assert said.startswith(
-        f"backed up to {tmp_path / 'less'}\nserver: The backup lacks what is damaged. v0001 could not"
+        f"backed up to {tmp_path / 'less'}\nserver: The backup lacks what is damaged. v0001 has no manifest.json"
     )
     assert votes(tmp_path / "less") == votes(data_dir)
+
+
+def test_a_place_that_cannot_be_written_is_no_damage(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, destination: Path, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(destination))
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(DataDirectoryError, match=r"could not be made: .*No space left on device"):
+        back_up(data_dir, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

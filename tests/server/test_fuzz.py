@@ -17,6 +17,7 @@ from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 from prefloop.v1 import chat_pb2, feedback_pb2
 
 from server.access import ROLES
+from server.convert import page_token
 from tests.server.conftest import Running, running_server
 from tests.server.test_rpcs import ANN, BOB, chat, compare
 
@@ -32,7 +33,10 @@ THEIRS = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
+# Tokens of pages as we make them, with what we do not put there.
+TOKENS = [page_token(key) for key in ([2**70], [-1], ["\ud800"], [1.0, "\ud800"], [float("nan"), "x"], [1e308, "x"])]
 TEXTS = [
+    *TOKENS,
     "",
     " ",
     "a",

@@ -3,12 +3,14 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 from prefloop.v1 import chat_pb2, feedback_pb2
 
@@ -62,6 +64,13 @@ def test_answers_are_counted_over_all_users_a_comparison_as_two() -> None:
         with limits.admit(BEN, CHAT):
             assert admitted(limits, BEN, CHAT) == "QUEUE_FULL"
     assert admitted(limits, BEN, COMPARE) == ""
+
+
+def test_a_planned_comparison_counts_as_what_it_samples() -> None:
+    limits = Limits(100, user_calls=9, answers=7, compared=4)
+    with limits.admit(ANNA, COMPARE):
+        assert admitted(limits, BEN, COMPARE) == "QUEUE_FULL"
+        assert admitted(limits, BEN, CHAT) == ""
 
 
 def test_a_call_that_failed_is_no_longer_counted() -> None:
@@ -155,6 +164,52 @@ async def test_a_call_without_its_message_ends(running: Running, monkeypatch: py
     assert (await refusal(call))[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "The call has no message.")
 
 
+async def test_what_strangers_may_ask_is_read_like_everything_else(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge, "MESSAGE_SECONDS", 0.05)
+    check = "/grpc.health.v1.Health/Check"
+    assert await failure(running.channel.stream_unary(check)(silent())) == grpc.StatusCode.DEADLINE_EXCEEDED
+    code, message, _ = await refusal(running.channel.unary_unary(check)(b"\xff\xff\xff"))
+    assert (code, message) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "The message is not what its protobuf definition says.",
+    )
+    unknown = health_pb2.HealthCheckRequest(service="none").SerializeToString()
+    assert await failure(running.channel.unary_unary(check)(unknown)) == grpc.StatusCode.NOT_FOUND
+    assert await running.channel.unary_unary(check)(b"") == b"\x08\x01"
+
+
+def test_strangers_share_one_bound_and_no_rate() -> None:
+    limits, nobody = Limits(1, user_calls=1, answers=1), Caller("", "user")
+    assert [admitted(limits, nobody, "/grpc.health.v1.Health/Check") for _ in range(9)] == [""] * 9
+    with ExitStack() as open_:
+        for _ in range(1000):
+            open_.enter_context(limits.admit(nobody, "/grpc.health.v1.Health/Check"))
+        assert admitted(limits, nobody, "/grpc.health.v1.Health/Check") == "USER_CALLS"
+        assert admitted(limits, ANNA, VOTE) == ""
+
+
+async def test_a_reader_who_stalls_counts_until_the_status_is_out(tmp_path: Path) -> None:
+    async with running_server(tmp_path, call_seconds=0.1, user_calls=1, max_tokens=20_000) as running:
+        running.policy.max_model_len = 50_000
+        running.policy.answers = [" ".join(["x" * 1000] * 20_000)]
+        call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
+        await call.read()
+        # Its time is up, and the answer with it, but nobody takes the status: the share is still used up.
+        async with asyncio.timeout(SECONDS):
+            while running.policy.finished < 1:
+                await chat(running, user=BOB)
+        assert await failure(running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)) == EXHAUSTED
+        call.cancel()
+        async with asyncio.timeout(SECONDS):
+            while (
+                await failure(running.feedback.SubmitThumb(feedback_pb2.SubmitThumbRequest(), metadata=ANN))
+                == EXHAUSTED
+            ):
+                pass
+
+
 async def test_calls_without_a_message_use_up_their_callers_share_alone(tmp_path: Path) -> None:
     async with running_server(tmp_path, user_calls=3) as running:
         opened = [running.channel.stream_unary(VOTE)(silent(), metadata=ANN) for _ in range(4)]
@@ -203,7 +258,7 @@ async def test_a_reader_who_stalls_holds_up_their_own_answer_and_no_more_memory(
         assert len(stalled.said) < 6_000
 
 
-async def test_half_open_connections_and_a_flood_of_them_leave_room_for_others(tmp_path: Path) -> None:
+async def test_half_open_connections_and_a_flood_of_them_leave_those_alone_who_are_in(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_connections=60) as running:
         port = running.app.port
         # The first bytes of HTTP/2 and then nothing, and not even those.

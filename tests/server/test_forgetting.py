@@ -154,7 +154,7 @@ def test_a_forgotten_persons_keys_open_nothing_and_name_nobody(store: FeedbackSt
     assert {(kept.user, kept.revoke_time is None) for kept in store.keys.all()} == {("", False), ("bob", True)}
     store.keys.forget("bob")
     # The door that once had a key stays shut.
-    assert store.keys.credentials() == Credentials({}, closed=True, mark=(1, 1))
+    assert store.keys.credentials() == Credentials({}, closed=True, mark=(2, 2))
 
 
 def test_conversations_expire_by_their_last_message_or_vote(store: FeedbackStore) -> None:

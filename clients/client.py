@@ -19,7 +19,17 @@ from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
 import grpc
-from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc, policy_pb2, policy_pb2_grpc
+from prefloop.v1 import (
+    account_pb2,
+    account_pb2_grpc,
+    chat_pb2,
+    chat_pb2_grpc,
+    feedback_pb2,
+    feedback_pb2_grpc,
+    policy_pb2,
+    policy_pb2_grpc,
+)
+from prefloop.v1.account_pb2 import ExportUserResponse, ForgetUserResponse
 from prefloop.v1.chat_pb2 import (
     ChatDelta,
     ChatFinished,
@@ -133,6 +143,7 @@ class Client:
         self._channel = open_channel(address, tls)
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._feedback = feedback_pb2_grpc.FeedbackServiceStub(self._channel)
+        self._account = account_pb2_grpc.AccountServiceStub(self._channel)
         self._policy = policy_pb2_grpc.PolicyServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -247,6 +258,24 @@ class Client:
     def delete_conversation(self, conversation_id: str) -> None:
         """Removes a conversation from the user's history."""
         self._unary(self._chat.DeleteConversation, chat_pb2.DeleteConversationRequest(conversation_id=conversation_id))
+
+    # What is kept of a person
+
+    def export_user(self, user: str = "") -> Stream[ExportUserResponse]:
+        """Streams everything that is kept of the caller; of another `user`, for operators."""
+        call = self._account.ExportUser(
+            account_pb2.ExportUserRequest(user=user), timeout=self.stream_timeout, metadata=self._metadata
+        )
+        return Stream(call, lambda part: part, self.address)
+
+    def forget_user(self, user: str = "") -> ForgetUserResponse:
+        """Removes everything that is kept of the caller for good, keys included; of another `user`, for operators. The
+        response names the versions that learned from them."""
+        request = account_pb2.ForgetUserRequest(user=user)
+        try:
+            return self._account.ForgetUser(request, timeout=self.stream_timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from error
 
     # Policies, for operators
 

@@ -12,7 +12,16 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc, policy_pb2, policy_pb2_grpc
+from prefloop.v1 import (
+    account_pb2,
+    account_pb2_grpc,
+    chat_pb2,
+    chat_pb2_grpc,
+    feedback_pb2,
+    feedback_pb2_grpc,
+    policy_pb2,
+    policy_pb2_grpc,
+)
 from prefloop.v1.chat_pb2 import FINISH_REASON_STOP, SLOT_A, SLOT_B, Usage
 
 from clients import Client
@@ -22,6 +31,7 @@ ANSWER = ["Owls ", "live in ", "trees."]
 
 
 class FakeService(
+    account_pb2_grpc.AccountServiceServicer,
     chat_pb2_grpc.ChatServiceServicer,
     feedback_pb2_grpc.FeedbackServiceServicer,
     policy_pb2_grpc.PolicyServiceServicer,
@@ -126,6 +136,15 @@ class FakeService(
         self._enter(request, context)
         return policy_pb2.ActivatePolicyResponse(policy=policy_pb2.Policy(version=request.version))
 
+    def ForgetUser(self, request: Any, context: Any) -> account_pb2.ForgetUserResponse:
+        self._enter(request, context)
+        return account_pb2.ForgetUserResponse(votes=3, policy_versions=["v0001"])
+
+    def ExportUser(self, request: Any, context: Any) -> Iterator[account_pb2.ExportUserResponse]:
+        self._enter(request, context)
+        yield account_pb2.ExportUserResponse(conversation=self.conversation)
+        yield account_pb2.ExportUserResponse(key=account_pb2.Key(key_id="key_1"))
+
     # The rest of the API, which no test calls: the generated base classes want every method.
     DeleteConversation = SubmitCorrection = SubmitDemonstration = ListFeedback = None  # type: ignore[assignment]
     ListPolicies = RollbackPolicy = ListRounds = None  # type: ignore[assignment]
@@ -162,6 +181,7 @@ def address(service: FakeService) -> Iterator[str]:
 def serving(service: FakeService, credentials: grpc.ServerCredentials | None = None) -> Iterator[int]:
     """The service on a port, in the clear or with TLS."""
     server = grpc.server(ThreadPoolExecutor(8))
+    account_pb2_grpc.add_AccountServiceServicer_to_server(service, server)
     chat_pb2_grpc.add_ChatServiceServicer_to_server(service, server)
     feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(service, server)
     policy_pb2_grpc.add_PolicyServiceServicer_to_server(service, server)

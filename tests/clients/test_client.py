@@ -128,6 +128,17 @@ def test_each_status_is_an_exception_with_the_servers_sentence(
     assert (caught.value.code, caught.value.reason, caught.value.field) == (code, "WHY", "feedback_id")  # type: ignore[attr-defined]
 
 
+def test_a_person_is_exported_and_forgotten(client: Client, service: FakeService) -> None:
+    conversation, key = client.export_user()
+    assert (conversation.conversation.conversation_id, key.key.key_id) == ("conv", "key_1")
+    forgotten = client.forget_user("ben")
+    assert (forgotten.votes, list(forgotten.policy_versions)) == (3, ["v0001"])
+    assert [request.user for request in service.sent("ExportUser") + service.sent("ForgetUser")] == ["", "ben"]
+    service.fail["ForgetUser"] = [status(grpc.StatusCode.PERMISSION_DENIED, "Only an operator may.")]
+    with pytest.raises(NotAllowedError):
+        client.forget_user("eve")
+
+
 def test_a_busy_server_says_when_to_come_back(client: Client, service: FakeService) -> None:
     busy = status(grpc.StatusCode.RESOURCE_EXHAUSTED, "Later.")
     for detail in (RetryInfo(retry_delay=Duration(seconds=2, nanos=500_000_000)), RequestInfo(request_id="call_1")):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from google.protobuf.message import Message
@@ -59,7 +60,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def Chat(self, request: chat_pb2.ChatRequest, context: Any) -> None:  # type: ignore[override]
         user = current_user()
-        async with self._locks.hold(_repeat_key("Chat", user, request)), self._locks.hold(_turn_key(user, request)):
+        async with (
+            self._locks.hold(_repeat_key("Chat", user, request)),
+            self._locks.hold(_turn_key(user, request.conversation_id)),
+        ):
             first, turns = await self._before("Chat", user, request)
             if first:
                 await self._replay_chat(user, first, context.write)
@@ -87,7 +91,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             async def delta(text: str) -> None:
                 await context.write(chat_pb2.ChatResponse(delta=chat_pb2.ChatDelta(text=text)))
 
-            async with self._answers.begun(begin) as begun:
+            async with self._answers.begun(begin) as begun, self._first_turn(user, request, begun):
                 [response_id] = begun.response_ids
                 await context.write(_chat_started(begun.conversation_id, response_id, version))
                 generation = await self._answers.sample(response_id, prompt, sampling, delta)
@@ -96,7 +100,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def Compare(self, request: chat_pb2.CompareRequest, context: Any) -> None:  # type: ignore[override]
         user = current_user()
-        async with self._locks.hold(_repeat_key("Compare", user, request)), self._locks.hold(_turn_key(user, request)):
+        async with (
+            self._locks.hold(_repeat_key("Compare", user, request)),
+            self._locks.hold(_turn_key(user, request.conversation_id)),
+        ):
             first, turns = await self._before("Compare", user, request)
             if first:
                 await self._replay_comparison(user, first, context.write)
@@ -128,7 +135,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 async with writing:
                     await context.write(message)
 
-            async with self._answers.begun(begin) as begun:
+            async with self._answers.begun(begin) as begun, self._first_turn(user, request, begun):
                 await write(_compare_started(begun.conversation_id, begun.comparison_id))
                 # Elsewhere a swap may come first: such an answer takes whatever is loaded, and its spans say what.
                 pinned = versions if pair else (None, None)
@@ -176,7 +183,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.DeleteConversationRequest, context: Any
     ) -> chat_pb2.DeleteConversationResponse:
         user = current_user()
-        async with self._locks.hold(_turn_key(user, request)):
+        async with self._locks.hold(_turn_key(user, request.conversation_id)):
             await self._store(lambda store: store.delete_conversation(user, request.conversation_id))
         await self._eraser.erase()
         return chat_pb2.DeleteConversationResponse()
@@ -237,6 +244,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         await self._answers.keep(response_id, generation, chosen.reward_model_version)
         await _write_whole(write, slot, response_id, generation, prompt)
 
+    def _first_turn(self, user: str, request: Any, begun: Begun) -> AbstractAsyncContextManager[None]:
+        """A conversation that begins is held like one that was there, before its id is told."""
+        return self._locks.hold("" if request.conversation_id else _turn_key(user, begun.conversation_id))
+
     # What went before
 
     async def _before(
@@ -295,9 +306,9 @@ def _repeat_key(rpc: str, user: str, request: Any) -> str:
     return json.dumps([rpc, user, request.request_id]) if request.request_id else ""
 
 
-def _turn_key(user: str, request: Any) -> str:
+def _turn_key(user: str, conversation_id: str) -> str:
     """With the user: who does not own the conversation must not wait as if it were there."""
-    return json.dumps([user, request.conversation_id]) if request.conversation_id else ""
+    return json.dumps([user, conversation_id]) if conversation_id else ""
 
 
 def _sha256(request: Message) -> bytes:

@@ -18,6 +18,7 @@ class FakeStream:
         self._policy = policy
         self._pinned = pinned
         self.words = words[: sampling.max_tokens]
+        self.ended = False
         self._cut = len(words) > sampling.max_tokens
         self.said: list[str] = []
         self._versions: list[str] = []
@@ -35,6 +36,7 @@ class FakeStream:
             yield self.said[-1] + " "
 
     async def finish(self) -> Generation:
+        self.ended = True
         self._policy.finished += 1
         if self._policy.dies:
             raise EngineDeadError

@@ -162,6 +162,7 @@ async def test_nobody_learns_that_a_conversation_is_being_answered(locked: Locke
     locked.running.policy.hold_after = 1
     call = locked.running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=locked.ann)
     hers = (await call.read()).started.conversation_id
+    await locked.running.policy.holding.wait()
     for request, rpc in (
         (chat_pb2.ChatRequest(message="hi", conversation_id=hers), locked.running.chat.Chat),
         (chat_pb2.DeleteConversationRequest(conversation_id=hers), locked.running.chat.DeleteConversation),

@@ -94,6 +94,20 @@ async def test_the_model_reads_the_whole_conversation(running: Running) -> None:
     ]
 
 
+async def test_a_second_message_waits_for_the_first_answer_also_in_a_new_conversation(running: Running) -> None:
+    running.policy.hold_after = 2
+    call = running.chat.Chat(chat_pb2.ChatRequest(message="hello there"), metadata=ANN)
+    conversation_id = (await call.read()).started.conversation_id
+    await running.policy.holding.wait()
+    running.policy.hold_after = None
+    second = asyncio.create_task(chat(running, "and then", conversation_id=conversation_id))
+    # Somebody else is answered meanwhile, so the second one had its time to go wrong.
+    await chat(running, "other", user=BOB)
+    running.policy.go_on.set()
+    await second
+    assert running.policy.encoded[-1][1] == {"role": "assistant", "content": "one two three four "}
+
+
 async def test_a_long_conversation_loses_its_oldest_turns_whole(running: Running) -> None:
     # 40 tokens less 20 for the answer leave 20: two turns of 2 + 4 and the new message of 2 fit, three would too (20).
     started, *_ = await chat(running)
@@ -171,7 +185,7 @@ async def test_an_engine_that_hangs_is_killed_and_started_again(
     monkeypatch.setattr(app, "PROBE_SECONDS", 0.01)
     async with running_server(tmp_path) as running:
         health = health_pb2_grpc.HealthStub(running.channel)  # type: ignore[no-untyped-call]
-        watching = health.Watch(health_pb2.HealthCheckRequest())
+        watching = health.Watch(health_pb2.HealthCheckRequest(), timeout=10)
         assert (await watching.read()).status == SERVING
         running.policy.hangs = True
         assert (await watching.read()).status == NOT_SERVING

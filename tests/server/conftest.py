@@ -51,7 +51,15 @@ async def running_server(tmp_path: Path, **flags: Any) -> AsyncIterator[Running]
     publish_version(tmp_path, "v0000")
     store = StoreThread(tmp_path)
     await store(lambda store: store.registry.register_reference())
-    usual = {"data_dir": tmp_path, "port": 0, "max_tokens": 20, "max_message_chars": 500, "poll_seconds": 0.01}
+    # Tests that wait for something ask again and again.
+    usual = {
+        "user_rate": 1_000_000,
+        "data_dir": tmp_path,
+        "port": 0,
+        "max_tokens": 20,
+        "max_message_chars": 500,
+        "poll_seconds": 0.01,
+    }
     settings = ServerSettings.load(**{**usual, **flags})
     app, policy = App(settings, store), FakePolicy()
     await app.start(policy)

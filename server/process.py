@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,9 +20,13 @@ from server.settings import ServerSettings
 from server.store_thread import StoreThread
 from server.vllm_policy import VllmPolicy
 
+# Seconds; Python's own are 5 ms, for which a statement of the store may wait while calls are parsed.
+SWITCH_SECONDS = 0.0005
+
 
 async def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     """Runs until SIGTERM or SIGINT. Raises ServiceError with what to do where it cannot start."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)

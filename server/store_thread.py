@@ -1,6 +1,7 @@
 """The store on a thread of its own, so that SQLite never blocks the event loop.
 
-What is asked while a commit is under way shares the next one: under load the disk is asked once for many calls.
+What is asked while a commit is under way shares the next one: under load the disk is asked once for many calls. Where
+many ask at once, the next commit waits a moment for more of them.
 """
 
 import asyncio
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from server.store import FeedbackStore
+
+# A commit costs as much as some votes: after a group of so many calls, others are likely to come.
+MANY, LINGER_SECONDS = 8, 0.008
 
 T = TypeVar("T")
 Work = Callable[[FeedbackStore], Any]
@@ -23,6 +27,7 @@ class StoreThread:
         self._store = self._executor.submit(FeedbackStore.open, data_dir).result()
         self._waiting: list[tuple[Work, asyncio.Future[Any]]] = []
         self._running: asyncio.Task[None] | None = None
+        self._last_group = 0
 
     async def __call__(self, work: Callable[[FeedbackStore], T]) -> T:
         """What `work` returns, once that is on disk. A caller that is cancelled leaves its work to be done."""
@@ -41,7 +46,10 @@ class StoreThread:
 
     async def _run(self) -> None:
         while self._waiting:
+            if self._last_group >= MANY:
+                await asyncio.sleep(LINGER_SECONDS)
             calls, self._waiting = self._waiting, []
+            self._last_group = len(calls)
             works = [work for work, _ in calls]
             try:
                 outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._group, works)

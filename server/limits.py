@@ -36,7 +36,7 @@ class Limits:
         self._most_answers = answers
         self._answers_of = {CHAT: 1, COMPARE: compared}
         self._calls: Counter[str] = Counter()
-        self.answers = 0
+        self._answers = 0
 
     @contextmanager
     def admit(self, caller: Caller, method: str) -> Iterator[None]:
@@ -46,20 +46,20 @@ class Limits:
         if self._calls[user] >= most:
             sentence = f"You have {most} calls open; more are not taken at once."
             raise ResourceExhaustedError("USER_CALLS", sentence, BUSY_SECONDS)
-        if answers and self.answers + answers > self._most_answers:
+        if answers and self._answers + answers > self._most_answers:
             raise ResourceExhaustedError("QUEUE_FULL", "The server answers as many as it can; try later.", BUSY_SECONDS)
         # Last: a call that is refused for another reason does not use the rate up.
         if user and (turn := self._rate.limit(user)).limited:
             sentence = f"More than {self._user_rate} calls a minute are not taken of one user."
             raise ResourceExhaustedError("USER_RATE", sentence, turn.state.retry_after)
         self._calls[user] += 1
-        self.answers += answers
+        self._answers += answers
         metrics.ANSWERS.inc(answers)
         try:
             yield
         finally:
             metrics.ANSWERS.dec(answers)
-            self.answers -= answers
+            self._answers -= answers
             self._calls[user] -= 1
             if not self._calls[user]:
                 del self._calls[user]

@@ -26,6 +26,7 @@ from learner.features import FeatureCache, default_layers
 from learner.settings import LearnerSettings
 from learner.trust import LEVEL, Verdicts, one_sided, scaled, verdicts, weigh_voters
 from learner.workspace import cache_key, encode_answer
+from server.erasing import cache_directory, sweep
 from server.records import QuarantineEvent, Snapshot
 from server.store import FeedbackStore
 
@@ -62,7 +63,7 @@ def read_users(settings: LearnerSettings) -> list[UserFigures]:
         counted = store.snapshot(everything.watermark, settings.max_votes, quarantined)
     if not len(everything):
         return []
-    reader = Reader(settings, reference)
+    reader = Reader(settings, reference, everything.deletions)
     dataset = reader.dataset(everything)
     # Those in quarantine are compared with the others, who are not compared with them.
     heard = torch.tensor([float(user not in quarantined) for user in dataset.users])
@@ -77,7 +78,7 @@ def read_users(settings: LearnerSettings) -> list[UserFigures]:
 class Reader:
     """The reference, which reads voted answers that no round has read yet."""
 
-    def __init__(self, settings: LearnerSettings, reference_version: str) -> None:
+    def __init__(self, settings: LearnerSettings, reference_version: str, deletions: int) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         directory, _ = verified(settings.data_dir / "policies" / reference_version)
@@ -85,6 +86,7 @@ class Reader:
         self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
         self._cache_key, self._settings = cache_key(directory), settings
+        self._cache = cache_directory(settings.data_dir, deletions)
         self.layers = settings.reward.layers or default_layers(self._model.config.num_hidden_layers)
 
     def dataset(self, snapshot: Snapshot) -> Dataset:
@@ -97,8 +99,13 @@ class Reader:
         """(N, F) of the dataset's answers."""
         if not dataset.answers:
             return torch.zeros(0, 0)
-        with closing(FeatureCache.open(self._settings.data_dir / "cache", self._cache_key, self.layers)) as cache:
-            return cache.get(dataset.answers, self._model, self.layers, self._settings.ppo.micro_batch, lambda n: None)
+        with closing(FeatureCache.open(self._cache, self._cache_key, self.layers)) as cache:
+            features = cache.get(
+                dataset.answers, self._model, self.layers, self._settings.ppo.micro_batch, lambda n: None
+            )
+        # One of them may have been deleted meanwhile.
+        sweep(self._settings.data_dir)
+        return features
 
     def weights(self, dataset: Dataset) -> dict[str, float]:
         """Each user's share of all votes' weight, as a round would have it."""

@@ -113,6 +113,8 @@ def test_the_command_reads_what_no_round_has_read(data_dir: Path) -> None:
     # Nobody else voted, so nothing foresees her votes; and the next round has none of them.
     assert (ann["agreement"], ann["verdicts"], ann["weight_share"]) == (None, 0, 0.0)
     assert "ann" in runner.invoke(app, ["users", "--data-dir", str(data_dir)]).stdout
+    # What was read is kept where deletions find it.
+    assert [path.name for path in (data_dir / "cache").iterdir()] == ["1"]
 
 
 def test_few_votes_are_shown_and_not_compared(data_dir: Path) -> None:

@@ -237,8 +237,10 @@ def _settings(**flags: Any) -> "LearnerSettings":
 
 def _settings_with_data(data_dir: Path | None) -> "LearnerSettings":
     """For commands that have nothing to say where no server has started yet."""
+    from server.store import FeedbackStore
+
     settings = _settings(data_dir=data_dir)
-    if not (settings.data_dir / "prefloop.db").exists():
+    if not FeedbackStore.exists(settings.data_dir):
         _fail(f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` first.")
     return settings
 

@@ -40,7 +40,7 @@ from server.store import FeedbackStore
 
 def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False) -> Report:
     """Runs or resumes one round; with `wait`, after another learner that is at work."""
-    if not (settings.data_dir / "prefloop.db").exists():
+    if not FeedbackStore.exists(settings.data_dir):
         return Report("nothing", f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` and vote.")
     store = FeedbackStore.open(settings.data_dir)
     try:

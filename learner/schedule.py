@@ -110,7 +110,7 @@ class RoundScheduler:
         )  # fmt: skip
 
     def _new_votes(self) -> int:
-        if not (self._data_dir / "prefloop.db").exists():
+        if not FeedbackStore.exists(self._data_dir):
             return 0
         with closing(FeedbackStore.open(self._data_dir)) as store:
             if store.registry.running_round():
@@ -119,7 +119,7 @@ class RoundScheduler:
 
     def _last_round(self) -> tuple[datetime | None, bool]:
         """When the last round began, and whether it was stopped."""
-        if not (self._data_dir / "prefloop.db").exists():
+        if not FeedbackStore.exists(self._data_dir):
             return None, False
         with closing(FeedbackStore.open(self._data_dir)) as store:
             rounds = store.registry.rounds(limit=1)

@@ -13,7 +13,7 @@ from server.store import FeedbackStore
 
 def status(data_dir: Path, duel_user_votes: int) -> dict[str, Any]:
     """A record for `--json`; `lines` are (name, sentence) to show."""
-    if not (data_dir / "prefloop.db").exists():
+    if not FeedbackStore.exists(data_dir):
         return {"lines": [("served", f"nothing: there is no data in {str(data_dir)!r} yet")]}
     store = FeedbackStore.open(data_dir)
     try:

@@ -16,14 +16,14 @@ from pathlib import Path
 from server.database import DatabaseError
 from server.errors import DataDirectoryError, ManifestError
 from server.manifest import new_staging, publish, verify
-from server.store import DATABASE, FeedbackStore
+from server.store import FeedbackStore
 
 
 def back_up(data_dir: Path, destination: Path) -> list[str]:
     """Makes `destination`, whole or not at all; a sentence on each version that is damaged and was left out.
 
     Raises DataDirectoryError where there is nothing to copy, or the copy cannot be made."""
-    if not (data_dir / DATABASE).exists():
+    if not FeedbackStore.exists(data_dir):
         raise DataDirectoryError(f"There is no data in {str(data_dir)!r} to back up.")
     if destination.exists():
         raise DataDirectoryError(f"{str(destination)!r} exists already; a backup is never written over.")

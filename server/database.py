@@ -18,6 +18,8 @@ from server.errors import DataDirectoryError
 from server.failpoints import failpoint
 from server.migrations import known_migrations, migrations
 
+# Its name in a data directory.
+DATABASE = "prefloop.db"
 BUSY_TIMEOUT_MS = 10_000
 # How long the log is tried to be emptied, and how long one try may hold up writers while somebody reads.
 EMPTY_SECONDS = 2.0

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from pathlib import Path
 
-from server.database import DatabaseError
+from server.database import DATABASE, DatabaseError
 from server.erasing import erase
 from server.store_thread import StoreThread
 
@@ -42,7 +42,7 @@ class Eraser:
         days = self._retention_days
         while days and await self._store(lambda store: store.forgetting.expire(days)):
             pass
-        small = (self._data_dir / "prefloop.db").stat().st_size <= REWRITE_MOST_BYTES
+        small = (self._data_dir / DATABASE).stat().st_size <= REWRITE_MOST_BYTES
         if not small and await self._store(lambda store: store.forgetting.rewrite_due() > 0):
             log.warning("the database is too large to be rewritten while it serves: stop, and run `server compact`")
         await self.erase(rewrite=small)

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from server.database import Database
+from server.database import DATABASE, Database
 from server.forgetting import Forgetting
 from server.lineage import Lineage
 
 # How a line of ANSWERS begins, and where REPORT says whom it quotes.
 LINE = re.compile(rb'\{"conversation_id": "(\w*)"')
 PAGE = re.compile(rb'<meta name="conversations" content="([\w ]*)">')
-DATABASE, ANSWERS, REPORT = "prefloop.db", "answers.jsonl", "report.html"
+ANSWERS, REPORT = "answers.jsonl", "report.html"
 IDS_PER_QUERY = 500
 
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from server.database import Database, Row
+from server.database import DATABASE, Database, Row
 from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from server.forgetting import Forgetting
 from server.ids import new_id
@@ -50,7 +50,6 @@ from server.records import (
 )
 from server.registry import Registry
 
-DATABASE = "prefloop.db"
 TITLE_CHARACTERS = 60
 # SQLite binds at most 32,766 parameters; a page of ids stays far below.
 IDS_PER_QUERY = 500
@@ -84,6 +83,11 @@ class FeedbackStore:
     def open(cls, data_dir: Path) -> "FeedbackStore":
         """The store in `data_dir`, created or migrated where needed. Raises DataDirectoryError."""
         return cls(Database(Path(data_dir) / DATABASE))
+
+    @staticmethod
+    def exists(data_dir: Path) -> bool:
+        """Whether there is a store; `open` would make one."""
+        return (data_dir / DATABASE).exists()
 
     def copy_to(self, data_dir: Path) -> None:
         """Puts a copy of the database, as of one moment, into another data directory. See `Database.copy_to`."""

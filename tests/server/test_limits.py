@@ -191,9 +191,10 @@ def test_strangers_share_one_bound_and_no_rate() -> None:
 
 
 async def test_a_reader_who_stalls_counts_until_the_status_is_out(tmp_path: Path) -> None:
-    async with running_server(tmp_path, call_seconds=1.0, user_calls=1, max_tokens=20_000) as running:
+    async with running_server(tmp_path, call_seconds=1.0, user_calls=1, max_tokens=2_000) as running:
         running.policy.max_model_len = 50_000
-        running.policy.answers = [" ".join(["x" * 1000] * 20_000)]
+        # Four hundred words fill the client's window: long before its time is up.
+        running.policy.answers = [" ".join(["x" * 10_000] * 2_000)]
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
         await call.read()
         # Its time is up, and the answer with it, but nobody takes the status: the share is still used up.

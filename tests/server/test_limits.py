@@ -198,8 +198,10 @@ async def test_a_reader_who_stalls_counts_until_the_status_is_out(tmp_path: Path
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
         await call.read()
         # Its time is up, and the answer with it, but nobody takes the status: the share is still used up.
-        [hers] = running.policy.streams
         async with asyncio.timeout(SECONDS):
+            while not running.policy.streams:
+                await asyncio.sleep(0)
+            [hers] = running.policy.streams
             while not hers.ended:
                 await chat(running, user=BOB)
         assert await failure(running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)) == EXHAUSTED

@@ -198,10 +198,8 @@ async def test_a_reader_who_stalls_counts_until_the_status_is_out(tmp_path: Path
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
         await call.read()
         # Its time is up, and the answer with it, but nobody takes the status: the share is still used up.
+        hers = await sampled(running)
         async with asyncio.timeout(SECONDS):
-            while not running.policy.streams:
-                await asyncio.sleep(0)
-            [hers] = running.policy.streams
             while not hers.ended:
                 await chat(running, user=BOB)
         assert await failure(running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)) == EXHAUSTED
@@ -242,6 +240,14 @@ async def test_the_servers_own_deadline_ends_a_call_and_keeps_what_was_said(tmp_
         assert turn.response.text == "one two "
 
 
+async def sampled(running: Running) -> Any:
+    """The first answer, once it is being sampled: `started` is told before."""
+    async with asyncio.timeout(SECONDS):
+        while not running.policy.streams:
+            await asyncio.sleep(0)
+    return running.policy.streams[0]
+
+
 async def test_a_reader_who_stalls_holds_up_their_own_answer_and_no_more_memory(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_tokens=20_000) as running:
         running.policy.max_model_len = 50_000
@@ -249,6 +255,7 @@ async def test_a_reader_who_stalls_holds_up_their_own_answer_and_no_more_memory(
         running.policy.answer = " ".join(["x" * 1000] * 20_000)
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
         started = await call.read()
+        await sampled(running)
         # Others are answered while it stalls: each of them gives the stalled one time to run on if it could.
         running.policy.answers = ["short"] * 50
         for _ in range(50):

@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import LiveServer
 from tests.pem import make_pem
+
+pytestmark = pytest.mark.e2e
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -41,11 +41,16 @@ class VllmStream:
         self._logprobs: list[float] = []
         self._text: list[str] = []
         self._last: Any = None
+        self._died = False
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while self._last is None:
             # A reader that is slower than the engine gets several tokens at once: vLLM merges what waits.
-            output = self._queue.get_nowait() or await self._queue.get()
+            try:
+                output = self._queue.get_nowait() or await self._queue.get()
+            except Exception:
+                self._died = True
+                raise
             completion = output.outputs[0]
             version = self._labels.loaded()
             if not self._arrived or self._arrived[-1][1] != version:
@@ -60,6 +65,9 @@ class VllmStream:
                 yield text
 
     async def finish(self) -> Generation:
+        if self._died:
+            # vLLM would take the abort of a dead engine's answer for its caller's.
+            return self.fail()
         if self._last is None:
             # Through the engine, not by closing the queue: the last output then carries the spans.
             await self._engine.abort(self._request_id)

@@ -33,7 +33,7 @@ from clients.client import Client
 from clients.errors import PrefloopError
 from clients.questions import questions
 from clients.serving import Server
-from tests.versions import Tensors, make_version
+from tests.versions import make_version, scaled
 
 SAMPLE_SECONDS, SWAP_SECONDS = 10.0, 30.0
 WARM_MINUTES = 5
@@ -168,13 +168,6 @@ def scrape(done: Counter[str], stopping: threading.Event) -> None:
     while not stopping.wait(5.0):
         urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORT}/metrics", timeout=10).read()
         done["scrape"] += 1
-
-
-def scaled(factor: float) -> Callable[[Tensors], None]:
-    def change(tensors: Tensors) -> None:
-        tensors["model.norm.weight"] *= factor
-
-    return change
 
 
 # What became of it

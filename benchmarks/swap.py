@@ -21,7 +21,6 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +35,7 @@ from prefloop.v1 import chat_pb2, chat_pb2_grpc, policy_pb2, policy_pb2_grpc
 
 from clients.serving import Server
 from server.store import FeedbackStore
-from tests.versions import Tensors, make_version
+from tests.versions import make_version, scaled
 
 TOKENS = 200
 # Deltas that every stream has between two swaps.
@@ -176,15 +175,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "hands": spread([s["pause"] + s["exchange"] + s["resume"] for s in splits]),
         "memory_mib": [round(size) for size in memory[9::10]],
     }
-
-
-def scaled(factor: float) -> Callable[[Tensors], None]:
-    """Another model that talks much like the reference: its last norm times a factor."""
-
-    def change(tensors: Tensors) -> None:
-        tensors["model.norm.weight"] *= factor
-
-    return change
 
 
 def gaps(streams: list[Stream], began: float, ended: float) -> list[float]:

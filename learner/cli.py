@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
+from learner.process import STOPPED
 from server.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Turns votes into a better policy."
 )
-
-# What a shell says of a program that Ctrl-C ended.
-STOPPED = 130
 
 DataDir = Annotated[Optional[Path], typer.Option(help="Everything that is kept. Default: ./data.")]
 Reason = Annotated[str, typer.Option(help="Kept with the version's history.")]
@@ -34,6 +32,9 @@ def run_once(
     steps: Annotated[Optional[int], typer.Option(help="PPO steps at most.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Of every random draw. Default: 0.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait while another learner is at work.")] = False,
+    report_file: Annotated[
+        Optional[Path], typer.Option("--report", help="Write the result as JSON to this file, a failure's too.")
+    ] = None,
 ) -> None:
     """Run one round, or go on with one that was stopped: fit, improve, judge, publish, activate.
 
@@ -53,20 +54,26 @@ def run_once(
     from rich.console import Console
 
     from learner.progress import Stages
-    from learner.report import print_report
+    from learner.report import Report, print_report
     from learner.round import run_once as run
+
+    def keep(report: Report) -> None:
+        if report_file:
+            report_file.write_text(json.dumps(asdict(report)))
 
     try:
         report = run(settings, Stages(), wait=wait)
     except KeyboardInterrupt:
         typer.echo("learner: Stopped. The next `learner run-once` goes on from here.", err=True)
         raise SystemExit(STOPPED) from None
-    except ServiceError as error:
-        _fail(str(error))
     except Exception as error:
+        keep(Report("failed", str(error) or type(error).__name__))
+        if isinstance(error, ServiceError):
+            _fail(str(error))
         if not isinstance(error, (RuntimeError, ValueError, OSError, ArithmeticError)):
             raise
         _fail(f"The round failed and the served policy is unchanged: {error}")
+    keep(report)
     print_report(report, Console(stderr=as_json))
     if report.round_id:
         from learner.page import write_report
@@ -210,10 +217,15 @@ def schedule(
         Optional[str], typer.Option(help="Five cron fields. Default: 0 3 * * *, every night at three.")
     ] = None,
     every: Annotated[Optional[float], typer.Option(help="Minutes between rounds, instead of --cron.")] = None,
+    on_request: Annotated[
+        bool, typer.Option("--on-request", help="No clock: rounds start only when RequestRound asks for one.")
+    ] = False,
 ) -> None:
-    """Run a round whenever the clock says so, each in a process of its own, until stopped."""
+    """Run a round whenever the clock says so or RequestRound asks, each in a process of its own, until stopped."""
     when = {name: value for name, value in {"cron": cron, "interval_minutes": every}.items() if value is not None}
-    settings = _settings(data_dir=data_dir, schedule=when or None)
+    # A time that is given counts more than a setting that says there is none.
+    clock = {"on_request": on_request} if on_request or when else {}
+    settings = _settings(data_dir=data_dir, schedule={**when, **clock} or None)
     from learner.schedule import RoundScheduler
 
     try:

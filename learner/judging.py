@@ -151,6 +151,7 @@ def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, lis
             # Its conversation first: by that a line goes when the conversation does.
             asked = {
                 "conversation_id": prompt.conversation_id,
+                "row": row,
                 "prompt": work.decode(prompt.token_ids),
                 "prompt_token_ids": prompt.token_ids,
             }

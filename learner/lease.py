@@ -5,20 +5,17 @@ One that was stopped for longer and comes back finds its writes fenced off.
 """
 
 import math
-import os
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from learner.process import unique_name
 from server.errors import ServiceError
 from server.records import Lease
+from server.registry import LEARNER
 from server.store import FeedbackStore
-
-NAME = "learner"
 
 
 @contextmanager
@@ -26,8 +23,7 @@ def learner_lease(
     store: FeedbackStore, data_dir: Path, seconds: float, *, wait: bool = False
 ) -> Iterator[Lease | None]:
     """The lease, or None where another learner holds it; with `wait`, as soon as none does."""
-    holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-    lease = _acquire(store, holder, seconds, wait)
+    lease = _acquire(store, unique_name(), seconds, wait)
     if lease is None:
         yield None
         return
@@ -44,7 +40,7 @@ def learner_lease(
 
 def _acquire(store: FeedbackStore, holder: str, seconds: float, wait: bool) -> Lease | None:
     deadline = math.inf if wait else time.monotonic() + seconds + 1
-    while (lease := store.registry.acquire_lease(NAME, holder, seconds)) is None:
+    while (lease := store.registry.acquire_lease(LEARNER, holder, seconds)) is None:
         if time.monotonic() > deadline:
             return None
         time.sleep(0.5)

@@ -3,14 +3,16 @@
 import base64
 import json
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from learner.curves import draw_curves
 from learner.report import Report, rows
-from server.erasing import ANSWERS, REPORT, keeping, sweep
+from server.erasing import REPORT, keeping, sweep
 from server.errors import FailedPreconditionError
 from server.records import Round
+from server.samples import read_samples
 from server.store import FeedbackStore
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -35,13 +37,14 @@ def write_report(data_dir: Path, round_id: str | None = None) -> list[Path]:
         draw_curves(round_.metrics, round_.settings["ppo"], picture)
     page = directory / REPORT
     with keeping(data_dir):
-        page.write_text(render(round_, picture if drawn else None, _answers(directory, round_)), encoding="utf-8")
+        answers = [asdict(sample) for sample in islice(read_samples(data_dir, round_), SHOWN)]
+        page.write_text(render(round_, picture if drawn else None, answers), encoding="utf-8")
     # What it quotes may have been deleted meanwhile, and with that the whole page goes.
     sweep(data_dir)
     return [picture, page] if drawn else [page]
 
 
-def render(round_: Round, picture: Path | None, answers: list[dict[str, str]]) -> str:
+def render(round_: Round, picture: Path | None, answers: list[dict[str, Any]]) -> str:
     """The page. Answers are `conversation_id`, `prompt`, `before`, `after`; whatever they hold stays text."""
     import jinja2
 
@@ -64,20 +67,3 @@ def render(round_: Round, picture: Path | None, answers: list[dict[str, str]]) -
         settings=json.dumps(round_.settings, indent=2),
         versions=round_.metrics.get("versions", {}),
     )
-
-
-def _answers(directory: Path, round_: Round) -> list[dict[str, str]]:
-    kept = directory / ANSWERS
-    if "gate" not in round_.metrics or not kept.exists():
-        return []
-    chosen = f"step {round_.metrics['gate']['chosen']['step']}"
-    lines: list[dict[str, Any]] = [json.loads(line) for line in kept.read_text().splitlines()[:SHOWN]]
-    return [
-        {
-            "conversation_id": line["conversation_id"],
-            "prompt": line["prompt"],
-            "before": line["incumbent"]["text"],
-            "after": line[chosen]["text"],
-        }
-        for line in lines
-    ]

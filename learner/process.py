@@ -1,10 +1,19 @@
-"""How a round's process behaves beside others: what it takes from the kernel, and to whom it gives way."""
+"""How a process behaves beside others: its name, what it takes from the kernel, and to whom it gives way."""
 
 import ctypes
 import os
+import socket
+import uuid
 
+# The exit status of a round that was asked to stop; a shell says it of what Ctrl-C ended.
+STOPPED = 130
 # Of mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def unique_name() -> str:
+    """Of this process, and never of another one."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
 def keep_freed_memory() -> None:

@@ -10,9 +10,9 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Report:
-    """How a call of `run_once` ended: what the closing table shows and `--json` prints."""
+    """How a call of `run_once` ended: what the closing table shows and `--json` prints. One that raised has failed."""
 
-    state: Literal["nothing", "promoted", "rejected"]
+    state: Literal["nothing", "promoted", "rejected", "failed"]
     sentence: str
     round_id: str | None = None
     policy_version: str | None = None
@@ -59,6 +59,19 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
     if seconds := m.get("seconds"):
         yield "seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
         yield "in all", f"{sum(seconds.values()):.0f} s"
+
+
+def outcome(report: Report) -> str:
+    """How it ended, in a sentence for whoever asked for it."""
+    match report.state:
+        case "promoted":
+            return f"{report.policy_version} is promoted: {report.sentence}"
+        case "failed":
+            return f"the round failed: {report.sentence}"
+        case "nothing":
+            return f"nothing to learn: {report.sentence}"
+    # What was not promoted says so itself.
+    return report.sentence if report.policy_version else f"no new version: {report.sentence}"
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -135,7 +135,7 @@ class GateSettings(BaseModel):
 
 
 class ScheduleSettings(BaseModel):
-    """When `learner schedule` starts a round. Times are local."""
+    """When `learner schedule` starts a round by itself. Times are local. Requests are not held up by any of it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -143,6 +143,7 @@ class ScheduleSettings(BaseModel):
     interval_minutes: float | None = Field(
         None, gt=0, description="A round every this many minutes; where it is set, `cron` is not looked at."
     )
+    on_request: bool = Field(False, description="No clock: rounds start only when RequestRound asks for one.")
     min_new_votes: int = Field(1, ge=0, description="Fewer votes since the last round start none.")
     quiet_hours: str = Field("", description="As `07:00-23:00`: no round starts in them, one that is due waits.")
     retry_minutes: Positive = Field(

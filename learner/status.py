@@ -1,13 +1,14 @@
 """What is served, what was learned from, what waits. Reads the store alone: no torch."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from learner.order import order_warnings
 from server.errors import NotFoundError
-from server.records import Round
+from server.records import Learner, Round
 from server.store import FeedbackStore
 
 
@@ -35,6 +36,22 @@ def _side_by_side(store: FeedbackStore, duel_user_votes: int) -> Iterator[tuple[
         yield "thumbs", f"{counts}. Of different users and questions, not blind: a hint, not a test"
 
 
+def _learner(learner: Learner) -> Iterator[tuple[str, str]]:
+    """Who hears requests for a round, and what became of the last one."""
+    if not learner.listening:
+        yield "listening", "no learner; `learner schedule` starts rounds by the clock or on request"
+    elif learner.next_time is None:
+        yield "listening", "a learner that starts rounds on request"
+    else:
+        yield "listening", f"a learner; its clock starts a round {_when(learner.next_time)}"
+    if request := learner.request:
+        yield "asked for", f"{_when(request.create_time)}: {request.outcome or 'not over yet'}"
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M}"
+
+
 def _left_out(quarantined: list[str], learned: Round | None) -> str:
     now = f"{', '.join(quarantined) or 'nobody'} (the next round leaves their votes out)"
     if learned is None:
@@ -50,7 +67,8 @@ def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
     replicas = store.registry.replicas()
     learned = store.registry.last_learned()
     votes = store.count_votes()
-    waiting = store.count_new_votes()
+    learner = store.learner()
+    waiting = learner.new_votes
     served = f"{active.version} should be served; " + (
         ", ".join(f"{r.id} has {r.loaded_version}{f' ({r.error})' if r.error else ''}" for r in replicas)
         or "no server is running"
@@ -69,14 +87,14 @@ def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
     lines += list(_side_by_side(store, duel_user_votes))
     for move in store.lineage.moves(3):
         if move.previous_version:
-            when = f"{datetime.fromtimestamp(move.create_time).astimezone():%Y-%m-%d %H:%M}"
             what = f"{move.version} for {move.previous_version} by {move.actor}: {move.reason}"
-            lines.append((move.action, f"{when}, {what}"))
+            lines.append((move.action, f"{_when(move.create_time)}, {what}"))
     running = store.registry.running_round()
     if running:
         lines.append(
             ("at work", f"{running.id}, done: {running.stage}; `learner run-once` goes on with it if it was stopped")
         )
+    lines += list(_learner(learner))
     lines.append(("waiting", f"{waiting} of {votes} votes are new since then" if learned else f"{waiting} votes"))
     return {
         "active_version": active.version,
@@ -84,6 +102,9 @@ def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
         "last_round": learned
         and {"id": learned.id, "state": learned.state, "reason": learned.reason, "metrics": learned.metrics},
         "running_round": running and {"id": running.id, "stage": running.stage},
+        "listening": learner.listening,
+        "next_time": learner.next_time,
+        "request": learner.request and asdict(learner.request),
         "votes": votes,
         "new_votes": waiting,
         "quarantined": list(quarantined),

@@ -27,6 +27,7 @@ ROLES: dict[str, Role | None] = {
     "/prefloop.v1.FeedbackService/SubmitDemonstration": "user",
     "/prefloop.v1.FeedbackService/RetractFeedback": "user",
     "/prefloop.v1.FeedbackService/ListFeedback": "user",
+    "/prefloop.v1.AccountService/GetCaller": "user",
     "/prefloop.v1.AccountService/ForgetUser": "user",
     "/prefloop.v1.AccountService/ExportUser": "user",
     "/prefloop.v1.PolicyService/GetActivePolicy": "operator",
@@ -34,6 +35,10 @@ ROLES: dict[str, Role | None] = {
     "/prefloop.v1.PolicyService/ActivatePolicy": "operator",
     "/prefloop.v1.PolicyService/RollbackPolicy": "operator",
     "/prefloop.v1.PolicyService/ListRounds": "operator",
+    "/prefloop.v1.PolicyService/ListRoundSamples": "operator",
+    "/prefloop.v1.PolicyService/CountVotes": "operator",
+    "/prefloop.v1.PolicyService/GetLearner": "operator",
+    "/prefloop.v1.PolicyService/RequestRound": "operator",
     # Load balancers ask without a key. Watching is for those who have one: a stranger could open any number of streams.
     "/grpc.health.v1.Health/Check": None,
     "/grpc.health.v1.Health/List": None,
@@ -70,7 +75,7 @@ class Access:
         if not (self._keys_needed or self._credentials.closed):
             user = str(metadata.get("x-user-id", DEFAULT_USER))
             check_user_name(user)
-            return Caller(user, "operator")
+            return Caller(user, "operator", has_key=False)
         given = str(metadata.get("authorization", ""))
         if not given.startswith(BEARER):
             raise UnauthenticatedError("Send an API key in the metadata: `authorization: Bearer KEY`.")

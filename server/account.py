@@ -28,6 +28,10 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
         # Calls that ask to forget a user: asked twice at once, neither ends the other.
         self._asking: dict[str, set[asyncio.Task[object]]] = defaultdict(set)
 
+    async def GetCaller(self, request: account_pb2.GetCallerRequest, context: Any) -> account_pb2.GetCallerResponse:
+        caller = current_caller()
+        return account_pb2.GetCallerResponse(user=caller.user, role=caller.role, has_key=caller.has_key)
+
     async def ForgetUser(self, request: account_pb2.ForgetUserRequest, context: Any) -> account_pb2.ForgetUserResponse:
         # A task of its own: who forgets themself has no key to try again with.
         user, asking = _whose(request.user), asyncio.current_task()

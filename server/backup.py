@@ -19,6 +19,9 @@ from server.manifest import new_staging, publish, verify
 from server.store import FeedbackStore
 
 
+UNDER_WAY = "It was under way when this backup was made."
+
+
 def back_up(data_dir: Path, destination: Path) -> list[str]:
     """Makes `destination`, whole or not at all; a sentence on each version that is damaged and was left out.
 
@@ -51,7 +54,8 @@ def _copy(store: FeedbackStore, data_dir: Path, staging: Path) -> list[str]:
         with closing(FeedbackStore.open(staging)) as copy:
             needed = _versions(copy)
             if round_ := copy.registry.running_round():
-                copy.registry.finish_round(round_.id, "failed", reason="It was under way when this backup was made.")
+                copy.registry.finish_round(round_.id, "failed", reason=UNDER_WAY)
+            copy.round_requests.withdraw(UNDER_WAY)
         if needed <= tried.keys():
             return [tried[version] for version in sorted(needed) if tried[version]]
 

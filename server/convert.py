@@ -9,8 +9,10 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server import records
+from server.duel import Duel
 from server.errors import InvalidArgumentError
 from server.keys import Key
+from server.samples import Sample
 
 DEFAULT_PAGE_SIZE = 50
 
@@ -190,6 +192,41 @@ def round_(record: records.Round) -> policy_pb2.Round:
         reason=record.reason,
         create_time=timestamp(record.create_time),
         finish_time=timestamp(record.finish_time) if record.finish_time else None,
+    )
+
+
+def duel(record: Duel) -> policy_pb2.Duel:
+    return policy_pb2.Duel(
+        version=record.version,
+        opponent_version=record.opponent,
+        wins=record.wins,
+        losses=record.losses,
+        draws=record.draws,
+        evidence_better=record.won,
+        evidence_worse=record.lost,
+    )
+
+
+def sample(record: Sample) -> policy_pb2.RoundSample:
+    return policy_pb2.RoundSample(prompt=record.prompt, before=record.before, after=record.after)
+
+
+def vote_count(record: records.VoteCount) -> policy_pb2.VoteCount:
+    kind = feedback_pb2.FeedbackKind.Value(f"FEEDBACK_KIND_{record.kind.upper()}")
+    return policy_pb2.VoteCount(date=record.date, kind=kind, votes=record.votes)
+
+
+def learner(record: records.Learner) -> policy_pb2.Learner:
+    running, request = record.running, record.request
+    return policy_pb2.Learner(
+        listening=record.listening,
+        running_round_id=running.id if running else "",
+        stage=running.stage if running else "",
+        next_round_time=timestamp(record.next_time) if record.next_time else None,
+        new_votes=record.new_votes,
+        request_time=timestamp(request.create_time) if request else None,
+        end_time=timestamp(request.end_time) if request and request.end_time else None,
+        outcome=request.outcome if request else "",
     )
 
 

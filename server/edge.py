@@ -34,7 +34,7 @@ Answer = Callable[[AsyncIterator[bytes], Any, asyncio.Timeout], Awaitable[Any]]
 # From a call's headers to its message.
 MESSAGE_SECONDS = 10.0
 # Who may call without a key, and asks for health alone.
-NOBODY = Caller("", "user")
+NOBODY = Caller("", "user", has_key=False)
 
 
 class Reader:

@@ -19,6 +19,8 @@ class Caller:
 
     user: str
     role: Role
+    # Whether a key says so, or they say so themselves.
+    has_key: bool = True
 
     def may(self, needed: Role) -> bool:
         return self.role == "operator" or needed == "user"

@@ -306,3 +306,26 @@ def m008_deletions(db: Database) -> None:
         if found := TARGET.search(row["result"]):
             values = [found[0].decode(), row["user"], row["rpc"], row["request_id"]]
             db.conn.execute("UPDATE requests SET target = ? WHERE user = ? AND rpc = ? AND request_id = ?", values)
+
+
+@migrations()
+def m009_round_requests(db: Database) -> None:
+    """Learners that listen, requests for a round, and votes by the day they were given on."""
+    _run(
+        db,
+        """
+        CREATE TABLE listeners (
+            id TEXT PRIMARY KEY,
+            next_time REAL,
+            heartbeat_time REAL NOT NULL
+        ) STRICT;
+        CREATE TABLE round_requests (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            listener TEXT,
+            create_time REAL NOT NULL,
+            end_time REAL,
+            outcome TEXT NOT NULL DEFAULT ''
+        ) STRICT;
+        CREATE INDEX feedback_by_day ON feedback (CAST(create_time / 86400 AS INTEGER), kind);
+        """,
+    )

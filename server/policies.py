@@ -1,31 +1,46 @@
 """PolicyService: what serves, what was learned, and the pointer that an operator moves."""
 
+import asyncio
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from prefloop.v1 import policy_pb2, policy_pb2_grpc
 
 from server import convert
+from server.erasing import keeping
 from server.follower import Follower
 from server.identity import current_user
-from server.records import PointerAction, Policy
+from server.records import PointerAction, Policy, Round
+from server.referee import Referee
+from server.samples import Sample, read_samples
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
+
+DEFAULT_DAYS = 30
+# Of samples in one answer: gRPC's clients take 4 MB.
+PAGE_BYTES = 2 * 2**20
 
 
 class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     """For operators."""
 
-    def __init__(self, store: StoreThread, follower: Follower) -> None:
+    def __init__(self, store: StoreThread, follower: Follower, data_dir: Path, referee: Referee | None) -> None:
         self._store = store
         self._follower = follower
+        self._data_dir = data_dir
+        self._referee = referee
 
     async def GetActivePolicy(
         self, request: policy_pb2.GetActivePolicyRequest, context: Any
     ) -> policy_pb2.GetActivePolicyResponse:
         def read(store: FeedbackStore) -> policy_pb2.GetActivePolicyResponse:
+            duel = self._referee.duel(store) if self._referee else None
             return policy_pb2.GetActivePolicyResponse(
                 policy=convert.policy(store.registry.active_policy()),
                 replicas=[convert.replica(record) for record in store.registry.replicas()],
+                rollback_version=store.registry.previous_version() or "",
+                duel=convert.duel(duel) if duel else None,
             )
 
         return await self._store(read)
@@ -45,16 +60,18 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def ActivatePolicy(
         self, request: policy_pb2.ActivatePolicyRequest, context: Any
     ) -> policy_pb2.ActivatePolicyResponse:
-        expected = request.expected_active_version if request.HasField("expected_active_version") else None
-        policy = await self._activate(request.version, current_user(), "activated by RPC", expected)
+        reason = request.reason.strip() or "activated by RPC"
+        policy = await self._activate(request.version, current_user(), reason, _expected(request))
         return policy_pb2.ActivatePolicyResponse(policy=convert.policy(policy))
 
     async def RollbackPolicy(
         self, request: policy_pb2.RollbackPolicyRequest, context: Any
     ) -> policy_pb2.RollbackPolicyResponse:
-        active, target = await self._store(lambda store: store.registry.rollback_step(request.version))
-        # Compare-and-set: two operators who press the button at once go back one step, not two.
-        policy = await self._activate(target, current_user(), f"rolled back from {active}", active, "rollback")
+        expected = _expected(request)
+        active, target = await self._store(lambda store: store.registry.rollback_step(request.version, expected))
+        reason = request.reason.strip() or f"rolled back from {active}"
+        # Compare-and-set, whatever was expected: two operators who press the button at once go back one step, not two.
+        policy = await self._activate(target, current_user(), reason, active, "rollback")
         return policy_pb2.RollbackPolicyResponse(policy=convert.policy(policy))
 
     async def ListRounds(self, request: policy_pb2.ListRoundsRequest, context: Any) -> policy_pb2.ListRoundsResponse:
@@ -64,6 +81,44 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         page = found[:size]
         more = convert.page_token([page[-1].id]) if len(found) > size else ""
         return policy_pb2.ListRoundsResponse(rounds=[convert.round_(record) for record in page], next_page_token=more)
+
+    async def ListRoundSamples(
+        self, request: policy_pb2.ListRoundSamplesRequest, context: Any
+    ) -> policy_pb2.ListRoundSamplesResponse:
+        size = request.page_size or convert.DEFAULT_PAGE_SIZE
+        key = convert.page_key(request.page_token, (int,))
+        # By the id that the store has, which is a plain name, and never by the one that was asked for.
+        round_ = await self._store(lambda store: store.registry.round(request.round_id))
+        found = await asyncio.to_thread(self._samples, round_, key[0] if key else -1)
+        # Asked last: what was deleted before this answer is not in it, swept or not.
+        there = await self._store(lambda store: store.conversations_there(one.conversation_id for one in found))
+        kept = [one for one in found if not one.conversation_id or one.conversation_id in there]
+        page = _fitting([convert.sample(sample) for sample in kept[:size]], PAGE_BYTES)
+        more = convert.page_token([kept[len(page) - 1].row]) if len(page) < len(kept) else ""
+        return policy_pb2.ListRoundSamplesResponse(samples=page, next_page_token=more)
+
+    async def CountVotes(self, request: policy_pb2.CountVotesRequest, context: Any) -> policy_pb2.CountVotesResponse:
+        days = request.days or DEFAULT_DAYS
+        counts = await self._store(lambda store: store.count_by_day(days))
+        return policy_pb2.CountVotesResponse(counts=[convert.vote_count(count) for count in counts])
+
+    async def GetLearner(self, request: policy_pb2.GetLearnerRequest, context: Any) -> policy_pb2.GetLearnerResponse:
+        learner = await self._store(lambda store: store.learner())
+        return policy_pb2.GetLearnerResponse(learner=convert.learner(learner))
+
+    async def RequestRound(
+        self, request: policy_pb2.RequestRoundRequest, context: Any
+    ) -> policy_pb2.RequestRoundResponse:
+        def ask(store: FeedbackStore) -> policy_pb2.RequestRoundResponse:
+            store.round_requests.ask()
+            return policy_pb2.RequestRoundResponse(learner=convert.learner(store.learner()))
+
+        return await self._store(ask)
+
+    def _samples(self, round_: Round, after: int) -> list[Sample]:
+        """What follows a row. No sweep and no round writes meanwhile, so no line is half there."""
+        with keeping(self._data_dir):
+            return [sample for sample in read_samples(self._data_dir, round_) if sample.row > after]
 
     async def _activate(
         self, version: str, actor: str, reason: str, expected: str | None, action: PointerAction = "activate"
@@ -77,3 +132,13 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             ),
         )
         return await self._store(lambda store: store.registry.policy(version))
+
+
+def _fitting(samples: list[policy_pb2.RoundSample], size: int) -> list[policy_pb2.RoundSample]:
+    """The first of them that take `size` bytes together, and one at least."""
+    ends = accumulate(sample.ByteSize() for sample in samples)
+    return [sample for index, (sample, end) in enumerate(zip(samples, ends, strict=True)) if end <= size or not index]
+
+
+def _expected(request: policy_pb2.ActivatePolicyRequest | policy_pb2.RollbackPolicyRequest) -> str | None:
+    return request.expected_active_version if request.HasField("expected_active_version") else None

@@ -342,6 +342,39 @@ class Replica:
 
 
 @dataclass(frozen=True)
+class RoundRequest:
+    """Somebody's word that a round should run now; `outcome` is a sentence once it is over."""
+
+    create_time: float
+    end_time: float | None
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What can be said of the learner from what it writes down."""
+
+    # Whether one hears requests.
+    listening: bool
+    # Of those that listen, when the first one's clock starts a round; None where only requests do.
+    next_time: float | None
+    # At work now; a round that was stopped is not.
+    running: Round | None
+    new_votes: int
+    # The last one.
+    request: RoundRequest | None
+
+
+@dataclass(frozen=True)
+class VoteCount:
+    """Votes of one kind that were given on a UTC day, such as 2026-03-14, and still stand."""
+
+    date: str
+    kind: Kind
+    votes: int
+
+
+@dataclass(frozen=True)
 class Lease:
     """The right to do a thing alone until `expire_time`. A later holder has a higher token."""
 

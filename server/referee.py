@@ -7,6 +7,7 @@ looks (`server.duel`), and everything it stands on is in the store: a server tha
 
 import logging
 
+from server.duel import Duel
 from server.errors import ConflictError, FailedPreconditionError, ManifestError
 from server.follower import Follower
 from server.policy import SwapError
@@ -34,6 +35,13 @@ class Referee:
     def pair(self) -> tuple[str, str] | None:
         """The active version and the one before it, while it is open which is better."""
         return self._pair
+
+    def duel(self, store: FeedbackStore) -> Duel | None:
+        """The votes on the two versions that Compare shows; None while it shows one."""
+        pair = self._pair
+        found = store.lineage.duel(self._user_votes) if pair else None
+        # The active version may have changed since the last look.
+        return found if found and (found.version, found.opponent) == pair else None
 
     async def look(self) -> None:
         """Counts the votes, and goes back where the new version has lost. Call it again and again."""

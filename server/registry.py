@@ -15,6 +15,8 @@ from server.ids import new_id
 from server.records import Lease, PointerAction, Policy, Replica, RewardModel, Round
 
 REFERENCE = "v0000"
+# The lease of the one learner that may be at work.
+LEARNER = "learner"
 # A server without a heartbeat for so long is gone.
 ALIVE_SECONDS = 30.0
 
@@ -117,11 +119,13 @@ class Registry:
         )
         return str(rows[0]["version"]) if rows else None
 
-    def rollback_step(self, version: str | None = None) -> tuple[str, str]:
+    def rollback_step(self, version: str | None = None, expected_active_version: str | None = None) -> tuple[str, str]:
         """What is active, and what a rollback makes active: `version`, or the previous one.
 
-        Raises FailedPreconditionError where there is none."""
+        Raises ConflictError where another version is active than expected, and FailedPreconditionError where there is
+        none to go back to."""
         active, target = self.active_policy().version, version or self.previous_version()
+        _check_active(active, expected_active_version)
         if target is None:
             raise FailedPreconditionError("NOTHING_TO_ROLL_BACK", f"No version was active before {active}.")
         return active, target
@@ -145,8 +149,7 @@ class Registry:
         with self._db.write():
             check_fence(self._db, fence)
             policy, active = self.policy(version), self.active_policy()
-            if expected_active_version is not None and active.version != expected_active_version:
-                raise ConflictError(f"{active.version} is active, not {expected_active_version}; nothing was changed.")
+            _check_active(active.version, expected_active_version)
             if policy.state == "failed" and action != "promote":
                 raise FailedPreconditionError("POLICY_FAILED", f"{version} could not be loaded before: {policy.reason}")
             if policy.prune_time is not None:
@@ -425,6 +428,11 @@ def check_fence(database: Database, fence: Lease | None) -> None:
     if row is None or row["token"] != fence.token:
         holder = row["holder"] if row else "nobody"
         raise ConflictError(f"The lease {fence.name!r} went to {holder}; nothing was written.")
+
+
+def _check_active(active: str, expected: str | None) -> None:
+    if expected is not None and active != expected:
+        raise ConflictError(f"{active} is active, not {expected}; nothing was changed.")
 
 
 def _policy(row: Row) -> Policy:

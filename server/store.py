@@ -34,6 +34,7 @@ from server.records import (
     Feedback,
     Generation,
     Kind,
+    Learner,
     Prompt,
     RepeatedRequest,
     Response,
@@ -43,12 +44,14 @@ from server.records import (
     Status,
     ThumbVote,
     Turn,
+    VoteCount,
     pack_floats,
     pack_ints,
     unpack_floats,
     unpack_ints,
 )
 from server.registry import Registry
+from server.round_requests import RoundRequests
 
 TITLE_CHARACTERS = 60
 # SQLite binds at most 32,766 parameters; a page of ids stays far below.
@@ -69,7 +72,8 @@ STATUS_OF: dict[str, Status] = {"cancelled": "cancelled", "error": "failed"}
 
 class FeedbackStore:
     """Conversations, responses and votes; `registry` holds policies and rounds, `lineage` what came of what, `keys` who
-    comes in, `quarantine` whose votes are left out, `forgetting` removes for good. One thread at a time."""
+    comes in, `quarantine` whose votes are left out, `round_requests` who asks for rounds and who listens, `forgetting`
+    removes for good. One thread at a time."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
@@ -77,6 +81,7 @@ class FeedbackStore:
         self.lineage = Lineage(database)
         self.keys = Keys(database)
         self.quarantine = Quarantine(database)
+        self.round_requests = RoundRequests(database)
         self.forgetting = Forgetting(database, self.lineage)
 
     @classmethod
@@ -177,6 +182,14 @@ class FeedbackStore:
         with self._db.write():
             self.conversation(user, conversation_id)
             self.forgetting.conversation(conversation_id)
+
+    def conversations_there(self, ids: Iterable[str]) -> set[str]:
+        """Those of the conversations, whosever they are, that were not deleted."""
+        return {
+            row["id"]
+            for page in _pages(ids)
+            for row in self._db.rows(f"SELECT id FROM conversations WHERE id IN ({', '.join('?' for _ in page)})", page)
+        }
 
     def turns(self, user: str, conversation_id: str) -> list[Turn]:
         """The conversation in order."""
@@ -387,6 +400,31 @@ class FeedbackStore:
             [user, conversation_id, conversation_id],
         )
         return [Feedback(**row) for row in rows]
+
+    def count_by_day(self, days: int) -> list[VoteCount]:
+        """How much current feedback was given on each of the last `days` UTC days, today included, by kind; the oldest
+        first, and nothing where there was none."""
+        # By the index feedback_by_day alone, and in its order: the expression must be the index's to the letter.
+        rows = self._db.rows(
+            "SELECT date(day * 86400, 'unixepoch') AS date, kind, votes FROM (SELECT "
+            "CAST(create_time / 86400 AS INTEGER) AS day, kind, count(*) AS votes FROM feedback "
+            "WHERE CAST(create_time / 86400 AS INTEGER) > CAST(unixepoch('subsec') / 86400 AS INTEGER) - ? "
+            "GROUP BY CAST(create_time / 86400 AS INTEGER), kind) ORDER BY day, kind",
+            [days],
+        )
+        return [VoteCount(**row) for row in rows]
+
+    def learner(self) -> Learner:
+        """Who listens, what is at work, and what became of the last request."""
+        requests = self.round_requests
+        listening = requests.next_times()
+        return Learner(
+            listening=bool(listening),
+            next_time=min((time for time in listening if time is not None), default=None),
+            running=self.registry.running_round() if requests.at_work() else None,
+            new_votes=self.count_new_votes(),
+            request=requests.last(),
+        )
 
     # What the learner reads
 

@@ -15,6 +15,7 @@ from server.settings import ServerSettings
 MAX_ID_CHARS = 128
 MAX_PAGE_SIZE = 200
 MAX_DEMONSTRATION_MESSAGES = 64
+MAX_DAYS = 366
 
 
 # What is wrong with a value, as the end of "FIELD ...", or None.
@@ -84,6 +85,7 @@ def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
     """From request to its fields' rules."""
     message = Field("message", text(settings.max_message_chars))
     comment = Field("comment", text(settings.max_message_chars, empty=True))
+    reason = Field("reason", text(settings.max_message_chars, empty=True))
     request_id = Field("request_id", identifier(empty=True))
     maybe_conversation = Field("conversation_id", identifier(empty=True))
     temperature = Field("sampling.temperature", between(0, 2))
@@ -112,6 +114,7 @@ def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
         ],
         feedback_pb2.RetractFeedbackRequest: [Field("feedback_id", identifier())],
         feedback_pb2.ListFeedbackRequest: page,
+        account_pb2.GetCallerRequest: [],
         account_pb2.ForgetUserRequest: [Field("user", identifier(empty=True))],
         account_pb2.ExportUserRequest: [Field("user", identifier(empty=True))],
         health_pb2.HealthCheckRequest: [Field("service", identifier(empty=True))],
@@ -119,10 +122,16 @@ def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
         policy_pb2.GetActivePolicyRequest: [],
         policy_pb2.ListPoliciesRequest: page,
         policy_pb2.ActivatePolicyRequest: [
-            Field("version", identifier()), Field("expected_active_version", identifier()),
+            Field("version", identifier()), Field("expected_active_version", identifier()), reason,
         ],
-        policy_pb2.RollbackPolicyRequest: [Field("version", identifier(empty=True))],
+        policy_pb2.RollbackPolicyRequest: [
+            Field("version", identifier(empty=True)), Field("expected_active_version", identifier()), reason,
+        ],
         policy_pb2.ListRoundsRequest: page,
+        policy_pb2.ListRoundSamplesRequest: [Field("round_id", identifier()), *page],
+        policy_pb2.CountVotesRequest: [Field("days", between(0, MAX_DAYS))],
+        policy_pb2.GetLearnerRequest: [],
+        policy_pb2.RequestRoundRequest: [],
     }  # fmt: skip
 
 

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-STORE = ("store", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel", "erasing")
+STORE = (
+    "store",
+    "manifest",
+    "records",
+    "errors",
+    "registry",
+    "ids",
+    "failpoints",
+    "duel",
+    "erasing",
+    "database",
+    "samples",
+)
 LEARNER_MAY = {f"server.{name}" for name in STORE}
 
 

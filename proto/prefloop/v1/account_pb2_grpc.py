@@ -35,6 +35,11 @@ class AccountServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetCaller = channel.unary_unary(
+                '/prefloop.v1.AccountService/GetCaller',
+                request_serializer=prefloop_dot_v1_dot_account__pb2.GetCallerRequest.SerializeToString,
+                response_deserializer=prefloop_dot_v1_dot_account__pb2.GetCallerResponse.FromString,
+                _registered_method=True)
         self.ForgetUser = channel.unary_unary(
                 '/prefloop.v1.AccountService/ForgetUser',
                 request_serializer=prefloop_dot_v1_dot_account__pb2.ForgetUserRequest.SerializeToString,
@@ -50,6 +55,13 @@ class AccountServiceStub:
 class AccountServiceServicer:
     """What is kept of a person. Everybody may ask for themselves, operators for others, too.
     """
+
+    def GetCaller(self, request, context):
+        """Who the credentials stand for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def ForgetUser(self, request, context):
         """Removes everything that is kept of a user for good: conversations, answers, votes, keys, and the texts that rounds
@@ -70,6 +82,11 @@ class AccountServiceServicer:
 
 def add_AccountServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetCaller': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCaller,
+                    request_deserializer=prefloop_dot_v1_dot_account__pb2.GetCallerRequest.FromString,
+                    response_serializer=prefloop_dot_v1_dot_account__pb2.GetCallerResponse.SerializeToString,
+            ),
             'ForgetUser': grpc.unary_unary_rpc_method_handler(
                     servicer.ForgetUser,
                     request_deserializer=prefloop_dot_v1_dot_account__pb2.ForgetUserRequest.FromString,
@@ -91,6 +108,33 @@ def add_AccountServiceServicer_to_server(servicer, server):
 class AccountService:
     """What is kept of a person. Everybody may ask for themselves, operators for others, too.
     """
+
+    @staticmethod
+    def GetCaller(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefloop.v1.AccountService/GetCaller',
+            prefloop_dot_v1_dot_account__pb2.GetCallerRequest.SerializeToString,
+            prefloop_dot_v1_dot_account__pb2.GetCallerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def ForgetUser(request,

@@ -33,6 +33,8 @@ class AccountServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AccountServiceAsyncStub: ...
+    GetCaller: _grpc.UnaryUnaryMultiCallable[_account_pb2.GetCallerRequest, _account_pb2.GetCallerResponse]
+    """Who the credentials stand for."""
     ForgetUser: _grpc.UnaryUnaryMultiCallable[_account_pb2.ForgetUserRequest, _account_pb2.ForgetUserResponse]
     """Removes everything that is kept of a user for good: conversations, answers, votes, keys, and the texts that rounds
     wrote down. Their open calls end with FAILED_PRECONDITION, reason USER_FORGOTTEN. Weights that learned from them stay
@@ -46,6 +48,8 @@ class AccountServiceAsyncStub(AccountServiceStub):
     """What is kept of a person. Everybody may ask for themselves, operators for others, too."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    GetCaller: _aio.UnaryUnaryMultiCallable[_account_pb2.GetCallerRequest, _account_pb2.GetCallerResponse]  # type: ignore[assignment]
+    """Who the credentials stand for."""
     ForgetUser: _aio.UnaryUnaryMultiCallable[_account_pb2.ForgetUserRequest, _account_pb2.ForgetUserResponse]  # type: ignore[assignment]
     """Removes everything that is kept of a user for good: conversations, answers, votes, keys, and the texts that rounds
     wrote down. Their open calls end with FAILED_PRECONDITION, reason USER_FORGOTTEN. Weights that learned from them stay
@@ -56,6 +60,14 @@ class AccountServiceAsyncStub(AccountServiceStub):
 
 class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
     """What is kept of a person. Everybody may ask for themselves, operators for others, too."""
+
+    @_abc_1.abstractmethod
+    def GetCaller(
+        self,
+        request: _account_pb2.GetCallerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_account_pb2.GetCallerResponse, _abc.Awaitable[_account_pb2.GetCallerResponse]]:
+        """Who the credentials stand for."""
 
     @_abc_1.abstractmethod
     def ForgetUser(

@@ -10,6 +10,7 @@ from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from prefloop.v1 import feedback_pb2 as _feedback_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -233,23 +234,75 @@ class GetActivePolicyResponse(_message.Message):
 
     POLICY_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    ROLLBACK_VERSION_FIELD_NUMBER: _builtins.int
+    DUEL_FIELD_NUMBER: _builtins.int
+    rollback_version: _builtins.str
+    """What RollbackPolicy activates where no version is named; empty where nothing was active before."""
     @_builtins.property
     def policy(self) -> Global___Policy: ...
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
+    @_builtins.property
+    def duel(self) -> Global___Duel:
+        """Set while the server shows the active version beside the one before it."""
+
     def __init__(
         self,
         *,
         policy: Global___Policy | None = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
+        rollback_version: _builtins.str = ...,
+        duel: Global___Duel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duel", b"duel", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duel", b"duel", "policy", b"policy", "replicas", b"replicas", "rollback_version", b"rollback_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetActivePolicyResponse: _TypeAlias = GetActivePolicyResponse  # noqa: Y015
+
+@_typing.final
+class Duel(_message.Message):
+    """Blind choices between answers of two versions, since the newer one became active."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    OPPONENT_VERSION_FIELD_NUMBER: _builtins.int
+    WINS_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    DRAWS_FIELD_NUMBER: _builtins.int
+    EVIDENCE_BETTER_FIELD_NUMBER: _builtins.int
+    EVIDENCE_WORSE_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    opponent_version: _builtins.str
+    wins: _builtins.int
+    """Choices of `version`."""
+    losses: _builtins.int
+    draws: _builtins.int
+    """Ties and both-bad."""
+    evidence_better: _builtins.float
+    """E-values: 1 says nothing, 20 is what one would see at most once in 20 times by chance, however often one looks."""
+    evidence_worse: _builtins.float
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        opponent_version: _builtins.str = ...,
+        wins: _builtins.int = ...,
+        losses: _builtins.int = ...,
+        draws: _builtins.int = ...,
+        evidence_better: _builtins.float = ...,
+        evidence_worse: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draws", b"draws", "evidence_better", b"evidence_better", "evidence_worse", b"evidence_worse", "losses", b"losses", "opponent_version", b"opponent_version", "version", b"version", "wins", b"wins"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Duel: _TypeAlias = Duel  # noqa: Y015
 
 @_typing.final
 class ListPoliciesRequest(_message.Message):
@@ -303,18 +356,22 @@ class ActivatePolicyRequest(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     EXPECTED_ACTIVE_VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     expected_active_version: _builtins.str
     """Where set, the call fails with ABORTED unless this version is active."""
+    reason: _builtins.str
+    """Kept with the version's history."""
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
         expected_active_version: _builtins.str | None = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_active_version", b"_expected_active_version", "expected_active_version", b"expected_active_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_active_version", b"_expected_active_version", "expected_active_version", b"expected_active_version", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_active_version", b"_expected_active_version", "expected_active_version", b"expected_active_version", "reason", b"reason", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_active_version: _TypeAlias = _typing.Literal["expected_active_version"]  # noqa: Y015
     _WhichOneofArgType__expected_active_version: _TypeAlias = _typing.Literal["_expected_active_version", b"_expected_active_version"]  # noqa: Y015
@@ -347,18 +404,28 @@ class RollbackPolicyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
+    EXPECTED_ACTIVE_VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """A version that was active before; empty: the last one that was."""
+    expected_active_version: _builtins.str
+    """Where set, the call fails with ABORTED unless this version is active."""
+    reason: _builtins.str
+    """Kept with the version's history."""
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
+        expected_active_version: _builtins.str | None = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_active_version", b"_expected_active_version", "expected_active_version", b"expected_active_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_active_version", b"_expected_active_version", "expected_active_version", b"expected_active_version", "reason", b"reason", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_active_version: _TypeAlias = _typing.Literal["expected_active_version"]  # noqa: Y015
+    _WhichOneofArgType__expected_active_version: _TypeAlias = _typing.Literal["_expected_active_version", b"_expected_active_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_active_version) -> _WhichOneofReturnType__expected_active_version | None: ...
 
 Global___RollbackPolicyRequest: _TypeAlias = RollbackPolicyRequest  # noqa: Y015
 
@@ -427,3 +494,270 @@ class ListRoundsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListRoundsResponse: _TypeAlias = ListRoundsResponse  # noqa: Y015
+
+@_typing.final
+class ListRoundSamplesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    round_id: _builtins.str
+    page_size: _builtins.int
+    """1 to 200; 0 means 50."""
+    page_token: _builtins.str
+    def __init__(
+        self,
+        *,
+        round_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "round_id", b"round_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRoundSamplesRequest: _TypeAlias = ListRoundSamplesRequest  # noqa: Y015
+
+@_typing.final
+class ListRoundSamplesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundSample]:
+        """Empty where the round judged nothing, or where all whose prompts it used deleted them."""
+
+    def __init__(
+        self,
+        *,
+        samples: _abc.Iterable[Global___RoundSample] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRoundSamplesResponse: _TypeAlias = ListRoundSamplesResponse  # noqa: Y015
+
+@_typing.final
+class RoundSample(_message.Message):
+    """One held-out prompt of a user's, answered by the incumbent and by the round's candidate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    before: _builtins.str
+    after: _builtins.str
+    def __init__(
+        self,
+        *,
+        prompt: _builtins.str = ...,
+        before: _builtins.str = ...,
+        after: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundSample: _TypeAlias = RoundSample  # noqa: Y015
+
+@_typing.final
+class CountVotesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DAYS_FIELD_NUMBER: _builtins.int
+    days: _builtins.int
+    """The last so many days, today included, 1 to 366; 0 means 30."""
+    def __init__(
+        self,
+        *,
+        days: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["days", b"days"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountVotesRequest: _TypeAlias = CountVotesRequest  # noqa: Y015
+
+@_typing.final
+class CountVotesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___VoteCount]:
+        """Oldest first; days and kinds without votes are left out."""
+
+    def __init__(
+        self,
+        *,
+        counts: _abc.Iterable[Global___VoteCount] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountVotesResponse: _TypeAlias = CountVotesResponse  # noqa: Y015
+
+@_typing.final
+class VoteCount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    VOTES_FIELD_NUMBER: _builtins.int
+    date: _builtins.str
+    """The UTC day, as 2026-03-14."""
+    kind: _feedback_pb2.FeedbackKind.ValueType
+    votes: _builtins.int
+    def __init__(
+        self,
+        *,
+        date: _builtins.str = ...,
+        kind: _feedback_pb2.FeedbackKind.ValueType = ...,
+        votes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["date", b"date", "kind", b"kind", "votes", b"votes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VoteCount: _TypeAlias = VoteCount  # noqa: Y015
+
+@_typing.final
+class GetLearnerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLearnerRequest: _TypeAlias = GetLearnerRequest  # noqa: Y015
+
+@_typing.final
+class GetLearnerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEARNER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def learner(self) -> Global___Learner: ...
+    def __init__(
+        self,
+        *,
+        learner: Global___Learner | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["learner", b"learner"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["learner", b"learner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLearnerResponse: _TypeAlias = GetLearnerResponse  # noqa: Y015
+
+@_typing.final
+class Learner(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LISTENING_FIELD_NUMBER: _builtins.int
+    RUNNING_ROUND_ID_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    NEXT_ROUND_TIME_FIELD_NUMBER: _builtins.int
+    NEW_VOTES_FIELD_NUMBER: _builtins.int
+    REQUEST_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    listening: _builtins.bool
+    """Whether RequestRound would be heard."""
+    running_round_id: _builtins.str
+    """The round at work; empty where none is."""
+    stage: _builtins.str
+    """Its last finished step."""
+    new_votes: _builtins.int
+    """Votes that no round has learned from yet."""
+    outcome: _builtins.str
+    @_builtins.property
+    def next_round_time(self) -> _timestamp_pb2.Timestamp:
+        """When the clock starts the next round; unset where only requests do."""
+
+    @_builtins.property
+    def request_time(self) -> _timestamp_pb2.Timestamp:
+        """The last request, and, once it is over, what became of it in a sentence."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        listening: _builtins.bool = ...,
+        running_round_id: _builtins.str = ...,
+        stage: _builtins.str = ...,
+        next_round_time: _timestamp_pb2.Timestamp | None = ...,
+        new_votes: _builtins.int = ...,
+        request_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        outcome: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "next_round_time", b"next_round_time", "request_time", b"request_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "listening", b"listening", "new_votes", b"new_votes", "next_round_time", b"next_round_time", "outcome", b"outcome", "request_time", b"request_time", "running_round_id", b"running_round_id", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Learner: _TypeAlias = Learner  # noqa: Y015
+
+@_typing.final
+class RequestRoundRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestRoundRequest: _TypeAlias = RequestRoundRequest  # noqa: Y015
+
+@_typing.final
+class RequestRoundResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEARNER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def learner(self) -> Global___Learner: ...
+    def __init__(
+        self,
+        *,
+        learner: Global___Learner | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["learner", b"learner"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["learner", b"learner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestRoundResponse: _TypeAlias = RequestRoundResponse  # noqa: Y015

@@ -60,6 +60,26 @@ class PolicyServiceStub:
                 request_serializer=prefloop_dot_v1_dot_policy__pb2.ListRoundsRequest.SerializeToString,
                 response_deserializer=prefloop_dot_v1_dot_policy__pb2.ListRoundsResponse.FromString,
                 _registered_method=True)
+        self.ListRoundSamples = channel.unary_unary(
+                '/prefloop.v1.PolicyService/ListRoundSamples',
+                request_serializer=prefloop_dot_v1_dot_policy__pb2.ListRoundSamplesRequest.SerializeToString,
+                response_deserializer=prefloop_dot_v1_dot_policy__pb2.ListRoundSamplesResponse.FromString,
+                _registered_method=True)
+        self.CountVotes = channel.unary_unary(
+                '/prefloop.v1.PolicyService/CountVotes',
+                request_serializer=prefloop_dot_v1_dot_policy__pb2.CountVotesRequest.SerializeToString,
+                response_deserializer=prefloop_dot_v1_dot_policy__pb2.CountVotesResponse.FromString,
+                _registered_method=True)
+        self.GetLearner = channel.unary_unary(
+                '/prefloop.v1.PolicyService/GetLearner',
+                request_serializer=prefloop_dot_v1_dot_policy__pb2.GetLearnerRequest.SerializeToString,
+                response_deserializer=prefloop_dot_v1_dot_policy__pb2.GetLearnerResponse.FromString,
+                _registered_method=True)
+        self.RequestRound = channel.unary_unary(
+                '/prefloop.v1.PolicyService/RequestRound',
+                request_serializer=prefloop_dot_v1_dot_policy__pb2.RequestRoundRequest.SerializeToString,
+                response_deserializer=prefloop_dot_v1_dot_policy__pb2.RequestRoundResponse.FromString,
+                _registered_method=True)
 
 
 class PolicyServiceServicer:
@@ -102,6 +122,35 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRoundSamples(self, request, context):
+        """What a judged round was answered on held-out prompts, before and after.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CountVotes(self, request, context):
+        """How many votes were cast on each day, by kind; those that still stand.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLearner(self, request, context):
+        """Whether a learner listens for requests, what it does, and what became of the last request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequestRound(self, request, context):
+        """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
+        then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PolicyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +178,26 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.ListRounds,
                     request_deserializer=prefloop_dot_v1_dot_policy__pb2.ListRoundsRequest.FromString,
                     response_serializer=prefloop_dot_v1_dot_policy__pb2.ListRoundsResponse.SerializeToString,
+            ),
+            'ListRoundSamples': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRoundSamples,
+                    request_deserializer=prefloop_dot_v1_dot_policy__pb2.ListRoundSamplesRequest.FromString,
+                    response_serializer=prefloop_dot_v1_dot_policy__pb2.ListRoundSamplesResponse.SerializeToString,
+            ),
+            'CountVotes': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountVotes,
+                    request_deserializer=prefloop_dot_v1_dot_policy__pb2.CountVotesRequest.FromString,
+                    response_serializer=prefloop_dot_v1_dot_policy__pb2.CountVotesResponse.SerializeToString,
+            ),
+            'GetLearner': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLearner,
+                    request_deserializer=prefloop_dot_v1_dot_policy__pb2.GetLearnerRequest.FromString,
+                    response_serializer=prefloop_dot_v1_dot_policy__pb2.GetLearnerResponse.SerializeToString,
+            ),
+            'RequestRound': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestRound,
+                    request_deserializer=prefloop_dot_v1_dot_policy__pb2.RequestRoundRequest.FromString,
+                    response_serializer=prefloop_dot_v1_dot_policy__pb2.RequestRoundResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +336,114 @@ class PolicyService:
             '/prefloop.v1.PolicyService/ListRounds',
             prefloop_dot_v1_dot_policy__pb2.ListRoundsRequest.SerializeToString,
             prefloop_dot_v1_dot_policy__pb2.ListRoundsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRoundSamples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefloop.v1.PolicyService/ListRoundSamples',
+            prefloop_dot_v1_dot_policy__pb2.ListRoundSamplesRequest.SerializeToString,
+            prefloop_dot_v1_dot_policy__pb2.ListRoundSamplesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountVotes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefloop.v1.PolicyService/CountVotes',
+            prefloop_dot_v1_dot_policy__pb2.CountVotesRequest.SerializeToString,
+            prefloop_dot_v1_dot_policy__pb2.CountVotesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLearner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefloop.v1.PolicyService/GetLearner',
+            prefloop_dot_v1_dot_policy__pb2.GetLearnerRequest.SerializeToString,
+            prefloop_dot_v1_dot_policy__pb2.GetLearnerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestRound(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefloop.v1.PolicyService/RequestRound',
+            prefloop_dot_v1_dot_policy__pb2.RequestRoundRequest.SerializeToString,
+            prefloop_dot_v1_dot_policy__pb2.RequestRoundResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,16 @@ class PolicyServiceStub:
     """Activates a version that was active before."""
     ListRounds: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ListRoundsRequest, _policy_pb2.ListRoundsResponse]
     """The learner's rounds, newest first."""
+    ListRoundSamples: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ListRoundSamplesRequest, _policy_pb2.ListRoundSamplesResponse]
+    """What a judged round was answered on held-out prompts, before and after."""
+    CountVotes: _grpc.UnaryUnaryMultiCallable[_policy_pb2.CountVotesRequest, _policy_pb2.CountVotesResponse]
+    """How many votes were cast on each day, by kind; those that still stand."""
+    GetLearner: _grpc.UnaryUnaryMultiCallable[_policy_pb2.GetLearnerRequest, _policy_pb2.GetLearnerResponse]
+    """Whether a learner listens for requests, what it does, and what became of the last request."""
+    RequestRound: _grpc.UnaryUnaryMultiCallable[_policy_pb2.RequestRoundRequest, _policy_pb2.RequestRoundResponse]
+    """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
+    then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
+    """
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
@@ -63,6 +73,16 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """Activates a version that was active before."""
     ListRounds: _aio.UnaryUnaryMultiCallable[_policy_pb2.ListRoundsRequest, _policy_pb2.ListRoundsResponse]  # type: ignore[assignment]
     """The learner's rounds, newest first."""
+    ListRoundSamples: _aio.UnaryUnaryMultiCallable[_policy_pb2.ListRoundSamplesRequest, _policy_pb2.ListRoundSamplesResponse]  # type: ignore[assignment]
+    """What a judged round was answered on held-out prompts, before and after."""
+    CountVotes: _aio.UnaryUnaryMultiCallable[_policy_pb2.CountVotesRequest, _policy_pb2.CountVotesResponse]  # type: ignore[assignment]
+    """How many votes were cast on each day, by kind; those that still stand."""
+    GetLearner: _aio.UnaryUnaryMultiCallable[_policy_pb2.GetLearnerRequest, _policy_pb2.GetLearnerResponse]  # type: ignore[assignment]
+    """Whether a learner listens for requests, what it does, and what became of the last request."""
+    RequestRound: _aio.UnaryUnaryMultiCallable[_policy_pb2.RequestRoundRequest, _policy_pb2.RequestRoundResponse]  # type: ignore[assignment]
+    """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
+    then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
+    """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     """The life of a policy, for operators."""
@@ -108,5 +128,39 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.ListRoundsResponse, _abc.Awaitable[_policy_pb2.ListRoundsResponse]]:
         """The learner's rounds, newest first."""
+
+    @_abc_1.abstractmethod
+    def ListRoundSamples(
+        self,
+        request: _policy_pb2.ListRoundSamplesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_pb2.ListRoundSamplesResponse, _abc.Awaitable[_policy_pb2.ListRoundSamplesResponse]]:
+        """What a judged round was answered on held-out prompts, before and after."""
+
+    @_abc_1.abstractmethod
+    def CountVotes(
+        self,
+        request: _policy_pb2.CountVotesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_pb2.CountVotesResponse, _abc.Awaitable[_policy_pb2.CountVotesResponse]]:
+        """How many votes were cast on each day, by kind; those that still stand."""
+
+    @_abc_1.abstractmethod
+    def GetLearner(
+        self,
+        request: _policy_pb2.GetLearnerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_pb2.GetLearnerResponse, _abc.Awaitable[_policy_pb2.GetLearnerResponse]]:
+        """Whether a learner listens for requests, what it does, and what became of the last request."""
+
+    @_abc_1.abstractmethod
+    def RequestRound(
+        self,
+        request: _policy_pb2.RequestRoundRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_pb2.RequestRoundResponse, _abc.Awaitable[_policy_pb2.RequestRoundResponse]]:
+        """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
+        then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
+        """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

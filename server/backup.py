@@ -18,7 +18,6 @@ from server.errors import DataDirectoryError, ManifestError
 from server.manifest import new_staging, publish, verify
 from server.store import FeedbackStore
 
-
 UNDER_WAY = "It was under way when this backup was made."
 
 

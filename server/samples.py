@@ -1,7 +1,7 @@
 """What a judged round was answered on held-out prompts: the rounds' ANSWERS, read for people.
 
-The file names conversations and is swept after deletions (`server.erasing`). Between a deletion and the sweep it still has
-what is gone: whoever shows samples asks the store, after reading, which of their conversations are there.
+The file names conversations and is swept after deletions (`server.erasing`). Between a deletion and the sweep it still
+has what is gone: whoever shows samples asks the store, after reading, which of their conversations are there.
 """
 
 import json

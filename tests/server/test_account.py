@@ -30,6 +30,20 @@ async def forget(running: Running, user: Any = ZOE, name: str = "") -> Any:
     return await running.account.ForgetUser(account_pb2.ForgetUserRequest(user=name), metadata=user, timeout=SECONDS)
 
 
+async def test_who_has_no_key_says_who_they_are(running: Running) -> None:
+    caller = await running.account.GetCaller(account_pb2.GetCallerRequest(), metadata=ZOE)
+    assert (caller.user, caller.role, caller.has_key) == ("zebulon", "operator", False)
+    caller = await running.account.GetCaller(account_pb2.GetCallerRequest())
+    assert (caller.user, caller.role, caller.has_key) == ("local", "operator", False)
+
+
+async def test_a_key_says_who_somebody_is(locked: Locked) -> None:  # noqa: F811
+    for metadata, known in ((locked.ann, ("ann", "user", True)), (locked.operator, ("olga", "operator", True))):
+        # What they say themselves counts for nothing.
+        caller = await locked.running.account.GetCaller(account_pb2.GetCallerRequest(), metadata=(*metadata, *ZOE))
+        assert (caller.user, caller.role, caller.has_key) == known
+
+
 async def exported(running: Running, user: Any, name: str = "") -> list[Any]:
     call = running.account.ExportUser(account_pb2.ExportUserRequest(user=name), metadata=user, timeout=SECONDS)
     return [part async for part in call]

@@ -133,3 +133,36 @@ async def test_merged_weights_are_compared_with_themselves(running: Running) -> 
     await compare(running)
     assert running.policy.pinned == [None, None]
     assert sorted(sampling.temperature for sampling in running.policy.samplings) == [0.7, 1.0]
+
+
+async def shown_duel(running: Running) -> Any:
+    return await running.policies.GetActivePolicy(policy_pb2.GetActivePolicyRequest(), metadata=(("x-user-id", "op"),))
+
+
+async def test_operators_see_how_the_duel_stands_while_there_is_one(tmp_path: Path) -> None:
+    async with running_server(tmp_path, serve_adapters=True, duel_user_votes=2) as running:
+        assert not (await shown_duel(running)).HasField("duel")
+        await open_duel(running)
+        for user, loser in (("ann", "v0000"), ("ann", "v0001"), ("ann", "v0001"), ("bob", "v0001"), ("cem", "v0001")):
+            await choose(running, user, loser)
+        started = (await compare(running, user=(("x-user-id", "dee"),)))[0].started
+        tie = feedback_pb2.SubmitChoiceRequest(comparison_id=started.comparison_id, choice=feedback_pb2.CHOICE_TIE)
+        await running.feedback.SubmitChoice(tie, metadata=(("x-user-id", "dee"),))
+        duel = (await shown_duel(running)).duel
+        # Of ann's three the first two count.
+        assert (duel.version, duel.opponent_version) == ("v0001", "v0000")
+        assert (duel.wins, duel.losses, duel.draws) == (1, 3, 1)
+        # 2 * 2^4 * integral over (0, 1/2) of p (1-p)^3 = 32 * 13/320, and of p^3 (1-p) = 32 * 3/320.
+        assert duel.evidence_worse == pytest.approx(1.3)
+        assert duel.evidence_better == pytest.approx(0.3)
+        await running.policies.RollbackPolicy(policy_pb2.RollbackPolicyRequest(), metadata=(("x-user-id", "op"),))
+        assert not (await shown_duel(running)).HasField("duel")
+
+
+async def test_votes_on_two_versions_are_no_duel_where_versions_are_not_shown_side_by_side(tmp_path: Path) -> None:
+    async with running_server(tmp_path) as running:
+        publish_version(running.data_dir, "v0001")
+        await running.store(lambda store: register(store, "v0001"))
+        await activate(running, "v0001")
+        assert (await running.store(lambda store: store.lineage.duel(10))) is not None
+        assert not (await shown_duel(running)).HasField("duel")

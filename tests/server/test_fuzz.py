@@ -19,6 +19,7 @@ from prefloop.v1 import chat_pb2, feedback_pb2
 from server.access import ROLES
 from server.convert import page_token
 from tests.server.conftest import Running, running_server
+from tests.server.test_round_samples import judged, keep_line
 from tests.server.test_rpcs import ANN, BOB, chat, compare
 
 EACH = 700
@@ -119,7 +120,12 @@ async def test_no_request_is_the_servers_fault(wide: Running, name: str) -> None
     thumb = feedback_pb2.SubmitThumbRequest(response_id=started.started.response_id, thumb=feedback_pb2.THUMB_UP)
     kept = await wide.feedback.SubmitThumb(thumb, metadata=ANN)
     theirs, *_ = await chat(wide, user=BOB)
+    round_ = await wide.store(judged)
+    keep_line(wide.data_dir, round_, "")
+    # Somebody hears what is asked of a learner, and does nothing.
+    await wide.store(lambda store: store.round_requests.listen("here", None))
     ids = [
+        round_.id,
         started.started.conversation_id,
         started.started.response_id,
         compared.started.comparison_id,

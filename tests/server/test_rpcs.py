@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 from server import app
 from server.manifest import write_manifest
+from server.registry import Registry
+from server.store import FeedbackStore
 from tests.server.conftest import Running, publish_version, register, running_server
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -342,6 +344,17 @@ BAD_REQUESTS: list[tuple[str, str, Any, str]] = [
     ("feedback", "SubmitCorrection", feedback_pb2.SubmitCorrectionRequest(response_id="r"), "text"),
     ("feedback", "SubmitDemonstration", feedback_pb2.SubmitDemonstrationRequest(), "messages"),
     ("policies", "ActivatePolicy", policy_pb2.ActivatePolicyRequest(), "version"),
+    ("policies", "ActivatePolicy", policy_pb2.ActivatePolicyRequest(version="v0000", reason="a" * 501), "reason"),
+    ("policies", "RollbackPolicy", policy_pb2.RollbackPolicyRequest(reason="a" * 501), "reason"),
+    (
+        "policies",
+        "RollbackPolicy",
+        policy_pb2.RollbackPolicyRequest(expected_active_version=""),
+        "expected_active_version",
+    ),
+    ("policies", "CountVotes", policy_pb2.CountVotesRequest(days=367), "days"),
+    ("policies", "ListRoundSamples", policy_pb2.ListRoundSamplesRequest(), "round_id"),
+    ("policies", "ListRoundSamples", policy_pb2.ListRoundSamplesRequest(round_id="r", page_size=201), "page_size"),
 ]
 
 
@@ -389,6 +402,116 @@ async def test_activating_serves_the_version_and_rolling_back_serves_the_one_bef
     )
     assert (code, running.policy.version) == (grpc.StatusCode.FAILED_PRECONDITION, "v0001")
     assert "v0002 is candidate and was never active" in message
+
+
+async def active(running: Running) -> Any:
+    return await running.policies.GetActivePolicy(policy_pb2.GetActivePolicyRequest(), metadata=ANN)
+
+
+async def test_a_rollback_says_beforehand_where_it_goes_and_goes_from_there_alone(running: Running) -> None:
+    for version in ("v0001", "v0002"):
+        publish_version(running.data_dir, version)
+        await running.store(lambda store, v=version: register(store, v))
+    assert (await active(running)).rollback_version == ""
+    expecting = policy_pb2.RollbackPolicyRequest(expected_active_version="v0001")
+    # Also where there is nothing to go back to: somebody else was first, and that is what to say.
+    code, message, _ = await refusal(running.policies.RollbackPolicy(expecting, metadata=ANN))
+    assert (code, message) == (grpc.StatusCode.ABORTED, "v0000 is active, not v0001; nothing was changed.")
+    for version in ("v0001", "v0002"):
+        await running.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version=version), metadata=ANN)
+    assert (await active(running)).rollback_version == "v0001"
+    code, message, _ = await refusal(running.policies.RollbackPolicy(expecting, metadata=ANN))
+    assert (code, message) == (grpc.StatusCode.ABORTED, "v0002 is active, not v0001; nothing was changed.")
+    expecting.expected_active_version = "v0002"
+    assert (await running.policies.RollbackPolicy(expecting, metadata=ANN)).policy.version == "v0001"
+    # v0002 was taken back, so it is not what another rollback takes.
+    assert (await active(running)).rollback_version == "v0000"
+
+
+async def test_of_two_rollbacks_at_once_one_goes_back_one_step(running: Running) -> None:
+    for version in ("v0001", "v0002"):
+        publish_version(running.data_dir, version)
+        await running.store(lambda store, v=version: register(store, v))
+        await running.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version=version), metadata=ANN)
+    request = policy_pb2.RollbackPolicyRequest()
+    # Both have looked before either moves.
+    looked, step = [], Registry.rollback_step
+    both = asyncio.Event()
+
+    def look(*arguments: Any) -> Any:
+        looked.append(arguments)
+        if len(looked) == 2:
+            loop.call_soon_threadsafe(both.set)
+        return step(*arguments)
+
+    locate = running.policy.locate
+
+    def wait(*arguments: Any) -> Any:
+        asyncio.run_coroutine_threadsafe(both.wait(), loop).result(10)
+        return locate(*arguments)
+
+    loop = asyncio.get_running_loop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Registry, "rollback_step", look)
+        patch.setattr(running.policy, "locate", wait)
+        calls = [running.policies.RollbackPolicy(request, metadata=user) for user in (ANN, BOB)]
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [error for error in ended if isinstance(error, grpc.aio.AioRpcError)]
+    assert [error.code() for error in refused] == [grpc.StatusCode.ABORTED]
+    assert running.policy.version == "v0001"
+
+
+async def test_a_reason_is_kept_with_the_move_and_there_is_always_one(running: Running) -> None:
+    publish_version(running.data_dir, "v0001")
+    await running.store(lambda store: register(store, "v0001"))
+    for reason in ("", "  ", "I read its answers"):
+        activate = policy_pb2.ActivatePolicyRequest(version="v0001", reason=reason)
+        await running.policies.ActivatePolicy(activate, metadata=ANN)
+        back = policy_pb2.RollbackPolicyRequest(reason=reason and f"{reason}, again ")
+        await running.policies.RollbackPolicy(back, metadata=ANN)
+    moves = await running.store(lambda store: store.lineage.moves(6))
+    assert [(move.action, move.actor, move.reason) for move in reversed(moves)] == [
+        ("activate", "ann", "activated by RPC"),
+        ("rollback", "ann", "rolled back from v0001"),
+        ("activate", "ann", "activated by RPC"),
+        ("rollback", "ann", ", again"),
+        ("activate", "ann", "I read its answers"),
+        ("rollback", "ann", "I read its answers, again"),
+    ]
+
+
+async def test_votes_are_counted_by_utc_day_and_kind_whosever_they_are(running: Running) -> None:
+    response_ids = [(await chat(running, user=user))[0].started.response_id for user in (ANN, BOB, ANN, ANN, ANN)]
+    for user, response_id in zip((ANN, BOB, ANN, ANN, ANN), response_ids, strict=True):
+        thumb = feedback_pb2.SubmitThumbRequest(response_id=response_id, thumb=feedback_pb2.THUMB_UP)
+        kept = (await running.feedback.SubmitThumb(thumb, metadata=user)).feedback.feedback_id
+    correction = feedback_pb2.SubmitCorrectionRequest(response_id=response_ids[0], text="so")
+    await running.feedback.SubmitCorrection(correction, metadata=ANN)
+    await running.feedback.RetractFeedback(feedback_pb2.RetractFeedbackRequest(feedback_id=kept), metadata=ANN)
+
+    def spread(store: FeedbackStore) -> list[str]:
+        # A second before today began, 29 and 30 days before today; one thumb and the correction are today's.
+        ids = [row["id"] for row in store._db.rows("SELECT id FROM feedback WHERE kind = 'thumb' ORDER BY event_seq")]
+        for feedback_id, seconds in zip(ids[1:], (-1, -29 * 86400, -30 * 86400), strict=True):
+            store._db.execute(
+                "UPDATE feedback SET create_time = unixepoch('now', 'start of day') + ? WHERE id = ?",
+                [seconds, feedback_id],
+            )
+        days = ", ".join(f"date('now', '-{days} days') AS day{days}" for days in (0, 1, 29, 30))
+        return list(store._db.rows(f"SELECT {days}")[0].values())
+
+    today, yesterday, in_window, before = await running.store(spread)
+
+    async def counted(days: int) -> list[tuple[str, int, int]]:
+        found = await running.policies.CountVotes(policy_pb2.CountVotesRequest(days=days), metadata=ANN)
+        return [(count.date, count.kind, count.votes) for count in found.counts]
+
+    thumb_kind, correction_kind = feedback_pb2.FEEDBACK_KIND_THUMB, feedback_pb2.FEEDBACK_KIND_CORRECTION
+    now = [(today, correction_kind, 1), (today, thumb_kind, 1)]
+    assert await counted(1) == now
+    assert await counted(2) == [(yesterday, thumb_kind, 1), *now]
+    assert await counted(0) == await counted(30) == [(in_window, thumb_kind, 1), (yesterday, thumb_kind, 1), *now]
+    assert (await counted(366))[0] == (before, thumb_kind, 1)
 
 
 async def test_a_caller_that_leaves_does_not_leave_a_swap_half_way(running: Running) -> None:

@@ -14,7 +14,10 @@ from tests.server.conftest import Running
 from tests.server.test_rpcs import BOB, chat, compare
 
 # One for each field that a person writes; none of them means anything to the server.
-WORDS = {name: f"quixotic-{name}" for name in ("message", "comment", "correction", "demonstration", "answer", "user")}
+WORDS = {
+    name: f"quixotic-{name}"
+    for name in ("message", "comment", "correction", "demonstration", "answer", "user", "reason")
+}
 ZOE = (("x-user-id", WORDS["user"]),)
 SECONDS = 10.0
 
@@ -70,9 +73,14 @@ def requests(response_id: str, comparison_id: str, conversation_id: str) -> dict
         "DeleteConversation": chat_pb2.DeleteConversationRequest(conversation_id="conv_none"),
         "GetActivePolicy": policy_pb2.GetActivePolicyRequest(),
         "ListPolicies": policy_pb2.ListPoliciesRequest(),
-        "ActivatePolicy": policy_pb2.ActivatePolicyRequest(version="v0009"),
-        "RollbackPolicy": policy_pb2.RollbackPolicyRequest(),
+        "ActivatePolicy": policy_pb2.ActivatePolicyRequest(version="v0009", reason=WORDS["reason"]),
+        "RollbackPolicy": policy_pb2.RollbackPolicyRequest(reason=WORDS["reason"]),
         "ListRounds": policy_pb2.ListRoundsRequest(),
+        "ListRoundSamples": policy_pb2.ListRoundSamplesRequest(round_id="round_none"),
+        "CountVotes": policy_pb2.CountVotesRequest(),
+        "GetLearner": policy_pb2.GetLearnerRequest(),
+        "RequestRound": policy_pb2.RequestRoundRequest(),
+        "GetCaller": account_pb2.GetCallerRequest(),
         "ExportUser": account_pb2.ExportUserRequest(),
         "ForgetUser": account_pb2.ForgetUserRequest(),
     }
@@ -120,6 +128,8 @@ async def test_nothing_is_said_of_what_people_write(running: Running, said: list
         "DeleteConversation",
         "ActivatePolicy",
         "RollbackPolicy",
+        "ListRoundSamples",
+        "RequestRound",
     }
     assert leaked([*said, *told.values()]) == []
 

@@ -13,7 +13,7 @@ from server.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from server.records import Generation, Span
+from server.records import Generation, Span, VoteCount
 from server.store import FeedbackStore
 from tests.server.conftest import register
 
@@ -95,6 +95,28 @@ def test_the_newest_votes_and_prompts_of_many(store: FeedbackStore) -> None:
     assert [thumb.feedback_id for thumb in newest.thumbs] == [given[2].id, given[3].id, given[0].id]
     assert [thumb.feedback_id for thumb in store.snapshot(4, limit=2).thumbs] == [given[2].id, given[3].id]
     assert len(store.prompts(limit=1)) == len(store.prompts()) == 1
+
+
+def test_votes_by_day_are_counted_from_the_index_alone(store: FeedbackStore) -> None:
+    given = [
+        store.submit_thumb(user, answer(store, store.create_conversation(user, "hello"), user), up=True)
+        for user in ("ann", "bob", "ann")
+    ]
+    # The last second of 13 March 2026 UTC and the first of the 14th, and a day long before.
+    for vote, seconds in zip(given, (1_773_446_399, 1_773_446_400, 0), strict=True):
+        store._db.execute("UPDATE feedback SET create_time = ? WHERE id = ?", [seconds, vote.id])
+    asked: list[str] = []
+    store._db._db.conn.set_trace_callback(asked.append)
+    counts = store.count_by_day(30_000)
+    store._db._db.conn.set_trace_callback(None)
+    assert counts == [
+        VoteCount("1970-01-01", "thumb", 1), VoteCount("2026-03-13", "thumb", 1), VoteCount("2026-03-14", "thumb", 1)
+    ]  # fmt: skip
+    [plan] = [row["detail"] for row in store._db.rows(f"EXPLAIN QUERY PLAN {asked[0]}") if "feedback" in row["detail"]]
+    assert plan == "SEARCH feedback USING INDEX feedback_by_day (<expr>>?)"
+    # In the index's order: nothing is gathered first.
+    steps = [row["detail"] for row in store._db.rows(f"EXPLAIN QUERY PLAN {asked[0]}")]
+    assert "USE TEMP B-TREE FOR GROUP BY" not in steps
 
 
 def test_votes_are_counted_once_and_only_while_they_stand(store: FeedbackStore) -> None:

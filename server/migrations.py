@@ -310,7 +310,7 @@ def m008_deletions(db: Database) -> None:
 
 @migrations()
 def m009_round_requests(db: Database) -> None:
-    """Learners that listen, requests for a round, and votes by the day they were given on."""
+    """Learners that listen, requests for a round; votes by the order and by the day they were given in."""
     _run(
         db,
         """
@@ -326,6 +326,7 @@ def m009_round_requests(db: Database) -> None:
             end_time REAL,
             outcome TEXT NOT NULL DEFAULT ''
         ) STRICT;
+        CREATE INDEX feedback_by_event ON feedback (event_seq, kind);
         CREATE INDEX feedback_by_day ON feedback (CAST(create_time / 86400 AS INTEGER), kind);
         """,
     )

@@ -117,6 +117,9 @@ def test_votes_by_day_are_counted_from_the_index_alone(store: FeedbackStore) -> 
     # In the index's order: nothing is gathered first.
     steps = [row["detail"] for row in store._db.rows(f"EXPLAIN QUERY PLAN {asked[0]}")]
     assert "USE TEMP B-TREE FOR GROUP BY" not in steps
+    query = "SELECT count(*) AS votes FROM feedback WHERE event_seq > 0 AND kind != 'demonstration'"
+    [plan] = [row["detail"] for row in store._db.rows(f"EXPLAIN QUERY PLAN {query}")]
+    assert plan == "SEARCH feedback USING COVERING INDEX feedback_by_event (event_seq>?)"
 
 
 def test_votes_are_counted_once_and_only_while_they_stand(store: FeedbackStore) -> None:

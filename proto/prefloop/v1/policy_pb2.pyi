@@ -504,7 +504,7 @@ class ListRoundSamplesRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     page_size: _builtins.int
-    """1 to 200; 0 means 50."""
+    """1 to 200; 0 means 50. A page of long texts has fewer."""
     page_token: _builtins.str
     def __init__(
         self,
@@ -530,7 +530,7 @@ class ListRoundSamplesResponse(_message.Message):
     next_page_token: _builtins.str
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundSample]:
-        """Empty where the round judged nothing, or where all whose prompts it used deleted them."""
+        """Empty where the round judged nothing. What users deleted since is left out."""
 
     def __init__(
         self,
@@ -548,7 +548,9 @@ Global___ListRoundSamplesResponse: _TypeAlias = ListRoundSamplesResponse  # noqa
 
 @_typing.final
 class RoundSample(_message.Message):
-    """One held-out prompt of a user's, answered by the incumbent and by the round's candidate."""
+    """One held-out prompt, a user's or one of the project's own, answered by the incumbent and by the round's candidate. A
+    prompt that was answered several times comes as often.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

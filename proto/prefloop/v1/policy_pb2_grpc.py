@@ -146,6 +146,7 @@ class PolicyServiceServicer:
     def RequestRound(self, request, context):
         """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
         then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
+        Where its learner stops, the next one to start answers it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,6 +54,7 @@ class PolicyServiceStub:
     RequestRound: _grpc.UnaryUnaryMultiCallable[_policy_pb2.RequestRoundRequest, _policy_pb2.RequestRoundResponse]
     """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
     then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
+    Where its learner stops, the next one to start answers it.
     """
 
 @_typing.type_check_only
@@ -82,6 +83,7 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     RequestRound: _aio.UnaryUnaryMultiCallable[_policy_pb2.RequestRoundRequest, _policy_pb2.RequestRoundResponse]  # type: ignore[assignment]
     """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
     then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
+    Where its learner stops, the next one to start answers it.
     """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -161,6 +163,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_policy_pb2.RequestRoundResponse, _abc.Awaitable[_policy_pb2.RequestRoundResponse]]:
         """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
         then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
+        Where its learner stops, the next one to start answers it.
         """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -44,9 +44,6 @@ class RoundRequests:
         """A learner stops; what it took and did not end waits again."""
         with self._db.write():
             self._db.execute("DELETE FROM listeners WHERE id = ?", [listener])
-            self._db.execute(
-                "UPDATE round_requests SET listener = NULL WHERE listener = ? AND end_time IS NULL", [listener]
-            )
 
     def waits(self) -> bool:
         """Whether there is a request that could be taken now."""

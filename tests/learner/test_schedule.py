@@ -392,7 +392,9 @@ def test_a_request_that_was_stopped_with_its_learner_is_answered_by_the_next(dat
 
 def test_a_request_whose_learner_was_killed_is_answered_by_the_next(data_dir: Path, tmp_path: Path) -> None:
     with closing(FeedbackStore.open(data_dir)) as store:
-        first = Listening(data_dir, "import os; print(os.getpid(), flush=True); os.read(0, 1)", tmp_path / "mark")
+        first = Listening(
+            data_dir, "import os, signal; print(os.getpid(), flush=True); signal.pause()", tmp_path / "mark"
+        )
         until(lambda: store.learner().listening)
         store.round_requests.ask()
         orphan = int(first.says())

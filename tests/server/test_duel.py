@@ -166,3 +166,22 @@ async def test_votes_on_two_versions_are_no_duel_where_versions_are_not_shown_si
         await activate(running, "v0001")
         assert (await running.store(lambda store: store.lineage.duel(10))) is not None
         assert not (await shown_duel(running)).HasField("duel")
+
+
+async def test_a_duel_is_of_the_two_versions_that_are_shown(tmp_path: Path) -> None:
+    # Nobody looks but this test.
+    async with running_server(tmp_path, serve_adapters=True, poll_seconds=1000) as running:
+        for version in ("v0001", "v0002"):
+            publish_version(running.data_dir, version)
+            await running.store(lambda store, v=version: register(store, v))
+        referee = running.app._referee
+        assert referee
+        await activate(running, "v0001")
+        assert not (await shown_duel(running)).HasField("duel")
+        await referee.look()
+        assert (await shown_duel(running)).duel.version == "v0001"
+        # Until the next look Compare shows these two no longer, and no others yet.
+        await activate(running, "v0002")
+        assert not (await shown_duel(running)).HasField("duel")
+        await referee.look()
+        assert (await shown_duel(running)).duel.opponent_version == "v0001"

@@ -481,8 +481,9 @@ async def test_a_reason_is_kept_with_the_move_and_there_is_always_one(running: R
 
 
 async def test_votes_are_counted_by_utc_day_and_kind_whosever_they_are(running: Running) -> None:
-    response_ids = [(await chat(running, user=user))[0].started.response_id for user in (ANN, BOB, ANN, ANN, ANN)]
-    for user, response_id in zip((ANN, BOB, ANN, ANN, ANN), response_ids, strict=True):
+    voters = (ANN, BOB, ANN, ANN, BOB, ANN)
+    response_ids = [(await chat(running, user=user))[0].started.response_id for user in voters]
+    for user, response_id in zip(voters, response_ids, strict=True):
         thumb = feedback_pb2.SubmitThumbRequest(response_id=response_id, thumb=feedback_pb2.THUMB_UP)
         kept = (await running.feedback.SubmitThumb(thumb, metadata=user)).feedback.feedback_id
     correction = feedback_pb2.SubmitCorrectionRequest(response_id=response_ids[0], text="so")
@@ -490,9 +491,9 @@ async def test_votes_are_counted_by_utc_day_and_kind_whosever_they_are(running: 
     await running.feedback.RetractFeedback(feedback_pb2.RetractFeedbackRequest(feedback_id=kept), metadata=ANN)
 
     def spread(store: FeedbackStore) -> list[str]:
-        # A second before today began, 29 and 30 days before today; one thumb and the correction are today's.
+        # A second before today began, 29 and 30 days before today; two thumbs and the correction are today's.
         ids = [row["id"] for row in store._db.rows("SELECT id FROM feedback WHERE kind = 'thumb' ORDER BY event_seq")]
-        for feedback_id, seconds in zip(ids[1:], (-1, -29 * 86400, -30 * 86400), strict=True):
+        for feedback_id, seconds in zip(ids[1:4], (-1, -29 * 86400, -30 * 86400), strict=True):
             store._db.execute(
                 "UPDATE feedback SET create_time = unixepoch('now', 'start of day') + ? WHERE id = ?",
                 [seconds, feedback_id],
@@ -507,7 +508,7 @@ async def test_votes_are_counted_by_utc_day_and_kind_whosever_they_are(running: 
         return [(count.date, count.kind, count.votes) for count in found.counts]
 
     thumb_kind, correction_kind = feedback_pb2.FEEDBACK_KIND_THUMB, feedback_pb2.FEEDBACK_KIND_CORRECTION
-    now = [(today, correction_kind, 1), (today, thumb_kind, 1)]
+    now = [(today, correction_kind, 1), (today, thumb_kind, 2)]
     assert await counted(1) == now
     assert await counted(2) == [(yesterday, thumb_kind, 1), *now]
     assert await counted(0) == await counted(30) == [(in_window, thumb_kind, 1), (yesterday, thumb_kind, 1), *now]

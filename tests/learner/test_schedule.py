@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import learner.schedule
 from learner.cli import app
+from learner.listener import Listener
 from learner.report import Report, outcome
 from learner.schedule import RoundScheduler, abrupt_end, backoff, first_time, quiet_until, read_report, round_command
 from learner.settings import ScheduleSettings
@@ -430,6 +431,42 @@ def test_on_request_waits_for_its_data_directory_and_runs_what_is_asked(tmp_path
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert not store.learner().listening
+
+
+def test_who_waits_for_a_data_directory_does_not_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    listener = Listener(tmp_path / "none", lambda: None, lambda: None, said.append)
+    monkeypatch.setattr(listener._stop, "wait", lambda seconds: listener._stop.set())
+    listener._run()
+    assert (list(tmp_path.iterdir()), said) == ([], [])
+
+
+def test_what_keeps_a_learner_from_hearing_is_said_once_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    FeedbackStore.open(tmp_path).close()
+    listener = Listener(tmp_path, lambda: None, lambda: None, said.append)
+    tries: list[int] = []
+
+    def listen(*arguments: Any) -> None:
+        tries.append(1)
+        if len(tries) == 5:
+            listener._stop.set()
+        elif len(tries) != 3:
+            raise OperationalError("database or disk is full")
+
+    monkeypatch.setattr(RoundRequests, "listen", listen)
+    monkeypatch.setattr(RoundRequests, "waits", lambda requests: len(tries) == 3 and requests._db.rows("none"))
+    monkeypatch.setattr(listener._stop, "wait", lambda seconds: None)
+    listener._run()
+    # Twice the same, then heard again, then another trouble, and the first one anew.
+    assert said == [
+        "requests cannot be heard: database or disk is full",
+        'requests cannot be heard: near "none": syntax error',
+        "requests cannot be heard: database or disk is full",
+    ]
+    assert len(tries) == 5
 
 
 def test_the_clock_tells_when_it_starts_the_next_round(data_dir: Path) -> None:

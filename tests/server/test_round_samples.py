@@ -2,18 +2,20 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from prefloop.v1 import chat_pb2, policy_pb2
 
-from server import policies
+from server import eraser, policies
 from server.erasing import keeping
 from server.records import Round
-from server.samples import read_samples
+from server.samples import Sample, read_samples
 from server.store import FeedbackStore
-from tests.server.conftest import Running
+from tests.server.conftest import Running, running_server
 from tests.server.test_rpcs import ANN, refusal
 
 OWN = ""
@@ -76,26 +78,36 @@ async def test_a_round_that_judged_nothing_has_no_samples(running: Running) -> N
     assert prompts(await listed(running, round_)) == []
 
 
-async def test_a_line_that_a_kill_cut_short_and_one_that_names_nobody_are_left_out(running: Running) -> None:
-    round_ = await running.store(judged)
-    file = running.data_dir / "rounds" / round_.id / "answers.jsonl"
-    keep_line(running.data_dir, round_, OWN, "whole")
+def test_a_line_that_a_kill_cut_short_and_one_that_names_nobody_are_left_out(
+    store: FeedbackStore, tmp_path: Path
+) -> None:
+    round_ = judged(store)
+    file = tmp_path / "rounds" / round_.id / "answers.jsonl"
+    keep_line(tmp_path, round_, OWN, "whole")
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b'"conversation_id": "", ', b"") + whole + whole[:-1])
-    assert prompts(await listed(running, round_)) == ["whole"]
+    assert list(read_samples(tmp_path, round_)) == [Sample(1, "", "whole", "incumbent", "step 2")]
 
 
-async def test_what_was_deleted_is_not_shown_before_it_is_swept_either(running: Running) -> None:
-    gone, kept = await running.store(lambda store: [store.create_conversation("ann", "q") for _ in range(2)])
-    round_ = await running.store(judged)
+@pytest.fixture
+async def unswept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    """A server whose sweeps are yet to come."""
+    monkeypatch.setattr(eraser, "erase", lambda *arguments, **options: True)
+    async with running_server(tmp_path) as running:
+        yield running
+
+
+async def test_what_was_deleted_is_not_shown_before_it_is_swept_either(unswept: Running) -> None:
+    gone, kept = await unswept.store(lambda store: [store.create_conversation("ann", "q") for _ in range(2)])
+    round_ = await unswept.store(judged)
     for conversation_id, prompt in ((gone, "secret"), (kept, "kept"), (OWN, "ours"), (kept, "more")):
-        keep_line(running.data_dir, round_, conversation_id, prompt)
-    first = await listed(running, round_, 1)
+        keep_line(unswept.data_dir, round_, conversation_id, prompt)
+    first = await listed(unswept, round_, 1)
     assert prompts(first) == ["secret"]
     # The rows are gone and the sweep waits, as it does behind whoever keeps.
-    await running.store(lambda store: store.delete_conversation("ann", gone))
-    assert b"secret" in (running.data_dir / "rounds" / round_.id / "answers.jsonl").read_bytes()
-    assert prompts(await listed(running, round_)) == ["kept", "ours", "more"]
+    await unswept.store(lambda store: store.delete_conversation("ann", gone))
+    assert b"secret" in (unswept.data_dir / "rounds" / round_.id / "answers.jsonl").read_bytes()
+    assert prompts(await listed(unswept, round_)) == ["kept", "ours", "more"]
 
 
 async def test_a_page_goes_on_where_it_was_though_lines_before_it_were_swept(running: Running) -> None:
@@ -110,21 +122,21 @@ async def test_a_page_goes_on_where_it_was_though_lines_before_it_were_swept(run
     assert prompts(await listed(running, round_, 2, first.next_page_token)) == ["c", "d"]
 
 
-async def test_a_deletion_while_samples_are_read_is_in_time(running: Running, monkeypatch: Any) -> None:
-    conversation_id = await running.store(lambda store: store.create_conversation("ann", "q"))
-    round_ = await running.store(judged)
-    keep_line(running.data_dir, round_, conversation_id, "secret")
+async def test_a_deletion_while_samples_are_read_is_in_time(unswept: Running, monkeypatch: Any) -> None:
+    conversation_id = await unswept.store(lambda store: store.create_conversation("ann", "q"))
+    round_ = await unswept.store(judged)
+    keep_line(unswept.data_dir, round_, conversation_id, "secret")
     loop = asyncio.get_running_loop()
 
     def delete_and_read(data_dir: Path, round_: Round) -> Any:
         found = list(read_samples(data_dir, round_))
         assert len(found) == 1
-        deleted = running.store(lambda store: store.delete_conversation("ann", conversation_id))
+        deleted = unswept.store(lambda store: store.delete_conversation("ann", conversation_id))
         asyncio.run_coroutine_threadsafe(deleted, loop).result(10)
         return found
 
     monkeypatch.setattr(policies, "read_samples", delete_and_read)
-    assert prompts(await listed(running, round_)) == []
+    assert prompts(await listed(unswept, round_)) == []
 
 
 async def test_samples_wait_for_a_sweep_and_nobody_waits_for_them(running: Running) -> None:

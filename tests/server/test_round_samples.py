@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from prefloop.v1 import chat_pb2, policy_pb2
+from prefloop.v1 import account_pb2, chat_pb2, policy_pb2
 
 from server import eraser, policies
 from server.erasing import keeping
@@ -16,7 +16,7 @@ from server.records import Round
 from server.samples import Sample, read_samples
 from server.store import FeedbackStore
 from tests.server.conftest import Running, running_server
-from tests.server.test_rpcs import ANN, refusal
+from tests.server.test_rpcs import ANN, BOB, refusal
 
 OWN = ""
 
@@ -173,3 +173,13 @@ async def test_a_round_that_is_not_there_is_not_found_whatever_is_on_the_disk(ru
         request = policy_pb2.ListRoundSamplesRequest(round_id=name)
         code, _, details = await refusal(running.policies.ListRoundSamples(request, metadata=ANN))
         assert (code, details) == (grpc.StatusCode.NOT_FOUND, ["NOT_FOUND"]), name
+
+
+async def test_nothing_is_shown_of_somebody_who_was_forgotten(running: Running) -> None:
+    hers, his = await running.store(lambda store: [store.create_conversation(user, "q") for user in ("ann", "bob")])
+    round_ = await running.store(judged)
+    for conversation_id, prompt in ((hers, "hers"), (his, "his")):
+        keep_line(running.data_dir, round_, conversation_id, prompt)
+    await running.account.ForgetUser(account_pb2.ForgetUserRequest(user="ann"), metadata=BOB, timeout=10)
+    assert prompts(await listed(running, round_)) == ["his"]
+    assert b"hers" not in (running.data_dir / "rounds" / round_.id / "answers.jsonl").read_bytes()

@@ -46,6 +46,7 @@ e2e: setup
 
 stubs: setup
 	$(BIN)/python proto/generate.py
+	$(BIN)/python clients/generate.py
 
 docs: setup
 	$(BIN)/python docs/generate.py

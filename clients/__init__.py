@@ -1,13 +1,19 @@
-"""Python client of a prefloop server: `from clients import Client`."""
+"""Python client of a prefloop server: `from clients import Client`, or `AsyncClient` for asyncio.
 
+The two have the same methods. An `AsyncClient` belongs to the event loop that runs where it is made.
+"""
+
+from clients.async_client import AsyncClient
+from clients.calls import AsyncStream, ChatEvent, CompareEvent, Stream
 from clients.channel import Tls
-from clients.client import ChatEvent, Client, CompareEvent, Stream
+from clients.client import Client
 from clients.errors import (
     BusyError,
     ConflictError,
     InvalidRequestError,
     NotAllowedError,
     NotFoundError,
+    NotStartedError,
     PrefloopError,
     ServerError,
     TimedOutError,
@@ -15,6 +21,8 @@ from clients.errors import (
 )
 
 __all__ = [
+    "AsyncClient",
+    "AsyncStream",
     "BusyError",
     "ChatEvent",
     "Client",
@@ -23,6 +31,7 @@ __all__ = [
     "InvalidRequestError",
     "NotAllowedError",
     "NotFoundError",
+    "NotStartedError",
     "PrefloopError",
     "ServerError",
     "Stream",

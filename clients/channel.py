@@ -60,11 +60,26 @@ class Tls:
 def open_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
     """A channel to `address`; it connects with the first call. In the clear to this machine's own loopback, where no
     `tls` is given, and never to anywhere else."""
+    credentials, options = channel_credentials(address, tls), channel_options(address)
+    if credentials is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def open_async_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """The same for asyncio. The channel belongs to the event loop that runs now."""
+    credentials, options = channel_credentials(address, tls), channel_options(address)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def channel_credentials(address: str, tls: Tls | None) -> grpc.ChannelCredentials | None:
+    """Of an encrypted connection; None for one in the clear."""
     if tls is None and is_loopback(address):
-        return grpc.insecure_channel(address, options=channel_options(address))
+        return None
     tls = tls or Tls()
-    credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
-    return grpc.secure_channel(address, credentials, options=channel_options(address))
+    return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
 
 
 def is_loopback(address: str) -> bool:

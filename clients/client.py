@@ -1,3 +1,4 @@
+# Made from async_client.py by `make stubs`: write there, not here.
 """`Client`: one object for everything a person or an operator does with a prefloop server.
 
     with Client("127.0.0.1:50051", user="ana") as client:
@@ -6,17 +7,18 @@
                 print(event.text, end="", flush=True)
 
 Events, conversations and votes are the API's own messages (`prefloop.v1`), fully typed. Every failure is a
-`PrefloopError`. One client may be used by many threads; calls share its connection.
+`PrefloopError`. Any number of threads may use one client; their calls share its connection.
 """
 
 # gRPC's classes are generic in their stubs only, so annotations must not be evaluated.
 from __future__ import annotations
 
+import copy
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import grpc
 from prefloop.v1 import (
@@ -29,33 +31,30 @@ from prefloop.v1 import (
     policy_pb2,
     policy_pb2_grpc,
 )
-from prefloop.v1.account_pb2 import ExportUserResponse, ForgetUserResponse
-from prefloop.v1.chat_pb2 import (
-    ChatDelta,
-    ChatFinished,
-    ChatStarted,
-    CompareDelta,
-    CompareFinished,
-    CompareStarted,
-    Conversation,
-    SamplingOptions,
-)
+from prefloop.v1.account_pb2 import ExportUserResponse, ForgetUserResponse, GetCallerResponse
+from prefloop.v1.chat_pb2 import Conversation, SamplingOptions, Turn
 from prefloop.v1.feedback_pb2 import Choice, Feedback, Message, Thumb
-from prefloop.v1.policy_pb2 import GetActivePolicyResponse, Policy, Round
+from prefloop.v1.policy_pb2 import GetActivePolicyResponse, Learner, Policy, Round, RoundSample, VoteCount
 
+from clients.calls import ChatEvent, CompareEvent, Metadata, Stream, chat_event, compare_event, reply
 from clients.channel import Tls, open_channel
-from clients.errors import PrefloopError, UnavailableError, from_rpc_error
-
-ChatEvent = ChatStarted | ChatDelta | ChatFinished
-CompareEvent = CompareStarted | CompareDelta | CompareFinished
+from clients.errors import (
+    BusyError,
+    NotFoundError,
+    NotStartedError,
+    PrefloopError,
+    TimedOutError,
+    UnavailableError,
+)
 
 # grpc.health.v1's request for the overall service and its answer SERVING, as they are on the wire: two bytes spare
 # every installation of the client a package.
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 HEALTH_REQUEST, HEALTH_SERVING = b"", b"\x08\x01"
-HEALTH_POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2
+# Longer and longer, so that waiting for an answer does not use the server's calls a minute up.
+LONGEST_POLL_SECONDS = 2.0
 
-Event = TypeVar("Event")
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 
@@ -68,50 +67,6 @@ class Page(Protocol):
 
 
 PageT = TypeVar("PageT", bound=Page)
-ReplyT = TypeVar("ReplyT", covariant=True)
-
-
-class StreamingCall(Protocol[ReplyT]):
-    """The part of a gRPC stream that `Stream` needs."""
-
-    def __iter__(self) -> Iterator[ReplyT]: ...
-
-    def cancel(self) -> bool: ...
-
-
-class Stream(Iterator[Event], Generic[Event]):
-    """The events of one answer, as they come. `cancel` (from any thread) or leaving a `with` block stops the answer on
-    the server too; the iterator then simply ends. A call that fails raises a `PrefloopError` from `next`.
-    """
-
-    def __init__(self, call: StreamingCall[Reply], unwrap: Callable[[Reply], Event | None], address: str) -> None:
-        self._call = call
-        self._events = (unwrap(reply) for reply in call)
-        self._address = address
-        self._heard = False
-        self._cancelled = False
-
-    def __next__(self) -> Event:
-        try:
-            # None: an event kind newer than this client.
-            event = next(event for event in self._events if event is not None)
-        except grpc.RpcError as error:
-            if self._cancelled:
-                raise StopIteration from None
-            raise from_rpc_error(error, self._address, heard=self._heard) from error
-        self._heard = True
-        return event
-
-    def cancel(self) -> None:
-        """Stops the answer. Does nothing to one that has ended."""
-        self._cancelled = True
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.cancel()
 
 
 class Client:
@@ -132,14 +87,11 @@ class Client:
         timeout: float = 30.0,
         stream_timeout: float = 600.0,
     ) -> None:
-        if user is not None and not (user and user.isascii() and user.isprintable()):
-            raise ValueError("A user name is one or more printable ASCII characters.")
         self.address = address
         self.timeout = timeout
         self.stream_timeout = stream_timeout
-        self._metadata: tuple[tuple[str, str], ...] = (("x-user-id", user),) if user else ()
-        if api_key:
-            self._metadata = (("authorization", f"Bearer {api_key}"),)
+        self._metadata = _credentials(api_key, user)
+        self._owner = True
         self._channel = open_channel(address, tls)
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._feedback = feedback_pb2_grpc.FeedbackServiceStub(self._channel)
@@ -155,8 +107,24 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection; streams still open are cancelled."""
-        self._channel.close()
+        """Closes the connection; streams still open are cancelled.
+
+        >>> client.close()
+        """
+        if self._owner:
+            self._channel.close()
+
+    def acting_as(self, api_key: str | None = None, user: str | None = None) -> Self:
+        """Another person over the same connection. Closing this one leaves the connection open.
+
+        >>> ben = client.acting_as(user="ben")
+        >>> (ben.caller()).user, (client.caller()).user
+        ('ben', 'ana')
+        """
+        other = copy.copy(self)
+        other._metadata = _credentials(api_key, user)
+        other._owner = False
+        return other
 
     # Answers
 
@@ -174,6 +142,14 @@ class Client:
 
         An empty `conversation_id` starts a conversation. `max_tokens` counts tokens of the answer. A `request_id` used
         before brings the first answer again.
+
+        >>> stream = client.chat("Where do owls live?", temperature=0)
+        >>> for event in stream:
+        ...     if isinstance(event, ChatDelta):
+        ...         print(event.text, end="")
+        Owls live in trees.
+        >>> stream.conversation_id, stream.response_id
+        ('conv', 'resp')
         """
         request = chat_pb2.ChatRequest(
             conversation_id=conversation_id,
@@ -182,7 +158,7 @@ class Client:
             request_id=request_id,
         )
         call = self._chat.Chat(request, timeout=self.stream_timeout, metadata=self._metadata)
-        return Stream(call, _chat_event, self.address)
+        return Stream(call, chat_event, self.address)
 
     def compare(
         self,
@@ -196,6 +172,15 @@ class Client:
         """Streams two answers to one message: `CompareStarted`, `CompareDelta` by slot, one `CompareFinished` a slot.
 
         Choose between them with `choose`. The arguments are those of `chat`; the two temperatures are the server's.
+
+        >>> with client.compare("How do I catch a fish?") as stream:
+        ...     for event in stream:
+        ...         if isinstance(event, CompareFinished):
+        ...             print(Slot.Name(event.slot), event.text)
+        SLOT_A You may try a net.
+        SLOT_B A net helps.
+        >>> (client.choose(stream.comparison_id, CHOICE_B)).choice == CHOICE_B
+        True
         """
         request = chat_pb2.CompareRequest(
             conversation_id=conversation_id,
@@ -204,65 +189,162 @@ class Client:
             request_id=request_id,
         )
         call = self._chat.Compare(request, timeout=self.stream_timeout, metadata=self._metadata)
-        return Stream(call, _compare_event, self.address)
+        return Stream(call, compare_event, self.address)
 
-    # Votes. Each returns once the vote is on the server's disk.
+    def refetch(self, stream: Stream[ChatEvent] | Stream[CompareEvent], timeout: float = 60.0) -> Turn:
+        """What the server kept of an answer, for one whose stream broke. Waits until the answer has ended, and for the
+        server to come back, `timeout` seconds at most; raises the last PrefloopError then.
 
-    def thumb(self, response_id: str, thumb: Thumb.ValueType, *, comment: str = "") -> Feedback:
-        """Sets the user's thumb on an answer; a later one replaces it."""
+        Raises NotStartedError where the stream broke before its Started event.
+
+        >>> stream = client.chat("Where do owls live?")
+        >>> for event in stream:
+        ...     break
+        >>> turn = client.refetch(stream)
+        >>> turn.response.text
+        'Owls live in trees.'
+        """
+        answer_id = stream.response_id or stream.comparison_id
+        if not answer_id:
+            raise NotStartedError(
+                "The answer had not started, so nothing of it was kept; ask again.",
+                code=grpc.StatusCode.FAILED_PRECONDITION,
+            )
+        end, pause = time.monotonic() + timeout, POLL_SECONDS
+        missing: PrefloopError
+        while True:
+            try:
+                request = chat_pb2.GetConversationRequest(conversation_id=stream.conversation_id)
+                left = max(0.1, min(self.timeout, end - time.monotonic()))
+                found = (self._call(self._chat.GetConversation, request, left)).conversation
+            except (BusyError, TimedOutError, UnavailableError) as error:
+                missing = error
+            else:
+                turn = _turn(found, answer_id)
+                if _ended(turn):
+                    return turn
+                missing = TimedOutError(
+                    f"The answer had not ended after {timeout:g} s.", code=grpc.StatusCode.DEADLINE_EXCEEDED
+                )
+            if time.monotonic() + pause > end:
+                raise missing
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL_SECONDS)
+
+    # Votes. Each returns once the vote is on the server's disk. Each has a `request_id` of its own unless one is given,
+    # so that gRPC may repeat it while the server is away for a moment; one used before brings the first answer again.
+
+    def thumb(self, response_id: str, thumb: Thumb.ValueType, *, comment: str = "", request_id: str = "") -> Feedback:
+        """Sets the user's thumb on an answer; a later one replaces it.
+
+        >>> (client.thumb("resp", THUMB_UP, comment="nice")).feedback_id
+        'fb'
+        """
         request = feedback_pb2.SubmitThumbRequest(
-            response_id=response_id, thumb=thumb, comment=comment, request_id=_request_id()
+            response_id=response_id, thumb=thumb, comment=comment, request_id=request_id or _fresh_id()
         )
-        return self._unary(self._feedback.SubmitThumb, request).feedback
+        return (self._call(self._feedback.SubmitThumb, request)).feedback
 
-    def choose(self, comparison_id: str, choice: Choice.ValueType, *, comment: str = "") -> Feedback:
-        """Sets the user's choice between two finished answers; the first one decides how the conversation goes on."""
+    def choose(
+        self, comparison_id: str, choice: Choice.ValueType, *, comment: str = "", request_id: str = ""
+    ) -> Feedback:
+        """Sets the user's choice between two finished answers; the first one decides how the conversation goes on.
+
+        >>> (client.choose("cmp", CHOICE_TIE)).feedback_id
+        'fb'
+        """
         request = feedback_pb2.SubmitChoiceRequest(
-            comparison_id=comparison_id, choice=choice, comment=comment, request_id=_request_id()
+            comparison_id=comparison_id, choice=choice, comment=comment, request_id=request_id or _fresh_id()
         )
-        return self._unary(self._feedback.SubmitChoice, request).feedback
+        return (self._call(self._feedback.SubmitChoice, request)).feedback
 
-    def correct(self, response_id: str, text: str) -> Feedback:
-        """Says what the answer should have been."""
-        request = feedback_pb2.SubmitCorrectionRequest(response_id=response_id, text=text, request_id=_request_id())
-        return self._unary(self._feedback.SubmitCorrection, request).feedback
+    def correct(self, response_id: str, text: str, *, request_id: str = "") -> Feedback:
+        """Says what the answer should have been.
 
-    def demonstrate(self, messages: list[Message]) -> Feedback:
-        """Gives a whole exemplary conversation; the last message is the assistant's."""
-        request = feedback_pb2.SubmitDemonstrationRequest(messages=messages, request_id=_request_id())
-        return self._unary(self._feedback.SubmitDemonstration, request).feedback
+        >>> (client.correct("resp", "Owls nest in hollow trees.")).correction
+        'Owls nest in hollow trees.'
+        """
+        request = feedback_pb2.SubmitCorrectionRequest(
+            response_id=response_id, text=text, request_id=request_id or _fresh_id()
+        )
+        return (self._call(self._feedback.SubmitCorrection, request)).feedback
+
+    def demonstrate(self, messages: list[Message], *, request_id: str = "") -> Feedback:
+        """Gives a whole exemplary conversation; the last message is the assistant's.
+
+        >>> question = Message(role=ROLE_USER, content="What do owls eat?")
+        >>> answer = Message(role=ROLE_ASSISTANT, content="Mice.")
+        >>> (client.demonstrate([question, answer])).demonstration.messages[-1].content
+        'Mice.'
+        """
+        request = feedback_pb2.SubmitDemonstrationRequest(messages=messages, request_id=request_id or _fresh_id())
+        return (self._call(self._feedback.SubmitDemonstration, request)).feedback
 
     def retract(self, feedback_id: str) -> None:
-        """Takes one's own feedback back."""
-        self._unary(self._feedback.RetractFeedback, feedback_pb2.RetractFeedbackRequest(feedback_id=feedback_id))
+        """Takes one's own feedback back.
+
+        >>> client.retract("fb")
+        """
+        self._call(self._feedback.RetractFeedback, feedback_pb2.RetractFeedbackRequest(feedback_id=feedback_id))
 
     def feedback(self) -> Iterator[Feedback]:
-        """The user's current feedback, newest first; fetched page by page as it is read."""
-        for page in self._pages(self._feedback.ListFeedback, lambda t: feedback_pb2.ListFeedbackRequest(page_token=t)):
+        """The user's current feedback, newest first; fetched page by page as it is read.
+
+        >>> [vote.feedback_id for vote in client.feedback()]
+        ['late', 'early']
+        """
+        for page in self._pages(
+            self._feedback.ListFeedback, lambda token: feedback_pb2.ListFeedbackRequest(page_token=token)
+        ):
             yield from page.feedback
 
     # History
 
     def conversation(self, conversation_id: str) -> Conversation:
-        """One conversation with its turns, votes and version spans."""
+        """One conversation with its turns, votes and version spans.
+
+        >>> (client.conversation("conv")).conversation_id
+        'conv'
+        """
         request = chat_pb2.GetConversationRequest(conversation_id=conversation_id)
-        return self._unary(self._chat.GetConversation, request).conversation
+        return (self._call(self._chat.GetConversation, request)).conversation
 
     def conversations(self) -> Iterator[Conversation]:
-        """The user's conversations without their turns, newest first; fetched page by page as it is read."""
+        """The user's conversations without their turns, newest first; fetched page by page as it is read.
+
+        >>> [conversation.title for conversation in client.conversations()]
+        ['newer', 'older']
+        """
         for page in self._pages(
-            self._chat.ListConversations, lambda t: chat_pb2.ListConversationsRequest(page_token=t)
+            self._chat.ListConversations, lambda token: chat_pb2.ListConversationsRequest(page_token=token)
         ):
             yield from page.conversations
 
     def delete_conversation(self, conversation_id: str) -> None:
-        """Removes a conversation from the user's history."""
-        self._unary(self._chat.DeleteConversation, chat_pb2.DeleteConversationRequest(conversation_id=conversation_id))
+        """Removes a conversation from the user's history.
+
+        >>> client.delete_conversation("conv")
+        """
+        request = chat_pb2.DeleteConversationRequest(conversation_id=conversation_id)
+        self._call(self._chat.DeleteConversation, request)
 
     # What is kept of a person
 
+    def caller(self) -> GetCallerResponse:
+        """Who the credentials stand for, and in which role.
+
+        >>> caller = client.caller()
+        >>> caller.user, caller.role
+        ('ana', 'operator')
+        """
+        return self._call(self._account.GetCaller, account_pb2.GetCallerRequest())
+
     def export_user(self, user: str = "") -> Stream[ExportUserResponse]:
-        """Streams everything that is kept of the caller; of another `user`, for operators."""
+        """Streams everything that is kept of the caller; of another `user`, for operators.
+
+        >>> [part.WhichOneof("event") for part in client.export_user()]
+        ['conversation', 'key']
+        """
         call = self._account.ExportUser(
             account_pb2.ExportUserRequest(user=user), timeout=self.stream_timeout, metadata=self._metadata
         )
@@ -270,58 +352,128 @@ class Client:
 
     def forget_user(self, user: str = "") -> ForgetUserResponse:
         """Removes everything that is kept of the caller for good, keys included; of another `user`, for operators. The
-        response names the versions that learned from them."""
-        request = account_pb2.ForgetUserRequest(user=user)
-        try:
-            return self._account.ForgetUser(request, timeout=self.stream_timeout, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
+        response names the versions that learned from them.
 
-    # Policies, for operators
+        >>> (client.forget_user("ben")).policy_versions
+        ['v0001']
+        """
+        request = account_pb2.ForgetUserRequest(user=user)
+        return self._call(self._account.ForgetUser, request, self.stream_timeout)
+
+    # Policies and rounds, for operators
 
     def active_policy(self) -> GetActivePolicyResponse:
-        """The policy that should serve (`policy`), and what each server has loaded (`replicas`)."""
-        return self._unary(self._policy.GetActivePolicy, policy_pb2.GetActivePolicyRequest())
+        """The policy that should serve (`policy`), what each server has loaded (`replicas`), what `rollback` would
+        activate (`rollback_version`), and how the votes stand where two versions are compared (`duel`).
+
+        >>> (client.active_policy()).policy.version
+        'v0001'
+        """
+        return self._call(self._policy.GetActivePolicy, policy_pb2.GetActivePolicyRequest())
 
     def policies(self) -> Iterator[Policy]:
-        """Every published version, newest first."""
-        for page in self._pages(self._policy.ListPolicies, lambda t: policy_pb2.ListPoliciesRequest(page_token=t)):
+        """Every published version, newest first.
+
+        >>> [policy.version for policy in client.policies()]
+        ['v0001', 'v0000']
+        """
+        for page in self._pages(
+            self._policy.ListPolicies, lambda token: policy_pb2.ListPoliciesRequest(page_token=token)
+        ):
             yield from page.policies
 
-    def rounds(self) -> Iterator[Round]:
-        """The learner's rounds, newest first."""
-        for page in self._pages(self._policy.ListRounds, lambda t: policy_pb2.ListRoundsRequest(page_token=t)):
-            yield from page.rounds
-
-    def activate(self, version: str, *, expected_active_version: str | None = None) -> Policy:
-        """Makes `version` the active one; returns when the server serves it.
+    def activate(self, version: str, *, expected_active_version: str | None = None, reason: str = "") -> Policy:
+        """Makes `version` the active one; returns when the server serves it. `reason` is kept with the move.
 
         Raises ConflictError where `expected_active_version` is given and another version is active.
-        """
-        request = policy_pb2.ActivatePolicyRequest(version=version, expected_active_version=expected_active_version)
-        return self._unary(self._policy.ActivatePolicy, request).policy
 
-    def rollback(self, version: str = "") -> Policy:
-        """Activates a version that was active before; by default the last one that was."""
-        return self._unary(self._policy.RollbackPolicy, policy_pb2.RollbackPolicyRequest(version=version)).policy
+        >>> (client.activate("v0002", expected_active_version="v0001", reason="It reads better.")).version
+        'v0002'
+        """
+        request = policy_pb2.ActivatePolicyRequest(
+            version=version, expected_active_version=expected_active_version, reason=reason
+        )
+        return (self._call(self._policy.ActivatePolicy, request)).policy
+
+    def rollback(self, version: str = "", *, expected_active_version: str | None = None, reason: str = "") -> Policy:
+        """Activates a version that was active before, by default the last one that was. The rest is as in `activate`.
+
+        >>> (client.rollback(reason="It rambles.")).version
+        'v0000'
+        """
+        request = policy_pb2.RollbackPolicyRequest(
+            version=version, expected_active_version=expected_active_version, reason=reason
+        )
+        return (self._call(self._policy.RollbackPolicy, request)).policy
+
+    def rounds(self) -> Iterator[Round]:
+        """The learner's rounds, newest first.
+
+        >>> [each.round_id for each in client.rounds()]
+        ['round_2', 'round_1']
+        """
+        for page in self._pages(self._policy.ListRounds, lambda token: policy_pb2.ListRoundsRequest(page_token=token)):
+            yield from page.rounds
+
+    def round_samples(self, round_id: str) -> Iterator[RoundSample]:
+        """What held-out prompts were answered before a round and after it.
+
+        >>> [(sample.before, sample.after) for sample in client.round_samples("round_2")]
+        [('In trees.', 'Owls live in hollow trees.')]
+        """
+        for page in self._pages(
+            self._policy.ListRoundSamples,
+            lambda token: policy_pb2.ListRoundSamplesRequest(round_id=round_id, page_token=token),
+        ):
+            yield from page.samples
+
+    def count_votes(self, days: int = 30) -> list[VoteCount]:
+        """How many votes were cast on each of the last `days` days (UTC), by kind, oldest first.
+
+        >>> [(count.date, count.votes) for count in client.count_votes(days=7)]
+        [('2026-03-14', 5)]
+        """
+        return list((self._call(self._policy.CountVotes, policy_pb2.CountVotesRequest(days=days))).counts)
+
+    def learner(self) -> Learner:
+        """Whether a learner listens for requests, what it does, and what became of the last request.
+
+        >>> learner = client.learner()
+        >>> learner.listening, learner.new_votes
+        (True, 5)
+        """
+        return (self._call(self._policy.GetLearner, policy_pb2.GetLearnerRequest())).learner
+
+    def request_round(self) -> Learner:
+        """Asks the learner that listens for a round now, and returns before it starts.
+
+        Raises ConflictError, its `reason` NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
+
+        >>> (client.request_round()).HasField("request_time")
+        True
+        """
+        return (self._call(self._policy.RequestRound, policy_pb2.RequestRoundRequest())).learner
 
     # Health
 
     def check(self, timeout: float = 5.0) -> None:
-        """Raises UnavailableError unless a server answers within `timeout` seconds and is ready to chat."""
+        """Raises UnavailableError unless a server answers within `timeout` seconds and is ready to chat.
+
+        >>> client.check()
+        """
         health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(HEALTH_METHOD)
-        try:
-            reply = health(HEALTH_REQUEST, timeout=timeout)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
-        if reply != HEALTH_SERVING:
+        answer = reply(health, HEALTH_REQUEST, timeout=timeout, metadata=(), address=self.address)
+        if answer != HEALTH_SERVING:
             raise UnavailableError(
                 f"The server at {self.address} is starting or stopping; try again in a moment.",
                 code=grpc.StatusCode.UNAVAILABLE,
             )
 
     def wait_until_serving(self, timeout: float) -> None:
-        """Returns once the server is ready to chat; raises the last PrefloopError after `timeout` seconds."""
+        """Returns once the server is ready to chat; raises the last PrefloopError after `timeout` seconds.
+
+        >>> client.wait_until_serving(timeout=60)
+        """
         end = time.monotonic() + timeout
         while True:
             try:
@@ -329,49 +481,48 @@ class Client:
             except PrefloopError:
                 if time.monotonic() > end:
                     raise
-            time.sleep(HEALTH_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
-    def _unary(self, method: grpc.UnaryUnaryMultiCallable[Request, Reply], request: Request) -> Reply:
-        try:
-            return method(request, timeout=self.timeout, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from error
+    def _call(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Reply],
+        request: Request,
+        timeout: float | None = None,
+    ) -> Reply:
+        return reply(method, request, timeout=timeout or self.timeout, metadata=self._metadata, address=self.address)
 
     def _pages(
         self, method: grpc.UnaryUnaryMultiCallable[Request, PageT], request_for: Callable[[str], Request]
     ) -> Iterator[PageT]:
         token = ""
         while True:
-            page = self._unary(method, request_for(token))
+            page = self._call(method, request_for(token))
             yield page
             token = page.next_page_token
             if not token:
                 return
 
 
-def _request_id() -> str:
+def _credentials(api_key: str | None, user: str | None) -> Metadata:
+    if user is not None and not (user and user.isascii() and user.isprintable()):
+        raise ValueError("A user name is one or more printable ASCII characters.")
+    if api_key:
+        return (("authorization", f"Bearer {api_key}"),)
+    return (("x-user-id", user),) if user else ()
+
+
+def _fresh_id() -> str:
     return str(uuid.uuid4())
 
 
-def _chat_event(reply: chat_pb2.ChatResponse) -> ChatEvent | None:
-    match reply.WhichOneof("event"):
-        case "started":
-            return reply.started
-        case "delta":
-            return reply.delta
-        case "finished":
-            return reply.finished
-        case _:
-            return None
+def _turn(conversation: Conversation, answer_id: str) -> Turn:
+    for turn in conversation.turns:
+        if answer_id in (turn.response.response_id, turn.comparison.comparison_id):
+            return turn
+    raise NotFoundError("The answer is no longer in its conversation.", code=grpc.StatusCode.NOT_FOUND)
 
 
-def _compare_event(reply: chat_pb2.CompareResponse) -> CompareEvent | None:
-    match reply.WhichOneof("event"):
-        case "started":
-            return reply.started
-        case "delta":
-            return reply.delta
-        case "finished":
-            return reply.finished
-        case _:
-            return None
+def _ended(turn: Turn) -> bool:
+    if turn.HasField("response"):
+        return bool(turn.response.finish_reason)
+    return bool(turn.comparison.a.finish_reason and turn.comparison.b.finish_reason)

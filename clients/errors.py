@@ -69,6 +69,10 @@ class ServerError(PrefloopError):
     """The server failed; its log says more."""
 
 
+class NotStartedError(PrefloopError):
+    """The stream ended before its answer had started, so there is nothing of it to fetch. Ask again."""
+
+
 KINDS: dict[grpc.StatusCode, type[PrefloopError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: TimedOutError,
@@ -86,8 +90,8 @@ KINDS: dict[grpc.StatusCode, type[PrefloopError]] = {
 
 def from_rpc_error(error: grpc.RpcError, address: str, *, heard: bool = False) -> PrefloopError:
     """The exception for a failed call. `heard`: the stream had already brought something when it broke."""
-    # Every error that a call raises is a Call too; gRPC's types do not say so.
-    assert isinstance(error, grpc.Call)
+    # Every error that a call raises is one of these; gRPC's types do not say so.
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     code = error.code() or grpc.StatusCode.UNKNOWN
     status = _rich_status(error)
     message = (status.message if status else "") or error.details() or ""
@@ -95,8 +99,15 @@ def from_rpc_error(error: grpc.RpcError, address: str, *, heard: bool = False) -
         message = _connection_sentence(address, heard)
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
         message = f"The server at {address} did not finish in time."
+    elif code is grpc.StatusCode.CANCELLED and "Channel closed" in message:
+        return closed_here(address)
     kind = KINDS.get(code, ServerError)
     return kind(message or f"The call failed with {code.name}.", code=code, **_details(status))
+
+
+def closed_here(address: str) -> UnavailableError:
+    """For a call whose connection this program closed under it."""
+    return UnavailableError(f"The connection to {address} was closed here.", code=grpc.StatusCode.CANCELLED)
 
 
 def _is_transport(message: str) -> bool:
@@ -110,7 +121,7 @@ def _connection_sentence(address: str, heard: bool) -> str:
     return f"No server answers at {address}: start one with `server serve`, or give its --host and --port."
 
 
-def _rich_status(error: grpc.Call) -> Status | None:
+def _rich_status(error: grpc.Call | grpc.aio.AioRpcError) -> Status | None:
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             try:

@@ -11,6 +11,10 @@ import pytest
 STORE = ("store", "database", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
 KEPT = ("erasing", "samples")
 LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT)}
+from clients.generate import generate
+
+STORE = ("store", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel", "erasing")
+LEARNER_MAY = {f"server.{name}" for name in STORE}
 
 
 def imports(root: Path, package: str) -> set[str]:
@@ -51,6 +55,10 @@ def test_the_committed_stubs_are_the_protos(root: Path, tmp_path: Path) -> None:
     assert made == kept
     changed = [name for name in made if not filecmp.cmp(tmp_path / name, root / "proto" / name, shallow=False)]
     assert changed == [], "run `make stubs`"
+
+
+def test_the_committed_client_is_the_async_one_without_its_async(root: Path) -> None:
+    assert generate() == (root / "clients" / "client.py").read_text(), "run `make stubs`"
 
 
 def test_nothing_shadows_the_package_proto(root: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -23,11 +24,17 @@ from prefloop.v1 import (
     policy_pb2_grpc,
 )
 from prefloop.v1.chat_pb2 import FINISH_REASON_STOP, SLOT_A, SLOT_B, Usage
+from prefloop.v1.feedback_pb2 import FEEDBACK_KIND_THUMB
 
 from clients import Client
 
 WAIT_SECONDS = 10
 ANSWER = ["Owls ", "live in ", "trees."]
+# The same as the history has it.
+ANSWERED = chat_pb2.Turn(
+    message="Where do owls live?",
+    response=chat_pb2.Response(response_id="resp", text="".join(ANSWER), finish_reason=FINISH_REASON_STOP),
+)
 
 
 class FakeService(
@@ -145,9 +152,69 @@ class FakeService(
         yield account_pb2.ExportUserResponse(conversation=self.conversation)
         yield account_pb2.ExportUserResponse(key=account_pb2.Key(key_id="key_1"))
 
-    # The rest of the API, which no test calls: the generated base classes want every method.
-    DeleteConversation = SubmitCorrection = SubmitDemonstration = ListFeedback = None  # type: ignore[assignment]
-    ListPolicies = RollbackPolicy = ListRounds = None  # type: ignore[assignment]
+    def GetCaller(self, request: Any, context: Any) -> account_pb2.GetCallerResponse:
+        self._enter(request, context)
+        return account_pb2.GetCallerResponse(user=self.metadata[-1].get("x-user-id", ""), role="operator")
+
+    def DeleteConversation(self, request: Any, context: Any) -> chat_pb2.DeleteConversationResponse:
+        self._enter(request, context)
+        return chat_pb2.DeleteConversationResponse()
+
+    def SubmitCorrection(self, request: Any, context: Any) -> feedback_pb2.SubmitCorrectionResponse:
+        self._enter(request, context)
+        return feedback_pb2.SubmitCorrectionResponse(
+            feedback=feedback_pb2.Feedback(feedback_id="fb", correction=request.text)
+        )
+
+    def SubmitDemonstration(self, request: Any, context: Any) -> feedback_pb2.SubmitDemonstrationResponse:
+        self._enter(request, context)
+        given = feedback_pb2.Demonstration(messages=request.messages)
+        return feedback_pb2.SubmitDemonstrationResponse(
+            feedback=feedback_pb2.Feedback(feedback_id="fb", demonstration=given)
+        )
+
+    def ListFeedback(self, request: Any, context: Any) -> feedback_pb2.ListFeedbackResponse:
+        self._enter(request, context)
+        first = not request.page_token
+        return feedback_pb2.ListFeedbackResponse(
+            feedback=[feedback_pb2.Feedback(feedback_id="late" if first else "early")],
+            next_page_token="page 2" if first else "",
+        )
+
+    def ListPolicies(self, request: Any, context: Any) -> policy_pb2.ListPoliciesResponse:
+        self._enter(request, context)
+        return policy_pb2.ListPoliciesResponse(
+            policies=[policy_pb2.Policy(version=version) for version in ("v0001", "v0000")]
+        )
+
+    def RollbackPolicy(self, request: Any, context: Any) -> policy_pb2.RollbackPolicyResponse:
+        self._enter(request, context)
+        return policy_pb2.RollbackPolicyResponse(policy=policy_pb2.Policy(version=request.version or "v0000"))
+
+    def ListRounds(self, request: Any, context: Any) -> policy_pb2.ListRoundsResponse:
+        self._enter(request, context)
+        return policy_pb2.ListRoundsResponse(
+            rounds=[policy_pb2.Round(round_id=round_id) for round_id in ("round_2", "round_1")]
+        )
+
+    def ListRoundSamples(self, request: Any, context: Any) -> policy_pb2.ListRoundSamplesResponse:
+        self._enter(request, context)
+        sample = policy_pb2.RoundSample(prompt="Owls?", before="In trees.", after="Owls live in hollow trees.")
+        return policy_pb2.ListRoundSamplesResponse(samples=[sample])
+
+    def CountVotes(self, request: Any, context: Any) -> policy_pb2.CountVotesResponse:
+        self._enter(request, context)
+        counts = [policy_pb2.VoteCount(date="2026-03-14", kind=FEEDBACK_KIND_THUMB, votes=5)]
+        return policy_pb2.CountVotesResponse(counts=counts)
+
+    def GetLearner(self, request: Any, context: Any) -> policy_pb2.GetLearnerResponse:
+        self._enter(request, context)
+        return policy_pb2.GetLearnerResponse(learner=policy_pb2.Learner(listening=True, new_votes=5))
+
+    def RequestRound(self, request: Any, context: Any) -> policy_pb2.RequestRoundResponse:
+        self._enter(request, context)
+        asked = Timestamp(seconds=1)
+        return policy_pb2.RequestRoundResponse(learner=policy_pb2.Learner(listening=True, request_time=asked))
 
     def sent(self, kind: str) -> list[Any]:
         """The requests of one RPC, in order."""

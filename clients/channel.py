@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import grpc
 
 # Servers answer pings closer together than 5 minutes with GOAWAY; the 10 s on top keep clear of that edge.
-KEEPALIVE_SECONDS = 310
+KEEPALIVE_MILLISECONDS = 310_000
 # A vote is tried 5 times over about 3 s: long enough for a server's restart behind a port that stays open.
 VOTES = ("SubmitThumb", "SubmitChoice", "SubmitCorrection", "SubmitDemonstration")
 SERVICE_CONFIG = {
@@ -36,7 +36,7 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
     """gRPC channel arguments for `address` ("host:port")."""
     options: list[tuple[str, str | int]] = [
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
-        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.max_reconnect_backoff_ms", 5_000),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -1,7 +1,7 @@
 """A small server for the client under test: real gRPC on port 0, answers from a script."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -43,29 +43,37 @@ class FakeService(
     feedback_pb2_grpc.FeedbackServiceServicer,
     policy_pb2_grpc.PolicyServiceServicer,
 ):
-    """Remembers what it was sent. `fail` holds errors for the next calls of an RPC; `hold` stops streams midway."""
+    """Remembers what it was sent. `fail` holds errors for the next calls of an RPC. Without `hold` streams stop midway,
+    and conversations and thumbs wait."""
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
         self.metadata: list[dict[str, Any]] = []
+        self.peers: list[str] = []
         self.fail: dict[str, list[Status]] = {}
         self.hold = threading.Event()
         self.hold.set()
         self.cancelled = threading.Event()
         self.conversation = chat_pb2.Conversation(conversation_id="conv")
         self.replicas: list[policy_pb2.Replica] = []
-        # Released once for every chat that has begun.
+        # Released once for every chat, conversation and thumb that has begun.
         self.begun = threading.Semaphore(0)
 
     def _enter(self, request: Any, context: Any) -> None:
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
+        self.peers.append(context.peer())
         failures = self.fail.get(type(request).__name__.removesuffix("Request"), [])
         if failures:
             status = failures.pop(0)
             context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
             code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
             context.abort(code, status.message)
+
+    def _wait(self, context: Any) -> None:
+        context.add_callback(self.cancelled.set)
+        self.begun.release()
+        self.hold.wait(WAIT_SECONDS)
 
     def Chat(self, request: Any, context: Any) -> Iterator[chat_pb2.ChatResponse]:
         self.begun.release()
@@ -110,6 +118,7 @@ class FakeService(
 
     def GetConversation(self, request: Any, context: Any) -> chat_pb2.GetConversationResponse:
         self._enter(request, context)
+        self._wait(context)
         return chat_pb2.GetConversationResponse(conversation=self.conversation)
 
     def ListConversations(self, request: Any, context: Any) -> chat_pb2.ListConversationsResponse:
@@ -123,6 +132,7 @@ class FakeService(
 
     def SubmitThumb(self, request: Any, context: Any) -> feedback_pb2.SubmitThumbResponse:
         self._enter(request, context)
+        self._wait(context)
         return feedback_pb2.SubmitThumbResponse(feedback=feedback_pb2.Feedback(feedback_id="fb", thumb=request.thumb))
 
     def SubmitChoice(self, request: Any, context: Any) -> feedback_pb2.SubmitChoiceResponse:
@@ -245,9 +255,15 @@ def address(service: FakeService) -> Iterator[str]:
 
 
 @contextmanager
-def serving(service: FakeService, credentials: grpc.ServerCredentials | None = None) -> Iterator[int]:
+def serving(
+    service: FakeService,
+    credentials: grpc.ServerCredentials | None = None,
+    *,
+    port: int = 0,
+    options: Sequence[tuple[str, Any]] = (),
+) -> Iterator[int]:
     """The service on a port, in the clear or with TLS."""
-    server = grpc.server(ThreadPoolExecutor(8))
+    server = grpc.server(ThreadPoolExecutor(8), options=list(options))
     account_pb2_grpc.add_AccountServiceServicer_to_server(service, server)
     chat_pb2_grpc.add_ChatServiceServicer_to_server(service, server)
     feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(service, server)
@@ -255,12 +271,15 @@ def serving(service: FakeService, credentials: grpc.ServerCredentials | None = N
     healthy = health.HealthServicer()
     healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    everywhere = "127.0.0.1:0"
-    port = server.add_secure_port(everywhere, credentials) if credentials else server.add_insecure_port(everywhere)
+    where = f"127.0.0.1:{port}"
+    port = server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)
     server.start()
-    yield port
-    service.hold.set()
-    server.stop(None).wait(WAIT_SECONDS)
+    try:
+        yield port
+    finally:
+        stopped = server.stop(None)
+        service.hold.set()
+        stopped.wait(WAIT_SECONDS)
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from clients.channel import Tls
     from clients.client import Client
 
 API_KEY = "PREFLOOP_API_KEY"
@@ -25,6 +26,13 @@ User = Annotated[
 Ca = Annotated[
     Path | None,
     typer.Option(envvar="PREFLOOP_CA", help="PEM file of who signed the server's certificate. Default: the system's."),
+]
+Cert = Annotated[
+    Path | None,
+    typer.Option(envvar="PREFLOOP_CLIENT_CERT", help="PEM file of your own certificate, where servers ask for one."),
+]
+Key = Annotated[
+    Path | None, typer.Option(envvar="PREFLOOP_CLIENT_KEY", help="PEM file of your certificate's private key.")
 ]
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 50051
 
@@ -41,20 +49,26 @@ def main() -> None:
 
 @app.callback(invoke_without_command=True)
 def talk(
-    context: typer.Context, host: Host = DEFAULT_HOST, port: Port = DEFAULT_PORT, user: User = "", ca: Ca = None
+    context: typer.Context,
+    host: Host = DEFAULT_HOST,
+    port: Port = DEFAULT_PORT,
+    user: User = "",
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with your newest conversation.")] = False,
+    conversation: Annotated[str, typer.Option(help="Go on with this conversation's id.")] = "",
 ) -> None:
     """Chat with the policy that is being served. Type /help inside for the commands.
 
     An API key is read from the variable PREFLOOP_API_KEY."""
-    context.obj = {"host": host, "port": port, "user": user, "ca": ca}
+    context.obj = {"host": host, "port": port, "user": user, "ca": ca, "cert": cert, "key": key}
     if context.invoked_subcommand:
         return
-    from rich.console import Console
-
-    from clients.terminal import Terminal
-
-    with connect(host, port, user, ca) as client:
-        Terminal(client, Console(), line_reader()).run()
+    if resume and conversation:
+        raise typer.BadParameter("give one of --resume and --conversation", param_hint="--resume")
+    with connect(**context.obj) as client:
+        chat_on(client, conversation or (newest(client) if resume else ""))
 
 
 @app.command()
@@ -65,6 +79,8 @@ def send(
     port: Annotated[int | None, typer.Option(help="As above.", min=1, max=65535)] = None,
     user: Annotated[str | None, typer.Option(help="As above.")] = None,
     ca: Annotated[Path | None, typer.Option(help="As above.")] = None,
+    cert: Annotated[Path | None, typer.Option(help="As above.")] = None,
+    key: Annotated[Path | None, typer.Option(help="As above.")] = None,
     conversation: Annotated[str, typer.Option(help="Go on with this conversation's id.")] = "",
     temperature: Annotated[float | None, typer.Option(help="0 to 2; 0 is greedy.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
@@ -72,9 +88,9 @@ def send(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the answer has ended.")] = False,
 ) -> None:
     """Send one message and print the answer as it comes."""
-    outer = context.obj
+    inner: dict[str, Any] = {"host": host, "port": port, "user": user, "ca": ca, "cert": cert, "key": key}
     text = sys.stdin.read() if message == "-" else message
-    with connect(host or outer["host"], port or outer["port"], user or outer["user"], ca or outer["ca"]) as client:
+    with connect(**{name: inner[name] or value for name, value in context.obj.items()}) as client:
         answer = stream_answer(
             client, text, conversation, temperature, max_tokens, seed, echo=None if as_json else sys.stdout.write
         )
@@ -82,16 +98,14 @@ def send(
         print(json.dumps(answer, ensure_ascii=False))
 
 
-def connect(host: str, port: int, user: str, ca: Path | None = None) -> "Client":
+def connect(
+    host: str, port: int, user: str, ca: Path | None = None, cert: Path | None = None, key: Path | None = None
+) -> "Client":
     """A client of a server that is known to answer; raises UnavailableError without one."""
-    from clients.channel import Tls
     from clients.client import Client
 
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    try:
-        tls = Tls(ca.read_bytes()) if ca else None
-    except OSError as error:
-        raise typer.BadParameter(str(error), param_hint="--ca") from error
+    tls = read_tls(ca, cert, key)
     try:
         client = Client(address, api_key=os.environ.get(API_KEY), user=user or getpass.getuser(), tls=tls)
     except ValueError as error:
@@ -102,6 +116,42 @@ def connect(host: str, port: int, user: str, ca: Path | None = None) -> "Client"
         client.close()
         raise
     return client
+
+
+def read_tls(ca: Path | None, cert: Path | None, key: Path | None) -> "Tls | None":
+    """What the files say; None without any."""
+    from clients.channel import Tls
+
+    if (cert is None) != (key is None):
+        raise typer.BadParameter("a certificate and its key go together", param_hint="--cert")
+    try:
+        ca_bytes, cert_bytes, key_bytes = (path.read_bytes() if path else None for path in (ca, cert, key))
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--ca, --cert, --key") from error
+    return Tls(ca_bytes, cert_bytes, key_bytes) if ca or cert else None
+
+
+def newest(client: "Client") -> str:
+    """The id of the newest conversation; empty where there is none."""
+    return next((conversation.conversation_id for conversation in client.conversations()), "")
+
+
+def chat_on(client: "Client", conversation_id: str) -> None:
+    """A session in a conversation, or in a new one. With line editing on a terminal, plain lines from a pipe."""
+    from rich.console import Console
+
+    from clients.terminal import Terminal
+
+    conversation = client.conversation(conversation_id) if conversation_id else None
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        Terminal(client, Console(), lambda prompt: input()).run(conversation)
+        return
+    from clients.lines import LineEditor
+
+    editor = LineEditor()
+    terminal = Terminal(client, Console(), editor.read, editor.edit)
+    editor.complete({word: command.help for word, command in terminal.commands.items()})
+    terminal.run(conversation)
 
 
 def stream_answer(
@@ -138,16 +188,6 @@ def stream_answer(
     if echo:
         echo("\n")
     return answer
-
-
-def line_reader() -> Callable[[str], str]:
-    """Line editing with history on a terminal; plain lines from a pipe."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return lambda prompt: input()
-    from prompt_toolkit import PromptSession
-
-    session: PromptSession[str] = PromptSession()
-    return lambda prompt: session.prompt(prompt)
 
 
 if __name__ == "__main__":

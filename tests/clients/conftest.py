@@ -24,11 +24,13 @@ from prefloop.v1 import (
     policy_pb2_grpc,
 )
 from prefloop.v1.chat_pb2 import FINISH_REASON_STOP, SLOT_A, SLOT_B, Usage
-from prefloop.v1.feedback_pb2 import FEEDBACK_KIND_THUMB
+from prefloop.v1.feedback_pb2 import FEEDBACK_KIND_DEMONSTRATION, FEEDBACK_KIND_THUMB
 
 from clients import Client
 
 WAIT_SECONDS = 10
+# Longer, so that a call that nobody ended is told from one that was.
+HOLD_SECONDS = 2 * WAIT_SECONDS
 ANSWER = ["Owls ", "live in ", "trees."]
 # The same as the history has it.
 ANSWERED = chat_pb2.Turn(
@@ -44,7 +46,7 @@ class FakeService(
     policy_pb2_grpc.PolicyServiceServicer,
 ):
     """Remembers what it was sent. `fail` holds errors for the next calls of an RPC. Without `hold` streams stop midway,
-    and conversations and thumbs wait."""
+    and conversations and thumbs wait; `breaking` ends them there with an error."""
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
@@ -53,6 +55,8 @@ class FakeService(
         self.fail: dict[str, list[Status]] = {}
         self.hold = threading.Event()
         self.hold.set()
+        # The engine dies after the first word.
+        self.breaking = False
         self.cancelled = threading.Event()
         self.conversation = chat_pb2.Conversation(conversation_id="conv")
         self.replicas: list[policy_pb2.Replica] = []
@@ -73,7 +77,7 @@ class FakeService(
     def _wait(self, context: Any) -> None:
         context.add_callback(self.cancelled.set)
         self.begun.release()
-        self.hold.wait(WAIT_SECONDS)
+        self.hold.wait(HOLD_SECONDS)
 
     def Chat(self, request: Any, context: Any) -> Iterator[chat_pb2.ChatResponse]:
         self.begun.release()
@@ -86,7 +90,9 @@ class FakeService(
         yield chat_pb2.ChatResponse()
         for piece in ANSWER:
             yield chat_pb2.ChatResponse(delta=chat_pb2.ChatDelta(text=piece))
-            if not self.hold.wait(WAIT_SECONDS):
+            if self.breaking:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "The engine died.")
+            if not self.hold.wait(HOLD_SECONDS):
                 return
         yield chat_pb2.ChatResponse(
             finished=chat_pb2.ChatFinished(
@@ -105,6 +111,8 @@ class FakeService(
         )
         for slot, text in answers.items():
             yield chat_pb2.CompareResponse(delta=chat_pb2.CompareDelta(slot=slot, text=text))
+        if self.breaking:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "The engine died.")
         for slot, text in answers.items():
             yield chat_pb2.CompareResponse(
                 finished=chat_pb2.CompareFinished(
@@ -180,7 +188,7 @@ class FakeService(
         self._enter(request, context)
         given = feedback_pb2.Demonstration(messages=request.messages)
         return feedback_pb2.SubmitDemonstrationResponse(
-            feedback=feedback_pb2.Feedback(feedback_id="fb", demonstration=given)
+            feedback=feedback_pb2.Feedback(feedback_id="fb", kind=FEEDBACK_KIND_DEMONSTRATION, demonstration=given)
         )
 
     def ListFeedback(self, request: Any, context: Any) -> feedback_pb2.ListFeedbackResponse:

@@ -8,10 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import pytest
+from prefloop.v1.chat_pb2 import COMPARISON_STATE_OPEN, FINISH_REASON_STOP, Comparison, Response, Turn
+from prefloop.v1.feedback_pb2 import CHOICE_B
 
 from clients.cli import main
-from tests.clients.conftest import FakeService
+from tests.clients.conftest import ANSWERED, FakeService, serving, status
+from tests.pem import make_pem
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -86,6 +90,55 @@ def test_a_session_from_a_pipe(run: Run, port: str) -> None:
     assert code == 0
     assert "Owls live in trees." in out
     assert "thumb up, kept" in out
+
+
+@pytest.mark.parametrize(("arguments", "asked"), [(("--resume",), "newer"), (("--conversation", "older"), "older")])
+def test_a_session_goes_on_with_a_conversation(
+    run: Run, port: str, service: FakeService, arguments: tuple[str, ...], asked: str
+) -> None:
+    service.conversation.turns.append(ANSWERED)
+    code, out, _ = run("--port", port, *arguments, stdin="And bats?\n/up\n")
+    assert code == 0
+    assert "> Where do owls live?\nOwls live in trees.\n" in out
+    assert service.sent("GetConversation")[0].conversation_id == asked
+    assert service.sent("Chat")[0].conversation_id == "conv"
+
+
+def test_a_session_that_goes_on_asks_for_the_choice_that_is_open(run: Run, port: str, service: FakeService) -> None:
+    a, b = (Response(response_id=f"resp{slot}", finish_reason=FINISH_REASON_STOP) for slot in (1, 2))
+    comparison = Comparison(comparison_id="cmp", state=COMPARISON_STATE_OPEN, a=a, b=b)
+    service.conversation.turns.append(Turn(message="fish?", comparison=comparison))
+    run("--port", port, "--resume", stdin="b\n")
+    assert [(vote.comparison_id, vote.choice) for vote in service.sent("SubmitChoice")] == [("cmp", CHOICE_B)]
+
+
+def test_there_may_be_nothing_to_go_on_with(
+    run: Run, port: str, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.fail["GetConversation"] = [status(grpc.StatusCode.NOT_FOUND, "There is no conversation 'x'.")]
+    assert run("--port", port, "--conversation", "x")[::2] == (1, "chat: There is no conversation 'x'.")
+    assert run("--port", port, "--conversation", "x", "--resume")[0] == 2
+    monkeypatch.setattr("clients.client.Client.conversations", lambda client: iter(()))
+    assert run("--port", port, "--resume", stdin="hi\n")[0] == 0
+    assert service.sent("Chat")[0].conversation_id == ""
+
+
+def test_a_server_may_ask_for_a_certificate(
+    run: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, mine = make_pem(tmp_path, "own"), make_pem(tmp_path, "mine")
+    pair = (own.key.read_bytes(), own.certificate.read_bytes())
+    with serving(service, grpc.ssl_server_credentials([pair], mine.certificate.read_bytes(), True)) as port:
+        send = ["send", "hi", "--host", "localhost", "--port", str(port), "--ca", str(own.certificate)]
+        flags = ["--cert", str(mine.certificate), "--key", str(mine.key)]
+        assert run(*send, *flags) == (0, "Owls live in trees.\n", "")
+        assert run(*send)[0] == 1
+        code, _, err = run(*send, *flags[:2])
+        assert code == 2
+        assert "go together" in err
+        monkeypatch.setenv("PREFLOOP_CLIENT_CERT", str(mine.certificate))
+        monkeypatch.setenv("PREFLOOP_CLIENT_KEY", str(mine.key))
+        assert run(*send)[0] == 0
 
 
 @pytest.mark.parametrize("arguments", [(), ("send", "hi")])

@@ -153,6 +153,17 @@ def test_a_deadline_ends_the_call_on_the_server_too(address: str, service: FakeS
     assert service.cancelled.wait(WAIT_SECONDS)
 
 
+def test_closing_the_connection_ends_its_streams(client: Client, service: FakeService) -> None:
+    service.hold.clear()
+    stream = client.chat("hi")
+    assert isinstance(next(stream), ChatStarted)
+    assert isinstance(next(stream), ChatDelta)
+    client.close()
+    with pytest.raises(UnavailableError, match=r"^The connection to 127\.0\.0\.1:\d+ was closed here\.$"):
+        next(stream)
+    assert service.cancelled.wait(WAIT_SECONDS)
+
+
 def test_one_connection_serves_two_people_at_once(client: Client, service: FakeService) -> None:
     service.hold.clear()
     ben = client.acting_as(user="ben")

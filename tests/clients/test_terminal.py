@@ -6,7 +6,11 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from prefloop.v1.chat_pb2 import (
     COMPARISON_STATE_CHOSEN,
+    COMPARISON_STATE_OPEN,
+    FINISH_REASON_CANCELLED,
+    FINISH_REASON_ERROR,
     FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
     SLOT_B,
     Comparison,
     Response,
@@ -15,6 +19,7 @@ from prefloop.v1.chat_pb2 import (
     VersionSpan,
 )
 from prefloop.v1.feedback_pb2 import (
+    CHOICE_B,
     CHOICE_TIE,
     FEEDBACK_KIND_CHOICE,
     FEEDBACK_KIND_THUMB,
@@ -25,8 +30,8 @@ from prefloop.v1.feedback_pb2 import (
 from rich.console import Console
 
 from clients import Client
-from clients.terminal import Terminal
-from tests.clients.conftest import FakeService, status
+from clients.terminal import Edit, Terminal
+from tests.clients.conftest import ANSWERED, FakeService, status
 
 Session = Callable[..., str]
 
@@ -35,7 +40,7 @@ Session = Callable[..., str]
 def session(client: Client) -> Session:
     """Types lines into a terminal chat and returns what the screen showed."""
 
-    def run(*lines: str, width: int = 80) -> str:
+    def run(*lines: str, width: int = 80, edit: Edit | None = None) -> str:
         typed = iter(lines)
 
         def read(prompt: str) -> str:
@@ -44,7 +49,7 @@ def session(client: Client) -> Session:
             raise EOFError
 
         screen = io.StringIO()
-        Terminal(client, Console(file=screen, width=width, height=24), read).run()
+        Terminal(client, Console(file=screen, width=width, height=24), read, edit).run()
         return screen.getvalue()
 
     return run
@@ -178,3 +183,124 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(
         screen = session("hi", "/up")
     assert "stopped" in screen
     assert "thumb up, kept" in screen
+
+
+def test_an_answer_that_broke_off_is_fetched_again_and_goes_on_where_it_stopped(
+    session: Session, service: FakeService
+) -> None:
+    service.breaking = True
+    kept = Response(
+        response_id="resp", text="Owls live", finish_reason=FINISH_REASON_ERROR, usage=Usage(completion_tokens=2)
+    )
+    service.conversation.turns.append(Turn(message="hi", response=kept))
+    screen = session("hi", "/up")
+    assert screen.count("Owls") == 1
+    assert "The engine died.\nWaiting for what was kept, 180 s at most; Ctrl-C stops waiting.\nlive\n" in screen
+    assert "2 tokens · broken off by an error · /retry asks again\n" in screen
+    assert "thumb up, kept" in screen
+    assert len(service.sent("Chat")) == 1
+
+
+def test_waiting_for_a_broken_answer_can_be_stopped(
+    session: Session, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    service.breaking = True
+    monkeypatch.setattr(Client, "refetch", interrupted)
+    assert "/history shows it later, /retry asks again.\n" in session("hi")
+
+
+def test_a_comparison_that_broke_off_and_was_kept_whole_is_still_chosen_from(
+    session: Session, service: FakeService
+) -> None:
+    service.breaking = True
+    a, b = (Response(response_id=f"resp{slot}", finish_reason=FINISH_REASON_STOP) for slot in (1, 2))
+    comparison = Comparison(comparison_id="cmp fish?", state=COMPARISON_STATE_OPEN, a=a, b=b, continued_with=SLOT_B)
+    service.conversation.turns.append(Turn(message="fish?", comparison=comparison))
+    session("/compare fish?", "b")
+    assert [(vote.comparison_id, vote.choice) for vote in service.sent("SubmitChoice")] == [("cmp fish?", CHOICE_B)]
+
+
+def test_a_comparison_without_two_whole_answers_is_not_chosen_from(session: Session, service: FakeService) -> None:
+    a, b = (Response(finish_reason=reason) for reason in (FINISH_REASON_STOP, FINISH_REASON_CANCELLED))
+    comparison = Comparison(comparison_id="cmp", state=COMPARISON_STATE_OPEN, a=a, b=b)
+    service.conversation.turns.append(Turn(message="fish?", comparison=comparison))
+    session("/open conv", "a")
+    assert service.sent("SubmitChoice") == []
+    assert service.sent("Chat")[0].message == "a"
+
+
+def test_asking_again_is_another_question_once_an_answer_had_started(session: Session, service: FakeService) -> None:
+    assert "Nothing was asked yet." in session("/retry")
+    session("hi", "/retry", "/compare fish?", "", "/retry", "")
+    first, again = service.sent("Chat")
+    assert (again.message, again.conversation_id) == ("hi", "conv")
+    assert first.request_id != again.request_id
+    assert [request.message for request in service.sent("Compare")] == ["fish?", "fish?"]
+
+
+def test_asking_again_before_an_answer_started_is_the_same_request(session: Session, service: FakeService) -> None:
+    gone = status(grpc.StatusCode.UNAVAILABLE, "Stopping.")
+    service.fail["Chat"] = [gone, gone]
+    session("hi", "/retry", "/open conv", "/retry")
+    first, again, elsewhere = service.sent("Chat")
+    assert first == again
+    # In another conversation it is another request, which the same id would make a mistake.
+    assert (elsewhere.message, elsewhere.conversation_id) == ("hi", "conv")
+    assert elsewhere.request_id != first.request_id
+
+
+def test_deleting_asks_first(session: Session, service: FakeService) -> None:
+    service.conversation.title = "Where do owls live?"
+    screen = session("/delete", "hi", "/delete", "", "again", "/delete", "y", "new", "/conversations", "/delete 2", "y")
+    assert "Nothing said yet in this conversation." in screen
+    assert "kept\n" in screen
+    assert [request.conversation_id for request in service.sent("DeleteConversation")] == ["conv", "older"]
+    assert [request.conversation_id for request in service.sent("Chat")] == ["", "conv", ""]
+
+
+def test_the_last_answer_is_corrected_by_editing_it(session: Session, service: FakeService) -> None:
+    service.conversation.turns.append(ANSWERED)
+    edited: list[str] = []
+
+    def edit(prompt: str, text: str) -> str:
+        edited.append(text)
+        return text.replace("trees", "hollow trees")
+
+    assert "correction kept" in session("hi", "/correct", edit=edit)
+    assert edited == ["Owls live in trees."]
+    (correction,) = service.sent("SubmitCorrection")
+    assert (correction.response_id, correction.text) == ("resp", "Owls live in hollow trees.")
+
+
+@pytest.mark.parametrize("left", [lambda text: text, lambda text: text + "\n", lambda text: ""])
+def test_what_was_not_changed_is_no_correction(
+    session: Session, service: FakeService, left: Callable[[str], str]
+) -> None:
+    service.conversation.turns.append(ANSWERED)
+    assert "nothing was sent" in session("hi", "/correct", edit=lambda prompt, text: left(text))
+    assert service.sent("SubmitCorrection") == []
+
+
+def test_leaving_the_editor_keeps_the_session(session: Session, service: FakeService) -> None:
+    def leave(prompt: str, text: str) -> str:
+        raise KeyboardInterrupt
+
+    service.conversation.turns.append(ANSWERED)
+    assert "thumb up, kept" in session("hi", "/correct", "/up", edit=leave)
+    assert "Write the better answer after /correct." in session("hi", "/correct")
+
+
+def test_a_demonstration_is_a_question_and_its_best_answer_and_can_be_undone(
+    session: Session, service: FakeService
+) -> None:
+    screen = session("/demonstrate What do owls eat?", "Mice.", "/undo", "/undo", "/demonstrate")
+    (given,) = service.sent("SubmitDemonstration")
+    assert [message.content for message in given.messages] == ["What do owls eat?", "Mice."]
+    assert [request.feedback_id for request in service.sent("RetractFeedback")] == ["fb"]
+    assert "taken back: shown how: What do owls eat?\nNo vote of yours" in screen
+    assert "Write a question after /demonstrate" in screen
+    session("/demonstrate What do owls eat?", edit=lambda prompt, text: "Mice\nand voles.")
+    assert service.sent("SubmitDemonstration")[1].messages[1].content == "Mice\nand voles."

@@ -4,14 +4,18 @@ import ast
 import doctest
 import inspect
 import io
+import re
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from prefloop.v1 import chat_pb2, feedback_pb2
 
 import clients
-from clients import AsyncClient, Client
+from clients import AsyncClient, Client, PrefloopError
+from clients.errors import KINDS
 from tests.clients.conftest import ANSWERED, WAIT_SECONDS, FakeService
 
 METHODS = sorted(name for name, value in vars(AsyncClient).items() if inspect.isfunction(value) and name[0] != "_")
@@ -57,3 +61,25 @@ async def test_the_same_example_without_asyncio(method: str, client: Client) -> 
     for example in examples(Client, method):
         assert "await" not in example.source
         await check(example, known)
+
+
+async def test_the_examples_on_the_clients_page(root: Path, address: str) -> None:
+    page = (root / "docs" / "client.md").read_text()
+    known = {**names(None), "address": address}
+    found = [
+        example
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        for example in doctest.DocTestParser().get_examples(block)
+    ]
+    assert len(found) == 6
+    for example in found:
+        await check(example, known)
+
+
+def test_the_clients_page_says_what_every_error_means(root: Path) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| .+ \|$", (root / "docs" / "client.md").read_text(), re.MULTILINE)
+    errors = {name for name, kind in vars(clients).items() if inspect.isclass(kind) and issubclass(kind, PrefloopError)}
+    assert {name for name, _ in rows} == errors - {"PrefloopError"}
+    codes = {code: name for name, listed in rows for code in re.findall(r"[A-Z_]{5,}", listed)}
+    assert codes == {code.name: kind.__name__ for code, kind in KINDS.items()} | {"CANCELLED": "UnavailableError"}
+    assert set(codes) < {code.name for code in grpc.StatusCode}

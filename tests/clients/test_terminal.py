@@ -223,28 +223,35 @@ def test_a_comparison_that_broke_off_and_was_kept_whole_is_still_chosen_from(
     assert [(vote.comparison_id, vote.choice) for vote in service.sent("SubmitChoice")] == [("cmp fish?", CHOICE_B)]
 
 
-def test_a_comparison_without_two_whole_answers_is_not_chosen_from(session: Session, service: FakeService) -> None:
+def test_a_comparison_that_was_decided_or_has_no_two_whole_answers_is_not_chosen_from(
+    session: Session, service: FakeService
+) -> None:
     a, b = (Response(finish_reason=reason) for reason in (FINISH_REASON_STOP, FINISH_REASON_CANCELLED))
     comparison = Comparison(comparison_id="cmp", state=COMPARISON_STATE_OPEN, a=a, b=b)
     service.conversation.turns.append(Turn(message="fish?", comparison=comparison))
     session("/open conv", "a")
+    comparison.b.finish_reason, comparison.state = FINISH_REASON_STOP, COMPARISON_STATE_CHOSEN
+    service.conversation.turns[0].comparison.CopyFrom(comparison)
+    session("/open conv", "b")
     assert service.sent("SubmitChoice") == []
-    assert service.sent("Chat")[0].message == "a"
+    assert [chat.message for chat in service.sent("Chat")] == ["a", "b"]
 
 
 def test_asking_again_is_another_question_once_an_answer_had_started(session: Session, service: FakeService) -> None:
     assert "Nothing was asked yet." in session("/retry")
-    session("hi", "/retry", "/compare fish?", "", "/retry", "")
-    first, again = service.sent("Chat")
-    assert (again.message, again.conversation_id) == ("hi", "conv")
-    assert first.request_id != again.request_id
-    assert [request.message for request in service.sent("Compare")] == ["fish?", "fish?"]
+    session("hi", "/retry", "/retry", "/compare fish?", "", "/retry", "")
+    chats, compares = service.sent("Chat"), service.sent("Compare")
+    assert [(chat.message, chat.conversation_id) for chat in chats] == [("hi", ""), ("hi", "conv"), ("hi", "conv")]
+    assert [compare.message for compare in compares] == ["fish?", "fish?"]
+    assert len({request.request_id for request in chats + compares}) == 5
 
 
 def test_asking_again_before_an_answer_started_is_the_same_request(session: Session, service: FakeService) -> None:
     gone = status(grpc.StatusCode.UNAVAILABLE, "Stopping.")
     service.fail["Chat"] = [gone, gone]
-    session("hi", "/retry", "/open conv", "/retry")
+    screen = session("hi", "/retry", "/open conv", "/retry")
+    assert screen.count("Stopping.") == 2
+    assert "Waiting" not in screen
     first, again, elsewhere = service.sent("Chat")
     assert first == again
     # In another conversation it is another request, which the same id would make a mistake.
@@ -254,11 +261,15 @@ def test_asking_again_before_an_answer_started_is_the_same_request(session: Sess
 
 def test_deleting_asks_first(session: Session, service: FakeService) -> None:
     service.conversation.title = "Where do owls live?"
-    screen = session("/delete", "hi", "/delete", "", "again", "/delete", "y", "new", "/conversations", "/delete 2", "y")
+    screen = session(
+        "/delete", "hi", "/delete", "", "again", "/delete", "y", "new", "/conversations", "/delete 2", "y", "/open 2"
+    )
     assert "Nothing said yet in this conversation." in screen
     assert "kept\n" in screen
     assert [request.conversation_id for request in service.sent("DeleteConversation")] == ["conv", "older"]
     assert [request.conversation_id for request in service.sent("Chat")] == ["", "conv", ""]
+    # The list of before no longer says what 2 is.
+    assert service.sent("GetConversation")[-1].conversation_id == "2"
 
 
 def test_the_last_answer_is_corrected_by_editing_it(session: Session, service: FakeService) -> None:
@@ -284,12 +295,14 @@ def test_what_was_not_changed_is_no_correction(
     assert service.sent("SubmitCorrection") == []
 
 
-def test_leaving_the_editor_keeps_the_session(session: Session, service: FakeService) -> None:
+@pytest.mark.parametrize("key", [KeyboardInterrupt, EOFError])
+def test_leaving_the_editor_keeps_the_session(session: Session, service: FakeService, key: type[BaseException]) -> None:
     def leave(prompt: str, text: str) -> str:
-        raise KeyboardInterrupt
+        raise key
 
     service.conversation.turns.append(ANSWERED)
-    assert "thumb up, kept" in session("hi", "/correct", "/up", edit=leave)
+    screen = session("hi", "/correct", "/up", edit=leave)
+    assert "Nothing was changed, so nothing was sent.\nthumb up, kept" in screen
     assert "Write the better answer after /correct." in session("hi", "/correct")
 
 

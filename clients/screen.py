@@ -112,7 +112,8 @@ class Screen:
                 {slot: answer.text for slot, answer in answers.items()},
                 {slot: ENDINGS.get(answer.finish_reason, "") for slot, answer in answers.items()},
             )
-            self.note(comparison_words(comparison))
+            votes = [f"{SLOT_NAMES[slot]}: {vote_words(vote)}" for slot in answers for vote in answers[slot].feedback]
+            self.note(" · ".join([comparison_words(comparison), *votes]))
 
     def conversations(self, conversations: Iterable[Conversation], here: str) -> None:
         """A numbered list; `here` is the id of the one that is open."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *map(str, sorted(Path("docs").rglob("*.md")))]
 
@@ -30,6 +31,24 @@ def test_the_readmes_python_runs_against_the_client(root: Path) -> None:
     called = set(re.findall(r"client\.(\w+)\(", code))
     assert called == {"chat", "compare", "choose"}
     assert all(hasattr(Client, name) for name in called)
+
+
+def test_the_readmes_transcript_types_what_there_is(root: Path) -> None:
+    from rich.console import Console
+
+    from clients import Client
+    from clients.cli import app
+    from clients.terminal import Terminal
+
+    section = (root / "README.md").read_text().split("\n## In the terminal\n")[1].split("\n## ")[0]
+    starts = re.findall(r"^\$ (.*)$", section, re.MULTILINE)
+    typed = set(re.findall(r"(?:^> |`)(/\w+)", section, re.MULTILINE))
+    assert starts == [".venv/bin/chat", ".venv/bin/chat --resume"]
+    assert {"/compare", "/correct", "/undo", "/history", "/quit", "/retry"} <= typed
+    with Client() as client:
+        assert typed <= set(Terminal(client, Console(), input).commands)
+    flags = {flag for option in typer.main.get_command(app).params for flag in option.opts}
+    assert set(re.findall(r"--\w+", " ".join(starts))) <= flags
 
 
 def test_the_readmes_make_targets_exist(root: Path) -> None:

@@ -22,6 +22,7 @@ from prefloop.v1.feedback_pb2 import (
     CHOICE_B,
     CHOICE_TIE,
     FEEDBACK_KIND_CHOICE,
+    FEEDBACK_KIND_CORRECTION,
     FEEDBACK_KIND_THUMB,
     THUMB_DOWN,
     THUMB_UP,
@@ -138,11 +139,12 @@ def test_history_shows_votes_versions_and_endings(session: Session, service: Fak
         feedback=[Feedback(kind=FEEDBACK_KIND_THUMB, thumb=THUMB_UP, comment="right")],
     )
     choice = Feedback(kind=FEEDBACK_KIND_CHOICE, choice=CHOICE_TIE)
-    comparison = Comparison(state=COMPARISON_STATE_CHOSEN, continued_with=SLOT_B, feedback=choice)
+    corrected = Response(feedback=[Feedback(kind=FEEDBACK_KIND_CORRECTION, correction="Hollow trees.")])
+    comparison = Comparison(state=COMPARISON_STATE_CHOSEN, continued_with=SLOT_B, feedback=choice, b=corrected)
     service.conversation.turns.extend([Turn(message="Owls?", response=response), Turn(comparison=comparison)])
     screen = session("hi", "/history")
     assert "> Owls?\nTrees.\nv0000 -> v0001 · 9 tokens · cut at the length limit · thumb up (right)\n" in screen
-    assert "equally good; went on with B" in screen
+    assert "equally good; went on with B · B: corrected to: Hollow trees.\n" in screen
 
 
 def test_a_listed_conversation_is_opened_by_its_number(session: Session, service: FakeService) -> None:

@@ -48,6 +48,7 @@ class Asked:
         self.conversation_id = conversation_id
         self.compared = compared
         self.started = False
+        self.broken = False
         self.request_id = str(uuid.uuid4())
 
 
@@ -94,11 +95,15 @@ class Talk:
             return
         if asked.started or asked.conversation_id != self.conversation_id:
             asked = Asked(asked.message, self.conversation_id, compared=asked.compared)
+        if self._asked.broken:
+            # An engine that died takes a while to come back, and its server says when it is.
+            self.screen.note(f"Waiting until the server answers, {RETURN_SECONDS:.0f} s at most.")
+            self.client.wait_until_serving(RETURN_SECONDS)
         self.screen.say(f"> {printable(asked.message)}", "bold")
         self._send(asked)
 
     def _send(self, asked: Asked) -> None:
-        self._asked = asked
+        self._asked, asked.broken = asked, False
         if asked.compared:
             self._compare_message(asked)
         else:
@@ -178,6 +183,7 @@ class Talk:
     def _fetch_again(self, stream: Stream[ChatEvent] | Stream[CompareEvent], error: PrefloopError) -> Turn | None:
         """What the server kept of an answer whose stream broke; None where the user stops waiting. Raises `error` where
         the answer had not started."""
+        self._asked.broken = True
         if not stream.conversation_id:
             raise error
         self.screen.warn(str(error))

@@ -248,14 +248,23 @@ def test_asking_again_is_another_question_once_an_answer_had_started(session: Se
     assert len({request.request_id for request in chats + compares}) == 5
 
 
-def test_asking_again_before_an_answer_started_is_the_same_request(session: Session, service: FakeService) -> None:
+def test_asking_again_before_an_answer_started_waits_and_is_the_same_request(
+    session: Session, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = status(grpc.StatusCode.UNAVAILABLE, "Stopping.")
     service.fail["Chat"] = [gone, gone]
-    screen = session("hi", "/retry", "/open conv", "/retry")
+    waited: list[int] = []
+    monkeypatch.setattr(Client, "wait_until_serving", lambda client, timeout: waited.append(len(service.sent("Chat"))))
+    screen = session("hi", "/retry", "/open conv", "/retry", "/retry")
+    # Before each but the last, which follows an answer that was whole.
+    assert waited == [1, 2]
     assert screen.count("Stopping.") == 2
-    assert "Waiting" not in screen
-    first, again, elsewhere = service.sent("Chat")
+    assert "Waiting for what was kept" not in screen
+    first, again, elsewhere, _ = service.sent("Chat")
     assert first == again
+    service.fail["Chat"] = [gone]
+    session("hi", "/retry", "/retry")
+    assert waited == [1, 2, 5]
     # In another conversation it is another request, which the same id would make a mistake.
     assert (elsewhere.message, elsewhere.conversation_id) == ("hi", "conv")
     assert elsewhere.request_id != first.request_id

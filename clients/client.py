@@ -215,7 +215,8 @@ class Client:
         while True:
             try:
                 request = chat_pb2.GetConversationRequest(conversation_id=stream.conversation_id)
-                left = max(0.1, min(self.timeout, end - time.monotonic()))
+                # A second at least: a first look is worth it, however short the wait.
+                left = max(1.0, min(self.timeout, end - time.monotonic()))
                 found = (self._call(self._chat.GetConversation, request, left)).conversation
             except (BusyError, TimedOutError, UnavailableError) as error:
                 missing = error

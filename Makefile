@@ -50,6 +50,7 @@ stubs: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/languages.py
 
 # After a change of dependencies. No index address may be in the output, and torch without its CPU mark serves both kinds.
 requirements: $(BIN)/uv

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import languages
 import typer
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic import BaseModel
@@ -32,10 +33,16 @@ def reference() -> str:
     for name, model in (("server", ServerSettings), ("learner", LearnerSettings)):
         parts += ["", f"## Settings of the {name}", "", "| variable | default | what |", "| --- | --- | --- |"]
         parts += [f"| `{key}` | `{default}` | {text} |" for key, default, text in settings(model, "PREFLOOP_")]
-    parts += ["", "## Who may call what", "", "| RPC | role |", "| --- | --- |"]
-    parts += [f"| `{method[1:]}` | {role or 'anybody'} |" for method, role in ROLES.items()]
+    parts += ["", "## Who may call what", "", "| RPC | role | a request |", "| --- | --- | --- |"]
+    parts += [f"| `{method[1:]}` | {role or 'anybody'} | {request(method)} |" for method, role in ROLES.items()]
     parts += ["", "## Metrics", "", "| name | kind | labels | what |", "| --- | --- | --- | --- |", *metric_rows()]
     return "\n".join(parts) + "\n"
+
+
+def request(method: str) -> str:
+    """What a call of ours needs; the others have documents of their own."""
+    name = method.removeprefix(f"/{languages.PACKAGE}.")
+    return f"`{languages.body(name)}`" if name != method else ""
 
 
 def metric_rows() -> Iterator[str]:

@@ -9,6 +9,7 @@ import pytest
 import typer
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *map(str, sorted(Path("docs").rglob("*.md")))]
+PAGES += [f"clients/{language}/README.md" for language in ("go", "node")]
 
 
 def test_the_reference_lists_every_command_and_setting(root: Path, tmp_path: Path) -> None:

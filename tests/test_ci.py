@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Makes the package's command.
 APT_GET = """#!/bin/sh
 echo "apt-get $*"
@@ -43,7 +42,9 @@ def test_what_is_missing_is_installed_once(root: Path, fakes: Path) -> None:
     assert need(root, fakes, "need owl owl-bin owl-data") == (0, "went on\n", "")
 
 
-@pytest.mark.parametrize(("command", "text"), [("id", "echo 1000"), ("apt-get", "exit 1")])
+@pytest.mark.parametrize(
+    ("command", "text"), [("id", "echo 1000"), ("apt-get", "exit 1"), ("apt-get", "test $1 = update")]
+)
 def test_where_nothing_can_be_installed_the_rest_goes_on(root: Path, fakes: Path, command: str, text: str) -> None:
     fake(fakes / command, f"#!/bin/sh\n{text}\n")
     assert need(root, fakes, "need owl owl-bin") == (0, "went on\n", "owl is missing: tests that need it are skipped\n")

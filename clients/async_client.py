@@ -518,9 +518,12 @@ class AsyncClient:
 
 
 def _credentials(api_key: str | None, user: str | None) -> Metadata:
+    # gRPC fails on others in ways of its own, and only in a call.
     if user is not None and not (user and user.isascii() and user.isprintable()):
         raise ValueError("A user name is one or more printable ASCII characters.")
     if api_key:
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("An API key has printable ASCII characters only.")
         return (("authorization", f"Bearer {api_key}"),)
     return (("x-user-id", user),) if user else ()
 

@@ -38,7 +38,8 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
         ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.max_reconnect_backoff_ms", 5_000),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ]
     if is_loopback(address):

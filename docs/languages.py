@@ -25,6 +25,7 @@ EXAMPLES: dict[str, Any] = {
     "response_id": "resp_...",
     "comparison_id": "cmp_...",
     "feedback_id": "fb_...",
+    "round_id": "round_...",
     "version": "v0001",
     "messages": [
         {"role": "ROLE_USER", "content": "Why is the sky blue?"},
@@ -33,7 +34,7 @@ EXAMPLES: dict[str, Any] = {
 }
 # A name, or one in a certain message: what is empty starts a conversation, means the last version or the caller.
 OPTIONAL = {
-    "comment", "request_id", "page_size", "page_token", "user",
+    "comment", "reason", "request_id", "page_size", "page_token", "user", "days",
     "ChatRequest.conversation_id", "CompareRequest.conversation_id", "RollbackPolicyRequest.version",
 }  # fmt: skip
 # What people copy; docs/reference.md has the others.

@@ -16,6 +16,7 @@ from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 
 from server.store import FeedbackStore
 from tests.server.conftest import Running, publish_version, register, running_server
+from tests.server.test_round_samples import judged
 
 ANA = (("x-user-id", "ana"),)
 WAIT_SECONDS = 30
@@ -31,11 +32,12 @@ exec buf curl --protocol grpc --reflect-header '*' -H "$header" -d "$data" "http
 
 @pytest.fixture
 async def running(tmp_path: Path) -> AsyncIterator[Running]:
-    """Version v0001 is active, v0000 was before it."""
+    """Version v0001 is active, v0000 was before it, and a learner listens."""
     async with running_server(tmp_path / "data") as running:
         publish_version(running.data_dir, "v0001")
         await running.store(lambda store: register(store, "v0001"))
         await running.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version="v0001"), metadata=ANA)
+        await running.store(lambda store: store.round_requests.listen("here", None))
         yield running
 
 
@@ -51,6 +53,8 @@ async def with_ids(running: Running, text: str) -> str:
         "cmp_...": compare[0].started.comparison_id,
         "fb_...": (await running.feedback.SubmitThumb(thumb, metadata=ANA)).feedback.feedback_id,
     }
+    if "round_..." in text:
+        ids["round_..."] = await running.store(lambda store: judged(store).id)
     for example, real in ids.items():
         text = text.replace(example, real)
     return text
@@ -78,7 +82,7 @@ def test_the_section_is_the_generators(root: Path, tmp_path: Path) -> None:
 
 def test_each_rpc_has_a_request(root: Path) -> None:
     made = requests(root)
-    assert len(made) == 18
+    assert len(made) == 23
     assert made["prefloop.v1.FeedbackService/SubmitThumb"] == '{"response_id": "resp_...", "thumb": "THUMB_UP"}'
     assert made["prefloop.v1.PolicyService/ActivatePolicy"] == '{"version": "v0001"}'
     assert made["prefloop.v1.ChatService/Chat"] == '{"message": "Why is the sky blue?"}'

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from clients.generate import generate
+
 STORE = ("store", "database", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
 KEPT = ("erasing", "samples")
 LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT)}
-from clients.generate import generate
-
-STORE = ("store", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel", "erasing")
-LEARNER_MAY = {f"server.{name}" for name in STORE}
 
 
 def imports(root: Path, package: str) -> set[str]:

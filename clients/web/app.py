@@ -1,0 +1,47 @@
+"""The ASGI application: routes, and what all of them share."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
+
+from clients.async_client import AsyncClient
+from clients.channel import Tls
+from clients.errors import PrefloopError
+from clients.web import account, board, chat
+from clients.web.person import Doorkeeper
+from clients.web.protection import Protection
+from clients.web.site import Site, on_call_error, on_http_error
+
+
+def make_app(
+    address: str, *, hosts: list[str], default_name: str | None, secure: bool = False, tls: Tls | None = None
+) -> Starlette:
+    """The pages of the server at `address`.
+
+    `hosts` are the names that a browser may know them by: another one is somebody else's, made to point here.
+    `default_name` is who comes without a cookie to a server without keys; None where strangers can come.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with AsyncClient(address, tls=tls) as client:
+            app.state.site = site = Site(Doorkeeper(client, default_name, secure))
+            try:
+                yield
+            finally:
+                await site.turns.close()
+
+    static = StaticFiles(directory=Path(__file__).with_name("static"))
+    return Starlette(
+        routes=[*chat.ROUTES, *account.ROUTES, *board.ROUTES, Mount("/static", static, name="static")],
+        middleware=[Middleware(Protection), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        exception_handlers={PrefloopError: on_call_error, HTTPException: on_http_error},
+        lifespan=lifespan,
+    )

@@ -1,0 +1,190 @@
+"""The chat: conversations, messages, votes. Each action ends by showing the conversation as the server has it."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from prefloop.v1.chat_pb2 import Conversation, Turn
+from prefloop.v1.feedback_pb2 import (
+    CHOICE_A,
+    CHOICE_B,
+    CHOICE_BOTH_BAD,
+    CHOICE_TIE,
+    CHOICE_UNSPECIFIED,
+    THUMB_DOWN,
+    THUMB_UNSPECIFIED,
+    THUMB_UP,
+)
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from clients.errors import PrefloopError
+from clients.web.live import LiveTurn
+from clients.web.pages import turn_id, unfinished
+from clients.web.person import Person
+from clients.web.site import Site, enter, first, form_of
+
+SIDEBAR_CONVERSATIONS = 30
+LISTED_CONVERSATIONS = 1000
+# An answer that another program asked for is looked at so often until it has ended.
+LOOK_SECONDS = 1.0
+THUMBS = {"up": THUMB_UP, "down": THUMB_DOWN}
+CHOICES = {"a": CHOICE_A, "b": CHOICE_B, "tie": CHOICE_TIE, "both-bad": CHOICE_BOTH_BAD}
+
+
+async def show(request: Request) -> Response:
+    """A conversation, or the beginning of one."""
+    site, person = await enter(request)
+    conversation_id = request.path_params.get("conversation_id", "")
+    conversation = await person.client.conversation(conversation_id) if conversation_id else Conversation()
+    turns = list(conversation.turns)
+    notices = {turn_id(turn): site.turns.notice(turn) for turn in turns}
+    live = site.turns.find(person, conversation_id)
+    if live:
+        turns = [*(turn for turn in turns if turn_id(turn) != turn_id(live.turn)), live.turn]
+        notices[turn_id(live.turn)] = live.notice
+    return await site.page(
+        request,
+        person,
+        "chat.html.j2",
+        conversation=conversation,
+        turns=turns,
+        notices=notices,
+        # What another program asked for is that program's to stop.
+        stoppable=live is not None,
+        conversations=await first(SIDEBAR_CONVERSATIONS, person.client.conversations()),
+        request_id=str(uuid.uuid4()),
+    )
+
+
+async def listing(request: Request) -> Response:
+    """Every conversation."""
+    site, person = await enter(request)
+    conversations = await first(LISTED_CONVERSATIONS, person.client.conversations())
+    return await site.page(request, person, "conversations.html.j2", conversations=conversations)
+
+
+async def send(request: Request) -> Response:
+    """A message. Its answer is written while the page shows it."""
+    site, person = await enter(request)
+    form = await form_of(request)
+    message, conversation_id = form["message"], form["conversation_id"]
+    if site.turns.find(person, conversation_id):
+        raise HTTPException(409, "The answer before is still being written: wait for it, or stop it.")
+    ask = person.client.compare if form["mode"] == "compare" else person.client.chat
+    stream = ask(message, conversation_id=conversation_id, request_id=form["request_id"])
+    live = await site.turns.begin(person, message, stream)
+    return to_conversation(live.conversation_id)
+
+
+async def follow(request: Request) -> Response:
+    """The turn that is being answered, as HTML, whenever it has grown. 204 where nothing is being written."""
+    site, person = await enter(request)
+    conversation_id = request.path_params["conversation_id"]
+    if live := site.turns.find(person, conversation_id):
+        return EventSourceResponse(_grow(site, conversation_id, live))
+    conversation = await person.client.conversation(conversation_id)
+    if conversation.turns and unfinished(conversation.turns[-1]):
+        return EventSourceResponse(_look(site, person, conversation))
+    return Response(status_code=204)
+
+
+async def stop(request: Request) -> Response:
+    """Ends the answer that is being written where it is."""
+    site, person = await enter(request)
+    conversation_id = request.path_params["conversation_id"]
+    if live := site.turns.find(person, conversation_id):
+        live.stop()
+    return to_conversation(conversation_id)
+
+
+async def delete(request: Request) -> Response:
+    """Removes a conversation for good."""
+    site, person = await enter(request)
+    conversation_id = request.path_params["conversation_id"]
+    # The server waits for an answer that is being written there.
+    if live := site.turns.find(person, conversation_id):
+        live.stop()
+    await person.client.delete_conversation(conversation_id)
+    return RedirectResponse("/", 303)
+
+
+async def set_thumb(request: Request) -> Response:
+    """Good or bad; pressed again, with another comment perhaps."""
+    _, person = await enter(request)
+    form = await form_of(request)
+    await person.client.thumb(
+        form["response_id"], THUMBS.get(form["thumb"], THUMB_UNSPECIFIED), comment=form["comment"]
+    )
+    return to_conversation(form["conversation_id"])
+
+
+async def choose(request: Request) -> Response:
+    """Which of two answers is better."""
+    _, person = await enter(request)
+    form = await form_of(request)
+    await person.client.choose(
+        form["comparison_id"], CHOICES.get(form["choice"], CHOICE_UNSPECIFIED), comment=form["comment"]
+    )
+    return to_conversation(form["conversation_id"])
+
+
+async def correct(request: Request) -> Response:
+    """What an answer should have been."""
+    _, person = await enter(request)
+    form = await form_of(request)
+    await person.client.correct(form["response_id"], form["text"])
+    return to_conversation(form["conversation_id"])
+
+
+async def retract(request: Request) -> Response:
+    """Takes any of the three back."""
+    _, person = await enter(request)
+    form = await form_of(request)
+    await person.client.retract(form["feedback_id"])
+    return to_conversation(form["conversation_id"])
+
+
+def to_conversation(conversation_id: str) -> Response:
+    """What every action ends with."""
+    return RedirectResponse(f"/c/{conversation_id}", 303)
+
+
+async def _grow(site: Site, conversation_id: str, live: LiveTurn) -> AsyncIterator[ServerSentEvent]:
+    async for _ in live.changes():
+        yield _event(site, conversation_id, live.turn, live.notice)
+    yield ServerSentEvent(event="end", data="")
+
+
+async def _look(site: Site, person: Person, conversation: Conversation) -> AsyncIterator[ServerSentEvent]:
+    # Whatever is wrong, the page says when it is drawn anew.
+    with suppress(PrefloopError):
+        while unfinished(conversation.turns[-1]):
+            await asyncio.sleep(LOOK_SECONDS)
+            conversation = await person.client.conversation(conversation.conversation_id)
+        yield _event(site, conversation.conversation_id, conversation.turns[-1], "")
+    yield ServerSentEvent(event="end", data="")
+
+
+def _event(site: Site, conversation_id: str, turn: Turn, notice: str) -> ServerSentEvent:
+    html = site.fragment("turn.html.j2", conversation_id=conversation_id, turn=turn, notice=notice)
+    return ServerSentEvent(event="turn", data=html)
+
+
+ROUTES = [
+    Route("/", show),
+    Route("/c/{conversation_id}", show),
+    Route("/c/{conversation_id}/answer", follow),
+    Route("/c/{conversation_id}/stop", stop, methods=["POST"]),
+    Route("/c/{conversation_id}/delete", delete, methods=["POST"]),
+    Route("/conversations", listing),
+    Route("/messages", send, methods=["POST"]),
+    Route("/thumbs", set_thumb, methods=["POST"]),
+    Route("/choices", choose, methods=["POST"]),
+    Route("/corrections", correct, methods=["POST"]),
+    Route("/retractions", retract, methods=["POST"]),
+]

@@ -1,0 +1,154 @@
+"""A round's figures, read from what the learner says of it; a figure that a round never got to is None."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from prefloop.v1.policy_pb2 import (
+    ROUND_STATE_FAILED,
+    ROUND_STATE_PROMOTED,
+    ROUND_STATE_REJECTED,
+    ROUND_STATE_RUNNING,
+    Round,
+)
+
+from clients.web.chart import Chart, curve, intervals
+
+STATES = {
+    ROUND_STATE_RUNNING: "at work",
+    ROUND_STATE_PROMOTED: "promoted",
+    ROUND_STATE_REJECTED: "rejected",
+    ROUND_STATE_FAILED: "failed",
+}
+# (figure of a step, title, unit)
+CURVES = (
+    ("score", "Score, and its uncertainty", "sd of reference answers"),
+    ("kl", "KL to the reference", "nats an answer"),
+    ("length", "Answer length", "tokens"),
+    ("entropy", "Entropy", "nats a token"),
+    ("clipfrac", "Clipped ratios", "share of tokens"),
+    ("value_loss", "Value loss", "squared score"),
+    ("mismatch_rms", "Trainer against engine", "rms of log-ratio"),
+    ("kl_coef", "KL penalty's weight", ""),
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A share with its 95 % interval."""
+
+    rate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.rate:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+class RoundFigures:
+    """What a round came to."""
+
+    def __init__(self, round_: Round) -> None:
+        self.id = round_.round_id
+        self.state = STATES.get(round_.state, "")
+        self.stage = round_.stage
+        self.reason = round_.reason
+        self.version = round_.policy_version
+        self.create_time = round_.create_time
+        self.metrics: dict[str, Any] = MessageToDict(round_.metrics)
+        self.promoted = round_.state == ROUND_STATE_PROMOTED
+
+    def figure(self, *path: str) -> Any:
+        """A figure by where it stands; None where it is missing."""
+        found: Any = self.metrics
+        for name in path:
+            if not isinstance(found, dict) or name not in found:
+                return None
+            found = found[name]
+        return found
+
+    @property
+    def short_id(self) -> str:
+        return self.id.removeprefix("round_")[:6]
+
+    @property
+    def votes(self) -> int | None:
+        votes = self.figure("votes")
+        return votes and int(sum(votes.get(kind, 0) for kind in ("choices", "thumbs", "corrections")))
+
+    @property
+    def accuracy(self) -> float | None:
+        accuracy: float | None = self.figure("reward_model", "accuracy")
+        return accuracy
+
+    @property
+    def kl(self) -> float | None:
+        kl: float | None = self.figure("gate", "chosen", "kl")
+        return kl
+
+    @property
+    def win_rate(self) -> Interval | None:
+        return interval(self.figure("gate", "chosen", "against_incumbent"))
+
+    @property
+    def minutes(self) -> float | None:
+        seconds: dict[str, float] | None = self.figure("seconds")
+        return None if seconds is None else sum(seconds.values()) / 60
+
+    @property
+    def seconds(self) -> list[tuple[str, float]]:
+        """Of each stage, the longest first."""
+        return sorted((self.figure("seconds") or {}).items(), key=lambda stage: -stage[1])
+
+    @property
+    def candidates(self) -> list[dict[str, Any]]:
+        """Each judged step: `step`, `kl`, `incumbent` and `reference` (win rates against them), `chosen`."""
+        chosen = self.figure("gate", "chosen", "step")
+        return [
+            {
+                "step": int(candidate["step"]),
+                "kl": candidate["kl"],
+                "incumbent": interval(candidate["against_incumbent"]),
+                "reference": interval(candidate["against_reference"]),
+                "chosen": candidate["step"] == chosen,
+            }
+            for candidate in self.figure("gate", "candidates") or []
+        ]
+
+    @property
+    def curves(self) -> list[Chart]:
+        """How training went, step by step, the chosen one marked."""
+        steps: list[dict[str, float]] = self.figure("ppo", "steps") or []
+        numbers = [step["step"] for step in steps]
+        chosen = self.figure("gate", "chosen", "step")
+        return [
+            curve(
+                title,
+                unit,
+                numbers,
+                [step[name] for step in steps],
+                spread=[step.get("uncertainty", 0.0) for step in steps] if name == "score" else (),
+                # Everywhere else zero means something, and keeps noise from looking like a trend.
+                zero=name != "score",
+                mark=chosen,
+            )
+            for name, title, unit in CURVES
+            if steps and all(name in step for step in steps)
+        ]
+
+
+def interval(found: dict[str, float] | None) -> Interval | None:
+    """A win rate as the learner writes it."""
+    return None if found is None else Interval(found["rate"], found["low"], found["high"])
+
+
+def win_rates(rounds: list[RoundFigures]) -> Chart:
+    """Every judged round's win rate against what it would have replaced, oldest first."""
+    judged = [(round_, rate) for round_ in reversed(rounds) if (rate := round_.win_rate)]
+    return intervals(
+        "Win rate against the version before",
+        "share won",
+        "round (filled: promoted)",
+        [(round_.short_id, rate.rate, rate.low, rate.high, round_.promoted) for round_, rate in judged],
+        level=(0.5, "even"),
+    )

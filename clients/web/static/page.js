@@ -1,0 +1,205 @@
+// The server renders, this places: forms are sent without leaving the page, and what comes back replaces what changed.
+// Everything also works without it, a reload at a time.
+
+const AWAY = "This page's own server does not answer. It is tried again; nothing that was said or voted is lost.";
+const RETRY_MS = 2000;
+// Where the reader is at the end, the end stays in sight; less than a wheel's notch up is not the end any more.
+const NEAR_END_PX = 8;
+
+const policy = window.trustedTypes?.createPolicy("prefloop", { createHTML: (html) => html }) ?? {
+  createHTML: (html) => html,
+};
+const byId = (id) => document.getElementById(id);
+// What the server sent of each live element: one is replaced only where that has changed, so that what a person has
+// opened or begun to write stays.
+const sent = new WeakMap();
+let following = null;
+let retry = null;
+// What was sent so far: a page that was asked for before shows less.
+let actions = 0;
+// Whether the notice is about what is out of reach, and goes when that is back. What an action was answered stays until
+// the next one.
+let passing = false;
+// A message that was sent without an answer.
+let unanswered = null;
+
+function parse(html) {
+  return new DOMParser().parseFromString(policy.createHTML(html), "text/html");
+}
+
+function place(page, { whole }) {
+  const atEnd = innerHeight + scrollY > document.body.scrollHeight - NEAR_END_PX;
+  const fresh = [...page.querySelectorAll("[data-live]")];
+  for (const element of fresh) {
+    const html = element.outerHTML;
+    const old = byId(element.id);
+    if (old && sent.get(old) === html) continue;
+    if (old?.id === "ids" && unanswered !== null && byId("message").value === unanswered) continue;
+    const parent = old ? null : byId(element.parentElement.id);
+    const focused = old?.contains(document.activeElement) ? document.activeElement.id : null;
+    const live = document.adoptNode(element);
+    if (old?.matches(".turn")) keep(old, live);
+    if (old) old.replaceWith(live);
+    else parent?.append(live);
+    receive(live, html);
+    if (focused !== null) (byId(focused) ?? live).focus({ preventScroll: true });
+  }
+  if (whole) {
+    const ids = new Set(fresh.map((element) => element.id));
+    for (const old of document.querySelectorAll("[data-live]")) if (!ids.has(old.id)) old.remove();
+    document.title = page.title;
+  }
+  if (atEnd) scrollTo(0, document.body.scrollHeight);
+}
+
+// What a person has begun to write stays when something else in its turn changes.
+function keep(old, live) {
+  for (const field of old.querySelectorAll("details :is(input, textarea)[id]")) {
+    const fresh = live.querySelector(`#${CSS.escape(field.id)}`);
+    if (!fresh || field.value === field.defaultValue || field.form.dataset.sending) continue;
+    fresh.value = field.value;
+    fresh.closest("details").open = true;
+  }
+}
+
+function receive(element, html) {
+  sent.set(element, html);
+  localize(element);
+}
+
+function localize(part) {
+  for (const time of part.querySelectorAll("time"))
+    time.textContent = new Date(time.dateTime).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+}
+
+function notice(text, { passes = false } = {}) {
+  byId("notice").textContent = text;
+  byId("notice").hidden = !text;
+  passing = passes;
+}
+
+function say(text) {
+  byId("status").textContent = text;
+}
+
+// The page that a request ends at. Where it fails the notice says why, and there is no `page`; null comes back, and the
+// page is asked for again, where that may pass.
+async function load(url, options) {
+  clearTimeout(retry);
+  try {
+    const response = await fetch(url, options);
+    const page = parse(await response.text());
+    if (response.ok) return { page, url: response.url };
+    const words = page.getElementById("notice")?.textContent ?? `The page failed (${response.status}).`;
+    notice(words, { passes: !options || response.status === 503 });
+    if (response.status < 500) return {};
+  } catch {
+    notice(AWAY, { passes: true });
+  }
+  retry = setTimeout(refresh, RETRY_MS);
+  return null;
+}
+
+async function refresh() {
+  const before = actions;
+  const loaded = await load(location.href);
+  if (!loaded?.page || actions !== before) return;
+  // Who was signed in is not any more.
+  if (new URL(loaded.url).pathname !== location.pathname) return location.assign(loaded.url);
+  if (passing) notice("");
+  place(loaded.page, { whole: true });
+  follow();
+}
+
+async function submit(form, button) {
+  // Until the first press is answered, a second one is the same press.
+  if (form.dataset.sending) return;
+  form.dataset.sending = "true";
+  const composing = form.id === "composer";
+  const message = byId("message")?.value;
+  if (composing) say("Sent.");
+  const body = new URLSearchParams(new FormData(form, button));
+  actions += 1;
+  const loaded = await load(form.action, { method: "POST", body });
+  // Sent again as it is, a message that nobody answered is the same message.
+  if (composing) unanswered = loaded ? null : message;
+  if (!loaded?.page) {
+    delete form.dataset.sending;
+    // Refused: here is what there is.
+    return loaded && refresh();
+  }
+  notice("");
+  if (composing) {
+    // What was written meanwhile is the next message.
+    if (byId("message").value === message) form.reset();
+    if (form.contains(document.activeElement) || document.activeElement === document.body) byId("message").focus();
+  }
+  if (loaded.url !== location.href) history.pushState(null, "", loaded.url);
+  place(loaded.page, { whole: true });
+  delete form.dataset.sending;
+  if (composing) scrollTo(0, document.body.scrollHeight);
+  follow();
+}
+
+// Answers are followed while they are written; each event is the whole turn, so a lost one costs nothing.
+function follow() {
+  if (following || !document.querySelector("[aria-busy=true]")) return;
+  say("The answer is being written.");
+  following = new EventSource(`${location.pathname}/answer`);
+  const end = () => {
+    following.close();
+    following = null;
+    refresh();
+  };
+  following.addEventListener("open", () => passing && notice(""));
+  following.addEventListener("turn", (event) => place(parse(event.data), { whole: false }));
+  following.addEventListener("end", () => {
+    say("The answer has ended.");
+    end();
+  });
+  following.addEventListener("error", () => {
+    if (following.readyState === EventSource.CLOSED) end();
+    else notice(AWAY, { passes: true });
+  });
+}
+
+document.addEventListener("submit", (event) => {
+  if (!event.target.matches("[data-stay]")) return;
+  event.preventDefault();
+  submit(event.target, event.submitter);
+});
+
+// The second click of a double click is no second vote.
+document.addEventListener(
+  "click",
+  (event) => {
+    if (event.detail > 1 && event.target.closest("button")) event.preventDefault();
+  },
+  true,
+);
+
+document.addEventListener("keydown", (event) => {
+  const { key, target } = event;
+  if (event.repeat && key === "Enter" && target.matches("button")) return event.preventDefault();
+  // 229: an input method's key, by which Safari tells the Enter that ends a composition.
+  if (event.isComposing || event.keyCode === 229 || event.ctrlKey || event.altKey || event.metaKey) return;
+  // A phone's keyboard has no Shift+Enter; there Enter begins a line, and the button sends.
+  if (target.id === "message" && key === "Enter" && !event.shiftKey && !matchMedia("(pointer: coarse)").matches) {
+    event.preventDefault();
+    if (!event.repeat && target.value.trim()) byId("composer").requestSubmit(byId("send"));
+  } else if (!target.matches("input, textarea"))
+    target.closest(".pair")?.querySelector(`[aria-keyshortcuts="${CSS.escape(key)}"]`)?.click();
+});
+
+// Another window of the same person may have voted.
+document.addEventListener("visibilitychange", () => document.hidden || refresh());
+addEventListener("popstate", () => location.reload());
+
+for (const element of document.querySelectorAll("[data-live]")) receive(element, element.outerHTML);
+localize(document);
+if (byId("turns")) {
+  scrollTo(0, document.body.scrollHeight);
+  follow();
+}
+const seconds = Number(document.body.dataset.refresh);
+if (seconds) setInterval(() => document.hidden || refresh(), seconds * 1000);

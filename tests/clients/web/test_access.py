@@ -1,0 +1,191 @@
+"""Who gets in, whose forms are taken, and what every response forbids."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from playwright.async_api import expect
+from prefloop.v1 import account_pb2
+
+from clients.web.person import KEY
+from tests.clients.web.conftest import Site, serving_page, together
+from tests.clients.web.test_chat import ask, good
+from tests.server.conftest import Running, running_server
+
+pytestmark = together
+
+PAGES = ["/", "/conversations", "/board", "/sign-in", "/c/none", "/nowhere", "/static/page.js", "/static/page.css"]
+ACTIONS = [
+    *("/messages", "/thumbs", "/choices", "/corrections", "/retractions", "/c/x/stop", "/c/x/delete"),
+    *("/sign-in", "/sign-out", "/board/round", "/board/promote", "/board/rollback"),
+]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running_server(tmp_path) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def http(running: Running) -> AsyncIterator[httpx.AsyncClient]:
+    """The page without a browser, on a server without keys."""
+    async with serving_page(f"127.0.0.1:{running.app.port}") as port, asking(port) as http:
+        yield http
+
+
+def asking(port: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10)
+
+
+async def give_key(running: Running, user: str, role: Any = "user") -> str:
+    """A key that the running server knows."""
+    key: str = await running.store(lambda store: store.keys.create(user, role))
+    request, metadata = account_pb2.GetCallerRequest(), [("authorization", f"Bearer {key}")]
+    while not (await running.account.GetCaller(request, metadata=metadata, timeout=10)).has_key:
+        await asyncio.sleep(0.01)
+    return key
+
+
+@pytest.mark.parametrize("path", PAGES)
+async def test_every_response_forbids_what_is_not_ours(http: httpx.AsyncClient, path: str) -> None:
+    response = await http.get(path)
+    assert response.headers["content-security-policy"] == (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+        "trusted-types prefloop"
+    )
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["cross-origin-resource-policy"] == "same-origin"
+    assert response.headers["cache-control"] == ("no-cache" if path.startswith("/static/") else "no-store")
+
+
+@pytest.mark.parametrize("path", ACTIONS)
+@pytest.mark.parametrize(
+    "headers",
+    [{"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}, {"origin": "http://evil.example"}],
+    ids=["cross-site", "same-site", "older browser"],
+)
+async def test_another_sites_form_is_refused(http: httpx.AsyncClient, path: str, headers: dict[str, str]) -> None:
+    response = await http.post(path, data={"message": "as you"}, headers=headers)
+    assert (response.status_code, response.text) == (403, "This form was sent by another site.")
+
+
+async def test_our_own_forms_are_taken(http: httpx.AsyncClient) -> None:
+    for headers in ({"sec-fetch-site": "same-origin"}, {"origin": str(http.base_url).rstrip("/")}, {}):
+        response = await http.post("/messages", data={"message": "hello"}, headers=headers)
+        assert response.status_code == 303, headers
+
+
+@pytest.mark.parametrize("kind", ["data", "files"])
+async def test_nobody_fills_the_memory_with_a_form(http: httpx.AsyncClient, kind: str) -> None:
+    for path in ("/sign-in", "/messages"):
+        response = await http.post(path, **{kind: {"message": "x" * 2**20}})  # type: ignore[arg-type]
+        assert (response.status_code, "more than this page takes" in response.text) == (413, True), path
+    response = await http.post("/messages", data={"message": "😀" * 500})
+    assert response.status_code == 303
+
+
+async def test_a_name_that_somebody_else_points_here_is_refused(http: httpx.AsyncClient) -> None:
+    response = await http.get("/", headers={"host": "evil.example"})
+    assert response.status_code == 400
+    assert response.headers["cache-control"] == "no-store"
+
+
+async def test_every_action_refuses_what_is_no_form_of_ours(http: httpx.AsyncClient) -> None:
+    """Empty fields, and values that no button has: a sentence each time, never a failure of ours."""
+    found = {path: (await http.post(path, data={"choice": "c", "thumb": "?"})).status_code for path in ACTIONS}
+    assert found == {
+        "/messages": 400,
+        "/thumbs": 400,
+        "/choices": 400,
+        "/corrections": 400,
+        "/retractions": 400,
+        "/c/x/stop": 303,
+        "/c/x/delete": 404,
+        "/sign-in": 403,
+        "/sign-out": 303,
+        "/board/round": 409,
+        "/board/promote": 400,
+        "/board/rollback": 400,
+    }
+
+
+async def test_a_name_signs_in_on_a_server_without_keys(site: Site) -> None:
+    page = await site.visit("/sign-in", name="nobody")
+    await page.get_by_label("Name").fill("Zoë")
+    await page.get_by_role("button", name="Go on").click()
+    await expect(page.get_by_role("alert").filter(has_text="printable ASCII")).to_be_visible()
+    await page.get_by_label("Name").fill("zoe")
+    await page.get_by_role("button", name="Go on").click()
+    await expect(page.locator(".who .name")).to_have_text("zoe")
+    [cookie] = await page.context.cookies()
+    assert (cookie["name"], cookie["value"]) == ("prefloop_name", "zoe")
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Lax")
+
+
+async def test_what_can_be_no_key_and_no_name_is_refused_like_a_wrong_one(http: httpx.AsyncClient) -> None:
+    for key in ("clé", "two\nlines", "nul\0"):
+        response = await http.post("/sign-in", data={"key": key})
+        assert (response.status_code, "printable ASCII" in response.text) == (403, True), key
+    for cookie in (rb'prefloop_key="cl\303\251"', "prefloop_name=Zoë".encode("latin-1")):
+        response = await http.get("/", headers={"cookie": cookie})
+        assert (response.status_code, response.headers.get("location")) == (303, "/sign-in"), cookie
+
+
+async def test_a_key_signs_in_and_out_and_a_revoked_one_is_asked_for_again(site: Site) -> None:
+    key = await give_key(site.running, "ann")
+    page = await site.visit()
+    await page.wait_for_url("**/sign-in")
+    await page.get_by_label("API key").fill("key_wrong.guess")
+    await page.get_by_role("button", name="Go on").click()
+    await expect(page.get_by_text("This API key is not valid here, or no longer.")).to_be_visible()
+    await page.get_by_label("API key").fill(key)
+    await page.get_by_role("button", name="Go on").click()
+    await expect(page.locator(".who .name")).to_have_text("ann")
+    assert [cookie["name"] for cookie in await page.context.cookies()] == ["prefloop_key"]
+    assert await page.evaluate("document.cookie") == ""
+    # Users have no board, not by its address either.
+    await expect(page.get_by_role("link", name="Board")).to_have_count(0)
+    response = await page.goto(f"{site.url}/board")
+    assert response
+    assert response.status == 403
+    await expect(page.get_by_role("alert")).to_have_text("The board is for operators.")
+    await page.goto(site.url)
+    await ask(page, "Hello.")
+    await expect(good(page)).to_be_visible()
+    await site.running.store(lambda store: store.keys.revoke(key.partition(".")[0]))
+    while (await page.request.get(site.url)).url != f"{site.url}/sign-in":
+        await asyncio.sleep(0.05)
+    await good(page).click()
+    await page.wait_for_url("**/sign-in")
+
+
+async def test_signing_out_forgets_the_key(site: Site) -> None:
+    key = await give_key(site.running, "olga", "operator")
+    page = await site.visit(key=key)
+    await expect(page.get_by_role("link", name="Board")).to_be_visible()
+    await page.get_by_role("button", name="Sign out").click()
+    await page.wait_for_url("**/sign-in")
+    assert await page.context.cookies() == []
+
+
+async def test_where_strangers_can_come_nobody_enters_without_a_key(running: Running) -> None:
+    """The server behind believes everybody on its own machine, and so it would believe us."""
+    address = f"127.0.0.1:{running.app.port}"
+    async with serving_page(address, default_name=None, secure=True) as port, asking(port) as http:
+        for cookies in ({}, {"prefloop_name": "ann"}, {KEY: "key_any.thing"}):
+            http.cookies.clear()
+            http.cookies.update(cookies)
+            answers = [(await http.get("/")), (await http.post("/messages", data={"message": "hello"}))]
+            assert [answer.status_code for answer in answers] == [403, 403], cookies
+            assert "the server has no keys to tell them by" in answers[0].text
+        http.cookies.clear()
+        key = await give_key(running, "ann")
+        response = await http.post("/sign-in", data={"key": key})
+        assert response.status_code == 303
+        assert "; Secure" in response.headers["set-cookie"]

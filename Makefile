@@ -23,8 +23,9 @@ $(BIN)/uv:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
 
+# A server, a page to chat and vote on, and a learner that waits for the page's button.
 serve: setup
-	$(BIN)/server serve
+	$(BIN)/chat web --serve
 
 demo: setup
 	$(BIN)/python -m clients.demo

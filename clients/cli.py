@@ -98,24 +98,79 @@ def send(
         print(json.dumps(answer, ensure_ascii=False))
 
 
+@app.command()
+def web(
+    context: typer.Context,
+    web_host: Annotated[
+        str, typer.Option(envvar="PREFLOOP_WEB_HOST", help="The address that the page listens on.")
+    ] = "127.0.0.1",
+    web_port: Annotated[
+        int, typer.Option(envvar="PREFLOOP_WEB_PORT", help="Its port; 0 takes a free one.", min=0, max=65535)
+    ] = 8080,
+    web_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="PREFLOOP_WEB_NAME",
+            help="A host name that browsers know the page by; may be repeated (in the variable, with spaces between).",
+        ),
+    ] = None,
+    web_cert: Annotated[
+        Path | None, typer.Option(envvar="PREFLOOP_WEB_CERT", help="PEM file of the page's TLS certificate.")
+    ] = None,
+    web_key: Annotated[
+        Path | None, typer.Option(envvar="PREFLOOP_WEB_KEY", help="PEM file of its private key.")
+    ] = None,
+    web_server: Annotated[
+        str,
+        typer.Option(
+            envvar="PREFLOOP_WEB_SERVER",
+            help="What the server's certificate calls it, where --host is the address that it listens on.",
+        ),
+    ] = "",
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Start a server beside the page, and a learner that waits to be asked.")
+    ] = False,
+) -> None:
+    """Serve a page to chat and vote on, with a board for operators.
+
+    Where others can reach it, by its address or by a proxy that knows its name, they need keys."""
+    outer = context.obj
+    try:
+        from clients.web.command import Page, run
+    except ModuleNotFoundError as error:
+        sys.exit(f"chat: The page needs {error.name}, which `pip install 'prefloop[web]'` brings.")
+    page = Page(web_host, web_port, tuple(web_name or ()), web_cert, web_key)
+    tls = read_tls(outer["ca"], outer["cert"], outer["key"])
+    address = address_of(web_server or outer["host"], outer["port"])
+    # Strangers need keys, and in a container the user may have no name.
+    name = "" if page.strangers else outer["user"] or getpass.getuser()
+    run(page, address, name, tls, serve=serve)
+
+
 def connect(
     host: str, port: int, user: str, ca: Path | None = None, cert: Path | None = None, key: Path | None = None
 ) -> "Client":
     """A client of a server that is known to answer; raises UnavailableError without one."""
     from clients.client import Client
 
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     tls = read_tls(ca, cert, key)
     try:
-        client = Client(address, api_key=os.environ.get(API_KEY), user=user or getpass.getuser(), tls=tls)
+        client = Client(
+            address_of(host, port), api_key=os.environ.get(API_KEY), user=user or getpass.getuser(), tls=tls
+        )
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--user") from error
+        raise typer.BadParameter(str(error), param_hint=f"--user, {API_KEY}") from error
     try:
         client.check()
     except BaseException:
         client.close()
         raise
     return client
+
+
+def address_of(host: str, port: int) -> str:
+    """ "host:port", with brackets around an address of IPv6."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def read_tls(ca: Path | None, cert: Path | None, key: Path | None) -> "Tls | None":

@@ -61,7 +61,9 @@ def commands(path: str, command: Any) -> Iterator[str]:
     if options:
         yield from ("", "| argument | what |", "| --- | --- |")
         for option in options:
-            yield f"| `{' '.join(option.opts)}` | {getattr(option, 'help', None) or 'As above.'} |"
+            text = getattr(option, "help", None) or "As above."
+            variable = f" Variable: `{option.envvar}`." if option.envvar else ""
+            yield f"| `{' '.join(option.opts)}` | {text}{variable} |"
     for name, below in getattr(command, "commands", {}).items():
         yield from commands(f"{path} {name}", below)
 

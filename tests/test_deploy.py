@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from sse_starlette import EventSourceResponse
 
 from clients.cli import app as chat
+from clients.web.command import GRACE_SECONDS
+from clients.web.person import KEY, MONTH_SECONDS, NAME, NO_KEYS
+from clients.web.site import AWAY
 from learner.cli import app as learner
 from learner.schedule import STOP_SECONDS
 from server.cli import app as server
@@ -22,9 +26,11 @@ from server.exposition import Exposition
 from server.settings import ServerSettings
 
 PROGRAMS = {"server": server, "learner": learner, "chat": chat}
-UNITS = ("prefloop-server.service", "prefloop-learner.service")
-# Where a client's settings are; docs/reference.md has everybody else's.
-CLIENTS = {"PREFLOOP_API_KEY", "PREFLOOP_CA", "PREFLOOP_USER"}
+BOTH = ("prefloop-server.service", "prefloop-learner.service")
+PAGE = "prefloop-web.service"
+UNITS = (*BOTH, PAGE)
+# No flag has it, so docs/reference.md has it in a sentence.
+API_KEY = "PREFLOOP_API_KEY"
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +70,11 @@ def check_command(words: list[str]) -> None:
         command = command.commands[arguments.pop(0)]
     assert not getattr(command, "commands", None) or name == "chat", f"{words} names no command"
     if arguments:
-        command.make_context(name, arguments)
+        context = command.make_context(name, arguments)
+        # Of a command that may also stand alone: what its own flags leave is one below it.
+        if below := getattr(command, "commands", None):
+            rest = [*context._protected_args, *context.args]
+            assert not rest or rest[0] in below, f"{words} names no command"
 
 
 def commands(root: Path) -> Iterator[str]:
@@ -83,9 +93,9 @@ def commands(root: Path) -> Iterator[str]:
 
 
 def test_every_variable_is_a_setting(root: Path) -> None:
-    known = set(re.findall(r"`(PREFLOOP_\w+)`", (root / "docs" / "reference.md").read_text())) | CLIENTS
+    known = set(re.findall(r"`(PREFLOOP_\w+)`", (root / "docs" / "reference.md").read_text())) | {API_KEY}
     used = {(name, file) for file, text in texts(root).items() for name in re.findall(r"PREFLOOP_\w+", text)}
-    assert ("PREFLOOP_TLS_CERT", "deploy/compose.yaml") in used
+    assert {("PREFLOOP_TLS_CERT", "deploy/compose.yaml"), ("PREFLOOP_WEB_CERT", "deploy/compose.yaml")} <= used
     assert [(name, file) for name, file in sorted(used) if name not in known] == []
 
 
@@ -93,19 +103,21 @@ def test_every_metric_is_one(root: Path) -> None:
     known = set(re.findall(r"`(prefloop_\w+)`", (root / "docs" / "reference.md").read_text()))
     used = set(re.findall(r"`(prefloop_\w+)`", (root / "docs" / "operations.md").read_text()))
     assert "prefloop_swaps_total" in used
-    assert sorted(used - known) == []
+    # Of the same form, and tested below.
+    assert sorted(used - known - {KEY, NAME}) == []
 
 
 def test_every_command_line_is_one(root: Path) -> None:
     found = list(commands(root))
-    assert {"server serve", "learner schedule"} <= set(found)
+    assert {"server serve", "learner schedule", "chat web"} <= set(found)
     assert "server backup /backups/2026-11-23" in found
     for line in set(found):
         check_command(shlex.split(line))
 
 
 @pytest.mark.parametrize(
-    "line", ["server", "server srve", "learner schedule --hourly", "server keys create --role user"]
+    "line",
+    ["server", "server srve", "learner schedule --hourly", "server keys create --role user", "chat --port 1 webb"],
 )
 def test_a_command_line_that_is_none_would_be_found(line: str) -> None:
     with pytest.raises(Exception, match=r"no command|No such option|Missing parameter"):
@@ -116,7 +128,7 @@ def test_ports_are_the_defaults(deploy: Path, compose: Any) -> None:
     fields = ServerSettings.model_fields
     assert fields["port"].default == 50051
     assert compose["services"]["server"]["ports"] == ["50051:50051"]
-    assert re.findall(r"^EXPOSE (.+)", (deploy / "Dockerfile").read_text(), re.MULTILINE) == ["50051"]
+    assert re.findall(r"^EXPOSE (.+)", (deploy / "Dockerfile").read_text(), re.MULTILINE) == ["50051 8080"]
     [scraped] = yaml.safe_load((deploy / "prometheus.yaml").read_text())["scrape_configs"]
     assert scraped["static_configs"] == [{"targets": ["server:9464"]}]
     assert '"9464"' in (deploy / "healthcheck.py").read_text()
@@ -127,18 +139,105 @@ def test_who_stops_is_waited_for(deploy: Path, compose: Any) -> None:
     assert (ServerSettings.model_fields["grace_seconds"].default, STOP_SECONDS) == (30.0, 60)
     # After the grace the engine has ten seconds to end.
     assert seconds(compose["x-prefloop"]["stop_grace_period"]) >= 75
-    for name in UNITS:
+    for name in BOTH:
         assert seconds(unit(deploy, name)["TimeoutStopSec"][0]) >= 75
+    # Open pages, and then the calls that they made.
+    assert GRACE_SECONDS == 3
+    assert compose["services"]["web"]["stop_grace_period"] == "15s"
+    assert unit(deploy, PAGE)["TimeoutStopSec"] == ["15"]
+
+
+def test_the_page_is_found_where_it_listens(compose: Any) -> None:
+    page = compose["services"]["web"]
+    flags = {option.name: option for option in typer.main.get_command(chat).commands["web"].params}  # type: ignore[attr-defined]
+    assert flags["web_port"].default == 8080
+    assert page["ports"] == ["443:8080"]
+    # One file has the settings of all three: what the container is built on does not change with it.
+    assert {flags[name].envvar for name in ("web_host", "web_port", "web_cert", "web_key", "web_server")} == set(
+        page["environment"]
+    )
+    assert page["environment"]["PREFLOOP_WEB_PORT"] == 8080
+    assert {"web_name"} == {name for name in flags if name.startswith("web_")} - {
+        name.removeprefix("PREFLOOP_").lower() for name in page["environment"]
+    }
+
+
+def test_the_page_finds_the_server_by_the_name_in_its_certificate(compose: Any) -> None:
+    services = compose["services"]
+    name = "${PREFLOOP_WEB_SERVER:-server}"
+    assert services["web"]["environment"]["PREFLOOP_WEB_SERVER"] == name
+    assert services["server"]["networks"]["default"]["aliases"] == [name]
+    # Compose puts variables of this file alone in, and the processes get the same.
+    assert compose["x-prefloop"]["env_file"] == [{"path": ".env", "required": False}]
+    for part in ("CERT", "KEY"):
+        mounted = services["server"]["environment"][f"PREFLOOP_TLS_{part}"]
+        assert services["web"]["environment"][f"PREFLOOP_WEB_{part}"] == mounted
+
+
+def test_the_page_has_no_data_and_little_else(compose: Any, deploy: Path) -> None:
+    page = compose["services"]["web"]
+    assert page["volumes"] == ["./tls:/etc/prefloop/tls:ro"]
+    # What would be volumes of its own for ever otherwise: those that the image names.
+    [named] = re.findall(r"^VOLUME (.+)", (deploy / "Dockerfile").read_text(), re.MULTILINE)
+    assert set(json.loads(named)) < set(page["tmpfs"])
+    # The image's check is the server's.
+    assert page["healthcheck"] == {"disable": True}
+    assert (page["mem_limit"], unit(deploy, PAGE)["MemoryMax"]) == ("512m", ["512M"])
+    assert (page["read_only"], page["cap_drop"], page["profiles"]) == (True, ["ALL"], ["web"])
 
 
 def test_both_units_are_in_the_same_sandbox(deploy: Path) -> None:
-    server_unit, learner_unit = (unit(deploy, name) for name in UNITS)
+    server_unit, learner_unit = (unit(deploy, name) for name in BOTH)
     own = {"Description", "After", "Wants", "ExecStart", "LimitNOFILE"}
     behind = {"CPUWeight": ["10"], "IOWeight": ["10"], "Nice": ["10"], "OOMScoreAdjust": ["500"]}
     assert {k: v for k, v in learner_unit.items() if k not in own} == {
         **{k: v for k, v in server_unit.items() if k not in own},
         **behind,
     }
+
+
+def test_the_pages_sandbox_is_the_servers_and_closer(deploy: Path) -> None:
+    server_unit, page = unit(deploy, BOTH[0]), unit(deploy, PAGE)
+    own = {"Description", "After", "Wants", "ExecStart", "TimeoutStopSec"}
+    # Of an engine, or of whoever owns the data.
+    not_needed = {"User", "Environment", "ConfigurationDirectory", "StateDirectory", "StateDirectoryMode"}
+    not_needed |= {"CacheDirectory", "CacheDirectoryMode"}
+    closer = {
+        "DynamicUser": ["yes"],
+        "SupplementaryGroups": ["prefloop"],
+        "WorkingDirectory": ["-/etc/prefloop"],
+        "InaccessiblePaths": ["-/var/lib/prefloop -/var/cache/prefloop"],
+        "MemoryMax": ["512M"],
+        "ProcSubset": ["pid"],
+        "MemoryDenyWriteExecute": ["yes"],
+        "SystemCallFilter": ["@system-service", "~@privileged @resources"],
+    }
+    assert {k: v for k, v in page.items() if k not in own} == {
+        **{k: v for k, v in server_unit.items() if k not in own | not_needed},
+        **closer,
+    }
+    # It is stopped first.
+    assert page["After"] == ["network-online.target prefloop-server.service"]
+    # What it must not see is what the others write.
+    written = [
+        f"/var/{kind}/{server_unit[key][0]}" for kind, key in (("lib", "StateDirectory"), ("cache", "CacheDirectory"))
+    ]
+    assert closer["InaccessiblePaths"] == [" ".join(f"-{path}" for path in written)]
+
+
+def test_the_page_of_operations_knows_the_page(root: Path) -> None:
+    page = (root / "docs" / "operations.md").read_text()
+    assert re.findall(r"^\| `(prefloop_\w+)` \| (?:the API key|on a server)", page, re.MULTILINE) == [KEY, NAME]
+    assert (MONTH_SECONDS, EventSourceResponse.DEFAULT_PING_INTERVAL) == (30 * 86400, 15)
+    assert "For 30 days, or until they sign out" in page
+    assert "every 15 seconds at least" in page
+    # What is quoted is what somebody reads there.
+    assert NO_KEYS.startswith("Strangers can reach this page, and the server has no keys to tell them by")
+    assert AWAY.startswith("The server is away, or just starting")
+    for sentence in (NO_KEYS.partition(":")[0], AWAY.partition(".")[0]):
+        assert f'"{sentence}' in page
+    assert '"This form was sent by another site."' in page
+    assert "This form was sent by another site." in (root / "clients" / "web" / "protection.py").read_text()
 
 
 @pytest.mark.parametrize("name", UNITS)

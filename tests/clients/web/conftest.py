@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import uvicorn
-from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request, async_playwright
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request, async_playwright, expect
 
 from clients.web.app import make_app
 from clients.web.person import KEY, NAME
 from tests.server.conftest import Running, running_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-WAIT_MS = 10_000
+WAIT_MS = 20_000
+expect.set_options(timeout=WAIT_MS)
 # A refused form is an answer like any other; the browser notes it all the same.
 REFUSED = "Failed to load resource"
 

@@ -28,6 +28,8 @@ SERVICE_CONFIG = {
         }
     ]
 }
+# A server that starts has its port already and says nothing on it for a minute; gRPC would wait 20 s before it says so.
+CONNECT_MILLISECONDS = 4_000
 # A long conversation with its spans and votes comes as one message.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
@@ -38,6 +40,7 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
         ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.min_reconnect_backoff_ms", CONNECT_MILLISECONDS),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

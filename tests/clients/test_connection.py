@@ -1,5 +1,6 @@
 """What a connection lives through: restarts, deadlines, pings, several people and many threads."""
 
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from prefloop.v1.chat_pb2 import (
 )
 from prefloop.v1.feedback_pb2 import THUMB_UP
 
-from clients import Client, NotFoundError, NotStartedError, Stream, TimedOutError, UnavailableError
+from clients import Client, NotFoundError, NotStartedError, Stream, TimedOutError, UnavailableError, channel
 from clients.calls import ChatEvent
 from clients.channel import KEEPALIVE_MILLISECONDS, channel_options
 from server.app import OPTIONS
@@ -52,6 +53,16 @@ def server(service: FakeService) -> Iterator[Restartable]:
 def client(server: Restartable) -> Iterator[Client]:
     with Client(f"127.0.0.1:{server.port}", user="ana", timeout=WAIT_SECONDS) as client:
         yield client
+
+
+def test_a_port_on_which_nobody_speaks_is_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "CONNECT_MILLISECONDS", 300)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        Client(f"127.0.0.1:{silent.getsockname()[1]}", user="ana", timeout=WAIT_SECONDS) as client,
+        pytest.raises(UnavailableError, match="No server answers at"),
+    ):
+        client.caller()
 
 
 def broken(client: Client, server: Restartable) -> Stream[ChatEvent]:

@@ -29,8 +29,7 @@ function parse(html) {
 
 function place(page, { whole }) {
   const atEnd = innerHeight + scrollY > document.body.scrollHeight - NEAR_END_PX;
-  const fresh = [...page.querySelectorAll("[data-live]")];
-  for (const element of fresh) {
+  for (const element of page.querySelectorAll("[data-live]")) {
     const html = element.outerHTML;
     const old = byId(element.id);
     if (old && sent.get(old) === html) continue;
@@ -44,11 +43,7 @@ function place(page, { whole }) {
     receive(live, html);
     if (focused !== null) (byId(focused) ?? live).focus({ preventScroll: true });
   }
-  if (whole) {
-    const ids = new Set(fresh.map((element) => element.id));
-    for (const old of document.querySelectorAll("[data-live]")) if (!ids.has(old.id)) old.remove();
-    document.title = page.title;
-  }
+  if (whole) document.title = page.title;
   if (atEnd) scrollTo(0, document.body.scrollHeight);
 }
 

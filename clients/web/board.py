@@ -86,7 +86,7 @@ async def show_round(request: Request) -> Response:
     """One round: its figures, its curves, and answers before and after."""
     site, person = await enter_operator(request)
     round_id = request.path_params["round_id"]
-    found = [one async for one in person.client.rounds() if one.round_id == round_id]
+    found = await first(1, (one async for one in person.client.rounds() if one.round_id == round_id))
     if not found:
         raise HTTPException(404)
     samples = await first(SHOWN_SAMPLES, person.client.round_samples(round_id))

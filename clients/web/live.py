@@ -21,6 +21,7 @@ from prefloop.v1.chat_pb2 import (
 from clients.async_client import AsyncClient
 from clients.calls import AsyncStream, ChatEvent, CompareEvent
 from clients.errors import PrefloopError, UnavailableError
+from clients.web.pages import turn_id
 from clients.web.person import Person
 
 AnswerStream = AsyncStream[ChatEvent] | AsyncStream[CompareEvent]
@@ -148,7 +149,7 @@ class LiveTurns:
 
     def notice(self, turn: Turn) -> str:
         """What went wrong with a turn that was lately answered here; mostly nothing."""
-        return self._notices.get(_id(turn), "")
+        return self._notices.get(turn_id(turn), "")
 
     async def close(self) -> None:
         """Stops every answer; the server keeps what there is."""
@@ -164,10 +165,6 @@ class LiveTurns:
             if self.find(person, live.conversation_id) is live:
                 del self._turns[person.name, live.conversation_id]
             if live.notice:
-                self._notices[_id(live.turn)] = live.notice
+                self._notices[turn_id(live.turn)] = live.notice
                 if len(self._notices) > KEPT_NOTICES:
                     del self._notices[next(iter(self._notices))]
-
-
-def _id(turn: Turn) -> str:
-    return turn.comparison.comparison_id or turn.response.response_id

@@ -27,7 +27,7 @@ function parse(html) {
   return new DOMParser().parseFromString(policy.createHTML(html), "text/html");
 }
 
-function place(page, { whole }) {
+function place(page) {
   const atEnd = innerHeight + scrollY > document.body.scrollHeight - NEAR_END_PX;
   for (const element of page.querySelectorAll("[data-live]")) {
     const html = element.outerHTML;
@@ -43,7 +43,8 @@ function place(page, { whole }) {
     receive(live, html);
     if (focused !== null) (byId(focused) ?? live).focus({ preventScroll: true });
   }
-  if (whole) document.title = page.title;
+  // A turn by itself has none.
+  if (page.title) document.title = page.title;
   if (atEnd) scrollTo(0, document.body.scrollHeight);
 }
 
@@ -102,7 +103,7 @@ async function refresh() {
   // Who was signed in is not any more.
   if (new URL(loaded.url).pathname !== location.pathname) return location.assign(loaded.url);
   if (passing) notice("");
-  place(loaded.page, { whole: true });
+  place(loaded.page);
   follow();
 }
 
@@ -130,7 +131,7 @@ async function submit(form, button) {
     if (form.contains(document.activeElement) || document.activeElement === document.body) byId("message").focus();
   }
   if (loaded.url !== location.href) history.pushState(null, "", loaded.url);
-  place(loaded.page, { whole: true });
+  place(loaded.page);
   delete form.dataset.sending;
   if (composing) scrollTo(0, document.body.scrollHeight);
   follow();
@@ -147,7 +148,7 @@ function follow() {
     refresh();
   };
   following.addEventListener("open", () => passing && notice(""));
-  following.addEventListener("turn", (event) => place(parse(event.data), { whole: false }));
+  following.addEventListener("turn", (event) => place(parse(event.data)));
   following.addEventListener("end", () => {
     say("The answer has ended.");
     end();

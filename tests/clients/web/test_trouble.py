@@ -107,12 +107,14 @@ async def test_a_message_that_cannot_be_sent_stays_in_its_box(site: Site) -> Non
     await expect(page.get_by_role("alert")).to_be_hidden()
 
 
+async def lose(route: Route) -> None:
+    """The request arrives, its answer does not."""
+    await route.fetch()
+    await route.abort()
+
+
 async def test_a_message_whose_answer_got_lost_is_sent_once(site: Site) -> None:
     page = await site.visit()
-
-    async def lose(route: Route) -> None:
-        await route.fetch()
-        await route.abort()
 
     await page.route("**/messages", lose, times=1)
     await ask(page, "Once.")
@@ -126,10 +128,6 @@ async def test_a_message_whose_answer_got_lost_is_sent_once(site: Site) -> None:
 
 async def test_a_message_whose_answer_got_lost_can_be_written_anew(site: Site) -> None:
     page = await site.visit()
-
-    async def lose(route: Route) -> None:
-        await route.fetch()
-        await route.abort()
 
     await page.route("**/messages", lose, times=1)
     await ask(page, "Once.")

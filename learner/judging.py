@@ -95,7 +95,7 @@ def _published_answers(work: Workspace, version: str, prompts: list[Prompt]) -> 
 
     directory, manifest = verified(work.policy_directory(version))
     base = work.policy_directory(manifest.base_version) if manifest.kind == "adapter" else None
-    work.engine.push(published_weights(directory, base))
+    work.engine.push(published_weights(directory, base, work.policy.model.dtype))
     return work.engine.sample(prompts, draw_seed(work.settings.seed, GATE_DRAW))
 
 
@@ -115,7 +115,8 @@ def _measure(
     part = rollout.tokens[some]
     logprobs = policy_logprobs(work.policy, part, temperature, size)
     sampled_with = rollout.behavior_logprobs[some, : logprobs.shape[1]]
-    check_push(mismatch(logprobs, sampled_with, part.response_mask), ppo.mismatch_limit)
+    gap = mismatch(logprobs, sampled_with, part.response_mask)
+    check_push(gap, ppo.mismatch_limit, work.policy.model.dtype)
     ours, incumbent = judged.features, opponents["incumbent"]
     confidence = work.settings.gate.confidence
     prompts = len(samples) // work.settings.gate.answers

@@ -20,6 +20,7 @@ from torch import Tensor
 from learner.forward import Tokens, to_tokens
 from learner.settings import LearnerSettings
 from server.records import Prompt
+from server.shared.dtype import DtypeName
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,14 @@ def set_environment(settings: LearnerSettings) -> None:
 class Engine:
     """vLLM on the reference's directory; `push` gives it other weights. Call `close` when done."""
 
-    def __init__(self, directory: Path, settings: LearnerSettings, max_model_len: int) -> None:
+    def __init__(self, directory: Path, settings: LearnerSettings, dtype: DtypeName, max_model_len: int) -> None:
         set_environment(settings)
         from vllm import LLM
 
         self._temperature = settings.service_temperature
         self._llm: Any = LLM(
             model=str(directory),
-            dtype="bfloat16",
+            dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=64,
             gpu_memory_utilization=settings.gpu_memory_share,
@@ -115,7 +116,7 @@ class Engine:
         )
 
     def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Replaces all weights (checkpoint names, bfloat16) and forgets every cached prefix."""
+        """Replaces all weights, by their checkpoint names, and forgets every cached prefix."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("The engine kept cached prefixes of the old weights.")

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from server.shared.dtype import DtypeSetting
+
 CONFIG_FILE = "prefloop.toml"
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -62,7 +64,6 @@ class PPOSettings(BaseModel):
     )
     lora_rank: int = Field(16, ge=1, description="Rank of the adapters, on every linear layer.")
     lora_alpha: int = Field(32, ge=1, description="Adapters are scaled by this over their rank.")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="The trunk's precision; heads are float32.")
     steps: int = Field(12, ge=1, le=900, description="Rollout batches at most.")
     episodes: int = Field(32, ge=2, description="Responses in a rollout batch.")
     epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
@@ -94,8 +95,10 @@ class PPOSettings(BaseModel):
     )
     save_every: int = Field(1, ge=1, description="Steps between candidates.")
     checkpoint_every: int = Field(1, ge=1, description="Steps between states that a killed round goes on from.")
-    mismatch_limit: Positive = Field(
-        0.35, description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights."
+    mismatch_limit: Positive | None = Field(
+        None,
+        description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights. "
+        "Default: 0.35 in bfloat16, 0.02 in float32.",
     )
 
     @model_validator(mode="after")
@@ -186,6 +189,9 @@ class LearnerSettings(BaseSettings):
     data_dir: Path = Field(Path("data"), description="Everything that is kept: the database and the policies.")
     service_temperature: float = Field(
         0.85, gt=0, le=2, description="Chat's default temperature: rollouts and gate use it."
+    )
+    dtype: DtypeSetting = Field(
+        "auto", description="Arithmetic of engines and trainer; `auto`: bfloat16 where the hardware computes in it."
     )
     max_model_len: int = Field(
         2048, ge=64, description="Tokens of a prompt and its answer together; longer prompts are left out."

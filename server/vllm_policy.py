@@ -22,6 +22,7 @@ from server.metrics import SWAP_SECONDS
 from server.policy import Sampling, SwapError
 from server.records import Span
 from server.registry import REFERENCE
+from server.shared.dtype import DtypeName
 from server.vllm_stream import Labels, VllmStream
 from server.weights import engine_weights
 
@@ -39,10 +40,14 @@ SHUTDOWN_SECONDS = 10.0
 
 
 class VllmPolicy:
-    """Policy over an AsyncLLM that `start_engine` makes with the reference's weights, which are in `directory`."""
+    """Policy over an AsyncLLM that `start_engine` makes: it holds the reference, whose weights are in `directory`, and
+    computes in `dtype`."""
 
-    def __init__(self, start_engine: Callable[[], Any], directory: Path, *, keep_kv: bool = False) -> None:
+    def __init__(
+        self, start_engine: Callable[[], Any], directory: Path, dtype: DtypeName, *, keep_kv: bool = False
+    ) -> None:
         self._start_engine = start_engine
+        self._dtype = dtype
         self._engine = start_engine()
         self._tokenizer = self._engine.get_tokenizer()
         self._backend = self._tokenizer.backend_tokenizer
@@ -79,7 +84,7 @@ class VllmPolicy:
         return [int(token) for token in ids]
 
     def locate(self, data_dir: Path, version: str) -> Path:
-        return engine_weights(data_dir, version)
+        return engine_weights(data_dir, version, self._dtype)
 
     async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> VllmStream:
         from vllm import SamplingParams

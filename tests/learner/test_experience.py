@@ -40,7 +40,7 @@ def test_the_critic_begins_as_the_reward_head_without_its_length() -> None:
 
 
 def test_a_rows_company_does_not_show_in_its_prefix_features(model_directory: Path) -> None:
-    policy = Policy.create(model_directory, PPOSettings(dtype="float32", lora_rank=4), torch.device("cpu"))
+    policy = Policy.create(model_directory, PPOSettings(lora_rank=4), torch.float32, torch.device("cpu"))
     rollout = to_rollout([sample([7, 8, 9]), sample([10, 11, 12, 13, 14, 15, 16, 17])])
     alone = judge_rollout(policy, reward_model(), rollout, 0.85, 1)
     together = judge_rollout(policy, reward_model(), rollout, 0.85, 2)
@@ -50,7 +50,7 @@ def test_a_rows_company_does_not_show_in_its_prefix_features(model_directory: Pa
 
 
 def test_without_prefixes_the_rest_is_the_same(model_directory: Path) -> None:
-    policy = Policy.create(model_directory, PPOSettings(dtype="float32", lora_rank=4), torch.device("cpu"))
+    policy = Policy.create(model_directory, PPOSettings(lora_rank=4), torch.float32, torch.device("cpu"))
     rollout = to_rollout([sample([7, 8, 9]), sample([10, 11])])
     whole = judge_rollout(policy, reward_model(), rollout, 0.85, 2)
     bare = judge_rollout(policy, reward_model(), rollout, 0.85, 2, prefixes=False)

@@ -95,7 +95,7 @@ class FakePolicy:
         return [len(word) for message in messages for word in message["content"].split()]
 
     def locate(self, data_dir: Path, version: str) -> Path:
-        return engine_weights(data_dir, version)
+        return engine_weights(data_dir, version, "float32")
 
     async def keep_live(self, version: str, directory: Path) -> None:
         self.live.add(version)

@@ -205,7 +205,7 @@ def serve_scores(
     from learner.score_server import serve_scores as serve
 
     try:
-        asyncio.run(serve(settings.data_dir, settings.max_model_len, port, typer.echo))
+        asyncio.run(serve(settings.data_dir, settings.dtype, settings.max_model_len, port, typer.echo))
     except RuntimeError as error:
         _fail(f"The port {port} cannot be used: {error}.")
 

@@ -1,7 +1,8 @@
 """What a linear head sees of an answer: frozen reference states, averaged over the answer's tokens, and its length.
 
 A linear head on a mean over tokens is a mean of per-token scores, so the same head gives an answer's score and, on the
-tokens so far, a value. Features are cached on disk by reference, version of this file's recipe, layers and tokens.
+tokens so far, a value. Features are cached on disk by reference, version of this file's recipe, layers, dtype and
+tokens.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from sqlite_utils.utils import chunks
 from torch import Tensor, nn
 
 from learner.forward import Tokens, micro_batches, response_states, run_trunk, to_tokens
+from server.shared.dtype import DtypeName
 
 RECIPE = 1
 # Answers that are computed between two writes.
@@ -52,8 +54,8 @@ class FeatureCache:
         self._rows.create({"key": str, "value": bytes}, if_not_exists=True)
 
     @classmethod
-    def open(cls, directory: Path, reference_sha256: str, layers: tuple[int, ...]) -> "FeatureCache":
-        name = hashlib.sha256(f"{reference_sha256} {RECIPE} {layers}".encode()).hexdigest()[:16]
+    def open(cls, directory: Path, reference_sha256: str, layers: tuple[int, ...], dtype: DtypeName) -> "FeatureCache":
+        name = hashlib.sha256(f"{reference_sha256} {RECIPE} {layers} {dtype}".encode()).hexdigest()[:16]
         return cls(directory / f"features-{name}.db")
 
     def get(
@@ -93,15 +95,16 @@ def extract(
 ) -> Tensor:
     """(B, F + 1) pooled features of every response, on the CPU."""
     rows_done: list[tuple[Tensor, Tensor]] = []
+    tokens = tokens.to(next(model.parameters()).device)
     with torch.inference_mode():
         for rows in micro_batches(tokens, micro_batch):
             part = tokens[rows]
             _, states = run_trunk(model, part, layers)
-            rows_done.append((rows, pool(response_states(states, part), part.response_mask).cpu()))
+            rows_done.append((rows.cpu(), pool(response_states(states, part), part.response_mask).cpu()))
             advance(len(rows))
     result = torch.empty(len(tokens), rows_done[0][1].shape[1])
     for rows, features in rows_done:
-        result[rows.cpu()] = features
+        result[rows] = features
     return result
 
 

@@ -23,11 +23,12 @@ class Policy:
         self._reference = reference.eval() if reference is not None else None
 
     @classmethod
-    def create(cls, reference: Path, settings: PPOSettings, device: torch.device, seed: int = 0) -> "Policy":
+    def create(
+        cls, reference: Path, settings: PPOSettings, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> "Policy":
         """A policy equal to the reference in `reference`, a Hugging Face directory; adapters begin as `seed` says."""
         from transformers import AutoModelForCausalLM
 
-        dtype = getattr(torch, settings.dtype)
         base = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
         if settings.train == "full":
             frozen = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
@@ -74,7 +75,7 @@ class Policy:
         return _AdaptersOff(self.model)
 
     def engine_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its checkpoint name, adapters merged in float32, cast to bfloat16: the same arithmetic by
+        """Every weight by its checkpoint name, adapters merged in float32, in the model's dtype: the same arithmetic by
         which a server derives what it serves."""
         return merged_weights(self.model)
 
@@ -104,8 +105,9 @@ def lora(base: Any, rank: int, alpha: int) -> Any:
     return get_peft_model(base, config, autocast_adapter_dtype=False)
 
 
-def published_weights(directory: Path, base: Path | None) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, bfloat16 tensor) of a published version: all weights, or an adapter on `base`."""
+def published_weights(directory: Path, base: Path | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor) of a published version: all weights as they are, or an adapter merged into `base` in
+    `dtype`."""
     if base is None:
         from safetensors.torch import load_file
 
@@ -115,14 +117,14 @@ def published_weights(directory: Path, base: Path | None) -> Iterator[tuple[str,
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     yield from merged_weights(PeftModel.from_pretrained(model, directory))
 
 
 @torch.no_grad()
 def merged_weights(model: Any, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, bfloat16 tensor) of a Hugging Face model, bare or with PEFT adapters. A tied output matrix is
-    left out: it is the embedding's."""
+    """(checkpoint name, tensor in the model's dtype) of a Hugging Face model, bare or with PEFT adapters. A tied output
+    matrix is left out: it is the embedding's."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = dict(base.named_modules())
     tied = set(getattr(base, "_tied_weights_keys", None) or ()) if base.config.tie_word_embeddings else set()
@@ -130,12 +132,12 @@ def merged_weights(model: Any, adapters: bool = True) -> Iterator[tuple[str, Ten
         if ".lora_" in name or name in tied:
             continue
         if ".base_layer." not in name:
-            yield name, tensor.to(torch.bfloat16)
+            yield name, tensor
             continue
         owner, _, leaf = name.partition(".base_layer.")
         if adapters and leaf == "weight":
-            tensor = tensor.float() + _delta(modules[owner])
-        yield f"{owner}.{leaf}", tensor.to(torch.bfloat16)
+            tensor = (tensor.float() + _delta(modules[owner])).to(tensor.dtype)
+        yield f"{owner}.{leaf}", tensor
 
 
 def _delta(layer: Any) -> Tensor:

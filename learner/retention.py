@@ -12,8 +12,8 @@ from server.failpoints import failpoint
 from server.records import Lease
 from server.store import FeedbackStore
 
-# A version's own directory, and what a server derived from it.
-FOLDERS = ("policies", "merged")
+# A version's own directory, and what a server derived from it, now and in the first releases.
+FOLDERS = ("policies", "merged/bfloat16", "merged/float32", "merged")
 
 
 def prune(store: FeedbackStore, data_dir: Path, keep_versions: int, *, fence: Lease) -> list[str]:

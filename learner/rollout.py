@@ -20,6 +20,7 @@ from torch import Tensor
 from learner.forward import Tokens, to_tokens
 from learner.settings import LearnerSettings
 from server.records import Prompt
+from server.shared.dtype import DtypeName
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,11 @@ def to_rollout(samples: list[Sample]) -> Rollout:
 
 def set_environment(settings: LearnerSettings) -> None:
     """vLLM and OpenMP read these once, at import. What the operator set stays."""
-    cores = settings.cpu_threads
-    if cores == "auto":
-        cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": cores,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind" if settings.cpu_threads == "auto" else settings.cpu_threads,
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TOKENIZERS_PARALLELISM": "false",
@@ -93,14 +91,14 @@ def set_environment(settings: LearnerSettings) -> None:
 class Engine:
     """vLLM on the reference's directory; `push` gives it other weights. Call `close` when done."""
 
-    def __init__(self, directory: Path, settings: LearnerSettings, max_model_len: int) -> None:
+    def __init__(self, directory: Path, settings: LearnerSettings, dtype: DtypeName, max_model_len: int) -> None:
         set_environment(settings)
         from vllm import LLM
 
         self._temperature = settings.service_temperature
         self._llm: Any = LLM(
             model=str(directory),
-            dtype="bfloat16",
+            dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=64,
             gpu_memory_utilization=settings.gpu_memory_share,
@@ -115,7 +113,7 @@ class Engine:
         )
 
     def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Replaces all weights (checkpoint names, bfloat16) and forgets every cached prefix."""
+        """Replaces all weights, by their checkpoint names, and forgets every cached prefix."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("The engine kept cached prefixes of the old weights.")

@@ -30,11 +30,13 @@ from learner.retention import prune
 from learner.reward_model import RewardModel
 from learner.rollout import draw_seed, set_environment
 from learner.settings import LearnerSettings
-from learner.training import StepFigures, train
+from learner.training import StepFigures, drop_candidates, train
+from learner.training_state import drop_states
 from learner.versions import versions
 from learner.workspace import Workspace, json_safe, nan_for_none, spread
 from server.erasing import cache_directory, sweep
 from server.records import Lease, Round
+from server.shared.dtype import resolve_dtype
 from server.store import FeedbackStore
 
 
@@ -55,12 +57,17 @@ def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False) -
 
 
 def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings, stages: Stages) -> Report:
+    dtype = resolve_dtype(settings.dtype)
+    settings = settings.model_copy(update={"dtype": dtype.name})
     current = resumable(store, lease, settings.max_resumes, stages)
     if current:
         stages.console.print(f"going on with {current.id} after its stage {current.stage}", highlight=False)
-        # The settings the round began with, where it is done, when it is resumed.
-        started_with = {**current.settings, "data_dir": settings.data_dir}
-        settings = LearnerSettings(**started_with)
+        # The settings the round began with, but where its data are and what this machine computes in.
+        here = {"data_dir": settings.data_dir, "dtype": dtype.name}
+        began_in = current.settings["dtype"]
+        settings = LearnerSettings(**{**current.settings, **here})
+        if began_in != dtype.name:
+            current = change_dtype(store, lease, current, settings, stages)
     # Whoever was in quarantine when the round began is left out to its end, whatever an operator says meanwhile.
     quarantined = current.quarantined if current else sorted(store.quarantine.current())
     snapshot = store.snapshot(current.watermark if current else None, settings.max_votes, quarantined)
@@ -68,6 +75,7 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
         before = current.create_time if current else math.inf
         snapshot = snapshot.without(store.lineage.rolled_back(before))
     if current is None:
+        stages.console.print(f"computing in {dtype}", highlight=False)
         if reason := why_not(store, snapshot, quarantined, settings):
             return Report("nothing", reason)
         current = store.registry.create_round(
@@ -104,6 +112,25 @@ def resumable(store: FeedbackStore, lease: Lease, max_resumes: int, stages: Stag
         stages.console.print(f"{current.id} is given up: {reason}", highlight=False)
         return None
     return store.registry.resume_round(current.id, fence=lease)
+
+
+def change_dtype(
+    store: FeedbackStore, lease: Lease, current: Round, settings: LearnerSettings, stages: Stages
+) -> Round:
+    """Goes on in another dtype than the round began in: steps of PPO that were taken in the old one are dropped, since
+    no step may follow on one that was rounded otherwise. Finished stages stand."""
+    directory = settings.data_dir / "rounds" / current.id
+    starts_over = current.stage == "reward_model" and any(directory.glob("state-*"))
+    if starts_over:
+        drop_states(directory)
+        drop_candidates(directory, after=0)
+    stages.console.print(
+        f"it began in {current.settings['dtype']} and goes on in {settings.dtype}"
+        + ("; PPO starts over" if starts_over else ""),
+        highlight=False,
+    )
+    stored = settings.model_dump(mode="json", exclude={"data_dir"})
+    return store.registry.update_round(current.id, settings=stored, fence=lease)
 
 
 def run(work: Workspace) -> Report:
@@ -155,7 +182,7 @@ def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
     """(N, F) of every voted answer, from the cache or the reference."""
     directory = cache_directory(work.settings.data_dir, work.snapshot.deletions)
     with (
-        closing(FeatureCache.open(directory, work.reference_sha256, work.layers)) as cache,
+        closing(FeatureCache.open(directory, work.reference_sha256, work.layers, work.dtype)) as cache,
         work.policy.reference() as reference,
         work.stages.stage("features", "reading the voted answers", len(dataset.answers)) as advance,
     ):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import torch
 from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
 
 from learner.checkpoint import verified
@@ -20,6 +19,7 @@ from learner.features import TokenPair, extract
 from learner.forward import to_tokens
 from learner.reward_model import RewardModel
 from server.errors import FailedPreconditionError, InvalidArgumentError, ServiceError
+from server.shared.dtype import DtypeName, DtypeSetting, resolve_dtype, torch_dtype
 from server.store import FeedbackStore
 
 LOOPBACK = "127.0.0.1"
@@ -35,8 +35,9 @@ STATUS = {
 class Scorer:
     """Scores by the newest registered reward model. Belongs to one thread."""
 
-    def __init__(self, data_dir: Path, max_model_len: int) -> None:
+    def __init__(self, data_dir: Path, dtype: DtypeName, max_model_len: int) -> None:
         self._data_dir = data_dir
+        self._dtype = torch_dtype(dtype)
         self._max_model_len = max_model_len
         self._store = FeedbackStore.open(data_dir)
         self._reference: tuple[str, Any] = ("", None)
@@ -76,7 +77,7 @@ class Scorer:
             from transformers import AutoModelForCausalLM
 
             directory, _ = verified(self._data_dir / "policies" / registered.reference_version)
-            backbone: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+            backbone: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype)
             self._reference = registered.reference_version, backbone.eval()
         return *self._loaded, self._reference[1]
 
@@ -84,9 +85,9 @@ class Scorer:
 class ScoringService(scoring_pb2_grpc.ScoringServiceServicer):
     """ScoreCandidates over a Scorer in a thread of its own."""
 
-    def __init__(self, data_dir: Path, max_model_len: int) -> None:
+    def __init__(self, data_dir: Path, dtype: DtypeName, max_model_len: int) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scores")
-        self._scorer = self._thread.submit(Scorer, data_dir, max_model_len).result()
+        self._scorer = self._thread.submit(Scorer, data_dir, dtype, max_model_len).result()
 
     async def ScoreCandidates(
         self, request: scoring_pb2.ScoreCandidatesRequest, context: Any
@@ -114,9 +115,13 @@ def to_pairs(request: scoring_pb2.ScoreCandidatesRequest) -> list[TokenPair]:
     return [(prompt, list(one.token_ids)) for one in request.candidates]
 
 
-async def serve_scores(data_dir: Path, max_model_len: int, port: int, say: Callable[[str], None]) -> None:
+async def serve_scores(
+    data_dir: Path, dtype: DtypeSetting, max_model_len: int, port: int, say: Callable[[str], None]
+) -> None:
     """Serves until SIGTERM or SIGINT; `say` hears the address. Raises RuntimeError where the port is taken."""
-    service = ScoringService(data_dir, max_model_len)
+    resolved = resolve_dtype(dtype)
+    say(f"computing in {resolved}")
+    service = ScoringService(data_dir, resolved.name, max_model_len)
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)
     stop = asyncio.Event()

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from server.shared.dtype import DtypeSetting
+
 CONFIG_FILE = "prefloop.toml"
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -62,7 +64,6 @@ class PPOSettings(BaseModel):
     )
     lora_rank: int = Field(16, ge=1, description="Rank of the adapters, on every linear layer.")
     lora_alpha: int = Field(32, ge=1, description="Adapters are scaled by this over their rank.")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="The trunk's precision; heads are float32.")
     steps: int = Field(12, ge=1, le=900, description="Rollout batches at most.")
     episodes: int = Field(32, ge=2, description="Responses in a rollout batch.")
     epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
@@ -94,8 +95,10 @@ class PPOSettings(BaseModel):
     )
     save_every: int = Field(1, ge=1, description="Steps between candidates.")
     checkpoint_every: int = Field(1, ge=1, description="Steps between states that a killed round goes on from.")
-    mismatch_limit: Positive = Field(
-        0.35, description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights."
+    mismatch_limit: Positive | None = Field(
+        None,
+        description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights. "
+        "Default: 0.35 in bfloat16, 0.02 in float32.",
     )
 
     @model_validator(mode="after")
@@ -117,6 +120,9 @@ class GateSettings(BaseModel):
     candidates: int = Field(
         4, ge=1, description="Candidates at most: the last, the one before, and twice as far back each time."
     )
+    candidate_spacing: Share = Field(
+        0.2, description="A candidate whose KL is nearer than this share to that of a later one is not judged."
+    )
     keep_candidates: bool = Field(False, description="Keep every candidate's weights in the round's directory.")
     signal_p: Share = Field(
         0.02,
@@ -124,6 +130,11 @@ class GateSettings(BaseModel):
     )
     confidence: float = Field(
         0.9, gt=0.5, lt=1, description="Of the win rate's two-sided interval; at 0.9 its lower end is a 95 % bound."
+    )
+    early_share: Share = Field(
+        0.2,
+        description="Share of the interval's error that is spent on a first look at half of the prompts, where a clear "
+        "case ends the gate; 0: one look.",
     )
     gap_margin: Share = Field(
         0.05,
@@ -187,13 +198,17 @@ class LearnerSettings(BaseSettings):
     service_temperature: float = Field(
         0.85, gt=0, le=2, description="Chat's default temperature: rollouts and gate use it."
     )
+    dtype: DtypeSetting = Field(
+        "auto", description="Arithmetic of engines and trainer; `auto`: bfloat16 where the hardware computes in it."
+    )
     max_model_len: int = Field(
         2048, ge=64, description="Tokens of a prompt and its answer together; longer prompts are left out."
     )
     kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a CPU.")
     gpu_memory_share: float = Field(0.3, gt=0, le=1, description="Share of the GPU's memory for the learner's engine.")
     cpu_threads: str = Field(
-        "auto", description="Cores of the engine on a CPU, as `0-1`, `nobind`, or `auto`: every core we may use."
+        "auto",
+        description="Cores that the engine's threads are bound to on a CPU, as `0-3,6`; `auto`: none, but all used.",
     )
     duel_user_votes: int = Field(10, ge=1, description="Votes of one user that count between two versions.")
     min_votes: int = Field(40, ge=1, description="Fewer votes start no round.")

@@ -26,6 +26,10 @@ from learner.settings import PPOSettings
 from learner.training_state import load_state, save_state
 from server.records import Prompt
 
+# Root mean square of log pi_old / mu, several times what was measured where the weights are the same
+# (docs/decisions/0026-every-cpu.md).
+MISMATCH_LIMITS = {torch.bfloat16: 0.35, torch.float32: 0.02}
+
 
 @dataclass(frozen=True)
 class StepFigures:
@@ -105,7 +109,7 @@ def train(
         old_logprobs = policy_logprobs(policy, tokens, temperature, settings.micro_batch)
 
         gap = mismatch(old_logprobs, rollout.behavior_logprobs, mask)
-        check_push(gap, settings.mismatch_limit)
+        check_push(gap, settings.mismatch_limit, policy.model.dtype)
         if number == 0 and settings.start_from == "reference":
             check_start(old_logprobs, judged.ref_logprobs)
         kl = float(kl_k1(old_logprobs, judged.ref_logprobs).sum(dim=1).mean())
@@ -199,9 +203,10 @@ def replace_cut(scores: Tensor, rollout: Rollout, missing_eos_score: float | Non
     return scores if missing_eos_score is None else torch.where(rollout.ended, scores, missing_eos_score)
 
 
-def check_push(gap: Mismatch, limit: float) -> None:
+def check_push(gap: Mismatch, limit: float | None, dtype: torch.dtype) -> None:
     """Raises where the engine cannot have sampled from the trainer's weights: a push that did not land trains silently
-    on old ones."""
+    on old ones. Without a `limit`, what rounding in `dtype` can explain."""
+    limit = limit or MISMATCH_LIMITS[dtype]
     if gap.rms > limit:
         raise RuntimeError(
             f"The engine does not sample from the weights that were pushed: its log-probabilities differ from the "

@@ -28,6 +28,7 @@ from learner.trust import LEVEL, Verdicts, one_sided, scaled, verdicts, weigh_vo
 from learner.workspace import cache_key, encode_answer
 from server.erasing import cache_directory, sweep
 from server.records import QuarantineEvent, Snapshot
+from server.shared.dtype import resolve_dtype, torch_dtype
 from server.store import FeedbackStore
 
 QUICK = 4.0
@@ -82,8 +83,8 @@ class Reader:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         directory, _ = verified(settings.data_dir / "policies" / reference_version)
-        dtype = getattr(torch, settings.ppo.dtype)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        self._dtype = resolve_dtype(settings.dtype).name
+        self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype(self._dtype))
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
         self._cache_key, self._settings = cache_key(directory), settings
         self._cache = cache_directory(settings.data_dir, deletions)
@@ -99,7 +100,7 @@ class Reader:
         """(N, F) of the dataset's answers."""
         if not dataset.answers:
             return torch.zeros(0, 0)
-        with closing(FeatureCache.open(self._cache, self._cache_key, self.layers)) as cache:
+        with closing(FeatureCache.open(self._cache, self._cache_key, self.layers, self._dtype)) as cache:
             features = cache.get(
                 dataset.answers, self._model, self.layers, self._settings.ppo.micro_batch, lambda n: None
             )

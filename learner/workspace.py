@@ -22,6 +22,7 @@ from learner.training import drop_candidates
 from learner.training_state import drop_states
 from server.manifest import read_manifest
 from server.records import Lease, Prompt, Round, Snapshot
+from server.shared.dtype import DtypeName, torch_dtype
 from server.store import FeedbackStore
 
 if TYPE_CHECKING:
@@ -67,6 +68,12 @@ class Workspace:
         """Random draws of one purpose, the same when a round is resumed."""
         return draw_generator(self.settings.seed, stream)
 
+    @property
+    def dtype(self) -> DtypeName:
+        """What engine and trainer compute in."""
+        assert self.settings.dtype != "auto", "a round's dtype is resolved before it begins"
+        return self.settings.dtype
+
     @cached_property
     def reference_directory(self) -> Path:
         directory, manifest = verified(self.policy_directory(self.round.reference_version))
@@ -83,13 +90,19 @@ class Workspace:
         with self.stages.stage("start", "loading the reference"):
             from learner.policy import Policy
 
-            return Policy.create(self.reference_directory, self.settings.ppo, torch.device("cpu"), self.settings.seed)
+            return Policy.create(
+                self.reference_directory,
+                self.settings.ppo,
+                torch_dtype(self.dtype),
+                torch.device("cpu"),
+                self.settings.seed,
+            )
 
     @cached_property
     def engine(self) -> Engine:
         with self.stages.stage("start", "starting the engine"):
             longest = max(len(p.token_ids) + p.max_tokens for p in self.prompts.train + self.prompts.held_out)
-            return Engine(self.reference_directory, self.settings, longest + 1)
+            return Engine(self.reference_directory, self.settings, self.dtype, longest + 1)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

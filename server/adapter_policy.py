@@ -15,6 +15,7 @@ from typing import Any
 from server.policy import SwapError
 from server.records import Span
 from server.registry import REFERENCE
+from server.shared.dtype import DtypeName
 from server.vllm_policy import VllmPolicy
 from server.vllm_stream import Labels
 from server.weights import adapter_weights, finite_tensors
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 class AdapterPolicy(VllmPolicy):
     """Policy over an AsyncLLM that was started with the reference and `enable_lora`."""
 
-    def __init__(self, start_engine: Callable[[], Any], directory: Path) -> None:
-        super().__init__(start_engine, directory)
+    def __init__(self, start_engine: Callable[[], Any], directory: Path, dtype: DtypeName) -> None:
+        super().__init__(start_engine, directory, dtype)
         self._directories: dict[str, Path] = {}
 
     def locate(self, data_dir: Path, version: str) -> Path:

@@ -17,6 +17,7 @@ from server.exposition import Exposition
 from server.identity import LOOPBACK
 from server.reference import prepare_reference
 from server.settings import ServerSettings
+from server.shared.dtype import DtypeName, resolve_dtype
 from server.store_thread import StoreThread
 from server.vllm_policy import VllmPolicy
 
@@ -58,9 +59,10 @@ async def _serve(
     set_environment(settings)
     directory = await asyncio.to_thread(_prepare, settings, say)
     await store(lambda store: store.registry.register_reference())
-    say("starting the engine")
+    dtype = await asyncio.to_thread(resolve_dtype, settings.dtype)
+    say(f"starting the engine, which computes in {dtype}")
     # Always from the reference: compiled code is cached by the model's path. The active version is swapped in.
-    policy = make_policy(settings, directory)
+    policy = make_policy(settings, dtype.name, directory)
     try:
         await policy.start()
         await app.start(policy)
@@ -96,12 +98,12 @@ def exposed(app: App, settings: ServerSettings, say: Callable[[str], None]) -> I
         exposition.close()
 
 
-def make_policy(settings: ServerSettings, directory: Path) -> VllmPolicy:
+def make_policy(settings: ServerSettings, dtype: DtypeName, directory: Path) -> VllmPolicy:
     """An engine with the reference in `directory`, and what swaps versions in it."""
-    start = partial(start_engine, settings, directory)
+    start = partial(start_engine, settings, dtype, directory)
     if settings.serve_adapters:
-        return AdapterPolicy(start, directory)
-    return VllmPolicy(start, directory, keep_kv=settings.keep_kv_on_swap)
+        return AdapterPolicy(start, directory, dtype)
+    return VllmPolicy(start, directory, dtype, keep_kv=settings.keep_kv_on_swap)
 
 
 def _prepare(settings: ServerSettings, say: Callable[[str], None]) -> Path:

@@ -285,18 +285,21 @@ class Registry:
         metrics: dict[str, Any] | None = None,
         policy_version: str | None = None,
         reward_model_version: str | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> Round:
-        """Records a finished stage; `metrics` are merged into what is there."""
+        """Records a finished stage; `metrics` are merged into what is there, `settings` replace it."""
         with self._db.write():
             check_fence(self._db, fence)
             old = self.round(round_id)
             self._db.execute(
-                "UPDATE rounds SET stage = ?, metrics = ?, policy_version = ?, reward_model_version = ? WHERE id = ?",
+                "UPDATE rounds SET stage = ?, metrics = ?, policy_version = ?, reward_model_version = ?, settings = ? "
+                "WHERE id = ?",
                 [
                     stage or old.stage,
                     json.dumps({**old.metrics, **(metrics or {})}),
                     policy_version or old.policy_version,
                     reward_model_version or old.reward_model_version,
+                    json.dumps(settings or old.settings),
                     round_id,
                 ],
             )

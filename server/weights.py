@@ -1,8 +1,8 @@
 """From a version to weights an engine can load.
 
-A full version is served as it is. An adapter is merged into its base: in float32, cast to bfloat16, saved under
-`merged/`, derived again whenever it is missing; an engine that serves adapters takes it as it is. `check_weights`
-compares headers alone, so it costs milliseconds.
+A full version is served as it is. An adapter is merged into its base: in float32, cast to the engine's dtype, saved
+under `merged/<dtype>/`, derived again whenever it is missing; an engine that serves adapters takes it as it is.
+`check_weights` compares headers alone, so it costs milliseconds.
 """
 
 import shutil
@@ -15,22 +15,27 @@ from safetensors import SafetensorError, safe_open
 from server.errors import ManifestError
 from server.manifest import Manifest, new_staging, publish, verify, write_manifest
 from server.registry import REFERENCE
+from server.shared.dtype import DtypeName, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
+# Holds a folder for each dtype; the versions of the first releases stood in it directly, in bfloat16.
+MERGED = "merged"
 
-def engine_weights(data_dir: Path, version: str) -> Path:
-    """A Hugging Face directory with the full weights of `version`, verified. Raises ManifestError."""
+
+def engine_weights(data_dir: Path, version: str, dtype: DtypeName) -> Path:
+    """A Hugging Face directory with the full weights of `version`, verified, for an engine that computes in `dtype`.
+    Raises ManifestError."""
     directory, manifest = _published(data_dir, version)
     base = data_dir / "policies" / manifest.base_version
     if manifest.kind == "full":
         return check_weights(directory, data_dir / "policies" / manifest.reference_version)
-    merged = data_dir / "merged" / version
+    merged = data_dir / MERGED / dtype / version
     try:
         verify(merged)
     except ManifestError:
-        _merge(verified_base=base, adapter=directory, final=merged)
+        _merge(verified_base=base, adapter=directory, final=merged, dtype=dtype)
     return check_weights(merged, base)
 
 
@@ -79,17 +84,18 @@ def _published(data_dir: Path, version: str) -> tuple[Path, Manifest]:
     return directory, verify(directory)
 
 
-def _merge(verified_base: Path, adapter: Path, final: Path) -> None:
+def _merge(verified_base: Path, adapter: Path, final: Path, dtype: DtypeName) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     verify(verified_base)
-    shutil.rmtree(final, ignore_errors=True)
+    for stale in (final, final.parent.parent / final.name):
+        shutil.rmtree(stale, ignore_errors=True)
     staging = new_staging(final)
     base: Any = AutoModelForCausalLM.from_pretrained(verified_base, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
-    model.to(torch.bfloat16).save_pretrained(staging)
+    model.to(torch_dtype(dtype)).save_pretrained(staging)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (verified_base / name).exists():
             shutil.copy2(verified_base / name, staging / name)

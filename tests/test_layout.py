@@ -12,7 +12,9 @@ from clients.generate import generate
 
 STORE = ("store", "database", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
 KEPT = ("erasing", "samples")
-LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT)}
+# What server and learner both decide by.
+SHARED = ("shared.dtype",)
+LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT, *SHARED)}
 
 
 def imports(root: Path, package: str) -> set[str]:

@@ -34,7 +34,7 @@ def adapters(live: LiveServer) -> Iterator[LiveServer]:
 def make_adapter(live: LiveServer, seed: int, spoil: bool = False) -> str:
     """An adapter on the reference that changes what it says, published and registered as a learner does."""
     policies = live.data_dir / "policies"
-    policy = Policy.create(policies / "v0000", PPOSettings(), torch.device("cpu"), seed)
+    policy = Policy.create(policies / "v0000", PPOSettings(), torch.float32, torch.device("cpu"), seed)
     with closing(FeedbackStore.open(live.data_dir)) as store:
         version = store.registry.next_version()
         staging = new_staging(policies / version)

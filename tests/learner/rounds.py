@@ -12,6 +12,7 @@ from learner.rollout import Sample
 from learner.settings import LearnerSettings
 from server.manifest import new_staging, publish, write_manifest
 from server.records import Generation, PointerAction, Prompt, Span
+from server.shared.dtype import DtypeName
 from server.store import FeedbackStore
 from tests.learner.conftest import EOS, PAD, WORDS
 
@@ -23,7 +24,7 @@ class TinyEngine:
 
     pushes = 0
 
-    def __init__(self, directory: Path, settings: LearnerSettings, max_model_len: int) -> None:
+    def __init__(self, directory: Path, settings: LearnerSettings, dtype: DtypeName, max_model_len: int) -> None:
         from transformers import AutoModelForCausalLM
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -142,7 +143,8 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "load_timeout_seconds": 0.5,
         "min_prompts": 8,
         "reward": {"permutations": 39, "reference_answers": 16, "fold_repeats": 1},
-        "ppo": {"dtype": "float32", "steps": 2, "episodes": 16, "lora_rank": 4, "learning_rate": 3e-3},
+        "dtype": "float32",
+        "ppo": {"steps": 2, "episodes": 16, "lora_rank": 4, "learning_rate": 3e-3},
         # Eighty votes on a model that knows nothing: what a round does is tested here, not whether it should.
         "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.2},
     }

@@ -158,15 +158,15 @@ def test_the_cache_computes_an_answer_once(model: Any, tmp_path: Any, monkeypatc
         return extract(*arguments)
 
     monkeypatch.setattr(features, "extract", counting)
-    first = FeatureCache.open(tmp_path, "sha", (1, 3)).get(pairs[:2], model, (1, 3), 2, read.append)
+    first = FeatureCache.open(tmp_path, "sha", (1, 3), "float32").get(pairs[:2], model, (1, 3), 2, read.append)
     # A second process finds what the first computed, and computes the rest, an answer that comes twice once.
     asked = [*pairs[::-1], pairs[-1]]
-    again = FeatureCache.open(tmp_path, "sha", (1, 3)).get(asked, model, (1, 3), 2, read.append)
+    again = FeatureCache.open(tmp_path, "sha", (1, 3), "float32").get(asked, model, (1, 3), 2, read.append)
     assert torch.equal(again[-3:-1].flip(0), first)
     assert torch.equal(again[0], again[-1])
     assert extracted == [2, len(pairs) - 2]
     # Another reference's features are not these.
-    FeatureCache.open(tmp_path, "other", (1, 3)).get(pairs[:1], model, (1, 3), 2, read.append)
+    FeatureCache.open(tmp_path, "other", (1, 3), "float32").get(pairs[:1], model, (1, 3), 2, read.append)
     assert extracted == [2, len(pairs) - 2, 1]
 
 
@@ -185,6 +185,6 @@ def test_an_interrupted_extraction_keeps_what_it_had(
 
     monkeypatch.setattr(features, "extract", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        FeatureCache.open(tmp_path, "sha", (1,)).get(pairs, model, (1,), 2, lambda n: None)
-    FeatureCache.open(tmp_path, "sha", (1,)).get(pairs, model, (1,), 2, lambda n: None)
+        FeatureCache.open(tmp_path, "sha", (1,), "float32").get(pairs, model, (1,), 2, lambda n: None)
+    FeatureCache.open(tmp_path, "sha", (1,), "float32").get(pairs, model, (1,), 2, lambda n: None)
     assert calls == [2, len(pairs) - 2, len(pairs) - 2]

@@ -41,7 +41,7 @@ def test_dropout_is_off_while_logprobs_are_taken(model_directory: Path, tmp_path
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5'))
     assert '"attention_dropout": 0.5' in config.read_text()
-    policy = Policy.create(tmp_path / "model", PPOSettings(dtype="float32", lora_rank=4), CPU)
+    policy = Policy.create(tmp_path / "model", PPOSettings(lora_rank=4), torch.float32, CPU)
     tokens = to_tokens([[5, 6, 7, 8]], [[9, 10, 11, EOS]])
     first = policy_logprobs(policy, tokens, 1.0, 1)
     assert torch.equal(policy_logprobs(policy, tokens, 1.0, 1), first)

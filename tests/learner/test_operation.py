@@ -60,7 +60,9 @@ def test_what_cannot_be_done_by_hand_is_one_sentence(data_dir: Path) -> None:
 def test_old_weights_go_and_their_record_stays(data_dir: Path) -> None:
     for number in range(1, 7):
         make_version(data_dir, f"v000{number}", "activate" if number in (1, 3) else None)
-    (data_dir / "merged" / "v0002").mkdir(parents=True)
+    derived = [data_dir / "merged" / folder / "v0002" for folder in ("bfloat16", "float32", ".")]
+    for directory in derived:
+        directory.mkdir(parents=True)
     store = FeedbackStore.open(data_dir)
     with learner_lease(store, data_dir, 5) as lease:
         assert lease
@@ -71,7 +73,7 @@ def test_old_weights_go_and_their_record_stays(data_dir: Path) -> None:
         assert prune(store, data_dir, 2, fence=lease) == []
     kept = sorted(path.name for path in (data_dir / "policies").iterdir())
     assert kept == ["v0000", "v0001", "v0003", "v0005", "v0006"]
-    assert not (data_dir / "merged" / "v0002").exists()
+    assert not any(directory.exists() for directory in derived)
     assert store.registry.policy("v0002").reason == "The win rate may be chance."
     store.close()
     result = runner.invoke(app, ["promote", "v0002", "--data-dir", str(data_dir)])

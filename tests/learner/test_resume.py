@@ -11,11 +11,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from learner.progress import Stages
 from learner.report import Report
@@ -29,14 +32,16 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["learner.round", "learner.policy", "peft", "transformers", "tests.learner.rounds"])
 
 
-def run(data_dir: Path) -> Report:
+def run(data_dir: Path, dtype: str = "float32", said: Path | None = None) -> Report:
     import learner.judging
     import learner.workspace
 
     learner.workspace.Engine = TinyEngine  # type: ignore[assignment, misc]
     learner.judging.decide = passing
     ppo = settings(data_dir).ppo.model_copy(update={"steps": 4, "epochs": 2})
-    return run_once(settings(data_dir, ppo=ppo), Stages(Console(quiet=True)))
+    with said.open("w") if said else nullcontext() as file:
+        console = Console(file=file, width=200, quiet=file is None)
+        return run_once(settings(data_dir, ppo=ppo, dtype=dtype), Stages(console))
 
 
 def run_until(data_dir: Path, call: str, count: int) -> None:
@@ -147,3 +152,25 @@ def test_a_killed_round_ends_as_an_unbroken_one(
     assert outcome(tmp_path / "data") == unbroken
     assert unbroken["versions"] == ["v0001", "v0000"]
     assert unbroken["left"] == []
+
+
+def test_a_round_that_goes_on_in_another_dtype_starts_ppo_over(begun: Path, tmp_path: Path) -> None:
+    """As on another machine: no step in the one may follow on a step in the other."""
+    data_dir, said = tmp_path / "data", tmp_path / "said"
+    shutil.copytree(begun, data_dir)
+    killed(data_dir, "learner.training:ppo_update", 3)
+    assert [path.name for path in data_dir.glob("rounds/*/state-*")] == ["state-002"]
+    process = PROCESSES.Process(target=run, args=(data_dir, "bfloat16", said))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    assert "it began in float32 and goes on in bfloat16; PPO starts over\n" in said.read_text()
+    store = FeedbackStore.open(data_dir)
+    [round_] = store.registry.rounds()
+    store.close()
+    assert (round_.state, round_.settings["dtype"]) == ("promoted", "bfloat16")
+    # The first step's log-probabilities are rounded: it was not taken from the state in float32.
+    assert [step["step"] for step in round_.metrics["ppo"]["steps"]] == [0, 1, 2, 3]
+    assert round_.metrics["ppo"]["steps"][0]["mismatch_rms"] > 1e-3
+    weights = load_file(data_dir / "policies" / "v0001" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}

@@ -57,7 +57,7 @@ def data_dir(tmp_path: Path, model_directory: Path) -> Path:
 
 @asynccontextmanager
 async def scoring(data_dir: Path) -> AsyncIterator[Any]:
-    service = ScoringService(data_dir, 64)
+    service = ScoringService(data_dir, "float32", 64)
     server = grpc.aio.server()
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -79,7 +79,7 @@ def request(candidates: list[list[int]], prompt: list[int] = PROMPT) -> scoring_
 async def test_the_newest_reward_model_scores_and_a_newer_one_takes_over(data_dir: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    backbone = AutoModelForCausalLM.from_pretrained(data_dir / "policies" / "v0000", dtype=torch.bfloat16).eval()
+    backbone = AutoModelForCausalLM.from_pretrained(data_dir / "policies" / "v0000", dtype=torch.float32).eval()
     features = extract(backbone, to_tokens([PROMPT] * 3, CANDIDATES), (2,), 8, lambda n: None)
     async with scoring(data_dir) as stub:
         for version, seed in (("rm0001", 1), ("rm0002", 2)):
@@ -134,6 +134,7 @@ def test_the_command_serves_until_it_is_told_to_stop(data_dir: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
+            assert process.stdout.readline().startswith("computing in ")
             line = process.stdout.readline()
             assert line.startswith("serving scores on 127.0.0.1:")
             with grpc.insecure_channel(line.split()[-1]) as channel:

@@ -95,7 +95,7 @@ class FakePolicy:
         return [len(word) for message in messages for word in message["content"].split()]
 
     def locate(self, data_dir: Path, version: str) -> Path:
-        return engine_weights(data_dir, version)
+        return engine_weights(data_dir, version, "float32")
 
     async def keep_live(self, version: str, directory: Path) -> None:
         self.live.add(version)
@@ -119,11 +119,11 @@ class FakePolicy:
     def alive(self) -> bool:
         return not self.dies
 
-    async def probe(self, seconds: float) -> bool:
+    def probe(self, hang_seconds: float | None) -> str | None:
         if self.hangs:
             self.hangs, self.dies = False, True
-            return False
-        return True
+            return "the engine has not finished a step for 30 s"
+        return None
 
     async def revive(self) -> None:
         await self.may_revive.wait()

@@ -5,10 +5,11 @@ UV_VERSION := 0.13.9
 EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := .venv/.prefloop-$(EXTRA)
 BIN := .venv/bin
+PYTEST = $(BIN)/python -m pytest --durations=10
 # pip and uv look for wheels on disk under different names.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: setup serve demo test lint unit e2e stubs docs requirements audit clean
+.PHONY: setup serve demo test test-slow test-avx2 lint unit e2e stubs docs requirements audit clean
 
 setup: $(STAMP)
 
@@ -30,7 +31,17 @@ serve: setup
 demo: setup
 	$(BIN)/python -m clients.demo
 
+# A sample of everything: what CI runs.
 test: lint unit e2e
+
+# The whole: every parameter, and the end-to-end tests with the default model, too. Before a release.
+test-slow: lint
+	$(PYTEST) -m "not e2e"
+	$(PYTEST) -m e2e
+
+# On a newer processor, as on one that has AVX2 only.
+test-avx2:
+	PYTHONPATH=$(CURDIR)/tests/avx2 $(MAKE) test
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,11 +50,11 @@ lint: setup
 	$(BIN)/buf lint
 
 unit: setup
-	$(BIN)/python -m pytest -m "not e2e"
+	$(PYTEST) -m "not e2e and not slow"
 
-# One real engine for all of them; separate from the unit tests so that a slip there fails in seconds.
+# On real engines; separate from the unit tests so that a slip there fails in seconds.
 e2e: setup
-	$(BIN)/python -m pytest -m e2e
+	$(PYTEST) -m "e2e and not slow"
 
 stubs: setup
 	$(BIN)/python proto/generate.py

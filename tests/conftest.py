@@ -11,6 +11,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`slow` leaves something of every test in the sample."""
+    if "not slow" not in config.option.markexpr:
+        return
+    sampled = {name_of(item) for item in items if not item.get_closest_marker("slow")}
+    if left_out := sorted({name_of(item) for item in items} - sampled):
+        raise pytest.UsageError(f"all parameters are slow: {', '.join(left_out)}")
+
+
+def name_of(item: pytest.Item) -> str:
+    """Of the test, without its parameters."""
+    return item.nodeid.partition("[")[0]
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return Path(__file__).parent.parent

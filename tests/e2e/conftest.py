@@ -1,4 +1,8 @@
-"""One real server, with the default model in a real vLLM engine, for all end-to-end tests."""
+"""Real servers, each with a real vLLM engine.
+
+Most tests do not care what is said and use one server with a tiny model for all of them; with `slow`, they run again
+with the default model. A test that needs settings of its own starts a server of its own.
+"""
 
 import os
 import shutil
@@ -7,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -14,21 +19,33 @@ import grpc
 import pytest
 from prefloop.v1 import chat_pb2_grpc, feedback_pb2_grpc, policy_pb2_grpc
 
+from server.settings import DEFAULT_MODEL
+from tests.e2e.tiny import save_tiny_model
+from tests.tiers import slow
+
 START_SECONDS = 300
 STOP_SECONDS = 60
 
 
 class LiveServer:
-    """`server serve` as an operator runs it. Start and stop it as often as a test likes; the data stays."""
+    """`server serve` as an operator runs it, with `model` and other settings as environment variables.
 
-    def __init__(self, data_dir: Path, **settings: str) -> None:
+    Stop and start it as often as a test likes; the data and the model stay."""
+
+    def __init__(self, data_dir: Path, model: Path | str = DEFAULT_MODEL, **settings: str) -> None:
         self.data_dir = data_dir
+        self.model = str(model)
         self.log: list[str] = []
         self.start(**settings)
 
     def start(self, **settings: str) -> None:
-        # Eager: compiling takes a minute and changes nothing that is tested here.
-        usual = {"PREFLOOP_COMPILE": "false", "PREFLOOP_POLL_SECONDS": "0.1", "PREFLOOP_METRICS_PORT": "0"}
+        usual = {
+            "PREFLOOP_MODEL": self.model,
+            # Eager: compiling takes a minute and changes nothing that is tested here.
+            "PREFLOOP_COMPILE": "false",
+            "PREFLOOP_POLL_SECONDS": "0.1",
+            "PREFLOOP_METRICS_PORT": "0",
+        }
         environment = {**os.environ, **usual, **settings}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server.cli", "serve", "--data-dir", str(self.data_dir), "--port", "0"],
@@ -77,6 +94,17 @@ class LiveServer:
                 return line.split()[-1]
 
 
+@contextmanager
+def live_server(data_dir: Path, model: Path | str = DEFAULT_MODEL, **settings: str) -> Iterator[LiveServer]:
+    """A server for as long as the block, which may have ended it already."""
+    server = LiveServer(data_dir, model, **settings)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
 def children(pid: int) -> set[int]:
     """Every process below `pid`."""
     found: set[int] = set()
@@ -87,10 +115,33 @@ def children(pid: int) -> set[int]:
 
 
 @pytest.fixture(scope="session")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    data_dir = tmp_path_factory.mktemp("live")
-    server = LiveServer(data_dir)
-    yield server
-    if server.process.poll() is None:
-        server.stop()
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="session", params=["tiny", slow("default")])
+def model(request: pytest.FixtureRequest) -> str:
+    """What `--model` takes."""
+    return DEFAULT_MODEL if request.param == "default" else str(request.getfixturevalue("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def default(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """One server with the default model, for tests whose answers must make sense or take their time."""
+    data_dir = tmp_path_factory.mktemp("default")
+    with live_server(data_dir) as server:
+        yield server
+    # A version of this model has 269 MB.
     shutil.rmtree(data_dir)
+
+
+@pytest.fixture(scope="session")
+def live(request: pytest.FixtureRequest, model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """One server for all tests that need no other."""
+    if model == DEFAULT_MODEL:
+        yield request.getfixturevalue("default")
+        return
+    with live_server(tmp_path_factory.mktemp("live"), model) as server:
+        yield server

@@ -14,7 +14,7 @@ from playwright.async_api import expect
 
 from tests.clients.web.conftest import browsing
 from tests.clients.web.test_chat import ask
-from tests.e2e.conftest import START_SECONDS, STOP_SECONDS, LiveServer, children
+from tests.e2e.conftest import START_SECONDS, STOP_SECONDS, children
 
 pytestmark = pytest.mark.e2e
 
@@ -26,11 +26,10 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-async def test_one_command_chats_votes_and_asks_for_a_round(live: LiveServer, tmp_path: Path) -> None:
-    # Two engines at once would need twice the memory.
-    live.stop()
+async def test_one_command_chats_votes_and_asks_for_a_round(model: str, tmp_path: Path) -> None:
     serve = [sys.executable, "-m", "clients.cli", "web", "--serve", "--web-port", "0"]
     environment = {
+        "PREFLOOP_MODEL": model,
         "PREFLOOP_DATA_DIR": str(tmp_path / "data"),
         "PREFLOOP_PORT": str(free_port()),
         "PREFLOOP_METRICS_PORT": "0",
@@ -68,6 +67,5 @@ async def test_one_command_chats_votes_and_asks_for_a_round(live: LiveServer, tm
     finally:
         process.send_signal(signal.SIGTERM)
         status = process.wait(2 * STOP_SECONDS)
-        live.start()
     assert status == 0
     assert all(select.select([one], [], [], 20)[0] for one in below)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import LiveServer
+from tests.e2e.conftest import live_server
 from tests.pem import make_pem
 
 pytestmark = pytest.mark.e2e
@@ -21,16 +21,11 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_who_has_a_key_gets_in_and_nobody_else(live: LiveServer, tmp_path: Path) -> None:
+def test_who_has_a_key_gets_in_and_nobody_else(model: str, tmp_path: Path) -> None:
     own, data_dir = make_pem(tmp_path, "own"), tmp_path / "data"
     key = run("server.cli", "keys", "create", "--user", "olga", "--data-dir", str(data_dir)).stdout.strip()
-    # Two engines at once would need twice the memory. And a server that is killed must not leave its engine behind.
-    for process in live.kill():
-        assert select.select([process], [], [], 20)[0]
-        os.close(process)
     tls = {"PREFLOOP_TLS_CERT": str(own.certificate), "PREFLOOP_TLS_KEY": str(own.key), "PREFLOOP_HOST": "0.0.0.0"}
-    server = LiveServer(data_dir, **tls)
-    try:
+    with live_server(data_dir, model, **tls) as server:
         port = server.address.rpartition(":")[2]
         send = ["clients.cli", "send", "Hello.", "--max-tokens", "4", "--host", "localhost", "--port", port]
         send += ["--ca", str(own.certificate)]
@@ -45,6 +40,7 @@ def test_who_has_a_key_gets_in_and_nobody_else(live: LiveServer, tmp_path: Path)
         assert "user      olga" in listed
         assert run("server.cli", "keys", "revoke", key.partition(".")[0], "--data-dir", str(data_dir)).returncode == 0
         assert "not valid here" in run(*send, PREFLOOP_API_KEY=key).stderr
-    finally:
-        server.stop()
-        live.start()
+        # A server that is killed does not leave its engine behind.
+        for process in server.kill():
+            assert select.select([process], [], [], 20)[0]
+            os.close(process)

@@ -6,7 +6,7 @@ import select
 import signal
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, policy_pb2
 
 from server.store import FeedbackStore
-from tests.e2e.conftest import LiveServer, children
+from tests.e2e.conftest import LiveServer, children, live_server
+from tests.tiers import slow
 from tests.versions import Tensors, make_version
 
 pytestmark = pytest.mark.e2e
@@ -64,11 +65,11 @@ def activate(live: LiveServer, version: str) -> None:
     live.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version=version), timeout=60)
 
 
-def test_a_default_server_answers(live: LiveServer) -> None:
-    started, streamed, finished = ask(live, "What is the capital of France?", temperature=0, max_tokens=24)
+def test_a_default_server_answers(default: LiveServer) -> None:
+    started, streamed, finished = ask(default, "What is the capital of France?", temperature=0, max_tokens=24)
     assert streamed == finished.text
     assert "France" in finished.text
-    assert spans(live, started) == [(0, finished.usage.completion_tokens, "v0000", False)]
+    assert spans(default, started) == [(0, finished.usage.completion_tokens, "v0000", False)]
 
 
 def test_every_sampled_token_is_stored_with_its_logprob(live: LiveServer) -> None:
@@ -171,10 +172,16 @@ def reason_of(live: LiveServer, version: str) -> str:
     return str(found.reason)
 
 
-def test_an_engine_that_dies_in_a_swap_comes_back_with_the_old_policy(live: LiveServer) -> None:
+@pytest.fixture
+def failing(model: str, tmp_path: Path) -> Iterator[LiveServer]:
+    """A server whose engine dies in its first swap."""
+    with live_server(tmp_path / "data", model, PREFLOOP_FAILPOINT="exchange:1") as server:
+        yield server
+
+
+def test_an_engine_that_dies_in_a_swap_comes_back_with_the_old_policy(failing: LiveServer) -> None:
+    live = failing
     before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
-    live.stop()
-    live.start(PREFLOOP_FAILPOINT="exchange:1")
     version = make_version(live.data_dir, negate_norm)
     with pytest.raises(grpc.RpcError) as error:
         live.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version=version), timeout=240)
@@ -184,11 +191,10 @@ def test_an_engine_that_dies_in_a_swap_comes_back_with_the_old_policy(live: Live
     assert f"the engine died while it loaded {version}" in "".join(live.log)
     started, after, _ = ask(live, "Name three colours.", temperature=0, max_tokens=24)
     assert (after, started.policy_version) == (before, "v0000")
-    live.stop()
-    live.start()
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+# What notices either is tested in test_watchdog.py.
+@pytest.mark.parametrize("blow", [signal.SIGKILL, slow(signal.SIGSTOP)])
 def test_an_engine_that_dies_or_hangs_comes_back_with_what_it_served(live: LiveServer, blow: signal.Signals) -> None:
     version = make_version(live.data_dir, negate_norm)
     activate(live, version)

@@ -16,19 +16,16 @@ from learner.policy import Policy
 from learner.settings import PPOSettings
 from server.manifest import new_staging, publish, write_manifest
 from server.store import FeedbackStore
-from tests.e2e.conftest import LiveServer
+from tests.e2e.conftest import LiveServer, live_server
 from tests.e2e.test_swap import LONG, activate, ask, spans
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def adapters(live: LiveServer) -> Iterator[LiveServer]:
-    live.stop()
-    live.start(PREFLOOP_SERVE_ADAPTERS="true")
-    yield live
-    live.stop()
-    live.start()
+def adapters(model: str, tmp_path: Path) -> Iterator[LiveServer]:
+    with live_server(tmp_path / "data", model, PREFLOOP_SERVE_ADAPTERS="true") as server:
+        yield server
 
 
 def make_adapter(live: LiveServer, seed: int, spoil: bool = False) -> str:

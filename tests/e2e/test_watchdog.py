@@ -14,7 +14,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2
 
-from tests.e2e.conftest import LiveServer, children
+from tests.e2e.conftest import LiveServer, children, live_server
+from tests.tiers import slow
 
 pytestmark = pytest.mark.e2e
 
@@ -53,25 +54,20 @@ def seconds_until_noticed(server: LiveServer, strike: signal.Signals | None) -> 
     return noticed
 
 
-@pytest.fixture
-def own(tiny_model: Path, tmp_path: Path) -> Iterator[LiveServer]:
-    server = LiveServer(tmp_path / "data", model=tiny_model)
-    yield server
-    server.stop()
-
-
-def test_an_engine_that_dies_is_noticed_in_two_seconds_one_that_is_stopped_in_twelve(own: LiveServer) -> None:
-    assert seconds_until_noticed(own, signal.SIGKILL) < 2
-    assert 9 < seconds_until_noticed(own, signal.SIGSTOP) < 12
+def test_an_engine_that_dies_is_noticed_in_two_seconds_one_that_is_stopped_in_twelve(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    with live_server(tmp_path / "data", tiny_model) as own:
+        assert seconds_until_noticed(own, signal.SIGKILL) < 2
+        assert 9 < seconds_until_noticed(own, signal.SIGSTOP) < 12
     log = "".join(own.log)
     assert "the engine's process has not run for 10 s; it was killed" in log
 
 
-@pytest.mark.parametrize("how", ["spin", "block"])
-def test_a_step_that_never_ends_is_noticed_whatever_it_does(own: LiveServer, how: str) -> None:
-    own.stop()
-    own.start(PREFLOOP_FAILPOINT=f"step:40:{how}")
-    assert 29 < seconds_until_noticed(own, None) < 33
+@pytest.mark.parametrize("how", ["spin", slow("block")])
+def test_a_step_that_never_ends_is_noticed_whatever_it_does(tiny_model: Path, tmp_path: Path, how: str) -> None:
+    with live_server(tmp_path / "data", tiny_model, PREFLOOP_FAILPOINT=f"step:40:{how}") as own:
+        assert 29 < seconds_until_noticed(own, None) < 33
     assert "the engine has not finished a step for 30 s" in "".join(own.log)
 
 
@@ -92,22 +88,22 @@ def spin() -> None:
         pass
 
 
-def test_a_slow_engine_is_left_alone_and_its_long_prompts_do_not_hold_up_others(live: LiveServer) -> None:
+def test_a_slow_engine_is_left_alone_and_its_long_prompts_do_not_hold_up_others(default: LiveServer) -> None:
     """Sixteen prompts near the context's limit at once, beside a busy process: some twenty thousand tokens to read."""
-    before = engine(live)
+    before = engine(default)
     words = " ".join(f"{number} owls" for number in range(500))
     short = chat_pb2.ChatRequest(message="Count to a hundred.", sampling={"max_tokens": 200})
     gaps: list[float] = []
 
     def read() -> None:
         last = time.monotonic()
-        for _ in live.chat.Chat(short, timeout=600):
+        for _ in default.chat.Chat(short, timeout=600):
             gaps.append(time.monotonic() - last)
             last = time.monotonic()
 
     with busy():
         calls = [
-            live.chat.Chat(
+            default.chat.Chat(
                 chat_pb2.ChatRequest(message=f"{number} {words} Which owl was last?", sampling={"max_tokens": 4}),
                 timeout=600,
             )
@@ -119,6 +115,6 @@ def test_a_slow_engine_is_left_alone_and_its_long_prompts_do_not_hold_up_others(
             *_, last = call
             assert last.finished.usage.prompt_tokens > 1500
         reader.join()
-    assert engine(live) == before
+    assert engine(default) == before
     # A step computes about a second's worth of tokens; beside a busy process it takes some times as long.
     assert max(gaps[1:]) < 10

@@ -25,7 +25,7 @@ def save_tiny_model(directory: Path) -> None:
 
     words = {word: number for number, word in enumerate(SPECIAL + CHARACTERS)}
     tokenizer = Tokenizer(WordLevel(words, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = Split(Regex("(?s)."), "isolated")  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=END, unk_token=UNKNOWN, chat_template=CHAT_TEMPLATE,

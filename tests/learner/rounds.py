@@ -146,7 +146,7 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "dtype": "float32",
         "ppo": {"steps": 2, "episodes": 16, "lora_rank": 4, "learning_rate": 3e-3},
         # Eighty votes on a model that knows nothing: what a round does is tested here, not whether it should.
-        "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.2},
+        "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.3},
     }
     return LearnerSettings(**{**values, **changes})
 

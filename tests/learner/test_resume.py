@@ -25,6 +25,7 @@ from learner.report import Report
 from learner.round import run_once
 from server.store import FeedbackStore
 from tests.learner.rounds import TinyEngine, passing, settings
+from tests.tiers import slow
 
 SECONDS = 120
 # Imported once, in a process that has never computed: a fork of this one would inherit OpenMP's dead threads.
@@ -116,28 +117,29 @@ def outcome(data_dir: Path) -> dict[str, Any]:
     }
 
 
+# The sample has one of each stage, and of PPO the middle of a step and of a state.
 @pytest.mark.parametrize(
     ("call", "count"),
     [
-        ("learner.workspace:Workspace.record", 2),  # before the signal's figures
+        slow("learner.workspace:Workspace.record", 2),  # before the signal's figures
         ("learner.checkpoint:publish", 1),  # the reward model written, not yet renamed
-        ("server.registry:Registry.register_reward_model", 1),
-        ("learner.workspace:Workspace.record", 3),  # before the reward model is named
-        ("learner.training:policy_logprobs", 1),  # the first step, before any state
+        slow("server.registry:Registry.register_reward_model", 1),
+        slow("learner.workspace:Workspace.record", 3),  # before the reward model is named
+        slow("learner.training:policy_logprobs", 1),  # the first step, before any state
         ("learner.training:ppo_update", 3),  # the third step
-        ("learner.training:save_state", 3),  # a candidate without its state
+        slow("learner.training:save_state", 3),  # a candidate without its state
         ("learner.training_state:publish", 3),  # a state written, not yet renamed
-        ("learner.training_state:drop_states", 3),  # two states
-        ("learner.workspace:Workspace.record", 4),  # before PPO is named
+        slow("learner.training_state:drop_states", 3),  # two states
+        slow("learner.workspace:Workspace.record", 4),  # before PPO is named
         ("learner.judging:_keep_answers", 1),
-        ("learner.workspace:Workspace.record", 5),  # before the gate is named
-        ("learner.checkpoint:publish", 2),  # the version written, not yet renamed: the reward model's was the first
-        ("server.registry:Registry.register_policy", 1),
-        ("server.registry:Registry.activate_policy", 1),
+        slow("learner.workspace:Workspace.record", 5),  # before the gate is named
+        slow("learner.checkpoint:publish", 2),  # the version written, not yet renamed: the reward model's was the first
+        slow("server.registry:Registry.register_policy", 1),
+        slow("server.registry:Registry.activate_policy", 1),
         ("learner.publishing:wait_until_loaded", 1),  # the pointer has moved
-        ("learner.workspace:drop_states", 1),
-        ("learner.workspace:drop_candidates", 1),
-        ("server.registry:Registry.finish_round", 1),
+        slow("learner.workspace:drop_states", 1),
+        slow("learner.workspace:drop_candidates", 1),
+        slow("server.registry:Registry.finish_round", 1),
     ],
 )
 def test_a_killed_round_ends_as_an_unbroken_one(

@@ -3,7 +3,6 @@
 With PREFLOOP_SCREENSHOTS the pictures are kept in that folder.
 """
 
-import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from playwright.async_api import Page, expect
 from tests.clients.web.conftest import Site, together
 from tests.clients.web.test_board import run_a_round
 from tests.clients.web.test_chat import ask, good
+from tests.tiers import slow
 
 pytestmark = together
 
@@ -102,7 +102,13 @@ async def long_conversation(site: Site) -> str:
     return page.url.removeprefix(site.url)
 
 
-async def test_the_pages_at_every_width_in_light_and_dark(site: Site) -> None:
+# The narrowest and the widest, one in each colour; and the rest.
+@pytest.mark.parametrize(
+    "looks",
+    [[(320, False), (1280, True)], slow([(320, True), (768, False), (768, True), (1280, False)])],
+    ids=["some", "the rest"],
+)
+async def test_the_pages_at_every_width_in_light_and_dark(site: Site, looks: list[tuple[int, bool]]) -> None:
     conversation = await long_conversation(site)
     round_id = await run_a_round(site.running)
     places = {
@@ -114,7 +120,7 @@ async def test_the_pages_at_every_width_in_light_and_dark(site: Site) -> None:
         "sign-in": "/sign-in",
         "missing": "/nowhere",
     }
-    for width, dark in itertools.product(WIDTHS, (False, True)):
+    for width, dark in looks:
         page = await site.visit(width=width, dark=dark)
         for name, path in places.items():
             await page.set_viewport_size({"width": width, "height": 800})

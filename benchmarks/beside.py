@@ -171,7 +171,7 @@ def report(found: dict[str, Any], seconds: float) -> str:
     lines = [
         "# What others on the machine cost the people who chat",
         "",
-        "Made by [`benchmarks/beside.py`](../../benchmarks/beside.py) on two cores without a GPU: SmolLM2-135M-Instruct in",
+        "Made by [`benchmarks/beside.py`](../../benchmarks/beside.py) on two cores without a GPU: the default model in",
         f"{found['dtype']}, eager, clients that chat without a pause, {seconds:.0f} s a phase, one reading each.",
         "",
         "| streams | | tokens/s | of alone | first token, median, s |",

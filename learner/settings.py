@@ -98,7 +98,7 @@ class PPOSettings(BaseModel):
     mismatch_limit: Positive | None = Field(
         None,
         description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights. "
-        "Default: 0.35 in bfloat16, 0.02 in float32.",
+        "Default: 0.35 in bfloat16, 0.005 in float32.",
     )
 
     @model_validator(mode="after")

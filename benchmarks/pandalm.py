@@ -147,13 +147,14 @@ def interval(right: Any, groups: Any, count: int) -> list[float]:
 
 def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -> Any:
     """(features (2 * rows, F), layers); kept in the work directory."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from learner.features import FeatureCache, default_layers
+    from server.shared.dtype import resolve_dtype, torch_dtype
 
+    dtype = resolve_dtype("auto").name
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
-    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch_dtype(dtype))
     layers = default_layers(model.config.num_hidden_layers)
     answers = []
     for row in rows:
@@ -173,7 +174,7 @@ def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -
         if done // 200 != (done - n) // 200:
             print(f"{done} of {len(answers)} answers read", file=sys.stderr)
 
-    with closing(FeatureCache.open(work, f"pandalm {model_directory.resolve().name}", layers)) as cache:
+    with closing(FeatureCache.open(work, f"pandalm {model_directory.resolve().name}", layers, dtype)) as cache:
         return cache.get(answers, model, layers, 8, advance), layers
 
 

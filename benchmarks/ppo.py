@@ -3,7 +3,7 @@
     python benchmarks/ppo.py MODEL_DIR [--updates 3] [--peer-python PYTHON --peer-script SCRIPT] [--ablate]
 
 An update is 32 answers of 64 tokens and four passes over them, one optimiser step a pass: sampling, the reference's
-pass, the policy's pass, training, with the model in bfloat16. Every answer is as long as every other: the model's end
+pass, the policy's pass, training, in this machine's dtype. Every answer is as long as every other: the model's end
 token is declared to be one that it never samples. The loop that is timed is `learner.training.train` itself.
 
 The peer is a program of its own environment that takes `MODEL_DIR --updates N`, does the same work and prints one JSON
@@ -129,13 +129,16 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     from learner.features import default_layers
     from learner.policy import Policy
     from learner.rollout import Engine
+    from server.shared.dtype import resolve_dtype, torch_dtype
+
+    dtype = resolve_dtype(settings.dtype).name
 
     with tempfile.TemporaryDirectory() as work:
         directory = Path(work) / "model"
         copy_without_end(model, directory)
-        policy = Policy.create(directory, ppo, torch.device("cpu"))
+        policy = Policy.create(directory, ppo, torch_dtype(dtype), torch.device("cpu"))
         prompts = questions(directory, EPISODES * count)
-        engine: Any = Engine(directory, settings, max(len(p.token_ids) for p in prompts) + TOKENS + 1)
+        engine: Any = Engine(directory, settings, dtype, max(len(p.token_ids) for p in prompts) + TOKENS + 1)
         layers = default_layers(policy.model.config.num_hidden_layers)
         reward_model = random_head(layers, policy.model.config.hidden_size)
         if ablation == "prefix":
@@ -269,8 +272,9 @@ def with_critic_trunk(ppo_update: Callable[..., Any], directory: Path, size: int
     from transformers import AutoModelForCausalLM
 
     from learner.forward import micro_batches, run_trunk
+    from server.shared.dtype import resolve_dtype, torch_dtype
 
-    critic = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    critic = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype(resolve_dtype("auto").name))
 
     def call(logprobs_of: Any, head: Any, optimizer: Any, batch: Any, *rest: Any) -> Any:
         def both(tokens: Any) -> Any:

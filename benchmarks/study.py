@@ -150,17 +150,18 @@ def voted(work: Path, cell: Cell, pairs: list[Pair]) -> Any:
 
 def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
     """(features, layers), every answer's computed once in the whole study."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     from learner.features import FeatureCache, default_layers
+    from server.shared.dtype import resolve_dtype, torch_dtype
 
+    dtype = resolve_dtype("auto").name
     reference = work / "pool" / "policies" / "v0000"
     if not hasattr(features_of, "model"):
-        features_of.model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+        features_of.model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch_dtype(dtype))  # type: ignore[attr-defined]
     model = features_of.model  # type: ignore[attr-defined]
     layers = default_layers(model.config.num_hidden_layers)
-    cache = FeatureCache.open(work / "features", "study", layers)
+    cache = FeatureCache.open(work / "features", "study", layers, dtype)
     try:
         return cache.get(answers, model, layers, 8, lambda n: None), layers
     finally:
@@ -272,9 +273,11 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     questions, one answer each with the same seeds, wins and half the ties."""
     from learner.rollout import set_environment
     from learner.settings import LearnerSettings
+    from server.shared.dtype import resolve_dtype, torch_dtype
 
     settings = LearnerSettings(data_dir=data)
     set_environment(settings)
+    dtype = resolve_dtype(settings.dtype).name
 
     from learner.policy import published_weights
     from learner.reward_model import RewardModel
@@ -293,10 +296,10 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     reference = data / "policies" / "v0000"
     asked = unseen_answers(work, [pair for pair in pairs if not pair.seen])
     prompts = [Prompt("", one[0], TOKENS) for one, _ in asked]
-    engine = Engine(reference, settings, max(len(prompt.token_ids) for prompt in prompts) + TOKENS + 1)
+    engine = Engine(reference, settings, dtype, max(len(prompt.token_ids) for prompt in prompts) + TOKENS + 1)
 
     def scores(directory: Path, base: Path | None) -> list[float]:
-        engine.push(published_weights(directory, base))
+        engine.push(published_weights(directory, base, torch_dtype(dtype)))
         samples = engine.sample(prompts, DRAW)
         reasons = [FINISH_REASON_STOP if sample.ended else FINISH_REASON_LENGTH for sample in samples]
         answers = [Answer(s.text, reason, len(s.token_ids)) for s, reason in zip(samples, reasons, strict=True)]

@@ -2,6 +2,9 @@
 
 The reference's pass gives the log-probabilities for the KL and, from the same hidden states, the features that the
 reward model scores and the critic values: neither needs a pass of its own.
+
+A pass computes where its tokens are, and what it gives for each token stays there. What stands for a whole response,
+its features and its score, is on the CPU, where the reward model is.
 """
 
 from dataclasses import dataclass
@@ -26,7 +29,8 @@ LONG = 5.0
 
 @dataclass(frozen=True)
 class Judged:
-    """A rollout seen by the reference: ref_logprobs (B, T), pooled features (B, F), prefix features (B, T, F)."""
+    """A rollout seen by the reference: ref_logprobs (B, T), pooled features (B, F) on the CPU, prefix features
+    (B, T, F)."""
 
     ref_logprobs: Tensor
     features: Tensor
@@ -39,9 +43,10 @@ def judge_rollout(
 ) -> Judged:
     """The reference's pass over a rollout; without `prefixes`, which a critic needs, their features are (B, T, 0)."""
     tokens, width = rollout.tokens, len(reward_model.weights)
-    ref_logprobs = torch.zeros(tokens.response_mask.shape)
-    features = torch.zeros(len(tokens), width)
-    prefix_features = torch.zeros(*tokens.response_mask.shape, width if prefixes else 0)
+    shape, device = tokens.response_mask.shape, tokens.response_mask.device
+    ref_logprobs = torch.zeros(shape, device=device)
+    features = torch.zeros(len(tokens), width, device=device)
+    prefix_features = torch.zeros(*shape, width if prefixes else 0, device=device)
     with policy.reference() as reference:
         for rows in micro_batches(tokens, size):
             part = tokens[rows]
@@ -52,15 +57,15 @@ def judge_rollout(
             features[rows] = pool(states, part.response_mask)
             if prefixes:
                 prefix_features[rows, :columns] = critic_features(states, reward_model)
-    return Judged(ref_logprobs, features, prefix_features)
+    return Judged(ref_logprobs, features.cpu(), prefix_features)
 
 
 def critic_features(states: Tensor, reward_model: RewardModel) -> Tensor:
     """(B, T, F) standardised features of the tokens before each position, shrunk to the average (zero) while they are
     few. Their length is no prediction of the answer's, so that feature starts from the mean, too."""
     prefix, counts = pool_prefixes(states)
-    mean, scale = reward_model.standardiser.mean[:-1], reward_model.standardiser.scale[:-1]
-    standard = (prefix - mean) * scale * (counts / (counts + PREFIX_PRIOR))[None, :, None]
+    mean, scale = reward_model.standardiser.mean.to(states), reward_model.standardiser.scale.to(states)
+    standard = (prefix - mean[:-1]) * scale[:-1] * (counts / (counts + PREFIX_PRIOR))[None, :, None]
     # A function of the position alone: a row's company in a micro-batch must not show in its values.
     position = (counts.log1p() / LONG).expand(len(states), -1).unsqueeze(-1)
     return torch.cat([standard, position], dim=2)
@@ -76,7 +81,7 @@ def make_critic(reward_model: RewardModel) -> Critic:
 @torch.no_grad()
 def policy_logprobs(policy: Policy, tokens: Tokens, temperature: float, size: int) -> Tensor:
     """(B, T) log-probabilities of the sampled tokens under the policy as it is."""
-    logprobs = torch.zeros(tokens.response_mask.shape)
+    logprobs = torch.zeros(tokens.response_mask.shape, device=tokens.response_mask.device)
     for rows in micro_batches(tokens, size):
         part = tokens[rows]
         hidden, _ = run_trunk(policy.model, part)
@@ -97,7 +102,7 @@ def to_experience(
     """`scores` (B,), one per response, already within the range that votes covered."""
     mask = rollout.tokens.response_mask
     values = critic(judged.prefix_features)
-    rewards = shape_rewards(scores, old_logprobs, judged.ref_logprobs, mask, kl_coef)
+    rewards = shape_rewards(scores.to(mask.device), old_logprobs, judged.ref_logprobs, mask, kl_coef)
     advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.gae_lambda)
     return Experience(
         rollout.tokens,

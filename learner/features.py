@@ -95,15 +95,16 @@ def extract(
 ) -> Tensor:
     """(B, F + 1) pooled features of every response, on the CPU."""
     rows_done: list[tuple[Tensor, Tensor]] = []
+    tokens = tokens.to(next(model.parameters()).device)
     with torch.inference_mode():
         for rows in micro_batches(tokens, micro_batch):
             part = tokens[rows]
             _, states = run_trunk(model, part, layers)
-            rows_done.append((rows, pool(response_states(states, part), part.response_mask).cpu()))
+            rows_done.append((rows.cpu(), pool(response_states(states, part), part.response_mask).cpu()))
             advance(len(rows))
     result = torch.empty(len(tokens), rows_done[0][1].shape[1])
     for rows, features in rows_done:
-        result[rows.cpu()] = features
+        result[rows] = features
     return result
 
 

@@ -43,6 +43,15 @@ class Tokens:
             self.response_mask[rows, :t],
         )
 
+    def to(self, device: torch.device) -> "Tokens":
+        """The same batch on `device`; every pass over it computes there."""
+        return Tokens(
+            self.input_ids.to(device),
+            self.prompt_lengths.to(device),
+            self.response_ids.to(device),
+            self.response_mask.to(device),
+        )
+
 
 def to_tokens(prompts: list[list[int]], responses: list[list[int]]) -> Tokens:
     """Pads to a batch. The pad id is 0 and means nothing: the mask comes from lengths, so EOS may equal any pad id."""

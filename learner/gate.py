@@ -32,6 +32,29 @@ class WinRate:
 
 
 @dataclass(frozen=True)
+class Look:
+    """The held-out prompts, so many of them, and the confidence of the win rates' two-sided intervals there."""
+
+    prompts: int
+    confidence: float
+
+
+# A first look at fewer prompts could hardly be clear.
+FIRST_PROMPTS = 16
+
+
+def looks(prompts: int, settings: GateSettings) -> list[Look]:
+    """When to judge: at half of the prompts, where a clear case ends the gate, and at all of them.
+
+    The error that one look would be allowed is divided between the two, so that both together err no more often than it
+    would, however they depend on each other (the union bound)."""
+    error = 1 - settings.confidence
+    early = settings.early_share * error
+    first, rest = Look(prompts // 2, 1 - early), Look(prompts, 1 - (error - early))
+    return [first, rest] if early and first.prompts >= FIRST_PROMPTS else [Look(prompts, settings.confidence)]
+
+
+@dataclass(frozen=True)
 class Judge:
     """One head on all judge votes and K refits, in the coordinates of `basis`."""
 
@@ -73,8 +96,8 @@ def wins(delta: Tensor) -> Tensor:
 def win_rate(
     judge: Judge, ours: Tensor, theirs: Tensor, prompts: int, confidence: float, generator: torch.Generator
 ) -> WinRate:
-    """Of answers `ours` over `theirs`, features (M * N, F): M answers to each of N prompts, one round of prompts after
-    the other. Each of our answers meets each of theirs to the same prompt; prompts are drawn with their answers."""
+    """Of answers `ours` over `theirs`, features (N * M, F): M answers to each of N prompts, a prompt's own in a row.
+    Each of our answers meets each of theirs to the same prompt; prompts are drawn with their answers."""
     point, refits = (by_prompt(a, b, prompts) for a, b in zip(judge.scores(ours), judge.scores(theirs), strict=True))
     k = len(refits)
     drawn = torch.randint(prompts, (k, prompts), generator=generator)
@@ -85,9 +108,9 @@ def win_rate(
 
 
 def by_prompt(ours: Tensor, theirs: Tensor, prompts: int) -> Tensor:
-    """(K, N) share of wins on each prompt, from scores (K, M * N)."""
-    ours, theirs = (scores.view(len(scores), -1, prompts) for scores in (ours, theirs))
-    return wins(ours[:, :, None] - theirs[:, None]).mean(dim=(1, 2))
+    """(K, N) share of wins on each prompt, from scores (K, N * M)."""
+    ours, theirs = (scores.view(len(scores), prompts, -1) for scores in (ours, theirs))
+    return wins(ours[:, :, :, None] - theirs[:, :, None]).mean(dim=(2, 3))
 
 
 def length_matched(judge: Judge, ours: Tensor, theirs: Tensor) -> tuple[float, int]:
@@ -143,6 +166,11 @@ class Figures:
     def low(self) -> float:
         """The weaker of the two lower bounds."""
         return min(self.against_incumbent.low, self.against_reference.low)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it surely loses to one of the two."""
+        return min(self.against_incumbent.high, self.against_reference.high) < 0.5
 
 
 @dataclass(frozen=True)

@@ -193,12 +193,13 @@ def ppo_update(
     importance = truncated_importance_weights(batch.old_logprobs, batch.behavior_logprobs, settings.importance_cap)
     sums: list[tuple[float, float, float, float, float]] = []
     first_ratio_error = 0.0
+    device = batch.old_logprobs.device
     for _ in range(settings.epochs):
-        order = torch.randperm(len(batch.tokens), generator=generator).to(batch.old_logprobs.device)
+        order = torch.randperm(len(batch.tokens), generator=generator, device=generator.device).to(device)
         for minibatch in order.tensor_split(settings.minibatches):
             mask = batch.tokens.response_mask[minibatch]
             token_count = mask.sum()
-            losses = torch.zeros(2)
+            losses = torch.zeros(2, device=device)
             new_logprobs = torch.zeros_like(batch.old_logprobs)
             # Sorted, so that a minibatch of everything is cut into the micro-batches that pi_old was computed in.
             rows_in_order = minibatch.sort().values
@@ -228,7 +229,7 @@ def ppo_update(
                 (loss_p + settings.vf_coef * loss_v).backward()
                 optimizer.gather()
                 new_logprobs[rows, : logprobs.shape[1]] = logprobs.detach()
-                losses += torch.stack([loss_p.detach(), loss_v.detach()]).cpu()
+                losses += torch.stack([loss_p.detach(), loss_v.detach()])
             log_ratio = (new_logprobs - batch.old_logprobs)[minibatch]
             approx_kl = float(masked_mean(kl_k3(batch.old_logprobs[minibatch], new_logprobs[minibatch]), mask))
             if not sums:

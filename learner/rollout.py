@@ -70,14 +70,11 @@ def to_rollout(samples: list[Sample]) -> Rollout:
 
 def set_environment(settings: LearnerSettings) -> None:
     """vLLM and OpenMP read these once, at import. What the operator set stays."""
-    cores = settings.cpu_threads
-    if cores == "auto":
-        cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": cores,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind" if settings.cpu_threads == "auto" else settings.cpu_threads,
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TOKENIZERS_PARALLELISM": "false",

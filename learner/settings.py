@@ -98,7 +98,7 @@ class PPOSettings(BaseModel):
     mismatch_limit: Positive | None = Field(
         None,
         description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights. "
-        "Default: 0.35 in bfloat16, 0.02 in float32.",
+        "Default: 0.35 in bfloat16, 0.005 in float32.",
     )
 
     @model_validator(mode="after")
@@ -120,6 +120,9 @@ class GateSettings(BaseModel):
     candidates: int = Field(
         4, ge=1, description="Candidates at most: the last, the one before, and twice as far back each time."
     )
+    candidate_spacing: Share = Field(
+        0.2, description="A candidate whose KL is nearer than this share to that of a later one is not judged."
+    )
     keep_candidates: bool = Field(False, description="Keep every candidate's weights in the round's directory.")
     signal_p: Share = Field(
         0.02,
@@ -127,6 +130,11 @@ class GateSettings(BaseModel):
     )
     confidence: float = Field(
         0.9, gt=0.5, lt=1, description="Of the win rate's two-sided interval; at 0.9 its lower end is a 95 % bound."
+    )
+    early_share: Share = Field(
+        0.2,
+        description="Share of the interval's error that is spent on a first look at half of the prompts, where a clear "
+        "case ends the gate; 0: one look.",
     )
     gap_margin: Share = Field(
         0.05,
@@ -199,7 +207,8 @@ class LearnerSettings(BaseSettings):
     kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a CPU.")
     gpu_memory_share: float = Field(0.3, gt=0, le=1, description="Share of the GPU's memory for the learner's engine.")
     cpu_threads: str = Field(
-        "auto", description="Cores of the engine on a CPU, as `0-1`, `nobind`, or `auto`: every core we may use."
+        "auto",
+        description="Cores that the engine's threads are bound to on a CPU, as `0-3,6`; `auto`: none, but all used.",
     )
     duel_user_votes: int = Field(10, ge=1, description="Votes of one user that count between two versions.")
     min_votes: int = Field(40, ge=1, description="Fewer votes start no round.")

@@ -57,7 +57,7 @@ SERVICES = [
         (account_pb2.DESCRIPTOR, "AccountService"),
     )
 ]
-PROBE_SECONDS = 2.0
+PROBE_SECONDS = 0.5
 SELDOM_SECONDS = 15.0
 CONNECTION_SECONDS = 3600
 OPTIONS = [
@@ -143,8 +143,8 @@ class App:
         self._repeat(self._access.refresh, poll, "the keys could not be read")
         self._repeat(partial(self._store, show_rounds), SELDOM_SECONDS, "the rounds' figures could not be read")
         self._repeat(self._fail_interrupted, SELDOM_SECONDS, "answers of servers that ended could not be marked")
-        if settings.hang_seconds:
-            self._repeat(self._follower.probe, PROBE_SECONDS, "the engine could not be asked whether it hangs")
+        if settings.hang_seconds != 0:
+            self._repeat(self._follower.probe, PROBE_SECONDS, "the engine's pulse could not be read")
         self._repeat(self._eraser.tidy, TIDY_SECONDS, "what was deleted could not be tidied up")
         if self._referee:
             self._repeat(self._referee.look, poll, "the votes on two versions could not be looked at")

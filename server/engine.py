@@ -19,7 +19,8 @@ def set_environment(settings: ServerSettings) -> None:
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": _cores(settings.cpu_threads),
+        # Threads that are not bound make room for a busy process; bound ones wait for the one that lost its core to it.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind" if settings.cpu_threads == "auto" else settings.cpu_threads,
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
         # Bars and warnings of libraries that an operator can do nothing about.
@@ -59,22 +60,16 @@ def start_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) ->
         logprobs_mode="processed_logprobs",
         # Sampling must be the model's own distribution: no top-p or top-k from its generation_config.json.
         generation_config="vllm",
-        worker_extension_cls="server.engine_process.SwapExtension",
+        worker_extension_cls="server.engine_process.EngineExtension",
         enable_lora=settings.serve_adapters,
         max_loras=settings.live_adapters,
         max_lora_rank=settings.adapter_rank,
         use_tqdm_on_load=False,
     ).create_engine_config()
-    # Binds the engine's threads on a CPU, as vLLM does for a process of the model's own.
+    stepped = "SteppedAsyncScheduler" if config.scheduler_config.async_scheduling else "SteppedScheduler"
+    config.scheduler_config.scheduler_cls = f"server.engine_process.{stepped}"
+    # Binds the engine's threads, where they are to be bound, as vLLM does for a process of the model's own.
     with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
         # Those that wait give their core up sooner than after vLLM's 5 ms: the front end needs it.
         os.environ["KMP_BLOCKTIME"] = SPIN
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-
-
-def _cores(setting: str) -> str:
-    if setting != "auto":
-        return setting
-    # vLLM's own choice leaves cores out for its front end, one of two on a small machine; measured in docs/benchmarks.
-    cores = sorted(os.sched_getaffinity(0))
-    return ",".join(str(core) for core in cores)

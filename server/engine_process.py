@@ -1,17 +1,69 @@
-"""What vLLM imports into an engine's process, before it loads anything: the process ends when its server's does.
+"""What vLLM imports into an engine's process, before it loads anything.
 
-vLLM's own would wait for ever, with all its memory, for a server that was killed; also for one that was killed while
-the model was being loaded and compiled, which is why importing this is enough.
+- The process ends when its server's does. vLLM's own would wait for ever, with all its memory, for a server that was
+  killed; also for one that was killed while the model was being loaded and compiled, so this starts with the import.
+- It shows that it is well (`server.pulse`), also from the import on.
+- Its scheduler (`Stepped`) notes the end of each step, and gives a step no more tokens than it was told to.
 """
 
 import os
 import select
 import signal
 import threading
+import time
+from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from server.failpoints import failpoint
+from server.pulse import BEAT_SECONDS, Pulse
 from server.worker import SwapExtension
 
-__all__ = ["SwapExtension"]
+PULSE = Pulse.find()
+# The scheduler of this process's engine, once it is made.
+scheduler: Any = None
+
+
+class EngineExtension(SwapExtension):
+    """Mixed into the worker, which is in the engine's process (`server.engine`)."""
+
+    def prefloop_limit_steps(self, tokens: int) -> None:
+        """Steps take this many tokens at most, at least one for each answer; long prompts are read in parts."""
+        scheduler.max_num_scheduled_tokens = tokens
+
+
+class Stepped:
+    """Mixed into vLLM's scheduler: what it schedules is a step, and what it is told of the outcome its end."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        global scheduler
+        super().__init__(*arguments, **named)
+        scheduler = self
+        self._ended = 0.0
+
+    def schedule(self, *arguments: Any, **named: Any) -> Any:
+        began = time.monotonic()
+        step = super().schedule(*arguments, **named)  # type: ignore[misc]
+        step.prefloop_began = began
+        if step.total_num_scheduled_tokens:
+            failpoint("step")
+        return step
+
+    def update_from_output(self, step: Any, output: Any) -> Any:
+        # Where the next step is scheduled while one runs, it begins when that one ends.
+        began, self._ended = max(step.prefloop_began, self._ended), time.monotonic()
+        if PULSE and step.total_num_scheduled_tokens:
+            PULSE.step(began, self._ended, step.total_num_scheduled_tokens)
+        return super().update_from_output(step, output)  # type: ignore[misc]
+
+
+class SteppedScheduler(Stepped, Scheduler):  # type: ignore[misc]
+    """vLLM's scheduler, noted."""
+
+
+class SteppedAsyncScheduler(Stepped, AsyncScheduler):  # type: ignore[misc]
+    """vLLM's scheduler that schedules a step while the one before it runs, noted."""
 
 
 def end_with_parent() -> None:
@@ -22,4 +74,11 @@ def end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-threading.Thread(target=end_with_parent, name="end with parent", daemon=True).start()
+def beat() -> None:
+    while PULSE:
+        PULSE.beat(time.monotonic())
+        time.sleep(BEAT_SECONDS)
+
+
+for work in (end_with_parent, beat):
+    threading.Thread(target=work, name=work.__name__, daemon=True).start()

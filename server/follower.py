@@ -24,7 +24,7 @@ class Follower:
     """Owns the policy's version; nothing else calls `Policy.swap`."""
 
     def __init__(
-        self, policy: Policy, store: StoreThread, data_dir: Path, replica_id: str, hang_seconds: float
+        self, policy: Policy, store: StoreThread, data_dir: Path, replica_id: str, hang_seconds: float | None
     ) -> None:
         self._policy = policy
         self._store = store
@@ -81,8 +81,8 @@ class Follower:
 
     async def probe(self) -> None:
         """Puts an end to an engine that hangs, so that `follow` starts it again. Call it again and again."""
-        if not await self._policy.probe(self._hang_seconds):
-            log.error("the engine has not answered for %.0f s; it was killed", self._hang_seconds)
+        if reason := self._policy.probe(self._hang_seconds):
+            log.error("%s; it was killed", reason)
             ENGINE_HANGS.inc()
 
     async def _revive(self) -> None:

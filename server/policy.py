@@ -74,8 +74,9 @@ class Policy(Protocol):
         """Whether answers can be sampled at all."""
         ...
 
-    async def probe(self, seconds: float) -> bool:
-        """False where the engine hangs: it does not answer within `seconds`. It is killed then, and no longer alive."""
+    def probe(self, hang_seconds: float | None) -> str | None:
+        """Kills an engine whose process is stopped, or whose step is stuck, and says why; None while it is well.
+        `hang_seconds` replaces the limits on both."""
         ...
 
     async def revive(self) -> None:

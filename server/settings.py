@@ -69,7 +69,10 @@ class ServerSettings(BaseSettings):
     kv_cache_gib: Annotated[int, Field(ge=1, description="Memory for the KV cache on a CPU.")] = 1
     gpu_memory_share: Annotated[float, Field(gt=0, le=1, description="Share of the GPU's memory for the engine.")] = 0.5
     cpu_threads: Annotated[
-        str, Field(description="Cores of the engine on a CPU, as `0-1`, `nobind`, or `auto`: every core we may use.")
+        str,
+        Field(
+            description="Cores that the engine's threads are bound to on a CPU, as `0-3,6`; `auto`: none, but all used."
+        ),
     ] = "auto"
     compile: Annotated[
         bool, Field(description="Compile the model at the first start: a minute once, faster answers ever after.")
@@ -90,11 +93,13 @@ class ServerSettings(BaseSettings):
     ] = 0.05
     duel_user_votes: Annotated[int, Field(ge=1, description="Votes of one user that count in a duel.")] = 10
     hang_seconds: Annotated[
-        float,
+        float | None,
         Field(
-            ge=0, description="An engine that answers nothing for so long is killed; longer than any step. 0: never."
+            ge=0,
+            description="An engine whose process does not run, or whose step does not end, for so long is killed; 0: "
+            "never. Default: 10 s for the process; for a step ten times the slowest so far, and 30 s at least.",
         ),
-    ] = 10.0
+    ] = None
     metrics_host: Annotated[str, Field(description="Where /metrics and /healthz are served over HTTP.")] = "127.0.0.1"
     metrics_port: Annotated[int, Field(ge=0, le=65535, description="Their port; 0 takes a free one.")] = 9464
     otlp_endpoint: Annotated[

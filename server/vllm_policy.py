@@ -9,6 +9,7 @@
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from server.detokenizer import Detokenizer
 from server.ids import new_id
 from server.metrics import SWAP_SECONDS
 from server.policy import Sampling, SwapError
+from server.pulse import Pulse, complaint
 from server.records import Span
 from server.registry import REFERENCE
 from server.shared.dtype import DtypeName
@@ -37,6 +39,10 @@ STAGING_TIMEOUT_SECONDS = 300.0
 ASK_SECONDS = 300.0
 # The engine's process ends by itself within a second or two; past this it is killed.
 SHUTDOWN_SECONDS = 10.0
+# What a step may take where a prompt is short; attention to a long one adds half as much. Streams wait for no longer.
+STEP_SECONDS = 0.8
+MEASURED_TOKENS = 256
+WARM_ANSWERS = 16
 
 
 class VllmPolicy:
@@ -48,7 +54,11 @@ class VllmPolicy:
     ) -> None:
         self._start_engine = start_engine
         self._dtype = dtype
-        self._engine = start_engine()
+        self._engine, self._pulse = self._launch()
+        # Of a step, at most; None before it was measured.
+        self._step_tokens: int | None = None
+        # When the engine was first seen to have work since it last had none.
+        self._working_since: float | None = None
         self._tokenizer = self._engine.get_tokenizer()
         self._backend = self._tokenizer.backend_tokenizer
         self._version, self._directory, self._reference = REFERENCE, directory, directory
@@ -72,12 +82,11 @@ class VllmPolicy:
         return not (self._engine.errored or self._reviving)
 
     async def start(self) -> None:
-        """Makes ready for swaps, labels the first version and samples one token, so that no user waits for warm-up."""
+        """Makes ready for swaps, labels the first version, and warms up: no user waits for a first time."""
         await self._prepare()
         self._admitted.set()
-        stream = await self.sample(self.encode([{"role": "user", "content": "Hello"}]), Sampling(0.0, 1))
-        async for _ in stream:
-            pass
+        await self._limit_steps(await self._measure_steps())
+        await self._warm_up()
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
         ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -127,23 +136,19 @@ class VllmPolicy:
     async def keep_live(self, version: str, directory: Path) -> None:
         raise SwapError("merged weights are served one version at a time")
 
-    async def probe(self, seconds: float) -> bool:
-        engine = self._engine
-        try:
-            async with asyncio.timeout(seconds):
-                # An exchange of large models takes longer, and has its own limit (`_ask`).
-                await self._admitted.wait()
-                await self._ask(engine.collective_rpc("prefloop_ping"))
-        except TimeoutError:
-            if not self._admitted.is_set():
-                return True
-            self._kill(engine)
-            return False
-        except Exception:
-            # It died of something else meanwhile.
-            if self.alive:
-                raise
-        return True
+    def probe(self, hang_seconds: float | None) -> str | None:
+        if not self.alive:
+            return None
+        now = time.monotonic()
+        # A swap pauses all steps, and has limits of its own (`_ask`).
+        if self._admitted.is_set() and self._engine.output_processor.has_unfinished_requests():
+            self._working_since = self._working_since or now
+        else:
+            self._working_since = None
+        reason = complaint(self._pulse.read(), now, self._working_since, hang_seconds)
+        if reason:
+            self._kill(self._engine)
+        return reason
 
     async def revive(self) -> None:
         async with self._swapping:
@@ -154,6 +159,47 @@ class VllmPolicy:
         # Let go of it as well: frames and handlers may hold this object longer than the engine may live.
         engine, self._engine = self._engine, None
         await asyncio.to_thread(engine.shutdown, SHUTDOWN_SECONDS)
+        self._pulse.close()
+
+    def _launch(self) -> tuple[Any, Pulse]:
+        """A new engine, and the page on which its process shows that it is well."""
+        pulse = Pulse.create()
+        try:
+            return self._start_engine(), pulse
+        except BaseException:
+            pulse.close()
+            raise
+
+    async def _measure_steps(self) -> int:
+        """How many tokens this machine computes in a step of STEP_SECONDS."""
+        # The second is measured: a first one has more to do.
+        for tokens in (MEASURED_TOKENS // 4, MEASURED_TOKENS):
+            await self._read([tokens], max_tokens=1)
+        vitals = self._pulse.read()
+        return int(vitals.step_tokens / vitals.step_seconds * STEP_SECONDS)
+
+    async def _limit_steps(self, tokens: int) -> None:
+        """Lets a step have about so many tokens: fewer than vLLM would take, and one for each answer at least."""
+        scheduler = self._engine.vllm_config.scheduler_config
+        self._step_tokens = max(scheduler.max_num_seqs, min(tokens, scheduler.max_num_batched_tokens))
+        await self._ask(self._engine.collective_rpc("prefloop_limit_steps", args=(self._step_tokens,)))
+
+    async def _warm_up(self) -> None:
+        """One step as long as any, and one with many answers in it."""
+        assert self._step_tokens
+        await self._read([self._step_tokens], max_tokens=1)
+        seconds = self._pulse.read().step_seconds
+        await self._read([MEASURED_TOKENS // 32] * WARM_ANSWERS, max_tokens=2)
+        log.info("a step has %d tokens at most, which took %.2f s", self._step_tokens, seconds)
+
+    async def _read(self, lengths: list[int], max_tokens: int) -> None:
+        """Samples from prompts of so many tokens, or as many as fit, that begin like no other."""
+        words = self.encode([{"role": "user", "content": "Why is the sky blue, and the sea? Tell me, in few words."}])
+        longest = self.max_model_len - max_tokens
+        prompts = [random.choices(words, k=min(length, longest)) for length in lengths]
+        for stream in [await self.sample(prompt, Sampling(0.0, max_tokens)) for prompt in prompts]:
+            async for _ in stream:
+                pass
 
     async def _swap(self, version: str, directory: Path) -> None:
         seconds: dict[str, float] = {}
@@ -217,6 +263,8 @@ class VllmPolicy:
         self._spare = None
         try:
             await self._prepare()
+            if self._step_tokens:
+                await self._limit_steps(self._step_tokens)
         except Exception:
             # Not fit to serve: dead, so that it is tried again.
             await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
@@ -234,11 +282,12 @@ class VllmPolicy:
 
     async def _start_engine_whole(self) -> None:
         """A stop must not leave an engine to nobody, which a thread goes on to start."""
-        starting = asyncio.create_task(asyncio.to_thread(self._start_engine))
+        starting = asyncio.create_task(asyncio.to_thread(self._launch))
+        self._pulse.close()
         try:
-            self._engine = await asyncio.shield(starting)
+            self._engine, self._pulse = await asyncio.shield(starting)
         except asyncio.CancelledError:
-            self._engine = await starting
+            self._engine, self._pulse = await starting
             raise
 
     async def _prepare(self) -> None:

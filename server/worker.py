@@ -31,9 +31,6 @@ class SwapExtension:
     vllm_config: Any
     _prefloop_thread: threading.Thread | None = None
 
-    def prefloop_ping(self) -> None:
-        """An answer between two steps: the engine makes progress."""
-
     def prefloop_prepare(self) -> None:
         """Makes the spare model. Call it once, before the first request: building a model changes torch's defaults."""
         self._prefloop_spare = second_model(self.model_runner.get_model(), self.vllm_config)

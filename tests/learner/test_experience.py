@@ -1,11 +1,16 @@
-"""Values of a rollout: the critic begins as the reward model, and a row's company does not show in its values."""
+"""Values of a rollout: the critic begins as the reward model, and a row's company does not show in its values. Every
+tensor is made on the device of the tokens."""
 
+from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import torch
 
-from learner.experience import judge_rollout, make_critic
+from learner.experience import judge_rollout, make_critic, policy_logprobs, to_experience
+from learner.forward import Tokens, run_trunk, token_logprobs
 from learner.policy import Policy
+from learner.ppo import Adam, UpdateStats, ppo_update
 from learner.reward_model import RewardModel, Standardiser
 from learner.rollout import Sample, to_rollout
 from learner.settings import PPOSettings
@@ -56,3 +61,30 @@ def test_without_prefixes_the_rest_is_the_same(model_directory: Path) -> None:
     bare = judge_rollout(policy, reward_model(), rollout, 0.85, 2, prefixes=False)
     assert torch.equal(bare.features, whole.features)
     assert bare.prefix_features.shape == (2, 3, 0)
+
+
+def test_an_update_makes_every_tensor_where_its_tokens_are(model_directory: Path) -> None:
+    # Stands in for a GPU: what is made without a device is made on `meta`, which mixes with no other.
+    ppo = PPOSettings(dtype="float32", lora_rank=4, learning_rate=1e-9, critic_learning_rate=1e-9)
+    policy = Policy.create(model_directory, ppo, torch.device("cpu"))
+    shared = [5, 6, 7, 8, 9, 10, 11, 12]
+    rollout = to_rollout([Sample([*shared, n], [20] * n, [-3.0] * n, "", "length") for n in (2, 5, 3, 4)])
+    model = reward_model()
+    critic = make_critic(model)
+    optimizer = Adam([(policy.parameters, ppo.learning_rate), (list(critic.parameters()), 1e-9)], ppo.adam_epsilon)
+
+    def logprobs_of(part: Tokens) -> torch.Tensor:
+        return token_logprobs(policy.model, run_trunk(policy.model, part)[0], part, 0.85)
+
+    def update() -> UpdateStats:
+        judged = judge_rollout(policy, model, rollout, 0.85, 2)
+        old_logprobs = policy_logprobs(policy, rollout.tokens, 0.85, 2)
+        batch = to_experience(rollout, judged, old_logprobs, model.scores(judged.features), critic, 0.1, ppo)
+        return ppo_update(logprobs_of, critic, optimizer, batch, ppo, torch.Generator().manual_seed(0))
+
+    # The first makes Adam's state, which is torch's own affair.
+    expected = update()
+    with torch.device("meta"):
+        found = update()
+    assert found.optimizer_steps == 2
+    assert asdict(found) == pytest.approx(asdict(expected), abs=1e-5)

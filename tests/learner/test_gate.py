@@ -9,12 +9,14 @@ from learner.gate import (
     Figures,
     Health,
     Judge,
+    Look,
     WinRate,
     by_prompt,
     decide,
     fit_judge,
     health,
     length_matched,
+    looks,
     over_optimised,
     repetition,
     win_rate,
@@ -120,9 +122,9 @@ def test_win_rate_by_hand() -> None:
 
 
 def test_every_answer_meets_every_answer_to_its_own_prompt() -> None:
-    # Two prompts, two rounds of answers. Prompt 0: 3 and 1 against 2 and 0 wins 3 of 4; prompt 1: 0 and 0 against 5 and
+    # Two prompts with two answers each. Prompt 0: 3 and 1 against 2 and 0 wins 3 of 4; prompt 1: 0 and 0 against 5 and
     # 0 draws two and loses two.
-    ours, theirs = torch.tensor([[3.0, 0.0, 1.0, 0.0]]), torch.tensor([[2.0, 5.0, 0.0, 0.0]])
+    ours, theirs = torch.tensor([[3.0, 1.0, 0.0, 0.0]]), torch.tensor([[2.0, 0.0, 5.0, 0.0]])
     assert by_prompt(ours, theirs, 2).tolist() == [[0.75, 0.25]]
 
 
@@ -178,3 +180,27 @@ def test_health_by_hand() -> None:
     assert (found.length, found.empty, found.ended) == (3.0, pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert found.repetition == pytest.approx(2 / 9)  # three 4-grams, one of them distinct
     assert repetition([1, 2, 3, 4, 5]) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "expected"),
+    [
+        (64, {}, [Look(32, 0.98), Look(64, 0.92)]),
+        (33, {}, [Look(16, 0.98), Look(33, 0.92)]),
+        # Too few to be clear at half of them, or not wanted.
+        (31, {}, [Look(31, 0.9)]),
+        (64, {"early_share": 0.0}, [Look(64, 0.9)]),
+        (64, {"confidence": 0.8, "early_share": 0.5}, [Look(32, 0.9), Look(64, 0.9)]),
+    ],
+)
+def test_two_looks_share_the_error_of_one(prompts: int, changes: dict[str, float], expected: list[Look]) -> None:
+    found = looks(prompts, GateSettings(**changes))
+    assert [(look.prompts, round(look.confidence, 9)) for look in found] == [
+        (look.prompts, look.confidence) for look in expected
+    ]
+
+
+def test_a_candidate_that_surely_loses_is_hopeless() -> None:
+    assert not figures(against_incumbent=WinRate(0.4, 0.3, 0.51, 32)).hopeless
+    assert figures(against_incumbent=WinRate(0.4, 0.3, 0.49, 32)).hopeless
+    assert figures(against_reference=WinRate(0.3, 0.2, 0.4, 32)).hopeless

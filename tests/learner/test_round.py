@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from torch import Tensor
 
+import learner.gate as gate
 import learner.judging as judging
 import learner.lease
 import learner.round as rounds
 import learner.workspace as workspace
 import tests.learner.rounds as rounds_fixture
-from learner.gate import Verdict
+from learner.gate import Figures, Judge, Verdict, WinRate
 from learner.page import write_report
 from learner.progress import Stages
 from learner.publishing import wait_until_loaded
@@ -245,6 +247,44 @@ def test_a_round_killed_after_any_stage_goes_on(data_dir: Path, stage: str, monk
     assert (report.state, report.round_id, report.policy_version) == ("promoted", started.id, "v0001")
     assert [p.version for p in store.registry.policies()] == ["v0001", "v0000"]
     assert [m.version for m in store.registry.reward_models()] == ["rm0001"]
+
+
+@pytest.mark.parametrize(
+    ("reasons", "low", "answers"),
+    [
+        # Clear at half of the twelve prompts; unclear there; surely lost there.
+        ([], 0.6, [6]),
+        (["It may be chance."], 0.6, [6, 12]),
+        (["It is worse."], 0.1, [6]),
+    ],
+)
+def test_the_gate_stops_at_half_of_the_prompts_where_the_case_is_clear(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, reasons: list[str], low: float, answers: list[int]
+) -> None:
+    seen: list[list[tuple[int, int]]] = []
+
+    def verdict(candidates: list[Figures], *_: Any) -> Verdict:
+        seen.append([(each.against_incumbent.prompts, each.against_reference.prompts) for each in candidates])
+        return Verdict(candidates[-1], reasons)
+
+    def rate(judge: Judge, ours: Tensor, theirs: Tensor, prompts: int, confidence: float, _: Any) -> WinRate:
+        assert len(ours) == len(theirs) == 2 * prompts
+        assert confidence == pytest.approx({6: 0.98, 12: 0.92}[prompts])
+        return WinRate(0.5, low, low + 0.3, prompts)
+
+    monkeypatch.setattr(judging, "decide", verdict)
+    monkeypatch.setattr(judging, "win_rate", rate)
+    monkeypatch.setattr(gate, "FIRST_PROMPTS", 6)
+    report = run(data_dir, gate=settings(data_dir).gate.model_copy(update={"answers": 2}))
+    assert [{prompts for each in look for prompts in each} for look in seen] == [{n} for n in answers]
+    lines = (data_dir / "rounds" / str(report.round_id) / "answers.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    # Two answers to each prompt that was asked, the first to each before the second to any.
+    half = answers[-1]
+    assert len(rows) == 2 * half
+    assert [row["prompt_token_ids"] for row in rows[:half]] == [row["prompt_token_ids"] for row in rows[half:]]
+    assert len({str(row["prompt_token_ids"]) for row in rows}) == half
+    assert all(row["incumbent"] == row["reference"] for row in rows)
 
 
 def test_a_rejected_candidate_is_kept_with_the_reason_and_not_served(

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from learner.judging import _promising
+from learner.judging import promising
+from learner.settings import GateSettings
 from learner.workspace import Workspace
 from tests.learner.conftest import EOS
 
@@ -43,9 +44,20 @@ def test_people_read_a_prompt_without_the_templates_ends(work: Any, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("steps", "expected"),
-    [([1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 6, 8, 9]), ([2, 4, 6], [2, 4, 6]), ([5], [5])],
+    ("steps", "kl", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 0.3, 0.8, 1.4, 2.0, 2.6, 3.2, 3.8, 4.4], [2, 6, 9]),
+        ([2, 4, 6], [0, 0.5, 1, 2, 3, 4], [2, 4, 6]),
+        ([5], [0, 1, 2, 3, 4], [5]),
+        ([1, 2, 3, 4, 5], [0, 1.0, 2.0, 3.0, 4.0], [1, 3, 5]),
+        # One update, of which nothing is known.
+        ([1], [0.0], [1]),
+        # Where the penalty holds the KL, all that is near the end is the same.
+        ([1, 2, 3, 4, 5, 6, 7, 8], [0, 1.5, 2.9, 3.4, 3.5, 3.6, 3.5, 3.5, 3.6], [1, 8]),
+    ],
 )
-def test_candidates_to_judge_are_dense_near_the_end(steps: list[int], expected: list[int]) -> None:
-    work: Any = SimpleNamespace(settings=SimpleNamespace(gate=SimpleNamespace(candidates=4)))
-    assert _promising(work, steps) == expected
+def test_candidates_to_judge_are_dense_near_the_end_and_not_alike(
+    steps: list[int], kl: list[float], expected: list[int]
+) -> None:
+    ppo = {"candidates": steps, "steps": [{"step": number, "kl": each} for number, each in enumerate(kl)]}
+    assert promising(ppo, GateSettings()) == expected

@@ -119,11 +119,11 @@ class FakePolicy:
     def alive(self) -> bool:
         return not self.dies
 
-    async def probe(self, seconds: float) -> bool:
+    def probe(self, hang_seconds: float | None) -> str | None:
         if self.hangs:
             self.hangs, self.dies = False, True
-            return False
-        return True
+            return "the engine has not finished a step for 30 s"
+        return None
 
     async def revive(self) -> None:
         await self.may_revive.wait()

@@ -101,12 +101,15 @@ class Examination:
         """In the order of the table."""
         yield "python", lambda: machine_checks.check_python(sys.version_info[:3])
         yield "system", lambda: machine_checks.check_system(platform.system(), platform.machine())
+        yield (
+            "system packages",
+            lambda: machine_checks.check_system_packages(readings.missing_system_packages()),
+        )
         yield "packages", lambda: setup_checks.check_packages(readings.unmet_requirements())
         yield "settings", self.check_settings
         yield "cores", lambda: machine_checks.check_cores(self.machine, self.settings.cpu_threads)
         yield "arithmetic", lambda: machine_checks.check_arithmetic(self.torch)
         yield "gpu", lambda: machine_checks.check_gpu(readings.read_gpus(), self.builds, self.torch.cuda)
-        yield "compiler", lambda: machine_checks.check_compiler(*readings.read_compiler())
         yield "model", self.check_model
         yield "memory", lambda: machine_checks.check_memory(self.machine, self.needs, bool(self.health))
         yield "speed", lambda: machine_checks.check_speed(*self.speed)

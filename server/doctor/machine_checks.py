@@ -32,16 +32,12 @@ def check_system(system: str, processor: str) -> Finding:
     return Finding("system", "ok", value)
 
 
-def check_compiler(compiler: str | None, headers: bool) -> Finding:
+def check_system_packages(missing: list[str]) -> Finding:
     """torch compiles kernels when an engine starts, some also with `compile = false`."""
-    missing = [name for name, there in (("g++", compiler), ("Python's headers", headers)) if not there]
     if missing:
-        advice = (
-            "An engine compiles kernels when it starts: install g++ and Python's headers, as by "
-            "`apt-get install g++ python3-dev`."
-        )
-        return Finding("compiler", "wrong", f"no {' and no '.join(missing)}", advice)
-    return Finding("compiler", "ok", str(compiler))
+        advice = f"No engine starts without: `apt-get install {' '.join(missing)}`, or what your system calls them."
+        return Finding("system packages", "wrong", f"missing: {', '.join(missing)}", advice)
+    return Finding("system packages", "ok", "all there")
 
 
 def check_cores(machine: Machine, cpu_threads: str) -> Finding:

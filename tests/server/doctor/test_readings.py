@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def test_a_port_that_is_taken_and_one_that_is_free() -> None:
     assert readings.port_problem("localhost", 0) == ""
 
 
+def test_connections_that_ended_a_moment_ago_hold_no_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            # The server's side ends first, and the kernel remembers that.
+            listening.accept()[0].close()
+            assert client.recv(1) == b""
+    assert readings.port_problem("127.0.0.1", port) == ""
+
+
 def test_an_address_that_is_not_this_machines() -> None:
     assert readings.port_problem("192.0.2.1", 50051) == "Cannot assign requested address"
 
@@ -146,4 +157,22 @@ def test_gpus_are_what_nvidia_smi_says(
 def test_no_nvidia_smi_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert readings.read_gpus() == []
-    assert readings.read_compiler()[0] is None
+
+
+def test_a_system_without_what_an_engine_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert readings.missing_system_packages() == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(readings, "loads", lambda library: False)
+    assert readings.missing_system_packages() == ["g++", "python3-dev", "libnuma1"]
+
+
+def test_a_compiler_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/clang++ -O2")
+    assert readings.missing_system_packages() == ["g++"]
+
+
+def test_a_library_that_the_system_has_not() -> None:
+    assert readings.loads("libc.so.6")
+    assert not readings.loads("libnosuchthing.so.1")

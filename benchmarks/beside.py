@@ -1,46 +1,50 @@
-"""What a round costs the people who chat meanwhile: time to first token and tokens a second, with and without one.
+"""What a busy process and a round of the learner cost the people who chat, and what these cost the round.
 
-    python benchmarks/beside.py MODEL --work-dir DIR [--streams 4] [--seconds 90] [--write]
+    python benchmarks/beside.py --work-dir DIR [--model MODEL] [--seconds 20] [--steps 2] [--write]
 
-Works on the pool of `benchmarks/study.py` (the same --work-dir): two hundred votes, a server on them, compiled, and
-clients that chat without a pause. Phases of so many seconds each: alone, beside `learner run-once` as it is (`nice`
-10), beside one that gives no way (`nice` 0), alone again. A round that is still at work at the end of its phase is
-asked to stop. `--write` puts the table into docs/benchmarks/beside.md. Prints one JSON line last.
+Starts a server, casts a hundred votes, and chats without a pause: 1, 4 and 16 streams, each alone and beside one
+process that spins at the server's own priority. Then `learner run-once` on a copy of the data, alone and beside 4
+streams, with few PPO steps: it is the ratio that is looked for. `--write` puts the table into
+docs/benchmarks/beside.md. Prints one JSON line last.
 """
 
 import argparse
 import json
 import os
-import signal
+import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
-from pool import TOKENS, Cell, make_data, make_pool
 from prefloop.v1 import chat_pb2, chat_pb2_grpc
 
+from clients import Client
 from clients.questions import questions
-from clients.serving import Server
+from clients.voter import TASTES, Voter
+from server.shared.dtype import resolve_dtype
 
-CELL = Cell("short", 200, 0.1, 0)
-SECONDS = 300
+STREAMS = (1, 4, 16)
+BESIDE_ROUND = 4
+TOKENS, VOTES = 64, 100
+START_SECONDS, CALL_SECONDS, ROUND_SECONDS = 300, 300, 1800
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "beside.md"
 
 
 class Chatters:
-    """Clients that chat one short answer after the other; what each saw, with its time."""
+    """Clients that chat one answer after the other; what each saw, with its time."""
 
     def __init__(self, address: str, count: int) -> None:
-        self.first: list[tuple[float, float]] = []  # when asked, seconds to the first delta
-        self.tokens: list[tuple[float, int]] = []  # when finished, tokens
-        self.gaps: list[tuple[float, float]] = []  # when, seconds since the delta before
-        self._chat = chat_pb2_grpc.ChatServiceStub(grpc.insecure_channel(address))
+        self._first: list[tuple[float, float]] = []  # when asked, seconds to the first text
+        self._texts: list[float] = []  # when a text came: a token each, but for the few that end none
         self._stopping = threading.Event()
+        self._chat = chat_pb2_grpc.ChatServiceStub(grpc.insecure_channel(address))
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(count)]
         for thread in self._threads:
             thread.start()
@@ -48,20 +52,15 @@ class Chatters:
     def stop(self) -> None:
         self._stopping.set()
         for thread in self._threads:
-            thread.join(SECONDS)
+            thread.join(CALL_SECONDS)
 
     def seen(self, began: float, ended: float) -> dict[str, float]:
         """Figures of what happened in between."""
-        first = sorted(seconds for at, seconds in self.first if began <= at < ended)
-        gaps = sorted(seconds for at, seconds in self.gaps if began <= at < ended)
-        tokens = sum(count for at, count in self.tokens if began <= at < ended)
+        first = [seconds for at, seconds in self._first if began <= at < ended]
+        texts = sum(began <= at < ended for at in self._texts)
         return {
-            "first_median": statistics.median(first),
-            "first_p95": first[int(0.95 * (len(first) - 1))],
-            "gap_median": statistics.median(gaps),
-            "gap_p95": gaps[int(0.95 * (len(gaps) - 1))],
-            "tokens_per_second": tokens / (ended - began),
-            "answers": len(first),
+            "first_seconds": round(statistics.median(first), 3) if first else float("nan"),
+            "texts_per_second": round(texts / (ended - began), 1),
         }
 
     def _run(self, number: int) -> None:
@@ -71,84 +70,125 @@ class Chatters:
             if self._stopping.is_set():
                 return
             request = chat_pb2.ChatRequest(message=asked[turn % len(asked)], sampling={"max_tokens": TOKENS})
-            began = last = time.monotonic()
-            for event in self._chat.Chat(request, timeout=SECONDS, metadata=who):
-                now = time.monotonic()
-                match event.WhichOneof("event"):
-                    case "delta":
-                        (self.first if last == began else self.gaps).append((now, now - last))
-                        last = now
-                    case "finished":
-                        self.tokens.append((now, event.finished.usage.completion_tokens))
+            began, heard = time.monotonic(), False
+            for event in self._chat.Chat(request, timeout=CALL_SECONDS, metadata=who):
+                if event.HasField("delta"):
+                    now = time.monotonic()
+                    if not heard:
+                        self._first.append((began, now - began))
+                    heard = True
+                    self._texts.append(now)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
     parser.add_argument("--work-dir", type=Path, required=True)
-    parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     work: Path = arguments.work_dir.resolve()
-    pairs = make_pool(arguments.model, work, lambda line: print(line, file=sys.stderr))
-    data = work / "beside"
-    make_data(work, data, CELL, pairs)
-    os.environ["PREFLOOP_COMPILE"] = "true"
-    server = Server(data, arguments.model, lambda line: print(line, file=sys.stderr))
-    server.start()
-    with server:
-        chatters = Chatters(server.address, arguments.streams)
-        results = {
-            name: phase(chatters, data, arguments.seconds, nice)
-            for name, nice in (("alone", None), ("beside, nice 10", 10), ("beside, nice 0", 0), ("alone again", None))
-        }
+    found: dict[str, Any] = {"benchmark": "beside", "dtype": resolve_dtype("auto").name, "phases": {}}
+    with serving(work / "data", arguments.model) as address:
+        with Client(address, user="voter") as client:
+            voter = Voter(TASTES["short"], flip_rate=0.1, max_tokens=TOKENS, seed=0)
+            voter.vote_on(client, questions(0)[:VOTES], concurrency=16, on_vote=lambda: None)
+        for streams in STREAMS:
+            found["phases"][str(streams)] = {
+                "alone": chat(address, streams, arguments.seconds),
+                "spinner": beside_spinner(address, streams, arguments.seconds),
+            }
+        found["round_alone"] = round_seconds(work, arguments.steps)
+        chatters = Chatters(address, BESIDE_ROUND)
+        began = time.monotonic()
+        found["round_beside"] = round_seconds(work, arguments.steps)
+        found["phases"][str(BESIDE_ROUND)]["round"] = chatters.seen(began, time.monotonic())
         chatters.stop()
     if arguments.write:
-        REPORT.write_text(report(results, arguments.streams, arguments.seconds))
-    print(json.dumps({"benchmark": "beside", "streams": arguments.streams, "results": results}))
+        REPORT.write_text(report(found, arguments.seconds))
+    print(json.dumps(found))
 
 
-def phase(chatters: Chatters, data: Path, seconds: float, nice: int | None) -> dict[str, Any]:
-    """What the clients saw for so long, beside a round where `nice` is given."""
-    round_ = None
-    if nice is not None:
-        command = [sys.executable, "-m", "learner.cli", "run-once", "--data-dir", str(data), "--json"]
-        environment = {**os.environ, "PREFLOOP_NICE": str(nice)}
-        round_ = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+@contextmanager
+def serving(data: Path, model: str) -> Iterator[str]:
+    """`server serve`, eager, on a free port; its address."""
+    command = [sys.executable, "-m", "server.cli", "serve", "--data-dir", str(data), "--port", "0", "--model", model]
+    environment = {**os.environ, "PREFLOOP_COMPILE": "false", "PREFLOOP_METRICS_PORT": "0"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    impatience = threading.Timer(START_SECONDS, server.kill)
+    impatience.start()
+    try:
+        assert server.stdout
+        ready = next((line for line in server.stdout if line.startswith("serving ")), None)
+        impatience.cancel()
+        if ready is None:
+            sys.exit("the server did not start")
+        threading.Thread(target=server.stdout.read, daemon=True).start()
+        yield ready.split()[-1]
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def chat(address: str, streams: int, seconds: float) -> dict[str, float]:
+    """What so many clients saw for so long, once all of them had begun."""
+    chatters = Chatters(address, streams)
+    time.sleep(seconds / 4)
     began = time.monotonic()
-    if round_:
-        try:
-            round_.wait(seconds)
-        except subprocess.TimeoutExpired:
-            round_.send_signal(signal.SIGTERM)
-    else:
-        time.sleep(seconds)
-    ended = time.monotonic()
-    if round_:
-        round_.wait(SECONDS)
-    figures = chatters.seen(began, ended)
-    print(figures, file=sys.stderr, flush=True)
+    time.sleep(seconds)
+    figures = chatters.seen(began, time.monotonic())
+    chatters.stop()
+    print(streams, figures, file=sys.stderr, flush=True)
     return figures
 
 
-def report(results: dict[str, dict[str, float]], streams: int, seconds: float) -> str:
+def beside_spinner(address: str, streams: int, seconds: float) -> dict[str, float]:
+    spinner = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+    try:
+        return chat(address, streams, seconds)
+    finally:
+        spinner.kill()
+        spinner.wait()
+
+
+def round_seconds(work: Path, steps: int) -> float:
+    """A round on a copy of the data, so that a second one has as much to learn."""
+    data = work / "round"
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir()
+    copy = [sys.executable, "-m", "server.cli", "backup", str(data / "data"), "--data-dir", str(work / "data")]
+    subprocess.run(copy, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "learner.cli", "run-once", "--data-dir", str(data / "data"), "--steps", str(steps)]
+    # It is timed whatever it comes to.
+    environment = {**os.environ, "PREFLOOP_GATE__SIGNAL_P": "1"}
+    began = time.monotonic()
+    subprocess.run(command, env=environment, check=True, timeout=ROUND_SECONDS, stdout=subprocess.DEVNULL)
+    return round(time.monotonic() - began, 1)
+
+
+def report(found: dict[str, Any], seconds: float) -> str:
     lines = [
-        "# What a round costs the people who chat meanwhile",
+        "# What others on the machine cost the people who chat",
         "",
-        "Made by [`benchmarks/beside.py`](../../benchmarks/beside.py) on a machine of two cores without a GPU:",
-        f"SmolLM2-135M-Instruct, compiled, {streams} clients that chat without a pause, {seconds:.0f} s a phase. The "
-        "rounds learn from two",
-        "hundred votes. One reading each.",
+        "Made by [`benchmarks/beside.py`](../../benchmarks/beside.py) on two cores without a GPU: the default model in",
+        f"{found['dtype']}, eager, clients that chat without a pause, {seconds:.0f} s a phase, one reading each.",
         "",
-        "| | first token, median, s | 95 % | gap between deltas, median, s | 95 % | tokens/s | answers |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| streams | | tokens/s | of alone | first token, median, s |",
+        "| ---: | --- | ---: | ---: | ---: |",
     ]
-    for name, row in results.items():
-        lines.append(
-            f"| {name} | {row['first_median']:.3f} | {row['first_p95']:.3f} | {row['gap_median']:.3f} | "
-            f"{row['gap_p95']:.3f} | {row['tokens_per_second']:.0f} | {row['answers']:.0f} |"
-        )
+    for streams, phases in found["phases"].items():
+        for name, row in phases.items():
+            share = row["texts_per_second"] / phases["alone"]["texts_per_second"]
+            lines.append(
+                f"| {streams} | {name} | {row['texts_per_second']:.0f} | {share:.2f} | {row['first_seconds']:.3f} |"
+            )
+    ratio = found["round_beside"] / found["round_alone"]
+    lines += [
+        "",
+        f"The round took {found['round_alone']:.0f} s alone and {found['round_beside']:.0f} s beside {BESIDE_ROUND} "
+        f"streams: {ratio:.2f} times as long.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -139,7 +139,7 @@ def _candidate_answers(
     rollout = to_rollout(work.engine.sample(prompts, seed))
     judged = judge_rollout(work.policy, reward_model, rollout, temperature, ppo.micro_batch, prefixes=False)
     # The served policy is the trained one: some answers are enough to see it.
-    some = torch.arange(min(2 * ppo.micro_batch, len(rollout.tokens)))
+    some = torch.arange(min(ppo.micro_batch, len(rollout.tokens)))
     part = rollout.tokens[some]
     logprobs = policy_logprobs(work.policy, part, temperature, ppo.micro_batch)
     sampled_with = rollout.behavior_logprobs[some, : logprobs.shape[1]]

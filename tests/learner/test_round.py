@@ -206,7 +206,7 @@ def test_two_opponents_that_are_one_version_are_judged_alike(data_dir: Path, mon
 
 
 def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir: Path) -> None:
-    ppo = settings(data_dir).ppo.model_copy(update={"kl_budget": 1e-9})
+    ppo = settings(data_dir).ppo.model_copy(update={"kl_budget": 1e-5})
     report = run(data_dir, ppo=ppo)
     assert report.state == "rejected"
     assert "ended at step 1 without a candidate: the KL went over its budget" in report.sentence

@@ -162,11 +162,11 @@ def test_a_machine_that_cannot_be_read_is_a_finding_and_the_rest_goes_on(
 
 
 def test_an_installation_without_a_server_is_told_what_it_lacks() -> None:
-    code = "import sys; sys.modules['pysqlite3'] = None; from server.cli import app; app(['doctor'])"
+    code = "import sys; sys.modules['sqlite_utils'] = None; from server.cli import app; app(['doctor'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
-        "server: pysqlite3 is not installed: `make setup`, or install prefloop with the extra `cpu` or `gpu`.\n"
+        "server: sqlite_utils is not installed: `make setup`, or install prefloop with the extra `cpu` or `gpu`.\n"
     )
 
 

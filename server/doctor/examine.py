@@ -101,10 +101,7 @@ class Examination:
         """In the order of the table."""
         yield "python", lambda: machine_checks.check_python(sys.version_info[:3])
         yield "system", lambda: machine_checks.check_system(platform.system(), platform.machine())
-        yield (
-            "system packages",
-            lambda: machine_checks.check_system_packages(readings.missing_system_packages()),
-        )
+        yield "system packages", self.check_system_packages
         yield "packages", lambda: setup_checks.check_packages(readings.unmet_requirements())
         yield "settings", self.check_settings
         yield "cores", lambda: machine_checks.check_cores(self.machine, self.settings.cpu_threads)
@@ -118,6 +115,9 @@ class Examination:
         yield "port", lambda: self.check_port(setup_checks.check_port, self.settings.host, self.settings.port)
         host, port = self.settings.metrics_host, self.settings.metrics_port
         yield "metrics port", lambda: self.check_port(setup_checks.check_metrics_port, host, port)
+
+    def check_system_packages(self) -> Finding:
+        return machine_checks.check_system_packages(readings.missing_system_packages())
 
     def check_settings(self) -> Finding:
         variables = sum(name.upper().startswith(PREFIX) for name in os.environ)

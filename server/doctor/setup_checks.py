@@ -1,7 +1,7 @@
 """What was installed and configured, judged: each check takes what was read and asks nothing itself."""
 
 from server.database import sqlite_problem
-from server.doctor.finding import Finding
+from server.doctor.finding import Finding, State
 from server.doctor.needs import Needs
 from server.doctor.readings import Disk
 from server.shared.machine import GIB
@@ -89,21 +89,18 @@ def check_disk(disk: Disk, needs: Needs | None, used: int, keep_versions: int) -
 
 def check_port(host: str, port: int, problem: str, health: str) -> Finding:
     """The port for chats; `health`: a prefloop server that answers here already."""
-    value = f"{host}:{port}"
-    if problem and health:
-        return Finding("port", "ok", f"{value}, where a server is {health}")
-    if problem:
-        advice = f"{value} cannot be listened on ({problem}): choose another --port, or end what listens there."
-        return Finding("port", "wrong", value, advice)
-    return Finding("port", "ok", value)
+    return _check_port("port", "wrong", f"{host}:{port}", problem, health, "choose another --port")
 
 
 def check_metrics_port(host: str, port: int, problem: str, health: str) -> Finding:
     """The server goes on without it."""
-    value = f"{host}:{port}"
+    advice = "there will be no metrics; choose another PREFLOOP_METRICS_PORT"
+    return _check_port("metrics port", "warning", f"{host}:{port}", problem, health, advice)
+
+
+def _check_port(name: str, state: State, address: str, problem: str, health: str, advice: str) -> Finding:
     if problem and health:
-        return Finding("metrics port", "ok", f"{value}, where a server is {health}")
+        return Finding(name, "ok", f"{address}, where a server is {health}")
     if problem:
-        advice = f"{value} cannot be listened on ({problem}), so there will be no metrics: set PREFLOOP_METRICS_PORT."
-        return Finding("metrics port", "warning", value, advice)
-    return Finding("metrics port", "ok", value)
+        return Finding(name, state, address, f"{address} cannot be listened on ({problem}): {advice}.")
+    return Finding(name, "ok", address)

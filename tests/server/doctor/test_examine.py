@@ -86,8 +86,8 @@ def test_a_broken_set_up_has_a_sentence_for_each_thing(tmp_path: Path) -> None:
     assert "wrong, model: --model 'model' has no weights (*.safetensors); download the whole model." in said
     assert "wrong, disk: Nothing can be written there (Not a directory): give --data-dir a folder" in said
     assert (
-        f"wrong, port: 127.0.0.1:{port} cannot be listened on (Address already in use): choose another --port, or end "
-        "what listens there." in other.stdout
+        f"wrong, port: 127.0.0.1:{port} cannot be listened on (Address already in use): choose another --port."
+        in other.stdout
     )
     assert "wrong, settings" not in other.stdout
 

@@ -109,8 +109,7 @@ def test_ports() -> None:
     assert checks.check_port("127.0.0.1", 50051, "", "") == Finding("port", "ok", "127.0.0.1:50051")
     assert checks.check_port("127.0.0.1", 50051, "Address already in use", "") == Finding(
         "port", "wrong", "127.0.0.1:50051",
-        "127.0.0.1:50051 cannot be listened on (Address already in use): choose another --port, or end what listens "
-        "there.",
+        "127.0.0.1:50051 cannot be listened on (Address already in use): choose another --port.",
     )  # fmt: skip
     assert checks.check_port("127.0.0.1", 50051, "Address already in use", "NOT_SERVING") == Finding(
         "port", "ok", "127.0.0.1:50051, where a server is NOT_SERVING"
@@ -118,7 +117,7 @@ def test_ports() -> None:
     assert checks.check_metrics_port("127.0.0.1", 9464, "", "") == Finding("metrics port", "ok", "127.0.0.1:9464")
     assert checks.check_metrics_port("127.0.0.1", 9464, "Address already in use", "") == Finding(
         "metrics port", "warning", "127.0.0.1:9464",
-        "127.0.0.1:9464 cannot be listened on (Address already in use), so there will be no metrics: set "
+        "127.0.0.1:9464 cannot be listened on (Address already in use): there will be no metrics; choose another "
         "PREFLOOP_METRICS_PORT.",
     )  # fmt: skip
     assert checks.check_metrics_port("127.0.0.1", 9464, "Address already in use", "SERVING") == Finding(

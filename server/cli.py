@@ -52,6 +52,29 @@ def serve(
 
 
 @app.command()
+def doctor(
+    data_dir: DataDir = None,
+    model: Annotated[Optional[str], typer.Option(help="As for `serve`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Findings and figures as one JSON object.")] = False,
+) -> None:
+    """Say what this machine and this set-up are good for, and what is wrong with them; no server need run.
+
+    Takes some seconds. Ends with 1 where something is wrong; a warning alone is no such thing."""
+    try:
+        from server.doctor.examine import examine
+    except ImportError as error:
+        _fail(f"{error.name} is not installed: `make setup`, or install prefloop with the extra `cpu` or `gpu`.")
+    from server.doctor.show import show, to_json
+
+    report = examine(data_dir=data_dir, model=model)
+    if as_json:
+        typer.echo(to_json(report))
+    else:
+        show(report)
+    raise SystemExit(report.state == "wrong")
+
+
+@app.command()
 def backup(
     destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet; it becomes a data directory.")],
     data_dir: DataDir = None,

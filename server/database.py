@@ -24,22 +24,29 @@ BUSY_TIMEOUT_MS = 10_000
 # How long the log is tried to be emptied, and how long one try may hold up writers while somebody reads.
 EMPTY_SECONDS = 2.0
 EMPTY_TIMEOUT_MS = 50
-# Older releases can lose a commit when two connections reset the WAL (fixed in 3.51.3, 3.50.7 and 3.44.6).
-MINIMUM_SQLITE = (3, 51, 3)
+# Earlier releases can lose a commit when two connections reset the WAL; the mend was also put into two older lines.
+MENDED_SQLITE = (3, 51, 3)
+MENDED_LINES = {(3, 50): 7, (3, 44): 6}
 
 Row = dict[str, Any]
 OperationalError: type[Exception] = sqlite3.OperationalError
 DatabaseError: type[Exception] = sqlite3.DatabaseError
 
 
+def sqlite_problem(version: tuple[int, int, int]) -> str | None:
+    """Why this release of SQLite is not to be trusted with commits, and what to do; None where it is."""
+    line, patch = version[:2], version[2]
+    if version >= MENDED_SQLITE or (line in MENDED_LINES and patch >= MENDED_LINES[line]):
+        return None
+    return f"SQLite {'.'.join(map(str, version))} can lose commits; install pysqlite3 with SQLite 3.51.3 or newer."
+
+
 class Database:
     """A migrated database file. Raises DataDirectoryError where the file cannot be used."""
 
     def __init__(self, path: Path) -> None:
-        if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
-            raise DataDirectoryError(
-                f"SQLite {sqlite3.sqlite_version} can lose commits; install pysqlite3 with SQLite 3.51.3 or newer."
-            )
+        if reason := sqlite_problem(sqlite3.sqlite_version_info):
+            raise DataDirectoryError(reason)
         try:
             # What users said is nobody else's on this machine.
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

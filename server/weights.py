@@ -66,7 +66,7 @@ def finite_tensors(directory: Path) -> "Iterator[tuple[str, torch.Tensor]]":
 
 def check_weights(directory: Path, like: Path) -> Path:
     """`directory`, if its tensors have the names and shapes of those in `like`. Raises ManifestError."""
-    found, expected = _shapes(directory), _shapes(like)
+    found, expected = tensor_shapes(directory), tensor_shapes(like)
     if missing := sorted(expected.keys() - found.keys()):
         raise ManifestError(f"{directory.name} lacks the tensor {missing[0]}.")
     if added := sorted(found.keys() - expected.keys()):
@@ -110,7 +110,8 @@ def _merge(verified_base: Path, adapter: Path, final: Path, dtype: DtypeName) ->
     publish(staging, final)
 
 
-def _shapes(directory: Path) -> dict[str, list[int]]:
+def tensor_shapes(directory: Path) -> dict[str, list[int]]:
+    """Of every tensor in `directory`, by name, from the files' headers. Raises ManifestError."""
     shapes: dict[str, list[int]] = {}
     for path in sorted(directory.glob("*.safetensors")):
         try:

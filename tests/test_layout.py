@@ -42,7 +42,10 @@ def test_the_clients_import_only_the_stubs(root: Path) -> None:
     assert not {name for name in imports(root, "clients") if name.split(".")[0] in {"server", "learner", "torch"}}
 
 
-@pytest.mark.parametrize("module", ["server.cli", "learner.cli", "clients.cli", "server.store", "server.process"])
+@pytest.mark.parametrize(
+    "module",
+    ["server.cli", "learner.cli", "clients.cli", "server.store", "server.process", "server.doctor.examine"],
+)
 def test_starting_a_command_loads_neither_torch_nor_vllm(module: str) -> None:
     check = f"import sys, {module}; sys.exit(bool({{'torch', 'vllm', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], timeout=60, check=False).returncode == 0

@@ -1,0 +1,217 @@
+"""The whole of `server doctor`: every check on what was read, and what programs want to know beside it."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from tomllib import TOMLDecodeError
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_settings import SettingsConfigDict
+
+from server.doctor import machine_checks, readings, setup_checks
+from server.doctor.finding import Finding, State
+from server.doctor.model import Model, read_model
+from server.doctor.needs import Needs, needs_of
+from server.doctor.readings import Torch
+from server.doctor.speed import Speed, measure
+from server.errors import ServiceError
+from server.settings import CONFIG_FILE, ServerSettings
+from server.shared.machine import GIB, Machine, read_machine, slow_reason
+from server.weights import MERGED
+
+PREFIX = "PREFLOOP_"
+# What the speed's measurement takes at most, with room for torch itself.
+MEASURE_BYTES = GIB
+
+
+class LearnerShare(BaseModel):
+    """Of the learner's settings for PPO, what its memory follows from."""
+
+    micro_batch: Annotated[int, Field(ge=1)] = 8
+
+
+class DoctorSettings(ServerSettings):
+    """The server's, and those of the learner's that disk and memory have to have room for."""
+
+    model_config = SettingsConfigDict(env_nested_delimiter="__")
+
+    keep_versions: Annotated[int, Field(ge=1)] = 8
+    ppo: LearnerShare = LearnerShare()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings, and figures by name."""
+
+    findings: list[Finding]
+    figures: dict[str, Any]
+
+    @property
+    def state(self) -> State:
+        """The worst of the findings'."""
+        return max((finding.state for finding in self.findings), key=["ok", "warning", "wrong"].index)
+
+
+def examine(**flags: Any) -> Report:
+    """Asks and judges everything; takes some seconds, most of them to import torch. A flag that is None was not
+    given."""
+    return Examination(*load_settings(**flags)).report()
+
+
+def load_settings(**flags: Any) -> tuple[DoctorSettings, str]:
+    """The settings, and an empty sentence; or the defaults, and what is wrong with the settings."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return DoctorSettings(**given), ""
+    except (ServiceError, ValueError, OSError) as error:
+        return DoctorSettings.model_construct(**given), explain(error)
+
+
+def explain(error: Exception) -> str:
+    """What is wrong with the settings, in a sentence."""
+    match error:
+        case ValidationError():
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            return f"The setting {where} is not valid: {first['msg']}." if where else f"The settings: {first['msg']}."
+        case TOMLDecodeError():
+            return f"{CONFIG_FILE} is not TOML: {error}."
+        case UnicodeDecodeError():
+            return f"{CONFIG_FILE} is not UTF-8."
+        case OSError():
+            return f"{CONFIG_FILE} cannot be read ({error.strerror})."
+    return str(error)
+
+
+class Examination:
+    """Readings are taken once, when a check first needs them."""
+
+    def __init__(self, settings: DoctorSettings, settings_problem: str) -> None:
+        self.settings, self.settings_problem = settings, settings_problem
+
+    def report(self) -> Report:
+        return Report([attempt(name, check) for name, check in self.checks()], self.figures())
+
+    def checks(self) -> Iterator[tuple[str, Callable[[], Finding]]]:
+        """In the order of the table."""
+        yield "python", lambda: machine_checks.check_python(sys.version_info[:3])
+        yield "system", lambda: machine_checks.check_system(platform.system(), platform.machine())
+        yield "system packages", self.check_system_packages
+        yield "packages", lambda: setup_checks.check_packages(readings.unmet_requirements())
+        yield "settings", self.check_settings
+        yield "cores", lambda: machine_checks.check_cores(self.machine, self.settings.cpu_threads)
+        yield "arithmetic", lambda: machine_checks.check_arithmetic(self.torch)
+        yield "gpu", lambda: machine_checks.check_gpu(readings.read_gpus(), self.builds, self.torch.cuda)
+        yield "model", self.check_model
+        yield "memory", lambda: machine_checks.check_memory(self.machine, self.needs, bool(self.health))
+        yield "speed", lambda: machine_checks.check_speed(*self.speed)
+        yield "disk", self.check_disk
+        yield "sqlite", lambda: setup_checks.check_sqlite(readings.sqlite_version())
+        yield "port", lambda: self.check_port(setup_checks.check_port, self.settings.host, self.settings.port)
+        host, port = self.settings.metrics_host, self.settings.metrics_port
+        yield "metrics port", lambda: self.check_port(setup_checks.check_metrics_port, host, port)
+
+    def check_system_packages(self) -> Finding:
+        return machine_checks.check_system_packages(readings.missing_system_packages())
+
+    def check_settings(self) -> Finding:
+        variables = sum(name.upper().startswith(PREFIX) for name in os.environ)
+        sources = [CONFIG_FILE] if Path(CONFIG_FILE).exists() else []
+        sources += [f"{variables} {PREFIX}* variables"] if variables else []
+        return setup_checks.check_settings(sources, self.settings_problem)
+
+    def check_model(self) -> Finding:
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        return setup_checks.check_model(self.settings.model, self.model.problem, self.model.fetched, HF_HUB_OFFLINE)
+
+    def check_disk(self) -> Finding:
+        data_dir = self.settings.data_dir
+        used = sum(readings.bytes_below(data_dir / folder) for folder in ("policies", MERGED))
+        return setup_checks.check_disk(readings.read_disk(data_dir), self.needs, used, self.settings.keep_versions)
+
+    def check_port(self, check: Callable[[str, int, str, str], Finding], host: str, port: int) -> Finding:
+        return check(host, port, readings.port_problem(host, port), self.health)
+
+    def figures(self) -> dict[str, Any]:
+        """For programs that wait on this machine, and can say why it takes long."""
+        return {
+            "cores": or_none(lambda: self.machine.cores),
+            "memory_bytes": or_none(lambda: self.machine.memory),
+            "memory_available_bytes": or_none(lambda: self.machine.available),
+            "dtype": or_none(lambda: self.torch.dtype and self.torch.dtype.name),
+            "dtype_reason": or_none(lambda: self.torch.dtype and self.torch.dtype.reason),
+            "tokens_per_second": or_none(lambda: self.speed[0] and asdict(self.speed[0])),
+            "needed_bytes": or_none(lambda: self.needs and asdict(self.needs)),
+            "slow_reason": or_none(self.slow_reason),
+        }
+
+    def slow_reason(self) -> str | None:
+        return slow_reason(self.machine, *([self.needs.server + self.needs.round] if self.needs else []))
+
+    @cached_property
+    def machine(self) -> Machine:
+        return read_machine()
+
+    @cached_property
+    def torch(self) -> Torch:
+        return readings.read_torch(self.settings.dtype)
+
+    @cached_property
+    def builds(self) -> list[str]:
+        return readings.read_builds()
+
+    @cached_property
+    def model(self) -> Model:
+        return read_model(self.settings.data_dir, self.settings.model)
+
+    @cached_property
+    def health(self) -> str:
+        return readings.server_health(self.settings.metrics_host, self.settings.metrics_port)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.torch.cuda and "vllm" in self.builds
+
+    @cached_property
+    def needs(self) -> Needs | None:
+        """None where the model's shape is not known, or its memory is a GPU's."""
+        settings, shape, dtype = self.settings, self.model.shape, self.torch.dtype
+        if self.on_gpu or not shape or not dtype:
+            return None
+        return needs_of(shape, dtype.name, settings.kv_cache_gib, settings.max_tokens, settings.ppo.micro_batch)
+
+    @cached_property
+    def speed(self) -> tuple[Speed | None, str]:
+        """With the reason, where it cannot be estimated."""
+        shape, dtype = self.model.shape, self.torch.dtype
+        if self.on_gpu:
+            return None, "no GPU has been measured yet"
+        if not dtype:
+            return None, "torch cannot be imported"
+        if not shape:
+            return None, "the model's files are not here, or no safetensors"
+        if self.machine.available < MEASURE_BYTES:
+            return None, "too little memory is free"
+        return measure(shape, dtype.name, max(1, int(self.machine.cores))), ""
+
+
+def or_none(read: Callable[[], Any]) -> Any:
+    """A figure, or None where it cannot be read: then a finding says so."""
+    try:
+        return read()
+    except Exception:
+        return None
+
+
+def attempt(name: str, check: Callable[[], Finding]) -> Finding:
+    """What the check finds. On a broken machine reading may fail as nobody foresaw; the other checks go on."""
+    try:
+        return check()
+    except Exception as error:
+        return Finding(name, "wrong", "cannot be read", f"{type(error).__name__}: {error}")

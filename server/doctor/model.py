@@ -1,0 +1,84 @@
+"""The model that would be served, by its matrices: what its memory, its disk and its speed follow from.
+
+Read from headers, never from weights.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.errors import DataDirectoryError, ManifestError
+from server.manifest import read_manifest
+from server.reference import check_same_model, find_model
+from server.registry import REFERENCE
+from server.settings import DEFAULT_MODEL
+from server.weights import tensor_shapes
+
+Matrix = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """`matrices`: how many there are of each shape (outputs, inputs), without `head`, which makes the logits."""
+
+    parameters: int
+    head: Matrix
+    matrices: Mapping[Matrix, int]
+
+
+@dataclass(frozen=True)
+class Model:
+    """`problem`: why it cannot be served, in a sentence. `shape` is None where no header says it."""
+
+    shape: ModelShape | None = None
+    problem: str = ""
+    fetched: bool = True
+
+
+# The packaged default's, whose file takes seconds to read.
+SMOLLM2 = ModelShape(
+    134_515_008, (49_152, 576), {(576, 576): 60, (192, 576): 60, (1536, 576): 60, (576, 1536): 30}
+)  # fmt: skip
+
+
+def read_model(data_dir: Path, model: str) -> Model:
+    """The reference that was made of it, or what it would be made of."""
+    reference = data_dir / "policies" / REFERENCE
+    try:
+        if reference.exists():
+            check_same_model(reference, model, read_manifest)
+            return Model(shape_of(tensor_shapes(reference)))
+        source, _ = find_model(model)
+        if model == DEFAULT_MODEL:
+            return Model(SMOLLM2)
+        directory = Path(source) if Path(source).is_dir() else _cached(source)
+        if directory is None:
+            return Model(fetched=False)
+        return Model(shape_of(tensor_shapes(directory)) if any(directory.glob("*.safetensors")) else None)
+    except (DataDirectoryError, ManifestError) as error:
+        return Model(problem=str(error))
+
+
+def shape_of(tensors: Mapping[str, list[int]]) -> ModelShape:
+    """From the shapes of a checkpoint's tensors. Embedding and head are those with the most rows, a row a word."""
+    plain = [(shape[0], shape[1]) for shape in tensors.values() if len(shape) == 2]
+    head = max(plain)
+    return ModelShape(
+        sum(math.prod(shape) for shape in tensors.values()),
+        head,
+        Counter(matrix for matrix in plain if matrix[0] != head[0]),
+    )
+
+
+def _cached(model: str) -> Path | None:
+    """Where an id's files are, if they were fetched before. Raises DataDirectoryError for what is no id."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(model, "config.json")
+    except HFValidationError as error:
+        raise DataDirectoryError(f"--model {model!r} is neither a directory nor a Hugging Face id.") from error
+    return Path(config).parent if isinstance(config, str) else None

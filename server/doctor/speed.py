@@ -1,0 +1,109 @@
+"""Tokens/s to expect: the model's matrix products measured on this machine, and a share of each step that they are.
+
+A step's other parts (attention, sampling, the scheduler, Python) are not measured. They take about as long again as
+the products of a few rows, and half as long as those of many. So where the products of n rows take S seconds, n answers
+come at about DECODE_SHARE * n / S tokens/s, and prompts are read at PREFILL_SHARE * n / S. How near that comes is in
+docs/decisions/0027-doctor.md.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from server.doctor.model import Matrix, ModelShape
+from server.shared.dtype import DtypeName, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+DECODE_SHARE = 0.5
+PREFILL_SHARE = 0.67
+STREAMS = 16
+PREFILL_ROWS = 256
+# Weights of one width that are made: more than the caches next to the cores hold, little beside a model.
+BUDGET_BYTES = 64 * 2**20
+REPEATS, REPEAT_SECONDS = 5, 0.5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens/s: of one answer, of sixteen together, of prompts."""
+
+    one: float
+    sixteen: float
+    prefill: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Stand-ins for the matrices with one number of columns: `copies` of (rows, columns); all products take `times` as
+    long as one of theirs."""
+
+    rows: int
+    columns: int
+    copies: int
+    times: float
+
+
+def expected(one: float, sixteen: float, prefill: float) -> Speed:
+    """From the seconds of all products at 1, 16 and 256 rows."""
+    return Speed(DECODE_SHARE / one, DECODE_SHARE * STREAMS / sixteen, PREFILL_SHARE * PREFILL_ROWS / prefill)
+
+
+def measure(shape: ModelShape, dtype: DtypeName, threads: int) -> Speed:
+    """Takes less than a second on two cores."""
+    import torch
+
+    torch.set_num_threads(threads)
+    kind = torch_dtype(dtype)
+    layers = [(sample, _weights(sample, kind)) for sample in samples(shape.matrices, kind.itemsize)]
+    head = [(sample, _weights(sample, kind)) for sample in samples({shape.head: 1}, kind.itemsize)]
+    with torch.inference_mode():
+        # Of a prompt only the last token needs logits.
+        return expected(
+            _seconds(layers + head, 1), _seconds(layers + head, STREAMS), _seconds(layers, PREFILL_ROWS, copies=1)
+        )
+
+
+def samples(matrices: Mapping[Matrix, int], itemsize: int) -> list[Sample]:
+    """None larger than the budget. What is as wide is multiplied as one, once a layer: engines join the matrices that
+    have their input in common."""
+    layers = min(matrices.values())
+    rows: Counter[int] = Counter()
+    for (outputs, columns), count in matrices.items():
+        rows[columns] += outputs * count
+    found = []
+    for columns, total in rows.items():
+        fitting = max(1, BUDGET_BYTES // (columns * itemsize))
+        each = min(total // layers, fitting)
+        found.append(Sample(each, columns, min(layers, fitting // each), total / each))
+    return found
+
+
+def _weights(sample: Sample, dtype: "torch.dtype") -> "list[torch.Tensor]":
+    import torch
+
+    # Not zeros, whose pages would all be one.
+    return [torch.full((sample.rows, sample.columns), 0.01, dtype=dtype) for _ in range(sample.copies)]
+
+
+def _seconds(parts: "list[tuple[Sample, list[torch.Tensor]]]", rows: int, copies: int | None = None) -> float:
+    """Of the products of `rows` rows with all matrices; `copies` of each sample are tried, or all that were made."""
+    return sum(sample.times * _product_seconds(weights[:copies], rows) for sample, weights in parts)
+
+
+def _product_seconds(weights: "list[torch.Tensor]", rows: int) -> float:
+    """Of one product, on average."""
+    import torch
+    from torch.nn.functional import linear
+
+    inputs = torch.full((rows, weights[0].shape[1]), 0.01, dtype=weights[0].dtype)
+    taken: list[float] = []
+    while len(taken) < REPEATS and sum(taken) < REPEAT_SECONDS:
+        started = time.perf_counter()
+        for weight in weights:
+            linear(inputs, weight)
+        taken.append(time.perf_counter() - started)
+    return min(taken) / len(weights)

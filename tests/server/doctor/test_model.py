@@ -1,0 +1,180 @@
+"""The model that would be served: what it lacks, its shape, and what memory, disk and time follow from it."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from learner.settings import LearnerSettings
+from server import reference
+from server.doctor.examine import DoctorSettings
+from server.doctor.model import SMOLLM2, Model, ModelShape, read_model, shape_of
+from server.doctor.needs import needs_of
+from server.doctor.speed import Sample, Speed, expected, measure, samples
+from server.errors import DataDirectoryError
+from server.reference import find_model, prepare_reference
+from tests.learner.conftest import save_tiny_model
+from tests.learner.rounds import make_reference
+
+MIB = 2**20
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    save_tiny_model(directory)
+    return directory
+
+
+def test_the_shape_of_a_checkpoint() -> None:
+    tensors = {
+        "model.embed_tokens.weight": [100, 8],
+        "model.layers.0.q.weight": [8, 8],
+        "model.layers.0.k.weight": [4, 8],
+        "model.layers.1.q.weight": [8, 8],
+        "model.layers.1.norm.weight": [8],
+        "lm_head.weight": [100, 8],
+    }
+    assert shape_of(tensors) == ModelShape(1768, (100, 8), {(8, 8): 2, (4, 8): 1})
+
+
+def test_the_packaged_model_is_what_its_file_has() -> None:
+    from gguf import GGUFReader
+
+    directory, options = find_model("smollm2")
+    reader = GGUFReader(Path(directory) / options["gguf_file"])
+    # gguf writes a matrix's inputs first.
+    tensors = {tensor.name: [int(size) for size in reversed(tensor.shape)] for tensor in reader.tensors}
+    assert shape_of(tensors) == SMOLLM2
+
+
+def test_a_model_directory_is_read_by_its_headers(tmp_path: Path, model: Path) -> None:
+    found = read_model(tmp_path / "data", str(model))
+    assert (found.problem, found.fetched) == ("", True)
+    assert found.shape is not None
+    assert found.shape.head[0] == json.loads((model / "config.json").read_text())["vocab_size"]
+    assert not (tmp_path / "data").exists()
+
+
+def no_template(directory: Path) -> None:
+    (directory / "chat_template.jinja").unlink()
+
+
+def truncated(directory: Path) -> None:
+    os.truncate(directory / "model.safetensors", 1000)
+
+
+def pointer(directory: Path) -> None:
+    (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def a_shard_missing(directory: Path) -> None:
+    shards = {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (no_template, r"has no chat template; give an instruction-tuned model\."),
+        (
+            truncated,
+            r"cannot be read: model/model.safetensors is not a whole safetensors file \(.*\)\. Download it again\.",
+        ),
+        (
+            pointer,
+            r"cannot be read: model/model.safetensors is not a whole safetensors file \(.*\)\. Download it again\.",
+        ),
+        (a_shard_missing, r"lacks model-00002-of-00002.safetensors; download the whole model\."),
+    ],
+)
+def test_what_a_model_directory_lacks(tmp_path: Path, model: Path, spoil: Callable[[Path], None], problem: str) -> None:
+    spoil(model)
+    assert re.fullmatch(
+        f"--model '{re.escape(str(model))}' {problem}", read_model(tmp_path / "data", str(model)).problem
+    )
+    # The server refuses it for the same reason, before it reads any weights.
+    with pytest.raises(DataDirectoryError, match=problem):
+        prepare_reference(tmp_path / "data", str(model), lambda line: None)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_template_may_be_in_the_tokenizers_own_settings(model: Path) -> None:
+    no_template(model)
+    values = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**values, "chat_template": "{{ messages }}"}))
+    assert find_model(str(model)) == (str(model), {})
+
+
+def test_a_default_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "PACKAGE", "no_such_package")
+    with pytest.raises(DataDirectoryError, match="no_such_package is not installed: `make setup`, or give another"):
+        find_model("smollm2")
+
+
+def test_the_reference_that_is_there_counts(tmp_path: Path, model: Path) -> None:
+    make_reference(tmp_path / "data", model)
+    shutil.rmtree(model)
+    manifest = tmp_path / "data" / "policies" / "v0000" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "info": {"model": "mine"}}))
+    assert read_model(tmp_path / "data", "mine").shape is not None
+    assert read_model(tmp_path / "data", "other").problem.endswith(
+        "was made from 'mine', not 'other'; another --model needs another --data-dir."
+    )
+    manifest.unlink()
+    assert "The reference cannot be used: v0000 has no manifest.json" in read_model(tmp_path / "data", "mine").problem
+
+
+def test_a_model_that_is_not_on_this_machine(tmp_path: Path) -> None:
+    assert read_model(tmp_path, "nobody/nothing") == Model(fetched=False)
+    assert read_model(tmp_path, "no such/id/at all").problem == (
+        "--model 'no such/id/at all' is neither a directory nor a Hugging Face id."
+    )
+
+
+def test_needs_are_near_what_was_measured() -> None:
+    needs = needs_of(SMOLLM2, "bfloat16", 1, 64, 8)
+    # docs/benchmarks/soak.md: 707 and 3,073 MiB; docs/benchmarks/ppo.md: 3.88 GiB.
+    assert needs.server // MIB == 3789
+    assert needs.round // MIB == 4197
+    assert needs.version == 269_030_016
+
+
+def test_needs_grow_with_what_they_follow_from() -> None:
+    base = needs_of(SMOLLM2, "bfloat16", 1, 64, 8)
+    double = needs_of(SMOLLM2, "float32", 1, 64, 8)
+    assert double.version == 2 * base.version
+    assert double.server - base.server == 2 * base.version
+    assert needs_of(SMOLLM2, "bfloat16", 3, 64, 8).server - base.server == 2 * 2**30
+    assert needs_of(SMOLLM2, "bfloat16", 1, 512, 8).round // MIB == 10_074
+    assert needs_of(SMOLLM2, "bfloat16", 1, 512, 2).round // MIB == 4_823
+
+
+def test_the_learners_own_defaults_are_counted_with() -> None:
+    ours, theirs = DoctorSettings.model_fields["keep_versions"].default, LearnerSettings.model_fields["keep_versions"]
+    assert ours == theirs.default == 8
+    assert DoctorSettings().ppo.micro_batch == LearnerSettings().ppo.micro_batch == 8
+
+
+def test_speed_is_a_share_of_what_products_allow() -> None:
+    assert expected(0.02, 0.04, 0.1) == Speed(25.0, 200.0, 0.67 * 2560)
+
+
+def test_products_are_sampled_within_a_budget() -> None:
+    # A layer's matrices of 576 columns have 4,608 rows: 10.1 MiB in float32, of which 6 fit into 64 MiB.
+    assert samples(SMOLLM2.matrices, 4) == [Sample(4608, 576, 6, 30.0), Sample(576, 1536, 18, 30.0)]
+    # The head alone is larger than that.
+    assert samples({(49_152, 576): 1}, 4) == [Sample(29_127, 576, 1, 49_152 / 29_127)]
+    assert samples({(8, 4): 3}, 2) == [Sample(8, 4, 3, 3.0)]
+
+
+def test_this_machine_is_measured() -> None:
+    tiny = ModelShape(1000, (100, 8), {(8, 8): 4, (4, 8): 2})
+    speed = measure(tiny, "float32", 1)
+    assert speed.one > 100
+    assert speed.sixteen > speed.one

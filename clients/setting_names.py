@@ -11,12 +11,15 @@ SETTINGS = frozenset(
         "compile",
         "cpu_threads",
         "data_dir",
+        "dtype",
         "duel_alpha",
         "duel_user_votes",
         "gate",
         "gate.answers",
+        "gate.candidate_spacing",
         "gate.candidates",
         "gate.confidence",
+        "gate.early_share",
         "gate.empty_margin",
         "gate.gap_margin",
         "gate.judge_share",
@@ -63,7 +66,6 @@ SETTINGS = frozenset(
         "ppo.checkpoint_every",
         "ppo.clip_range",
         "ppo.critic_learning_rate",
-        "ppo.dtype",
         "ppo.dual_clip",
         "ppo.episodes",
         "ppo.epochs",
@@ -155,5 +157,6 @@ VARIABLES = frozenset(
 OLD = frozenset(
     {
         "gpu_memory_share",
+        "ppo.dtype",
     }
 )

@@ -117,7 +117,7 @@ def resumable(store: FeedbackStore, lease: Lease, max_resumes: int, stages: Stag
 
 
 def began_with(current: Round, here: dict[str, Any]) -> LearnerSettings:
-    """The settings that the round began with, but for those of `here`; today's variables and file have no say in them."""
+    """The settings that the round began with, and those of `here`; today's variables and prefloop.toml do not count."""
     try:
         return LearnerSettings.from_values({**current.settings, **here})
     except ValidationError as error:

@@ -1,9 +1,8 @@
-"""Where settings come from: flags, over `PREFLOOP_*` variables, over prefloop.toml in the working directory,
-over defaults.
+"""Where settings come from: flags over `PREFLOOP_*` variables over prefloop.toml over defaults.
 
-Variables and file are shared by server, learner and clients. Each program takes its own settings, leaves the others' to
-them, and refuses a name that none of them has. A setting under its old name is accepted for one version, with a line on
-standard error; wherever the new name is set too, the old one is ignored.
+Variables, and the file in the working directory, are shared by server, learner and clients. Each program takes its own
+settings, leaves the others' to them, and refuses a name that none of them has. A setting is accepted under its old name
+for one version, with a line on standard error; where its new name is set too, wherever that is, the old one is ignored.
 """
 
 import os
@@ -85,15 +84,15 @@ class SettingsBase(BaseSettings):
     @classmethod
     def _say_renamed(cls, flags: Iterable[str], variables: Iterable[str], file: Iterable[str]) -> None:
         """A line for each setting under its old name."""
-        new_names = {*flags, *variables, *file}
+        given = {*flags, *variables, *file}
         for names, where, spell in ((variables, "", as_variable), (file, f"{CONFIG_FILE}: ", _as_key)):
-            for old, new in cls.renamed.items():
-                if old in names and new in new_names:
+            for old in sorted(cls.renamed.keys() & set(names)):
+                new = cls.renamed[old]
+                if new in given:
                     _say(f"{where}{spell(old)} is ignored: its new name, {new}, is set too.")
-                elif old in names:
-                    _say(
-                        f"{where}{spell(old)} is now {spell(new)}; the old name works in this version, not in the next."
-                    )
+                else:
+                    until = "the old name works in this version, not in the next"
+                    _say(f"{where}{spell(old)} is now {spell(new)}; {until}.")
 
 
 def explain(error: ValueError) -> str:

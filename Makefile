@@ -61,6 +61,7 @@ stubs: setup
 	$(BIN)/python clients/generate.py
 
 docs: setup
+	$(BIN)/python docs/setting_names.py
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/languages.py
 

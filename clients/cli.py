@@ -40,10 +40,14 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 50051
 def main() -> None:
     """Runs the command line. Every expected failure is one sentence on stderr and exit code 1."""
     from clients.errors import PrefloopError
+    from clients.variables import UnknownSettingError, check_variables
 
     try:
+        # Before flags are read from variables; help is there without them.
+        if "--help" not in sys.argv:
+            check_variables(os.environ)
         app()
-    except PrefloopError as error:
+    except (PrefloopError, UnknownSettingError) as error:
         sys.exit(f"chat: {error}")
 
 

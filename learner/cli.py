@@ -236,15 +236,13 @@ def schedule(
 
 
 def _settings(**flags: Any) -> "LearnerSettings":
-    from pydantic import ValidationError
-
     from learner.settings import LearnerSettings
+    from server.shared.settings_base import explain
 
     try:
         return LearnerSettings.load(**flags)
-    except ValidationError as error:
-        first = error.errors()[0]
-        _fail(f"The setting {'.'.join(map(str, first['loc']))} is not valid: {first['msg']}.")
+    except ValueError as error:
+        _fail(explain(error))
 
 
 def _settings_with_data(data_dir: Path | None) -> "LearnerSettings":

@@ -101,7 +101,7 @@ class Engine:
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=64,
-            gpu_memory_utilization=settings.gpu_memory_share,
+            gpu_memory_utilization=settings.learner_gpu_memory_share,
             # A round samples some dozens of batches: compiling would cost more than it saves.
             enforce_eager=True,
             logprobs_mode="processed_logprobs",

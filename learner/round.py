@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from learner import reward_model as scoring
@@ -35,6 +36,7 @@ from learner.training_state import drop_states
 from learner.versions import versions
 from learner.workspace import Workspace, json_safe, nan_for_none, spread
 from server.erasing import cache_directory, sweep
+from server.errors import FailedPreconditionError
 from server.records import Lease, Round
 from server.shared.dtype import resolve_dtype
 from server.store import FeedbackStore
@@ -65,7 +67,7 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
         # The settings the round began with, but where its data are and what this machine computes in.
         here = {"data_dir": settings.data_dir, "dtype": dtype.name}
         began_in = current.settings["dtype"]
-        settings = LearnerSettings(**{**current.settings, **here})
+        settings = began_with(current, here)
         if began_in != dtype.name:
             current = change_dtype(store, lease, current, settings, stages)
     # Whoever was in quarantine when the round began is left out to its end, whatever an operator says meanwhile.
@@ -112,6 +114,19 @@ def resumable(store: FeedbackStore, lease: Lease, max_resumes: int, stages: Stag
         stages.console.print(f"{current.id} is given up: {reason}", highlight=False)
         return None
     return store.registry.resume_round(current.id, fence=lease)
+
+
+def began_with(current: Round, here: dict[str, Any]) -> LearnerSettings:
+    """The settings that the round began with, and those of `here`; today's variables and prefloop.toml do not count."""
+    try:
+        return LearnerSettings.from_values({**current.settings, **here})
+    except ValidationError as error:
+        names = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
+        raise FailedPreconditionError(
+            "OTHER_VERSION",
+            f"{current.id} was begun by another version of prefloop with settings that this one cannot use ({names}): "
+            "let that version finish it.",
+        ) from error
 
 
 def change_dtype(

@@ -1,4 +1,4 @@
-"""The learner's settings: flags over `PREFLOOP_*` variables over one TOML file over these defaults.
+"""The learner's settings.
 
 Names shared with the server (`data_dir`, `service_temperature`, ...) are the server's too; the rest stands in tables:
 `[reward]`, `[ppo]`, `[gate]`, in variables `PREFLOOP_PPO__STEPS=12`.
@@ -6,14 +6,13 @@ Names shared with the server (`data_dir`, `service_temperature`, ...) are the se
 
 from datetime import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server.shared.dtype import DtypeSetting
+from server.shared.settings_base import SettingsBase
 
-CONFIG_FILE = "prefloop.toml"
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -187,12 +186,10 @@ def quiet(hours: str, now: time) -> bool:
     return start <= now < end if start <= end else now >= start or now < end
 
 
-class LearnerSettings(BaseSettings):
-    """Validated once, at start. The TOML file is shared with the server, so unknown keys are its own."""
+class LearnerSettings(SettingsBase):
+    """What every command of the learner is told."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="PREFLOOP_", env_nested_delimiter="__", toml_file=CONFIG_FILE, extra="ignore", frozen=True
-    )
+    renamed: ClassVar = {"gpu_memory_share": "learner_gpu_memory_share", "ppo.dtype": "dtype"}
 
     data_dir: Path = Field(Path("data"), description="Everything that is kept: the database and the policies.")
     service_temperature: float = Field(
@@ -205,7 +202,9 @@ class LearnerSettings(BaseSettings):
         2048, ge=64, description="Tokens of a prompt and its answer together; longer prompts are left out."
     )
     kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a CPU.")
-    gpu_memory_share: float = Field(0.3, gt=0, le=1, description="Share of the GPU's memory for the learner's engine.")
+    learner_gpu_memory_share: float = Field(
+        0.3, gt=0, le=1, description="Share of the GPU's memory for the learner's engine."
+    )
     cpu_threads: str = Field(
         "auto",
         description="Cores that the engine's threads are bound to on a CPU, as `0-3,6`; `auto`: none, but all used.",
@@ -247,19 +246,3 @@ class LearnerSettings(BaseSettings):
                 f"gate.signal_p {self.gate.signal_p:g} cannot be undercut with {self.reward.permutations} permutations"
             )
         return self
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
-
-    @classmethod
-    def load(cls, **flags: Any) -> "LearnerSettings":
-        """The settings; a flag that is None was not given. Raises pydantic.ValidationError."""
-        return cls(**{name: value for name, value in flags.items() if value is not None})

@@ -13,6 +13,7 @@ from typing import Any
 
 from server.errors import NotFoundError
 from server.records import FeedbackEvent, Policy, Round
+from server.shared.stored_round import start_from
 from server.store import FeedbackStore
 
 
@@ -101,7 +102,7 @@ def _made(store: FeedbackStore, policy: Policy) -> dict[str, Any] | None:
         "version": policy.version,
         "round_id": round_.id,
         "create_time": round_.create_time,
-        "start_from": _start(round_),
+        "start_from": start_from(round_.settings),
         "reward_model_version": policy.reward_model_version,
         "watermark": round_.watermark,
         "votes": {side: sorted(vote for vote, s in sides.items() if s == side) for side in ("train", "judge")},
@@ -127,13 +128,9 @@ def _with_ancestors(store: FeedbackStore, policy: Policy) -> Iterator[Policy]:
         yield policy
         if policy.round_id is None or policy.parent_version is None:
             return
-        if _start(store.registry.round(policy.round_id)) != "active":
+        if start_from(store.registry.round(policy.round_id).settings) != "active":
             return
         policy = store.registry.policy(policy.parent_version)
-
-
-def _start(round_: Round) -> str:
-    return str(round_.settings.get("ppo", {}).get("start_from", "reference"))
 
 
 def _seen(events: list[FeedbackEvent], round_: Round) -> FeedbackEvent | None:

@@ -170,16 +170,13 @@ def compact_data(data_dir: DataDir = None) -> None:
 
 
 def _settings(**flags: Any) -> "ServerSettings":
-    from pydantic import ValidationError
-
     from server.settings import ServerSettings
+    from server.shared.settings_base import explain
 
     try:
         return ServerSettings.load(**flags)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        _fail(f"The setting {where} is not valid: {first['msg']}." if where else f"The settings: {first['msg']}.")
+    except ValueError as error:
+        _fail(explain(error))
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def start_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) ->
         dtype=dtype,
         max_model_len=min(settings.max_model_len, limit),
         max_num_seqs=settings.max_streams,
-        gpu_memory_utilization=settings.gpu_memory_share,
+        gpu_memory_utilization=settings.server_gpu_memory_share,
         enforce_eager=not settings.compile,
         # The model in the engine's own process. On a CPU vLLM would start one more, and the engine, waiting for it,
         # would spin on a core that the model needs. The class and not its name, which vLLM would overrule.

@@ -10,6 +10,7 @@ from server.database import Database
 from server.duel import Duel
 from server.records import Feedback, FeedbackEvent, Lease, PointerEvent, Side
 from server.registry import check_fence
+from server.shared import stored_round
 
 
 class Lineage:
@@ -55,12 +56,12 @@ class Lineage:
         started from one."""
         rounds, found = set(round_ids), dict[str, str]()
         rows = self._db.rows(
-            "SELECT p.version, p.state, p.round_id, p.parent_version, "
-            "r.settings ->> '$.ppo.start_from' = 'active' AS inherits "
+            "SELECT p.version, p.state, p.round_id, p.parent_version, coalesce(r.settings, '{}') AS settings "
             "FROM policies p LEFT JOIN rounds r ON r.id = p.round_id ORDER BY p.rowid"
         )
         for row in rows:  # A parent comes before its children.
-            if row["round_id"] in rounds or (row["inherits"] and row["parent_version"] in found):
+            inherits = stored_round.start_from(stored_round.SETTINGS.load(row["settings"])) == "active"
+            if row["round_id"] in rounds or (inherits and row["parent_version"] in found):
                 found[row["version"]] = row["state"]
         return found
 

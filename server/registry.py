@@ -13,6 +13,7 @@ from server.database import Database, Row
 from server.errors import ConflictError, FailedPreconditionError, NotFoundError
 from server.ids import new_id
 from server.records import Lease, PointerAction, Policy, Replica, RewardModel, Round
+from server.shared import stored_round
 
 REFERENCE = "v0000"
 # The lease of the one learner that may be at work.
@@ -268,7 +269,7 @@ class Registry:
                     "watermark": watermark,
                     "incumbent_version": self.active_policy().version,
                     "reference_version": reference_version,
-                    "settings": json.dumps(settings),
+                    "settings": stored_round.SETTINGS.dump(settings),
                     "attempts": 1,
                     "quarantined": json.dumps(sorted(quarantined)),
                     "create_time": self._db.now(),
@@ -296,10 +297,10 @@ class Registry:
                 "WHERE id = ?",
                 [
                     stage or old.stage,
-                    json.dumps({**old.metrics, **(metrics or {})}),
+                    stored_round.METRICS.dump({**old.metrics, **(metrics or {})}),
                     policy_version or old.policy_version,
                     reward_model_version or old.reward_model_version,
-                    json.dumps(settings or old.settings),
+                    stored_round.SETTINGS.dump(settings or old.settings),
                     round_id,
                 ],
             )
@@ -447,4 +448,9 @@ def _reward_model(row: Row) -> RewardModel:
 
 
 def _round(row: Row) -> Round:
-    return Round(**{**row, **{name: json.loads(row[name]) for name in ("metrics", "settings", "quarantined")}})
+    stored = {
+        "settings": stored_round.SETTINGS.load(row["settings"]),
+        "metrics": stored_round.METRICS.load(row["metrics"]),
+        "quarantined": json.loads(row["quarantined"]),
+    }
+    return Round(**{**row, **stored})

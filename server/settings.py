@@ -1,22 +1,21 @@
-"""The server's settings: flags over `PREFLOOP_*` variables over one TOML file over these defaults."""
+"""The server's settings."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server.identity import LOOPBACK
 from server.shared.dtype import DtypeSetting
+from server.shared.settings_base import SettingsBase
 
 DEFAULT_MODEL = "smollm2"
-CONFIG_FILE = "prefloop.toml"
 
 
-class ServerSettings(BaseSettings):
-    """Validated once, at start. The TOML file is shared with the learner, so unknown keys are its own."""
+class ServerSettings(SettingsBase):
+    """What `server serve` and the commands beside it are told."""
 
-    model_config = SettingsConfigDict(env_prefix="PREFLOOP_", toml_file=CONFIG_FILE, extra="ignore", frozen=True)
+    renamed: ClassVar = {"gpu_memory_share": "server_gpu_memory_share"}
 
     data_dir: Annotated[Path, Field(description="All that is kept: the database and the policies.")] = Path("data")
     model: Annotated[
@@ -67,7 +66,9 @@ class ServerSettings(BaseSettings):
     call_seconds: Annotated[float, Field(gt=0, description="How long any call may take.")] = 600.0
     max_connections: Annotated[int, Field(ge=1, description="Connections at once; more are closed.")] = 2000
     kv_cache_gib: Annotated[int, Field(ge=1, description="Memory for the KV cache on a CPU.")] = 1
-    gpu_memory_share: Annotated[float, Field(gt=0, le=1, description="Share of the GPU's memory for the engine.")] = 0.5
+    server_gpu_memory_share: Annotated[
+        float, Field(gt=0, le=1, description="Share of the GPU's memory for the server's engine.")
+    ] = 0.5
     cpu_threads: Annotated[
         str,
         Field(
@@ -139,19 +140,3 @@ class ServerSettings(BaseSettings):
                 f"{self.service_temperature}, within 0 to 2"
             )
         return self
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
-
-    @classmethod
-    def load(cls, **flags: Any) -> "ServerSettings":
-        """The settings; a flag that is None was not given. Raises pydantic.ValidationError."""
-        return cls(**{name: value for name, value in flags.items() if value is not None})

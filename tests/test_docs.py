@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from server.shared.variables import read_variables, unknown
+
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *map(str, sorted(Path("docs").rglob("*.md")))]
 PAGES += [f"clients/{language}/README.md" for language in ("go", "node")]
 
@@ -15,6 +17,30 @@ PAGES += [f"clients/{language}/README.md" for language in ("go", "node")]
 def test_the_reference_lists_every_command_and_setting(root: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "docs/generate.py", str(tmp_path / "made.md")], cwd=root, check=True, timeout=60)
     assert (tmp_path / "made.md").read_text() == (root / "docs" / "reference.md").read_text(), "run `make docs`"
+
+
+def test_the_lists_of_settings_are_the_codes(root: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "docs/setting_names.py", str(tmp_path)], cwd=root, check=True, timeout=60)
+    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.py"))
+    assert list(map(str, made)) == [
+        "clients/setting_names.py",
+        "clients/variables.py",
+        "server/shared/setting_names.py",
+    ]
+    changed = [str(path) for path in made if (tmp_path / path).read_text() != (root / path).read_text()]
+    assert changed == [], "run `make docs`"
+
+
+@pytest.mark.parametrize("folder", ["server", "learner", "clients", "benchmarks", "deploy", "docs", "tests/e2e"])
+def test_every_variable_in_the_code_is_in_the_list(root: Path, folder: str) -> None:
+    """Whatever the code reads or sets; where one is missing, it belongs in docs/setting_names.py or is misspelled."""
+    files = [
+        path
+        for path in (root / folder).rglob("*")
+        if path.suffix in {".py", ".js", ".go", ".yaml", ".service", ".example"}
+    ]
+    named = {name for path in files for name in re.findall(r"PREFLOOP_[A-Z0-9_]*[A-Z0-9]", path.read_text())}
+    assert sorted(unknown(read_variables(dict.fromkeys(named, "")))) == []
 
 
 @pytest.mark.parametrize("page", PAGES)

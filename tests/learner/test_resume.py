@@ -176,3 +176,32 @@ def test_a_round_that_goes_on_in_another_dtype_starts_ppo_over(begun: Path, tmp_
     assert round_.metrics["ppo"]["steps"][0]["mismatch_rms"] > 1e-3
     weights = load_file(data_dir / "policies" / "v0001" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def run_with(environment: dict[str, str], data_dir: Path) -> None:
+    os.environ.update(environment)
+    run(data_dir)
+
+
+def test_a_round_that_an_earlier_version_began_goes_on_as_it_began(
+    begun: Path, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    """As commit a51ccdf stores settings and metrics, with other settings in the environment by now."""
+    data_dir = tmp_path / "data"
+    shutil.copytree(begun, data_dir)
+    killed(data_dir, "learner.training:ppo_update", 3)
+    store = FeedbackStore.open(data_dir)
+    [round_] = store.registry.rounds()
+    settings = dict(round_.settings)
+    settings["gpu_memory_share"] = settings.pop("learner_gpu_memory_share")
+    settings["ppo"] = {**settings["ppo"], "dtype": settings.pop("dtype")}
+    with store._db.write():
+        values = [json.dumps(settings), json.dumps(round_.metrics)]
+        assert store._db.execute("UPDATE rounds SET settings = ?, metrics = ?", values) == 1
+    store.close()
+    environment = {"PREFLOOP_SEED": "7", "PREFLOOP_LEARNER_GPU_MEMORY_SHARE": "0.9", "PREFLOOP_PPO__KL_TARGET": "1"}
+    process = PROCESSES.Process(target=run_with, args=(environment, data_dir))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    assert outcome(data_dir) == unbroken

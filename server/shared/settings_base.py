@@ -1,0 +1,142 @@
+"""Where settings come from: flags over `PREFLOOP_*` variables over prefloop.toml over defaults.
+
+Variables, and the file in the working directory, are shared by server, learner and clients. Each program takes its own
+settings, leaves the others' to them, and refuses a name that none of them has. A setting is accepted under its old name
+for one version, with a line on standard error; where its new name is set too, wherever that is, the old one is ignored.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from tomllib import TOMLDecodeError
+from typing import Any, ClassVar, Self
+
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from server.shared.setting_names import OLD, SETTINGS, VARIABLES
+from server.shared.tables import flatten, nest
+from server.shared.variables import NESTED, PREFIX, as_variable, hint, nearest, read_variables, refuse, unknown
+
+CONFIG_FILE = "prefloop.toml"
+
+
+class SettingsBase(BaseSettings):
+    """Validated once, at start. What is wrong raises a ValueError, of which `explain` makes a sentence."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter=NESTED, extra="forbid", frozen=True)
+
+    # From old name to new, as `ppo.dtype`. An entry stays for one version.
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def load(cls, **flags: Any) -> Self:
+        """The settings; a flag that is None was not given."""
+        return cls(**{name: value for name, value in flags.items() if value is not None})
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """These values over the defaults, whatever variables and prefloop.toml say."""
+        return cls(_build_sources=((InitSettingsSource(cls, values),), values))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        assert isinstance(init_settings, InitSettingsSource)
+        variables = read_variables(os.environ)
+        file = flatten(_lower(TomlConfigSettingsSource(cls, CONFIG_FILE).toml_data))
+        refuse([*unknown(variables), *_unknown_keys(file)])
+        cls._say_renamed(flatten(init_settings.init_kwargs), variables, file)
+        return (
+            init_settings,
+            _variables_source(cls, cls._own(variables)),
+            InitSettingsSource(cls, nest(cls._own(file))),
+            _variables_source(cls, cls._renamed(variables)),
+            InitSettingsSource(cls, nest(cls._renamed(file))),
+        )
+
+    @classmethod
+    def _own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """This program's settings."""
+        tops = cls.model_fields.keys()
+        return {n: value for n, value in values.items() if n.partition(".")[0] in tops and n not in cls.renamed}
+
+    @classmethod
+    def _renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What is set by old names, under the new ones."""
+        return {new: values[old] for old, new in cls.renamed.items() if old in values}
+
+    @classmethod
+    def _say_renamed(cls, flags: Iterable[str], variables: Iterable[str], file: Iterable[str]) -> None:
+        """A line for each setting under its old name."""
+        given = {*flags, *variables, *file}
+        for names, where, spell in ((variables, "", as_variable), (file, f"{CONFIG_FILE}: ", _as_key)):
+            for old in sorted(cls.renamed.keys() & set(names)):
+                new = cls.renamed[old]
+                if new in given:
+                    _say(f"{where}{spell(old)} is ignored: its new name, {new}, is set too.")
+                else:
+                    until = "the old name works in this version, not in the next"
+                    _say(f"{where}{spell(old)} is now {spell(new)}; {until}.")
+
+
+def explain(error: ValueError) -> str:
+    """What is wrong with the settings, in a sentence."""
+    match error:
+        case ValidationError():
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                return f"Unknown setting: {hint(where, nearest(where, SETTINGS))}."
+            return f"The setting {where} is not valid: {first['msg']}." if where else f"The settings: {first['msg']}."
+        case TOMLDecodeError():
+            return f"{CONFIG_FILE} is not TOML: {error}."
+        case SettingsError():
+            return f"The settings: {error}."
+    return str(error)
+
+
+def _unknown_keys(file: Iterable[str]) -> Iterator[str]:
+    """Each key of the file that is nobody's, with a hint: some settings are variables alone."""
+    for name in sorted(set(file) - SETTINGS - OLD):
+        near = nearest(name, SETTINGS)
+        meant = f"the variable {as_variable(name)}" if name in VARIABLES else near and _as_key(near)
+        yield hint(f"{CONFIG_FILE}: {_as_key(name)}", meant)
+
+
+def _as_key(name: str) -> str:
+    """`[ppo] steps` for `ppo.steps`."""
+    table, _, key = name.rpartition(".")
+    return f"[{table}] {key}" if table else key
+
+
+def _lower(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.lower(): _lower(value) if isinstance(value, dict) else value for name, value in table.items()}
+
+
+def _variables_source(cls: type[BaseSettings], variables: Mapping[str, str]) -> EnvSettingsSource:
+    """Reads these variables, as texts by setting, and no others."""
+    source = EnvSettingsSource(cls)
+    source.env_vars = {as_variable(name).lower(): text for name, text in variables.items()}
+    return source
+
+
+@cache
+def _say(line: str) -> None:
+    """Once in a process, which may read its settings more than once."""
+    print(line, file=sys.stderr)

@@ -1,0 +1,91 @@
+"""What a round keeps in the store is read in today's format, whichever wrote it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.shared import stored_round
+from server.shared.stored_round import METRICS, SETTINGS, Stored, start_from
+from server.store import FeedbackStore
+from tests.server.test_lineage import lease
+
+
+def test_a_format_is_read_through_every_upgrade_since() -> None:
+    def first(values: dict[str, Any]) -> dict[str, Any]:
+        return {"b": values["a"] + 1}
+
+    def second(values: dict[str, Any]) -> dict[str, Any]:
+        return {"c": values["b"] * 10}
+
+    stored = Stored((first, second))
+    assert stored.load('{"a": 1}') == {"c": 20}
+    assert stored.load('{"format": 0, "a": 1}') == {"c": 20}
+    assert stored.load('{"format": 1, "b": 3}') == {"c": 30}
+    assert stored.load('{"format": 2, "c": 4}') == {"c": 4}
+    assert json.loads(stored.dump({"c": 4})) == {"format": 2, "c": 4}
+    # A newer version's, as it is, also when it is written again.
+    newer = {"format": 3, "d": 5}
+    assert stored.load(json.dumps(newer)) == newer
+    assert json.loads(stored.dump(newer)) == newer
+
+
+def test_settings_of_format_0() -> None:
+    old = {"seed": 1, "gpu_memory_share": 0.2, "ppo": {"dtype": "float32", "steps": 3}}
+    assert SETTINGS.load(json.dumps(old)) == {
+        "seed": 1, "learner_gpu_memory_share": 0.2, "dtype": "float32", "ppo": {"steps": 3}
+    }  # fmt: skip
+    older = {"schedule_cron": "0 4 * * *", "ppo": {"start_from": "incumbent", "dtype": "bfloat16"}}
+    assert SETTINGS.load(json.dumps(older)) == {
+        "schedule": {"cron": "0 4 * * *"}, "ppo": {"start_from": "active"}, "dtype": "bfloat16"
+    }  # fmt: skip
+    assert SETTINGS.load("{}") == METRICS.load("{}") == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, "reference"), ({"ppo": {}}, "reference"), ({"ppo": {"start_from": "active"}}, "active")],
+)
+def test_where_a_round_started(settings: dict[str, Any], expected: str) -> None:
+    assert start_from(settings) == expected
+
+
+def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FeedbackStore.open(tmp_path)
+    store.registry.register_reference()
+    fence = lease(store)
+    round_ = store.registry.create_round(0, {"seed": 1}, reference_version="v0000", fence=fence)
+    store.registry.update_round(round_.id, metrics={"votes": 1}, fence=fence)
+    [row] = store._db.rows("SELECT settings, metrics FROM rounds")
+    assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
+        {"format": 1, "seed": 1},
+        {"format": 0, "votes": 1},
+    )
+    found = store.registry.round(round_.id)
+    assert (found.settings, found.metrics) == ({"seed": 1}, {"votes": 1})
+
+    # Metrics of an earlier format that a later version adds to are upgraded once.
+    later = Stored((lambda values: {**values, "votes": values.get("votes", 0) + 10},))
+    monkeypatch.setattr(stored_round, "METRICS", later)
+    store.registry.update_round(round_.id, metrics={"signal": 2}, fence=fence)
+    assert store.registry.round(round_.id).metrics == {"votes": 11, "signal": 2}
+    assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 1
+    store.registry.update_round(round_.id, settings={"seed": 2}, fence=fence)
+    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 1, "seed": 2}
+    store.close()
+
+
+def test_what_earlier_rounds_started_from_decides_what_later_versions_carry(tmp_path: Path) -> None:
+    from tests.server.test_forgetting import trained
+
+    store = FeedbackStore.open(tmp_path)
+    store.registry.register_reference()
+    fence = lease(store)
+    first = trained(store, fence, "v0001", {}, "reference", "v0000")
+    second = trained(store, fence, "v0002", {}, "active", "v0001")
+    with store._db.write():
+        old = json.dumps({"ppo": {"start_from": "incumbent"}})
+        store._db.execute("UPDATE rounds SET settings = ? WHERE id = ?", [old, second])
+    assert store.lineage.carriers([first]) == {"v0001": "candidate", "v0002": "candidate"}
+    store.close()

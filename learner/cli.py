@@ -241,7 +241,7 @@ def _settings(**flags: Any) -> "LearnerSettings":
 
     try:
         return LearnerSettings.load(**flags)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _fail(explain(error))
 
 

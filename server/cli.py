@@ -175,7 +175,7 @@ def _settings(**flags: Any) -> "ServerSettings":
 
     try:
         return ServerSettings.load(**flags)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _fail(explain(error))
 
 

@@ -13,17 +13,17 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`slow` leaves something of every test in the sample."""
-    if "not slow" not in config.option.markexpr:
-        return
-    sampled = {name_of(item) for item in items if not item.get_closest_marker("slow")}
-    if left_out := sorted({name_of(item) for item in items} - sampled):
-        raise pytest.UsageError(f"all parameters are slow: {', '.join(left_out)}")
-
-
-def name_of(item: pytest.Item) -> str:
-    """Of the test, without its parameters."""
-    return item.nodeid.partition("[")[0]
+    """`slow` leaves something of every file in the sample. Of two processes one runs what needs an engine, from the
+    start, and the other the rest: there is memory for one engine, and time for both."""
+    if "not slow" in config.option.markexpr:
+        sampled = {item.path for item in items if not item.get_closest_marker("slow")}
+        if left_out := sorted({item.path.name for item in items if item.path not in sampled}):
+            raise pytest.UsageError(f"nothing of {', '.join(left_out)} is in the sample")
+    if config.getoption("dist", "no") == "loadgroup":
+        items.sort(key=lambda item: not item.get_closest_marker("e2e"))
+        for item in items:
+            group = "e2e" if item.get_closest_marker("e2e") else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

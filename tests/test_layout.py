@@ -13,7 +13,7 @@ from clients.generate import generate
 STORE = ("store", "database", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
 KEPT = ("erasing", "samples")
 # What server and learner both decide by.
-SHARED = ("shared.dtype", "shared.settings_base", "shared.stored_round")
+SHARED = ("shared.dtype", "shared.machine", "shared.settings_base", "shared.stored_round")
 LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT, *SHARED)}
 
 
@@ -42,17 +42,11 @@ def test_the_clients_import_only_the_stubs(root: Path) -> None:
     assert not {name for name in imports(root, "clients") if name.split(".")[0] in {"server", "learner", "torch"}}
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(
-    "module",
-    ["server.cli", "learner.cli", "clients.cli", "server.store", "server.process", "server.doctor.examine"],
-)
-=======
 LIGHT = ("server.cli", "learner.cli", "clients.cli", "server.store", "server.process", "server.settings")
+ALSO_LIGHT = ("learner.settings", "server.shared.settings_base", "server.doctor.examine")
 
 
-@pytest.mark.parametrize("module", [*LIGHT, "learner.settings", "server.shared.settings_base"])
->>>>>>> 03836e6 (wip2)
+@pytest.mark.parametrize("module", [*LIGHT, *ALSO_LIGHT])
 def test_starting_a_command_loads_neither_torch_nor_vllm(module: str) -> None:
     check = f"import sys, {module}; sys.exit(bool({{'torch', 'vllm', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], timeout=60, check=False).returncode == 0

@@ -1,6 +1,7 @@
 """Two tiers of tests: `make test` takes a sample of every kind, `make test-slow` the whole.
 
-`slow` stands on parameters only, so that something of every test is in the sample.
+What takes long is marked `slow`: parameters of a test, or a test whose kind others show. Something of every file is in
+the sample (`tests/conftest.py`).
 """
 
 from typing import Any

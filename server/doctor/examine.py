@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from tomllib import TOMLDecodeError
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_settings import SettingsConfigDict
+from pydantic import BaseModel, Field
 
 from server.doctor import machine_checks, readings, setup_checks
 from server.doctor.finding import Finding, State
@@ -20,11 +18,12 @@ from server.doctor.needs import Needs, needs_of
 from server.doctor.readings import Torch
 from server.doctor.speed import Speed, measure
 from server.errors import ServiceError
-from server.settings import CONFIG_FILE, ServerSettings
+from server.settings import ServerSettings
 from server.shared.machine import GIB, Machine, read_machine, slow_reason
+from server.shared.settings_base import CONFIG_FILE, explain
+from server.shared.variables import PREFIX
 from server.weights import MERGED
 
-PREFIX = "PREFLOOP_"
 # What the speed's measurement takes at most, with room for torch itself.
 MEASURE_BYTES = GIB
 
@@ -37,8 +36,6 @@ class LearnerShare(BaseModel):
 
 class DoctorSettings(ServerSettings):
     """The server's, and those of the learner's that disk and memory have to have room for."""
-
-    model_config = SettingsConfigDict(env_nested_delimiter="__")
 
     keep_versions: Annotated[int, Field(ge=1)] = 8
     ppo: LearnerShare = LearnerShare()
@@ -70,22 +67,6 @@ def load_settings(**flags: Any) -> tuple[DoctorSettings, str]:
         return DoctorSettings(**given), ""
     except (ServiceError, ValueError, OSError) as error:
         return DoctorSettings.model_construct(**given), explain(error)
-
-
-def explain(error: Exception) -> str:
-    """What is wrong with the settings, in a sentence."""
-    match error:
-        case ValidationError():
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            return f"The setting {where} is not valid: {first['msg']}." if where else f"The settings: {first['msg']}."
-        case TOMLDecodeError():
-            return f"{CONFIG_FILE} is not TOML: {error}."
-        case UnicodeDecodeError():
-            return f"{CONFIG_FILE} is not UTF-8."
-        case OSError():
-            return f"{CONFIG_FILE} cannot be read ({error.strerror})."
-    return str(error)
 
 
 class Examination:

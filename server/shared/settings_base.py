@@ -31,7 +31,7 @@ CONFIG_FILE = "prefloop.toml"
 
 
 class SettingsBase(BaseSettings):
-    """Validated once, at start. What is wrong raises a ValueError, of which `explain` makes a sentence."""
+    """Validated once, at start. What is wrong raises a ValueError or OSError, of which `explain` makes a sentence."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter=NESTED, extra="forbid", frozen=True)
 
@@ -95,7 +95,7 @@ class SettingsBase(BaseSettings):
                     _say(f"{where}{spell(old)} is now {spell(new)}; {until}.")
 
 
-def explain(error: ValueError) -> str:
+def explain(error: Exception) -> str:
     """What is wrong with the settings, in a sentence."""
     match error:
         case ValidationError():
@@ -106,6 +106,10 @@ def explain(error: ValueError) -> str:
             return f"The setting {where} is not valid: {first['msg']}." if where else f"The settings: {first['msg']}."
         case TOMLDecodeError():
             return f"{CONFIG_FILE} is not TOML: {error}."
+        case UnicodeDecodeError():
+            return f"{CONFIG_FILE} is not UTF-8."
+        case OSError():
+            return f"{CONFIG_FILE} cannot be read ({error.strerror})."
         case SettingsError():
             return f"The settings: {error}."
     return str(error)

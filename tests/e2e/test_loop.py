@@ -17,17 +17,13 @@ import pytest
 
 from clients import Client
 from clients.questions import questions
-from clients.voter import TASTES, Taste, Voter, ask, compare
-from server.settings import DEFAULT_MODEL
+from clients.voter import TASTES, Voter, ask, compare
 from server.store import FeedbackStore
 from tests.e2e.conftest import LiveServer, live_server
 
 pytestmark = pytest.mark.e2e
 
 COMPARISONS = 150
-# Of what the default model says, and of what the tiny one, which speaks no language and ends no answer, can learn.
-TASTE = TASTES["short"]
-TINY_TASTE = Taste("the more capital letters, the better", lambda answer: sum(map(str.isupper, answer.text)))
 SMALL = {
     # A learner that is killed keeps the next one waiting this long.
     "PREFLOOP_LEASE_SECONDS": "3",
@@ -35,6 +31,7 @@ SMALL = {
     "PREFLOOP_PPO__STEPS": "5",
     "PREFLOOP_PPO__EPISODES": "16",
     "PREFLOOP_PPO__SAVE_EVERY": "5",
+    "PREFLOOP_PPO__LEARNING_RATE": "6e-4",
     "PREFLOOP_PPO__KL_COEF": "0.01",
     "PREFLOOP_PPO__KL_BUDGET": "100",
     "PREFLOOP_REWARD__PERMUTATIONS": "20",
@@ -43,16 +40,11 @@ SMALL = {
     "PREFLOOP_GATE__PROMPTS": "32",
     "PREFLOOP_GATE__REFITS": "100",
     "PREFLOOP_GATE__CONFIDENCE": "0.501",
+    "PREFLOOP_GATE__EARLY_SHARE": "0",
     "PREFLOOP_GATE__LENGTH_RANGE": "[0.01, 4]",
     "PREFLOOP_GATE__EMPTY_MARGIN": "1",
     "PREFLOOP_GATE__REPETITION_MARGIN": "1",
 }
-RATE, TINY_RATE = "6e-4", "3e-3"
-
-
-def settings(live: LiveServer) -> dict[str, str]:
-    rate = RATE if live.model == DEFAULT_MODEL else TINY_RATE
-    return {**os.environ, **SMALL, "PREFLOOP_PPO__LEARNING_RATE": rate}
 
 
 def command(live: LiveServer, *arguments: str) -> list[str]:
@@ -62,7 +54,7 @@ def command(live: LiveServer, *arguments: str) -> list[str]:
 def learner(live: LiveServer, *arguments: str) -> Any:
     result = subprocess.run(
         command(live, *arguments),
-        capture_output=True, text=True, timeout=480, check=False, env=settings(live),
+        capture_output=True, text=True, timeout=480, check=False, env={**os.environ, **SMALL},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -71,7 +63,7 @@ def learner(live: LiveServer, *arguments: str) -> Any:
 def kill_after_two_steps(live: LiveServer) -> None:
     """Starts a round and kills it once its second PPO step is on disk."""
     process = subprocess.Popen(
-        command(live, "run-once"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=settings(live)
+        command(live, "run-once"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **SMALL}
     )
     end = time.monotonic() + 300
     while not list(live.data_dir.glob("rounds/*/state-002")):
@@ -82,11 +74,11 @@ def kill_after_two_steps(live: LiveServer) -> None:
     process.wait()
 
 
-def test_votes_become_a_policy_that_serves(live: LiveServer) -> None:
+def test_votes_become_a_policy_that_serves(default: LiveServer) -> None:
+    live = default
     assert learner(live, "run-once")["state"] == "nothing"
     with Client(live.address, user="voter") as client:
-        taste = TASTE if live.model == DEFAULT_MODEL else TINY_TASTE
-        voter = Voter(taste, flip_rate=0.0, max_tokens=32, seed=0)
+        voter = Voter(TASTES["short"], flip_rate=0.0, max_tokens=32, seed=0)
         cast = voter.vote_on(client, questions(0)[:COMPARISONS], concurrency=16, on_vote=lambda: None)
         assert cast.a_or_b + cast.ties == COMPARISONS
         kill_after_two_steps(live)
@@ -135,8 +127,10 @@ def scores(live: LiveServer) -> Iterator[str]:
         impatience.cancel()
 
 
-def test_the_newest_reward_model_chooses_what_is_compared(live: LiveServer) -> None:
+@pytest.mark.slow
+def test_the_newest_reward_model_chooses_what_is_compared(default: LiveServer) -> None:
     """After the test above, which leaves a reward model."""
+    live = default
     store = FeedbackStore.open(live.data_dir)
     newest = store.registry.newest_reward_model()
     if newest is None:

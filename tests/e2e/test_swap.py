@@ -66,9 +66,10 @@ def activate(live: LiveServer, version: str) -> None:
 
 
 def test_a_default_server_answers(default: LiveServer) -> None:
-    started, streamed, finished = ask(default, "What is the capital of France?", temperature=0, max_tokens=24)
+    started, streamed, finished = ask(default, "What is the capital of Japan?", temperature=0, max_tokens=24)
     assert streamed == finished.text
-    assert "France" in finished.text
+    # Its first words are far from a tie: the same in bfloat16, whose rounding differs from one processor to the next.
+    assert "The capital of Japan is Tokyo" in finished.text
     assert spans(default, started) == [(0, finished.usage.completion_tokens, "v0000", False)]
 
 
@@ -179,6 +180,7 @@ def failing(model: str, tmp_path: Path) -> Iterator[LiveServer]:
         yield server
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_in_a_swap_comes_back_with_the_old_policy(failing: LiveServer) -> None:
     live = failing
     before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
@@ -193,9 +195,16 @@ def test_an_engine_that_dies_in_a_swap_comes_back_with_the_old_policy(failing: L
     assert (after, started.policy_version) == (before, "v0000")
 
 
-# What notices either is tested in test_watchdog.py.
-@pytest.mark.parametrize("blow", [signal.SIGKILL, slow(signal.SIGSTOP)])
-def test_an_engine_that_dies_or_hangs_comes_back_with_what_it_served(live: LiveServer, blow: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("blow", "seconds", "complaint"),
+    [
+        (signal.SIGKILL, (0, 2), "the engine died"),
+        slow(signal.SIGSTOP, (9, 12), "the engine's process has not run for 10 s; it was killed"),
+    ],
+)
+def test_an_engine_that_dies_or_hangs_comes_back_with_what_it_served(
+    live: LiveServer, blow: signal.Signals, seconds: tuple[int, int], complaint: str
+) -> None:
     version = make_version(live.data_dir, negate_norm)
     activate(live, version)
     before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
@@ -211,8 +220,9 @@ def test_an_engine_that_dies_or_hangs_comes_back_with_what_it_served(live: LiveS
         list(call)
     assert error.value.code() == grpc.StatusCode.UNAVAILABLE
     assert next(watching).status == not_serving
-    assert time.monotonic() - struck < 15
+    assert seconds[0] < time.monotonic() - struck < seconds[1]
     assert next(watching).status == serving
+    assert complaint in "".join(live.log)
     watching.cancel()
     asked = chat_pb2.GetConversationRequest(conversation_id=cut_off.conversation_id)
     [turn] = live.chat.GetConversation(asked).conversation.turns

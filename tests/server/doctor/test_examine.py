@@ -97,6 +97,7 @@ def test_a_broken_set_up_has_a_sentence_for_each_thing(tmp_path: Path) -> None:
     [
         (b"port = \n", "prefloop.toml is not TOML: Invalid value (at line 1, column 8)."),
         (b'model = "\xff"\n', "prefloop.toml is not UTF-8."),
+        (b"prot = 1\n", "Unknown setting: prefloop.toml: prot (did you mean port?)."),
         (b"kv_cache_gib = 0\n", "The setting kv_cache_gib is not valid: Input should be greater than or equal to 1."),
     ],
 )

@@ -125,6 +125,8 @@ def test_what_cannot_be_read_is_a_sentence(here: Path, monkeypatch: pytest.Monke
     assert refused(ServerSettings.load).startswith('The settings: error parsing value for field "compare_temperatures"')
     (here / "prefloop.toml").write_text("port: 1\n")
     assert refused(ServerSettings.load).startswith("prefloop.toml is not TOML: Expected '=' after a key")
+    (here / "prefloop.toml").write_bytes(b'model = "caf\xe9"\n')
+    assert refused(ServerSettings.load) == "prefloop.toml is not UTF-8."
 
 
 @pytest.mark.parametrize("check", [variables.check_variables, clients.variables.check_variables])

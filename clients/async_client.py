@@ -36,7 +36,17 @@ from prefloop.v1.chat_pb2 import Conversation, SamplingOptions, Turn
 from prefloop.v1.feedback_pb2 import Choice, Feedback, Message, Thumb
 from prefloop.v1.policy_pb2 import GetActivePolicyResponse, Learner, Policy, Round, RoundSample, VoteCount
 
-from clients.calls import AsyncStream, ChatEvent, CompareEvent, Metadata, async_reply, chat_event, compare_event
+from clients.calls import (
+    AsyncStream,
+    AsyncStreamingCall,
+    ChatEvent,
+    CompareEvent,
+    Event,
+    Metadata,
+    async_reply,
+    chat_event,
+    compare_event,
+)
 from clients.channel import Tls, open_async_channel
 from clients.errors import (
     BusyError,
@@ -46,6 +56,7 @@ from clients.errors import (
     TimedOutError,
     UnavailableError,
 )
+from clients.retries import PATIENCE_SECONDS, AsyncPauses, Backoff, OnWait, log_wait
 
 # grpc.health.v1's request for the overall service and its answer SERVING, as they are on the wire: two bytes spare
 # every installation of the client a package.
@@ -73,8 +84,12 @@ class AsyncClient:
     """A connection to one prefloop server.
 
     `address` is "host:port". `api_key` says who calls; on a loopback server without keys, `user` does. Beyond loopback
-    the connection is encrypted, by `tls` where it is given. `timeout` (seconds) bounds each plain call,
-    `stream_timeout` (seconds) each streamed answer.
+    the connection is encrypted, by `tls` where it is given. `timeout` (seconds) bounds each attempt at a plain call,
+    `stream_timeout` (seconds) at a streamed answer.
+
+    `patience` (seconds) is how long a call is sent again that finds no server, from its first failure on; 0 sends each
+    once. Streams that have brought an event, and calls that would do something twice, are never sent again. `on_wait`
+    hears of a call's first failure, with the patience; by default that is a warning in the log.
     """
 
     def __init__(
@@ -86,12 +101,17 @@ class AsyncClient:
         tls: Tls | None = None,
         timeout: float = 30.0,
         stream_timeout: float = 600.0,
+        patience: float = PATIENCE_SECONDS,
+        on_wait: OnWait = log_wait,
     ) -> None:
         self.address = address
         self.timeout = timeout
         self.stream_timeout = stream_timeout
+        self.patience = patience
+        self.on_wait = on_wait
         self._metadata = _credentials(api_key, user)
         self._owner = True
+        self._pauses = AsyncPauses()
         self._channel = open_async_channel(address, tls)
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._feedback = feedback_pb2_grpc.FeedbackServiceStub(self._channel)
@@ -107,11 +127,12 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; streams still open are cancelled.
+        """Closes the connection; streams still open are cancelled, and nothing is sent again.
 
         >>> await client.close()
         """
         if self._owner:
+            self._pauses.close()
             await self._channel.close()
 
     def acting_as(self, api_key: str | None = None, user: str | None = None) -> Self:
@@ -141,7 +162,8 @@ class AsyncClient:
         """Streams the answer to one message: `ChatStarted`, any number of `ChatDelta`, `ChatFinished`.
 
         An empty `conversation_id` starts a conversation. `max_tokens` counts tokens of the answer. A `request_id` used
-        before brings the first answer again.
+        before brings the first answer again; without one a fresh one is made, so that a message that has to be sent
+        again is answered once.
 
         >>> stream = client.chat("Where do owls live?", temperature=0)
         >>> async for event in stream:
@@ -155,10 +177,9 @@ class AsyncClient:
             conversation_id=conversation_id,
             message=message,
             sampling=SamplingOptions(temperature=temperature, max_tokens=max_tokens, seed=seed),
-            request_id=request_id,
+            request_id=request_id or _fresh_id(),
         )
-        call = self._chat.Chat(request, timeout=self.stream_timeout, metadata=self._metadata)
-        return AsyncStream(call, chat_event, self.address)
+        return self._stream(self._chat.Chat, request, chat_event)
 
     def compare(
         self,
@@ -186,10 +207,9 @@ class AsyncClient:
             conversation_id=conversation_id,
             message=message,
             sampling=SamplingOptions(max_tokens=max_tokens, seed=seed),
-            request_id=request_id,
+            request_id=request_id or _fresh_id(),
         )
-        call = self._chat.Compare(request, timeout=self.stream_timeout, metadata=self._metadata)
-        return AsyncStream(call, compare_event, self.address)
+        return self._stream(self._chat.Compare, request, compare_event)
 
     async def refetch(self, stream: AsyncStream[ChatEvent] | AsyncStream[CompareEvent], timeout: float = 60.0) -> Turn:
         """What the server kept of an answer, for one whose stream broke. Waits until the answer has ended, and for the
@@ -217,7 +237,7 @@ class AsyncClient:
                 request = chat_pb2.GetConversationRequest(conversation_id=stream.conversation_id)
                 # A second at least: a first look is worth it, however short the wait.
                 left = max(1.0, min(self.timeout, end - time.monotonic()))
-                found = (await self._call(self._chat.GetConversation, request, left)).conversation
+                found = (await self._call_once(self._chat.GetConversation, request, left)).conversation
             except (BusyError, TimedOutError, UnavailableError) as error:
                 missing = error
             else:
@@ -233,7 +253,7 @@ class AsyncClient:
             pause = min(2 * pause, LONGEST_POLL_SECONDS)
 
     # Votes. Each returns once the vote is on the server's disk. Each has a `request_id` of its own unless one is given,
-    # so that gRPC may repeat it while the server is away for a moment; one used before brings the first answer again.
+    # so that it counts once however often it had to be sent; one used before brings the first answer again.
 
     async def thumb(
         self, response_id: str, thumb: Thumb.ValueType, *, comment: str = "", request_id: str = ""
@@ -288,7 +308,9 @@ class AsyncClient:
 
         >>> await client.retract("fb")
         """
-        await self._call(self._feedback.RetractFeedback, feedback_pb2.RetractFeedbackRequest(feedback_id=feedback_id))
+        await self._call_once(
+            self._feedback.RetractFeedback, feedback_pb2.RetractFeedbackRequest(feedback_id=feedback_id)
+        )
 
     async def feedback(self) -> AsyncIterator[Feedback]:
         """The user's current feedback, newest first; fetched page by page as it is read.
@@ -331,7 +353,7 @@ class AsyncClient:
         >>> await client.delete_conversation("conv")
         """
         request = chat_pb2.DeleteConversationRequest(conversation_id=conversation_id)
-        await self._call(self._chat.DeleteConversation, request)
+        await self._call_once(self._chat.DeleteConversation, request)
 
     # What is kept of a person
 
@@ -350,10 +372,7 @@ class AsyncClient:
         >>> [part.WhichOneof("event") async for part in client.export_user()]
         ['conversation', 'key']
         """
-        call = self._account.ExportUser(
-            account_pb2.ExportUserRequest(user=user), timeout=self.stream_timeout, metadata=self._metadata
-        )
-        return AsyncStream(call, lambda part: part, self.address)
+        return self._stream(self._account.ExportUser, account_pb2.ExportUserRequest(user=user), lambda part: part)
 
     async def forget_user(self, user: str = "") -> ForgetUserResponse:
         """Removes everything that is kept of the caller for good, keys included; of another `user`, for operators. The
@@ -363,7 +382,7 @@ class AsyncClient:
         ['v0001']
         """
         request = account_pb2.ForgetUserRequest(user=user)
-        return await self._call(self._account.ForgetUser, request, self.stream_timeout)
+        return await self._call_once(self._account.ForgetUser, request, self.stream_timeout)
 
     # Policies and rounds, for operators
 
@@ -399,7 +418,7 @@ class AsyncClient:
         request = policy_pb2.ActivatePolicyRequest(
             version=version, expected_active_version=expected_active_version, reason=reason
         )
-        return (await self._call(self._policy.ActivatePolicy, request)).policy
+        return (await self._call_once(self._policy.ActivatePolicy, request)).policy
 
     async def rollback(
         self, version: str = "", *, expected_active_version: str | None = None, reason: str = ""
@@ -412,7 +431,7 @@ class AsyncClient:
         request = policy_pb2.RollbackPolicyRequest(
             version=version, expected_active_version=expected_active_version, reason=reason
         )
-        return (await self._call(self._policy.RollbackPolicy, request)).policy
+        return (await self._call_once(self._policy.RollbackPolicy, request)).policy
 
     async def rounds(self) -> AsyncIterator[Round]:
         """The learner's rounds, newest first.
@@ -464,7 +483,7 @@ class AsyncClient:
         >>> (await client.request_round()).HasField("request_time")
         True
         """
-        return (await self._call(self._policy.RequestRound, policy_pb2.RequestRoundRequest())).learner
+        return (await self._call_once(self._policy.RequestRound, policy_pb2.RequestRoundRequest())).learner
 
     # Health
 
@@ -474,7 +493,7 @@ class AsyncClient:
         >>> await client.check()
         """
         health: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(HEALTH_METHOD)
-        answer = await async_reply(health, HEALTH_REQUEST, timeout=timeout, metadata=(), address=self.address)
+        answer = await self._call_once(health, HEALTH_REQUEST, timeout)
         if answer != HEALTH_SERVING:
             raise UnavailableError(
                 f"The server at {self.address} is starting or stopping; try again in a moment.",
@@ -495,14 +514,48 @@ class AsyncClient:
                     raise
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _call(
+    async def _call(self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Reply], request: Request) -> Reply:
+        """A call that may be sent again: it changes nothing, or has a `request_id`."""
+        return await self._attempt(method, request, self.timeout, self.patience)
+
+    async def _call_once(
         self,
         method: grpc.aio.UnaryUnaryMultiCallable[Request, Reply],
         request: Request,
         timeout: float | None = None,
     ) -> Reply:
+        """A call that would do or say something else the second time, or that is part of a longer wait."""
+        return await self._attempt(method, request, timeout or self.timeout, patience=0.0)
+
+    async def _attempt(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Request, Reply],
+        request: Request,
+        timeout: float,
+        patience: float,
+    ) -> Reply:
         return await async_reply(
-            method, request, timeout=timeout or self.timeout, metadata=self._metadata, address=self.address
+            method,
+            request,
+            timeout=timeout,
+            metadata=self._metadata,
+            address=self.address,
+            backoff=Backoff(patience, self.on_wait),
+            pauses=self._pauses,
+        )
+
+    def _stream(
+        self,
+        method: Callable[..., AsyncStreamingCall[Reply]],
+        request: Request,
+        unwrap: Callable[[Reply], Event | None],
+    ) -> AsyncStream[Event]:
+        return AsyncStream(
+            lambda: method(request, timeout=self.stream_timeout, metadata=self._metadata),
+            unwrap,
+            address=self.address,
+            backoff=Backoff(self.patience, self.on_wait),
+            pauses=self._pauses,
         )
 
     async def _pages(

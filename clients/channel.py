@@ -1,33 +1,15 @@
-"""How a client connects: keepalive that a standard gRPC server accepts, and retries only where they are safe.
+"""How a client connects: keepalive that a standard gRPC server accepts, and quick attempts to connect again.
 
-A vote is idempotent (it carries a `request_id`), so gRPC repeats it by itself while the server is away for a moment. A
-stream is never repeated: half of it was heard already, and the conversation can be fetched again instead.
+gRPC is given no retry policy; `clients.retries` repeats calls.
 """
 
 import ipaddress
-import json
 from dataclasses import dataclass
 
 import grpc
 
 # Servers answer pings closer together than 5 minutes with GOAWAY; the 10 s on top keep clear of that edge.
 KEEPALIVE_MILLISECONDS = 310_000
-# A vote is tried 5 times over about 3 s: long enough for a server's restart behind a port that stays open.
-VOTES = ("SubmitThumb", "SubmitChoice", "SubmitCorrection", "SubmitDemonstration")
-SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": "prefloop.v1.FeedbackService", "method": method} for method in VOTES],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
 # A server that starts has its port already and says nothing on it for a minute; gRPC would wait 20 s before it says so.
 CONNECT_MILLISECONDS = 4_000
 # A long conversation with its spans and votes comes as one message.
@@ -37,7 +19,6 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 def channel_options(address: str) -> list[tuple[str, str | int]]:
     """gRPC channel arguments for `address` ("host:port")."""
     options: list[tuple[str, str | int]] = [
-        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
         ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.min_reconnect_backoff_ms", CONNECT_MILLISECONDS),

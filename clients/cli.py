@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from clients.channel import Tls
     from clients.client import Client
+    from clients.errors import PrefloopError
 
 API_KEY = "PREFLOOP_API_KEY"
 
@@ -160,7 +161,11 @@ def connect(
     tls = read_tls(ca, cert, key)
     try:
         client = Client(
-            address_of(host, port), api_key=os.environ.get(API_KEY), user=user or getpass.getuser(), tls=tls
+            address_of(host, port),
+            api_key=os.environ.get(API_KEY),
+            user=user or getpass.getuser(),
+            tls=tls,
+            on_wait=say_wait,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=f"--user, {API_KEY}") from error
@@ -170,6 +175,11 @@ def connect(
         client.close()
         raise
     return client
+
+
+def say_wait(error: "PrefloopError", seconds: float) -> None:
+    """Tells a person why nothing happens."""
+    print(f"{error} Trying again for {seconds:.0f} s at most; Ctrl-C stops.", file=sys.stderr)
 
 
 def address_of(host: str, port: int) -> str:

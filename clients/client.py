@@ -36,7 +36,17 @@ from prefloop.v1.chat_pb2 import Conversation, SamplingOptions, Turn
 from prefloop.v1.feedback_pb2 import Choice, Feedback, Message, Thumb
 from prefloop.v1.policy_pb2 import GetActivePolicyResponse, Learner, Policy, Round, RoundSample, VoteCount
 
-from clients.calls import ChatEvent, CompareEvent, Metadata, Stream, chat_event, compare_event, reply
+from clients.calls import (
+    ChatEvent,
+    CompareEvent,
+    Event,
+    Metadata,
+    Stream,
+    StreamingCall,
+    chat_event,
+    compare_event,
+    reply,
+)
 from clients.channel import Tls, open_channel
 from clients.errors import (
     BusyError,
@@ -46,6 +56,7 @@ from clients.errors import (
     TimedOutError,
     UnavailableError,
 )
+from clients.retries import PATIENCE_SECONDS, Backoff, OnWait, Pauses, log_wait
 
 # grpc.health.v1's request for the overall service and its answer SERVING, as they are on the wire: two bytes spare
 # every installation of the client a package.
@@ -73,8 +84,12 @@ class Client:
     """A connection to one prefloop server.
 
     `address` is "host:port". `api_key` says who calls; on a loopback server without keys, `user` does. Beyond loopback
-    the connection is encrypted, by `tls` where it is given. `timeout` (seconds) bounds each plain call,
-    `stream_timeout` (seconds) each streamed answer.
+    the connection is encrypted, by `tls` where it is given. `timeout` (seconds) bounds each attempt at a plain call,
+    `stream_timeout` (seconds) at a streamed answer.
+
+    `patience` (seconds) is how long a call is sent again that finds no server, from its first failure on; 0 sends each
+    once. Streams that have brought an event, and calls that would do something twice, are never sent again. `on_wait`
+    hears of a call's first failure, with the patience; by default that is a warning in the log.
     """
 
     def __init__(
@@ -86,12 +101,17 @@ class Client:
         tls: Tls | None = None,
         timeout: float = 30.0,
         stream_timeout: float = 600.0,
+        patience: float = PATIENCE_SECONDS,
+        on_wait: OnWait = log_wait,
     ) -> None:
         self.address = address
         self.timeout = timeout
         self.stream_timeout = stream_timeout
+        self.patience = patience
+        self.on_wait = on_wait
         self._metadata = _credentials(api_key, user)
         self._owner = True
+        self._pauses = Pauses()
         self._channel = open_channel(address, tls)
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._feedback = feedback_pb2_grpc.FeedbackServiceStub(self._channel)
@@ -107,11 +127,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection; streams still open are cancelled.
+        """Closes the connection; streams still open are cancelled, and nothing is sent again.
 
         >>> client.close()
         """
         if self._owner:
+            self._pauses.close()
             self._channel.close()
 
     def acting_as(self, api_key: str | None = None, user: str | None = None) -> Self:
@@ -141,7 +162,8 @@ class Client:
         """Streams the answer to one message: `ChatStarted`, any number of `ChatDelta`, `ChatFinished`.
 
         An empty `conversation_id` starts a conversation. `max_tokens` counts tokens of the answer. A `request_id` used
-        before brings the first answer again.
+        before brings the first answer again; without one a fresh one is made, so that a message that has to be sent
+        again is answered once.
 
         >>> stream = client.chat("Where do owls live?", temperature=0)
         >>> for event in stream:
@@ -155,10 +177,9 @@ class Client:
             conversation_id=conversation_id,
             message=message,
             sampling=SamplingOptions(temperature=temperature, max_tokens=max_tokens, seed=seed),
-            request_id=request_id,
+            request_id=request_id or _fresh_id(),
         )
-        call = self._chat.Chat(request, timeout=self.stream_timeout, metadata=self._metadata)
-        return Stream(call, chat_event, self.address)
+        return self._stream(self._chat.Chat, request, chat_event)
 
     def compare(
         self,
@@ -186,10 +207,9 @@ class Client:
             conversation_id=conversation_id,
             message=message,
             sampling=SamplingOptions(max_tokens=max_tokens, seed=seed),
-            request_id=request_id,
+            request_id=request_id or _fresh_id(),
         )
-        call = self._chat.Compare(request, timeout=self.stream_timeout, metadata=self._metadata)
-        return Stream(call, compare_event, self.address)
+        return self._stream(self._chat.Compare, request, compare_event)
 
     def refetch(self, stream: Stream[ChatEvent] | Stream[CompareEvent], timeout: float = 60.0) -> Turn:
         """What the server kept of an answer, for one whose stream broke. Waits until the answer has ended, and for the
@@ -217,7 +237,7 @@ class Client:
                 request = chat_pb2.GetConversationRequest(conversation_id=stream.conversation_id)
                 # A second at least: a first look is worth it, however short the wait.
                 left = max(1.0, min(self.timeout, end - time.monotonic()))
-                found = (self._call(self._chat.GetConversation, request, left)).conversation
+                found = (self._call_once(self._chat.GetConversation, request, left)).conversation
             except (BusyError, TimedOutError, UnavailableError) as error:
                 missing = error
             else:
@@ -233,7 +253,7 @@ class Client:
             pause = min(2 * pause, LONGEST_POLL_SECONDS)
 
     # Votes. Each returns once the vote is on the server's disk. Each has a `request_id` of its own unless one is given,
-    # so that gRPC may repeat it while the server is away for a moment; one used before brings the first answer again.
+    # so that it counts once however often it had to be sent; one used before brings the first answer again.
 
     def thumb(self, response_id: str, thumb: Thumb.ValueType, *, comment: str = "", request_id: str = "") -> Feedback:
         """Sets the user's thumb on an answer; a later one replaces it.
@@ -286,7 +306,7 @@ class Client:
 
         >>> client.retract("fb")
         """
-        self._call(self._feedback.RetractFeedback, feedback_pb2.RetractFeedbackRequest(feedback_id=feedback_id))
+        self._call_once(self._feedback.RetractFeedback, feedback_pb2.RetractFeedbackRequest(feedback_id=feedback_id))
 
     def feedback(self) -> Iterator[Feedback]:
         """The user's current feedback, newest first; fetched page by page as it is read.
@@ -327,7 +347,7 @@ class Client:
         >>> client.delete_conversation("conv")
         """
         request = chat_pb2.DeleteConversationRequest(conversation_id=conversation_id)
-        self._call(self._chat.DeleteConversation, request)
+        self._call_once(self._chat.DeleteConversation, request)
 
     # What is kept of a person
 
@@ -346,10 +366,7 @@ class Client:
         >>> [part.WhichOneof("event") for part in client.export_user()]
         ['conversation', 'key']
         """
-        call = self._account.ExportUser(
-            account_pb2.ExportUserRequest(user=user), timeout=self.stream_timeout, metadata=self._metadata
-        )
-        return Stream(call, lambda part: part, self.address)
+        return self._stream(self._account.ExportUser, account_pb2.ExportUserRequest(user=user), lambda part: part)
 
     def forget_user(self, user: str = "") -> ForgetUserResponse:
         """Removes everything that is kept of the caller for good, keys included; of another `user`, for operators. The
@@ -359,7 +376,7 @@ class Client:
         ['v0001']
         """
         request = account_pb2.ForgetUserRequest(user=user)
-        return self._call(self._account.ForgetUser, request, self.stream_timeout)
+        return self._call_once(self._account.ForgetUser, request, self.stream_timeout)
 
     # Policies and rounds, for operators
 
@@ -394,7 +411,7 @@ class Client:
         request = policy_pb2.ActivatePolicyRequest(
             version=version, expected_active_version=expected_active_version, reason=reason
         )
-        return (self._call(self._policy.ActivatePolicy, request)).policy
+        return (self._call_once(self._policy.ActivatePolicy, request)).policy
 
     def rollback(self, version: str = "", *, expected_active_version: str | None = None, reason: str = "") -> Policy:
         """Activates a version that was active before, by default the last one that was. The rest is as in `activate`.
@@ -405,7 +422,7 @@ class Client:
         request = policy_pb2.RollbackPolicyRequest(
             version=version, expected_active_version=expected_active_version, reason=reason
         )
-        return (self._call(self._policy.RollbackPolicy, request)).policy
+        return (self._call_once(self._policy.RollbackPolicy, request)).policy
 
     def rounds(self) -> Iterator[Round]:
         """The learner's rounds, newest first.
@@ -453,7 +470,7 @@ class Client:
         >>> (client.request_round()).HasField("request_time")
         True
         """
-        return (self._call(self._policy.RequestRound, policy_pb2.RequestRoundRequest())).learner
+        return (self._call_once(self._policy.RequestRound, policy_pb2.RequestRoundRequest())).learner
 
     # Health
 
@@ -463,7 +480,7 @@ class Client:
         >>> client.check()
         """
         health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(HEALTH_METHOD)
-        answer = reply(health, HEALTH_REQUEST, timeout=timeout, metadata=(), address=self.address)
+        answer = self._call_once(health, HEALTH_REQUEST, timeout)
         if answer != HEALTH_SERVING:
             raise UnavailableError(
                 f"The server at {self.address} is starting or stopping; try again in a moment.",
@@ -484,13 +501,49 @@ class Client:
                     raise
             time.sleep(POLL_SECONDS)
 
-    def _call(
+    def _call(self, method: grpc.UnaryUnaryMultiCallable[Request, Reply], request: Request) -> Reply:
+        """A call that may be sent again: it changes nothing, or has a `request_id`."""
+        return self._attempt(method, request, self.timeout, self.patience)
+
+    def _call_once(
         self,
         method: grpc.UnaryUnaryMultiCallable[Request, Reply],
         request: Request,
         timeout: float | None = None,
     ) -> Reply:
-        return reply(method, request, timeout=timeout or self.timeout, metadata=self._metadata, address=self.address)
+        """A call that would do or say something else the second time, or that is part of a longer wait."""
+        return self._attempt(method, request, timeout or self.timeout, patience=0.0)
+
+    def _attempt(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Reply],
+        request: Request,
+        timeout: float,
+        patience: float,
+    ) -> Reply:
+        return reply(
+            method,
+            request,
+            timeout=timeout,
+            metadata=self._metadata,
+            address=self.address,
+            backoff=Backoff(patience, self.on_wait),
+            pauses=self._pauses,
+        )
+
+    def _stream(
+        self,
+        method: Callable[..., StreamingCall[Reply]],
+        request: Request,
+        unwrap: Callable[[Reply], Event | None],
+    ) -> Stream[Event]:
+        return Stream(
+            lambda: method(request, timeout=self.stream_timeout, metadata=self._metadata),
+            unwrap,
+            address=self.address,
+            backoff=Backoff(self.patience, self.on_wait),
+            pauses=self._pauses,
+        )
 
     def _pages(
         self, method: grpc.UnaryUnaryMultiCallable[Request, PageT], request_for: Callable[[str], Request]

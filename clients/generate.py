@@ -19,7 +19,7 @@ WORDS = {
     r"\bgrpc\.aio\b": "grpc",
     r"\basync ": "",
     r"\bawait ": "",
-    r"\bAsync(Client|Stream|Iterator)\b": r"\1",
+    r"\bAsync(Client|Iterator|Pauses|Stream|StreamingCall)\b": r"\1",
     r"\basync_reply\b": "reply",
     r"\bopen_async_channel\b": "open_channel",
     r"\b__a(enter|exit)__\b": r"__\1__",

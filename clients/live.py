@@ -39,6 +39,10 @@ class LiveStreams:
             raise self._errors[0]
         return self._answers
 
+    def leave(self) -> None:
+        """Begins no answer more, and waits for none."""
+        self._stopping.set()
+
     def _talk(self, first: int) -> None:
         for number in itertools.count(first):
             if self._stopping.is_set() or self._errors:

@@ -7,9 +7,7 @@ scores a tie. A flipped vote names the answer the rule likes less; ties are neve
 import math
 import random
 import re
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from prefloop.v1.chat_pb2 import (
@@ -26,6 +24,7 @@ from prefloop.v1.chat_pb2 import (
 )
 from prefloop.v1.feedback_pb2 import CHOICE_A, CHOICE_B, CHOICE_TIE, Choice
 
+from clients.at_once import at_once
 from clients.client import Client
 
 READER = frozenset(["you", "your", "yours", "yourself", "you're", "you'll", "you've", "you'd"])
@@ -121,35 +120,37 @@ class Voter:
         self.seed = seed
 
     def vote_on(
-        self, client: Client, questions: Iterable[str], *, concurrency: int, on_vote: Callable[[], object]
+        self,
+        client: Client,
+        questions: Iterable[str],
+        *,
+        concurrency: int,
+        on_vote: Callable[[], object],
+        before_vote: Callable[[str, str], object] = lambda question, comparison_id: None,
+        watch: Callable[[], object] = lambda: None,
     ) -> Votes:
-        """Asks for a comparison on every question, `concurrency` at a time, and chooses. `on_vote` hears of each.
+        """Asks for a comparison on every question, `concurrency` at a time, and chooses. `on_vote` hears of each,
+        `before_vote` of each question and its comparison, on many threads, when the choice is about to be made; `watch`
+        is as in `at_once`.
 
-        The first failed call ends it and is raised; what is under way then is not waited for beyond its own end.
+        The first failed call ends it and is raised; what is under way then is not waited for.
         """
-        stop = threading.Event()
 
         def vote(question: str) -> tuple[Choice.ValueType, bool]:
-            if stop.is_set():
-                return CHOICE_TIE, False
-            try:
-                cast = self._vote(client, question)
-            except BaseException:
-                stop.set()
-                raise
-            on_vote()
-            return cast
+            return self._vote(client, question, before_vote)
 
-        with ThreadPoolExecutor(concurrency) as pool:
-            cast = list(pool.map(vote, questions))
+        cast = at_once(vote, questions, concurrency=concurrency, on_result=lambda _: on_vote(), watch=watch)
         ties = sum(choice == CHOICE_TIE for choice, _ in cast)
         return Votes(a_or_b=len(cast) - ties, ties=ties, flipped=sum(flipped for _, flipped in cast))
 
-    def _vote(self, client: Client, question: str) -> tuple[Choice.ValueType, bool]:
+    def _vote(
+        self, client: Client, question: str, before_vote: Callable[[str, str], object]
+    ) -> tuple[Choice.ValueType, bool]:
         comparison_id, a, b = compare(client, question, self.max_tokens)
         choice = self.taste.choice(a, b)
         # Drawn by question, so that it does not depend on which thread is faster.
         flip = choice != CHOICE_TIE and random.Random(f"{self.seed} {question}").random() < self.flip_rate
+        before_vote(question, comparison_id)
         client.choose(comparison_id, FLIPPED[choice] if flip else choice)
         return choice, flip
 

@@ -11,6 +11,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from pydantic import BaseModel
 
 from clients.cli import app as chat
+from clients.demo.command import app as demo
 from learner.cli import app as learner
 from learner.settings import LearnerSettings
 from server import metrics
@@ -28,7 +29,8 @@ Made from the code by `make docs`; a test fails where the two differ.
 def reference() -> str:
     """The whole page."""
     parts = [HEAD]
-    for name, app in (("server", server), ("learner", learner), ("chat", chat)):
+    apps = {"server": server, "learner": learner, "chat": chat, "python -m clients.demo": demo}
+    for name, app in apps.items():
         parts += ["", f"## `{name}`", *commands(name, typer.main.get_command(app))]
     for name, model in (("server", ServerSettings), ("learner", LearnerSettings)):
         parts += ["", f"## Settings of the {name}", "", "| variable | default | what |", "| --- | --- | --- |"]

@@ -42,27 +42,30 @@ def run_once(
     SIGTERM and Ctrl-C stop it where the next run goes on."""
     ppo = {name: value for name, value in {"train": train, "steps": steps}.items() if value is not None}
     settings = _settings(data_dir=data_dir, ppo=ppo or None, seed=seed)
-    from learner.process import give_way, keep_freed_memory
-    from learner.rollout import set_environment
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    set_environment(settings)
-    keep_freed_memory()
-    give_way(settings.nice, settings.threads)
-    from dataclasses import asdict
-
-    from rich.console import Console
-
     from learner.progress import Stages
-    from learner.report import Report, print_report
-    from learner.round import run_once as run
+
+    stages = Stages()
+    with stages.stage("start", "loading the libraries"):
+        from learner.process import give_way, keep_freed_memory
+        from learner.rollout import set_environment
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        set_environment(settings)
+        keep_freed_memory()
+        give_way(settings.nice, settings.threads)
+        from dataclasses import asdict
+
+        from rich.console import Console
+
+        from learner.report import Report, print_report
+        from learner.round import run_once as run
 
     def keep(report: Report) -> None:
         if report_file:
             report_file.write_text(json.dumps(asdict(report)))
 
     try:
-        report = run(settings, Stages(), wait=wait)
+        report = run(settings, stages, wait=wait)
     except KeyboardInterrupt:
         typer.echo("learner: Stopped. The next `learner run-once` goes on from here.", err=True)
         raise SystemExit(STOPPED) from None

@@ -1,11 +1,21 @@
-"""Progress on stderr: bars with time remaining where a person looks, one line per finished stage where nobody does."""
+"""Progress on stderr: a bar with the time left on a terminal, elsewhere a line every ten seconds; a line for each stage
+that ended.
 
+A line that comes while a stage runs says before its first comma what was done, and after it the time. So whoever waits
+for a round sees by the first part whether it goes on.
+"""
+
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+EVERY_SECONDS = 10.0
+
+Advance = Callable[[int], None]
 
 
 class Stages:
@@ -16,9 +26,18 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, title: str, total: int | None = None) -> Iterator[Advance]:
         """Times the block under `name` (blocks of one name add up); the block calls what it is given to advance."""
         started = time.monotonic()
+        shown = self._bar if self.console.is_terminal else self._lines
+        with shown(title, total) as advance:
+            yield advance
+        took = time.monotonic() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        self._say(f"{title}: {took:.1f} s")
+
+    @contextmanager
+    def _bar(self, title: str, total: int | None) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description:<34}"),
             BarColumn(bar_width=24),
@@ -28,6 +47,35 @@ class Stages:
         with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as progress:
             task = progress.add_task(title, total=total)
             yield lambda n: progress.advance(task, n)
-        took = time.monotonic() - started
-        self.seconds[name] = self.seconds.get(name, 0.0) + took
-        self.console.print(f"{title}: {took:.1f} s", highlight=False)
+
+    @contextmanager
+    def _lines(self, title: str, total: int | None) -> Iterator[Advance]:
+        started, done, over = time.monotonic(), 0, threading.Event()
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+
+        def tell() -> None:
+            while not over.wait(EVERY_SECONDS):
+                self._say(so_far(title, done, total, time.monotonic() - started))
+
+        teller = threading.Thread(target=tell, name="progress", daemon=True)
+        teller.start()
+        try:
+            yield advance
+        finally:
+            over.set()
+            teller.join()
+
+    def _say(self, line: str) -> None:
+        # Uncut, since a program may read it.
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def so_far(title: str, done: int, total: int | None, seconds: float) -> str:
+    """ "judging candidates: 2 of 5, 160 s so far, about 240 s left"."""
+    if total is None:
+        return f"{title}, {seconds:.0f} s so far"
+    left = f", about {seconds / done * (total - done):.0f} s left" if done else ""
+    return f"{title}: {done} of {total}, {seconds:.0f} s so far{left}"

@@ -31,7 +31,8 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with AsyncClient(address, tls=tls) as client:
+        # A page that is only looked at is not held up: it says that the server is away, and asks again by itself.
+        async with AsyncClient(address, tls=tls, patience=0.0) as client:
             app.state.site = site = Site(Doorkeeper(client, default_name, secure))
             try:
                 yield

@@ -14,6 +14,8 @@ from clients.async_client import AsyncClient
 from clients.errors import NotAllowedError
 
 KEY, NAME = "prefloop_key", "prefloop_name"
+# How long a message or a vote waits for a server that is away, before the page says so.
+ACTION_SECONDS = 3.0
 MONTH_SECONDS = 30 * 24 * 3600
 NO_KEYS = (
     "Strangers can reach this page, and the server has no keys to tell them by: make one with "
@@ -49,6 +51,8 @@ class Doorkeeper:
         except ValueError as error:
             # A cookie that we did not set.
             raise NotAllowedError(str(error), code=grpc.StatusCode.UNAUTHENTICATED) from error
+        if request.method == "POST":
+            client.patience = ACTION_SECONDS
         return await self._known(client)
 
     async def needs_key(self) -> bool:

@@ -1,4 +1,3 @@
-import json
 import uuid
 from pathlib import Path
 
@@ -7,7 +6,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import RequestInfo, RetryInfo
 from prefloop.v1.chat_pb2 import SLOT_A, SLOT_B, ChatDelta, ChatFinished, ChatStarted, CompareFinished, CompareStarted
-from prefloop.v1.feedback_pb2 import CHOICE_B, THUMB_UP
+from prefloop.v1.feedback_pb2 import THUMB_UP
 
 from clients import (
     BusyError,
@@ -92,23 +91,6 @@ def test_a_vote_carries_a_fresh_request_id(client: Client, service: FakeService)
     first, second = service.sent("SubmitThumb")
     assert uuid.UUID(first.request_id) != uuid.UUID(second.request_id)
     assert (first.response_id, first.thumb, first.comment) == ("resp", THUMB_UP, "nice")
-
-
-def test_a_vote_is_repeated_while_the_server_is_away_and_keeps_its_id(client: Client, service: FakeService) -> None:
-    service.fail["SubmitChoice"] = [status(grpc.StatusCode.UNAVAILABLE, "Stopping.")] * 2
-    assert client.choose("cmp", CHOICE_B).choice == CHOICE_B
-    assert len({request.request_id for request in service.sent("SubmitChoice")}) == 1
-    assert len(service.sent("SubmitChoice")) == 3
-
-
-def test_a_chat_and_a_retraction_are_never_repeated(client: Client, service: FakeService) -> None:
-    service.fail["Chat"] = [status(grpc.StatusCode.UNAVAILABLE, "Stopping.")]
-    service.fail["RetractFeedback"] = [status(grpc.StatusCode.UNAVAILABLE, "Stopping.")]
-    with pytest.raises(UnavailableError, match=r"^Stopping\.$"):
-        list(client.chat("hi"))
-    with pytest.raises(UnavailableError):
-        client.retract("fb")
-    assert (len(service.sent("Chat")), len(service.sent("RetractFeedback"))) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +179,8 @@ def test_the_channel_never_pings_more_often_than_servers_accept() -> None:
     assert "grpc.enable_http_proxy" not in options
 
 
-def test_only_votes_have_a_retry_policy() -> None:
-    config = json.loads(str(dict(channel_options("localhost:1"))["grpc.service_config"]))
-    names = {name["method"] for method in config["methodConfig"] for name in method["name"]}
-    assert names == {"SubmitThumb", "SubmitChoice", "SubmitCorrection", "SubmitDemonstration"}
+def test_grpc_has_no_retry_policy_beside_the_clients_own() -> None:
+    assert "grpc.service_config" not in dict(channel_options("localhost:1"))
 
 
 def test_a_key_says_who_calls_and_not_the_user_name(address: str, service: FakeService) -> None:

@@ -59,7 +59,7 @@ def test_a_port_on_which_nobody_speaks_is_no_server(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(channel, "CONNECT_MILLISECONDS", 300)
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
-        Client(f"127.0.0.1:{silent.getsockname()[1]}", user="ana", timeout=WAIT_SECONDS) as client,
+        Client(f"127.0.0.1:{silent.getsockname()[1]}", user="ana", timeout=WAIT_SECONDS, patience=0) as client,
         pytest.raises(UnavailableError, match="No server answers at"),
     ):
         client.caller()

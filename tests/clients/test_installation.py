@@ -38,6 +38,7 @@ def test_neither_brings_an_engine(root: Path, extras: tuple[str, ...]) -> None:
     ("folder", "extras", "some"),
     [
         ("clients", (), {"grpc", "google.rpc.status_pb2", "typer"}),
+        ("clients/demo", (), {"google.protobuf.json_format", "rich.table"}),
         ("clients/web", ("web",), {"starlette.routing", "nh3", "uvicorn"}),
     ],
 )

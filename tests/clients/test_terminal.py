@@ -248,9 +248,17 @@ def test_asking_again_is_another_question_once_an_answer_had_started(session: Se
     assert len({request.request_id for request in chats + compares}) == 5
 
 
+def test_a_message_to_a_server_that_is_away_for_a_moment_is_answered(session: Session, service: FakeService) -> None:
+    service.fail["Chat"] = [status(grpc.StatusCode.UNAVAILABLE, "Stopping.")]
+    assert "Owls live in trees.\nv0001 · 6 tokens\n" in session("hi")
+    first, second = service.sent("Chat")
+    assert first == second
+
+
 def test_asking_again_before_an_answer_started_waits_and_is_the_same_request(
-    session: Session, service: FakeService, monkeypatch: pytest.MonkeyPatch
+    session: Session, client: Client, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    client.patience = 0.0
     gone = status(grpc.StatusCode.UNAVAILABLE, "Stopping.")
     service.fail["Chat"] = [gone, gone]
     waited: list[int] = []

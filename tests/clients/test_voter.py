@@ -6,7 +6,7 @@ from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 from prefloop.v1.feedback_pb2 import CHOICE_A, CHOICE_B, CHOICE_TIE
 
 from clients import Client, NotFoundError
-from clients.demo import outcome
+from clients.demo.show import outcome
 from clients.questions import questions
 from clients.voter import TASTES, Answer, Voter, ask
 from tests.clients.conftest import FakeService, status

@@ -1,0 +1,5 @@
+"""`python -m clients.demo`."""
+
+from clients.demo.command import app
+
+app()

@@ -1,0 +1,52 @@
+"""The demo's flags, where it keeps what it does, and how it ends."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from clients.demo.loop import demo
+from clients.demo.plan import Plan
+from clients.demo.record import FinalError, Record
+from clients.errors import PrefloopError
+from clients.limit import OverdueError
+from clients.serving import DemoError, interruptible
+from clients.voter import TASTES, StreamBrokenError
+
+DIRECTORY = Path("demo-data")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    data_dir: Annotated[
+        Path | None, typer.Option(help=f"A directory that is kept. Default: {DIRECTORY}, removed after a good end.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A Hugging Face directory or id. Default: the server's.")] = None,
+    taste: Annotated[str, typer.Option(help=f"What the voter likes: {', '.join(TASTES)}.")] = "short",
+    votes: Annotated[int, typer.Option(min=1, max=250, help="Comparisons to vote on.")] = 150,
+    held_out: Annotated[int, typer.Option(min=1, max=85, help="Questions before and after.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the questions' order and of the flipped votes.")] = 0,
+) -> None:
+    """Serve, vote, learn, swap, and compare: the whole loop once, for real.
+
+    What a run that failed or was stopped has done is kept, and the next run with the same flags goes on from there."""
+    if taste not in TASTES:
+        raise typer.BadParameter(f"there are {', '.join(TASTES)}", param_hint="--taste")
+    directory = (data_dir or DIRECTORY).resolve()
+    kept = f"What was done is kept in {directory}; the same command goes on from there."
+    try:
+        with interruptible(), Record.opened(directory, Plan(taste, votes, held_out, seed, model)) as record:
+            demo(record, Console())
+        if data_dir is None:
+            shutil.rmtree(directory)
+    except FinalError as error:
+        sys.exit(f"demo: {error}")
+    except (PrefloopError, StreamBrokenError, DemoError, OverdueError) as error:
+        sys.exit(f"demo: {error} {kept}")
+    except KeyboardInterrupt:
+        sys.exit(f"demo: stopped. {kept}")

@@ -1,0 +1,163 @@
+"""One round of the learner, as the demo sees it: a process beside the server, and long answers around the swap.
+
+How a round ended is the server's to say. So one that ended while no demo ran counts, too, and nothing that was promoted
+is learned again.
+"""
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from prefloop.v1.policy_pb2 import ROUND_STATE_PROMOTED, ROUND_STATE_REJECTED, ROUND_STATE_RUNNING, Round
+from rich.console import Console
+from rich.text import Text
+
+from clients.client import Client
+from clients.demo.record import Record
+from clients.errors import NotFoundError
+from clients.limit import Limit, OverdueError
+from clients.live import LiveStreams
+from clients.progress import Task, progress
+from clients.serving import DemoError, Process, Server
+from clients.voter import Answer
+
+POLL_SECONDS = 0.3
+# The learner's last finished stage from which on the swap is near. Streams all through its training would take the
+# learner's cores away.
+NEAR_THE_SWAP = ("gate", "publish", "activate")
+ENDED = {ROUND_STATE_PROMOTED: "promoted", ROUND_STATE_REJECTED: "rejected"}
+# The user whose long answers are open at the swap.
+LISTENER = "listener"
+
+
+def learn(record: Record, console: Console, server: Server, client: Client) -> None:
+    """Runs the learner until one round more has ended, and records how."""
+    known = {report["round_id"] for report in record.reports}
+    result = record.directory / "demo-round.json"
+    if (ended := ended_round(client, known)) is None:
+        with record.stage("round"):
+            run_learner(record, console, server, client, result)
+        ended = ended_round(client, known)
+    if ended is None:
+        raise DemoError(f"The learner learned nothing: {sentence(result)}")
+    with record.step():
+        record.reports.append(report_of(ended))
+
+
+def run_learner(record: Record, console: Console, server: Server, client: Client, result: Path) -> None:
+    """`learner run-once` as a process of its own, and live streams around the swap, which it records."""
+    # Their questions must not be practised on; those of a demo that was killed are still there.
+    listener = client.acting_as(user=LISTENER)
+    forget_all(listener)
+    live = LiveStreams(listener)
+    result.unlink(missing_ok=True)
+    command = ["learner.cli", "run-once", "--data-dir", str(record.directory), "--wait", "--report", str(result)]
+    if record.work.ppo_steps is not None:
+        command += ["--steps", str(record.work.ppo_steps)]
+    limit = record.pace.round_limit()
+    with progress(console, "a round of the learner") as task:
+        learner = Process(command, record.directory / "learner.log", Lines(console, task, limit).hear)
+        try:
+            while not learner.ended(POLL_SECONDS):
+                limit.check()
+                server.check()
+                if not live.running and near_the_swap(client):
+                    live.start()
+        except BaseException:
+            # The open streams end with the client.
+            live.leave()
+            raise
+        finally:
+            code = learner.stop()
+        task.say("waiting for the open streams")
+        answers = live.stop()
+    if code:
+        raise DemoError(f"The learner failed: {sentence(result)}")
+    with record.step():
+        record.streams = len(answers)
+        record.crossing = [spans for answer in answers if (spans := crossing(listener, answer))]
+    forget_all(listener)
+
+
+class Lines:
+    """Hears the learner's lines: shows them, and tells `limit` of those that say that something was done."""
+
+    def __init__(self, console: Console, task: Task, limit: Limit) -> None:
+        self._console, self._task, self._limit = console, task, limit
+        self._newest = ""
+
+    def hear(self, line: str) -> None:
+        """A running stage prints what was done, a comma, and the time so far, again and again."""
+        done, comma, time_so_far = line.partition(",")
+        if comma and " so far" in time_so_far:
+            self._task.say(done)
+        elif line:
+            self._console.print(Text(line), soft_wrap=True)
+        if done and done != self._newest:
+            self._newest = done
+            self._limit.progress()
+
+
+def ended_round(client: Client, known: set[str]) -> Round | None:
+    """The newest round, where it was promoted or refused and is not known yet."""
+    newest = next(client.rounds(), None)
+    return newest if newest and newest.state in ENDED and newest.round_id not in known else None
+
+
+def report_of(ended: Round) -> dict[str, Any]:
+    """What the demo keeps of a round."""
+    return {
+        "round_id": ended.round_id,
+        "state": ENDED[ended.state],
+        "sentence": ended.reason,
+        "policy_version": ended.policy_version,
+        "metrics": MessageToDict(ended.metrics),
+    }
+
+
+def sentence(result: Path) -> str:
+    """What the learner said in the end."""
+    try:
+        return str(json.loads(result.read_text())["sentence"])
+    except (OSError, ValueError, KeyError):
+        return f"{result.parent / 'learner.log'} has what it said."
+
+
+def near_the_swap(client: Client) -> bool:
+    """Whether the round that runs now has only its last, short stages before it."""
+    newest = next(client.rounds(), None)
+    return newest is not None and newest.state == ROUND_STATE_RUNNING and newest.stage in NEAR_THE_SWAP
+
+
+def forget_all(client: Client) -> None:
+    """Deletes the user's conversations."""
+    for conversation in list(client.conversations()):
+        with suppress(NotFoundError):
+            client.delete_conversation(conversation.conversation_id)
+
+
+def crossing(client: Client, answer: Answer) -> str:
+    """ "v0000 for tokens 0-41, v0001 for 42-299" of an answer that two versions made; empty for any other."""
+    spans = client.conversation(answer.conversation_id).turns[0].response.spans
+    if len({span.policy_version for span in spans}) < 2:
+        return ""
+    return ", ".join(f"{span.policy_version} made tokens {span.start}-{span.end - 1}" for span in spans)
+
+
+def wait_until_served(client: Client, version: str, limit: Limit) -> None:
+    """Returns once `version` is active and every server has loaded it."""
+    while True:
+        active = client.active_policy()
+        if active.policy.version != version:
+            raise DemoError(f"{active.policy.version} is active after the round, not {version}.")
+        if active.replicas and all(replica.loaded_version == version for replica in active.replicas):
+            return
+        try:
+            limit.check()
+        except OverdueError as error:
+            errors = [replica.error for replica in active.replicas if replica.error]
+            raise DemoError(" ".join([str(error), *errors])) from None
+        time.sleep(POLL_SECONDS)

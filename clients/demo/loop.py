@@ -130,7 +130,7 @@ class Loop:
         """Votes on one comparison for each of the first so many questions."""
         record, asked = self.record, self.to_vote[:votes]
         cast = {vote.comparison_id for vote in self.client.feedback()}
-        left = [question for question in asked if question not in record.compared]
+        left = [question for question in asked if record.compared.get(question) not in cast]
         if not left:
             return
 

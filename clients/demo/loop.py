@@ -19,6 +19,7 @@ from clients.demo.plan import (
     STORY_ANSWERS,
     SWAP_ANSWERS,
     VOTE_ANSWERS,
+    VOTES_AT_ONCE,
     Pace,
     work_for,
 )
@@ -147,7 +148,7 @@ class Loop:
             progress(self.console, "voting", len(asked), before=len(asked) - len(left)) as task,
         ):
             counts = voter.vote_on(
-                self.client, left, concurrency=CONCURRENCY, on_vote=task.advance, before_vote=compared, watch=watch
+                self.client, left, concurrency=VOTES_AT_ONCE, on_vote=task.advance, before_vote=compared, watch=watch
             )
         self.console.print(f"{counts.a_or_b} choices ({counts.flipped} flipped), {counts.ties} ties")
 

@@ -65,8 +65,8 @@ def test_without_prefixes_the_rest_is_the_same(model_directory: Path) -> None:
 
 def test_an_update_makes_every_tensor_where_its_tokens_are(model_directory: Path) -> None:
     # Stands in for a GPU: what is made without a device is made on `meta`, which mixes with no other.
-    ppo = PPOSettings(dtype="float32", lora_rank=4, learning_rate=1e-9, critic_learning_rate=1e-9)
-    policy = Policy.create(model_directory, ppo, torch.device("cpu"))
+    ppo = PPOSettings(lora_rank=4, learning_rate=1e-9, critic_learning_rate=1e-9)
+    policy = Policy.create(model_directory, ppo, torch.float32, torch.device("cpu"))
     shared = [5, 6, 7, 8, 9, 10, 11, 12]
     rollout = to_rollout([Sample([*shared, n], [20] * n, [-3.0] * n, "", "length") for n in (2, 5, 3, 4)])
     model = reward_model()

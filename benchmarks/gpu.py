@@ -62,14 +62,14 @@ SMALL = {"hidden_size": 144, "intermediate_size": 288, "num_hidden_layers": 3, "
 # Tokens that all prompts begin with, and tokens of each prompt's own.
 SHARED, OWN = 24, 16
 RESPONSES, CHECKED = 32, 8
-# Response tokens and micro-batch; 8 is the learner's default.
-CASES = [(64, 8), (64, 32), (512, 8)]
-TEMPERATURE = 0.85
+# Response tokens, and tokens of a micro-batch: 8, 32 and 8 answers with what each prompt has of its own.
+CASES = [(64, 640), (64, 2560), (512, 4224)]
+TEMPERATURE, TOKENS_AT_ONCE = 0.85, 2048
 # The learner's defaults; a learning rate so small that no update stops early.
 SETTINGS = SimpleNamespace(
-    epochs=1, minibatches=2, micro_batch=8, learning_rate=1e-6, critic_learning_rate=1e-3, adam_epsilon=1e-5,
-    max_grad_norm=1.0, gamma=1.0, gae_lambda=0.95, clip_range=0.2, dual_clip=3.0, value_clip=0.2, vf_coef=0.1,
-    kl_coef=0.1, approx_kl_stop=0.02, importance_cap=2.0,
+    epochs=1, minibatches=2, micro_batch_tokens=TOKENS_AT_ONCE, learning_rate=1e-6, critic_learning_rate=1e-3,
+    adam_epsilon=1e-5, max_grad_norm=1.0, gamma=1.0, gae_lambda=0.95, clip_range=0.2, dual_clip=3.0, value_clip=0.2,
+    vf_coef=0.1, kl_coef=0.1, approx_kl_stop=0.02, importance_cap=2.0,
 )  # fmt: skip
 # For the check a learning rate that moves the adapters, and two passes, so that the second has a KL.
 CHECK_SETTINGS = SimpleNamespace(**{**vars(SETTINGS), "epochs": 2, "learning_rate": 2e-5, "approx_kl_stop": 1.0})
@@ -151,9 +151,9 @@ def compare_passes(there: Policy, here: Policy, rollout: Rollout, device: torch.
     logprobs, _ = by_definition(here.model, rollout, layers)
     sent = on_device(rollout, device)
     found: dict[str, list[Tensor]] = {"logprobs": [], "ref_logprobs": [], "features": []}
-    for size in (CHECKED, 1):
-        judged = judge_rollout(there, head_for(there), sent, TEMPERATURE, size)
-        ours = policy_logprobs(there, sent.tokens, TEMPERATURE, size)
+    for budget in (TOKENS_AT_ONCE, 1):
+        judged = judge_rollout(there, head_for(there), sent, TEMPERATURE, budget)
+        ours = policy_logprobs(there, sent.tokens, TEMPERATURE, budget)
         found["logprobs"].append(ours.cpu() - logprobs)
         found["ref_logprobs"].append(judged.ref_logprobs.cpu() - ref_logprobs)
         found["features"].append(judged.features - features)
@@ -197,8 +197,8 @@ def bfloat16_rms(half: Policy, here: Policy, rollout: Rollout, device: torch.dev
     """Root mean square of what bfloat16 on the device and float32 on the CPU differ by with the same weights, nats a
     token."""
     half.model.load_state_dict(here.model.state_dict())
-    expected = policy_logprobs(here, rollout.tokens, TEMPERATURE, CHECKED)
-    found = policy_logprobs(half, rollout.tokens.to(device), TEMPERATURE, CHECKED).cpu()
+    expected = policy_logprobs(here, rollout.tokens, TEMPERATURE, TOKENS_AT_ONCE)
+    found = policy_logprobs(half, rollout.tokens.to(device), TEMPERATURE, TOKENS_AT_ONCE).cpu()
     return float((found - expected)[rollout.tokens.response_mask].square().mean().sqrt())
 
 
@@ -218,9 +218,9 @@ def cases(name: str, config: Any, device: torch.device, dtype: str, small: bool)
     """Seconds of each stage, response tokens a second and the peak of the device's memory, for every case."""
     policy = make_policy(config, getattr(torch, dtype), device)
     found = []
-    for length, micro_batch in CASES:
+    for length, budget in CASES:
         length = length // 8 if small else length
-        settings = SimpleNamespace(**{**vars(SETTINGS), "micro_batch": micro_batch})
+        settings = SimpleNamespace(**{**vars(SETTINGS), "micro_batch_tokens": budget})
         rollout = on_device(make_rollout([length] * RESPONSES, config.vocab_size), device)
         gc.collect()
         if device.type == "cuda":
@@ -234,14 +234,14 @@ def cases(name: str, config: Any, device: torch.device, dtype: str, small: bool)
         seconds = median(sum(run.values()) for run in runs[1:])
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
         case = {
-            "responses": RESPONSES, "tokens": length, "micro_batch": micro_batch, "dtype": dtype, "stages": stages,
+            "responses": RESPONSES, "tokens": length, "micro_batch_tokens": budget, "dtype": dtype, "stages": stages,
             "seconds": round(seconds, 4), "response_tokens_per_s": round(RESPONSES * length / seconds),
             "first_seconds": round(sum(runs[0].values()), 4), "first_ratio_error": stats.first_ratio_error,
             "peak_gib": peak and round(peak, 2),
         }  # fmt: skip
         found.append(case)
         say(
-            f"{name} {dtype}, {RESPONSES} x {length} tokens, micro-batch {micro_batch}: {seconds:.3f} s "
+            f"{name} {dtype}, {RESPONSES} x {length} tokens, micro-batch of {budget}: {seconds:.3f} s "
             f"({figures(stages)}), {case['response_tokens_per_s']} tokens/s, peak {case['peak_gib']} GiB"
         )
     return found
@@ -264,9 +264,9 @@ def update(policy: Policy, rollout: Rollout, settings: Any, seconds: dict[str, f
         return token_logprobs(policy.model, hidden, part, TEMPERATURE)
 
     with stage("reference", seconds, device):
-        judged = judge_rollout(policy, reward_model, rollout, TEMPERATURE, settings.micro_batch)
+        judged = judge_rollout(policy, reward_model, rollout, TEMPERATURE, settings.micro_batch_tokens)
     with stage("policy", seconds, device):
-        old_logprobs = policy_logprobs(policy, rollout.tokens, TEMPERATURE, settings.micro_batch)
+        old_logprobs = policy_logprobs(policy, rollout.tokens, TEMPERATURE, settings.micro_batch_tokens)
     with stage("experience", seconds, device):
         rollout = replace(rollout, behavior_logprobs=old_logprobs + rollout.behavior_logprobs)
         scores = reward_model.clipped(reward_model.scores(judged.features))
@@ -372,7 +372,7 @@ def engine_figures(config: Any, device: torch.device) -> dict[str, float]:
         push, _ = timed(lambda: engine.push(policy.engine_weights()))
         sampling, samples = timed(engine.sample, prompts, 1)
         rollout = on_device(to_rollout(samples), device)
-        logprobs = policy_logprobs(policy, rollout.tokens, TEMPERATURE, 8)
+        logprobs = policy_logprobs(policy, rollout.tokens, TEMPERATURE, TOKENS_AT_ONCE)
         gap = mismatch(logprobs, rollout.behavior_logprobs, rollout.tokens.response_mask)
         engine.close()
     return {

@@ -175,7 +175,7 @@ def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -
             print(f"{done} of {len(answers)} answers read", file=sys.stderr)
 
     with closing(FeatureCache.open(work, f"pandalm {model_directory.resolve().name}", layers, dtype)) as cache:
-        return cache.get(answers, model, layers, 8, advance), layers
+        return cache.get(answers, model, layers, 1024, advance), layers
 
 
 def page(result: dict[str, Any]) -> str:

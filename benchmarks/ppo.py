@@ -132,6 +132,7 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     from server.shared.dtype import resolve_dtype, torch_dtype
 
     dtype = resolve_dtype(settings.dtype).name
+    ppo = ppo.at(dtype)
 
     with tempfile.TemporaryDirectory() as work:
         directory = Path(work) / "model"
@@ -151,7 +152,7 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
             training.token_logprobs = everywhere(training.token_logprobs)  # type: ignore[attr-defined]
             experience.token_logprobs = everywhere(experience.token_logprobs)  # type: ignore[attr-defined]
         if ablation == "shared-pass":
-            training.ppo_update = with_critic_trunk(training.ppo_update, directory, ppo.micro_batch)  # type: ignore[attr-defined]
+            training.ppo_update = with_critic_trunk(training.ppo_update, directory, ppo.micro_batch_tokens)  # type: ignore[attr-defined]
         seconds = timed_stages(training, engine)
         started = time.perf_counter()
         found = training.train(
@@ -266,7 +267,7 @@ def everywhere(token_logprobs: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def with_critic_trunk(ppo_update: Callable[..., Any], directory: Path, size: int) -> Callable[..., Any]:
+def with_critic_trunk(ppo_update: Callable[..., Any], directory: Path, budget: int) -> Callable[..., Any]:
     """As long as an update takes that trains a critic of its own: one more model, forward and backward."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -282,7 +283,7 @@ def with_critic_trunk(ppo_update: Callable[..., Any], directory: Path, size: int
             return logprobs_of(tokens) + 0.0 * hidden.float().sum()
 
         with torch.no_grad():
-            for rows in micro_batches(batch.tokens, size):
+            for rows in micro_batches(batch.tokens, budget):
                 run_trunk(critic, batch.tokens[rows])
         return ppo_update(both, head, optimizer, batch, *rest)
 

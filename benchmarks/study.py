@@ -153,7 +153,7 @@ def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
     from transformers import AutoModelForCausalLM
 
     from learner.features import FeatureCache, default_layers
-    from server.shared.dtype import resolve_dtype, torch_dtype
+    from server.shared.dtype import MICRO_BATCH_TOKENS, resolve_dtype, torch_dtype
 
     dtype = resolve_dtype("auto").name
     reference = work / "pool" / "policies" / "v0000"
@@ -163,7 +163,7 @@ def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
     layers = default_layers(model.config.num_hidden_layers)
     cache = FeatureCache.open(work / "features", "study", layers, dtype)
     try:
-        return cache.get(answers, model, layers, 8, lambda n: None), layers
+        return cache.get(answers, model, layers, MICRO_BATCH_TOKENS[dtype], lambda n: None), layers
     finally:
         cache.close()
 

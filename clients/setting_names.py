@@ -80,7 +80,7 @@ SETTINGS = frozenset(
         "ppo.lora_alpha",
         "ppo.lora_rank",
         "ppo.max_grad_norm",
-        "ppo.micro_batch",
+        "ppo.micro_batch_tokens",
         "ppo.minibatches",
         "ppo.mismatch_limit",
         "ppo.missing_eos_score",
@@ -158,5 +158,6 @@ OLD = frozenset(
     {
         "gpu_memory_share",
         "ppo.dtype",
+        "ppo.micro_batch",
     }
 )

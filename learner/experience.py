@@ -39,7 +39,13 @@ class Judged:
 
 @torch.no_grad()
 def judge_rollout(
-    policy: Policy, reward_model: RewardModel, rollout: Rollout, temperature: float, size: int, *, prefixes: bool = True
+    policy: Policy,
+    reward_model: RewardModel,
+    rollout: Rollout,
+    temperature: float,
+    budget: int,
+    *,
+    prefixes: bool = True,
 ) -> Judged:
     """The reference's pass over a rollout; without `prefixes`, which a critic needs, their features are (B, T, 0)."""
     tokens, width = rollout.tokens, len(reward_model.weights)
@@ -48,7 +54,7 @@ def judge_rollout(
     features = torch.zeros(len(tokens), width, device=device)
     prefix_features = torch.zeros(*shape, width if prefixes else 0, device=device)
     with policy.reference() as reference:
-        for rows in micro_batches(tokens, size):
+        for rows in micro_batches(tokens, budget):
             part = tokens[rows]
             hidden, layer_states = run_trunk(reference, part, reward_model.layers)
             columns = part.response_mask.shape[1]
@@ -79,10 +85,10 @@ def make_critic(reward_model: RewardModel) -> Critic:
 
 
 @torch.no_grad()
-def policy_logprobs(policy: Policy, tokens: Tokens, temperature: float, size: int) -> Tensor:
+def policy_logprobs(policy: Policy, tokens: Tokens, temperature: float, budget: int) -> Tensor:
     """(B, T) log-probabilities of the sampled tokens under the policy as it is."""
     logprobs = torch.zeros(tokens.response_mask.shape, device=tokens.response_mask.device)
-    for rows in micro_batches(tokens, size):
+    for rows in micro_batches(tokens, budget):
         part = tokens[rows]
         hidden, _ = run_trunk(policy.model, part)
         logprobs[rows, : part.response_mask.shape[1]] = token_logprobs(policy.model, hidden, part, temperature)

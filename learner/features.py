@@ -63,7 +63,7 @@ class FeatureCache:
         pairs: list[TokenPair],
         model: nn.Module,
         layers: tuple[int, ...],
-        micro_batch: int,
+        budget: int,
         advance: Callable[[int], None],
     ) -> Tensor:
         """(N, F + 1) of each (prompt, response); what is missing is computed with the reference `model` and kept."""
@@ -73,7 +73,7 @@ class FeatureCache:
         advance(sum(key in known for key in keys))
         for chunk in map(list, chunks(missing, CHUNK)):
             tokens = to_tokens([missing[key][0] for key in chunk], [missing[key][1] for key in chunk])
-            fresh = dict(zip(chunk, extract(model, tokens, layers, micro_batch, advance), strict=True))
+            fresh = dict(zip(chunk, extract(model, tokens, layers, budget, advance), strict=True))
             self._rows.insert_all({"key": key, "value": row.numpy().tobytes()} for key, row in fresh.items())
             known.update(fresh)
         return torch.stack([known[key] for key in keys])
@@ -91,13 +91,13 @@ class FeatureCache:
 
 
 def extract(
-    model: nn.Module, tokens: Tokens, layers: tuple[int, ...], micro_batch: int, advance: Callable[[int], None]
+    model: nn.Module, tokens: Tokens, layers: tuple[int, ...], budget: int, advance: Callable[[int], None]
 ) -> Tensor:
     """(B, F + 1) pooled features of every response, on the CPU."""
     rows_done: list[tuple[Tensor, Tensor]] = []
     tokens = tokens.to(next(model.parameters()).device)
     with torch.inference_mode():
-        for rows in micro_batches(tokens, micro_batch):
+        for rows in micro_batches(tokens, budget):
             part = tokens[rows]
             _, states = run_trunk(model, part, layers)
             rows_done.append((rows.cpu(), pool(response_states(states, part), part.response_mask).cpu()))

@@ -67,10 +67,17 @@ def to_tokens(prompts: list[list[int]], responses: list[list[int]]) -> Tokens:
     return Tokens(input_ids, torch.tensor([len(p) for p in prompts]), response_ids, response_mask)
 
 
-def micro_batches(tokens: Tokens, size: int) -> list[Tensor]:
-    """Row indices in micro-batches of like length, so that little is padded."""
-    lengths = tokens.prompt_lengths + tokens.response_mask.sum(dim=1)
-    return list(torch.argsort(lengths, stable=True).split(size))
+def micro_batches(tokens: Tokens, budget: int) -> list[Tensor]:
+    """Row indices in micro-batches of like length, so that little is padded: each of `budget` tokens at most, padding
+    and no shared prefix counted, or of one row."""
+    lengths = tokens.prompt_lengths + tokens.response_mask.sum(dim=1) - shared_prefix(tokens)
+    order = torch.argsort(lengths, stable=True)
+    batches: list[list[int]] = [[]]
+    for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if batches[-1] and (len(batches[-1]) + 1) * length > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return [torch.tensor(batch, device=order.device) for batch in batches]
 
 
 def run_trunk(model: nn.Module, tokens: Tokens, layers: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:

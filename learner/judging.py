@@ -31,7 +31,7 @@ from learner.ppo import mismatch
 from learner.reward_model import RewardModel
 from learner.rollout import Sample, draw_seed, to_rollout
 from learner.settings import GateSettings
-from learner.training import candidate, check_push
+from learner.training import PUSH_ANSWERS, candidate, check_push
 from learner.workspace import Workspace, spread
 from server.erasing import ANSWERS, keeping, sweep
 from server.records import Prompt
@@ -137,11 +137,11 @@ def _candidate_answers(
     work.policy.load(candidate(work.directory, step))
     work.engine.push(work.policy.engine_weights())
     rollout = to_rollout(work.engine.sample(prompts, seed))
-    judged = judge_rollout(work.policy, reward_model, rollout, temperature, ppo.micro_batch, prefixes=False)
+    judged = judge_rollout(work.policy, reward_model, rollout, temperature, ppo.micro_batch_tokens, prefixes=False)
     # The served policy is the trained one: some answers are enough to see it.
-    some = torch.arange(min(ppo.micro_batch, len(rollout.tokens)))
+    some = torch.arange(min(PUSH_ANSWERS, len(rollout.tokens)))
     part = rollout.tokens[some]
-    logprobs = policy_logprobs(work.policy, part, temperature, ppo.micro_batch)
+    logprobs = policy_logprobs(work.policy, part, temperature, ppo.micro_batch_tokens)
     sampled_with = rollout.behavior_logprobs[some, : logprobs.shape[1]]
     gap = mismatch(logprobs, sampled_with, part.response_mask)
     check_push(gap, ppo.mismatch_limit, work.policy.model.dtype)

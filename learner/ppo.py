@@ -203,7 +203,7 @@ def ppo_update(
             new_logprobs = torch.zeros_like(batch.old_logprobs)
             # Sorted, so that a minibatch of everything is cut into the micro-batches that pi_old was computed in.
             rows_in_order = minibatch.sort().values
-            for micro in micro_batches(batch.tokens[rows_in_order], settings.micro_batch):
+            for micro in micro_batches(batch.tokens[rows_in_order], settings.micro_batch_tokens):
                 rows = rows_in_order[micro]
                 tokens = batch.tokens[rows]
                 cut = slice(None), slice(tokens.response_mask.shape[1])

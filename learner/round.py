@@ -201,7 +201,7 @@ def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
         work.policy.reference() as reference,
         work.stages.stage("features", "reading the voted answers", len(dataset.answers)) as advance,
     ):
-        features = cache.get(dataset.answers, reference, work.layers, work.settings.ppo.micro_batch, advance)
+        features = cache.get(dataset.answers, reference, work.layers, work.settings.ppo.micro_batch_tokens, advance)
     # One of them may have been deleted meanwhile.
     sweep(work.settings.data_dir)
     return features

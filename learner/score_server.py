@@ -24,7 +24,7 @@ from server.store import FeedbackStore
 
 LOOPBACK = "127.0.0.1"
 MAX_CANDIDATES = 16
-MICRO_BATCH = 8
+TOKENS_AT_ONCE = 1024
 GRACE_SECONDS = 5.0
 STATUS = {
     InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -53,7 +53,7 @@ class Scorer:
             if max(*prompt, *response) >= words:
                 raise InvalidArgumentError("candidates", f"A token id is not among the model's {words}.")
         tokens = to_tokens([prompt for prompt, _ in pairs], [response for _, response in pairs])
-        features = extract(backbone, tokens, model.layers, MICRO_BATCH, lambda n: None)
+        features = extract(backbone, tokens, model.layers, TOKENS_AT_ONCE, lambda n: None)
         scores, members = model.scores(features), model.member_scores(features)
         return scoring_pb2.ScoreCandidatesResponse(
             reward_model_version=version,

@@ -10,8 +10,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from server.shared.dtype import DtypeSetting
+from server.shared.dtype import MICRO_BATCH_TOKENS, DtypeName, DtypeSetting
 from server.shared.settings_base import SettingsBase
+from server.shared.stored_round import ANSWER_TOKENS
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -67,7 +68,12 @@ class PPOSettings(BaseModel):
     episodes: int = Field(32, ge=2, description="Responses in a rollout batch.")
     epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
     minibatches: int = Field(2, ge=1, description="Optimiser steps in each pass.")
-    micro_batch: int = Field(8, ge=1, description="Responses in one forward pass; changes speed and memory alone.")
+    micro_batch_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens in one forward pass, padding counted; changes speed and memory alone. "
+        "0: 2048 in bfloat16, 1024 in float32.",
+    )
     learning_rate: Positive = Field(2e-4, description="Adam's, for the policy.")
     critic_learning_rate: Positive = Field(1e-3, description="Adam's, for the value head.")
     adam_epsilon: Positive = Field(1e-5, description="Adam's epsilon.")
@@ -105,6 +111,11 @@ class PPOSettings(BaseModel):
         if self.minibatches > self.episodes:
             raise ValueError("minibatches cannot be more than episodes")
         return self
+
+    def at(self, dtype: DtypeName) -> "PPOSettings":
+        """With what follows from the dtype filled in."""
+        tokens = self.micro_batch_tokens or MICRO_BATCH_TOKENS[dtype]
+        return self.model_copy(update={"micro_batch_tokens": tokens})
 
 
 class GateSettings(BaseModel):
@@ -189,7 +200,12 @@ def quiet(hours: str, now: time) -> bool:
 class LearnerSettings(SettingsBase):
     """What every command of the learner is told."""
 
-    renamed: ClassVar = {"gpu_memory_share": "learner_gpu_memory_share", "ppo.dtype": "dtype"}
+    renamed: ClassVar = {
+        "gpu_memory_share": "learner_gpu_memory_share",
+        "ppo.dtype": "dtype",
+        "ppo.micro_batch": "ppo.micro_batch_tokens",
+    }
+    rescaled: ClassVar = {"ppo.micro_batch": ANSWER_TOKENS}
 
     data_dir: Path = Field(Path("data"), description="Everything that is kept: the database and the policies.")
     service_temperature: float = Field(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from learner.advantages import adapt_kl_coef, kl_k1, masked_mean
 from learner.experience import judge_rollout, make_critic, policy_logprobs, to_experience
-from learner.forward import Tokens, micro_batches, run_trunk, token_logprobs
+from learner.forward import Tokens, run_trunk, token_logprobs
 from learner.policy import Policy
 from learner.ppo import Adam, Mismatch, mismatch, ppo_update
 from learner.reward_model import RewardModel
@@ -29,6 +29,8 @@ from server.records import Prompt
 # Root mean square of log pi_old / mu, several times what was measured where the weights are the same
 # (docs/decisions/0026-every-cpu.md).
 MISMATCH_LIMITS = {torch.bfloat16: 0.35, torch.float32: 0.005}
+# Answers that show whether a push landed.
+PUSH_ANSWERS = 8
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,13 @@ def train(
         engine.push(policy.engine_weights())
         rollout = to_rollout(engine.sample(next(batches), draw_seed(seed, number + 1)))
         mask = rollout.tokens.response_mask
-        judged = judge_rollout(policy, reward_model, rollout, temperature, settings.micro_batch)
+        judged = judge_rollout(policy, reward_model, rollout, temperature, settings.micro_batch_tokens)
         # In float32 engine and trainer agree to less than any step of PPO notices: pi_old is mu, and a pass over some
         # answers is enough to see that the push landed.
         exact = policy.model.dtype == torch.float32
-        rows = micro_batches(rollout.tokens, settings.micro_batch)[0] if exact else torch.arange(len(mask))
+        rows = torch.arange(PUSH_ANSWERS if exact else len(mask))[: len(mask)]
         part = rollout.tokens[rows]
-        seen = policy_logprobs(policy, part, temperature, settings.micro_batch)
+        seen = policy_logprobs(policy, part, temperature, settings.micro_batch_tokens)
         cut = slice(seen.shape[1])
         gap = mismatch(seen, rollout.behavior_logprobs[rows, cut], part.response_mask)
         check_push(gap, settings.mismatch_limit, policy.model.dtype)

@@ -100,10 +100,9 @@ class Reader:
         """(N, F) of the dataset's answers."""
         if not dataset.answers:
             return torch.zeros(0, 0)
+        budget = self._settings.ppo.at(self._dtype).micro_batch_tokens
         with closing(FeatureCache.open(self._cache, self._cache_key, self.layers, self._dtype)) as cache:
-            features = cache.get(
-                dataset.answers, self._model, self.layers, self._settings.ppo.micro_batch, lambda n: None
-            )
+            features = cache.get(dataset.answers, self._model, self.layers, budget, lambda n: None)
         # One of them may have been deleted meanwhile.
         sweep(self._settings.data_dir)
         return features

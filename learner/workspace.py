@@ -45,7 +45,11 @@ class Workspace:
         round_: Round,
         snapshot: Snapshot,
     ) -> None:
-        self.store, self.lease, self.settings, self.stages = store, lease, settings, stages
+        assert settings.dtype != "auto", "a round's dtype is resolved before it begins"
+        self.dtype: DtypeName = settings.dtype
+        """What engine and trainer compute in."""
+        self.settings = settings.model_copy(update={"ppo": settings.ppo.at(self.dtype)})
+        self.store, self.lease, self.stages = store, lease, stages
         self.round, self.snapshot = round_, snapshot
         self.directory = settings.data_dir / "rounds" / round_.id
         # As they were when the round began, also when it is resumed among new ones.
@@ -67,12 +71,6 @@ class Workspace:
     def generator(self, stream: int) -> torch.Generator:
         """Random draws of one purpose, the same when a round is resumed."""
         return draw_generator(self.settings.seed, stream)
-
-    @property
-    def dtype(self) -> DtypeName:
-        """What engine and trainer compute in."""
-        assert self.settings.dtype != "auto", "a round's dtype is resolved before it begins"
-        return self.settings.dtype
 
     @cached_property
     def reference_directory(self) -> Path:
@@ -112,7 +110,7 @@ class Workspace:
         """(N, F) of sampled answers."""
         tokens = to_rollout(samples).tokens
         with self.policy.reference() as reference:
-            return extract(reference, tokens, model.layers, self.settings.ppo.micro_batch, lambda n: None)
+            return extract(reference, tokens, model.layers, self.settings.ppo.micro_batch_tokens, lambda n: None)
 
     def clean(self) -> None:
         """Removes what only a running round needs: the state to go on from, and candidates that are not to be kept."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, Field
 
@@ -19,8 +19,10 @@ from server.doctor.readings import Torch
 from server.doctor.speed import Speed, measure
 from server.errors import ServiceError
 from server.settings import ServerSettings
+from server.shared.dtype import MICRO_BATCH_TOKENS
 from server.shared.machine import GIB, Machine, read_machine, slow_reason
 from server.shared.settings_base import CONFIG_FILE, explain
+from server.shared.stored_round import ANSWER_TOKENS
 from server.shared.variables import PREFIX
 from server.weights import MERGED
 
@@ -31,11 +33,14 @@ MEASURE_BYTES = GIB
 class LearnerShare(BaseModel):
     """Of the learner's settings for PPO, what its memory follows from."""
 
-    micro_batch: Annotated[int, Field(ge=1)] = 8
+    micro_batch_tokens: Annotated[int, Field(ge=0)] = 0
 
 
 class DoctorSettings(ServerSettings):
     """The server's, and those of the learner's that disk and memory have to have room for."""
+
+    renamed: ClassVar = {**ServerSettings.renamed, "ppo.micro_batch": "ppo.micro_batch_tokens"}
+    rescaled: ClassVar = {"ppo.micro_batch": ANSWER_TOKENS}
 
     keep_versions: Annotated[int, Field(ge=1)] = 8
     ppo: LearnerShare = LearnerShare()
@@ -165,7 +170,8 @@ class Examination:
         settings, shape, dtype = self.settings, self.model.shape, self.torch.dtype
         if self.on_gpu or not shape or not dtype:
             return None
-        return needs_of(shape, dtype.name, settings.kv_cache_gib, settings.max_tokens, settings.ppo.micro_batch)
+        tokens = settings.ppo.micro_batch_tokens or MICRO_BATCH_TOKENS[dtype.name]
+        return needs_of(shape, dtype.name, settings.kv_cache_gib, max(tokens, settings.max_tokens))
 
     @cached_property
     def speed(self) -> tuple[Speed | None, str]:

@@ -3,8 +3,8 @@
 - Server: a front end, an engine without its model, the weights twice (one to answer, one to swap in), the KV cache.
   3.7 GiB in bfloat16; docs/benchmarks/soak.md has 0.7 + 3.0.
 - Round beside it: an engine of its own, its weights and the trainer's, its KV cache, and what a micro-batch keeps for
-  the backward pass: for each token the outputs of all matrices, three times over, and for each token of an answer its
-  logits, four times in float32. 4.1 GiB in bfloat16 with answers of 64 tokens; docs/benchmarks/ppo.md has 3.9.
+  the backward pass: for each token the outputs of all matrices, four times over, and its logits, four times in
+  float32. 6.9 GiB in bfloat16; docs/benchmarks/ppo.md has 7.0.
 - A version on disk: all weights once more, merged for the engine.
 """
 
@@ -17,7 +17,6 @@ from server.shared.machine import GIB
 FRONT_END = int(0.7 * GIB)
 ENGINE = int(1.5 * GIB)
 BYTES: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
-PROMPT_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,10 @@ class Needs:
     version: int
 
 
-def needs_of(shape: ModelShape, dtype: DtypeName, kv_cache_gib: int, max_tokens: int, micro_batch: int) -> Needs:
-    """Of a model whose answers are up to `max_tokens` long, `micro_batch` of them in one pass of the learner's."""
+def needs_of(shape: ModelShape, dtype: DtypeName, kv_cache_gib: int, tokens: int) -> Needs:
+    """Of a model with up to `tokens` in one pass of the learner's."""
     weights = shape.parameters * BYTES[dtype]
     engine = ENGINE + 2 * weights + kv_cache_gib * GIB
     outputs = sum(rows * count for (rows, _), count in shape.matrices.items())
-    words = shape.head[0]
-    answer = 3 * outputs * BYTES[dtype] * (PROMPT_TOKENS + max_tokens) + 4 * words * BYTES["float32"] * max_tokens
-    return Needs(FRONT_END + engine, engine + micro_batch * answer, weights)
+    token = 4 * outputs * BYTES[dtype] + 4 * shape.head[0] * BYTES["float32"]
+    return Needs(FRONT_END + engine, engine + tokens * token, weights)

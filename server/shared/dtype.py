@@ -23,6 +23,11 @@ BFLOAT16_CAPABILITY = (8, 0)
 BFLOAT16_INSTRUCTIONS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm BF16"}
 
 
+# Tokens in one forward pass of the learner's: half as many take a fourth longer in bfloat16, twice as many are hardly
+# faster in float32 (docs/decisions/0026-every-cpu.md).
+MICRO_BATCH_TOKENS: dict[DtypeName, int] = {"bfloat16": 2048, "float32": 1024}
+
+
 @dataclass(frozen=True)
 class Dtype:
     """The arithmetic to compute in, never `auto`, and the reason in a clause."""

@@ -37,6 +37,8 @@ class SettingsBase(BaseSettings):
 
     # From old name to new, as `ppo.dtype`. An entry stays for one version.
     renamed: ClassVar[Mapping[str, str]] = {}
+    # What a number under an old name is multiplied by, where the new one has another unit.
+    rescaled: ClassVar[Mapping[str, int]] = {}
 
     @classmethod
     def load(cls, **flags: Any) -> Self:
@@ -79,7 +81,14 @@ class SettingsBase(BaseSettings):
     @classmethod
     def _renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """What is set by old names, under the new ones."""
-        return {new: values[old] for old, new in cls.renamed.items() if old in values}
+        return {new: cls._rescale(old, values[old]) for old, new in cls.renamed.items() if old in values}
+
+    @classmethod
+    def _rescale(cls, old: str, value: Any) -> Any:
+        try:
+            return str(int(value) * cls.rescaled[old]) if old in cls.rescaled else value
+        except ValueError as error:
+            raise ValueError(f"The setting {old} is not valid: {value!r} is no whole number.") from error
 
     @classmethod
     def _say_renamed(cls, flags: Iterable[str], variables: Iterable[str], file: Iterable[str]) -> None:

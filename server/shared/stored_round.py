@@ -17,6 +17,8 @@ from typing import Any
 from server.shared.tables import flatten, nest
 
 FORMAT = "format"
+# What an answer with its prompt counts for where `ppo.micro_batch` was set, which counted answers.
+ANSWER_TOKENS = 128
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -59,5 +61,13 @@ def _name_shares_and_dtype(settings: dict[str, Any]) -> dict[str, Any]:
     return nest(values)
 
 
-SETTINGS = Stored((_name_shares_and_dtype,))
+def _count_tokens(settings: dict[str, Any]) -> dict[str, Any]:
+    """A micro-batch is so many tokens, no longer so many answers."""
+    values = flatten(settings)
+    if answers := values.pop("ppo.micro_batch", None):
+        values["ppo.micro_batch_tokens"] = answers * ANSWER_TOKENS
+    return nest(values)
+
+
+SETTINGS = Stored((_name_shares_and_dtype, _count_tokens))
 METRICS = Stored(())

@@ -48,7 +48,7 @@ def test_a_rows_company_does_not_show_in_its_prefix_features(model_directory: Pa
     policy = Policy.create(model_directory, PPOSettings(lora_rank=4), torch.float32, torch.device("cpu"))
     rollout = to_rollout([sample([7, 8, 9]), sample([10, 11, 12, 13, 14, 15, 16, 17])])
     alone = judge_rollout(policy, reward_model(), rollout, 0.85, 1)
-    together = judge_rollout(policy, reward_model(), rollout, 0.85, 2)
+    together = judge_rollout(policy, reward_model(), rollout, 0.85, 100)
     mask = rollout.tokens.response_mask
     assert torch.allclose(alone.prefix_features[mask], together.prefix_features[mask], atol=1e-5)
     assert torch.allclose(alone.ref_logprobs[mask], together.ref_logprobs[mask], atol=1e-5)

@@ -69,13 +69,26 @@ def test_cut_rows_are_the_same_rows(model: Any) -> None:
 
 
 def test_micro_batches_hold_every_row_once() -> None:
-    rows = torch.cat(micro_batches(to_tokens(PROMPTS, RESPONSES), 2))
-    assert sorted(rows.tolist()) == [0, 1, 2]
+    # Rows of 6, 5 and 7 tokens, the shortest first; a batch costs its longest row times its rows.
+    tokens = to_tokens(PROMPTS, RESPONSES)
+
+    def rows(budget: int) -> list[list[int]]:
+        return [batch.tolist() for batch in micro_batches(tokens, budget)]
+
+    assert rows(21) == [[1, 0, 2]]
+    assert rows(20) == rows(12) == [[1, 0], [2]]
+    assert rows(11) == rows(1) == [[1], [0], [2]]
+
+
+def test_a_shared_prefix_counts_for_nothing_in_a_micro_batch() -> None:
+    shared = list(range(5, 105))
+    tokens = to_tokens([[*shared, 200 + row] for row in range(4)], [[20, 21]] * 4)
+    assert [batch.tolist() for batch in micro_batches(tokens, 6)] == [[0, 1], [2, 3]]
 
 
 def test_features_are_the_mean_over_the_responses_own_tokens(model: Any) -> None:
     layers = default_layers(3)
-    features = extract(model, to_tokens(PROMPTS, RESPONSES), layers, 2, lambda n: None)
+    features = extract(model, to_tokens(PROMPTS, RESPONSES), layers, 12, lambda n: None)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         with torch.no_grad():
             states = model.model(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states

@@ -136,7 +136,7 @@ class Bandit:
         settings = PPOSettings(
             epochs=4,
             minibatches=1,
-            micro_batch=3,
+            micro_batch_tokens=2 * ARMS,
             vf_coef=1.0,
             value_clip=10.0,
             importance_cap=100.0,

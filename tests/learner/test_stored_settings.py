@@ -125,9 +125,11 @@ def test_settings_that_a51ccdf_stored(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (settings.dtype, settings.learner_gpu_memory_share) == ("bfloat16", 0.3)
     assert (settings.seed, settings.min_votes, settings.ppo.steps) == (0, 40, 12)
     assert (settings.ppo.mismatch_limit, settings.data_dir) == (0.35, tmp_path)
+    # Eight answers at once, then; as many tokens now.
+    assert settings.ppo.micro_batch_tokens == 1024
     # The rest as it was.
     kept, stored = flatten(settings.model_dump(mode="json")), flatten(A51CCDF)
-    del stored["gpu_memory_share"], stored["ppo.dtype"]
+    del stored["gpu_memory_share"], stored["ppo.dtype"], stored["ppo.micro_batch"]
     assert {name: kept[name] for name in stored} == stored
 
 

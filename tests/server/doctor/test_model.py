@@ -138,27 +138,26 @@ def test_a_model_that_is_not_on_this_machine(tmp_path: Path) -> None:
 
 
 def test_needs_are_near_what_was_measured() -> None:
-    needs = needs_of(SMOLLM2, "bfloat16", 1, 64, 8)
-    # docs/benchmarks/soak.md: 707 and 3,073 MiB; docs/benchmarks/ppo.md: 3.88 GiB.
+    needs = needs_of(SMOLLM2, "bfloat16", 1, 2048)
+    # docs/benchmarks/soak.md: 707 and 3,073 MiB; docs/benchmarks/ppo.md: 7.0 GiB.
     assert needs.server // MIB == 3789
-    assert needs.round // MIB == 4197
+    assert needs.round // MIB == 7039
     assert needs.version == 269_030_016
 
 
 def test_needs_grow_with_what_they_follow_from() -> None:
-    base = needs_of(SMOLLM2, "bfloat16", 1, 64, 8)
-    double = needs_of(SMOLLM2, "float32", 1, 64, 8)
+    base = needs_of(SMOLLM2, "bfloat16", 1, 2048)
+    double = needs_of(SMOLLM2, "float32", 1, 1024)
     assert double.version == 2 * base.version
     assert double.server - base.server == 2 * base.version
-    assert needs_of(SMOLLM2, "bfloat16", 3, 64, 8).server - base.server == 2 * 2**30
-    assert needs_of(SMOLLM2, "bfloat16", 1, 512, 8).round // MIB == 10_074
-    assert needs_of(SMOLLM2, "bfloat16", 1, 512, 2).round // MIB == 4_823
+    assert needs_of(SMOLLM2, "bfloat16", 3, 2048).server - base.server == 2 * 2**30
+    assert needs_of(SMOLLM2, "bfloat16", 1, 1024).round // MIB == 5056
 
 
 def test_the_learners_own_defaults_are_counted_with() -> None:
     ours, theirs = DoctorSettings.model_fields["keep_versions"].default, LearnerSettings.model_fields["keep_versions"]
     assert ours == theirs.default == 8
-    assert DoctorSettings().ppo.micro_batch == LearnerSettings().ppo.micro_batch == 8
+    assert DoctorSettings().ppo.micro_batch_tokens == LearnerSettings().ppo.micro_batch_tokens == 0
 
 
 def test_speed_is_a_share_of_what_products_allow() -> None:

@@ -203,6 +203,19 @@ def test_a_new_name_wins_wherever_it_is(
     ]
 
 
+def test_an_old_name_may_have_had_another_unit(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "prefloop.toml").write_text("[ppo]\nmicro_batch = 4\n")
+    assert LearnerSettings.load().ppo.micro_batch_tokens == 512
+    monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH", "2")
+    assert LearnerSettings.load().ppo.micro_batch_tokens == 256
+    assert "PREFLOOP_PPO__MICRO_BATCH is now PREFLOOP_PPO__MICRO_BATCH_TOKENS;" in capsys.readouterr().err
+    monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH", "few")
+    with pytest.raises(ValueError, match=r"The setting ppo\.micro_batch is not valid: 'few' is no whole number\."):
+        LearnerSettings.load()
+
+
 def test_a_setting_may_leave_its_table(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,13 @@ def test_settings_of_format_0() -> None:
     assert SETTINGS.load("{}") == METRICS.load("{}") == {}
 
 
+def test_settings_of_format_1() -> None:
+    assert SETTINGS.load('{"format": 1, "seed": 1, "ppo": {"micro_batch": 4, "steps": 3}}') == {
+        "seed": 1, "ppo": {"micro_batch_tokens": 512, "steps": 3}
+    }  # fmt: skip
+    assert SETTINGS.load('{"format": 1, "ppo": {"steps": 3}}') == {"ppo": {"steps": 3}}
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [({}, "reference"), ({"ppo": {}}, "reference"), ({"ppo": {"start_from": "active"}}, "active")],
@@ -59,7 +66,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     store.registry.update_round(round_.id, metrics={"votes": 1}, fence=fence)
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
-        {"format": 1, "seed": 1},
+        {"format": 2, "seed": 1},
         {"format": 0, "votes": 1},
     )
     found = store.registry.round(round_.id)
@@ -72,7 +79,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     assert store.registry.round(round_.id).metrics == {"votes": 11, "signal": 2}
     assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 1
     store.registry.update_round(round_.id, settings={"seed": 2}, fence=fence)
-    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 1, "seed": 2}
+    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 2, "seed": 2}
     store.close()
 
 

@@ -21,6 +21,7 @@ from learner.forward import Tokens, to_tokens
 from learner.settings import LearnerSettings
 from server.records import Prompt
 from server.shared.dtype import DtypeName
+from server.shared.seeds import keep_seeds
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Engine:
             disable_log_stats=True,
             seed=settings.seed,
         )
+        self._llm.collective_rpc(lambda worker: keep_seeds(worker.model_runner))
 
     def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Replaces all weights, by their checkpoint names, and forgets every cached prefix."""

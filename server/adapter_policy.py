@@ -56,6 +56,7 @@ class AdapterPolicy(VllmPolicy):
         log.info("new answers come from %s", version)
 
     async def _prepare(self) -> None:
+        await self._ask(self._engine.collective_rpc("prefloop_keep_seeds"))
         await self._ask(self._engine.update_weight_version(REFERENCE))
 
     def _adapter(self, version: str) -> Any:

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from server.failpoints import failpoint
 from server.pulse import BEAT_SECONDS, Pulse
+from server.shared.seeds import keep_seeds
 from server.worker import SwapExtension
 
 PULSE = Pulse.find()
@@ -27,6 +28,10 @@ scheduler: Any = None
 
 class EngineExtension(SwapExtension):
     """Mixed into the worker, which is in the engine's process (`server.engine`)."""
+
+    def prefloop_keep_seeds(self) -> None:
+        """Seeded answers may have long prompts. Call it once, before the first request."""
+        keep_seeds(self.model_runner)
 
     def prefloop_limit_steps(self, tokens: int) -> None:
         """Steps take this many tokens at most, at least one for each answer; long prompts are read in parts."""

@@ -291,6 +291,7 @@ class VllmPolicy:
             raise
 
     async def _prepare(self) -> None:
+        await self._ask(self._engine.collective_rpc("prefloop_keep_seeds"))
         await self._ask(self._engine.collective_rpc("prefloop_prepare"))
         await self._ask(self._engine.update_weight_version(REFERENCE))
 

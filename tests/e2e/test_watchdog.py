@@ -87,7 +87,7 @@ def spin() -> None:
 def test_a_slow_engine_is_left_alone_and_its_long_prompts_do_not_hold_up_others(
     default: LiveServer, prompts: int
 ) -> None:
-    """Prompts near the context's limit at once, beside a busy process: sixteen have more than 24,000 tokens."""
+    """Prompts near the context's limit at once, seeded, beside a busy process: sixteen have more than 24,000 tokens."""
     before = engine(default)
     words = " ".join(f"{number} owls" for number in range(400))
     short = chat_pb2.ChatRequest(message="Count to a hundred.", sampling={"max_tokens": 200})
@@ -102,7 +102,9 @@ def test_a_slow_engine_is_left_alone_and_its_long_prompts_do_not_hold_up_others(
     with busy():
         calls = [
             default.chat.Chat(
-                chat_pb2.ChatRequest(message=f"{number} {words} Which owl was last?", sampling={"max_tokens": 4}),
+                chat_pb2.ChatRequest(
+                    message=f"{number} {words} Which owl was last?", sampling={"max_tokens": 4, "seed": number}
+                ),
                 timeout=600,
             )
             for number in range(prompts)

@@ -1,0 +1,28 @@
+"""Seeded answers whose prompts are read in parts, in vLLM on a CPU.
+
+vLLM samples in every step, also after a part of a prompt, throws that away and turns the answer's generator back. A
+generator on a CPU cannot be turned back, and the engine ends with "CPU Generator does not use offset" (seen in 0.32).
+So such a row is sampled without its generator, which then is where it was.
+"""
+
+from functools import wraps
+from typing import Any
+
+
+def keep_seeds(runner: Any) -> None:
+    """Changes vLLM's model runner so that no seed is spent on what it throws away. Call it once, before any request."""
+    if runner.device.type != "cpu":
+        return
+    sample = runner.sample_tokens
+
+    @wraps(sample)
+    def sample_tokens(*arguments: Any, **named: Any) -> Any:
+        batch = runner.input_batch
+        partly_read = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        kept = {row: batch.generators.pop(row) for row in partly_read if row in batch.generators}
+        try:
+            return sample(*arguments, **named)
+        finally:
+            batch.generators.update(kept)
+
+    runner.sample_tokens = sample_tokens

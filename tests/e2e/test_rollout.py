@@ -1,0 +1,31 @@
+"""The learner's own engine: prompts that no step takes whole, each answer with its seed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+SAMPLE = """
+import sys
+from pathlib import Path
+from learner.rollout import Engine
+from learner.settings import LearnerSettings
+from server.records import Prompt
+
+engine = Engine(Path(sys.argv[1]), LearnerSettings(), "float32", 1024)
+prompts = [Prompt(str(n), [1, *[3 + (n + i) % 90 for i in range(900)], 0], 8) for n in range(48)]
+together = engine.sample(prompts, 7)
+alone = engine.sample(prompts[:1], 7)
+print("found", together[0].token_ids == alone[0].token_ids, len(together), len({str(s.token_ids) for s in together}))
+"""
+
+
+def test_long_prompts_are_read_in_parts_and_keep_their_seeds(tiny_model: Path) -> None:
+    # 43,000 tokens at once are more than vLLM reads in a step.
+    done = subprocess.run(
+        [sys.executable, "-c", SAMPLE, str(tiny_model)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["found True 48 48"], done.stderr[-2000:]

@@ -107,7 +107,7 @@ class Process:
 class Server:
     """A server on a free loopback port, for a `with` block after `start`.
 
-    `say` hears each line that it prints until it is ready; all of them are in DATA_DIR/server.log.
+    `say` hears what it says of its start until it is ready; all of its lines are in DATA_DIR/server.log.
     """
 
     def __init__(self, data_dir: Path, model: str | None, say: Callable[[str], object]) -> None:
@@ -171,7 +171,9 @@ class Server:
             self._ready.set()
         elif not self._ready.is_set():
             self._limit.progress()
-            self._say(line)
+            # Its own words begin in lower case; log lines and what libraries say do not.
+            if line[:1].islower():
+                self._say(line)
 
 
 @contextmanager

@@ -100,8 +100,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     """`count` updates; the seconds of each stage are means over them."""
-    from learner.process import keep_freed_memory
-    from learner.rollout import set_environment
+    from learner.process import keep_freed_memory, set_environment
     from learner.settings import LearnerSettings, PPOSettings
 
     ppo = PPOSettings(

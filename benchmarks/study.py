@@ -271,7 +271,7 @@ def run_json(arguments: list[str], **environment: str) -> dict[str, Any]:
 def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str, Any]:
     """The newest reward model on unseen comparisons; each candidate of the newest round against the reference on unseen
     questions, one answer each with the same seeds, wins and half the ties."""
-    from learner.rollout import set_environment
+    from learner.process import set_environment
     from learner.settings import LearnerSettings
     from server.shared.dtype import resolve_dtype, torch_dtype
 

@@ -46,8 +46,7 @@ def run_once(
 
     stages = Stages()
     with stages.stage("start", "loading the libraries"):
-        from learner.process import give_way, keep_freed_memory
-        from learner.rollout import set_environment
+        from learner.process import give_way, keep_freed_memory, set_environment
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         set_environment(settings)

@@ -4,9 +4,17 @@ import ctypes
 import os
 import socket
 import uuid
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from learner.settings import LearnerSettings
 
 # The exit status of a round that was asked to stop; a shell says it of what Ctrl-C ended.
 STOPPED = 130
+# Turns of its loop for which a thread of OpenMP waits before it sleeps, some tens of microseconds. By default it waits
+# for milliseconds on a core that the server's engine needs (docs/decisions/0026-every-cpu.md).
+SPIN = "1000"
 # Of mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -14,6 +22,28 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def unique_name() -> str:
     """Of this process, and never of another one."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+def set_environment(settings: "LearnerSettings") -> None:
+    """vLLM reads these once, at import, and so does OpenMP, which comes with torch: call it before either is imported.
+    What the operator set stays."""
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind" if settings.cpu_threads == "auto" else settings.cpu_threads,
+        "GOMP_SPINCOUNT": SPIN,
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Bars and warnings of libraries that an operator can do nothing about; the round has its own.
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TQDM_DISABLE": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\b")
 
 
 def keep_freed_memory() -> None:

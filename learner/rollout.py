@@ -7,8 +7,6 @@ the old weights.
 """
 
 import gc
-import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from learner.forward import Tokens, to_tokens
+from learner.process import set_environment
 from learner.settings import LearnerSettings
 from server.records import Prompt
 from server.shared.dtype import DtypeName
@@ -67,26 +66,6 @@ def to_rollout(samples: list[Sample]) -> Rollout:
     for row, sample in enumerate(samples):
         behavior_logprobs[row, : len(sample.logprobs)] = torch.tensor(sample.logprobs)
     return Rollout(samples, tokens, behavior_logprobs, torch.tensor([s.ended for s in samples]))
-
-
-def set_environment(settings: LearnerSettings) -> None:
-    """vLLM and OpenMP read these once, at import. What the operator set stays."""
-    defaults = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind" if settings.cpu_threads == "auto" else settings.cpu_threads,
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-        "TOKENIZERS_PARALLELISM": "false",
-        # Bars and warnings of libraries that an operator can do nothing about; the round has its own.
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TQDM_DISABLE": "1",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\b")
 
 
 class Engine:

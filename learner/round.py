@@ -23,13 +23,14 @@ from learner.features import FeatureCache
 from learner.heads import SignalTest
 from learner.judging import judge_candidates
 from learner.lease import learner_lease
+from learner.process import set_environment
 from learner.progress import Stages
 from learner.publishing import activate, publish
 from learner.refusals import no_candidate, too_few_prompts, too_little, why_not
 from learner.report import Report
 from learner.retention import prune
 from learner.reward_model import RewardModel
-from learner.rollout import draw_seed, set_environment
+from learner.rollout import draw_seed
 from learner.settings import LearnerSettings
 from learner.training import StepFigures, drop_candidates, train
 from learner.training_state import drop_states

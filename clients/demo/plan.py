@@ -1,8 +1,8 @@
 """What the demo does, how much of it this machine is asked for, and how long each part may take.
 
 The unit of time is measured: the seconds that one answer takes here, where sixteen are asked for at once. Expected
-times and limits are so many answers, by these factors. They come from a run on two cores with AVX2, where an answer
-took 0.8 s and a round 1,087.
+times and limits are so many answers, by these factors. They come from runs on two cores: held back to AVX2 an answer
+took 0.55 s and a round 436.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ MORE_VOTES = 100
 # A vote is on two answers.
 VOTE_ANSWERS = 2
 # What a round takes, and the longest that it shows no progress: a step of training, or a candidate before the gate.
-ROUND_ANSWERS = 1400
+ROUND_ANSWERS = 850
 ROUND_STEP_ANSWERS = 100
 SWAP_ANSWERS = 20
 # A long answer at the swap, alone.

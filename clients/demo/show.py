@@ -14,7 +14,7 @@ from clients.voter import TASTES, Answer, Taste
 
 SHOWN = 4
 # The server's start and end, and what does not depend on a machine's speed so much.
-AROUND_SECONDS = 60
+AROUND_SECONDS = 80
 
 
 def say(console: Console, number: str, text: str) -> None:

@@ -1,6 +1,7 @@
 """The command: fast to ask, sentences instead of stack traces, JSON for programs."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -100,3 +101,18 @@ def test_a_rollout_pads_what_was_sampled() -> None:
     assert rollout.tokens.input_ids.tolist() == [[5, 6, 7, 2], [5, 8, 9, 9]]
     assert rollout.behavior_logprobs.tolist() == [[-0.5, -1.0, 0.0], [-1.0, -2.0, -3.0]]
     assert rollout.ended.tolist() == [True, False]
+
+
+def test_openmp_is_told_how_to_wait_before_torch_brings_it() -> None:
+    code = (
+        "import os, sys\n"
+        "import learner.cli\n"
+        "from learner.process import set_environment\n"
+        "from learner.progress import Stages\n"
+        "from learner.settings import LearnerSettings\n"
+        "set_environment(LearnerSettings())\n"
+        "print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False 1000\n"

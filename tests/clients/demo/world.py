@@ -191,6 +191,7 @@ def serve(data_dir: Path) -> None:
     """`server serve`. With FAKE_REFUSAL it ends with that while it starts, with FAKE_SILENT it starts for ever, and
     FAKE_END is its exit status."""
     pauses = Pauses()
+    print("Loading shards: 100%", flush=True)
     print("starting the engine", flush=True)
     pauses.pass_by("start")
     if refusal := os.environ.get("FAKE_REFUSAL"):

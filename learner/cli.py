@@ -156,6 +156,9 @@ def users(data_dir: DataDir = None, as_json: Json = False) -> None:
 
     from rich.console import Console
 
+    from learner.process import set_environment
+
+    set_environment(settings)
     from learner.users import read_users
     from learner.users_table import print_users
 
@@ -204,6 +207,9 @@ def serve_scores(
     settings = _settings_with_data(data_dir)
     import asyncio
 
+    from learner.process import set_environment
+
+    set_environment(settings)
     from learner.score_server import serve_scores as serve
 
     try:

@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 
 # Shared tokens from which on a pass of their own pays.
 MIN_SHARED = 8
+# A shared token's part in the memory of a row of its own: keys and values alone, of all that a layer keeps.
+SHARED_COST = 10
 # Columns up to which attention is made of plain products on a CPU.
 EAGER_COLUMNS = 256
 
@@ -68,13 +70,15 @@ def to_tokens(prompts: list[list[int]], responses: list[list[int]]) -> Tokens:
 
 
 def micro_batches(tokens: Tokens, budget: int) -> list[Tensor]:
-    """Row indices in micro-batches of like length, so that little is padded: each of `budget` tokens at most, padding
-    and no shared prefix counted, or of one row."""
-    lengths = tokens.prompt_lengths + tokens.response_mask.sum(dim=1) - shared_prefix(tokens)
+    """Row indices in micro-batches of like length, so that little is padded: each of `budget` tokens at most, or of one
+    row. Padding counts, and what rows share counts a tenth: its keys and values are every row's own."""
+    shared = shared_prefix(tokens)
+    shared = shared if shared >= MIN_SHARED else 0
+    lengths = tokens.prompt_lengths + tokens.response_mask.sum(dim=1) - shared
     order = torch.argsort(lengths, stable=True)
     batches: list[list[int]] = [[]]
     for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        if batches[-1] and (len(batches[-1]) + 1) * length > budget:
+        if batches[-1] and (len(batches[-1]) + 1) * (length + shared // SHARED_COST) > budget:
             batches.append([])
         batches[-1].append(row)
     return [torch.tensor(batch, device=order.device) for batch in batches]

@@ -13,7 +13,7 @@ from clients.generate import generate
 STORE = ("store", "database", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
 KEPT = ("erasing", "samples")
 # What server and learner both decide by.
-SHARED = ("shared.dtype", "shared.machine", "shared.settings_base", "shared.stored_round")
+SHARED = ("shared.dtype", "shared.machine", "shared.settings_base", "shared.seeds", "shared.stored_round")
 LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT, *SHARED)}
 
 

@@ -85,10 +85,11 @@ class SettingsBase(BaseSettings):
 
     @classmethod
     def _rescale(cls, old: str, value: Any) -> Any:
-        try:
-            return str(int(value) * cls.rescaled[old]) if old in cls.rescaled else value
-        except ValueError as error:
-            raise ValueError(f"The setting {old} is not valid: {value!r} is no whole number.") from error
+        if old not in cls.rescaled:
+            return value
+        if not str(value).isdecimal() or not int(value):
+            raise ValueError(f"The setting {old} is not valid: {value!r} is no whole number above zero.")
+        return str(int(value) * cls.rescaled[old])
 
     @classmethod
     def _say_renamed(cls, flags: Iterable[str], variables: Iterable[str], file: Iterable[str]) -> None:

@@ -80,10 +80,18 @@ def test_micro_batches_hold_every_row_once() -> None:
     assert rows(11) == rows(1) == [[1], [0], [2]]
 
 
-def test_a_shared_prefix_counts_for_nothing_in_a_micro_batch() -> None:
-    shared = list(range(5, 105))
-    tokens = to_tokens([[*shared, 200 + row] for row in range(4)], [[20, 21]] * 4)
-    assert [batch.tolist() for batch in micro_batches(tokens, 6)] == [[0, 1], [2, 3]]
+@pytest.mark.parametrize(
+    ("shared", "budget", "expected"),
+    [
+        (100, 26, [[0, 1], [2, 3]]),  # 3 tokens of a row's own, and a tenth of 100
+        (100, 25, [[0], [1], [2], [3]]),
+        (9, 6, [[0, 1], [2, 3]]),
+        (7, 39, [[0, 1, 2], [3]]),  # too few to be computed apart: rows of 10
+    ],
+)
+def test_a_shared_prefix_counts_a_tenth_in_a_micro_batch(shared: int, budget: int, expected: list[list[int]]) -> None:
+    tokens = to_tokens([[*range(5, 5 + shared), 200 + row] for row in range(4)], [[20, 21]] * 4)
+    assert [batch.tolist() for batch in micro_batches(tokens, budget)] == expected
 
 
 def test_features_are_the_mean_over_the_responses_own_tokens(model: Any) -> None:

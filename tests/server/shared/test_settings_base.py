@@ -211,9 +211,12 @@ def test_an_old_name_may_have_had_another_unit(
     monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH", "2")
     assert LearnerSettings.load().ppo.micro_batch_tokens == 256
     assert "PREFLOOP_PPO__MICRO_BATCH is now PREFLOOP_PPO__MICRO_BATCH_TOKENS;" in capsys.readouterr().err
-    monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH", "few")
-    with pytest.raises(ValueError, match=r"The setting ppo\.micro_batch is not valid: 'few' is no whole number\."):
-        LearnerSettings.load()
+    for value in ("few", "0", "2.5", "-1", "inf"):
+        monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH", value)
+        with pytest.raises(
+            ValueError, match=rf"ppo\.micro_batch is not valid: '{value}' is no whole number above zero"
+        ):
+            LearnerSettings.load()
 
 
 def test_a_setting_may_leave_its_table(

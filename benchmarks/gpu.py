@@ -43,7 +43,7 @@ from learner.experience import judge_rollout, make_critic, policy_logprobs, to_e
 from learner.features import default_layers
 from learner.forward import Tokens, run_trunk, token_logprobs
 from learner.policy import Policy, lora
-from learner.ppo import Adam, UpdateStats, mismatch, ppo_update
+from learner.ppo import Adam, UpdateStats, draw_minibatches, mismatch, ppo_update
 from learner.rollout import Rollout, Sample, to_rollout
 
 SHAPES: dict[str, Any] = {
@@ -263,16 +263,18 @@ def update(policy: Policy, rollout: Rollout, settings: Any, seconds: dict[str, f
         hidden, _ = run_trunk(policy.model, part)
         return token_logprobs(policy.model, hidden, part, TEMPERATURE)
 
+    passes = draw_minibatches(rollout.tokens, settings, torch.Generator().manual_seed(0))
+    budget = settings.micro_batch_tokens
     with stage("reference", seconds, device):
-        judged = judge_rollout(policy, reward_model, rollout, TEMPERATURE, settings.micro_batch_tokens)
+        judged = judge_rollout(policy, reward_model, rollout, TEMPERATURE, budget, passes[0])
     with stage("policy", seconds, device):
-        old_logprobs = policy_logprobs(policy, rollout.tokens, TEMPERATURE, settings.micro_batch_tokens)
+        old_logprobs = policy_logprobs(policy, rollout.tokens, TEMPERATURE, budget, passes[0])
     with stage("experience", seconds, device):
         rollout = replace(rollout, behavior_logprobs=old_logprobs + rollout.behavior_logprobs)
         scores = reward_model.clipped(reward_model.scores(judged.features))
         batch = to_experience(rollout, judged, old_logprobs, scores, critic, settings.kl_coef, settings)
     with stage("training", seconds, device):
-        return ppo_update(logprobs_of, critic, optimizer, batch, settings, torch.Generator().manual_seed(0))
+        return ppo_update(logprobs_of, critic, optimizer, batch, settings, passes)
 
 
 @contextmanager

@@ -44,17 +44,19 @@ def judge_rollout(
     rollout: Rollout,
     temperature: float,
     budget: int,
+    groups: list[Tensor] | None = None,
     *,
     prefixes: bool = True,
 ) -> Judged:
-    """The reference's pass over a rollout; without `prefixes`, which a critic needs, their features are (B, T, 0)."""
+    """The reference's pass over a rollout, cut as `micro_batches` says; without `prefixes`, which a critic needs, their
+    features are (B, T, 0)."""
     tokens, width = rollout.tokens, len(reward_model.weights)
     shape, device = tokens.response_mask.shape, tokens.response_mask.device
     ref_logprobs = torch.zeros(shape, device=device)
     features = torch.zeros(len(tokens), width, device=device)
     prefix_features = torch.zeros(*shape, width if prefixes else 0, device=device)
     with policy.reference() as reference:
-        for rows in micro_batches(tokens, budget):
+        for rows in micro_batches(tokens, budget, groups):
             part = tokens[rows]
             hidden, layer_states = run_trunk(reference, part, reward_model.layers)
             columns = part.response_mask.shape[1]
@@ -85,10 +87,13 @@ def make_critic(reward_model: RewardModel) -> Critic:
 
 
 @torch.no_grad()
-def policy_logprobs(policy: Policy, tokens: Tokens, temperature: float, budget: int) -> Tensor:
-    """(B, T) log-probabilities of the sampled tokens under the policy as it is."""
+def policy_logprobs(
+    policy: Policy, tokens: Tokens, temperature: float, budget: int, groups: list[Tensor] | None = None
+) -> Tensor:
+    """(B, T) log-probabilities of the sampled tokens under the policy as it is, cut as `micro_batches` says; zero where
+    no group has the row."""
     logprobs = torch.zeros(tokens.response_mask.shape, device=tokens.response_mask.device)
-    for rows in micro_batches(tokens, budget):
+    for rows in micro_batches(tokens, budget, groups):
         part = tokens[rows]
         hidden, _ = run_trunk(policy.model, part)
         logprobs[rows, : part.response_mask.shape[1]] = token_logprobs(policy.model, hidden, part, temperature)

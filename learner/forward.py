@@ -69,9 +69,13 @@ def to_tokens(prompts: list[list[int]], responses: list[list[int]]) -> Tokens:
     return Tokens(input_ids, torch.tensor([len(p) for p in prompts]), response_ids, response_mask)
 
 
-def micro_batches(tokens: Tokens, budget: int) -> list[Tensor]:
+def micro_batches(tokens: Tokens, budget: int, groups: list[Tensor] | None = None) -> list[Tensor]:
     """Row indices in micro-batches of like length, so that little is padded: each of `budget` tokens at most, or of one
-    row. Padding counts, and what rows share counts a tenth: its keys and values are every row's own."""
+    row. Padding counts, and what rows share counts a tenth: its keys and values are every row's own.
+
+    With `groups` of rows, those rows alone, and no micro-batch with rows of two groups."""
+    if groups is not None:
+        return [group[rows] for group in groups for rows in micro_batches(tokens[group], budget)]
     shared = shared_prefix(tokens)
     shared = shared if shared >= MIN_SHARED else 0
     lengths = tokens.prompt_lengths + tokens.response_mask.sum(dim=1) - shared

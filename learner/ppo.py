@@ -178,15 +178,25 @@ class UpdateStats:
     optimizer_steps: int
 
 
+def draw_minibatches(tokens: Tokens, settings: PPOSettings, generator: torch.Generator) -> list[list[Tensor]]:
+    """The rows of each minibatch of each pass, ascending."""
+    passes = []
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(tokens), generator=generator, device=generator.device).to(tokens.input_ids.device)
+        passes.append([rows.sort().values for rows in order.tensor_split(settings.minibatches)])
+    return passes
+
+
 def ppo_update(
     logprobs_of: Callable[[Tokens], Tensor],
     critic: Critic,
     optimizer: Adam,
     batch: Experience,
     settings: PPOSettings,
-    generator: torch.Generator,
+    passes: list[list[Tensor]],
 ) -> UpdateStats:
-    """Passes over the batch until `epochs` are done or approx_kl exceeds its bound; `logprobs_of` is pi_theta.
+    """A step for each minibatch of `passes`, until they are done or approx_kl exceeds its bound; `logprobs_of` is
+    pi_theta.
 
     `first_ratio_error`, the mean |log ratio| of the first minibatch, must be about 0: nothing has been stepped yet.
     """
@@ -194,17 +204,13 @@ def ppo_update(
     sums: list[tuple[float, float, float, float, float]] = []
     first_ratio_error = 0.0
     device = batch.old_logprobs.device
-    for _ in range(settings.epochs):
-        order = torch.randperm(len(batch.tokens), generator=generator, device=generator.device).to(device)
-        for minibatch in order.tensor_split(settings.minibatches):
+    for minibatches in passes:
+        for minibatch in minibatches:
             mask = batch.tokens.response_mask[minibatch]
             token_count = mask.sum()
             losses = torch.zeros(2, device=device)
             new_logprobs = torch.zeros_like(batch.old_logprobs)
-            # Sorted, so that a minibatch of everything is cut into the micro-batches that pi_old was computed in.
-            rows_in_order = minibatch.sort().values
-            for micro in micro_batches(batch.tokens[rows_in_order], settings.micro_batch_tokens):
-                rows = rows_in_order[micro]
+            for rows in micro_batches(batch.tokens, settings.micro_batch_tokens, [minibatch]):
                 tokens = batch.tokens[rows]
                 cut = slice(None), slice(tokens.response_mask.shape[1])
                 logprobs = logprobs_of(tokens)

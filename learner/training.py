@@ -19,7 +19,7 @@ from learner.advantages import adapt_kl_coef, kl_k1, masked_mean
 from learner.experience import judge_rollout, make_critic, policy_logprobs, to_experience
 from learner.forward import Tokens, run_trunk, token_logprobs
 from learner.policy import Policy
-from learner.ppo import Adam, Mismatch, mismatch, ppo_update
+from learner.ppo import Adam, Mismatch, draw_minibatches, mismatch, ppo_update
 from learner.reward_model import RewardModel
 from learner.rollout import Engine, Rollout, draw_generator, draw_seed, to_rollout
 from learner.settings import PPOSettings
@@ -107,18 +107,21 @@ def train(
         engine.push(policy.engine_weights())
         rollout = to_rollout(engine.sample(next(batches), draw_seed(seed, number + 1)))
         mask = rollout.tokens.response_mask
-        judged = judge_rollout(policy, reward_model, rollout, temperature, settings.micro_batch_tokens)
+        # Every pass over the rollout is cut into the micro-batches of the update's first: in bfloat16 a row's
+        # log-probabilities depend on its company, and pi_theta must begin as pi_old.
+        passes = draw_minibatches(rollout.tokens, settings, draw_generator(seed, number))
+        budget = settings.micro_batch_tokens
+        judged = judge_rollout(policy, reward_model, rollout, temperature, budget, passes[0])
         # In float32 engine and trainer agree to less than any step of PPO notices: pi_old is mu, and a pass over some
         # answers is enough to see that the push landed.
         exact = policy.model.dtype == torch.float32
         rows = torch.arange(PUSH_ANSWERS if exact else len(mask))[: len(mask)]
-        part = rollout.tokens[rows]
-        seen = policy_logprobs(policy, part, temperature, settings.micro_batch_tokens)
-        cut = slice(seen.shape[1])
-        gap = mismatch(seen, rollout.behavior_logprobs[rows, cut], part.response_mask)
+        groups = [rows] if exact else passes[0]
+        seen = policy_logprobs(policy, rollout.tokens, temperature, budget, groups)
+        gap = mismatch(seen[rows], rollout.behavior_logprobs[rows], mask[rows])
         check_push(gap, settings.mismatch_limit, policy.model.dtype)
         if number == 0 and settings.start_from == "reference":
-            check_start(seen, judged.ref_logprobs[rows, cut])
+            check_start(seen[rows], judged.ref_logprobs[rows])
         old_logprobs = rollout.behavior_logprobs if exact else seen
         kl = float(kl_k1(old_logprobs, judged.ref_logprobs).sum(dim=1).mean())
         if kl > settings.kl_budget:
@@ -131,7 +134,7 @@ def train(
         raw = reward_model.scores(judged.features)
         scores = replace_cut(reward_model.clipped(raw), rollout, settings.missing_eos_score)
         batch = to_experience(rollout, judged, old_logprobs, scores, critic, kl_coef, settings)
-        stats = ppo_update(logprobs_of, critic, optimizer, batch, settings, draw_generator(seed, number))
+        stats = ppo_update(logprobs_of, critic, optimizer, batch, settings, passes)
         if stats.first_ratio_error > 0.05:
             raise RuntimeError(
                 f"pi_theta differed from pi_old by {stats.first_ratio_error:.3f} nats a token before its first update."

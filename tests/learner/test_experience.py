@@ -10,7 +10,7 @@ import torch
 from learner.experience import judge_rollout, make_critic, policy_logprobs, to_experience
 from learner.forward import Tokens, run_trunk, token_logprobs
 from learner.policy import Policy
-from learner.ppo import Adam, UpdateStats, ppo_update
+from learner.ppo import Adam, UpdateStats, draw_minibatches, ppo_update
 from learner.reward_model import RewardModel, Standardiser
 from learner.rollout import Sample, to_rollout
 from learner.settings import PPOSettings
@@ -80,7 +80,8 @@ def test_an_update_makes_every_tensor_where_its_tokens_are(model_directory: Path
         judged = judge_rollout(policy, model, rollout, 0.85, 2)
         old_logprobs = policy_logprobs(policy, rollout.tokens, 0.85, 2)
         batch = to_experience(rollout, judged, old_logprobs, model.scores(judged.features), critic, 0.1, ppo)
-        return ppo_update(logprobs_of, critic, optimizer, batch, ppo, torch.Generator().manual_seed(0))
+        passes = draw_minibatches(rollout.tokens, ppo, torch.Generator().manual_seed(0))
+        return ppo_update(logprobs_of, critic, optimizer, batch, ppo, passes)
 
     # The first makes Adam's state, which is torch's own affair.
     expected = update()

@@ -8,7 +8,7 @@ import torch
 
 from learner.forward import Tokens, run_trunk, to_tokens, token_logprobs
 from learner.policy import Policy, lora, merged_weights
-from learner.ppo import Adam, Critic, Experience, Mismatch, ppo_update
+from learner.ppo import Adam, Critic, Experience, Mismatch, draw_minibatches, ppo_update
 from learner.settings import PPOSettings
 from learner.training import check_push, check_start
 
@@ -41,7 +41,8 @@ def logprobs_of(policy: Policy) -> Any:
 def update(policy: Policy, ppo: PPOSettings, batch: Experience, epsilon: float = 1e-5) -> Any:
     critic = Critic(torch.zeros(3))
     optimizer = Adam([(policy.parameters, ppo.learning_rate), (list(critic.parameters()), 1e-3)], epsilon)
-    return ppo_update(logprobs_of(policy), critic, optimizer, batch, ppo, torch.Generator().manual_seed(0))
+    passes = draw_minibatches(batch.tokens, ppo, torch.Generator().manual_seed(0))
+    return ppo_update(logprobs_of(policy), critic, optimizer, batch, ppo, passes)
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

@@ -10,6 +10,7 @@ from learner.ppo import (
     Adam,
     Critic,
     Experience,
+    draw_minibatches,
     mismatch,
     policy_loss,
     ppo_update,
@@ -156,7 +157,8 @@ class Bandit:
             # The critic has to fit the expectation under pi, not over actions: give it that return.
             returns = (old.exp() * returns).sum().expand(ARMS, 1)
             batch = Experience(self.tokens, old, uniform, torch.zeros(ARMS, 1, 1), values, advantages, returns)
-            ppo_update(self.logprobs_of, self.critic, optimizer, batch, settings, generator)
+            passes = draw_minibatches(self.tokens, settings, generator)
+            ppo_update(self.logprobs_of, self.critic, optimizer, batch, settings, passes)
         return self.logits.detach().softmax(0)
 
 

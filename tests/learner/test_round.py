@@ -16,6 +16,7 @@ import learner.lease
 import learner.round as rounds
 import learner.workspace as workspace
 import tests.learner.rounds as rounds_fixture
+from learner.forward import Tokens, token_logprobs
 from learner.gate import Figures, Judge, Verdict, WinRate
 from learner.page import write_report
 from learner.progress import Stages
@@ -62,6 +63,21 @@ def test_nothing_to_learn_from_is_a_sentence_and_changes_nothing(tmp_path: Path,
     assert "and 10 are needed" in run(data_dir, min_votes=5).sentence
     assert store.registry.rounds() == []
     assert [p.version for p in store.registry.policies()] == ["v0000"]
+
+
+def test_pi_theta_begins_as_pi_old_where_a_rows_figures_depend_on_its_company(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As large matrices in bfloat16 do, which a tiny model's are too small for.
+    def rounded(model: Any, hidden: Tensor, tokens: Tokens, temperature: float) -> Tensor:
+        return token_logprobs(model, hidden, tokens, temperature) + 1e-3 * len(tokens) * tokens.response_mask
+
+    monkeypatch.setattr("learner.training.token_logprobs", rounded)
+    monkeypatch.setattr("learner.experience.token_logprobs", rounded)
+    monkeypatch.setattr(judging, "decide", passing)
+    steps = run(data_dir, dtype="bfloat16").metrics["ppo"]["steps"]
+    assert [step["first_ratio_error"] for step in steps] == [0.0, 0.0]
+    assert steps[0]["kl"] == 0.0
 
 
 def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,14 @@
 
 Starts a server, casts a hundred votes, and chats without a pause: 1, 4 and 16 streams, each alone and beside one
 process that spins at the server's own priority. Then `learner run-once` on a copy of the data, alone and beside 4
-streams, with few PPO steps: it is the ratio that is looked for. `--write` puts the table into
-docs/benchmarks/beside.md. Prints one JSON line last.
+streams, with few PPO steps: it is the ratio that is looked for. `--write` puts the tables into
+docs/benchmarks/beside.md, in place of those of the same dtype. Prints one JSON line last.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -106,7 +107,7 @@ def main() -> None:
         found["phases"][str(BESIDE_ROUND)]["round"] = chatters.seen(began, time.monotonic())
         chatters.stop()
     if arguments.write:
-        REPORT.write_text(report(found, arguments.seconds))
+        REPORT.write_text(with_section(REPORT.read_text(), found["dtype"], section(found, arguments.seconds)))
     print(json.dumps(found))
 
 
@@ -167,12 +168,12 @@ def round_seconds(work: Path, steps: int) -> float:
     return round(time.monotonic() - began, 1)
 
 
-def report(found: dict[str, Any], seconds: float) -> str:
+def section(found: dict[str, Any], seconds: float) -> str:
+    """The figures of one dtype, as Markdown under a heading."""
     lines = [
-        "# What others on the machine cost the people who chat",
+        f"## {found['dtype']}",
         "",
-        "Made by [`benchmarks/beside.py`](../../benchmarks/beside.py) on two cores without a GPU: the default model in",
-        f"{found['dtype']}, eager, clients that chat without a pause, {seconds:.0f} s a phase, one reading each.",
+        f"{seconds:.0f} s a phase, one reading each.",
         "",
         "| streams | | tokens/s | of alone | first token, median, s |",
         "| ---: | --- | ---: | ---: | ---: |",
@@ -190,6 +191,13 @@ def report(found: dict[str, Any], seconds: float) -> str:
         f"streams: {ratio:.2f} times as long.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def with_section(page: str, dtype: str, written: str) -> str:
+    """The page with `written` in place of the dtype's section, or after the others."""
+    head, *sections = re.split(r"(?m)^(?=## )", page)
+    kept = [part for part in sections if not part.startswith(f"## {dtype}\n")]
+    return "\n".join(part.rstrip() + "\n" for part in [head, *sorted([*kept, written])])
 
 
 if __name__ == "__main__":

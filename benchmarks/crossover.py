@@ -50,6 +50,7 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
     from learner.policy import lora
     from learner.ppo import Adam
     from learner.reward_model import fit_reward_model
+    from server.shared.dtype import MICRO_BATCH_TOKENS
 
     settings, dataset, features, layers = voted(work, cell, pairs)
     votes = dataset.train
@@ -73,7 +74,10 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
         started = time.perf_counter()
         epoch(backbone, frozen, head, dataset.answers, votes, settings.reward.label_smoothing, optimizer, generator)
         found["seconds"].append(round(time.perf_counter() - started, 1))
-        adapted = frozen.standardiser(extract(backbone, tokens, layers, 1024, lambda n: None)) @ head.detach()
+        adapted = (
+            frozen.standardiser(extract(backbone, tokens, layers, MICRO_BATCH_TOKENS["bfloat16"], lambda n: None))
+            @ head.detach()
+        )
         found["adapted"].append(accuracy(adapted[0::2], adapted[1::2], outcome)[0])
     return found
 

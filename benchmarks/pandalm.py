@@ -150,7 +150,7 @@ def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from learner.features import FeatureCache, default_layers
-    from server.shared.dtype import resolve_dtype, torch_dtype
+    from server.shared.dtype import MICRO_BATCH_TOKENS, resolve_dtype, torch_dtype
 
     dtype = resolve_dtype("auto").name
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
@@ -175,7 +175,7 @@ def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -
             print(f"{done} of {len(answers)} answers read", file=sys.stderr)
 
     with closing(FeatureCache.open(work, f"pandalm {model_directory.resolve().name}", layers, dtype)) as cache:
-        return cache.get(answers, model, layers, 1024, advance), layers
+        return cache.get(answers, model, layers, MICRO_BATCH_TOKENS[dtype], advance), layers
 
 
 def page(result: dict[str, Any]) -> str:

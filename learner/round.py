@@ -23,7 +23,6 @@ from learner.features import FeatureCache
 from learner.heads import SignalTest
 from learner.judging import judge_candidates
 from learner.lease import learner_lease
-from learner.process import set_environment
 from learner.progress import Stages
 from learner.publishing import activate, publish
 from learner.refusals import no_candidate, too_few_prompts, too_little, why_not
@@ -151,7 +150,6 @@ def change_dtype(
 
 def run(work: Workspace) -> Report:
     """The story."""
-    set_environment(work.settings)
     work.directory.mkdir(parents=True, exist_ok=True)
     dataset = load_feedback(work)
     if reason := too_few_prompts(work.prompts):

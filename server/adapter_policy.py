@@ -55,9 +55,8 @@ class AdapterPolicy(VllmPolicy):
         self._admitted.set()
         log.info("new answers come from %s", version)
 
-    async def _prepare(self) -> None:
-        await self._ask(self._engine.collective_rpc("prefloop_keep_seeds"))
-        await self._ask(self._engine.update_weight_version(REFERENCE))
+    async def _make_spare(self) -> None:
+        """No weights are exchanged."""
 
     def _adapter(self, version: str) -> Any:
         if version == REFERENCE:

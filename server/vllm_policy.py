@@ -292,8 +292,11 @@ class VllmPolicy:
 
     async def _prepare(self) -> None:
         await self._ask(self._engine.collective_rpc("prefloop_keep_seeds"))
-        await self._ask(self._engine.collective_rpc("prefloop_prepare"))
+        await self._make_spare()
         await self._ask(self._engine.update_weight_version(REFERENCE))
+
+    async def _make_spare(self) -> None:
+        await self._ask(self._engine.collective_rpc("prefloop_prepare"))
 
     async def _ask(self, call: Coroutine[Any, Any, T]) -> T:
         """What the engine answers. A dead one leaves such calls unanswered: raises RuntimeError then. One that hangs is

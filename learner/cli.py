@@ -222,7 +222,8 @@ def serve_scores(
 def schedule(
     data_dir: DataDir = None,
     cron: Annotated[
-        Optional[str], typer.Option(help="Five cron fields. Default: 0 3 * * *, every night at three.")
+        Optional[str],
+        typer.Option(help="Five cron fields, or @daily. Default: 0 3 * * *, every night at three."),
     ] = None,
     every: Annotated[Optional[float], typer.Option(help="Minutes between rounds, instead of --cron.")] = None,
     on_request: Annotated[
@@ -239,7 +240,7 @@ def schedule(
     try:
         scheduler = RoundScheduler(settings.schedule, settings.data_dir, typer.echo)
     except ValueError as error:
-        _fail(f"--cron {settings.schedule.cron!r} is not a cron line: {error}.")
+        _fail(f"{error}.")
     scheduler.run()
 
 

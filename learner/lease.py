@@ -12,10 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from learner.process import unique_name
+from server.database import DatabaseError
 from server.errors import ServiceError
 from server.records import Lease
 from server.registry import LEARNER
 from server.store import FeedbackStore
+
+# After a renewal that failed.
+AGAIN_SECONDS = 1.0
 
 
 @contextmanager
@@ -50,8 +54,14 @@ def _acquire(store: FeedbackStore, holder: str, seconds: float, wait: bool) -> L
 def _renew(data_dir: Path, lease: Lease, seconds: float, stop: threading.Event) -> None:
     store = FeedbackStore.open(data_dir)  # A connection belongs to one thread.
     try:
-        while not stop.wait(seconds / 3):
-            store.registry.renew_lease(lease, seconds)
+        wait = seconds / 3
+        while not stop.wait(wait):
+            try:
+                store.registry.renew_lease(lease, seconds)
+                wait = seconds / 3
+            except DatabaseError:
+                # Locked for long, say by a rewrite, or a full disk: the lease may hold until that is over.
+                wait = min(AGAIN_SECONDS, seconds / 3)
     except ServiceError:
         return  # Lost: the round's next write is refused and says so.
     finally:

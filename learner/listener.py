@@ -28,10 +28,12 @@ class Listener:
         data_dir: Path,
         request: Callable[[], None],
         next_time: Callable[[], float | None],
+        look: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
         self.name = unique_name()
         self._data_dir, self._request, self._next_time, self._say = data_dir, request, next_time, say
+        self._look = look
         # What keeps it from the store.
         self._said = ""
         self._stop = threading.Event()
@@ -54,7 +56,7 @@ class Listener:
                 if str(error) != self._said:
                     self._said = str(error)
                     self._say(f"requests cannot be heard: {error}")
-            self._stop.wait(LOOK_SECONDS)
+            self._pause()
 
     def _listen(self) -> None:
         with closing(FeedbackStore.open(self._data_dir)) as store:
@@ -65,5 +67,9 @@ class Listener:
                     due, self._said = time.monotonic() + HEARTBEAT_SECONDS, ""
                 if requests.waits():
                     self._request()
-                self._stop.wait(LOOK_SECONDS)
+                self._pause()
             requests.leave(self.name)
+
+    def _pause(self) -> None:
+        self._look()
+        self._stop.wait(LOOK_SECONDS)

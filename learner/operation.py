@@ -6,6 +6,7 @@ operators, or an operator and a round, never undo each other unseen.
 """
 
 import getpass
+import os
 from contextlib import closing
 
 from learner.checkpoint import verified
@@ -47,7 +48,10 @@ def quarantine(settings: LearnerSettings, user: str, reason: str = "", *, lift: 
 
 
 def _operator() -> str:
-    return f"operator {getpass.getuser()}"
+    try:
+        return f"operator {getpass.getuser()}"
+    except (KeyError, OSError):
+        return f"operator {os.getuid()}"  # In a container a user id may have no name.
 
 
 def _move(

@@ -21,16 +21,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.blocking import BlockingScheduler
 from apscheduler.triggers.base import BaseTrigger
-from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
+from learner.cron import Cron, local_zone
 from learner.listener import Listener
 from learner.process import STOPPED
 from learner.report import Report, outcome
@@ -45,14 +45,15 @@ WRITE_SECONDS = 2.0
 
 
 class RoundScheduler:
-    """`run` blocks until SIGTERM or SIGINT. Raises ValueError for a cron line that is none."""
+    """`run` blocks until SIGTERM or SIGINT. Raises ValueError for a cron line that is none, and for a TZ like that."""
 
     def __init__(self, settings: ScheduleSettings, data_dir: Path, say: Callable[[str], None]) -> None:
         self._settings, self._data_dir, self._say = settings, data_dir, say
         # One thread: a regular time that comes while a round runs, or waits to be retried, starts when that is over.
-        self._scheduler = BlockingScheduler(executors={"default": ThreadPoolExecutor(1)})
-        self._trigger = trigger(settings)
-        self._listener = Listener(data_dir, self._asked, self._next_time, say)
+        self._zone = local_zone()
+        self._scheduler = BlockingScheduler(executors={"default": ThreadPoolExecutor(1)}, timezone=self._zone)
+        self._trigger = trigger(settings, self._zone)
+        self._listener = Listener(data_dir, self._asked, self._next_time, self._look_at_clock, say)
         self._round: subprocess.Popen[bytes] | None = None
         # Held from before a round to after what is written down of it.
         self._at_work = threading.Lock()
@@ -63,7 +64,7 @@ class RoundScheduler:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         if self._trigger:
-            first = first_time(self._trigger, *self._last_round(), datetime.now().astimezone())
+            first = first_time(self._trigger, *self._last_round(), datetime.now(self._zone))
             self._say(f"first round: {first:%Y-%m-%d %H:%M}")
             self._add("round", self.due, self._trigger, next_run_time=first)
         else:
@@ -78,7 +79,7 @@ class RoundScheduler:
 
     def due(self) -> None:
         """A time has come: starts a round, or says why not."""
-        now = datetime.now().astimezone()
+        now = datetime.now(self._zone)
         if self._stopping:
             return
         if wait := quiet_until(self._settings.quiet_hours, now):
@@ -140,6 +141,12 @@ class RoundScheduler:
         if not self._at_work.locked():
             self._add("asked", self.asked, None)
 
+    def _look_at_clock(self) -> None:
+        """From the listener's thread, every other second. The scheduler sleeps until its next time by a clock that
+        nobody sets; where somebody sets the time of day, it has to look again."""
+        if self._scheduler.running:
+            self._scheduler.wakeup()
+
     def _take(self) -> int | None:
         if not FeedbackStore.exists(self._data_dir):
             return None
@@ -198,16 +205,16 @@ class RoundScheduler:
             rounds = store.registry.rounds(limit=1)
         if not rounds:
             return None, False
-        return datetime.fromtimestamp(rounds[0].create_time).astimezone(), rounds[0].state == "running"
+        return datetime.fromtimestamp(rounds[0].create_time, self._zone), rounds[0].state == "running"
 
 
-def trigger(settings: ScheduleSettings) -> BaseTrigger | None:
+def trigger(settings: ScheduleSettings, zone: tzinfo) -> BaseTrigger | None:
     """The clock's times; None where there is no clock. Raises ValueError."""
     if settings.on_request:
         return None
     if settings.interval_minutes:
-        return IntervalTrigger(minutes=settings.interval_minutes)
-    return CronTrigger.from_crontab(settings.cron)
+        return IntervalTrigger(minutes=settings.interval_minutes, timezone=zone)
+    return Cron(settings.cron, zone)
 
 
 def round_command(data_dir: Path, report: Path) -> list[str]:
@@ -237,6 +244,8 @@ def first_time(trigger: BaseTrigger, last: datetime | None, stopped: bool, now: 
     """When the first round starts: now, where its time came while no scheduler ran."""
     if stopped:
         return now
+    # A clock that was wrong may have put the last round into the future.
+    last = min(last, now) if last else None
     due: datetime = trigger.get_next_fire_time(last, last or now)
     return max(due, now)
 

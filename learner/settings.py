@@ -160,7 +160,7 @@ class ScheduleSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cron: str = Field("0 3 * * *", description="Five cron fields.")
+    cron: str = Field("0 3 * * *", description="Five cron fields, as Debian's cron reads them, or @daily and the like.")
     interval_minutes: float | None = Field(
         None, gt=0, description="A round every this many minutes; where it is set, `cron` is not looked at."
     )

@@ -2,9 +2,14 @@
 
 `write()` is atomic and durable: when it returns, a power cut keeps what was written; inside a `group()`, when that
 returns. Two processes may write; the later one waits up to `BUSY_TIMEOUT_MS`. A connection belongs to one thread at a
-time. What is deleted or replaced is overwritten with zeros.
+time. What is deleted or replaced is overwritten with zeros. What people said is nobody else's on this machine.
+
+Releases may meet on one file. An older schema is migrated once no process of that release is alive; where a newer
+release has migrated the file meanwhile, writes are refused.
 """
 
+import errno
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -14,6 +19,7 @@ from typing import Any
 import pysqlite3.dbapi2 as sqlite3
 import sqlite_utils
 
+from server.clock import boot_id, uptime
 from server.errors import DataDirectoryError
 from server.failpoints import failpoint
 from server.migrations import known_migrations, migrations
@@ -28,6 +34,15 @@ EMPTY_TIMEOUT_MS = 50
 MENDED_SQLITE = (3, 51, 3)
 MENDED_LINES = {(3, 50): 7, (3, 44): 6}
 
+# A process that gave no sign of life for so long is gone; by the time of day, which all releases write.
+SIGN_SECONDS = 30
+# Of each kind of process the table, its name there, and until when it is taken to live.
+LIVING = (
+    ("server", "replicas", "id", f"heartbeat_time + {SIGN_SECONDS}"),
+    ("learner", "listeners", "id", f"heartbeat_time + {SIGN_SECONDS}"),
+    ("learner", "leases", "holder", "expire_time"),
+)
+
 Row = dict[str, Any]
 OperationalError: type[Exception] = sqlite3.OperationalError
 DatabaseError: type[Exception] = sqlite3.DatabaseError
@@ -41,6 +56,27 @@ def sqlite_problem(version: tuple[int, int, int]) -> str | None:
     return f"SQLite {'.'.join(map(str, version))} can lose commits; install pysqlite3 with SQLite 3.51.3 or newer."
 
 
+def advice(error: Exception) -> str:
+    """What may help against an error of the file system or the database, as the end of a sentence."""
+    name, number = getattr(error, "sqlite_errorname", ""), getattr(error, "errno", None)
+    if name == "SQLITE_FULL" or number in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space on its disk"
+    if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
+        return "restore it from a backup"
+    if name == "SQLITE_BUSY":
+        return "another process holds it; try again when that has ended"
+    return "give --data-dir a folder that you may write to"
+
+
+def _make_private(path: Path) -> None:
+    """Makes the file, for its owner alone; others lose what they may do with one that is there, and its logs."""
+    os.close(os.open(path, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o600))
+    for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+        # Another user's, with a right to write for a group: it is for them to say.
+        if file.exists() and file.stat().st_uid == os.geteuid() and file.stat().st_mode & 0o007:
+            file.chmod(file.stat().st_mode & 0o770)
+
+
 class Database:
     """A migrated database file. Raises DataDirectoryError where the file cannot be used."""
 
@@ -48,34 +84,63 @@ class Database:
         if reason := sqlite_problem(sqlite3.sqlite_version_info):
             raise DataDirectoryError(reason)
         try:
-            # What users said is nobody else's on this machine.
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(path)
             connection = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
             connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA secure_delete = ON")
+            connection.create_function("uptime", 0, uptime)
+            connection.create_function("boot_id", 0, boot_id)
             self._db = sqlite_utils.Database(connection, recursive_triggers=False)
             self._writing = self._grouped = False
             self._lost: BaseException | None = None
+            self._schema: int | None = None
             self._migrate(path)
+            self._schema = self._schema_version()
         except (OSError, sqlite3.DatabaseError) as error:
             raise DataDirectoryError(
-                f"The data directory {str(path.parent)!r} cannot be used ({error}); "
-                "give --data-dir a folder that you may write to."
+                f"The data directory {str(path.parent)!r} cannot be used ({error}); {advice(error)}."
             ) from error
 
     def _migrate(self, path: Path) -> None:
         # The write lock first: two processes may open a new directory at once.
         with self.write():
-            newer = {migration.name for migration in migrations.applied(self._db)} - known_migrations()
-            if newer:
+            applied = {migration.name for migration in migrations.applied(self._db)}
+            if newer := applied - known_migrations():
                 raise DataDirectoryError(
                     f"The data directory {str(path.parent)!r} was written by a newer prefloop ({min(newer)}); "
                     "upgrade prefloop or choose another --data-dir."
                 )
+            if applied and known_migrations() - applied and (alive := self._alive()):
+                raise DataDirectoryError(
+                    f"The data directory {str(path.parent)!r} is in use by an older prefloop, the {alive}; stop it, "
+                    f"and start again {SIGN_SECONDS} seconds after it has ended."
+                )
             migrations.apply(self._db)
+
+    def _alive(self) -> str | None:
+        """A server or learner that gave a sign of life lately."""
+        tables = {row["name"] for row in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        for kind, table, name, until in LIVING:
+            if table not in tables:
+                continue
+            if row := self.row(f"SELECT {name} AS name FROM {table} WHERE {until} > unixepoch('subsec')"):
+                return f"{kind} {row['name']}"
+        return None
+
+    def _check_schema(self) -> None:
+        """Raises DataDirectoryError where a newer release has migrated the file since it was opened."""
+        if self._schema in (None, version := self._schema_version()):
+            return
+        if {migration.name for migration in migrations.applied(self._db)} - known_migrations():
+            raise DataDirectoryError("A newer prefloop has taken over the data directory: start this process again.")
+        self._schema = version
+
+    def _schema_version(self) -> int:
+        return int(self._db.conn.execute("PRAGMA schema_version").fetchone()[0])
 
     @contextmanager
     def write(self) -> Iterator[None]:
@@ -117,6 +182,7 @@ class Database:
         if not self._db.conn.in_transaction:
             # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it turns from reading to writing in WAL mode.
             self._db.conn.execute("BEGIN IMMEDIATE")
+            self._check_schema()
         self._db.conn.execute("SAVEPOINT one")
         self._writing = True
         try:

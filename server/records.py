@@ -376,12 +376,11 @@ class VoteCount:
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to do a thing alone until `expire_time`. A later holder has a higher token."""
+    """The right to do a thing alone for a while. A later holder has a higher token."""
 
     name: str
     holder: str
     token: int
-    expire_time: float
 
 
 def pack_ints(values: list[int]) -> bytes:

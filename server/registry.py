@@ -20,6 +20,9 @@ REFERENCE = "v0000"
 LEARNER = "learner"
 # A server without a heartbeat for so long is gone.
 ALIVE_SECONDS = 30.0
+# Of a replica or listener: its last heartbeat is at most so long ago. Of a lease: somebody has it. See server.clock.
+BEAT_WITHIN = "boot = boot_id() AND uptime() - uptime <= ?"
+HELD = "(boot = boot_id() AND expire_uptime > uptime())"
 
 
 class Registry:
@@ -187,7 +190,7 @@ class Registry:
                 "AND state != 'active' "
                 "AND NOT EXISTS (SELECT 1 FROM policies WHERE reference_version = ?1) "
                 "AND NOT EXISTS (SELECT 1 FROM replicas WHERE loaded_version = ?1 "
-                "AND unixepoch('subsec') - heartbeat_time <= ?2) "
+                "AND boot = boot_id() AND uptime() - uptime <= ?2) "
                 "AND NOT EXISTS (SELECT 1 FROM rounds WHERE state = 'running' AND incumbent_version = ?1)",
                 [version, ALIVE_SECONDS],
             )
@@ -369,9 +372,10 @@ class Registry:
         """A server says what it has loaded and why it is not the active version, if it is not."""
         with self._db.write():
             self._db.execute(
-                "INSERT INTO replicas VALUES (?, ?, ?, unixepoch('subsec')) ON CONFLICT (id) DO UPDATE SET "
+                "INSERT INTO replicas (id, loaded_version, error, heartbeat_time, uptime, boot) "
+                "VALUES (?, ?, ?, unixepoch('subsec'), uptime(), boot_id()) ON CONFLICT (id) DO UPDATE SET "
                 "loaded_version = excluded.loaded_version, error = excluded.error, "
-                "heartbeat_time = excluded.heartbeat_time",
+                "heartbeat_time = excluded.heartbeat_time, uptime = excluded.uptime, boot = excluded.boot",
                 [replica_id, loaded_version, error],
             )
 
@@ -383,38 +387,44 @@ class Registry:
     def replicas(self, max_age: float = ALIVE_SECONDS) -> list[Replica]:
         """Servers whose heartbeat is at most `max_age` seconds old."""
         rows = self._db.rows(
-            "SELECT *, unixepoch('subsec') - heartbeat_time AS age FROM replicas "
-            "WHERE unixepoch('subsec') - heartbeat_time <= ? ORDER BY id",
+            "SELECT id, loaded_version, error, heartbeat_time, uptime() - uptime AS age FROM replicas "
+            f"WHERE {BEAT_WITHIN} ORDER BY id",
             [max_age],
         )
         return [Replica(**row) for row in rows]
 
-    # Leases, on the database's clock
+    # Leases, on the clock that nobody sets
 
     def acquire_lease(self, name: str, holder: str, seconds: float) -> Lease | None:
         """The lease, or None while another holder has it. A new holder gets a higher token."""
         with self._db.write():
-            now = self._db.now()
-            old = self._db.row("SELECT * FROM leases WHERE name = ?", [name])
-            if old and old["expire_time"] > now and old["holder"] != holder:
+            old = self._db.row(f"SELECT *, {HELD} AS held FROM leases WHERE name = ?", [name])
+            if old and old["held"] and old["holder"] != holder:
                 return None
             token = old["token"] + 1 if old else 1
-            self._db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)", [name, holder, token, now + seconds])
-            return Lease(name, holder, token, now + seconds)
+            self._db.execute(
+                "INSERT OR REPLACE INTO leases (name, holder, token, expire_time, expire_uptime, boot) "
+                "VALUES (?1, ?2, ?3, unixepoch('subsec') + ?4, uptime() + ?4, boot_id())",
+                [name, holder, token, seconds],
+            )
+            return Lease(name, holder, token)
 
-    def renew_lease(self, lease: Lease, seconds: float) -> Lease:
-        """The lease, `seconds` from now. Raises ConflictError once a later holder exists."""
+    def renew_lease(self, lease: Lease, seconds: float) -> None:
+        """It lasts `seconds` from now. Raises ConflictError once a later holder exists."""
         with self._db.write():
             check_fence(self._db, lease)
-            expire_time = self._db.now() + seconds
-            self._db.execute("UPDATE leases SET expire_time = ? WHERE name = ?", [expire_time, lease.name])
-            return Lease(lease.name, lease.holder, lease.token, expire_time)
+            self._db.execute(
+                "UPDATE leases SET expire_time = unixepoch('subsec') + ?1, expire_uptime = uptime() + ?1 "
+                "WHERE name = ?2",
+                [seconds, lease.name],
+            )
 
     def release_lease(self, lease: Lease) -> None:
         """Gives the lease back, if it is still this holder's. The token stays, so that the next one is higher."""
         with self._db.write():
             self._db.execute(
-                "UPDATE leases SET expire_time = 0 WHERE name = ? AND token = ?", [lease.name, lease.token]
+                "UPDATE leases SET expire_time = 0, expire_uptime = 0 WHERE name = ? AND token = ?",
+                [lease.name, lease.token],
             )
 
     def _page(self, table: str, key: str, limit: int, before: str | None) -> list[Row]:

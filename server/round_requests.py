@@ -1,21 +1,20 @@
 """Who listens for requests to run a round, what was requested, and what became of it.
 
-A learner that listens says so again and again (a heartbeat on the database's clock, as servers do) and looks for a
-request. Asking writes one row; there is one at a time that is not over. It is taken by one learner, when no other is at
-work, and ended by that learner with a sentence. Where that learner went away, the next one takes it again. Who asked is
-not kept.
+A learner that listens says so again and again (a heartbeat, as servers do) and looks for a request. Asking writes one
+row; there is one at a time that is not over. It is taken by one learner, when no other is at work, and ended by that
+learner with a sentence. Where that learner went away, the next one takes it again. Who asked is not kept.
 """
 
 from server.database import Database, Row
 from server.errors import FailedPreconditionError
 from server.records import RoundRequest
-from server.registry import ALIVE_SECONDS, LEARNER
+from server.registry import ALIVE_SECONDS, BEAT_WITHIN, HELD, LEARNER
 
 OUTCOME_CHARACTERS = 2000
 # Of a request that is not over: nobody has it who still listens.
 FREE = (
     "NOT EXISTS (SELECT 1 FROM listeners l WHERE l.id = round_requests.listener "
-    f"AND unixepoch('subsec') - l.heartbeat_time <= {ALIVE_SECONDS})"
+    f"AND l.boot = boot_id() AND uptime() - l.uptime <= {ALIVE_SECONDS})"
 )
 
 
@@ -31,14 +30,14 @@ class RoundRequests:
         """A learner says that it lives, and when its clock starts the next round."""
         with self._db.write():
             self._db.execute(
-                "INSERT INTO listeners VALUES (?, ?, unixepoch('subsec')) ON CONFLICT (id) DO UPDATE SET "
-                "next_time = excluded.next_time, heartbeat_time = excluded.heartbeat_time",
+                "INSERT INTO listeners (id, next_time, heartbeat_time, uptime, boot) "
+                "VALUES (?, ?, unixepoch('subsec'), uptime(), boot_id()) ON CONFLICT (id) DO UPDATE SET "
+                "next_time = excluded.next_time, heartbeat_time = excluded.heartbeat_time, "
+                "uptime = excluded.uptime, boot = excluded.boot",
                 [listener, next_time],
             )
             # Those that were killed: nobody misses them.
-            self._db.execute(
-                "DELETE FROM listeners WHERE unixepoch('subsec') - heartbeat_time > ?", [100 * ALIVE_SECONDS]
-            )
+            self._db.execute(f"DELETE FROM listeners WHERE NOT ({BEAT_WITHIN})", [100 * ALIVE_SECONDS])
 
     def leave(self, listener: str) -> None:
         """A learner stops; what it took and did not end waits again."""
@@ -96,15 +95,12 @@ class RoundRequests:
 
     def next_times(self) -> list[float | None]:
         """Of each learner that listens, when its clock starts the next round; None where only requests do."""
-        rows = self._db.rows(
-            "SELECT next_time FROM listeners WHERE unixepoch('subsec') - heartbeat_time <= ? ORDER BY id",
-            [ALIVE_SECONDS],
-        )
+        rows = self._db.rows(f"SELECT next_time FROM listeners WHERE {BEAT_WITHIN} ORDER BY id", [ALIVE_SECONDS])
         return [row["next_time"] for row in rows]
 
     def at_work(self) -> str | None:
         """Which learner is at work, or None. A round in the state `running` while none is was stopped or killed."""
-        row = self._db.row("SELECT holder FROM leases WHERE name = ? AND expire_time > unixepoch('subsec')", [LEARNER])
+        row = self._db.row(f"SELECT holder FROM leases WHERE name = ? AND {HELD}", [LEARNER])
         return str(row["holder"]) if row else None
 
     def withdraw(self, outcome: str) -> None:

@@ -66,6 +66,9 @@ def _known(error: Exception) -> status_pb2.Status:
         case DatabaseError() if getattr(error, "sqlite_errorname", "").startswith(DAMAGED):
             message = "The database is damaged; nothing of this call was kept, and trying again will not help."
             return _status(code_pb2.DATA_LOSS, message, [_info("STORE_DAMAGED")])
+        case DatabaseError() if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
+            message = "The server's disk is full: its operator has to free some space. Nothing of this call was kept."
+            return _status(code_pb2.UNAVAILABLE, message, [_info("STORE_FULL"), _retry()])
         case DatabaseError():
             message = "The data directory could not be written; nothing of this call was kept."
             return _status(code_pb2.UNAVAILABLE, message, [_info("STORE_UNAVAILABLE"), _retry()])

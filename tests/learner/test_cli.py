@@ -66,7 +66,18 @@ def test_a_level_that_no_p_value_reaches_is_refused(monkeypatch: pytest.MonkeyPa
 def test_a_bad_cron_line_is_one_sentence(tmp_path: Path) -> None:
     result = runner.invoke(app, ["schedule", "--data-dir", str(tmp_path), "--cron", "now and then"])
     assert result.exit_code == 1
-    assert "is not a cron line" in result.output
+    assert "'now and then' is not a cron line: Wrong number of fields." in result.output
+
+
+def test_a_time_zone_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "learner.cli", "schedule", "--data-dir", str(tmp_path)]
+    result = subprocess.run(
+        command, env={**os.environ, "TZ": "Mars/Olympus"}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stderr) == (
+        1,
+        "learner: TZ='Mars/Olympus' names no time zone; give one such as Europe/Berlin.\n",
+    )
 
 
 def test_settings_flags_over_variables_over_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

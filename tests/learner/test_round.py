@@ -526,7 +526,7 @@ def test_a_learner_that_was_stopped_past_its_lease_publishes_nothing(
     def stopped_meanwhile(*arguments: Any) -> Verdict:
         verdict = judge(*arguments)
         store = opened(data_dir)
-        store._db.execute("UPDATE leases SET expire_time = 0")
+        store._db.execute("UPDATE leases SET expire_uptime = 0")
         assert store.registry.acquire_lease("learner", "another", 60)
         return Verdict(verdict.chosen, [])
 

@@ -8,18 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
 import learner.schedule
 from learner.cli import app
+from learner.cron import Cron
 from learner.listener import Listener
 from learner.report import Report, outcome
 from learner.schedule import RoundScheduler, abrupt_end, backoff, first_time, quiet_until, read_report, round_command
@@ -56,12 +56,14 @@ def test_hours_that_are_none_are_refused() -> None:
 
 
 def test_what_was_missed_while_no_scheduler_ran_starts_now() -> None:
-    nightly, hourly = CronTrigger.from_crontab("0 3 * * *"), IntervalTrigger(minutes=60)
+    nightly, hourly = Cron("0 3 * * *", NOON.tzinfo or UTC), IntervalTrigger(minutes=60)
     assert first_time(nightly, None, False, NOON) == NOON + hours(15)
     assert first_time(nightly, NOON - hours(1), False, NOON) == NOON + hours(15)
     assert first_time(nightly, NOON - hours(24), False, NOON) == NOON
     assert first_time(hourly, NOON - hours(3), False, NOON) == NOON
     assert first_time(nightly, NOON - hours(1), True, NOON) == NOON  # A round was stopped: go on with it.
+    # The last round began by a clock that was a year ahead.
+    assert first_time(nightly, NOON + hours(365 * 24), False, NOON) == NOON + hours(15)
 
 
 def test_each_wait_is_twice_the_one_before() -> None:
@@ -403,7 +405,7 @@ def test_a_request_whose_learner_was_killed_is_answered_by_the_next(data_dir: Pa
         first.process.wait(30)
         os.kill(orphan, signal.SIGKILL)
         # Half a minute later.
-        store._db.execute("UPDATE listeners SET heartbeat_time = heartbeat_time - 31")
+        store._db.execute("UPDATE listeners SET uptime = uptime - 31")
         second = Listening(data_dir, ENDS, tmp_path / "mark")
         assert second.says() == "the round that was asked for: nothing to learn: No."
         assert second.stop() == 0
@@ -435,7 +437,7 @@ def test_on_request_waits_for_its_data_directory_and_runs_what_is_asked(tmp_path
 
 def test_who_waits_for_a_data_directory_does_not_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    listener = Listener(tmp_path / "none", lambda: None, lambda: None, said.append)
+    listener = Listener(tmp_path / "none", lambda: None, lambda: None, lambda: None, said.append)
     monkeypatch.setattr(listener._stop, "wait", lambda seconds: listener._stop.set())
     listener._run()
     assert (list(tmp_path.iterdir()), said) == ([], [])
@@ -446,7 +448,7 @@ def test_what_keeps_a_learner_from_hearing_is_said_once_and_tried_again(
 ) -> None:
     said: list[str] = []
     FeedbackStore.open(tmp_path).close()
-    listener = Listener(tmp_path, lambda: None, lambda: None, said.append)
+    listener = Listener(tmp_path, lambda: None, lambda: None, lambda: None, said.append)
     tries: list[int] = []
 
     def listen(*arguments: Any) -> None:

@@ -103,7 +103,7 @@ def test_what_is_in_use_is_not_pruned_and_what_was_pruned_is_not_activated(store
     assert not store.registry.prune_policy("v0000")  # The reference of all.
     assert not store.registry.prune_policy("v0001")  # Active.
     assert not store.registry.prune_policy("v0002")  # A server has it loaded.
-    store._db.execute("UPDATE replicas SET heartbeat_time = heartbeat_time - 31")
+    store._db.execute("UPDATE replicas SET uptime = uptime - 31")
     assert store.registry.prune_policy("v0002")  # The server is gone.
     assert store.registry.prune_policy("v0003")
     assert not store.registry.prune_policy("v0003")  # Once.

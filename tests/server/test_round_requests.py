@@ -22,7 +22,7 @@ REFUSED = grpc.StatusCode.FAILED_PRECONDITION
 
 def grow_old(store: FeedbackStore, seconds: float) -> None:
     """As if that much time had passed since the last heartbeats."""
-    store._db.execute("UPDATE listeners SET heartbeat_time = heartbeat_time - ?", [seconds])
+    store._db.execute("UPDATE listeners SET uptime = uptime - ?", [seconds])
 
 
 async def ask(running: Running, user: Any = ANN) -> Any:
@@ -141,7 +141,7 @@ def test_a_request_whose_learner_went_away_is_taken_again_and_ended_once(store: 
     requests.listen("second", None)
     assert not requests.waits()
     assert requests.take("second") is None
-    store._db.execute("UPDATE listeners SET heartbeat_time = heartbeat_time - 31 WHERE id = 'first'")
+    store._db.execute("UPDATE listeners SET uptime = uptime - 31 WHERE id = 'first'")
     assert requests.waits()
     # Also asked again it is the same: it was not answered.
     assert requests.ask().end_time is None

@@ -4,6 +4,7 @@ The side is a hash of the conversation's id, so it never changes as votes come i
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ class Dataset:
     voters: Tensor
     # (C,) whether a choice was between two answers that were shown; corrections are not.
     compared: Tensor
+    # Votes on what cannot be read: an answer without a token, or one that is too long with its prompt.
+    left_out: int = 0
 
     @property
     def train(self) -> Votes:
@@ -91,10 +94,15 @@ def some_conversations(votes: Votes, limit: int, generator: torch.Generator) -> 
 
 
 def to_dataset(
-    snapshot: Snapshot, now: float, judge_share: float, settings: RewardSettings, encode: Callable[[str], list[int]]
+    snapshot: Snapshot,
+    now: float,
+    judge_share: float,
+    settings: RewardSettings,
+    encode: Callable[[str], list[int]],
+    longest: float = math.inf,
 ) -> Dataset:
     """`now` in seconds since 1970; `encode` gives the token ids of a corrected text, EOS included. Answers without a
-    token are left out with their votes."""
+    token, and those that have more than `longest` with their prompt, are left out with their votes."""
     answers: dict[str, int] = {}
     pairs: list[TokenPair] = []
     conversations: dict[str, int] = {}
@@ -105,6 +113,12 @@ def to_dataset(
             answers[key] = len(pairs)
             pairs.append((prompt, tokens))
         return answers[key]
+
+    def fits(prompt: list[int], tokens: list[int]) -> bool:
+        return bool(tokens) and len(prompt) + len(tokens) <= longest
+
+    def readable(*responses: Response) -> bool:
+        return all(fits(response.prompt_token_ids, response.token_ids) for response in responses)
 
     def row(response: Response) -> int:
         return answer(response.id, response.prompt_token_ids, response.token_ids)
@@ -128,12 +142,12 @@ def to_dataset(
             v.feedback_id,
         )
         for v in snapshot.choices
-        if v.a.token_ids and v.b.token_ids
+        if readable(v.a, v.b)
     ]
     compared = len(choices)
     choices += [
         (
-            answer(v.feedback_id, v.response.prompt_token_ids, encode(v.text)),
+            answer(v.feedback_id, v.response.prompt_token_ids, tokens),
             row(v.response),
             A,
             0.0,
@@ -143,13 +157,14 @@ def to_dataset(
             v.feedback_id,
         )
         for v in snapshot.corrections
-        if v.response.token_ids
+        if readable(v.response) and fits(v.response.prompt_token_ids, tokens := encode(v.text))
     ]
     thumbs = [
         (row(v.response), float(v.value), group(v.response), user(v.user), v.create_time, v.feedback_id)
         for v in snapshot.thumbs
-        if v.response.token_ids
+        if readable(v.response)
     ]
+    given = len(snapshot.choices) + len(snapshot.corrections) + len(snapshot.thumbs)
     choice_columns = list(zip(*choices, strict=True)) if choices else [()] * 8
     thumb_columns = list(zip(*thumbs, strict=True)) if thumbs else [()] * 6
     voters = torch.tensor([*choice_columns[5], *thumb_columns[3]], dtype=torch.long)
@@ -184,4 +199,5 @@ def to_dataset(
         users=list(users),
         voters=voters,
         compared=torch.arange(len(choices)) < compared,
+        left_out=given - len(choices) - len(thumbs),
     )

@@ -4,7 +4,7 @@ import math
 import time
 from typing import Any
 
-from learner.dataset import to_dataset
+from learner.dataset import Dataset, to_dataset
 from learner.heads import SignalTest
 from learner.prompts import Prompts
 from learner.settings import LearnerSettings
@@ -31,6 +31,11 @@ def why_not(store: FeedbackStore, snapshot: Snapshot, quarantined: list[str], se
     if votes < settings.min_votes:
         return f"There are {votes} votes, fewer than the {settings.min_votes} a round needs; nothing was changed."
     dataset = to_dataset(snapshot, time.time(), settings.gate.judge_share, settings.reward, lambda text: [0])
+    return too_few_votes(dataset)
+
+
+def too_few_votes(dataset: Dataset) -> str | None:
+    """Of votes that could not be fitted or judged by; None where there are enough."""
     for name, side in (("train on", dataset.train), ("judge by", dataset.judge)):
         if len(side) < MIN_SIDE:
             return (

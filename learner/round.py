@@ -25,7 +25,7 @@ from learner.judging import judge_candidates
 from learner.lease import learner_lease
 from learner.progress import Stages
 from learner.publishing import activate, publish
-from learner.refusals import no_candidate, too_few_prompts, too_little, why_not
+from learner.refusals import no_candidate, too_few_prompts, too_few_votes, too_little, why_not
 from learner.report import Report
 from learner.retention import prune
 from learner.reward_model import RewardModel
@@ -152,7 +152,7 @@ def run(work: Workspace) -> Report:
     """The story."""
     work.directory.mkdir(parents=True, exist_ok=True)
     dataset = load_feedback(work)
-    if reason := too_few_prompts(work.prompts):
+    if reason := too_few_votes(dataset) or too_few_prompts(work.prompts):
         return finish(work, "rejected", reason)
     features = extract_features(work, dataset)
     signal = test_signal(work, dataset, features)
@@ -171,8 +171,19 @@ def run(work: Workspace) -> Report:
 
 def load_feedback(work: Workspace) -> Dataset:
     dataset = to_dataset(
-        work.snapshot, work.round.create_time, work.settings.gate.judge_share, work.settings.reward, work.encode
+        work.snapshot,
+        work.round.create_time,
+        work.settings.gate.judge_share,
+        work.settings.reward,
+        work.text.answer,
+        work.longest,
     )
+    if dataset.left_out:
+        work.stages.console.print(
+            f"left out: {dataset.left_out} votes on answers without a token, or of more than {work.longest} with their "
+            "prompt",
+            highlight=False,
+        )
     if not work.done("reward_model"):
         votes = {
             "choices": len(work.snapshot.choices),
@@ -180,6 +191,7 @@ def load_feedback(work: Workspace) -> Dataset:
             "corrections": len(work.snapshot.corrections),
             "train": len(dataset.train),
             "judge": len(dataset.judge),
+            "left_out": dataset.left_out,
             "quarantined": work.store.votes_of(work.round.quarantined, work.round.watermark),
         }
         prompts = {

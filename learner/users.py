@@ -25,10 +25,11 @@ from learner.dataset import Dataset, to_dataset
 from learner.features import FeatureCache, default_layers
 from learner.settings import LearnerSettings
 from learner.trust import LEVEL, Verdicts, one_sided, scaled, verdicts, weigh_voters
-from learner.workspace import cache_key, encode_answer
+from learner.workspace import cache_key
 from server.erasing import cache_directory, sweep
 from server.records import QuarantineEvent, Snapshot
 from server.shared.dtype import resolve_dtype, torch_dtype
+from server.shared.text import ChatText
 from server.store import FeedbackStore
 
 QUICK = 4.0
@@ -80,12 +81,12 @@ class Reader:
     """The reference, which reads voted answers that no round has read yet."""
 
     def __init__(self, settings: LearnerSettings, reference_version: str, deletions: int) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         directory, _ = verified(settings.data_dir / "policies" / reference_version)
         self._dtype = resolve_dtype(settings.dtype).name
         self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype(self._dtype))
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._text = ChatText.load(directory)
         self._cache_key, self._settings = cache_key(directory), settings
         self._cache = cache_directory(settings.data_dir, deletions)
         self.layers = settings.reward.layers or default_layers(self._model.config.num_hidden_layers)
@@ -93,7 +94,7 @@ class Reader:
     def dataset(self, snapshot: Snapshot) -> Dataset:
         settings = self._settings
         return to_dataset(
-            snapshot, time(), settings.gate.judge_share, settings.reward, lambda t: encode_answer(self._tokenizer, t)
+            snapshot, time(), settings.gate.judge_share, settings.reward, self._text.answer, settings.max_model_len
         )
 
     def features(self, dataset: Dataset) -> Tensor:

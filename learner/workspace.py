@@ -23,6 +23,7 @@ from learner.training_state import drop_states
 from server.manifest import read_manifest
 from server.records import Lease, Prompt, Round, Snapshot
 from server.shared.dtype import DtypeName, torch_dtype
+from server.shared.text import ChatText
 from server.store import FeedbackStore
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ class Workspace:
         self.round, self.snapshot = round_, snapshot
         self.directory = settings.data_dir / "rounds" / round_.id
         # As they were when the round began, also when it is resumed among new ones.
-        asked = store.prompts(round_.create_time, settings.max_prompts)
-        self._asked = split_prompts(asked, settings.gate.judge_share, settings.max_model_len)
+        self._asked = store.prompts(round_.create_time, settings.max_prompts)
 
     def done(self, stage: str) -> bool:
         return STAGES.index(self.round.stage) >= STAGES.index(stage)
@@ -100,7 +100,7 @@ class Workspace:
     def engine(self) -> Engine:
         with self.stages.stage("start", "starting the engine"):
             longest = max(len(p.token_ids) + p.max_tokens for p in self.prompts.train + self.prompts.held_out)
-            return Engine(self.reference_directory, self.settings, self.dtype, longest + 1)
+            return Engine(self.reference_directory, self.settings, self.dtype, longest)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -136,23 +136,25 @@ class Workspace:
     def prompts(self) -> Prompts:
         """What to train on and what is held out: what users asked, topped up where that is little."""
         settings = self.settings
-        return top_up(
-            self._asked, settings.min_prompts, settings.gate.judge_share, settings.max_model_len, self.encode_chat
-        )
+        asked = split_prompts(self._asked, settings.gate.judge_share, self.longest)
+        return top_up(asked, settings.min_prompts, settings.gate.judge_share, self.longest, self.encode_chat)
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+    def longest(self) -> int:
+        """Tokens of a prompt and its answer together, at most: as set, and what the model has positions for."""
+        from transformers import AutoConfig
 
-        return AutoTokenizer.from_pretrained(self.reference_directory)
+        config = AutoConfig.from_pretrained(self.reference_directory).get_text_config()
+        most = self.settings.max_model_len
+        return min(most, getattr(config, "max_position_embeddings", most))
 
-    def encode(self, text: str) -> list[int]:
-        """An answer's text as token ids, EOS included."""
-        return encode_answer(self._tokenizer, text)
+    @cached_property
+    def text(self) -> ChatText:
+        return ChatText.load(self.reference_directory)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation in the chat template, ready for the answer."""
-        return list(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        """A conversation in the chat template, ready for the answer, as if it began with the round."""
+        return self.text.prompt(messages, self.round.create_time)
 
     @cached_property
     def _template_ends(self) -> tuple[list[int], list[int]]:
@@ -168,7 +170,7 @@ class Workspace:
         more = len(head) + len(tail) < len(token_ids)
         if more and token_ids[: len(head)] == head and token_ids[len(token_ids) - len(tail) :] == tail:
             token_ids = token_ids[len(head) : len(token_ids) - len(tail)]
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+        return self.text.text(token_ids).strip()
 
     def policy_directory(self, version: str) -> Path:
         return self.settings.data_dir / "policies" / version
@@ -192,11 +194,6 @@ class Workspace:
 def cache_key(reference_directory: Path) -> str:
     """What features that were computed with this reference are kept under: its files' sums."""
     return json.dumps(read_manifest(reference_directory).files, sort_keys=True)
-
-
-def encode_answer(tokenizer: Any, text: str) -> list[int]:
-    """An answer's text as token ids, EOS included."""
-    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def shared(one: list[int], other: list[int]) -> int:

@@ -8,8 +8,10 @@ import asyncio
 import hashlib
 import json
 import random
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import Message
@@ -64,11 +66,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             self._locks.hold(_repeat_key("Chat", user, request)),
             self._locks.hold(_turn_key(user, request.conversation_id)),
         ):
-            first, turns = await self._before("Chat", user, request)
+            first, began, turns = await self._before("Chat", user, request)
             if first:
                 await self._replay_chat(user, first, context.write)
                 return
-            prompt, sampling = self._prompt(turns, request)
+            prompt, sampling = await self._prompt(turns, began, request)
             version = self._policy.version
 
             def begin(store: FeedbackStore) -> Begun:
@@ -104,11 +106,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             self._locks.hold(_repeat_key("Compare", user, request)),
             self._locks.hold(_turn_key(user, request.conversation_id)),
         ):
-            first, turns = await self._before("Compare", user, request)
+            first, began, turns = await self._before("Compare", user, request)
             if first:
                 await self._replay_comparison(user, first, context.write)
                 return
-            prompt, sampling = self._prompt(turns, request)
+            prompt, sampling = await self._prompt(turns, began, request)
             pair = self._referee.pair if self._referee else None
             versions, samplings = self._duel(pair, sampling) if pair else self._plain_comparison(sampling)
 
@@ -194,8 +196,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     # Sampling
 
-    def _prompt(
-        self, turns: list[Turn], request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
+    async def _prompt(
+        self, turns: list[Turn], began: float, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
     ) -> tuple[list[int], Sampling]:
         given = {field.name: value for field, value in request.sampling.ListFields()}
         limit = self._policy.max_model_len
@@ -204,7 +206,9 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             max_tokens=given.get("max_tokens", min(self._settings.max_tokens, limit // 2)),
             seed=given.get("seed"),
         )
-        prompt = build_prompt(self._policy.encode, turns, request.message, limit - sampling.max_tokens)
+        encode = partial(self._policy.encode, began=began)
+        # Beside the event loop: a long message takes a while, and others' streams go on.
+        prompt = await asyncio.to_thread(build_prompt, encode, turns, request.message, limit - sampling.max_tokens)
         return prompt, sampling
 
     def _plain_comparison(self, base: Sampling) -> tuple[tuple[str, str], list[Sampling]]:
@@ -252,21 +256,24 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def _before(
         self, rpc: str, user: str, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
-    ) -> tuple[str | None, list[Turn]]:
-        """What the same request_id was answered first, if it was; else the conversation so far."""
+    ) -> tuple[str | None, float, list[Turn]]:
+        """What the same request_id was answered first, if it was; else when the conversation began, and its turns."""
 
-        def read(store: FeedbackStore) -> tuple[str | None, list[Turn]]:
+        def read(store: FeedbackStore) -> tuple[str | None, float, list[Turn]]:
             if request.request_id:
                 first = store.find_request(user, rpc, request.request_id, _sha256(request))
                 if first is not None:
-                    return first.decode(), []
-            turns = store.turns(user, request.conversation_id) if request.conversation_id else []
+                    return first.decode(), 0.0, []
+            if not request.conversation_id:
+                return None, time.time(), []
+            conversation = store.conversation(user, request.conversation_id)
+            turns = store.turns(user, conversation.id)
             if len(turns) >= self._settings.max_turns:
                 raise FailedPreconditionError("CONVERSATION_FULL", "This conversation is full; start another one.")
-            return None, turns
+            return None, conversation.create_time, turns
 
         if not request.request_id and not request.conversation_id:
-            return None, []
+            return None, time.time(), []
         return await self._store(read)
 
     async def _replay_chat(self, user: str, response_id: str, write: Write) -> None:

@@ -48,8 +48,9 @@ class Policy(Protocol):
         """Tokens of a prompt and its answer together."""
         ...
 
-    def encode(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the model's chat template, ready for the assistant's answer."""
+    def encode(self, messages: list[dict[str, str]], began: float) -> list[int]:
+        """Token ids of a conversation in the model's chat template, ready for the assistant's answer. A template that
+        writes the date writes that of `began`, in seconds since 1970. Any thread may call it, an engine or none."""
         ...
 
     async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> Stream:

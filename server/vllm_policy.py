@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from server.detokenizer import Detokenizer
 from server.ids import new_id
 from server.metrics import SWAP_SECONDS
 from server.policy import Sampling, SwapError
@@ -25,6 +24,7 @@ from server.pulse import Pulse, complaint
 from server.records import Span
 from server.registry import REFERENCE
 from server.shared.dtype import DtypeName
+from server.shared.text import ChatText
 from server.vllm_stream import Labels, VllmStream
 from server.weights import engine_weights
 
@@ -59,8 +59,7 @@ class VllmPolicy:
         self._step_tokens: int | None = None
         # When the engine was first seen to have work since it last had none.
         self._working_since: float | None = None
-        self._tokenizer = self._engine.get_tokenizer()
-        self._backend = self._tokenizer.backend_tokenizer
+        self._text = ChatText(self._engine.get_tokenizer())
         self._version, self._directory, self._reference = REFERENCE, directory, directory
         # What the worker's spare model holds; None where that is not known.
         self._spare: str | None = None
@@ -88,9 +87,8 @@ class VllmPolicy:
         await self._limit_steps(await self._measure_steps())
         await self._warm_up()
 
-    def encode(self, messages: list[dict[str, str]]) -> list[int]:
-        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        return [int(token) for token in ids]
+    def encode(self, messages: list[dict[str, str]], began: float) -> list[int]:
+        return self._text.prompt(messages, began)
 
     def locate(self, data_dir: Path, version: str) -> Path:
         return engine_weights(data_dir, version, self._dtype)
@@ -112,13 +110,13 @@ class VllmPolicy:
                 seed=sampling.seed,
                 logprobs=0,  # of the sampled token alone
                 flat_logprobs=True,  # a list of floats, not a dictionary a token
-                detokenize=False,  # server.detokenizer does
+                detokenize=False,  # server.shared.text does
                 output_kind=RequestOutputKind.DELTA,
             ),
             lora_request=self._adapter(version),
         )
-        detokenizer = Detokenizer(self._backend, prompt_token_ids)
-        return VllmStream(self._engine, request_id, queue, detokenizer, self._labels(version))
+        text = self._text.stream(prompt_token_ids)
+        return VllmStream(self._engine, request_id, queue, text, self._labels(version))
 
     async def swap(self, version: str, directory: Path) -> None:
         async with self._swapping:
@@ -194,7 +192,8 @@ class VllmPolicy:
 
     async def _read(self, lengths: list[int], max_tokens: int) -> None:
         """Samples from prompts of so many tokens, or as many as fit, that begin like no other."""
-        words = self.encode([{"role": "user", "content": "Why is the sky blue, and the sea? Tell me, in few words."}])
+        asked = [{"role": "user", "content": "Why is the sky blue, and the sea? Tell me, in few words."}]
+        words = self.encode(asked, time.time())
         longest = self.max_model_len - max_tokens
         prompts = [random.choices(words, k=min(length, longest)) for length in lengths]
         for stream in [await self.sample(prompt, Sampling(0.0, max_tokens)) for prompt in prompts]:

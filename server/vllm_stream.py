@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from server.detokenizer import Detokenizer
 from server.records import FinishReason, Generation, Span
+from server.shared.text import TextStream
 
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled"}
 
@@ -27,7 +27,7 @@ class VllmStream:
         engine: Any,
         request_id: str,
         queue: Any,
-        detokenizer: Detokenizer,
+        text: TextStream,
         labels: "Labels",
     ) -> None:
         self._engine = engine
@@ -36,7 +36,7 @@ class VllmStream:
         self._arrived: list[tuple[int, str]] = []
         self._request_id = request_id
         self._queue = queue
-        self._detokenizer = detokenizer
+        self._decoded = text
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._text: list[str] = []
@@ -60,7 +60,7 @@ class VllmStream:
                 self._logprobs.extend(completion.logprobs.logprobs)
             if completion.finish_reason is not None:
                 self._last = completion
-            if text := self._detokenizer.text(completion.token_ids):
+            if text := self._decoded.text(completion.token_ids):
                 self._text.append(text)
                 yield text
 

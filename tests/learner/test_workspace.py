@@ -9,20 +9,20 @@ import pytest
 from learner.judging import promising
 from learner.settings import GateSettings
 from learner.workspace import Workspace
+from server.shared.text import ChatText
 from tests.learner.conftest import EOS
 
 
 @pytest.fixture
 def work(model_directory: Path) -> Any:
     """A workspace as far as its tokenizer; the chat template is `w1 CONTENT ... w3`."""
-    made: Any = SimpleNamespace(reference_directory=model_directory)
-    made._tokenizer = Workspace._tokenizer.func(made)  # type: ignore[attr-defined]
+    made: Any = SimpleNamespace(text=ChatText.load(model_directory), round=SimpleNamespace(create_time=0.0))
     made.encode_chat = lambda messages: Workspace.encode_chat(made, messages)
     return made
 
 
 def test_a_corrected_text_gets_the_eos_that_answers_end_with(work: Any) -> None:
-    assert Workspace.encode(work, "w7 w8") == [7, 8, EOS]
+    assert work.text.answer("w7 w8") == [7, 8, EOS]
 
 
 def test_a_conversation_is_encoded_in_the_chat_template(work: Any) -> None:

@@ -89,7 +89,7 @@ class FakePolicy:
         self.live: set[str] = set()
         self.encoded: list[list[dict[str, str]]] = []
 
-    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode(self, messages: list[dict[str, str]], began: float) -> list[int]:
         """One token a word."""
         self.encoded.append(messages)
         return [len(word) for message in messages for word in message["content"].split()]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from server.detokenizer import Detokenizer
+from server.shared.text import TextStream
 
 BYTES = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
@@ -22,25 +22,25 @@ def tokenizer() -> Tokenizer:
 def test_a_character_comes_with_its_last_byte(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("aé€").ids
     assert len(ids) == 6
-    stream = Detokenizer(tokenizer, [])
+    stream = TextStream(tokenizer, [], frozenset({len(BYTES)}))
     assert [stream.text([token_id]) for token_id in ids] == ["a", "", "é", "", "", "€"]
 
 
-def test_special_tokens_have_no_text_and_several_tokens_come_at_once(tokenizer: Tokenizer) -> None:
-    stream = Detokenizer(tokenizer, tokenizer.encode("before").ids)
+def test_silent_tokens_have_no_text_and_several_tokens_come_at_once(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, tokenizer.encode("before").ids, frozenset({len(BYTES)}))
     assert stream.text([*tokenizer.encode(" ok").ids, tokenizer.token_to_id("<end>")]) == " ok"
     assert stream.text([]) == ""
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_the_pieces_are_the_whole(tokenizer: Tokenizer, text: str) -> None:
-    stream = Detokenizer(tokenizer, tokenizer.encode("prompt").ids)
+    stream = TextStream(tokenizer, tokenizer.encode("prompt").ids, frozenset({len(BYTES)}))
     assert "".join(stream.text([token_id]) for token_id in tokenizer.encode(text).ids) == text
 
 
 @given(token_ids=st.lists(st.integers(0, 255), max_size=40))
 def test_bytes_that_are_no_text_break_nothing(tokenizer: Tokenizer, token_ids: list[int]) -> None:
-    stream = Detokenizer(tokenizer, [])
+    stream = TextStream(tokenizer, [], frozenset({len(BYTES)}))
     for token_id in token_ids:
         stream.text([token_id])
     good = tokenizer.encode(" fine").ids

@@ -1,0 +1,149 @@
+"""Text to token ids and back, the same for server and learner. What people wrote is text, whatever it looks like.
+
+A chat template writes control tokens, such as the end of a turn, as strings, and a tokenizer takes every such string
+for the token, a user's too. So those in people's text are replaced by escapes before the template sees them. Escapes
+are tokens of a second tokenizer, which is otherwise the first; what it gives for an escape is replaced by the ids of
+the string's plain characters. Text without such strings is encoded as `apply_chat_template` does, token for token, and
+a template may trim or move it as it likes.
+
+Of an answer, what the template writes itself has no text; other tokens that a tokenizer calls special, such as
+`<filename>`, are words.
+"""
+
+import json
+import re
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import DecodeStream
+
+Message = dict[str, str]
+
+# What escapes begin with; where people write it, it is escaped itself. The last code point for private use.
+ESCAPE = "\U0010fffd"
+# The second character says which string is meant.
+NUMBER = 0x100000
+# How tokenizers begins the message of the one error that is mended by starting afresh.
+INVALID_PREFIX = "Invalid prefix encountered"
+
+
+class ChatText:
+    """The text of one model: `tokenizer` is transformers', with a chat template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        template = str(tokenizer.chat_template)
+        added = self._backend.get_added_tokens_decoder()
+        ends = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+        written = {number for number, token in added.items() if token.content.strip() and token.content in template}
+        # What is no text in an answer.
+        self._silent = frozenset({number for number in ends if number is not None} | written)
+        special = {token.content for token in added.values() if token.special}
+        self._strings = [ESCAPE, *sorted(special | {added[number].content for number in written})]
+        # A model's own answers may hold what its template looks for, such as the end of its reasoning.
+        self._escaped = {
+            role: re.compile("|".join(re.escape(text) for text in sorted(strings, key=len, reverse=True)))
+            for role, strings in (("user", {ESCAPE, *self._strings}), ("assistant", {ESCAPE, *special}))
+        }
+
+    @classmethod
+    def load(cls, directory: Path) -> "ChatText":
+        """Of the model in the directory."""
+        from transformers import AutoTokenizer
+
+        return cls(AutoTokenizer.from_pretrained(directory))
+
+    def prompt(self, messages: list[Message], began: float) -> list[int]:
+        """A conversation in the chat template, ready for the answer. A template that writes the date writes that of
+        `began`, in seconds since 1970."""
+        today = datetime.fromtimestamp(began, UTC)
+        rendered = self._tokenizer.apply_chat_template(
+            [{**message, "content": self._escape(message)} for message in messages],
+            add_generation_prompt=True,
+            tokenize=False,
+            strftime_now=today.strftime,
+        )
+        return self._encode(rendered)
+
+    def answer(self, text: str) -> list[int]:
+        """An answer that a person wrote, and its end where the model knows one."""
+        end = self._tokenizer.eos_token_id
+        return [*self._encode(self._escape({"role": "user", "content": text})), *([] if end is None else [end])]
+
+    def text(self, token_ids: list[int]) -> str:
+        """What people can read of an answer."""
+        kept = [number for number in token_ids if number not in self._silent]
+        return str(self._backend.decode(kept, skip_special_tokens=False))
+
+    def stream(self, prompt_token_ids: list[int]) -> "TextStream":
+        """The text of an answer to the prompt, as its tokens come."""
+        return TextStream(self._backend, prompt_token_ids, self._silent)
+
+    def _escape(self, message: Message) -> str:
+        strings = self._escaped["assistant" if message["role"] == "assistant" else "user"]
+        return strings.sub(lambda found: self._escapes[found[0]], message["content"])
+
+    def _encode(self, text: str) -> list[int]:
+        if ESCAPE not in text:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        ids = self._escaping.encode(text, add_special_tokens=False).ids
+        return [plain for number in ids for plain in self._plain.get(number, (number,))]
+
+    @cached_property
+    def _escapes(self) -> dict[str, str]:
+        return {text: ESCAPE + chr(NUMBER + number) for number, text in enumerate(self._strings)}
+
+    @cached_property
+    def _escaping(self) -> Tokenizer:
+        """The tokenizer with a token for each escape."""
+        tokenizer = Tokenizer.from_str(self._backend.to_str())
+        tokenizer.add_tokens([AddedToken(escape, special=False, normalized=False) for escape in self._escapes.values()])
+        return tokenizer
+
+    @cached_property
+    def _plain(self) -> dict[int, tuple[int, ...]]:
+        """From an escape's id to the ids of its string's characters."""
+        description = json.loads(self._backend.to_str())
+        tokenizer = Tokenizer.from_str(json.dumps({**description, "added_tokens": [], "post_processor": None}))
+
+        def ids(text: str) -> list[int]:
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+        # Some tokenizers begin a text with a space: after another character there is none.
+        before = ids("a")
+        found = {}
+        for text, escape in self._escapes.items():
+            after = ids("a" + text)
+            plain = after[len(before) :] if after[: len(before)] == before else ids(text)
+            number = self._escaping.token_to_id(escape)
+            assert number is not None
+            found[number] = tuple(one for one in plain if one not in self._silent)
+        return found
+
+
+class TextStream:
+    """The text of one answer as it comes. Bytes that are no whole character yet wait for the rest."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], silent: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._silent = silent
+        # The prompt decides whether the first token begins with a space.
+        self._stream = DecodeStream(ids=prompt_token_ids, skip_special_tokens=False)
+
+    def text(self, token_ids: list[int]) -> str:
+        """The text that these tokens add."""
+        return "".join(self._step(token_id) for token_id in token_ids if token_id not in self._silent)
+
+    def _step(self, token_id: int) -> str:
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception as error:
+            if not str(error).startswith(INVALID_PREFIX):
+                raise
+            # Bytes that can be no character upset the stream's state for good.
+            self._stream = DecodeStream(skip_special_tokens=False)
+            return self._stream.step(self._tokenizer, token_id) or ""

@@ -16,4 +16,4 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
         staging.write_text(text)
         staging.rename(path)
         print(f"{path.parent.name} {path.stem}: {text[:400]}", file=sys.stderr, flush=True)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -67,7 +67,7 @@ def main() -> None:
 
 def measured(command: list[str]) -> dict[str, Any]:
     """What a program printed last, with its peak memory."""
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
         end = time.monotonic() + SECONDS
         while True:

@@ -244,7 +244,7 @@ async def process(
     not_yet: type[Exception],
 ) -> AsyncIterator[None]:
     """Runs a server from the moment that `check` stops raising `not_yet`; its output goes to `log`."""
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         server = await asyncio.create_subprocess_exec(
             *command, env={**os.environ, **environment}, stdout=output, stderr=output
         )
@@ -416,7 +416,11 @@ def report(results: Results) -> str:
 def machine() -> str:
     """The machine and the versions that matter, in one line."""
     cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -29,7 +29,7 @@ WORDS = {
 
 def generate() -> str:
     """The text of client.py."""
-    text = HEAD + SOURCE.read_text()
+    text = HEAD + SOURCE.read_text(encoding="utf-8")
     for pattern, replacement in WORDS.items():
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     # Shorter words leave shorter lines and imports out of order.
@@ -40,4 +40,4 @@ def generate() -> str:
 
 
 if __name__ == "__main__":
-    OUTPUT.write_text(generate())
+    OUTPUT.write_text(generate(), encoding="utf-8")

@@ -56,7 +56,7 @@ class Process:
     ) -> None:
         self._log = log
         self._on_line = on_line
-        log.write_text("")
+        log.write_text("", encoding="utf-8")
         self._process = subprocess.Popen(
             [sys.executable, "-c", END_WITH_PARENT, str(os.getpid()), *command],
             env={**(environment or {}), **os.environ},
@@ -92,12 +92,12 @@ class Process:
 
     def last_words(self) -> str:
         """The last line that it printed."""
-        lines = [line for line in self._log.read_text().splitlines() if line.strip()]
+        lines = [line for line in self._log.read_text(encoding="utf-8").splitlines() if line.strip()]
         return lines[-1] if lines else "it said nothing."
 
     def _read(self) -> None:
         assert self._process.stdout
-        with self._log.open("w") as log:
+        with self._log.open("w", encoding="utf-8") as log:
             for line in self._process.stdout:
                 log.write(line)
                 log.flush()

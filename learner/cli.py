@@ -61,7 +61,7 @@ def run_once(
 
     def keep(report: Report) -> None:
         if report_file:
-            report_file.write_text(json.dumps(asdict(report)))
+            report_file.write_text(json.dumps(asdict(report)), encoding="utf-8")
 
     try:
         report = run(settings, stages, wait=wait)
@@ -277,7 +277,9 @@ def _fail(sentence: str) -> NoReturn:
 
 
 def main() -> None:
-    app()
+    from server.shared.program import run
+
+    run("learner", app)
 
 
 if __name__ == "__main__":

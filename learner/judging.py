@@ -198,7 +198,7 @@ def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, lis
     then the second to each; less what was asked in conversations that were deleted since the round began."""
     data_dir, each = work.settings.data_dir, work.settings.gate.answers
     places = [prompt * each + answer for answer in range(each) for prompt in range(len(prompts))]
-    with keeping(data_dir), (work.directory / ANSWERS).open("w") as file:
+    with keeping(data_dir), (work.directory / ANSWERS).open("w", encoding="utf-8") as file:
         for row, place in enumerate(places):
             prompt = prompts[place // each]
             # A candidate that was dropped at the first look has answered no more.

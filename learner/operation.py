@@ -6,7 +6,6 @@ operators, or an operator and a round, never undo each other unseen.
 """
 
 import getpass
-import os
 from contextlib import closing
 
 from learner.checkpoint import verified
@@ -48,10 +47,7 @@ def quarantine(settings: LearnerSettings, user: str, reason: str = "", *, lift: 
 
 
 def _operator() -> str:
-    try:
-        return f"operator {getpass.getuser()}"
-    except (KeyError, OSError):
-        return f"operator {os.getuid()}"  # In a container a user id may have no name.
+    return f"operator {getpass.getuser()}"
 
 
 def _move(

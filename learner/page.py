@@ -48,7 +48,9 @@ def render(round_: Round, picture: Path | None, answers: list[dict[str, Any]]) -
     """The page. Answers are `conversation_id`, `prompt`, `before`, `after`; whatever they hold stays text."""
     import jinja2
 
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE.read_text())
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
     report = Report(
         "nothing",
         round_.reason,

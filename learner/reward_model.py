@@ -95,12 +95,14 @@ class RewardModel:
             directory / WEIGHTS,
         )
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
-        (directory / DESCRIPTION).write_text(json.dumps({"layers": self.layers, **numbers}, indent=2) + "\n")
+        (directory / DESCRIPTION).write_text(
+            json.dumps({"layers": self.layers, **numbers}, indent=2) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, directory: Path) -> "RewardModel":
         tensors = load_file(directory / WEIGHTS)
-        numbers = json.loads((directory / DESCRIPTION).read_text())
+        numbers = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
         layers = tuple(numbers.pop("layers"))
         return cls(
             layers,

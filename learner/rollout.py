@@ -21,6 +21,7 @@ from learner.settings import LearnerSettings
 from server.records import Prompt
 from server.shared.dtype import DtypeName
 from server.shared.seeds import keep_seeds
+from server.shared.text import ChatText
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Engine:
         from vllm import LLM
 
         self._temperature = settings.service_temperature
+        self._text = ChatText.load(directory)
         self._llm: Any = LLM(
             model=str(directory),
             dtype=dtype,
@@ -112,21 +114,21 @@ class Engine:
                     top_k=0,
                     max_tokens=prompt.max_tokens,
                     logprobs=0,
+                    detokenize=False,  # server.shared.text does
                     seed=seed * 100_003 + number,
                 )
                 for number, prompt in enumerate(prompts)
             ],
             use_tqdm=False,
         )
-        return [_sample(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)]
+        return [self._sample(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)]
 
     def close(self) -> None:
         """Frees the engine's memory."""
         del self._llm
         gc.collect()
 
-
-def _sample(prompt: Prompt, output: Any) -> Sample:
-    token_ids = list(output.token_ids)
-    logprobs = [entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)]
-    return Sample(prompt.token_ids, token_ids, logprobs, output.text, output.finish_reason)
+    def _sample(self, prompt: Prompt, output: Any) -> Sample:
+        token_ids = list(output.token_ids)
+        logprobs = [entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)]
+        return Sample(prompt.token_ids, token_ids, logprobs, self._text.text(token_ids), output.finish_reason)

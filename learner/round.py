@@ -335,5 +335,5 @@ def finish(work: Workspace, state: Literal["promoted", "rejected"], sentence: st
         work.round.incumbent_version,
         work.round.metrics,
     )
-    (work.directory / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    (work.directory / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return report

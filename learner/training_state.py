@@ -22,7 +22,7 @@ def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam) 
     final = directory / f"state-{len(figures):03d}"
     staging = new_staging(final)
     save_file(optimizer.state(), staging / TENSORS)
-    (staging / FIGURES).write_text(json.dumps(figures))
+    (staging / FIGURES).write_text(json.dumps(figures), encoding="utf-8")
     publish(staging, final)
     drop_states(directory, but=final)
 
@@ -33,7 +33,7 @@ def load_state(directory: Path, optimizer: Adam) -> list[dict[str, Any]]:
     if not states:
         return []
     optimizer.load(load_file(states[-1] / TENSORS))
-    figures: list[dict[str, Any]] = json.loads((states[-1] / FIGURES).read_text())
+    figures: list[dict[str, Any]] = json.loads((states[-1] / FIGURES).read_text(encoding="utf-8"))
     return figures
 
 

@@ -20,7 +20,7 @@ from prefloop.v1 import chat_pb2, chat_pb2_grpc
 from server import convert
 from server.answers import Answers, Begun
 from server.eraser import Eraser
-from server.errors import FailedPreconditionError
+from server.errors import FailedPreconditionError, InvalidArgumentError
 from server.identity import current_user
 from server.locks import KeyedLocks
 from server.planner import Planner
@@ -206,6 +206,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             max_tokens=given.get("max_tokens", min(self._settings.max_tokens, limit // 2)),
             seed=given.get("seed"),
         )
+        if sampling.max_tokens >= limit:
+            raise InvalidArgumentError(
+                "sampling.max_tokens",
+                f"sampling.max_tokens must be below {limit}, which is what the model has for a message and its answer.",
+            )
         encode = partial(self._policy.encode, began=began)
         # Beside the event loop: a long message takes a while, and others' streams go on.
         prompt = await asyncio.to_thread(build_prompt, encode, turns, request.message, limit - sampling.max_tokens)

@@ -1,6 +1,7 @@
 """The command `server`: flags to settings to a call. Heavy imports wait until a command runs."""
 
 import asyncio
+import codecs
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -155,9 +156,13 @@ def export_user(
 
     from server.export import export
 
-    with _store(data_dir) as store, out.open("w") if out else nullcontext(sys.stdout) as file:
+    # What a terminal's encoding cannot say is escaped, not lost.
+    plain = not out and codecs.lookup(sys.stdout.encoding).name != "utf-8"
+    opened = out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout)
+    with _store(data_dir) as store, opened as file:
         for part in export(store, user):
-            file.write(MessageToJson(part, preserving_proto_field_name=True, indent=None, ensure_ascii=False) + "\n")
+            line = MessageToJson(part, preserving_proto_field_name=True, indent=None, ensure_ascii=plain)
+            file.write(line + "\n")
 
 
 @app.command("compact")
@@ -209,7 +214,9 @@ def _fail(sentence: str) -> NoReturn:
 
 
 def main() -> None:
-    app()
+    from server.shared.program import run
+
+    run("server", app)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,6 @@ def uptime() -> float:
 def boot_id() -> str:
     """Of this start of the machine; empty where the kernel does not say, which then counts as one start."""
     try:
-        return BOOT_ID.read_text().strip()
+        return BOOT_ID.read_text(encoding="utf-8").strip()
     except OSError:
         return ""

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from server.settings import ServerSettings
 from server.shared.dtype import DtypeName
@@ -30,11 +30,27 @@ def set_environment(settings: ServerSettings) -> None:
         # With torch 2.13 vLLM's ahead-of-time artefacts fail to load, and every start would compile for a minute.
         "VLLM_USE_AOT_COMPILE": "0",
     }
-    if INTEL_OPENMP.exists():
-        # For the engine's process, which is started later; this one has its OpenMP already.
-        defaults["LD_PRELOAD"] = str(INTEL_OPENMP)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if INTEL_OPENMP.exists() and "LD_PRELOAD" not in os.environ:
+        # For the engine's process, which is started later; this one has its OpenMP already.
+        os.environ.update(preloaded(INTEL_OPENMP))
+
+
+def preloaded(library: Path) -> dict[str, str]:
+    """The variables that load a library before any other."""
+    if " " not in str(library):
+        return {"LD_PRELOAD": str(library)}
+    # A space separates two libraries there, and cannot be escaped; a name without a folder is looked for.
+    folders = [str(library.parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    return {"LD_PRELOAD": library.name, "LD_LIBRARY_PATH": ":".join(folders)}
+
+
+def slots_rank(largest: int) -> int:
+    """The rank that vLLM's memory for adapters is made for: it has some alone."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return min(rank for rank in get_args(MaxLoRARanks) if rank >= largest)
 
 
 def start_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> Any:
@@ -63,7 +79,7 @@ def start_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) ->
         worker_extension_cls="server.engine_process.EngineExtension",
         enable_lora=settings.serve_adapters,
         max_loras=settings.live_adapters,
-        max_lora_rank=settings.adapter_rank,
+        max_lora_rank=slots_rank(settings.adapter_rank),
         use_tqdm_on_load=False,
     ).create_engine_config()
     stepped = "SteppedAsyncScheduler" if config.scheduler_config.async_scheduling else "SteppedScheduler"

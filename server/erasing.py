@@ -69,7 +69,7 @@ def cache_directory(data_dir: Path, deletions: int) -> Path:
 @contextmanager
 def keeping(data_dir: Path) -> Iterator[None]:
     """One process at a time writes or sweeps what rounds keep."""
-    with (data_dir / ".keeping").open("w") as lock:
+    with (data_dir / ".keeping").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

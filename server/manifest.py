@@ -53,7 +53,7 @@ def write_manifest(
         files={name: _sha256(directory / name) for name in _files(directory)},
         info=info or {},
     )
-    (directory / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=2) + "\n")
+    (directory / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=2) + "\n", encoding="utf-8")
     return manifest
 
 

@@ -61,6 +61,11 @@ class Response:
     chosen_by: str | None = None
 
     @property
+    def shown(self) -> str | None:
+        """Its text, which may be empty where the model said nothing; None where it came to nothing."""
+        return self.text if self.text or self.status == "finished" else None
+
+    @property
     def last_version(self) -> str:
         """The version of the last token."""
         return self.spans[-1].policy_version if self.spans else self.policy_version
@@ -82,7 +87,7 @@ class Comparison:
     @property
     def unless_chosen(self) -> Slot:
         """What a conversation goes on with when its user does not choose: A, or B where A came to nothing."""
-        return "B" if self.b.text and not self.a.text else "A"
+        return "B" if self.a.shown is None and self.b.shown is not None else "A"
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,8 @@ class Turn:
             open_ = self.comparison.state == "open"
             slot = self.comparison.unless_chosen if open_ else self.comparison.continued_with
             chosen = {"A": self.comparison.a, "B": self.comparison.b}.get(slot) if slot else None
-            return (chosen and chosen.text) or None
-        return (self.response and self.response.text) or None
+            return chosen.shown if chosen else None
+        return self.response.shown if self.response else None
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class ServerSettings(SettingsBase):
         Field(description="Serve LoRA adapters on the reference side by side instead of merged weights: for a GPU."),
     ] = False
     live_adapters: Annotated[int, Field(ge=1, description="Adapters that answer at once in one batch.")] = 4
-    adapter_rank: Annotated[int, Field(ge=1, description="The largest rank of an adapter.")] = 16
+    adapter_rank: Annotated[int, Field(ge=1, le=512, description="The largest rank of an adapter.")] = 16
     duel_alpha: Annotated[
         float,
         Field(ge=0, lt=1, description="A new adapter is rolled back at 1 / this of evidence that it lost; 0: no duel."),

@@ -348,11 +348,11 @@ class FeedbackStore:
     # Feedback
 
     def submit_thumb(self, user: str, response_id: str, *, up: bool, comment: str = "") -> Feedback:
-        """Raises NotFoundError, and FailedPreconditionError while the response is being sampled or has no text."""
+        """Raises NotFoundError, and FailedPreconditionError while the response is being sampled or came to nothing."""
         return self._submit(user, "thumb", "UP" if up else "DOWN", comment, response_id=response_id)
 
     def submit_correction(self, user: str, response_id: str, text: str) -> Feedback:
-        """Raises NotFoundError, and FailedPreconditionError while the response is being sampled or has no text."""
+        """Raises NotFoundError, and FailedPreconditionError while the response is being sampled or came to nothing."""
         return self._submit(user, "correction", text, "", response_id=response_id)
 
     def submit_demonstration(self, user: str, messages: list[dict[str, str]]) -> Feedback:
@@ -644,7 +644,8 @@ class FeedbackStore:
         statement is a hand-over of Python's lock, and a vote is on the path that must be short."""
         if response_id:
             found = self._db.rows(
-                "SELECT unixepoch('subsec') AS now, status != 'streaming' AND text != '' AS shown, "
+                "SELECT unixepoch('subsec') AS now, "
+                "status = 'finished' OR (status != 'streaming' AND text != '') AS shown, "
                 "(SELECT id FROM feedback WHERE user = r.user AND kind = ? AND response_id = r.id) AS old "
                 "FROM responses r WHERE id = ? AND user = ?",
                 [kind, response_id, user],

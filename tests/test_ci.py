@@ -22,7 +22,7 @@ def fakes(tmp_path: Path) -> Path:
 
 
 def fake(command: Path, text: str) -> None:
-    command.write_text(text)
+    command.write_text(text, encoding="utf-8")
     command.chmod(0o755)
 
 

@@ -13,7 +13,14 @@ from clients.generate import generate
 STORE = ("store", "database", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
 KEPT = ("erasing", "samples")
 # What server and learner both decide by.
-SHARED = ("shared.dtype", "shared.machine", "shared.settings_base", "shared.seeds", "shared.stored_round")
+SHARED = (
+    "shared.dtype",
+    "shared.machine",
+    "shared.settings_base",
+    "shared.seeds",
+    "shared.stored_round",
+    "shared.text",
+)
 LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT, *SHARED)}
 
 
@@ -40,6 +47,25 @@ def test_the_learner_imports_the_store_and_what_it_needs(root: Path) -> None:
 
 def test_the_clients_import_only_the_stubs(root: Path) -> None:
     assert not {name for name in imports(root, "clients") if name.split(".")[0] in {"server", "learner", "torch"}}
+
+
+def without_encoding(path: Path) -> list[str]:
+    """Where a file is opened as text in whatever encoding the machine has."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        mode = next((arg.value for arg in node.args if isinstance(arg, ast.Constant)), "")
+        text = isinstance(mode, str) and 0 < len(mode) <= 3 and set(mode) <= set("rwxat+")
+        if name in ("read_text", "write_text") or (name == "open" and text):
+            found.append(f"{path}:{node.lineno}")
+    return found
+
+
+def test_texts_are_utf8_whatever_the_machines_locale(root: Path) -> None:
+    ours = (path for package in ("server", "learner", "clients") for path in (root / package).rglob("*.py"))
+    assert [place for path in ours for place in without_encoding(path)] == []
 
 
 LIGHT = ("server.cli", "learner.cli", "clients.cli", "server.store", "server.process", "server.settings")

@@ -58,7 +58,7 @@ class Record:
         """The record in a directory, or a new one in an empty directory. Raises FinalError where another demo has it,
         or is running in it."""
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "demo.lock").open("w") as lock:
+        with (directory / "demo.lock").open("w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -75,7 +75,7 @@ class Record:
             record.write()
             return record
         try:
-            kept = json.loads(path.read_text())
+            kept = json.loads(path.read_text(encoding="utf-8"))
             if kept.pop("format") != FORMAT:
                 raise ValueError("another format")
             kept |= {"directory": directory, "plan": Plan(**kept["plan"]), "work": Work(**kept["work"])}
@@ -134,7 +134,7 @@ class Record:
         kept = {name: value for name, value in asdict(self).items() if name != "directory"}
         path = self.directory / "demo.json"
         new = path.with_suffix(".new")
-        with new.open("w") as file:
+        with new.open("w", encoding="utf-8") as file:
             json.dump({"format": FORMAT, **kept}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())

@@ -121,7 +121,7 @@ def report_of(ended: Round) -> dict[str, Any]:
 def sentence(result: Path) -> str:
     """What the learner said in the end."""
     try:
-        return str(json.loads(result.read_text())["sentence"])
+        return str(json.loads(result.read_text(encoding="utf-8"))["sentence"])
     except (OSError, ValueError, KeyError):
         return f"{result.parent / 'learner.log'} has what it said."
 

@@ -137,7 +137,7 @@ def read_disk(data_dir: Path) -> Disk:
     """Of the data directory, or of the first folder above it that there is."""
     there = data_dir.absolute()
     directory = next(folder for folder in (there, *there.parents) if folder.exists())
-    kind = filesystem_of(directory.resolve(), Path("/proc/self/mounts").read_text())
+    kind = filesystem_of(directory.resolve(), Path("/proc/self/mounts").read_text(encoding="utf-8"))
     free = shutil.disk_usage(directory).free
     try:
         return Disk(directory, kind, free, fsync_seconds(directory))

@@ -52,7 +52,7 @@ def slow_reason(machine: Machine, needed: int = COMFORTABLE_MEMORY) -> str | Non
 def _meminfo(proc: Path) -> tuple[int, int]:
     """Bytes: all, and free or easily freed."""
     kib = {}
-    for line in (proc / "meminfo").read_text().splitlines():
+    for line in (proc / "meminfo").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         kib[name] = value.split()[0]
     return int(kib["MemTotal"]) * 1024, int(kib["MemAvailable"]) * 1024
@@ -93,6 +93,6 @@ def _groups(proc: Path, cgroups: Path, controller: str) -> Iterator[Path]:
 def _texts(path: Path) -> list[str]:
     """The file's lines; none where there is no such file."""
     try:
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []

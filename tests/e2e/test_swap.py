@@ -213,7 +213,11 @@ def test_an_engine_that_dies_or_hangs_comes_back_with_what_it_served(
     watching = health_pb2_grpc.HealthStub(live.channel).Watch(health_pb2.HealthCheckRequest(), timeout=240)
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     assert next(watching).status == serving
-    [engine] = [pid for pid in children(live.process.pid) if "EngineCor" in Path(f"/proc/{pid}/comm").read_text()]
+    [engine] = [
+        pid
+        for pid in children(live.process.pid)
+        if "EngineCor" in Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")
+    ]
     struck = time.monotonic()
     os.kill(engine, blow)
     with pytest.raises(grpc.RpcError) as error:

@@ -24,7 +24,11 @@ LONG = "Tell me a very long story about a lighthouse keeper."
 
 
 def engine(server: LiveServer) -> int:
-    [pid] = [pid for pid in children(server.process.pid) if "EngineCor" in Path(f"/proc/{pid}/comm").read_text()]
+    [pid] = [
+        pid
+        for pid in children(server.process.pid)
+        if "EngineCor" in Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")
+    ]
     return pid
 
 

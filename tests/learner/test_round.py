@@ -120,7 +120,7 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     found = status(data_dir, 10)
     assert (found["active_version"], found["votes"], found["new_votes"]) == ("v0001", 80, 0)
 
-    console = Console(record=True, width=100, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=100, quiet=False, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
     print_report(report, console)
     table = console.export_text()
     for word in ("votes used", "longer wins", "reward", "KL", "win rate", "seconds", "v0001 is active"):
@@ -479,7 +479,7 @@ def test_whoever_was_in_quarantine_when_a_round_began_is_left_out(
     assert (votes["choices"], votes["quarantined"]) == (80, 30)
     learned = store.lineage.round_votes(str(report.round_id))
     assert {event.user for feedback_id in learned for event in store.lineage.events(feedback_id)} == {"ann"}
-    console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=100, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
     print_report(report, console)
     assert "30 votes of users in quarantine" in console.export_text()
     assert dict(status(data_dir, 10)["lines"])["quarantine"] == (

@@ -650,3 +650,12 @@ async def test_a_store_that_fails_acknowledges_nothing(running: Running) -> None
     await running.store(lambda store: store._db.execute("PRAGMA query_only = OFF"))
     # Recovered without a restart, and the same request_id now goes through.
     await running.feedback.SubmitThumb(thumb, metadata=ANN)
+
+
+async def test_an_answer_that_leaves_no_room_for_its_message_is_refused(running: Running) -> None:
+    running.policy.max_model_len = 12
+    assert await refusal(chat(running, sampling={"max_tokens": 12})) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "sampling.max_tokens must be below 12, which is what the model has for a message and its answer.",
+        ["INVALID_FIELD", "sampling.max_tokens"],
+    )

@@ -144,6 +144,30 @@ def test_a_retracted_vote_is_not_learned_from(store: FeedbackStore) -> None:
         store.retract_feedback("ann", vote.id)
 
 
+NOTHING = Generation([2], [-0.5], "", "stop", [Span(0, 1, "v0000")])
+FAILED = Generation([], [], "", "error", [])
+
+
+def test_an_answer_of_no_words_is_an_answer(store: FeedbackStore) -> None:
+    conversation_id = store.create_conversation("ann", "hello")
+    response_id = answer(store, conversation_id, generation=NOTHING)
+    assert store.submit_thumb("ann", response_id, up=False).value == "DOWN"
+    assert store.submit_correction("ann", response_id, "Hello!").value == "Hello!"
+    comparison_id = comparison(store, conversation_id, b=NOTHING)
+    assert store.submit_choice("ann", comparison_id, "B").value == "B"
+    # The model reads its messages, too.
+    assert [turn.answer for turn in store.turns("ann", conversation_id)] == ["", ""]
+    assert len(store.snapshot()) == 3
+
+
+def test_an_answer_that_failed_before_its_first_word_is_none(store: FeedbackStore) -> None:
+    conversation_id = store.create_conversation("ann", "hello")
+    response_id = answer(store, conversation_id, generation=FAILED)
+    with pytest.raises(FailedPreconditionError, match="no answer yet"):
+        store.submit_thumb("ann", response_id, up=True)
+    assert [turn.answer for turn in store.turns("ann", conversation_id)] == [None]
+
+
 def test_nobody_sees_or_judges_what_is_another_users(store: FeedbackStore) -> None:
     conversation_id = store.create_conversation("ann", "hello")
     response_id, comparison_id = answer(store, conversation_id), comparison(store, conversation_id)

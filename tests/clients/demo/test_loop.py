@@ -63,7 +63,9 @@ def test_the_learner_is_told_of_fewer_steps_and_of_nothing_else(
     class Learner:
         def __init__(self, command: list[str], *_: Any) -> None:
             commands.append(command)
-            Path(command[command.index("--report") + 1]).write_text(json.dumps({"sentence": "There are no new votes."}))
+            Path(command[command.index("--report") + 1]).write_text(
+                json.dumps({"sentence": "There are no new votes."}), encoding="utf-8"
+            )
 
         def ended(self, seconds: float) -> bool:
             return True

@@ -215,7 +215,7 @@ def learn(data_dir: Path, report: Path) -> None:
         world.learner.write([*world.learner.read(), what])
 
     def end(state: str, sentence: str, code: int = 0) -> None:
-        report.write_text(json.dumps({"state": state, "sentence": sentence}))
+        report.write_text(json.dumps({"state": state, "sentence": sentence}), encoding="utf-8")
         sys.exit(code)
 
     rounds, votes = world.rounds.read(), len(world.votes.read())

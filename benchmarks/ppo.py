@@ -1,13 +1,15 @@
 """One PPO update of the learner's, by stage, beside a peer's: seconds, response tokens a second, peak memory.
 
-    python benchmarks/ppo.py MODEL_DIR [--updates 3] [--peer-python PYTHON --peer-script SCRIPT] [--ablate]
+    python benchmarks/ppo.py MODEL_DIR [--updates 3] [--readings 1] [--ablate]
+        [--peer-python PYTHON --peer-script SCRIPT]
 
 An update is 32 answers of 64 tokens and four passes over them, one optimiser step a pass: sampling, the reference's
 pass, the policy's pass, training, in this machine's dtype. Every answer is as long as every other: the model's end
 token is declared to be one that it never samples. The loop that is timed is `learner.training.train` itself.
 
 The peer is a program of its own environment that takes `MODEL_DIR --updates N`, does the same work and prints one JSON
-line with `seconds_per_update` and `response_tokens_per_s`; it is left out where it is not given. `--ablate` runs the
+line with `seconds_per_update` and `response_tokens_per_s`; it is left out where it is not given. With several readings
+the two take turns, since a machine's speed wanders, and the quotient of their medians counts. `--ablate` runs the
 learner's update again with one trick left out at a time. Each run is a process of its own, one after the other; its
 peak memory is what the kernel says. Prints one JSON line last.
 """
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from endless import copy_without_end
@@ -43,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--readings", type=int, default=1)
     parser.add_argument("--peer-python", type=Path)
     parser.add_argument("--peer-script", type=Path)
     parser.add_argument("--ablate", action="store_true")
@@ -51,17 +55,19 @@ def main() -> None:
     if arguments.run:
         print(json.dumps(updates(arguments.model, arguments.updates, arguments.run)))
         return
-    results = {}
-    for name in ["whole", *(ABLATIONS if arguments.ablate else ())]:
-        command = [sys.executable, __file__, str(arguments.model), "--updates", str(arguments.updates), "--run", name]
-        results[name] = measured(command)
-        show(name, results[name])
+    common = [str(arguments.model), "--updates", str(arguments.updates)]
+    commands = {"whole": [sys.executable, __file__, *common, "--run", "whole"]}
     if arguments.peer_python and arguments.peer_script:
-        command = [str(arguments.peer_python), str(arguments.peer_script), str(arguments.model)]
-        results["peer"] = measured([*command, "--updates", str(arguments.updates)])
-        show("peer", results["peer"])
-        ratio = results["peer"]["seconds_per_update"] / results["whole"]["seconds_per_update"]
-        print(f"the peer takes {ratio:.2f} times as long", file=sys.stderr)
+        commands["peer"] = [str(arguments.peer_python), str(arguments.peer_script), *common]
+    turns = [name for _ in range(arguments.readings) for name in commands]
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in [*turns, *(ABLATIONS if arguments.ablate else ())]:
+        found = measured(commands.get(name, [sys.executable, __file__, *common, "--run", name]))
+        show(name, found)
+        results.setdefault(name, []).append(found)
+    if "peer" in results:
+        whole, peer = (median(one["seconds_per_update"] for one in results[name]) for name in ("whole", "peer"))
+        print(f"the peer takes {peer / whole:.2f} times as long", file=sys.stderr)
     print(json.dumps({"benchmark": "ppo", "updates": arguments.updates, "results": results}))
 
 

@@ -3,7 +3,8 @@
 - The process ends when its server's does. vLLM's own would wait for ever, with all its memory, for a server that was
   killed; also for one that was killed while the model was being loaded and compiled, so this starts with the import.
 - It shows that it is well (`server.pulse`), also from the import on.
-- Its scheduler (`Stepped`) notes the end of each step, and gives a step no more tokens than it was told to.
+- Its scheduler (`Stepped`) notes the end of each step, gives a step no more tokens than it was told to, and shares
+  these among the prompts: vLLM's reads the first ones to their end while the others wait.
 """
 
 import os
@@ -11,6 +12,7 @@ import select
 import signal
 import threading
 import time
+from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -19,6 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from server.failpoints import failpoint
 from server.pulse import BEAT_SECONDS, Pulse
 from server.shared.seeds import keep_seeds
+from server.sharing import level
 from server.worker import SwapExtension
 
 PULSE = Pulse.find()
@@ -48,12 +51,23 @@ class Stepped:
         self._ended = 0.0
 
     def schedule(self, *arguments: Any, **named: Any) -> Any:
+        self._share()
         began = time.monotonic()
         step = super().schedule(*arguments, **named)  # type: ignore[misc]
         step.prefloop_began = began
         if step.total_num_scheduled_tokens:
             failpoint("step")
         return step
+
+    def _share(self) -> None:
+        running: list[Any] = self.running  # type: ignore[attr-defined]
+        room: int = self.max_num_running_reqs - len(running)  # type: ignore[attr-defined]
+        waiting: list[Any] = list(islice(self.waiting, room))  # type: ignore[attr-defined]
+        remaining = [request.num_prompt_tokens - request.num_computed_tokens for request in running + waiting]
+        reading = [tokens for tokens in remaining if tokens > 0]
+        # The others are answers, of which each takes one.
+        tokens: int = self.max_num_scheduled_tokens - (len(remaining) - len(reading))  # type: ignore[attr-defined]
+        self.scheduler_config.long_prefill_token_threshold = level(reading, tokens)  # type: ignore[attr-defined]
 
     def update_from_output(self, step: Any, output: Any) -> Any:
         # Where the next step is scheduled while one runs, it begins when that one ends.

@@ -30,8 +30,8 @@ MARGIN = 5
 SPARE_SECONDS = 60
 # Of a step of a round, in which the learner also starts an engine of its own.
 STEP_SPARE_SECONDS = 300
-# An answer takes less where the processor computes in bfloat16.
-SLOW_SECONDS = 0.3
+# An answer takes less on a GPU, or a processor of many cores.
+SLOW_SECONDS = 0.05
 # Before anything was measured.
 FIRST_ANSWERS_SECONDS = 900
 

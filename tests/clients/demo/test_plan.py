@@ -6,8 +6,8 @@ AVX2 = Pace(0.8)
 
 
 def test_the_gate_is_no_part_of_what_a_machine_is_asked_for() -> None:
-    assert [work_for(seconds) for seconds in (0.1, 0.29)] == [Work(64, None)] * 2
-    assert [work_for(seconds) for seconds in (0.31, 0.8, 10.0)] == [Work(48, 8)] * 3
+    assert [work_for(seconds) for seconds in (0.01, 0.049)] == [Work(64, None)] * 2
+    assert [work_for(seconds) for seconds in (0.051, 0.8, 10.0)] == [Work(48, 8)] * 3
 
 
 def test_the_whole_in_answers() -> None:

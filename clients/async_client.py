@@ -234,10 +234,9 @@ class AsyncClient:
         missing: PrefloopError
         while True:
             try:
-                request = chat_pb2.GetConversationRequest(conversation_id=stream.conversation_id)
                 # A second at least: a first look is worth it, however short the wait.
                 left = max(1.0, min(self.timeout, end - time.monotonic()))
-                found = (await self._call_once(self._chat.GetConversation, request, left)).conversation
+                found = await self._whole(stream.conversation_id, left, patience=0.0)
             except (BusyError, TimedOutError, UnavailableError) as error:
                 missing = error
             else:
@@ -332,8 +331,7 @@ class AsyncClient:
         >>> (await client.conversation("conv")).conversation_id
         'conv'
         """
-        request = chat_pb2.GetConversationRequest(conversation_id=conversation_id)
-        return (await self._call(self._chat.GetConversation, request)).conversation
+        return await self._whole(conversation_id, self.timeout, self.patience)
 
     async def conversations(self) -> AsyncIterator[Conversation]:
         """The user's conversations without their turns, newest first; fetched page by page as it is read.
@@ -513,6 +511,17 @@ class AsyncClient:
                 if time.monotonic() > end:
                     raise
             await asyncio.sleep(POLL_SECONDS)
+
+    async def _whole(self, conversation_id: str, timeout: float, patience: float) -> Conversation:
+        """A conversation with all its turns, fetched page by page."""
+        whole, token = Conversation(), ""
+        while True:
+            request = chat_pb2.GetConversationRequest(conversation_id=conversation_id, page_token=token)
+            page = await self._attempt(self._chat.GetConversation, request, timeout, patience)
+            whole.MergeFrom(page.conversation)
+            token = page.next_page_token
+            if not token:
+                return whole
 
     async def _call(self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Reply], request: Request) -> Reply:
         """A call that may be sent again: it changes nothing, or has a `request_id`."""

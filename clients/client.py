@@ -234,10 +234,9 @@ class Client:
         missing: PrefloopError
         while True:
             try:
-                request = chat_pb2.GetConversationRequest(conversation_id=stream.conversation_id)
                 # A second at least: a first look is worth it, however short the wait.
                 left = max(1.0, min(self.timeout, end - time.monotonic()))
-                found = (self._call_once(self._chat.GetConversation, request, left)).conversation
+                found = self._whole(stream.conversation_id, left, patience=0.0)
             except (BusyError, TimedOutError, UnavailableError) as error:
                 missing = error
             else:
@@ -327,8 +326,7 @@ class Client:
         >>> (client.conversation("conv")).conversation_id
         'conv'
         """
-        request = chat_pb2.GetConversationRequest(conversation_id=conversation_id)
-        return (self._call(self._chat.GetConversation, request)).conversation
+        return self._whole(conversation_id, self.timeout, self.patience)
 
     def conversations(self) -> Iterator[Conversation]:
         """The user's conversations without their turns, newest first; fetched page by page as it is read.
@@ -500,6 +498,17 @@ class Client:
                 if time.monotonic() > end:
                     raise
             time.sleep(POLL_SECONDS)
+
+    def _whole(self, conversation_id: str, timeout: float, patience: float) -> Conversation:
+        """A conversation with all its turns, fetched page by page."""
+        whole, token = Conversation(), ""
+        while True:
+            request = chat_pb2.GetConversationRequest(conversation_id=conversation_id, page_token=token)
+            page = self._attempt(self._chat.GetConversation, request, timeout, patience)
+            whole.MergeFrom(page.conversation)
+            token = page.next_page_token
+            if not token:
+                return whole
 
     def _call(self, method: grpc.UnaryUnaryMultiCallable[Request, Reply], request: Request) -> Reply:
         """A call that may be sent again: it changes nothing, or has a `request_id`."""

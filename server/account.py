@@ -49,10 +49,10 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
 
     async def ExportUser(self, request: account_pb2.ExportUserRequest, context: Any) -> None:  # type: ignore[override]
         user = _whose(request.user)
-        parts = await self._store(lambda store: export(store, user))
+        parts = await self._store.read(lambda store: export(store, user))
         # A part at a time, so that others have their turn between.
         next_part: Callable[[Any], account_pb2.ExportUserResponse | None] = lambda store: next(parts, None)  # noqa: E731
-        while part := await self._store(next_part):
+        while part := await self._store.read(next_part):
             await context.write(part)
 
     async def drain(self) -> None:

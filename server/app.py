@@ -84,14 +84,9 @@ class App:
         self._settings = settings
         self._store = store
         self._access = Access(store, keys_needed=settings.host not in LOOPBACK)
-        limits = Limits(
-            settings.user_rate,
-            settings.user_calls,
-            settings.max_streams + settings.max_waiting,
-            settings.compare_candidates if settings.scoring_address else 2,
-        )
+        self._limits = Limits(settings.user_rate, settings.user_calls, settings.max_streams + settings.max_waiting)
         self._calls = Calls()
-        edge = Edge(self._access, limits, self._calls, validator(settings), settings.call_seconds)
+        edge = Edge(self._access, self._limits, self._calls, validator(settings), settings.call_seconds)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[edge],
@@ -124,7 +119,9 @@ class App:
             else None
         )
         self._eraser = Eraser(self._store, settings.data_dir, settings.retention_days)
-        self._chat = ChatService(self._store, policy, settings, replica_id, self._eraser, self._planner, self._referee)
+        self._chat = ChatService(
+            self._store, policy, settings, replica_id, self._eraser, self._limits, self._planner, self._referee
+        )
         self._account = AccountService(self._store, self._access, self._calls, self._eraser)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, self._server)
         feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(FeedbackService(self._store), self._server)

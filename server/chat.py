@@ -9,8 +9,8 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -22,16 +22,21 @@ from server.answers import Answers, Begun
 from server.eraser import Eraser
 from server.errors import FailedPreconditionError, InvalidArgumentError
 from server.identity import current_user
+from server.limits import Limits
 from server.locks import KeyedLocks
+from server.paging import CHUNK, fill
 from server.planner import Planner
 from server.policy import Policy, Sampling
-from server.prompt import build_prompt
-from server.records import Generation, Response, Slot, Turn
+from server.prompt import Said, build_prompt
+from server.records import Generation, Response, Slot
 from server.referee import Referee
 from server.settings import ServerSettings
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
+from server.validation import MAX_PAGE_SIZE
 
+# A token of text has fewer, but for rows of spaces and the like.
+CHARS_A_TOKEN = 16
 SLOTS: tuple[Slot, Slot] = ("A", "B")
 
 Write = Callable[[Any], Awaitable[None]]
@@ -47,6 +52,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         settings: ServerSettings,
         replica_id: str,
         eraser: Eraser,
+        limits: Limits,
         planner: Planner | None = None,
         referee: Referee | None = None,
     ) -> None:
@@ -55,6 +61,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self._settings = settings
         self._replica_id = replica_id
         self._eraser = eraser
+        self._limits = limits
         self._planner = planner
         self._referee = referee
         self._locks = KeyedLocks()
@@ -66,11 +73,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             self._locks.hold(_repeat_key("Chat", user, request)),
             self._locks.hold(_turn_key(user, request.conversation_id)),
         ):
-            first, began, turns = await self._before("Chat", user, request)
+            first, began, history = await self._before("Chat", user, request)
             if first:
                 await self._replay_chat(user, first, context.write)
                 return
-            prompt, sampling = await self._prompt(turns, began, request)
+            prompt, sampling = await self._prompt(history, began, request)
             version = self._policy.version
 
             def begin(store: FeedbackStore) -> Begun:
@@ -93,7 +100,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             async def delta(text: str) -> None:
                 await context.write(chat_pb2.ChatResponse(delta=chat_pb2.ChatDelta(text=text)))
 
-            async with self._answers.begun(begin) as begun, self._first_turn(user, request, begun):
+            async with self._begun(user, request, begin, answers=1) as begun:
                 [response_id] = begun.response_ids
                 await context.write(_chat_started(begun.conversation_id, response_id, version))
                 generation = await self._answers.sample(response_id, prompt, sampling, delta)
@@ -106,11 +113,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             self._locks.hold(_repeat_key("Compare", user, request)),
             self._locks.hold(_turn_key(user, request.conversation_id)),
         ):
-            first, began, turns = await self._before("Compare", user, request)
+            first, began, history = await self._before("Compare", user, request)
             if first:
                 await self._replay_comparison(user, first, context.write)
                 return
-            prompt, sampling = await self._prompt(turns, began, request)
+            prompt, sampling = await self._prompt(history, began, request)
             pair = self._referee.pair if self._referee else None
             versions, samplings = self._duel(pair, sampling) if pair else self._plain_comparison(sampling)
 
@@ -137,13 +144,15 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 async with writing:
                     await context.write(message)
 
-            async with self._answers.begun(begin) as begun, self._first_turn(user, request, begun):
+            planned = self._planner and not pair and sampling.seed is None
+            sampled = self._settings.compare_candidates if planned else 2
+            async with self._begun(user, request, begin, answers=sampled) as begun:
                 await write(_compare_started(begun.conversation_id, begun.comparison_id))
                 # Elsewhere a swap may come first: such an answer takes whatever is loaded, and its spans say what.
                 pinned = versions if pair else (None, None)
                 answers = list(zip(SLOTS, begun.response_ids, samplings, pinned, strict=True))
                 try:
-                    if self._planner and not pair and sampling.seed is None:
+                    if self._planner and planned:
                         await self._planned_answers(self._planner, answers, prompt, write)
                     else:
                         async with asyncio.TaskGroup() as both:
@@ -156,15 +165,24 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, request: chat_pb2.GetConversationRequest, context: Any
     ) -> chat_pb2.GetConversationResponse:
         user, conversation_id = current_user(), request.conversation_id
+        size = request.page_size or MAX_PAGE_SIZE
+        key = convert.page_key(request.page_token, (int,))
 
-        def read(store: FeedbackStore) -> chat_pb2.Conversation:
-            return convert.conversation(
-                store.conversation(user, conversation_id),
-                store.turns(user, conversation_id),
-                store.feedback_in(user, conversation_id),
-            )
+        def entries(store: FeedbackStore) -> Iterator[tuple[list[Any], chat_pb2.Turn]]:
+            after = key[0] if key else 0
+            while turns := store.turns(user, conversation_id, CHUNK, after):
+                votes = store.feedback_on(user, turns)
+                for turn in turns:
+                    yield [turn.seq], convert.turn(turn, votes)
+                after = turns[-1].seq
 
-        return chat_pb2.GetConversationResponse(conversation=await self._store(read))
+        def read(store: FeedbackStore) -> chat_pb2.GetConversationResponse:
+            conversation = convert.conversation(store.conversation(user, conversation_id))
+            turns, more = fill(entries(store), size)
+            conversation.turns.extend(turns)
+            return chat_pb2.GetConversationResponse(conversation=conversation, next_page_token=more)
+
+        return await self._store.read(read)
 
     async def ListConversations(
         self, request: chat_pb2.ListConversationsRequest, context: Any
@@ -174,7 +192,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         key = convert.page_key(request.page_token, (float, str))
         before = (key[0], key[1]) if key else None
         # One more than the page, to know whether there is a next one.
-        found = await self._store(lambda store: store.conversations(user, size + 1, before))
+        found = await self._store.read(lambda store: store.conversations(user, size + 1, before))
         page = found[:size]
         more = convert.page_token([page[-1].update_time, page[-1].id]) if len(found) > size else ""
         return chat_pb2.ListConversationsResponse(
@@ -197,7 +215,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     # Sampling
 
     async def _prompt(
-        self, turns: list[Turn], began: float, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
+        self, history: list[Said], began: float, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
     ) -> tuple[list[int], Sampling]:
         given = {field.name: value for field, value in request.sampling.ListFields()}
         limit = self._policy.max_model_len
@@ -213,7 +231,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             )
         encode = partial(self._policy.encode, began=began)
         # Beside the event loop: a long message takes a while, and others' streams go on.
-        prompt = await asyncio.to_thread(build_prompt, encode, turns, request.message, limit - sampling.max_tokens)
+        prompt = await asyncio.to_thread(build_prompt, encode, history, request.message, limit - sampling.max_tokens)
         return prompt, sampling
 
     def _plain_comparison(self, base: Sampling) -> tuple[tuple[str, str], list[Sampling]]:
@@ -253,18 +271,28 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         await self._answers.keep(response_id, generation, chosen.reward_model_version)
         await _write_whole(write, slot, response_id, generation, prompt)
 
-    def _first_turn(self, user: str, request: Any, begun: Begun) -> AbstractAsyncContextManager[None]:
-        """A conversation that begins is held like one that was there, before its id is told."""
-        return self._locks.hold("" if request.conversation_id else _turn_key(user, begun.conversation_id))
+    @asynccontextmanager
+    async def _begun(
+        self, user: str, request: Any, begin: Callable[[FeedbackStore], Begun], answers: int
+    ) -> AsyncIterator[Begun]:
+        """A turn under way. It takes room in the queue from now on, not while it waited for the turn before it."""
+        with self._limits.answering(user, answers):
+            async with self._answers.begun(begin) as begun:
+                # A conversation that begins is held like one that was there, before its id is told.
+                key = "" if request.conversation_id else _turn_key(user, begun.conversation_id)
+                async with self._locks.hold(key):
+                    yield begun
 
     # What went before
 
     async def _before(
         self, rpc: str, user: str, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
-    ) -> tuple[str | None, float, list[Turn]]:
-        """What the same request_id was answered first, if it was; else when the conversation began, and its turns."""
+    ) -> tuple[str | None, float, list[Said]]:
+        """What the same request_id was answered first, if it was; else when the conversation began, and as much of it
+        as the model could read."""
+        chars = CHARS_A_TOKEN * self._policy.max_model_len
 
-        def read(store: FeedbackStore) -> tuple[str | None, float, list[Turn]]:
+        def read(store: FeedbackStore) -> tuple[str | None, float, list[Said]]:
             if request.request_id:
                 first = store.find_request(user, rpc, request.request_id, _sha256(request))
                 if first is not None:
@@ -272,14 +300,13 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             if not request.conversation_id:
                 return None, time.time(), []
             conversation = store.conversation(user, request.conversation_id)
-            turns = store.turns(user, conversation.id)
-            if len(turns) >= self._settings.max_turns:
+            if store.count_turns(conversation.id) >= self._settings.max_turns:
                 raise FailedPreconditionError("CONVERSATION_FULL", "This conversation is full; start another one.")
-            return None, conversation.create_time, turns
+            return None, conversation.create_time, newest(store, user, conversation.id, chars)
 
         if not request.request_id and not request.conversation_id:
             return None, time.time(), []
-        return await self._store(read)
+        return await self._store.read(read)
 
     async def _replay_chat(self, user: str, response_id: str, write: Write) -> None:
         response = await self._store(lambda store: store.response(user, response_id))
@@ -293,6 +320,19 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         slots: list[tuple[Slot, Response]] = [("A", comparison.a), ("B", comparison.b)]
         for slot, response in slots:
             await _write_whole(write, slot, response.id, _generation(response), response.prompt_token_ids)
+
+
+def newest(store: FeedbackStore, user: str, conversation_id: str, chars: int) -> list[Said]:
+    """The end of a conversation, of about so many characters at most, in order; without turns that the model must not
+    see."""
+    found: list[Said] = []
+    before: int | None = None
+    while chars > 0 and (turns := store.newest_turns(user, conversation_id, CHUNK, before)):
+        said = [(turn.message, turn.answer) for turn in turns if turn.answer is not None]
+        found += said
+        chars -= sum(len(message) + len(answer) for message, answer in said)
+        before = turns[-1].seq
+    return found[::-1]
 
 
 def two_samplings(base: Sampling, *temperatures: float) -> list[Sampling]:

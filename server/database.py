@@ -199,6 +199,15 @@ class Database:
             self._writing = False
         self._db.conn.execute("RELEASE one")
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """All that is read inside is as of one moment."""
+        self._db.conn.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.conn.execute("ROLLBACK")
+
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         """Runs one statement; returns the number of rows it changed."""
         return int(self._db.conn.execute(sql, parameters).rowcount)

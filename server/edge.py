@@ -93,7 +93,7 @@ class Edge(grpc.aio.ServerInterceptor):
             with observed(method, dict(context.invocation_metadata() or ())) as seen:
                 context.set_trailing_metadata(((CALL_ID, seen.call_id),))
                 try:
-                    with self._limits.admit(caller, method), calling(caller), self._calls.open(caller.user):
+                    with self._limits.admit(caller), calling(caller), self._calls.open(caller.user):
                         try:
                             return await _in_time(answer, requests, context)
                         except Exception as error:

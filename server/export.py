@@ -6,6 +6,7 @@ from prefloop.v1 import account_pb2
 
 from server import convert
 from server.errors import NotFoundError
+from server.paging import CHUNK, in_chunks
 from server.records import Conversation
 from server.store import FeedbackStore
 
@@ -18,7 +19,7 @@ def export(store: FeedbackStore, user: str) -> Iterator[account_pb2.ExportUserRe
     """One part after the other, each read when it is asked for."""
     for record in store.conversations(user, ALL):
         yield from _conversation(store, record)
-    for vote in store.feedback(user, ALL):
+    for vote in in_chunks(lambda last: store.feedback(user, CHUNK, last.event_seq if last else None)):
         if not (vote.response_id or vote.comparison_id):
             yield account_pb2.ExportUserResponse(feedback=convert.feedback(vote))
     for vote in store.lineage.past_feedback(user):
@@ -36,11 +37,15 @@ def export(store: FeedbackStore, user: str) -> Iterator[account_pb2.ExportUserRe
 
 
 def _conversation(store: FeedbackStore, record: Conversation) -> Iterator[account_pb2.ExportUserResponse]:
-    try:
-        turns = store.turns(record.user, record.id)
-    except NotFoundError:
-        return  # Deleted since.
-    votes = store.feedback_in(record.user, record.id)
-    for start in range(0, max(len(turns), 1), PART_TURNS):
-        part = convert.conversation(record, turns[start : start + PART_TURNS], votes)
-        yield account_pb2.ExportUserResponse(conversation=part)
+    after = 0
+    while True:
+        try:
+            turns = store.turns(record.user, record.id, PART_TURNS, after)
+        except NotFoundError:
+            return  # Deleted since.
+        if turns or not after:
+            part = convert.conversation(record, turns, store.feedback_on(record.user, turns))
+            yield account_pb2.ExportUserResponse(conversation=part)
+        if not turns:
+            return
+        after = turns[-1].seq

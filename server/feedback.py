@@ -9,6 +9,7 @@ from prefloop.v1 import feedback_pb2, feedback_pb2_grpc
 from server import convert, records
 from server.identity import current_user
 from server.metrics import VOTES
+from server.paging import CHUNK, fill, in_chunks
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
 
@@ -76,12 +77,16 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         user = current_user()
         size = request.page_size or convert.DEFAULT_PAGE_SIZE
         key = convert.page_key(request.page_token, (int,))
-        found = await self._store(lambda store: store.feedback(user, size + 1, key[0] if key else None))
-        page = found[:size]
-        more = convert.page_token([page[-1].event_seq]) if len(found) > size else ""
-        return feedback_pb2.ListFeedbackResponse(
-            feedback=[convert.feedback(record) for record in page], next_page_token=more
-        )
+
+        def read(store: FeedbackStore) -> feedback_pb2.ListFeedbackResponse:
+            def follow(last: records.Feedback | None) -> list[records.Feedback]:
+                return store.feedback(user, CHUNK, last.event_seq if last else key and key[0])
+
+            entries = (([vote.event_seq], convert.feedback(vote)) for vote in in_chunks(follow))
+            page, more = fill(entries, size)
+            return feedback_pb2.ListFeedbackResponse(feedback=page, next_page_token=more)
+
+        return await self._store.read(read)
 
     async def _once(
         self, rpc: str, request: Any, context: Any, submit: Callable[[FeedbackStore, str], records.Feedback]

@@ -3,25 +3,25 @@
 from collections.abc import Callable, Sequence
 
 from server.errors import InvalidArgumentError
-from server.records import Turn
 
 Message = dict[str, str]
+# A message of the user's, and its answer.
+Said = tuple[str, str]
 
 
 def build_prompt(
-    encode: Callable[[list[Message]], list[int]], turns: Sequence[Turn], message: str, max_prompt_tokens: int
+    encode: Callable[[list[Message]], list[int]], history: Sequence[Said], message: str, max_prompt_tokens: int
 ) -> list[int]:
-    """Token ids of as many whole turns as fit before `message`, the newest first to stay.
+    """Token ids of as many whole turns of `history` as fit before `message`, the newest first to stay.
 
     A turn is a user message with its answer; neither is ever cut. Raises InvalidArgumentError where `message` alone
     does not fit. Never encodes much more than fits, however long the conversation is.
     """
-    history = [(turn.message, turn.answer) for turn in turns if turn.answer is not None]
 
     def encoded(kept: int) -> list[int]:
         messages: list[Message] = []
         for asked, answered in history[len(history) - kept :]:
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered or ""}]
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         return encode([*messages, {"role": "user", "content": message}])
 
     prompt = encoded(0)

@@ -141,6 +141,10 @@ class FeedbackStore:
         """A context manager: what is written inside becomes durable together or not at all."""
         return self._db.write()
 
+    def reading(self) -> Any:
+        """A context manager: what is read inside is as of one moment."""
+        return self._db.reading()
+
     def group(self) -> Any:
         """A context manager: the transactions inside stay apart, but share one commit. See `Database.group`."""
         return self._db.group()
@@ -190,10 +194,24 @@ class FeedbackStore:
             for row in self._db.rows(f"SELECT id FROM conversations WHERE id IN ({', '.join('?' for _ in page)})", page)
         }
 
-    def turns(self, user: str, conversation_id: str) -> list[Turn]:
-        """The conversation in order."""
+    def turns(self, user: str, conversation_id: str, limit: int = -1, after: int = 0) -> list[Turn]:
+        """The conversation in order; `limit` turns at most that follow the one of the number `after`."""
+        return self._turns(user, conversation_id, "seq > ? ORDER BY seq LIMIT ?", [after, limit])
+
+    def newest_turns(self, user: str, conversation_id: str, limit: int, before: int | None = None) -> list[Turn]:
+        """The last turns, the newest first; `limit` at most that come before the one of the number `before`."""
+        most = 2**62 if before is None else before
+        return self._turns(user, conversation_id, "seq < ? ORDER BY seq DESC LIMIT ?", [most, limit])
+
+    def count_turns(self, conversation_id: str) -> int:
+        [row] = self._db.rows("SELECT count(*) AS turns FROM turns WHERE conversation_id = ?", [conversation_id])
+        return int(row["turns"])
+
+    def _turns(self, user: str, conversation_id: str, which: str, parameters: list[int]) -> list[Turn]:
         self.conversation(user, conversation_id)
-        rows = self._db.rows("SELECT * FROM turns WHERE conversation_id = ? ORDER BY seq", [conversation_id])
+        rows = self._db.rows(
+            f"SELECT * FROM turns WHERE conversation_id = ? AND {which}", [conversation_id, *parameters]
+        )
         responses = self._responses(row["response_id"] for row in rows)
         comparisons = self._comparisons(row["comparison_id"] for row in rows)
         return [
@@ -391,14 +409,20 @@ class FeedbackStore:
         )
         return [Feedback(**row) for row in rows]
 
-    def feedback_in(self, user: str, conversation_id: str) -> list[Feedback]:
-        """The user's current feedback on what is in one conversation."""
-        rows = self._db.rows(
-            "SELECT * FROM feedback WHERE user = ? AND (response_id IN (SELECT id FROM responses WHERE "
-            "conversation_id = ?) OR comparison_id IN (SELECT id FROM comparisons WHERE conversation_id = ?))",
-            [user, conversation_id, conversation_id],
-        )
-        return [Feedback(**row) for row in rows]
+    def feedback_on(self, user: str, turns: Iterable[Turn]) -> list[Feedback]:
+        """The user's current feedback on what is in these turns."""
+        both = [(turn.comparison.a, turn.comparison.b) for turn in turns if turn.comparison]
+        responses = [turn.response for turn in turns if turn.response] + [one for pair in both for one in pair]
+        targets = [one.id for one in responses] + [turn.comparison.id for turn in turns if turn.comparison]
+        return [
+            Feedback(**row)
+            for page in _pages(targets)
+            for row in self._db.rows(
+                f"SELECT * FROM feedback WHERE user = ? AND coalesce(response_id, comparison_id) IN "
+                f"({', '.join('?' for _ in page)})",
+                [user, *page],
+            )
+        ]
 
     def count_by_day(self, days: int) -> list[VoteCount]:
         """How much current feedback was given on each of the last `days` UTC days, today included, by kind; the oldest

@@ -1,4 +1,7 @@
-"""The store on a thread of its own, so that SQLite never blocks the event loop.
+"""The store on threads of its own, so that SQLite never blocks the event loop.
+
+One thread does everything in the order of asking. Another reads what may be long, a conversation or a list, so that
+votes do not wait for it; it waits for what was asked before it, so that callers see what they and others did.
 
 What is asked while a commit is under way shares the next one: under load the disk is asked once for many calls. Where
 many ask at once, the next commit waits a moment for more of them.
@@ -20,11 +23,13 @@ Work = Callable[[FeedbackStore], Any]
 
 
 class StoreThread:
-    """`await store(lambda store: store.submit_thumb(...))`. Calls run one after the other."""
+    """`await store(lambda store: store.submit_thumb(...))`. Calls run one after the other; `read` beside them."""
 
     def __init__(self, data_dir: Path) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._store = self._executor.submit(FeedbackStore.open, data_dir).result()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._reading = self._reader.submit(FeedbackStore.open, data_dir).result()
         self._waiting: list[tuple[Work, asyncio.Future[Any]]] = []
         self._running: asyncio.Task[None] | None = None
         self._last_group = 0
@@ -37,11 +42,24 @@ class StoreThread:
             self._running = asyncio.create_task(self._run())
         return await done
 
+    async def read(self, work: Callable[[FeedbackStore], T]) -> T:
+        """What `work` returns, which writes nothing, once all that was asked before is on disk."""
+        await self(lambda store: None)
+
+        def as_of_now() -> T:
+            with self._reading.reading():
+                return work(self._reading)
+
+        return await asyncio.get_running_loop().run_in_executor(self._reader, as_of_now)
+
     async def close(self) -> None:
         """After what was asked before; later calls raise RuntimeError."""
         if self._running:
             await self._running
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._store.close)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._reader, self._reading.close)
+        self._reader.shutdown()
+        await loop.run_in_executor(self._executor, self._store.close)
         self._executor.shutdown()
 
     async def _run(self) -> None:

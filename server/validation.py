@@ -15,6 +15,8 @@ from server.settings import ServerSettings
 MAX_ID_CHARS = 128
 MAX_PAGE_SIZE = 200
 MAX_DEMONSTRATION_MESSAGES = 64
+# As long as so many of the longest messages.
+DEMONSTRATION_MESSAGES = 4
 MAX_DAYS = 366
 
 
@@ -76,7 +78,11 @@ def demonstration(max_chars: int) -> Rule:
         if messages[-1].role != feedback_pb2.ROLE_ASSISTANT:
             return "must end with the assistant's message"
         problems = (text(max_chars)(message.content) for message in messages)
-        return next((f"must each be sound: content {problem}" for problem in problems if problem), None)
+        if problem := next(filter(None, problems), None):
+            return f"must each be sound: content {problem}"
+        total = sum(len(message.content) for message in messages)
+        most = DEMONSTRATION_MESSAGES * max_chars
+        return f"must have at most {most} characters together, not {total}" if total > most else None
 
     return rule
 
@@ -97,7 +103,7 @@ def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
     return {
         chat_pb2.ChatRequest: [maybe_conversation, message, temperature, max_tokens, seed, request_id],
         chat_pb2.CompareRequest: [maybe_conversation, message, server_temperature, max_tokens, seed, request_id],
-        chat_pb2.GetConversationRequest: [Field("conversation_id", identifier())],
+        chat_pb2.GetConversationRequest: [Field("conversation_id", identifier()), *page],
         chat_pb2.ListConversationsRequest: page,
         chat_pb2.DeleteConversationRequest: [Field("conversation_id", identifier())],
         feedback_pb2.SubmitThumbRequest: [

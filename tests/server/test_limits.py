@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,23 @@ from tests.server.conftest import Running, running_server
 from tests.server.test_rpcs import ANN, BOB, chat, failure, refusal, turns
 
 CHAT, VOTE = "/prefloop.v1.ChatService/Chat", "/prefloop.v1.FeedbackService/SubmitThumb"
-COMPARE = "/prefloop.v1.ChatService/Compare"
 ANNA, BEN = Caller("anna", "user"), Caller("ben", "user")
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 SECONDS = 10.0
 
 
-def admitted(limits: Limits, caller: Caller, method: str) -> str:
+def admitted(limits: Limits, caller: Caller) -> str:
     """Empty, or the reason of a refusal; the call ends at once."""
+    return refused(limits.admit(caller))
+
+
+def answered(limits: Limits, user: str, answers: int) -> str:
+    return refused(limits.answering(user, answers))
+
+
+def refused(block: AbstractContextManager[None]) -> str:
     try:
-        with limits.admit(caller, method):
+        with block:
             return ""
     except ResourceExhaustedError as error:
         return error.reason
@@ -39,9 +46,9 @@ def admitted(limits: Limits, caller: Caller, method: str) -> str:
 
 def test_a_users_rate_is_their_own_and_says_when_to_come_back() -> None:
     limits = Limits(2, user_calls=9, answers=9)
-    assert [admitted(limits, ANNA, VOTE) for _ in range(3)] == ["", "", "USER_RATE"]
-    assert admitted(limits, BEN, VOTE) == ""
-    with pytest.raises(ResourceExhaustedError) as refused, limits.admit(ANNA, VOTE):
+    assert [admitted(limits, ANNA) for _ in range(3)] == ["", "", "USER_RATE"]
+    assert admitted(limits, BEN) == ""
+    with pytest.raises(ResourceExhaustedError) as refused, limits.admit(ANNA):
         pass
     # Two a minute are one every 30 seconds.
     assert 29 < refused.value.retry_seconds <= 30
@@ -49,35 +56,58 @@ def test_a_users_rate_is_their_own_and_says_when_to_come_back() -> None:
 
 def test_calls_at_once_are_counted_while_they_run() -> None:
     limits = Limits(100, user_calls=2, answers=9)
-    with limits.admit(ANNA, VOTE):
-        with limits.admit(ANNA, VOTE):
-            assert admitted(limits, ANNA, VOTE) == "USER_CALLS"
-            assert admitted(limits, BEN, VOTE) == ""
-        assert admitted(limits, ANNA, VOTE) == ""
+    with limits.admit(ANNA):
+        with limits.admit(ANNA):
+            assert admitted(limits, ANNA) == "USER_CALLS"
+            assert admitted(limits, BEN) == ""
+        assert admitted(limits, ANNA) == ""
 
 
-def test_answers_are_counted_over_all_users_a_comparison_as_two() -> None:
+def test_answers_are_counted_over_all_users() -> None:
     limits = Limits(100, user_calls=9, answers=3)
-    with limits.admit(ANNA, COMPARE):
-        assert admitted(limits, BEN, COMPARE) == "QUEUE_FULL"
-        assert admitted(limits, BEN, VOTE) == ""
-        with limits.admit(BEN, CHAT):
-            assert admitted(limits, BEN, CHAT) == "QUEUE_FULL"
-    assert admitted(limits, BEN, COMPARE) == ""
+    with limits.answering("anna", 2):
+        assert answered(limits, "ben", 2) == "QUEUE_FULL"
+        with limits.answering("ben", 1):
+            assert answered(limits, "ben", 1) == "QUEUE_FULL"
+    assert answered(limits, "ben", 2) == ""
 
 
-def test_a_planned_comparison_counts_as_what_it_samples() -> None:
-    limits = Limits(100, user_calls=9, answers=7, compared=4)
-    with limits.admit(ANNA, COMPARE):
-        assert admitted(limits, BEN, COMPARE) == "QUEUE_FULL"
-        assert admitted(limits, BEN, CHAT) == ""
+def test_users_who_take_all_they_get_leave_room_for_one_more() -> None:
+    limits = Limits(1000, user_calls=900, answers=256)
+    with ExitStack() as under_way:
+
+        def fill(user: str) -> int:
+            count = 0
+            while not (reason := answered(limits, user, 2)):
+                under_way.enter_context(limits.answering(user, 2))
+                count += 2
+            assert reason == "USER_ANSWERS"
+            return count
+
+        assert [fill(user) for user in ("anna", "ben", "cora", "dan")] == [128, 64, 32, 16]
+        assert answered(limits, "eve", 2) == ""
+    assert answered(limits, "anna", 128) == ""
+
+
+async def test_a_call_that_waits_for_the_turn_before_it_takes_no_room_in_the_queue(tmp_path: Path) -> None:
+    async with running_server(tmp_path, max_streams=2, max_waiting=0, user_calls=32) as running:
+        started, *_ = await chat(running)
+        conversation = started.started.conversation_id
+        running.policy.hold_after = 1
+        waiting = [asyncio.create_task(chat(running, conversation_id=conversation)) for _ in range(8)]
+        await running.policy.holding.wait()
+        running.policy.hold_after = None
+        # One of the eight is sampled, which leaves a place.
+        assert (await chat(running, user=BOB))[-1].finished.text
+        running.policy.go_on.set()
+        assert len([await each for each in waiting]) == 8
 
 
 def test_a_call_that_failed_is_no_longer_counted() -> None:
     limits = Limits(100, user_calls=1, answers=1)
-    with pytest.raises(ValueError, match="oops"), limits.admit(ANNA, CHAT):
+    with pytest.raises(ValueError, match="oops"), limits.admit(ANNA):
         raise ValueError("oops")
-    assert admitted(limits, ANNA, CHAT) == ""
+    assert admitted(limits, ANNA) == ""
 
 
 async def test_a_full_queue_is_refused_with_a_time_to_retry(tmp_path: Path) -> None:
@@ -182,12 +212,12 @@ async def test_what_strangers_may_ask_is_read_like_everything_else(
 
 def test_strangers_share_one_bound_and_no_rate() -> None:
     limits, nobody = Limits(1, user_calls=1, answers=1), Caller("", "user")
-    assert [admitted(limits, nobody, "/grpc.health.v1.Health/Check") for _ in range(9)] == [""] * 9
+    assert [admitted(limits, nobody) for _ in range(9)] == [""] * 9
     with ExitStack() as open_:
         for _ in range(1000):
-            open_.enter_context(limits.admit(nobody, "/grpc.health.v1.Health/Check"))
-        assert admitted(limits, nobody, "/grpc.health.v1.Health/Check") == "USER_CALLS"
-        assert admitted(limits, ANNA, VOTE) == ""
+            open_.enter_context(limits.admit(nobody))
+        assert admitted(limits, nobody) == "USER_CALLS"
+        assert admitted(limits, ANNA) == ""
 
 
 async def test_a_reader_who_stalls_counts_until_the_status_is_out(tmp_path: Path) -> None:
@@ -310,7 +340,12 @@ def is_closed(one: socket.socket) -> bool:
 async def test_a_demonstration_of_the_longest_messages_fits(running: Running) -> None:
     part = feedback_pb2.Message(role=feedback_pb2.ROLE_USER, content="ä" * 500)
     last = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="ä" * 500)
-    request = feedback_pb2.SubmitDemonstrationRequest(messages=[part] * 63 + [last])
+    request = feedback_pb2.SubmitDemonstrationRequest(messages=[part] * 3 + [last])
     kept = await running.feedback.SubmitDemonstration(request, metadata=ANN)
-    assert len(kept.feedback.demonstration.messages) == 64
-    assert len(kept.feedback.demonstration.messages[0].content) == 500
+    assert [len(message.content) for message in kept.feedback.demonstration.messages] == [500] * 4
+    request = feedback_pb2.SubmitDemonstrationRequest(messages=[part] * 4 + [last])
+    assert await refusal(running.feedback.SubmitDemonstration(request, metadata=ANN)) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "messages must have at most 2000 characters together, not 2500.",
+        ["INVALID_FIELD", "messages"],
+    )

@@ -3,8 +3,7 @@
 import pytest
 
 from server.errors import InvalidArgumentError
-from server.prompt import build_prompt
-from server.records import Response, Turn
+from server.prompt import Said, build_prompt
 
 encoded: list[int] = []
 
@@ -16,14 +15,9 @@ def encode(messages: list[dict[str, str]]) -> list[int]:
     return ids
 
 
-def conversation(turns: int) -> list[Turn]:
+def conversation(turns: int) -> list[Said]:
     """Turn number n asks and answers one character each, the n-th of the alphabet and its capital."""
-    return [turn(chr(ord("a") + number % 26), chr(ord("A") + number % 26)) for number in range(turns)]
-
-
-def turn(asked: str, answered: str) -> Turn:
-    response = Response("r", "c", "u", "finished", [], [], [], answered, 1.0, 9, None, "stop", "v0000", 0.0)
-    return Turn(1, asked, 0.0, False, response, None)
+    return [(chr(ord("a") + number % 26), chr(ord("A") + number % 26)) for number in range(turns)]
 
 
 @pytest.mark.parametrize(

@@ -409,18 +409,17 @@ class FeedbackStore:
         )
         return [Feedback(**row) for row in rows]
 
-    def feedback_on(self, user: str, turns: Iterable[Turn]) -> list[Feedback]:
+    def feedback_on(self, user: str, turns: Sequence[Turn]) -> list[Feedback]:
         """The user's current feedback on what is in these turns."""
-        both = [(turn.comparison.a, turn.comparison.b) for turn in turns if turn.comparison]
-        responses = [turn.response for turn in turns if turn.response] + [one for pair in both for one in pair]
-        targets = [one.id for one in responses] + [turn.comparison.id for turn in turns if turn.comparison]
+        comparisons = [turn.comparison for turn in turns if turn.comparison]
+        responses = [turn.response for turn in turns if turn.response]
+        responses += [response for each in comparisons for response in (each.a, each.b)]
         return [
             Feedback(**row)
-            for page in _pages(targets)
+            for column, targets in (("response_id", responses), ("comparison_id", comparisons))
+            for page in _pages(target.id for target in targets)
             for row in self._db.rows(
-                f"SELECT * FROM feedback WHERE user = ? AND coalesce(response_id, comparison_id) IN "
-                f"({', '.join('?' for _ in page)})",
-                [user, *page],
+                f"SELECT * FROM feedback WHERE user = ? AND {column} IN ({', '.join('?' for _ in page)})", [user, *page]
             )
         ]
 

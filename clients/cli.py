@@ -38,6 +38,13 @@ Key = Annotated[
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 50051
 
 
+def _echo(text: str) -> None:
+    """A program gets an answer as it is; a terminal must not obey it."""
+    from clients.text import printable
+
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+
+
 def main() -> None:
     """Runs the command line. Every expected failure is one sentence on stderr and exit code 1."""
     from clients.errors import PrefloopError
@@ -49,7 +56,9 @@ def main() -> None:
             check_variables(os.environ)
         app()
     except (PrefloopError, UnknownSettingError) as error:
-        sys.exit(f"chat: {error}")
+        from clients.text import printable
+
+        sys.exit(f"chat: {printable(str(error))}")
 
 
 @app.callback(invoke_without_command=True)
@@ -97,10 +106,11 @@ def send(
     text = sys.stdin.read() if message == "-" else message
     with connect(**{name: inner[name] or value for name, value in context.obj.items()}) as client:
         answer = stream_answer(
-            client, text, conversation, temperature, max_tokens, seed, echo=None if as_json else sys.stdout.write
+            client, text, conversation, temperature, max_tokens, seed, echo=None if as_json else _echo
         )
     if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
+        # A terminal would obey the control characters of an answer.
+        print(json.dumps(answer, ensure_ascii=sys.stdout.isatty()))
 
 
 @app.command()

@@ -11,6 +11,7 @@ import typer
 
 from learner.process import STOPPED
 from server.errors import ServiceError
+from server.shared.printable import printable
 
 if TYPE_CHECKING:
     from learner.settings import LearnerSettings
@@ -238,7 +239,7 @@ def schedule(
     from learner.schedule import RoundScheduler
 
     try:
-        scheduler = RoundScheduler(settings.schedule, settings.data_dir, typer.echo)
+        scheduler = RoundScheduler(settings.schedule, settings.data_dir, lambda line: typer.echo(printable(line)))
     except ValueError as error:
         _fail(f"{error}.")
     scheduler.run()
@@ -266,13 +267,13 @@ def _settings_with_data(data_dir: Path | None) -> "LearnerSettings":
 
 def _say(sentence: Callable[[], str]) -> None:
     try:
-        typer.echo(sentence())
+        typer.echo(printable(sentence()))
     except ServiceError as error:
         _fail(str(error))
 
 
 def _fail(sentence: str) -> NoReturn:
-    typer.echo(f"learner: {sentence}", err=True)
+    typer.echo(f"learner: {printable(sentence)}", err=True)
     raise SystemExit(1)
 
 

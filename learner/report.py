@@ -7,6 +7,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from server.shared.printable import printable
+
 
 @dataclass(frozen=True)
 class Report:
@@ -83,7 +85,7 @@ def print_report(report: Report, console: Console) -> None:
         for name, value in figures:
             table.add_row(name, value)
         console.print(table, highlight=False)
-    console.print(report.sentence, highlight=False, soft_wrap=True)
+    console.print(printable(report.sentence), markup=False, highlight=False, soft_wrap=True)
 
 
 def _two(value: float | None) -> str:

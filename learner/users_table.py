@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from learner.users import KINDS, UserFigures
+from server.shared.printable import printable
 
 # Beyond these, users whom no test stopped at are only counted.
 ROWS = 40
@@ -32,7 +33,7 @@ def print_users(users: list[UserFigures], console: Console) -> None:
             _share(user.share_of_a),
             _share(user.agreement),
             f"{user.weight_share:.1%}",
-            escape(why(user)),
+            escape(printable(why(user))),
         )
     console.print(table, highlight=False)
     if len(shown) < len(users):

@@ -13,6 +13,7 @@ import typer
 
 from server.errors import ServiceError
 from server.identity import Role
+from server.shared.printable import printable
 
 if TYPE_CHECKING:
     from server.settings import ServerSettings
@@ -156,8 +157,8 @@ def export_user(
 
     from server.export import export
 
-    # What a terminal's encoding cannot say is escaped, not lost.
-    plain = not out and codecs.lookup(sys.stdout.encoding).name != "utf-8"
+    # What a terminal cannot say, or would obey, is escaped, not lost.
+    plain = not out and (sys.stdout.isatty() or codecs.lookup(sys.stdout.encoding).name != "utf-8")
     opened = out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout)
     with _store(data_dir) as store, opened as file:
         for part in export(store, user):
@@ -204,12 +205,12 @@ def _date(seconds: float) -> str:
 
 
 def _say(line: str) -> None:
-    typer.echo(line)
+    typer.echo(printable(line))
     sys.stdout.flush()
 
 
 def _fail(sentence: str) -> NoReturn:
-    typer.echo(f"server: {sentence}", err=True)
+    typer.echo(f"server: {printable(sentence)}", err=True)
     raise SystemExit(1)
 
 

@@ -13,15 +13,8 @@ from clients.generate import generate
 STORE = ("store", "database", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
 KEPT = ("erasing", "samples")
 # What server and learner both decide by.
-SHARED = (
-    "shared.dtype",
-    "shared.machine",
-    "shared.settings_base",
-    "shared.seeds",
-    "shared.stored_round",
-    "shared.text",
-)
-LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT, *SHARED)}
+SHARED = ("dtype", "machine", "printable", "program", "settings_base", "seeds", "stored_round", "text")
+LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT, *(f"shared.{name}" for name in SHARED))}
 
 
 def imports(root: Path, package: str) -> set[str]:

@@ -2,10 +2,21 @@
 
 import nh3
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline, escape
 from markupsafe import Markup
 
-# No images: they would be fetched from wherever the text says.
-MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable("image")
+# What models put around formulas: to Markdown the backslash of each would be an escape, and vanish.
+MATH = (r"\(", r"\)", r"\[", r"\]")
+
+
+def escape_but_math(state: StateInline, silent: bool) -> bool:
+    """Markdown's rule for backslashes, less those of MATH."""
+    return state.src[state.pos : state.pos + 2] not in MATH and escape(state, silent)
+
+
+# No images: they would be fetched from wherever the text says. People and models end lines where they mean it.
+MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"]).disable("image")
+MARKDOWN.inline.ruler.at("escape", escape_but_math)
 TAGS = {"a", "blockquote", "br", "code", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre"} | {
     *("s", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul")
 }

@@ -60,9 +60,13 @@ async def enter(request: Request) -> tuple[Site, Person]:
 
 async def form_of(request: Request) -> defaultdict[str, str]:
     """The fields of a form; one that was not sent is empty. Browsers send every line's end as CRLF."""
-    async with request.form() as form:
-        texts = {name: value.replace("\r\n", "\n") for name, value in form.items() if isinstance(value, str)}
-        return defaultdict(str, texts)
+    try:
+        async with request.form() as form:
+            texts = {name: value.replace("\r\n", "\n") for name, value in form.items() if isinstance(value, str)}
+    except (LookupError, UnicodeError) as error:
+        # A charset that nobody knows, or bytes that are of another one.
+        raise HTTPException(415, "The form says that its texts are in an encoding that they are not in.") from error
+    return defaultdict(str, texts)
 
 
 async def first(count: int, items: AsyncIterator[T]) -> list[T]:

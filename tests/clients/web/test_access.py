@@ -96,6 +96,20 @@ async def test_a_name_that_somebody_else_points_here_is_refused(http: httpx.Asyn
     assert response.headers["cache-control"] == "no-store"
 
 
+@pytest.mark.parametrize("charset", ["klingon", "utf-16", "ascii", "idna", "undefined"])
+async def test_a_form_in_an_odd_encoding_is_refused_or_read(http: httpx.AsyncClient, charset: str) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="message"\r\n\r\n\xc3\xa9\xff odd\r\n--x--\r\n'
+    kind = f"multipart/form-data; boundary=x; charset={charset}"
+    response = await http.post("/messages", content=body, headers={"content-type": kind})
+    assert response.status_code in (303, 400, 415)
+    response = await http.post(
+        "/messages",
+        content=b"message=%ff",
+        headers={"content-type": f"application/x-www-form-urlencoded; charset={charset}"},
+    )
+    assert response.status_code in (303, 400, 415)
+
+
 async def test_every_action_refuses_what_is_no_form_of_ours(http: httpx.AsyncClient) -> None:
     """Empty fields, and values that no button has: a sentence each time, never a failure of ours."""
     found = {path: (await http.post(path, data={"choice": "c", "thumb": "?"})).status_code for path in ACTIONS}

@@ -1,6 +1,7 @@
 """The place that a command runs in: its locale, its user, its folders."""
 
 import getpass
+import io
 import json
 import os
 import stat
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 
+import clients.cli
+import learner.cli
+import server.cli
 from server.database import OperationalError
 from server.errors import NotFoundError
 from server.shared.program import begin, sentence
@@ -90,3 +94,28 @@ def test_a_user_without_a_name_has_a_number(monkeypatch: pytest.MonkeyPatch) -> 
         assert os.environ["LOGNAME"] == str(os.getuid())
     finally:
         os.umask(before)
+
+
+HOSTILE = "red\x1b[31m, \x9b2Jgone, \x1b]0;title\x07, back\x08\x08, \u202eturned"
+TAME = "red[31m, 2Jgone, ]0;title, back, turned"
+
+
+def test_a_terminal_obeys_nothing_that_people_or_models_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    for say in (lambda: learner.cli._say(lambda: HOSTILE), lambda: server.cli._say(HOSTILE)):
+        say()
+        assert capsys.readouterr().out == TAME + "\n"
+    for fail in (learner.cli._fail, server.cli._fail):
+        with pytest.raises(SystemExit):
+            fail(HOSTILE)
+        assert capsys.readouterr().err.endswith(f": {TAME}\n")
+
+
+@pytest.mark.parametrize(("terminal", "printed"), [(True, TAME), (False, HOSTILE)])
+def test_an_answer_is_tame_on_a_terminal_and_itself_for_a_program(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, printed: str
+) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(output, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", output)
+    clients.cli._echo(HOSTILE)
+    assert output.getvalue() == printed

@@ -388,10 +388,10 @@ def vote_weights(ages_days: Tensor, users: Tensor, half_life_days: float, floor:
     voters = int((totals > 0).sum())
     if voters * user_share < 1:
         return weights
-    return weights * _cap_shares(totals, max(user_share, 2 / voters))[users]
+    return weights * cap_shares(totals, max(user_share, 2 / voters))[users]
 
 
-def _cap_shares(totals: Tensor, share: float) -> Tensor:
+def cap_shares(totals: Tensor, share: float) -> Tensor:
     """Factors <= 1 after which no entry exceeds `share` of the sum: the highest cap that satisfies itself."""
     low, high = 0.0, float(totals.max())
     for _ in range(60):

@@ -5,11 +5,15 @@ ours goes by its text. So the two sides of a round never share one. Ours ask for
 explanations, drafts, ideas.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median_low
 
+import torch
+
 from learner.dataset import is_judge
+from learner.heads import cap_shares
 from server.records import Prompt
 
 # How long an answer to our question is where no user's says it.
@@ -97,9 +101,25 @@ class Prompts:
 def split_prompts(prompts: list[Prompt], judge_share: float, max_model_len: int) -> Prompts:
     """By conversation; prompts that leave no room for an answer are left out."""
     fitting = [p for p in prompts if len(p.token_ids) + p.max_tokens <= max_model_len]
-    train = [p for p in fitting if not is_judge(p.conversation_id, judge_share)]
-    held_out = [p for p in fitting if is_judge(p.conversation_id, judge_share)]
+    train = [p for p in fitting if not is_judge(p.opened_by or p.conversation_id, judge_share)]
+    held_out = [p for p in fitting if is_judge(p.opened_by or p.conversation_id, judge_share)]
     return Prompts(train, held_out)
+
+
+def share_out(prompts: list[Prompt], user_share: float) -> list[Prompt]:
+    """The newest of each user, so that nobody has more of them than of the votes' weight (`vote_weights`)."""
+    counts = Counter(prompt.user for prompt in prompts)
+    if len(counts) * user_share < 1:
+        return prompts
+    totals = torch.tensor(list(counts.values()), dtype=torch.float64)
+    capped = (totals * cap_shares(totals, max(user_share, 2 / len(counts)))).round().int().tolist()
+    left = dict(zip(counts, capped, strict=True))
+    kept = []
+    for prompt in reversed(prompts):
+        if left[prompt.user]:
+            left[prompt.user] -= 1
+            kept.append(prompt)
+    return kept[::-1]
 
 
 def top_up(asked: Prompts, minimum: int, judge_share: float, max_model_len: int, encode: Encode) -> Prompts:

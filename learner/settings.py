@@ -232,7 +232,9 @@ class LearnerSettings(SettingsBase):
         False, description="Leave out votes on answers of versions that were rolled back, until they serve again."
     )
     max_prompts: int = Field(
-        20_000, ge=100, description="Prompts are those of the newest responses, this many of them at most."
+        20_000,
+        ge=100,
+        description="Prompts are those of this many responses at most: everybody's newest, then everybody's second.",
     )
     min_prompts: int = Field(
         24, ge=8, description="Prompts to train on, and to hold out, that users' are topped up to by the project's own."

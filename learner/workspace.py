@@ -14,7 +14,7 @@ from torch import Tensor
 from learner.checkpoint import verified
 from learner.features import default_layers, extract
 from learner.progress import Stages
-from learner.prompts import Prompts, split_prompts, top_up
+from learner.prompts import Prompts, share_out, split_prompts, top_up
 from learner.reward_model import RewardModel
 from learner.rollout import Engine, Sample, draw_generator, to_rollout
 from learner.settings import LearnerSettings
@@ -54,7 +54,8 @@ class Workspace:
         self.round, self.snapshot = round_, snapshot
         self.directory = settings.data_dir / "rounds" / round_.id
         # As they were when the round began, also when it is resumed among new ones.
-        self._asked = store.prompts(round_.create_time, settings.max_prompts)
+        asked = store.prompts(round_.create_time, settings.max_prompts, round_.quarantined)
+        self._asked = share_out(asked, settings.reward.user_share)
 
     def done(self, stage: str) -> bool:
         return STAGES.index(self.round.stage) >= STAGES.index(stage)

@@ -238,6 +238,11 @@ class Prompt:
     conversation_id: str
     token_ids: list[int]
     max_tokens: int
+    # Empty: one of the project's own.
+    user: str = ""
+    # The first conversation that began with the same message. A template may write the date, so that one question has
+    # other tokens in each.
+    opened_by: str = ""
 
 
 @dataclass(frozen=True)

@@ -537,16 +537,33 @@ class FeedbackStore:
             deletions=deletions,
         )
 
-    def prompts(self, before: float | None = None, limit: int | None = None) -> list[Prompt]:
-        """What users asked, each distinct prompt once, in the order it was first asked; of the newest `limit` responses
-        before a time, where these are given."""
+    def prompts(
+        self, before: float | None = None, limit: int | None = None, without: Collection[str] = ()
+    ) -> list[Prompt]:
+        """What users asked, each distinct prompt once, in the order it was first asked. Where a time and a `limit` are
+        given, of so many responses before: everybody's newest, then everybody's second, and so on. None of users in
+        `without`."""
         rows = self._db.rows(
-            "SELECT conversation_id, prompt_token_ids, max_tokens, min(number) AS first FROM "
-            "(SELECT *, rowid AS number FROM responses WHERE create_time < ? ORDER BY rowid DESC LIMIT ?) "
-            "GROUP BY prompt_token_ids ORDER BY first",
-            [math.inf if before is None else before, -1 if limit is None else limit],
+            "WITH placed AS (SELECT rowid AS number, "
+            "row_number() OVER (PARTITION BY user ORDER BY rowid DESC) AS place "
+            f"FROM responses WHERE create_time < ? AND NOT {AMONG}), "
+            "chosen AS (SELECT number FROM placed ORDER BY place, number DESC LIMIT ?) "
+            "SELECT conversation_id, user, prompt_token_ids, max_tokens, min(number) AS first, "
+            "(SELECT message FROM turns WHERE conversation_id = r.conversation_id ORDER BY seq LIMIT 1) AS opening "
+            "FROM chosen JOIN responses r ON r.rowid = number GROUP BY prompt_token_ids ORDER BY first",
+            [math.inf if before is None else before, json.dumps(list(without)), -1 if limit is None else limit],
         )
-        return [Prompt(row["conversation_id"], unpack_ints(row["prompt_token_ids"]), row["max_tokens"]) for row in rows]
+        openers: dict[str, str] = {}
+        return [
+            Prompt(
+                row["conversation_id"],
+                unpack_ints(row["prompt_token_ids"]),
+                row["max_tokens"],
+                row["user"],
+                openers.setdefault(row["opening"], row["conversation_id"]),
+            )
+            for row in rows
+        ]
 
     # Helpers
 

@@ -1,7 +1,11 @@
 """Which prompts there are: users' own, each on its side for good, and ours where theirs are few."""
 
+from collections import Counter
+
+import pytest
+
 from learner.dataset import is_judge
-from learner.prompts import OWN, Prompts, split_prompts, top_up
+from learner.prompts import OWN, Prompts, share_out, split_prompts, top_up
 from server.records import Prompt
 
 
@@ -17,6 +21,36 @@ def test_prompts_are_split_as_votes_are_and_long_ones_left_out() -> None:
     assert len(found.train) + len(found.held_out) == 40
     assert all(is_judge(prompt.conversation_id, 0.4) for prompt in found.held_out)
     assert not any(is_judge(prompt.conversation_id, 0.4) for prompt in found.train)
+
+
+def of_users(counts: dict[str, int]) -> list[Prompt]:
+    return [Prompt(f"{user}{n}", [n], 8, user) for user, count in counts.items() for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "kept"),
+    [
+        # Few users are not capped.
+        ({"ann": 1000, "ben": 10}, {"ann": 1000, "ben": 10}),
+        # Of twenty, none has more than two equal shares: a tenth.
+        ({"ann": 1000, **{f"u{n}": 10 for n in range(19)}}, {"ann": 21, **{f"u{n}": 10 for n in range(19)}}),
+        ({f"u{n}": 10 for n in range(40)}, {f"u{n}": 10 for n in range(40)}),
+    ],
+)
+def test_nobody_owns_the_prompts_of_a_round(counts: dict[str, int], kept: dict[str, int]) -> None:
+    assert Counter(prompt.user for prompt in share_out(of_users(counts), 0.05)) == kept
+
+
+def test_a_users_newest_prompts_are_kept_in_order() -> None:
+    prompts = share_out(of_users({"ann": 1000, **{f"u{n}": 10 for n in range(19)}}), 0.05)
+    assert [prompt.token_ids[0] for prompt in prompts if prompt.user == "ann"] == list(range(979, 1000))
+
+
+def test_one_question_of_two_days_is_on_one_side() -> None:
+    # A template that writes the date: other tokens, and conversations that fall on both sides by themselves.
+    asked = [Prompt(f"conv_{n}", [n, 7], 8, "ann", "conv_0") for n in range(40)]
+    found = split_prompts(asked, 0.4, max_model_len=64)
+    assert sorted((len(found.train), len(found.held_out))) == [0, 40]
 
 
 def test_few_prompts_are_topped_up_and_no_question_is_on_both_sides() -> None:

@@ -283,6 +283,34 @@ def test_prompts_come_once_each_in_the_order_they_were_asked(store: FeedbackStor
     assert [prompt.token_ids for prompt in store.prompts()] == [[1, 2, 70_000], [1, 2]]
 
 
+def asked(store: FeedbackStore, user: str, number: int, message: str = "hello") -> str:
+    conversation_id = store.create_conversation(user, message)
+    store.begin_response(
+        user, conversation_id, message=message, replica_id="here", policy_version="v0000",
+        prompt_token_ids=[number], temperature=0.85, max_tokens=8, seed=None,
+    )  # fmt: skip
+    return conversation_id
+
+
+def test_a_busy_user_does_not_keep_others_prompts_out(store: FeedbackStore) -> None:
+    for number in range(3):
+        asked(store, "ann", number)
+    for number in range(10, 60):
+        asked(store, "busy", number)
+    found = store.prompts(limit=8)
+    assert [(prompt.user, prompt.token_ids[0]) for prompt in found] == [
+        *(("ann", number) for number in (0, 1, 2)), *(("busy", number) for number in (55, 56, 57, 58, 59)),
+    ]  # fmt: skip
+    assert [prompt.user for prompt in store.prompts(limit=8, without=["busy"])] == ["ann"] * 3
+
+
+def test_a_prompt_knows_the_first_conversation_that_began_like_its_own(store: FeedbackStore) -> None:
+    first = asked(store, "ann", 1, "What day is it?")
+    other = asked(store, "ben", 2, "Hello.")
+    asked(store, "ben", 3, "What day is it?")
+    assert [prompt.opened_by for prompt in store.prompts()] == [first, other, first]
+
+
 def test_a_newer_data_directory_is_refused(tmp_path: Path) -> None:
     store = FeedbackStore.open(tmp_path)
     store._db.insert("_sqlite_migrations", {"migration_set": "prefloop", "name": "m999_future", "applied_at": "2099"})

@@ -124,7 +124,7 @@ class App:
         )
         self._account = AccountService(self._store, self._access, self._calls, self._eraser)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, self._server)
-        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(FeedbackService(self._store), self._server)
+        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(FeedbackService(self._store, policy), self._server)
         policies = PolicyService(self._store, self._follower, settings.data_dir, self._referee)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, self._server)
         account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, self._server)

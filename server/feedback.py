@@ -1,15 +1,19 @@
 """FeedbackService: a vote is acknowledged once it is on disk, and a repeated request is one vote."""
 
+import asyncio
 import hashlib
+import time
 from collections.abc import Callable
 from typing import Any
 
 from prefloop.v1 import feedback_pb2, feedback_pb2_grpc
 
 from server import convert, records
+from server.errors import InvalidArgumentError
 from server.identity import current_user
 from server.metrics import VOTES
 from server.paging import CHUNK, fill, in_chunks
+from server.policy import Policy
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
 
@@ -17,8 +21,9 @@ from server.store_thread import StoreThread
 class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
     """Thumbs, choices, corrections and demonstrations of the calling user."""
 
-    def __init__(self, store: StoreThread) -> None:
+    def __init__(self, store: StoreThread, policy: Policy) -> None:
         self._store = store
+        self._policy = policy
 
     async def SubmitThumb(
         self, request: feedback_pb2.SubmitThumbRequest, context: Any
@@ -47,6 +52,10 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
     async def SubmitCorrection(
         self, request: feedback_pb2.SubmitCorrectionRequest, context: Any
     ) -> feedback_pb2.SubmitCorrectionResponse:
+        user = current_user()
+        prompt = await self._store.read(lambda store: len(store.response(user, request.response_id).prompt_token_ids))
+        tokens = len(await asyncio.to_thread(self._policy.encode_answer, request.text))
+        self._check_fits("text", tokens, self._policy.max_model_len - prompt)
         feedback = await self._once(
             "SubmitCorrection",
             request,
@@ -59,6 +68,12 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         self, request: feedback_pb2.SubmitDemonstrationRequest, context: Any
     ) -> feedback_pb2.SubmitDemonstrationResponse:
         messages = [{"role": convert.ROLES[part.role], "content": part.content} for part in request.messages]
+        try:
+            tokens = await asyncio.to_thread(self._count, messages)
+        except ValueError as error:
+            sentence = "messages do not follow each other as the model's chat template has it."
+            raise InvalidArgumentError("messages", sentence) from error
+        self._check_fits("messages", tokens, self._policy.max_model_len)
         feedback = await self._once(
             "SubmitDemonstration", request, context, lambda store, user: store.submit_demonstration(user, messages)
         )
@@ -87,6 +102,16 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             return feedback_pb2.ListFeedbackResponse(feedback=page, next_page_token=more)
 
         return await self._store.read(read)
+
+    def _count(self, messages: list[dict[str, str]]) -> int:
+        """The tokens of a conversation that ends with an answer."""
+        prompt = self._policy.encode(messages[:-1], time.time())
+        return len(prompt) + len(self._policy.encode_answer(messages[-1]["content"]))
+
+    def _check_fits(self, field: str, tokens: int, most: int) -> None:
+        """What a model cannot read nobody can learn from."""
+        if tokens > most:
+            raise InvalidArgumentError(field, f"{field} must have at most {most} tokens here, not {tokens}.")
 
     async def _once(
         self, rpc: str, request: Any, context: Any, submit: Callable[[FeedbackStore, str], records.Feedback]

@@ -50,7 +50,12 @@ class Policy(Protocol):
 
     def encode(self, messages: list[dict[str, str]], began: float) -> list[int]:
         """Token ids of a conversation in the model's chat template, ready for the assistant's answer. A template that
-        writes the date writes that of `began`, in seconds since 1970. Any thread may call it, an engine or none."""
+        writes the date writes that of `began`, in seconds since 1970. Any thread may call it, an engine or none. Raises
+        ValueError for messages that the template does not take."""
+        ...
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of an answer that a person wrote, its end included. Any thread may call it, too."""
         ...
 
     async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> Stream:

@@ -90,6 +90,9 @@ class VllmPolicy:
     def encode(self, messages: list[dict[str, str]], began: float) -> list[int]:
         return self._text.prompt(messages, began)
 
+    def encode_answer(self, text: str) -> list[int]:
+        return self._text.answer(text)
+
     def locate(self, data_dir: Path, version: str) -> Path:
         return engine_weights(data_dir, version, self._dtype)
 

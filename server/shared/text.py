@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -59,14 +60,15 @@ class ChatText:
 
     def prompt(self, messages: list[Message], began: float) -> list[int]:
         """A conversation in the chat template, ready for the answer. A template that writes the date writes that of
-        `began`, in seconds since 1970."""
+        `began`, in seconds since 1970. Raises ValueError for messages that the template does not take."""
         today = datetime.fromtimestamp(began, UTC)
-        rendered = self._tokenizer.apply_chat_template(
-            [{**message, "content": self._escape(message)} for message in messages],
-            add_generation_prompt=True,
-            tokenize=False,
-            strftime_now=today.strftime,
-        )
+        escaped = [{**message, "content": self._escape(message)} for message in messages]
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                escaped, add_generation_prompt=True, tokenize=False, strftime_now=today.strftime
+            )
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
         return self._encode(rendered)
 
     def answer(self, text: str) -> list[int]:

@@ -94,6 +94,10 @@ class FakePolicy:
         self.encoded.append(messages)
         return [len(word) for message in messages for word in message["content"].split()]
 
+    def encode_answer(self, text: str) -> list[int]:
+        """One token a word, and an end."""
+        return [*(len(word) for word in text.split()), 0]
+
     def locate(self, data_dir: Path, version: str) -> Path:
         return engine_weights(data_dir, version, "float32")
 

@@ -659,3 +659,45 @@ async def test_an_answer_that_leaves_no_room_for_its_message_is_refused(running:
         "sampling.max_tokens must be below 12, which is what the model has for a message and its answer.",
         ["INVALID_FIELD", "sampling.max_tokens"],
     )
+
+
+async def test_what_the_model_cannot_read_nobody_can_teach_it(running: Running) -> None:
+    started, *_ = await chat(running, "hello there")
+    # Forty tokens in all: two of the prompt, one of the end.
+    for words, taken in ((37, True), (38, False)):
+        correction = feedback_pb2.SubmitCorrectionRequest(
+            response_id=started.started.response_id, text=" ".join(["word"] * words)
+        )
+        call = running.feedback.SubmitCorrection(correction, metadata=ANN)
+        if taken:
+            assert (await call).feedback.correction == correction.text
+        else:
+            assert await refusal(call) == (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "text must have at most 38 tokens here, not 39.",
+                ["INVALID_FIELD", "text"],
+            )
+    messages = [
+        feedback_pb2.Message(role=feedback_pb2.ROLE_USER, content=" ".join(["word"] * 30)),
+        feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content=" ".join(["word"] * 10)),
+    ]
+    demonstration = feedback_pb2.SubmitDemonstrationRequest(messages=messages)
+    assert (await refusal(running.feedback.SubmitDemonstration(demonstration, metadata=ANN)))[1] == (
+        "messages must have at most 40 tokens here, not 41."
+    )
+
+
+async def test_messages_that_the_template_does_not_take_are_refused(running: Running) -> None:
+    def refuse(messages: list[dict[str, str]], began: float) -> list[int]:
+        raise ValueError("Conversation roles must alternate user/assistant/user/assistant/...")
+
+    running.policy.encode = refuse  # type: ignore[method-assign]
+    part = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="so")
+    call = running.feedback.SubmitDemonstration(
+        feedback_pb2.SubmitDemonstrationRequest(messages=[part, part]), metadata=ANN
+    )
+    assert await refusal(call) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "messages do not follow each other as the model's chat template has it.",
+        ["INVALID_FIELD", "messages"],
+    )

@@ -240,8 +240,8 @@ class Prompt:
     max_tokens: int
     # Empty: one of the project's own.
     user: str = ""
-    # The first conversation that began with the same message. A template may write the date, so that one question has
-    # other tokens in each.
+    # Of a conversation's first message: the first conversation that began with it. A template may write the date, so
+    # that one question has other tokens in each.
     opened_by: str = ""
 
 

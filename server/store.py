@@ -547,10 +547,12 @@ class FeedbackStore:
             "WITH placed AS (SELECT rowid AS number, "
             "row_number() OVER (PARTITION BY user ORDER BY rowid DESC) AS place "
             f"FROM responses WHERE create_time < ? AND NOT {AMONG}), "
-            "chosen AS (SELECT number FROM placed ORDER BY place, number DESC LIMIT ?) "
-            "SELECT conversation_id, user, prompt_token_ids, max_tokens, min(number) AS first, "
-            "(SELECT message FROM turns WHERE conversation_id = r.conversation_id ORDER BY seq LIMIT 1) AS opening "
-            "FROM chosen JOIN responses r ON r.rowid = number GROUP BY prompt_token_ids ORDER BY first",
+            "chosen AS (SELECT number FROM placed ORDER BY place, number DESC LIMIT ?), "
+            "asked AS (SELECT conversation_id, user, prompt_token_ids, max_tokens, min(number) AS first "
+            "FROM chosen JOIN responses r ON r.rowid = number GROUP BY prompt_token_ids) "
+            "SELECT *, first = (SELECT min(rowid) FROM responses WHERE conversation_id = asked.conversation_id) "
+            "AS opens, (SELECT message FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
+            "AS opening FROM asked ORDER BY first",
             [math.inf if before is None else before, json.dumps(list(without)), -1 if limit is None else limit],
         )
         openers: dict[str, str] = {}
@@ -560,7 +562,7 @@ class FeedbackStore:
                 unpack_ints(row["prompt_token_ids"]),
                 row["max_tokens"],
                 row["user"],
-                openers.setdefault(row["opening"], row["conversation_id"]),
+                openers.setdefault(row["opening"], row["conversation_id"]) if row["opens"] else "",
             )
             for row in rows
         ]

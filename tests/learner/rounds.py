@@ -97,7 +97,7 @@ def vote(
         conversation = store.create_conversation(user, f"question {number}")
         samples = [next(drawn), next(drawn)]
         comparison, *responses = store.begin_comparison(
-            user, conversation, message="?", replica_id="r", policy_versions=("v0000", "v0000"),
+            user, conversation, message=f"question {number}", replica_id="r", policy_versions=("v0000", "v0000"),
             prompt_token_ids=prompt, temperatures=(0.7, 1.0), max_tokens=LENGTH, seeds=(None, None),
         )  # fmt: skip
         for response, sample in zip(responses, samples, strict=True):

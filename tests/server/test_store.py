@@ -308,7 +308,12 @@ def test_a_prompt_knows_the_first_conversation_that_began_like_its_own(store: Fe
     first = asked(store, "ann", 1, "What day is it?")
     other = asked(store, "ben", 2, "Hello.")
     asked(store, "ben", 3, "What day is it?")
-    assert [prompt.opened_by for prompt in store.prompts()] == [first, other, first]
+    # A later message of a conversation goes by that.
+    store.begin_response(
+        "ann", first, message="And now?", replica_id="here", policy_version="v0000",
+        prompt_token_ids=[4], temperature=0.85, max_tokens=8, seed=None,
+    )  # fmt: skip
+    assert [prompt.opened_by for prompt in store.prompts()] == [first, other, first, ""]
 
 
 def test_a_newer_data_directory_is_refused(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def slots_rank(largest: int) -> int:
     """The rank that vLLM's memory for adapters is made for: it has some alone."""
     from vllm.config.lora import MaxLoRARanks
 
-    return min(rank for rank in get_args(MaxLoRARanks) if rank >= largest)
+    ranks: tuple[int, ...] = get_args(MaxLoRARanks)
+    return min(rank for rank in ranks if rank >= largest)
 
 
 def start_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> Any:

@@ -95,7 +95,8 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
 
         def read(store: FeedbackStore) -> feedback_pb2.ListFeedbackResponse:
             def follow(last: records.Feedback | None) -> list[records.Feedback]:
-                return store.feedback(user, CHUNK, last.event_seq if last else key and key[0])
+                before = last.event_seq if last else key[0] if key else None
+                return store.feedback(user, CHUNK, before)
 
             entries = (([vote.event_seq], convert.feedback(vote)) for vote in in_chunks(follow))
             page, more = fill(entries, size)

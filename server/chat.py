@@ -19,6 +19,7 @@ from prefloop.v1 import chat_pb2, chat_pb2_grpc
 
 from server import convert
 from server.answers import Answers, Begun
+from server.encoding import CHARS_A_TOKEN, encoding
 from server.eraser import Eraser
 from server.errors import FailedPreconditionError, InvalidArgumentError
 from server.identity import current_user
@@ -35,8 +36,6 @@ from server.store import FeedbackStore
 from server.store_thread import StoreThread
 from server.validation import MAX_PAGE_SIZE
 
-# A token of text has fewer, but for rows of spaces and the like.
-CHARS_A_TOKEN = 16
 SLOTS: tuple[Slot, Slot] = ("A", "B")
 
 Write = Callable[[Any], Awaitable[None]]
@@ -230,8 +229,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 f"sampling.max_tokens must be below {limit}, which is what the model has for a message and its answer.",
             )
         encode = partial(self._policy.encode, began=began)
-        # Beside the event loop: a long message takes a while, and others' streams go on.
-        prompt = await asyncio.to_thread(build_prompt, encode, history, request.message, limit - sampling.max_tokens)
+        prompt = await encoding(build_prompt, encode, history, request.message, limit - sampling.max_tokens)
         return prompt, sampling
 
     def _plain_comparison(self, base: Sampling) -> tuple[tuple[str, str], list[Sampling]]:

@@ -1,6 +1,5 @@
 """FeedbackService: a vote is acknowledged once it is on disk, and a repeated request is one vote."""
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 from prefloop.v1 import feedback_pb2, feedback_pb2_grpc
 
 from server import convert, records
+from server.encoding import CHARS_A_TOKEN, encoding
 from server.errors import InvalidArgumentError
 from server.identity import current_user
 from server.metrics import VOTES
@@ -54,7 +54,8 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
     ) -> feedback_pb2.SubmitCorrectionResponse:
         user = current_user()
         prompt = await self._store.read(lambda store: len(store.response(user, request.response_id).prompt_token_ids))
-        tokens = len(await asyncio.to_thread(self._policy.encode_answer, request.text))
+        self._check_chars("text", len(request.text))
+        tokens = len(await encoding(self._policy.encode_answer, request.text))
         self._check_fits("text", tokens, self._policy.max_model_len - prompt)
         feedback = await self._once(
             "SubmitCorrection",
@@ -68,8 +69,9 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         self, request: feedback_pb2.SubmitDemonstrationRequest, context: Any
     ) -> feedback_pb2.SubmitDemonstrationResponse:
         messages = [{"role": convert.ROLES[part.role], "content": part.content} for part in request.messages]
+        self._check_chars("messages", sum(len(message["content"]) for message in messages))
         try:
-            tokens = await asyncio.to_thread(self._count, messages)
+            tokens = await encoding(self._count, messages)
         except ValueError as error:
             sentence = "messages do not follow each other as the model's chat template has it."
             raise InvalidArgumentError("messages", sentence) from error
@@ -108,6 +110,12 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         """The tokens of a conversation that ends with an answer."""
         prompt = self._policy.encode(messages[:-1], time.time())
         return len(prompt) + len(self._policy.encode_answer(messages[-1]["content"]))
+
+    def _check_chars(self, field: str, chars: int) -> None:
+        """What cannot fit is not encoded first."""
+        most = self._policy.max_model_len
+        if chars > CHARS_A_TOKEN * most:
+            raise InvalidArgumentError(field, f"{field} must have at most {most} tokens, and has {chars} characters.")
 
     def _check_fits(self, field: str, tokens: int, most: int) -> None:
         """What a model cannot read nobody can learn from."""

@@ -91,8 +91,8 @@ class ChatText:
 
     def _encode(self, text: str) -> list[int]:
         if ESCAPE not in text:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
-        ids = self._escaping.encode(text, add_special_tokens=False).ids
+            return _ids(self._backend, text)
+        ids = _ids(self._escaping, text)
         return [plain for number in ids for plain in self._plain.get(number, (number,))]
 
     @cached_property
@@ -112,19 +112,21 @@ class ChatText:
         description = json.loads(self._backend.to_str())
         tokenizer = Tokenizer.from_str(json.dumps({**description, "added_tokens": [], "post_processor": None}))
 
-        def ids(text: str) -> list[int]:
-            return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
         # Some tokenizers begin a text with a space: after another character there is none.
-        before = ids("a")
+        before = _ids(tokenizer, "a")
         found = {}
         for text, escape in self._escapes.items():
-            after = ids("a" + text)
-            plain = after[len(before) :] if after[: len(before)] == before else ids(text)
+            after = _ids(tokenizer, "a" + text)
+            plain = after[len(before) :] if after[: len(before)] == before else _ids(tokenizer, text)
             number = self._escaping.token_to_id(escape)
             assert number is not None
             found[number] = tuple(one for one in plain if one not in self._silent)
         return found
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    # Of a batch: for a single text tokenizers keeps Python's lock, and every other thread waits.
+    return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 class TextStream:

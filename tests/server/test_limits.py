@@ -338,6 +338,7 @@ def is_closed(one: socket.socket) -> bool:
 
 
 async def test_a_demonstration_of_the_longest_messages_fits(running: Running) -> None:
+    running.policy.max_model_len = 10_000
     part = feedback_pb2.Message(role=feedback_pb2.ROLE_USER, content="ä" * 500)
     last = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="ä" * 500)
     request = feedback_pb2.SubmitDemonstrationRequest(messages=[part] * 3 + [last])

@@ -95,6 +95,7 @@ async def test_no_page_is_larger_than_any_client_takes(tmp_path: Path) -> None:
 
 async def test_feedback_comes_in_pages_that_any_client_takes(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_message_chars=100_000) as running:
+        running.policy.max_model_len = 100_000
         for number in range(30):
             content = f"{number} " + "d" * 99_000
             messages = [

@@ -701,3 +701,18 @@ async def test_messages_that_the_template_does_not_take_are_refused(running: Run
         "messages do not follow each other as the model's chat template has it.",
         ["INVALID_FIELD", "messages"],
     )
+
+
+async def test_what_cannot_fit_is_not_encoded_first(running: Running) -> None:
+    def never(*arguments: Any) -> Any:
+        raise AssertionError("it was encoded")
+
+    running.policy.encode = running.policy.encode_answer = never  # type: ignore[method-assign]
+    part = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="x" * 321)
+    call = running.feedback.SubmitDemonstration(
+        feedback_pb2.SubmitDemonstrationRequest(messages=[part, part]), metadata=ANN
+    )
+    assert (await refusal(call))[:2] == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "messages must have at most 40 tokens, and has 642 characters.",
+    )

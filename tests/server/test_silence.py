@@ -159,6 +159,7 @@ async def test_nothing_is_said_where_the_disk_is_full(running: Running, said: li
     part = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="-".join([WORDS["demonstration"]] * 20))
     asked["SubmitDemonstration"].messages.extend([part] * 2)
     await fill_disk(running)
+    running.policy.max_model_len = 10_000
     # Until nothing more is free in the pages that there are.
     full = "UNAVAILABLE The server's disk is full"
     for _ in range(100):

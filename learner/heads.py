@@ -385,14 +385,16 @@ def vote_weights(ages_days: Tensor, users: Tensor, half_life_days: float, floor:
     if not len(weights):
         return weights
     totals = torch.zeros(int(users.max()) + 1, dtype=weights.dtype).scatter_add_(0, users, weights)
+    return weights * cap_shares(totals, user_share)[users]
+
+
+def cap_shares(totals: Tensor, user_share: float) -> Tensor:
+    """Factors <= 1 after which no user's total exceeds `user_share` of the sum, or two equal shares where that is more:
+    the highest cap that satisfies itself. A few users are not capped."""
     voters = int((totals > 0).sum())
     if voters * user_share < 1:
-        return weights
-    return weights * cap_shares(totals, max(user_share, 2 / voters))[users]
-
-
-def cap_shares(totals: Tensor, share: float) -> Tensor:
-    """Factors <= 1 after which no entry exceeds `share` of the sum: the highest cap that satisfies itself."""
+        return torch.ones_like(totals)
+    share = max(user_share, 2 / voters)
     low, high = 0.0, float(totals.max())
     for _ in range(60):
         cap = (low + high) / 2

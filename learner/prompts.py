@@ -109,10 +109,8 @@ def split_prompts(prompts: list[Prompt], judge_share: float, max_model_len: int)
 def share_out(prompts: list[Prompt], user_share: float) -> list[Prompt]:
     """The newest of each user, so that nobody has more of them than of the votes' weight (`vote_weights`)."""
     counts = Counter(prompt.user for prompt in prompts)
-    if len(counts) * user_share < 1:
-        return prompts
     totals = torch.tensor(list(counts.values()), dtype=torch.float64)
-    capped = (totals * cap_shares(totals, max(user_share, 2 / len(counts)))).round().int().tolist()
+    capped = (totals * cap_shares(totals, user_share)).round().int().tolist()
     left = dict(zip(counts, capped, strict=True))
     kept = []
     for prompt in reversed(prompts):

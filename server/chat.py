@@ -143,16 +143,16 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 async with writing:
                     await context.write(message)
 
-            planned = self._planner and not pair and sampling.seed is None
-            sampled = self._settings.compare_candidates if planned else 2
+            planner = self._planner if not pair and sampling.seed is None else None
+            sampled = self._settings.compare_candidates if planner else 2
             async with self._begun(user, request, begin, answers=sampled) as begun:
                 await write(_compare_started(begun.conversation_id, begun.comparison_id))
                 # Elsewhere a swap may come first: such an answer takes whatever is loaded, and its spans say what.
                 pinned = versions if pair else (None, None)
                 answers = list(zip(SLOTS, begun.response_ids, samplings, pinned, strict=True))
                 try:
-                    if self._planner and planned:
-                        await self._planned_answers(self._planner, answers, prompt, write)
+                    if planner:
+                        await self._planned_answers(planner, answers, prompt, write)
                     else:
                         async with asyncio.TaskGroup() as both:
                             for answer in answers:

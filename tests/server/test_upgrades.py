@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,14 +83,6 @@ def test_an_older_process_that_lives_is_not_migrated_under(tmp_path: Path, row: 
     database.conn.execute("UPDATE leases SET expire_time = expire_time - 2")
     database.conn.commit()
     FeedbackStore.open(tmp_path).close()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[FeedbackStore]:
-    store = FeedbackStore.open(tmp_path)
-    store.registry.register_reference()
-    yield store
-    store.close()
 
 
 def test_who_meets_a_newer_schema_writes_no_more(store: FeedbackStore, tmp_path: Path) -> None:

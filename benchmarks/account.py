@@ -31,6 +31,8 @@ from server.store import FeedbackStore
 
 TURNS, MESSAGE_CHARS, ANSWER_CHARS = 900, 16_000, 2_000
 VOTERS = 4
+# Of each voter, in turns: a thumb may be changed a thousand times.
+ANSWERS = 8
 # Of each phase what is done, and by how many at once.
 PHASES = {
     "nobody": ("read", 0),
@@ -49,16 +51,16 @@ def who(name: str) -> Any:
     return (("x-user-id", name),)
 
 
-def fill(data: Path) -> tuple[str, list[str]]:
-    """One user's long conversation, and an answer for each voter."""
+def fill(data: Path) -> tuple[str, list[list[str]]]:
+    """One user's long conversation, and answers for each voter."""
     with closing(FeedbackStore.open(data)) as store:
         conversation = store.create_conversation("busy", "hello")
         with store.group():
             for number in range(TURNS):
                 answer(store, "busy", conversation, f"{number} " + "m" * MESSAGE_CHARS)
         return conversation, [
-            answer(store, f"voter{number}", store.create_conversation(f"voter{number}", "hello"), "hello")
-            for number in range(VOTERS)
+            [answer(store, voter, store.create_conversation(voter, "hello"), "hello") for _ in range(ANSWERS)]
+            for voter in (f"voter{number}" for number in range(VOTERS))
         ]
 
 
@@ -117,7 +119,7 @@ class Load:
         await self._health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_SECONDS)
 
 
-def measure(address: str, conversation: str, responses: list[str], seconds: float) -> dict[str, dict[str, float]]:
+def measure(address: str, conversation: str, responses: list[list[str]], seconds: float) -> dict[str, dict[str, float]]:
     [server] = psutil.Process().children()
     found = {}
     for name in PHASES:
@@ -160,7 +162,9 @@ async def work_beside(address: str, conversation: str, name: str, seconds: float
     return done, refused
 
 
-async def vote_beside(server: psutil.Process, address: str, responses: list[str], seconds: float) -> dict[str, float]:
+async def vote_beside(
+    server: psutil.Process, address: str, responses: list[list[str]], seconds: float
+) -> dict[str, float]:
     """How long votes took, and what the server's process grew by."""
     before, most, ended = server.memory_info().rss, 0, time.monotonic() + seconds
     waits: list[float] = []
@@ -172,8 +176,8 @@ async def vote_beside(server: psutil.Process, address: str, responses: list[str]
                 if time.monotonic() > ended:
                     return
                 started = time.monotonic()
-                thumb = feedback_pb2.THUMB_UP if turn % 2 else feedback_pb2.THUMB_DOWN
-                request = feedback_pb2.SubmitThumbRequest(response_id=responses[number], thumb=thumb)
+                thumb = feedback_pb2.THUMB_UP if turn // ANSWERS % 2 else feedback_pb2.THUMB_DOWN
+                request = feedback_pb2.SubmitThumbRequest(response_id=responses[number][turn % ANSWERS], thumb=thumb)
                 await stub.SubmitThumb(request, metadata=who(f"voter{number}"), timeout=CALL_SECONDS)
                 waits.append(time.monotonic() - started)
                 # As often as a user may: 1,200 calls a minute.

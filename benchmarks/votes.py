@@ -12,6 +12,7 @@ second. Medians of three turns. Prints one JSON line last.
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import shutil
@@ -38,6 +39,8 @@ from server.store import FeedbackStore
 REPEATS = 3
 CHATTERS, TOKENS = 4, 100
 MODEST = 200
+# Of each voter, in turns.
+ANSWERS = 8
 LIMIT_SECONDS = 300
 ECHO = "/echo/Echo"
 QUESTION = "Write a long story about a lighthouse and the people who live near it."
@@ -225,7 +228,7 @@ async def voter(channel: grpc.aio.Channel, key: str, echo: bool) -> Callable[[in
     metadata = (("authorization", f"Bearer {key}"),)
 
     def vote(response_id: str, number: int) -> Any:
-        thumb = feedback_pb2.THUMB_UP if number % 2 else feedback_pb2.THUMB_DOWN
+        thumb = feedback_pb2.THUMB_UP if number // ANSWERS % 2 else feedback_pb2.THUMB_DOWN
         return feedback_pb2.SubmitThumbRequest(response_id=response_id, thumb=thumb, request_id=str(uuid.uuid4()))
 
     if echo:
@@ -233,9 +236,11 @@ async def voter(channel: grpc.aio.Channel, key: str, echo: bool) -> Callable[[in
         return lambda number: method(vote("resp_" + "0" * 24, number).SerializeToString(), metadata=metadata)
     chat: Any = chat_pb2_grpc.ChatServiceStub(channel)
     request = chat_pb2.ChatRequest(message="Hi", sampling=chat_pb2.SamplingOptions(max_tokens=1))
-    events = [event async for event in chat.Chat(request, metadata=metadata)]
+    # Several: a thumb may be changed a thousand times.
+    answers = [[event async for event in chat.Chat(request, metadata=metadata)] for _ in range(ANSWERS)]
+    ids = itertools.cycle([started.started.response_id for started, *_ in answers])
     feedback: Any = feedback_pb2_grpc.FeedbackServiceStub(channel)
-    return lambda number: feedback.SubmitThumb(vote(events[0].started.response_id, number), metadata=metadata)
+    return lambda number: feedback.SubmitThumb(vote(next(ids), number), metadata=metadata)
 
 
 # The echo: a process of its own, too

@@ -129,6 +129,8 @@ SETTINGS = frozenset(
         "tls_client_ca",
         "tls_key",
         "user_calls",
+        "user_conversations",
+        "user_demonstrations",
         "user_rate",
     }
 )

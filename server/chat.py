@@ -29,6 +29,7 @@ from server.paging import CHUNK, fill
 from server.planner import Planner
 from server.policy import Policy, Sampling
 from server.prompt import Said, build_prompt
+from server.quotas import check_conversations
 from server.records import Generation, Response, Slot
 from server.referee import Referee
 from server.settings import ServerSettings
@@ -81,7 +82,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
             def begin(store: FeedbackStore) -> Begun:
                 with store.transaction():
-                    conversation_id = _open_conversation(store, user, request)
+                    conversation_id = self._open_conversation(store, user, request)
                     response_id = store.begin_response(
                         user,
                         conversation_id,
@@ -122,7 +123,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
             def begin(store: FeedbackStore) -> Begun:
                 with store.transaction():
-                    conversation_id = _open_conversation(store, user, request)
+                    conversation_id = self._open_conversation(store, user, request)
                     comparison_id, a, b = store.begin_comparison(
                         user,
                         conversation_id,
@@ -281,6 +282,16 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 async with self._locks.hold(key):
                     yield begun
 
+    def _open_conversation(
+        self, store: FeedbackStore, user: str, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
+    ) -> str:
+        if not request.conversation_id:
+            check_conversations(store, user, self._settings.user_conversations)
+            return store.create_conversation(user, request.message)
+        store.conversation(user, request.conversation_id)
+        store.skip_open_comparisons(request.conversation_id)
+        return request.conversation_id
+
     # What went before
 
     async def _before(
@@ -337,14 +348,6 @@ def two_samplings(base: Sampling, *temperatures: float) -> list[Sampling]:
     """Of A and B; two seeds, so that equal temperatures differ all the same."""
     seeds = [None, None] if base.seed is None else [base.seed, (base.seed + 1) % 2**63]
     return [Sampling(temperature, base.max_tokens, seed) for temperature, seed in zip(temperatures, seeds, strict=True)]
-
-
-def _open_conversation(store: FeedbackStore, user: str, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest) -> str:
-    if not request.conversation_id:
-        return store.create_conversation(user, request.message)
-    store.conversation(user, request.conversation_id)
-    store.skip_open_comparisons(request.conversation_id)
-    return request.conversation_id
 
 
 def _remember(store: FeedbackStore, rpc: str, user: str, request: Any, result: str) -> None:

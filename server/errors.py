@@ -49,9 +49,10 @@ class ConflictError(ServiceError):
 
 
 class ResourceExhaustedError(ServiceError):
-    """More than the caller, or everybody, may have; `reason` says which limit, `retry_seconds` when to try again."""
+    """More than the caller, or everybody, may have; `reason` says which limit, `retry_seconds` when to try again, None
+    where time alone does not help."""
 
-    def __init__(self, reason: str, message: str, retry_seconds: float) -> None:
+    def __init__(self, reason: str, message: str, retry_seconds: float | None = None) -> None:
         super().__init__(message)
         self.reason = reason
         self.retry_seconds = retry_seconds

@@ -14,6 +14,7 @@ from server.identity import current_user
 from server.metrics import VOTES
 from server.paging import CHUNK, fill, in_chunks
 from server.policy import Policy
+from server.quotas import check_demonstrations
 from server.store import FeedbackStore
 from server.store_thread import StoreThread
 
@@ -21,9 +22,10 @@ from server.store_thread import StoreThread
 class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
     """Thumbs, choices, corrections and demonstrations of the calling user."""
 
-    def __init__(self, store: StoreThread, policy: Policy) -> None:
+    def __init__(self, store: StoreThread, policy: Policy, user_demonstrations: int) -> None:
         self._store = store
         self._policy = policy
+        self._user_demonstrations = user_demonstrations
 
     async def SubmitThumb(
         self, request: feedback_pb2.SubmitThumbRequest, context: Any
@@ -76,9 +78,12 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             sentence = "messages do not follow each other as the model's chat template has it."
             raise InvalidArgumentError("messages", sentence) from error
         self._check_fits("messages", tokens, self._policy.max_model_len)
-        feedback = await self._once(
-            "SubmitDemonstration", request, context, lambda store, user: store.submit_demonstration(user, messages)
-        )
+
+        def submit(store: FeedbackStore, user: str) -> records.Feedback:
+            check_demonstrations(store, user, self._user_demonstrations)
+            return store.submit_demonstration(user, messages)
+
+        feedback = await self._once("SubmitDemonstration", request, context, submit)
         return feedback_pb2.SubmitDemonstrationResponse(feedback=feedback)
 
     async def RetractFeedback(

@@ -350,3 +350,15 @@ def m010_uptime(db: Database) -> None:
         CREATE INDEX IF NOT EXISTS feedback_by_event ON feedback (event_seq, kind);
         """,
     )
+
+
+@migrations()
+def m011_quotas(db: Database) -> None:
+    """The demonstrations that are kept of a user."""
+    _run(
+        db,
+        """
+        CREATE INDEX feedback_events_by_demonstrator ON feedback_events (user)
+            WHERE kind = 'demonstration' AND value IS NOT NULL;
+        """,
+    )

@@ -1,7 +1,6 @@
 """PolicyService: what serves, what was learned, and the pointer that an operator moves."""
 
 import asyncio
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from server import convert
 from server.erasing import keeping
 from server.follower import Follower
 from server.identity import current_user
+from server.paging import CHUNK, fill, in_chunks
 from server.records import PointerAction, Policy, Round
 from server.referee import Referee
 from server.samples import Sample, read_samples
@@ -18,8 +18,6 @@ from server.store import FeedbackStore
 from server.store_thread import StoreThread
 
 DEFAULT_DAYS = 30
-# Of samples in one answer: gRPC's clients take 4 MB.
-PAGE_BYTES = 2 * 2**20
 
 
 class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
@@ -50,12 +48,15 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     ) -> policy_pb2.ListPoliciesResponse:
         size = request.page_size or convert.DEFAULT_PAGE_SIZE
         key = convert.page_key(request.page_token, (str,))
-        found = await self._store(lambda store: store.registry.policies(size + 1, key[0] if key else None))
-        page = found[:size]
-        more = convert.page_token([page[-1].version]) if len(found) > size else ""
-        return policy_pb2.ListPoliciesResponse(
-            policies=[convert.policy(record) for record in page], next_page_token=more
-        )
+
+        def read(store: FeedbackStore) -> policy_pb2.ListPoliciesResponse:
+            def follow(last: Policy | None) -> list[Policy]:
+                return store.registry.policies(CHUNK, last.version if last else key[0] if key else None)
+
+            page, more = fill((([record.version], convert.policy(record)) for record in in_chunks(follow)), size)
+            return policy_pb2.ListPoliciesResponse(policies=page, next_page_token=more)
+
+        return await self._store.read(read)
 
     async def ActivatePolicy(
         self, request: policy_pb2.ActivatePolicyRequest, context: Any
@@ -77,10 +78,15 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def ListRounds(self, request: policy_pb2.ListRoundsRequest, context: Any) -> policy_pb2.ListRoundsResponse:
         size = request.page_size or convert.DEFAULT_PAGE_SIZE
         key = convert.page_key(request.page_token, (str,))
-        found = await self._store(lambda store: store.registry.rounds(size + 1, key[0] if key else None))
-        page = found[:size]
-        more = convert.page_token([page[-1].id]) if len(found) > size else ""
-        return policy_pb2.ListRoundsResponse(rounds=[convert.round_(record) for record in page], next_page_token=more)
+
+        def read(store: FeedbackStore) -> policy_pb2.ListRoundsResponse:
+            def follow(last: Round | None) -> list[Round]:
+                return store.registry.rounds(CHUNK, last.id if last else key[0] if key else None)
+
+            page, more = fill((([record.id], convert.round_(record)) for record in in_chunks(follow)), size)
+            return policy_pb2.ListRoundsResponse(rounds=page, next_page_token=more)
+
+        return await self._store.read(read)
 
     async def ListRoundSamples(
         self, request: policy_pb2.ListRoundSamplesRequest, context: Any
@@ -92,9 +98,8 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         found = await asyncio.to_thread(self._samples, round_, key[0] if key else -1)
         # Asked last: what was deleted before this answer is not in it, swept or not.
         there = await self._store(lambda store: store.conversations_there(one.conversation_id for one in found))
-        kept = [one for one in found if not one.conversation_id or one.conversation_id in there]
-        page = _fitting([convert.sample(sample) for sample in kept[:size]], PAGE_BYTES)
-        more = convert.page_token([kept[len(page) - 1].row]) if len(page) < len(kept) else ""
+        kept = (one for one in found if not one.conversation_id or one.conversation_id in there)
+        page, more = fill((([sample.row], convert.sample(sample)) for sample in kept), size)
         return policy_pb2.ListRoundSamplesResponse(samples=page, next_page_token=more)
 
     async def CountVotes(self, request: policy_pb2.CountVotesRequest, context: Any) -> policy_pb2.CountVotesResponse:
@@ -132,12 +137,6 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             ),
         )
         return await self._store(lambda store: store.registry.policy(version))
-
-
-def _fitting(samples: list[policy_pb2.RoundSample], size: int) -> list[policy_pb2.RoundSample]:
-    """The first of them that take `size` bytes together, and one at least."""
-    ends = accumulate(sample.ByteSize() for sample in samples)
-    return [sample for index, (sample, end) in enumerate(zip(samples, ends, strict=True)) if end <= size or not index]
 
 
 def _expected(request: policy_pb2.ActivatePolicyRequest | policy_pb2.RollbackPolicyRequest) -> str | None:

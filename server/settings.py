@@ -61,6 +61,8 @@ class ServerSettings(SettingsBase):
     max_streams: Annotated[int, Field(ge=1, description="Answers that are sampled at once; more wait.")] = 64
     max_waiting: Annotated[int, Field(ge=0, description="Answers that may wait; beyond, a call is refused.")] = 192
     max_turns: Annotated[int, Field(ge=1, description="Messages of a user in one conversation.")] = 1000
+    user_conversations: Annotated[int, Field(ge=1, description="Conversations of one user that are kept.")] = 10_000
+    user_demonstrations: Annotated[int, Field(ge=1, description="Demonstrations of one user that are kept.")] = 1_000
     user_rate: Annotated[int, Field(ge=1, description="Calls of one user a minute; as many may come at once.")] = 1200
     user_calls: Annotated[int, Field(ge=1, description="Calls of one user at once.")] = 32
     call_seconds: Annotated[float, Field(gt=0, description="How long any call may take.")] = 600.0

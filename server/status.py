@@ -51,7 +51,9 @@ def _known(error: Exception) -> status_pb2.Status:
         case PermissionDeniedError():
             return _status(code_pb2.PERMISSION_DENIED, str(error), [_info("PERMISSION_DENIED")])
         case ResourceExhaustedError():
-            details = [_info(error.reason), _retry(error.retry_seconds)]
+            details = [_info(error.reason)]
+            if error.retry_seconds is not None:
+                details.append(_retry(error.retry_seconds))
             return _status(code_pb2.RESOURCE_EXHAUSTED, str(error), details)
         case DeadlineExceededError():
             return _status(code_pb2.DEADLINE_EXCEEDED, str(error), [_info("DEADLINE_EXCEEDED")])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from server.database import DATABASE, Database, Row
-from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from server.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from server.forgetting import Forgetting
 from server.ids import new_id
 from server.keys import Keys
@@ -54,6 +54,8 @@ from server.registry import Registry
 from server.round_requests import RoundRequests
 
 TITLE_CHARACTERS = 60
+# Of votes on one answer or pair: each change is an event that is kept.
+MOST_EVENTS = 1_000
 # SQLite binds at most 32,766 parameters; a page of ids stays far below.
 IDS_PER_QUERY = 500
 
@@ -163,6 +165,10 @@ class FeedbackStore:
                 {"id": conversation_id, "user": user, "title": title, "create_time": now, "update_time": now},
             )
         return conversation_id
+
+    def count_conversations(self, user: str) -> int:
+        [row] = self._db.rows("SELECT count(*) AS conversations FROM conversations WHERE user = ?", [user])
+        return int(row["conversations"])
 
     def conversation(self, user: str, conversation_id: str) -> Conversation:
         row = self._db.row("SELECT * FROM conversations WHERE id = ? AND user = ?", [conversation_id, user])
@@ -376,6 +382,15 @@ class FeedbackStore:
     def submit_demonstration(self, user: str, messages: list[dict[str, str]]) -> Feedback:
         """`messages` are {"role", "content"}, the assistant's last."""
         return self._submit(user, "demonstration", json.dumps(messages, ensure_ascii=False), "")
+
+    def count_demonstrations(self, user: str) -> int:
+        """How many are kept; retracted ones are, in the log."""
+        [row] = self._db.rows(
+            "SELECT count(*) AS demonstrations FROM feedback_events "
+            "WHERE user = ? AND kind = 'demonstration' AND value IS NOT NULL",
+            [user],
+        )
+        return int(row["demonstrations"])
 
     def submit_choice(self, user: str, comparison_id: str, choice: Choice, comment: str = "") -> Feedback:
         """Raises NotFoundError, and FailedPreconditionError unless both answers were finished."""
@@ -688,7 +703,8 @@ class FeedbackStore:
             found = self._db.rows(
                 "SELECT unixepoch('subsec') AS now, "
                 "status = 'finished' OR (status != 'streaming' AND text != '') AS shown, "
-                "(SELECT id FROM feedback WHERE user = r.user AND kind = ? AND response_id = r.id) AS old "
+                "(SELECT id FROM feedback WHERE user = r.user AND kind = ? AND response_id = r.id) AS old, "
+                "(SELECT count(*) FROM feedback_events WHERE response_id = r.id) AS events "
                 "FROM responses r WHERE id = ? AND user = ?",
                 [kind, response_id, user],
             )
@@ -699,9 +715,13 @@ class FeedbackStore:
         else:
             found = self._db.rows(
                 "SELECT unixepoch('subsec') AS now, "
-                "(SELECT id FROM feedback WHERE user = ? AND comparison_id = ?) AS old",
+                "(SELECT id FROM feedback WHERE user = ?1 AND comparison_id = ?2) AS old, "
+                "(SELECT count(*) FROM feedback_events WHERE comparison_id = ?2) AS events",
                 [user, comparison_id],
             )
+        if found[0]["events"] >= MOST_EVENTS:
+            sentence = f"What you think of this was said and changed {MOST_EVENTS} times; it stays as it is."
+            raise ResourceExhaustedError("VOTE_CHANGES", sentence)
         return found[0]["now"], found[0]["old"]
 
     def _log_event(self, action: str, row: Row, now: float) -> int:

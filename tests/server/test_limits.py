@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 from prefloop.v1 import chat_pb2, feedback_pb2
 
-from server import edge
+from server import edge, store
 from server.errors import ResourceExhaustedError
 from server.identity import Caller
 from server.limits import Limits
@@ -153,6 +153,52 @@ async def test_a_conversation_has_an_end(tmp_path: Path) -> None:
         )
         assert (code, details) == (grpc.StatusCode.FAILED_PRECONDITION, ["CONVERSATION_FULL"])
         assert message == "This conversation is full; start another one."
+
+
+async def test_what_is_kept_of_a_user_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MOST_EVENTS", 3)
+    async with running_server(tmp_path, user_conversations=2, user_demonstrations=2) as running:
+        first, *_ = await chat(running)
+        second, *_ = await chat(running)
+        for call in (
+            running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN),
+            running.chat.Compare(chat_pb2.CompareRequest(message="hi"), metadata=ANN),
+        ):
+            code, message, details = await refusal(call)
+            assert (code, details) == (EXHAUSTED, ["USER_CONVERSATIONS"])
+            assert message == "You have 2 conversations; delete one before you begin another."
+        # Others have theirs; what is there goes on; one that is deleted makes room.
+        await chat(running, user=BOB)
+        await chat(running, conversation_id=first.started.conversation_id)
+        deleted = chat_pb2.DeleteConversationRequest(conversation_id=first.started.conversation_id)
+        await running.chat.DeleteConversation(deleted, metadata=ANN)
+        await chat(running)
+
+        roles = (feedback_pb2.ROLE_USER, feedback_pb2.ROLE_ASSISTANT)
+        messages = [feedback_pb2.Message(role=role, content="text") for role in roles]
+        demonstration = feedback_pb2.SubmitDemonstrationRequest(messages=messages)
+        kept = await running.feedback.SubmitDemonstration(demonstration, metadata=ANN)
+        retracted = feedback_pb2.RetractFeedbackRequest(feedback_id=kept.feedback.feedback_id)
+        await running.feedback.RetractFeedback(retracted, metadata=ANN)
+        await running.feedback.SubmitDemonstration(demonstration, metadata=ANN)
+        code, message, details = await refusal(running.feedback.SubmitDemonstration(demonstration, metadata=ANN))
+        assert (code, details) == (EXHAUSTED, ["USER_DEMONSTRATIONS"])
+        assert message == "2 demonstrations of yours are kept, those that you retracted too; no more are taken."
+        await running.feedback.SubmitDemonstration(demonstration, metadata=BOB)
+
+        up = feedback_pb2.SubmitThumbRequest(response_id=second.started.response_id, thumb=feedback_pb2.THUMB_UP)
+        for _ in range(3):
+            await running.feedback.SubmitThumb(up, metadata=ANN)
+        code, message, details = await refusal(running.feedback.SubmitThumb(up, metadata=ANN))
+        assert (code, details) == (EXHAUSTED, ["VOTE_CHANGES"])
+        assert message == "What you think of this was said and changed 3 times; it stays as it is."
+
+
+async def test_a_repeated_request_is_answered_also_where_there_is_no_room(tmp_path: Path) -> None:
+    async with running_server(tmp_path, user_conversations=1) as running:
+        started, *_ = await chat(running, request_id="a")
+        again, *_ = await chat(running, request_id="a")
+        assert again.started.response_id == started.started.response_id
 
 
 async def test_bytes_that_are_no_message_are_the_callers_fault(running: Running) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefloop.v1 import chat_pb2, feedback_pb2
+from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 
 from server.paging import PAGE_BYTES, fill, in_chunks
 from server.records import Generation, Span
@@ -113,6 +113,39 @@ async def test_feedback_comes_in_pages_that_any_client_takes(tmp_path: Path) -> 
             if not token:
                 break
         assert found == [str(number) for number in reversed(range(30))]
+
+
+async def test_versions_and_rounds_come_in_pages_that_any_client_takes(tmp_path: Path) -> None:
+    async with running_server(tmp_path) as running:
+
+        def fill(store: FeedbackStore) -> None:
+            lease = store.registry.acquire_lease("learner", "here", 60)
+            assert lease
+            for number in range(1, 31):
+                metrics = {"curve": "m" * 100_000}
+                store.registry.register_policy(
+                    f"v{number:04d}", kind="full", state="retired", parent_version="v0000", reference_version="v0000",
+                    round_id=None, reward_model_version=None, metrics=metrics,
+                )  # fmt: skip
+                round_ = store.registry.create_round(0, {}, reference_version="v0000", fence=lease)
+                store.registry.update_round(round_.id, metrics=metrics, policy_version=f"v{number:04d}", fence=lease)
+                store.registry.finish_round(round_.id, "rejected", fence=lease)
+
+        await running.store(fill)
+        for field, ask, request in (
+            ("policies", running.policies.ListPolicies, policy_pb2.ListPoliciesRequest(page_size=200)),
+            ("rounds", running.policies.ListRounds, policy_pb2.ListRoundsRequest(page_size=200)),
+        ):
+            found, sizes = [], []
+            while not sizes or request.page_token:
+                page = await ask(request, metadata=ANN)
+                records = getattr(page, field)
+                assert page.ByteSize() < PAGE_BYTES + 1000
+                found += [record.version if field == "policies" else record.policy_version for record in records]
+                sizes.append(len(records))
+                request.page_token = page.next_page_token
+            assert found == [f"v{number:04d}" for number in range(30, 0 if field == "rounds" else -1, -1)]
+            assert len(sizes) == 2
 
 
 async def test_a_vote_is_read_as_soon_as_it_is_acknowledged(tmp_path: Path) -> None:

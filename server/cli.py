@@ -14,6 +14,7 @@ import typer
 from server.errors import ServiceError
 from server.identity import Role
 from server.shared.printable import printable
+from server.shared.whole_file import whole_file
 
 if TYPE_CHECKING:
     from server.settings import ServerSettings
@@ -159,7 +160,7 @@ def export_user(
 
     # What a terminal cannot say, or would obey, is escaped, not lost.
     plain = not out and (sys.stdout.isatty() or codecs.lookup(sys.stdout.encoding).name != "utf-8")
-    opened = out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout)
+    opened = whole_file(out) if out else nullcontext(sys.stdout)
     with _store(data_dir) as store, opened as file:
         for part in export(store, user):
             line = MessageToJson(part, preserving_proto_field_name=True, indent=None, ensure_ascii=plain)

@@ -4,6 +4,7 @@ A refusal says when to come back. Counted from a call's first byte, before its m
 calls uses up their own share.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,22 +35,49 @@ class Limits:
         self._user_calls = user_calls
         self._most_answers = answers
         self._calls: Counter[str] = Counter()
+        # In the order in which they came.
+        self._strangers: dict[asyncio.Task[object], None] = {}
         self._answers: Counter[str] = Counter()
 
     @contextmanager
     def admit(self, caller: Caller) -> Iterator[None]:
         """The call counts for as long as the block runs. Raises ResourceExhaustedError."""
         user = caller.user
-        most = self._user_calls if user else STRANGERS
-        if self._calls[user] >= most:
-            sentence = f"You have {most} calls open; more are not taken at once."
+        if not user:
+            with self._stranger():
+                yield
+            return
+        if self._calls[user] >= self._user_calls:
+            sentence = f"You have {self._user_calls} calls open; more are not taken at once."
             raise ResourceExhaustedError("USER_CALLS", sentence, BUSY_SECONDS)
         # Last: a call that is refused for another reason does not use the rate up.
-        if user and (turn := self._rate.limit(user)).limited:
+        if (turn := self._rate.limit(user)).limited:
             sentence = f"More than {self._user_rate} calls a minute are not taken of one user."
             raise ResourceExhaustedError("USER_RATE", sentence, turn.state.retry_after)
         with _counted(self._calls, user, 1):
             yield
+
+    @contextmanager
+    def _stranger(self) -> Iterator[None]:
+        """A call of somebody without a key. Where there are too many, the one that came first ends: who asks for health
+        has it at once, so it is one that does not send its message or does not read."""
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self._strangers) >= STRANGERS:
+            first = next(iter(self._strangers))
+            del self._strangers[first]
+            first.cancel()
+        self._strangers[task] = None
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task in self._strangers:
+                raise
+            task.uncancel()
+            sentence = "More calls without a key came than are heard at once, and this one was open for longest."
+            raise ResourceExhaustedError("STRANGERS", sentence, BUSY_SECONDS) from None
+        finally:
+            self._strangers.pop(task, None)
 
     @contextmanager
     def answering(self, user: str, answers: int) -> Iterator[None]:

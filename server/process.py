@@ -18,11 +18,14 @@ from server.identity import LOOPBACK
 from server.reference import prepare_reference
 from server.settings import ServerSettings
 from server.shared.dtype import DtypeName, resolve_dtype
+from server.shared.open_files import allow_open_files
 from server.store_thread import StoreThread
 from server.vllm_policy import VllmPolicy
 
 # Seconds; Python's own are 5 ms, for which a statement of the store may wait while calls are parsed.
 SWITCH_SECONDS = 0.0005
+# Open files beside connections: it has 45 with nobody connected, and answers that are sampled have none.
+OWN_FILES = 200
 
 
 async def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
@@ -52,9 +55,21 @@ def check_exposure(settings: ServerSettings, *, has_key: bool) -> None:
         )
 
 
+def connections_that_fit(wanted: int) -> int:
+    """How many connections may be open at once, `wanted` at most. Raises ServiceError where it is none."""
+    files = allow_open_files(wanted + OWN_FILES)
+    if files <= OWN_FILES:
+        raise ServiceError(f"This process may have {files} files open (`ulimit -Hn`), and needs more than {OWN_FILES}.")
+    return files - OWN_FILES
+
+
 async def _serve(
     settings: ServerSettings, store: StoreThread, stopping: asyncio.Event, say: Callable[[str], None]
 ) -> None:
+    connections = connections_that_fit(settings.max_connections)
+    if connections < settings.max_connections:
+        say(f"at most {connections} connections: this process may have no more files open (`ulimit -Hn`)")
+        settings = settings.model_copy(update={"max_connections": connections})
     app = App(settings, store)
     set_environment(settings)
     directory = await asyncio.to_thread(_prepare, settings, say)

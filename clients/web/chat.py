@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 
 from prefloop.v1.chat_pb2 import Conversation, Turn
 from prefloop.v1.feedback_pb2 import (
@@ -155,8 +156,9 @@ def to_conversation(conversation_id: str) -> Response:
 
 
 async def _grow(site: Site, conversation_id: str, live: LiveTurn) -> AsyncIterator[ServerSentEvent]:
+    draw = partial(_html, site, conversation_id)
     async for _ in live.changes():
-        yield _event(site, conversation_id, live.turn, live.notice)
+        yield ServerSentEvent(event="turn", data=live.drawn(draw))
     yield ServerSentEvent(event="end", data="")
 
 
@@ -166,13 +168,13 @@ async def _look(site: Site, person: Person, conversation: Conversation) -> Async
         while unfinished(conversation.turns[-1]):
             await asyncio.sleep(LOOK_SECONDS)
             conversation = await person.client.conversation(conversation.conversation_id)
-        yield _event(site, conversation.conversation_id, conversation.turns[-1], "")
+        html = _html(site, conversation.conversation_id, conversation.turns[-1], "")
+        yield ServerSentEvent(event="turn", data=html)
     yield ServerSentEvent(event="end", data="")
 
 
-def _event(site: Site, conversation_id: str, turn: Turn, notice: str) -> ServerSentEvent:
-    html = site.fragment("turn.html.j2", conversation_id=conversation_id, turn=turn, notice=notice)
-    return ServerSentEvent(event="turn", data=html)
+def _html(site: Site, conversation_id: str, turn: Turn, notice: str) -> str:
+    return site.fragment("turn.html.j2", conversation_id=conversation_id, turn=turn, notice=notice)
 
 
 ROUTES = [

@@ -26,6 +26,8 @@ LEARNER = ["learner.cli", "schedule", "--on-request"]
 STOP_SECONDS = 75
 # Open pages follow their answers for ever.
 GRACE_SECONDS = 3
+# Of browsers at once; more are told to come later. A process may have 1,024 files open unless it is told otherwise.
+CONNECTIONS = 800
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 # Every address of a machine: to be listened on, not to be found at.
 ANYWHERE = ("0.0.0.0", "[::]")
@@ -59,7 +61,14 @@ def run(page: Page, address: str, default_name: str, tls: Tls | None, *, serve: 
         tls=tls,
     )
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS
+        app,
+        # The other parser keeps whatever is sent as headers, a GiB of it; this one 64 KiB.
+        http="h11",
+        limit_concurrency=CONNECTIONS,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
     )
     config.load()
     if page.cert and page.key:

@@ -5,7 +5,7 @@ becomes what the server has kept of it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from prefloop.v1.chat_pb2 import (
     SLOT_A,
@@ -26,7 +26,7 @@ from clients.web.person import Person
 
 AnswerStream = AsyncStream[ChatEvent] | AsyncStream[CompareEvent]
 
-# Readers hear of changes at most so often: a page is drawn anew each time.
+# Readers hear of changes at most so often, all at once: the turn is drawn anew each time, once for all of them.
 PAUSE_SECONDS = 0.1
 # How long the server may be away in the middle of an answer.
 AWAY_SECONDS = 600.0
@@ -45,6 +45,8 @@ class LiveTurn:
         self.notice = ""
         self.over = False
         self._changed = asyncio.Event()
+        self._announcing: asyncio.TimerHandle | None = None
+        self._drawn: str | None = None
         self._started = asyncio.get_running_loop().create_future()
 
     async def started(self) -> None:
@@ -63,8 +65,12 @@ class LiveTurn:
             if over:
                 return
             await changed.wait()
-            if not self.over:
-                await asyncio.sleep(PAUSE_SECONDS)
+
+    def drawn(self, draw: Callable[[Turn, str], str]) -> str:
+        """What `draw` makes of the turn and its notice as they are; called once for all who ask until they change."""
+        if self._drawn is None:
+            self._drawn = draw(self.turn, self.notice)
+        return self._drawn
 
     async def run(self, client: AsyncClient, stream: AnswerStream) -> None:
         """Follows the stream to its end, and further to what the server kept of it."""
@@ -119,6 +125,16 @@ class LiveTurn:
         return self.turn.comparison.a if slot == SLOT_A else self.turn.comparison.b
 
     def _tell(self) -> None:
+        self._drawn = None
+        if self.over:
+            self._announce()
+        elif not self._announcing:
+            self._announcing = asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._announce)
+
+    def _announce(self) -> None:
+        if self._announcing:
+            self._announcing.cancel()
+        self._announcing = None
         self._changed.set()
         self._changed = asyncio.Event()
 

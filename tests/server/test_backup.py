@@ -1,11 +1,14 @@
 """A backup: every vote that was acknowledged before it, every version its database names, or no backup at all."""
 
 import errno
+import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -229,3 +232,27 @@ def test_a_place_that_cannot_be_written_is_no_damage(
     with pytest.raises(DataDirectoryError, match=r"could not be made: .*No space left on device"):
         back_up(data_dir, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_backup_that_is_ended_leaves_nothing(data_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
+    copy = tmp_path / "backups" / "copy"
+    # It waits where it is about to give a version its name.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server.cli", "backup", str(copy), "--data-dir", str(data_dir)],
+        env={**os.environ, "PREFLOOP_FAILPOINT": "rename:2:block"},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("backups/.copy.partial/policies/.v0001.partial/manifest.json")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert (process.returncode, b"Traceback" in said) == (130 if number == signal.SIGINT else 128 + number, False)
+        assert list(tmp_path.glob("backups/*")) == []
+        assert list(tmp_path.glob("backups/.*")) == []
+    finally:
+        process.kill()
+        process.communicate()

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from prefloop.v1 import chat_pb2, feedback_pb2
 
 from server import edge, store
+from server import limits as limits_module
 from server.errors import ResourceExhaustedError
 from server.identity import Caller
 from server.limits import Limits
@@ -243,9 +244,10 @@ async def test_a_call_without_its_message_ends(running: Running, monkeypatch: py
 async def test_what_strangers_may_ask_is_read_like_everything_else(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge, "MESSAGE_SECONDS", 0.05)
     check = "/grpc.health.v1.Health/Check"
-    assert await failure(running.channel.stream_unary(check)(silent())) == grpc.StatusCode.DEADLINE_EXCEEDED
+    with monkeypatch.context() as impatient:
+        impatient.setattr(edge, "MESSAGE_SECONDS", 0.05)
+        assert await failure(running.channel.stream_unary(check)(silent())) == grpc.StatusCode.DEADLINE_EXCEEDED
     code, message, _ = await refusal(running.channel.unary_unary(check)(b"\xff\xff\xff"))
     assert (code, message) == (
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -256,14 +258,30 @@ async def test_what_strangers_may_ask_is_read_like_everything_else(
     assert await running.channel.unary_unary(check)(b"") == b"\x08\x01"
 
 
-def test_strangers_share_one_bound_and_no_rate() -> None:
-    limits, nobody = Limits(1, user_calls=1, answers=1), Caller("", "user")
-    assert [admitted(limits, nobody) for _ in range(9)] == [""] * 9
-    with ExitStack() as open_:
-        for _ in range(1000):
-            open_.enter_context(limits.admit(nobody))
-        assert admitted(limits, nobody) == "USER_CALLS"
-        assert admitted(limits, ANNA) == ""
+async def test_strangers_who_only_hold_calls_open_keep_nobody_from_asking(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits_module, "STRANGERS", 3)
+    check = "/grpc.health.v1.Health/Check"
+    opened = []
+    for _ in range(3):
+        call = running.channel.stream_unary(check)(silent())
+        opened.append(asyncio.ensure_future(refusal(call)))
+        # Each is at the server before the next one begins: calls of one connection keep their order.
+        assert await running.channel.unary_unary(check)(b"") == b"\x08\x01"
+    ended, open_ = await asyncio.wait(opened, timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    assert ended == {opened[0]}
+    assert opened[0].result() == (
+        EXHAUSTED,
+        "More calls without a key came than are heard at once, and this one was open for longest.",
+        ["STRANGERS"],
+    )
+    # Any number may ask, and whoever has a key is not among them.
+    for _ in range(9):
+        assert await running.channel.unary_unary(check)(b"") == b"\x08\x01"
+    assert (await chat(running))[-1].finished.text == "one two three four "
+    for task in open_:
+        task.cancel()
 
 
 async def test_a_reader_who_stalls_counts_until_the_status_is_out(tmp_path: Path) -> None:

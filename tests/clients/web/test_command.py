@@ -17,6 +17,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from prefloop.v1 import account_pb2
 from typer.testing import CliRunner
@@ -330,6 +331,20 @@ def test_every_address_is_both_kinds() -> None:
     with command.listen(Page("::", 0)) as listening:
         for host in ("127.0.0.1", "::1"):
             socket.create_connection((host, listening.getsockname()[1]), timeout=WAIT_SECONDS).close()
+
+
+@pytest.mark.parametrize("line", [b"a: b\r\n", b"a: " + b"b" * 1000, b"\r\n"], ids=["many", "one", "before them"])
+def test_headers_without_end_are_not_kept(line: bytes) -> None:
+    with started() as page, page.client() as http:
+        port = int(page.url.removeprefix("http://127.0.0.1:"))
+        with socket.create_connection(("127.0.0.1", port), timeout=WAIT_SECONDS) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"[: 0 if line == b"\r\n" else None])
+            # Far more than it keeps; it closes the connection long before the end.
+            with pytest.raises(ConnectionError):
+                for _ in range(64 * 2**20 // (1000 * len(line))):
+                    connection.sendall(line * 1000)
+        assert http.get("/static/page.css").status_code == 200
+        assert psutil.Process(page.process.pid).memory_info().rss < 200 * 2**20
 
 
 @pytest.mark.parametrize("names", [["--web-name", "Chat.Example.org"], []], ids=["strangers", "this machine"])

@@ -1,0 +1,34 @@
+"""A file is there whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from server.shared.whole_file import whole_file
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("before", encoding="utf-8")
+    with whole_file(path) as file:
+        file.write("after")
+        file.flush()
+        assert path.read_text(encoding="utf-8") == "before"
+    assert path.read_text(encoding="utf-8") == "after"
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_what_ends_early_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("before", encoding="utf-8")
+    with pytest.raises(SystemExit), whole_file(path) as file:
+        file.write("half")
+        raise SystemExit(143)
+    assert path.read_text(encoding="utf-8") == "before"
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_what_is_no_file_is_written_as_it_comes() -> None:
+    with whole_file(Path(os.devnull)) as file:
+        file.write("gone")

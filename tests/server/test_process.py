@@ -1,0 +1,69 @@
+"""What the server's process gives itself before anybody is served."""
+
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from server import process
+from server.errors import ServiceError
+
+SECONDS = 30
+# More connections than the process may have files open; whoever was there first goes on.
+CROWD = """
+import asyncio, resource, sys
+from pathlib import Path
+from prefloop.v1 import chat_pb2, feedback_pb2
+from server.process import connections_that_fit
+from tests.server.conftest import running_server
+
+async def main():
+    connections = connections_that_fit(2_000)
+    async with running_server(Path(sys.argv[1]), max_connections=connections) as running:
+        async def vote():
+            request = chat_pb2.ChatRequest(message="hi")
+            started, *_ = [event async for event in running.chat.Chat(request)]
+            thumb = feedback_pb2.SubmitThumbRequest(response_id=started.started.response_id, thumb=1)
+            await running.feedback.SubmitThumb(thumb)
+        await vote()
+        print(connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0], flush=True)
+        print(running.app.port, flush=True)
+        # Until those who crowd crowds has come.
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+        await vote()
+        print("voted", flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files")
+def test_a_crowd_of_connections_leaves_files_for_the_server(tmp_path: Path) -> None:
+    server = subprocess.Popen(
+        ["bash", "-c", 'ulimit -Sn 150; ulimit -Hn 300; exec "$@"', "bash", sys.executable, "-c", CROWD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin
+    assert server.stdout
+    with ExitStack() as crowd:
+        crowd.callback(server.kill)
+        assert server.stdout.readline() == "100 300\n"
+        port = int(server.stdout.readline())
+        for _ in range(400):
+            connection = socket.create_connection(("127.0.0.1", port), timeout=SECONDS)
+            crowd.enter_context(connection)
+        server.stdin.write("they came\n")
+        server.stdin.flush()
+        assert server.stdout.readline() == "voted\n"
+        assert server.wait(SECONDS) == 0
+
+
+def test_a_process_without_room_for_connections_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "allow_open_files", lambda most: 200)
+    with pytest.raises(ServiceError, match=r"may have 200 files open \(`ulimit -Hn`\), and needs more than 200"):
+        process.connections_that_fit(2_000)

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 # The exit status of a round that was asked to stop; a shell says it of what Ctrl-C ended.
 STOPPED = 130
-# Turns of its loop for which a thread of OpenMP waits before it sleeps, some tens of microseconds. By default it waits
+# Turns of its loop for which a thread of OpenMP waits before it sleeps, some microseconds. By default it waits
 # for milliseconds on a core that the server's engine needs (docs/decisions/0026-every-cpu.md).
-SPIN = "1000"
+SPIN = "100"
 # Of mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 

@@ -18,6 +18,7 @@ from clients.errors import (
     ServerError,
     TimedOutError,
     UnavailableError,
+    UntrustedError,
 )
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "TimedOutError",
     "Tls",
     "UnavailableError",
+    "UntrustedError",
 ]

@@ -55,6 +55,7 @@ from clients.errors import (
     PrefloopError,
     TimedOutError,
     UnavailableError,
+    UntrustedError,
 )
 from clients.retries import PATIENCE_SECONDS, AsyncPauses, Backoff, OnWait, log_wait
 
@@ -499,7 +500,8 @@ class AsyncClient:
             )
 
     async def wait_until_serving(self, timeout: float) -> None:
-        """Returns once the server is ready to chat; raises the last PrefloopError after `timeout` seconds.
+        """Returns once the server is ready to chat; raises the last PrefloopError after `timeout` seconds, or
+        UntrustedError at once.
 
         >>> await client.wait_until_serving(timeout=60)
         """
@@ -507,6 +509,8 @@ class AsyncClient:
         while True:
             try:
                 return await self.check()
+            except UntrustedError:
+                raise
             except PrefloopError:
                 if time.monotonic() > end:
                     raise

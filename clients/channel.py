@@ -4,6 +4,7 @@ gRPC is given no retry policy; `clients.retries` repeats calls.
 """
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 import grpc
@@ -35,11 +36,18 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
 @dataclass(frozen=True)
 class Tls:
     """PEM bytes: of who signed the server's certificate (None: who this system trusts), and, for a server that asks for
-    one, of the client's own certificate and its key."""
+    one, of the client's own certificate and its key. Raises ValueError for what is none: gRPC would only fail to
+    connect."""
 
     ca: bytes | None = None
     certificate: bytes | None = None
     key: bytes | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("ca", b"CERTIFICATE"), ("certificate", b"CERTIFICATE"), ("key", b"PRIVATE KEY")):
+            pem = getattr(self, name)
+            if pem is not None and not re.search(b"-----BEGIN [A-Z ]*" + kind + b"-----", pem):
+                raise ValueError(f"{name} holds no {kind.decode().lower()} in PEM.")
 
 
 def open_channel(address: str, tls: Tls | None = None) -> grpc.Channel:

@@ -204,10 +204,10 @@ def read_tls(ca: Path | None, cert: Path | None, key: Path | None) -> "Tls | Non
     if (cert is None) != (key is None):
         raise typer.BadParameter("a certificate and its key go together", param_hint="--cert")
     try:
-        ca_bytes, cert_bytes, key_bytes = (path.read_bytes() if path else None for path in (ca, cert, key))
-    except OSError as error:
+        given = Tls(*(path.read_bytes() if path else None for path in (ca, cert, key)))
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--ca, --cert, --key") from error
-    return Tls(ca_bytes, cert_bytes, key_bytes) if ca or cert else None
+    return given if ca or cert else None
 
 
 def newest(client: "Client") -> str:

@@ -55,6 +55,7 @@ from clients.errors import (
     PrefloopError,
     TimedOutError,
     UnavailableError,
+    UntrustedError,
 )
 from clients.retries import PATIENCE_SECONDS, Backoff, OnWait, Pauses, log_wait
 
@@ -486,7 +487,8 @@ class Client:
             )
 
     def wait_until_serving(self, timeout: float) -> None:
-        """Returns once the server is ready to chat; raises the last PrefloopError after `timeout` seconds.
+        """Returns once the server is ready to chat; raises the last PrefloopError after `timeout` seconds, or
+        UntrustedError at once.
 
         >>> client.wait_until_serving(timeout=60)
         """
@@ -494,6 +496,8 @@ class Client:
         while True:
             try:
                 return self.check()
+            except UntrustedError:
+                raise
             except PrefloopError:
                 if time.monotonic() > end:
                     raise

@@ -41,6 +41,11 @@ class UnavailableError(PrefloopError):
     """No server answers, it is going down, or the connection broke. The same call may work later."""
 
 
+class UntrustedError(PrefloopError):
+    """The two ends cannot agree on an encrypted connection: a certificate, or TLS itself, is not what the other end
+    expects. Trying again will not help."""
+
+
 class TimedOutError(PrefloopError):
     """The deadline passed before the call ended."""
 
@@ -88,6 +93,19 @@ KINDS: dict[grpc.StatusCode, type[PrefloopError]] = {
 }
 
 
+# What the transport says of a handshake that failed, the special before the general.
+HANDSHAKES = {
+    "certificate has expired": "The certificate of the server at {} has expired; whoever runs it has to renew it.",
+    "certificate is not yet valid": "The certificate of the server at {} is not valid yet; is the clock right here?",
+    "Hostname Verification Check failed": "The certificate of the server at {} was made for another name; connect by "
+    "the name that it was made for.",
+    "CERTIFICATE_VERIFY_FAILED": "The certificate of the server at {} is signed by nobody whom this system trusts; "
+    "give the certificate of who signed it with --ca.",
+    "WRONG_VERSION_NUMBER": "The server at {} was asked for TLS and speaks without.",
+    "Tls handshake failed": "The server at {} and this program agree on no encrypted connection.",
+}
+
+
 def from_rpc_error(error: grpc.RpcError, address: str, *, heard: bool = False) -> PrefloopError:
     """The exception for a failed call. `heard`: the stream had already brought something when it broke."""
     # Every error that a call raises is one of these; gRPC's types do not say so.
@@ -95,14 +113,22 @@ def from_rpc_error(error: grpc.RpcError, address: str, *, heard: bool = False) -
     code = error.code() or grpc.StatusCode.UNKNOWN
     status = _rich_status(error)
     message = (status.message if status else "") or error.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE and status is None and (sentence := _handshake_sentence(message, address)):
+        return UntrustedError(sentence, code=code)
     if code is grpc.StatusCode.UNAVAILABLE and status is None and _is_transport(message):
-        message = _connection_sentence(address, heard)
+        message = _connection_sentence(address, message, heard)
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:
         message = f"The server at {address} did not finish in time."
     elif code is grpc.StatusCode.CANCELLED and "Channel closed" in message:
         return closed_here(address)
     kind = KINDS.get(code, ServerError)
     return kind(message or f"The call failed with {code.name}.", code=code, **_details(status))
+
+
+def _handshake_sentence(message: str, address: str) -> str:
+    """What kept an encrypted connection from coming about, by the words of gRPC's transport; empty where it was not
+    that."""
+    return next((sentence.format(address) for words, sentence in HANDSHAKES.items() if words in message), "")
 
 
 def closed_here(address: str) -> UnavailableError:
@@ -115,9 +141,14 @@ def _is_transport(message: str) -> bool:
     return not message.endswith((".", "!", "?"))
 
 
-def _connection_sentence(address: str, heard: bool) -> str:
+def _connection_sentence(address: str, message: str, heard: bool) -> str:
     if heard:
         return f"The connection to {address} broke during the answer; the conversation's history has what was kept."
+    if message.startswith("failed to connect") and message.endswith("Socket closed"):
+        return (
+            f"The server at {address} ends the connection at once: it may be going down, or want TLS (--ca) or a "
+            "certificate of yours (--cert)."
+        )
     return f"No server answers at {address}: start one with `server serve`, or give its --host and --port."
 
 

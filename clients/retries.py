@@ -1,9 +1,9 @@
 """When a call is sent again: the server is away, nothing of the answer was heard, and there is time left.
 
-Only UNAVAILABLE counts as away. Pauses grow from a fifth of a second to five seconds; each is shortened at random by up
-to a half, so that clients who lost one server do not all come back at once. A server that names a pause
-(google.rpc.RetryInfo) is not called before it is over. This is the only mechanism that repeats calls: gRPC is given no
-retry policy (docs/decisions/0028-retries.md).
+Only UNAVAILABLE counts as away, and not where certificates do not fit. Pauses grow from a fifth of a second to five
+seconds; each is shortened at random by up to a half, so that clients who lost one server do not all come back at
+once. A server that names a pause (google.rpc.RetryInfo) is not called before it is over. This is the only mechanism
+that repeats calls: gRPC is given no retry policy (docs/decisions/0028-retries.md).
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import grpc
 
-from clients.errors import PrefloopError
+from clients.errors import PrefloopError, UntrustedError
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Backoff:
 
     def pause_after(self, error: PrefloopError) -> float | None:
         """Seconds until the call is sent again; None where it is not."""
-        if error.code is not grpc.StatusCode.UNAVAILABLE:
+        if error.code is not grpc.StatusCode.UNAVAILABLE or isinstance(error, UntrustedError):
             return None
         now = time.monotonic()
         first = self._end is None

@@ -35,6 +35,7 @@ from learner.training import PUSH_ANSWERS, candidate, check_push
 from learner.workspace import Workspace, spread
 from server.erasing import ANSWERS, keeping, sweep
 from server.records import Prompt
+from server.shared.whole_file import whole_file
 
 # All versions answer with the same random numbers, which no step of the training had: this draw's, the one before it at
 # a second look.
@@ -198,7 +199,7 @@ def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, lis
     then the second to each; less what was asked in conversations that were deleted since the round began."""
     data_dir, each = work.settings.data_dir, work.settings.gate.answers
     places = [prompt * each + answer for answer in range(each) for prompt in range(len(prompts))]
-    with keeping(data_dir), (work.directory / ANSWERS).open("w", encoding="utf-8") as file:
+    with keeping(data_dir), whole_file(work.directory / ANSWERS) as file:
         for row, place in enumerate(places):
             prompt = prompts[place // each]
             # A candidate that was dropped at the first look has answered no more.

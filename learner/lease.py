@@ -1,10 +1,13 @@
 """One learner at a time: the lease `learner`, renewed by a thread until the block ends.
 
 A learner that was killed keeps others out for `seconds` at most, so the next one waits that long before it gives up.
-One that was stopped for longer and comes back finds its writes fenced off.
+One that was stopped for longer and comes back finds its writes to the database fenced off, and is interrupted: it
+must not go on to write files where another learner works.
 """
 
+import _thread
 import math
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -63,6 +66,7 @@ def _renew(data_dir: Path, lease: Lease, seconds: float, stop: threading.Event) 
                 # Locked for long, say by a rewrite, or a full disk: the lease may hold until that is over.
                 wait = min(AGAIN_SECONDS, seconds / 3)
     except ServiceError:
-        return  # Lost: the round's next write is refused and says so.
+        # Lost. The round ends as one that is asked to stop; its last write is refused and says so.
+        _thread.interrupt_main(signal.SIGTERM)
     finally:
         store.close()

@@ -13,6 +13,7 @@ from server.erasing import REPORT, keeping, sweep
 from server.errors import FailedPreconditionError
 from server.records import Round
 from server.samples import read_samples
+from server.shared.whole_file import whole_file
 from server.store import FeedbackStore
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -38,7 +39,8 @@ def write_report(data_dir: Path, round_id: str | None = None) -> list[Path]:
     page = directory / REPORT
     with keeping(data_dir):
         answers = [asdict(sample) for sample in islice(read_samples(data_dir, round_), SHOWN)]
-        page.write_text(render(round_, picture if drawn else None, answers), encoding="utf-8")
+        with whole_file(page) as file:
+            file.write(render(round_, picture if drawn else None, answers))
     # What it quotes may have been deleted meanwhile, and with that the whole page goes.
     sweep(data_dir)
     return [picture, page] if drawn else [page]

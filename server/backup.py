@@ -33,8 +33,6 @@ def back_up(data_dir: Path, destination: Path) -> list[str]:
         try:
             staging = new_staging(destination)
             try:
-                # It holds what users said, and ends up on other disks.
-                staging.chmod(0o700)
                 damaged = _copy(store, data_dir, staging)
                 publish(staging, destination)
             finally:

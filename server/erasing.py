@@ -46,6 +46,10 @@ def sweep(data_dir: Path) -> None:
         for path in now.parent.glob("*"):
             if path != now:
                 _remove(path)
+        # What a killed writer left half; none writes now.
+        for path in data_dir.glob("rounds/*/.*.partial"):
+            if path.is_file():
+                path.unlink()
         for path in data_dir.glob(f"rounds/*/{ANSWERS}"):
             lines = path.read_bytes().splitlines(keepends=True)
             named = [(match := LINE.match(line)) and match[1] for line in lines]

@@ -5,10 +5,12 @@ synced, then one rename makes it visible. `verify` refuses a directory without a
 missing, added or changed, and with any pickle.
 """
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,11 +101,12 @@ def publish(staging: Path, final: Path) -> None:
 
 
 def new_staging(final: Path) -> Path:
-    """An empty sibling of `final` to fill; what a killed process left there is removed first."""
-    staging = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
+    """An empty sibling of `final` to fill; what a killed process left there is removed first. Nobody else's: a process
+    that was stopped and goes on writes into what is gone."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(f".{glob.escape(final.name)}.*partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
 
 
 def _files(directory: Path) -> list[str]:

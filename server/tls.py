@@ -1,20 +1,25 @@
 """TLS for the server: certificates that may be renewed while it runs.
 
-Every handshake looks whether the files changed. A certificate without its key, which renewing leaves for a moment, is
-not taken: the pair before serves on.
+Every handshake looks whether the files changed. A certificate without its key, which renewing leaves for a moment, or
+one that is out of its time is not taken: the pair before serves on.
 """
 
 import logging
 import ssl
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography import x509
 
 from server.errors import ServiceError
 
 log = logging.getLogger(__name__)
+
+# When to say that a certificate ends.
+SOON = timedelta(days=7)
 
 
 class Certificates:
@@ -30,7 +35,7 @@ class Certificates:
         """Raises ServiceError where the files are no certificate and its key."""
         try:
             first = self._load()
-        except (OSError, ssl.SSLError) as error:
+        except (OSError, ValueError) as error:
             raise ServiceError(f"The TLS certificate and its key cannot be used: {error}.") from error
         return grpc.dynamic_ssl_server_credentials(
             first, self._renewed, require_client_authentication=bool(self._client_ca)
@@ -40,7 +45,7 @@ class Certificates:
         """The new configuration; None, which keeps the present one, where nothing changed."""
         try:
             return self._load() if self._state() != self._read else None
-        except (OSError, ssl.SSLError) as error:
+        except (OSError, ValueError) as error:
             log.warning("the new TLS certificate cannot be used, the one before it stays: %s", error)
             return None
 
@@ -52,6 +57,7 @@ class Certificates:
         context.load_cert_chain(certificate, key)
         for path in client_ca:
             context.load_verify_locations(path)
+        _check_time(certificate)
         chain = [(key.read_bytes(), certificate.read_bytes())]
         roots = client_ca[0].read_bytes() if client_ca else None
         self._read = state
@@ -59,3 +65,15 @@ class Certificates:
 
     def _state(self) -> list[tuple[int, int, int]]:
         return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in (path.stat() for path in self._paths)]
+
+
+def _check_time(certificate: Path) -> None:
+    """Raises ValueError where no client would take the certificate today."""
+    first = x509.load_pem_x509_certificate(certificate.read_bytes())
+    now = datetime.now(UTC)
+    if now > first.not_valid_after_utc:
+        raise ValueError(f"it expired on {first.not_valid_after_utc:%Y-%m-%d}")
+    if now < first.not_valid_before_utc:
+        raise ValueError(f"it is not valid before {first.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
+    if first.not_valid_after_utc - now < SOON:
+        log.warning("the TLS certificate expires on %s: renew it", f"{first.not_valid_after_utc:%Y-%m-%d}")

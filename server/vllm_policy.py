@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from server.ids import new_id
+from server.manifest import verify
 from server.metrics import SWAP_SECONDS
 from server.policy import Sampling, SwapError
 from server.pulse import Pulse, complaint
@@ -261,6 +262,8 @@ class VllmPolicy:
         self._admitted.clear()
         await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
         log.warning("starting the engine again")
+        # Checked when it was first read, days ago perhaps.
+        await asyncio.to_thread(verify, self._reference)
         await self._start_engine_whole()
         self._spare = None
         try:
@@ -275,6 +278,7 @@ class VllmPolicy:
             self._admitted.set()
             return
         try:
+            await asyncio.to_thread(verify, self._directory)
             await self._swap(self._version, self._directory)
         except Exception:
             self._version, self._directory = REFERENCE, self._reference

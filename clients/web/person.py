@@ -42,9 +42,14 @@ class Doorkeeper:
     default_name: str | None
     secure: bool
 
+    @property
+    def _key(self) -> str:
+        # With this prefix no page of a sibling's name can set it, and sign the reader in as somebody else.
+        return f"__Host-{KEY}" if self.secure else KEY
+
     async def enter(self, request: Request) -> Person:
         """Whoever sent this. Raises NotAllowedError where the server does not know them."""
-        key = request.cookies.get(KEY)
+        key = request.cookies.get(self._key)
         name = None if key else request.cookies.get(NAME) or self.default_name
         try:
             client = self.client.acting_as(api_key=key, user=name)
@@ -68,12 +73,12 @@ class Doorkeeper:
         await self._known(self.client.acting_as(api_key=key) if key else self.client.acting_as(user=name))
         self.sign_out(response)
         response.set_cookie(
-            KEY if key else NAME, key or name, MONTH_SECONDS, secure=self.secure, httponly=True, samesite="lax"
+            self._key if key else NAME, key or name, MONTH_SECONDS, secure=self.secure, httponly=True, samesite="lax"
         )
 
     def sign_out(self, response: Response) -> None:
         """Forgets whoever it was."""
-        for cookie in (KEY, NAME):
+        for cookie in (self._key, NAME):
             response.delete_cookie(cookie, secure=self.secure, httponly=True, samesite="lax")
 
     async def _known(self, client: AsyncClient) -> Person:

@@ -1,5 +1,7 @@
+import re
 import uuid
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -19,10 +21,11 @@ from clients import (
     TimedOutError,
     Tls,
     UnavailableError,
+    UntrustedError,
 )
 from clients.channel import channel_options, is_loopback, open_channel
 from tests.clients.conftest import WAIT_SECONDS, FakeService, serving, status
-from tests.pem import make_pem
+from tests.pem import Pem, make_pem
 
 
 def test_a_chat_is_started_deltas_and_finished(client: Client) -> None:
@@ -200,9 +203,77 @@ def test_a_server_with_tls_is_known_by_its_certificate(tmp_path: Path, service: 
         address = f"localhost:{port}"
         with Client(address, tls=Tls(pair[1], certificate, key)) as client:
             client.check()
-        for tls in (Tls(pair[1]), Tls(other.certificate.read_bytes(), certificate, key), None):
-            with Client(address, tls=tls, timeout=WAIT_SECONDS) as client, pytest.raises(UnavailableError):
+        # No certificate of one's own, and no TLS at all: the server hangs up, as one that goes down may.
+        hung_up = (
+            f"The server at {address} ends the connection at once: it may be going down, or want TLS (--ca) or a "
+            "certificate of yours (--cert)."
+        )
+        for tls in (Tls(pair[1]), Tls(pair[1], other.certificate.read_bytes(), other.key.read_bytes()), None):
+            with Client(address, tls=tls, timeout=WAIT_SECONDS) as client, pytest.raises(UnavailableError) as error:
                 client.check()
+            assert str(error.value) == hung_up
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "trusted", "said"),
+    [
+        ("expired", {"days": (-9, -1)}, "expired", "has expired; whoever runs it has to renew it."),
+        ("early", {"days": (1, 9)}, "early", "is not valid yet; is the clock right here?"),
+        (
+            "elsewhere",
+            {"host": "elsewhere.example"},
+            "elsewhere",
+            "was made for another name; connect by the name that it was made for.",
+        ),
+        (
+            "own",
+            {},
+            "other",
+            "is signed by nobody whom this system trusts; give the certificate of who signed it with --ca.",
+        ),
+    ],
+)
+def test_certificates_that_do_not_fit_are_a_sentence_at_once(
+    tmp_path: Path, service: FakeService, name: str, made: Any, trusted: str, said: str
+) -> None:
+    pem = make_pem(tmp_path, name, **made)
+    authority = pem if name == trusted else make_pem(tmp_path, trusted)
+    credentials = grpc.ssl_server_credentials([(pem.key.read_bytes(), pem.certificate.read_bytes())])
+    with serving(service, credentials) as port:
+        assert untrusted(port, authority) == f"The certificate of the server at localhost:{port} {said}"
+
+
+def test_a_server_without_tls_is_a_sentence_at_once(tmp_path: Path, service: FakeService) -> None:
+    with serving(service) as port:
+        found = untrusted(port, make_pem(tmp_path, "other"))
+        assert found == f"The server at localhost:{port} was asked for TLS and speaks without."
+
+
+def untrusted(port: int, authority: Pem) -> str:
+    """What a call says, which would wait for minutes for a server that is away."""
+    waits: list[Any] = []
+    tls = Tls(authority.certificate.read_bytes())
+    with Client(f"localhost:{port}", tls=tls, user="ana", on_wait=lambda *wait: waits.append(wait)) as client:
+        with pytest.raises(UntrustedError) as error:
+            client.caller()
+        with pytest.raises(UntrustedError):
+            client.wait_until_serving(timeout=600)
+    assert waits == []
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"ca": b"rubbish"}, "ca holds no certificate in PEM."),
+        ({"ca": b"-----BEGIN PRIVATE KEY-----"}, "ca holds no certificate in PEM."),
+        ({"certificate": b"", "key": b""}, "certificate holds no certificate in PEM."),
+        ({"key": b"-----BEGIN CERTIFICATE-----"}, "key holds no private key in PEM."),
+    ],
+)
+def test_what_is_no_pem_is_refused(given: dict[str, bytes], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        Tls(**given)
 
 
 def test_nothing_is_sent_in_the_clear_beyond_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

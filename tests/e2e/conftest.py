@@ -51,9 +51,9 @@ class LiveServer:
             [sys.executable, "-m", "server.cli", "serve", "--data-dir", str(self.data_dir), "--port", "0"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         )  # fmt: skip
-        lines: Queue[str] = Queue()
-        threading.Thread(target=self._read, args=(lines,), daemon=True).start()
-        self.address = self._wait_until_serving(lines)
+        self._lines: Queue[str] = Queue()
+        threading.Thread(target=self._read, args=(self._lines,), daemon=True).start()
+        self.address = self._wait_until_serving(self._lines)
         self.channel = grpc.insecure_channel(self.address)
         self.chat = chat_pb2_grpc.ChatServiceStub(self.channel)
         self.feedback = feedback_pb2_grpc.FeedbackServiceStub(self.channel)
@@ -64,6 +64,11 @@ class LiveServer:
         self.channel.close()
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_SECONDS)
+
+    def hear(self, part: str) -> None:
+        """Returns once it says a line with `part`, which it did not before it served."""
+        while part not in self._lines.get(timeout=START_SECONDS):
+            pass
 
     def kill(self) -> list[int]:
         """SIGKILL; the processes below it as descriptors, which turn readable when they end."""

@@ -166,6 +166,16 @@ def test_swapping_there_and_back_restores_the_answers(live: LiveServer) -> None:
     assert ask(live, "Why is the sky blue?", temperature=0, max_tokens=24)[1] == before
 
 
+def engine(live: LiveServer) -> int:
+    """Its engine's process."""
+    [found] = [
+        pid
+        for pid in children(live.process.pid)
+        if "EngineCor" in Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")
+    ]
+    return found
+
+
 def reason_of(live: LiveServer, version: str) -> str:
     listed = live.policies.ListPolicies(policy_pb2.ListPoliciesRequest(), timeout=10).policies
     [found] = [policy for policy in listed if policy.version == version]
@@ -213,13 +223,8 @@ def test_an_engine_that_dies_or_hangs_comes_back_with_what_it_served(
     watching = health_pb2_grpc.HealthStub(live.channel).Watch(health_pb2.HealthCheckRequest(), timeout=240)
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     assert next(watching).status == serving
-    [engine] = [
-        pid
-        for pid in children(live.process.pid)
-        if "EngineCor" in Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")
-    ]
     struck = time.monotonic()
-    os.kill(engine, blow)
+    os.kill(engine(live), blow)
     with pytest.raises(grpc.RpcError) as error:
         list(call)
     assert error.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -234,6 +239,23 @@ def test_an_engine_that_dies_or_hangs_comes_back_with_what_it_served(
     started, after, _ = ask(live, "Name three colours.", temperature=0, max_tokens=24)
     assert (after, started.policy_version) == (before, version)
     activate(live, "v0000")
+
+
+def test_an_engine_that_starts_again_takes_no_weights_that_rotted_meanwhile(live: LiveServer) -> None:
+    before = ask(live, "Name three colours.", temperature=0, max_tokens=24)[1]
+    version = make_version(live.data_dir, negate_norm)
+    activate(live, version)
+    weights = live.data_dir / "policies" / version / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    os.kill(engine(live), signal.SIGKILL)
+    live.hear(f"{version} cannot be served, v0000 serves on")
+    started, after, _ = ask(live, "Name three colours.", temperature=0, max_tokens=24)
+    assert (after, started.policy_version) == (before, "v0000")
+    assert f"{version}/model.safetensors does not have the SHA-256" in reason_of(live, version)
 
 
 def test_what_happened_is_in_the_metrics(live: LiveServer) -> None:

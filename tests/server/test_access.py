@@ -290,6 +290,44 @@ async def test_mutual_tls_wants_a_certificate_of_the_client(tmp_path: Path) -> N
                 assert await healthy(channel) is welcome
 
 
+async def test_a_certificate_of_a_client_that_is_out_of_its_time_is_refused(tmp_path: Path) -> None:
+    server, expired = make_pem(tmp_path, "server"), make_pem(tmp_path, "expired", days=(-10, -1))
+    tls = {"tls_cert": server.certificate, "tls_key": server.key, "tls_client_ca": expired.certificate}
+    async with (
+        running_server(tmp_path / "data", **tls) as running,
+        tls_channel(running.app.port, server, expired) as channel,
+    ):
+        assert not await healthy(channel)
+
+
+@pytest.mark.parametrize(
+    ("days", "reason"), [((-10, -1), "it expired on 20"), ((2, 10), "it is not valid before 20")], ids=["over", "early"]
+)
+async def test_a_certificate_that_is_out_of_its_time_is_not_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, days: tuple[float, float], reason: str
+) -> None:
+    good, bad = make_pem(tmp_path, "good"), make_pem(tmp_path, "bad", days=days)
+    with pytest.raises(ServiceError, match=f"certificate and its key cannot be used: {reason}"):
+        Certificates(bad.certificate, bad.key, None).server_credentials()
+    used = Pem(tmp_path / "used.crt", tmp_path / "used.key")
+    shutil.copy(good.certificate, used.certificate)
+    shutil.copy(good.key, used.key)
+    async with running_server(tmp_path / "data", tls_cert=used.certificate, tls_key=used.key) as running:
+        # Renewed by one that no client takes: the one before serves on, and the log says so.
+        os.replace(bad.key, used.key)
+        os.replace(bad.certificate, used.certificate)
+        async with tls_channel(running.app.port, good) as channel:
+            assert await healthy(channel)
+    assert f"the one before it stays: {reason}" in caplog.text
+
+
+def test_a_certificate_that_soon_ends_is_said_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for days, said in ((30, False), (3, True)):
+        soon = make_pem(tmp_path, "soon", days=(-1, days))
+        Certificates(soon.certificate, soon.key, None).server_credentials()
+        assert ("the TLS certificate expires on" in caplog.text) == said
+
+
 def test_files_that_are_no_certificate_are_refused_at_start(tmp_path: Path) -> None:
     good, other = make_pem(tmp_path, "good"), make_pem(tmp_path, "other")
     with pytest.raises(ServiceError, match="certificate and its key cannot be used"):

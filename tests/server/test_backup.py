@@ -245,7 +245,7 @@ def test_a_backup_that_is_ended_leaves_nothing(data_dir: Path, tmp_path: Path, n
     )
     try:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("backups/.copy.partial/policies/.v0001.partial/manifest.json")):
+        while not list(tmp_path.glob("backups/.copy.*.partial/policies/.v0001.*.partial/manifest.json")):
             assert time.monotonic() < deadline
             assert process.poll() is None
         process.send_signal(number)

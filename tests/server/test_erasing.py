@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.database import Database
-from server.erasing import cache_directory, erase, sweep
+from server.erasing import ANSWERS, cache_directory, erase, sweep
 from server.records import Generation, Span
 from server.store import FeedbackStore
 from tests.server.test_forgetting import forget
@@ -139,3 +139,13 @@ def test_features_that_were_read_before_a_deletion_go_with_it(tmp_path: Path) ->
     sweep(tmp_path)
     assert list(before.parent.iterdir()) == [after]
     store.close()
+
+
+def test_what_a_killed_writer_left_half_goes(tmp_path: Path) -> None:
+    FeedbackStore.open(tmp_path).close()
+    folder = tmp_path / "rounds" / "round_1"
+    (folder / ".state-001.x.partial").mkdir(parents=True)
+    (folder / f".{ANSWERS}.partial").write_text("what somebody said", encoding="utf-8")
+    sweep(tmp_path)
+    # A state names nobody, and its learner goes on from others.
+    assert [path.name for path in folder.iterdir()] == [".state-001.x.partial"]

@@ -1,7 +1,11 @@
 """A disk that is full, broken or taken: a clear status, nothing acknowledged that is not kept, and no restart after."""
 
+import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
 from pathlib import Path
@@ -149,3 +153,90 @@ def broken(data_dir: Path, page: int) -> Iterator[None]:
         file.seek((page - 1) * 4096)
         file.write(b"\xff" * 4096)
     yield
+
+
+# In the place of the C library's: fails for as long as a file is there.
+FAILING_FSYNC = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static int sync_or_fail(long call, int fd) {
+    if (access(getenv("FAILING"), F_OK) == 0) { errno = EIO; return -1; }
+    return syscall(call, fd);
+}
+int fsync(int fd) { return sync_or_fail(SYS_fsync, fd); }
+int fdatasync(int fd) { return sync_or_fail(SYS_fdatasync, fd); }
+"""
+UNSYNCED = """
+import asyncio, os, sys
+from pathlib import Path
+import grpc
+from tests.server.conftest import publish_version, running_server
+from tests.server.test_faults import NOT_KEPT, vote
+from tests.server.test_rpcs import chat
+from server.backup import back_up
+from server.errors import DataDirectoryError
+
+async def refused(call):
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        assert error.details() == NOT_KEPT, error
+    else:
+        raise AssertionError("acknowledged")
+
+async def main():
+    failing, data_dir = Path(os.environ["FAILING"]), Path(sys.argv[1])
+    async with running_server(data_dir, poll_seconds=60) as running:
+        started, *_ = await chat(running)
+        response_id = started.started.response_id
+        await vote(running, response_id, "before")
+        for again in range(3):
+            failing.touch()
+            await refused(vote(running, response_id, "not kept"))
+            await refused(chat(running))
+            try:
+                publish_version(data_dir, "v0001")
+            except OSError as error:
+                assert "Input/output error" in str(error)
+            else:
+                raise AssertionError("published")
+            try:
+                back_up(data_dir, data_dir / "copy")
+            except DataDirectoryError as error:
+                assert "Input/output error" in str(error)
+            else:
+                raise AssertionError("backed up")
+            failing.unlink()
+            await vote(running, response_id, f"after {again}")
+        print("went on", flush=True)
+        # Nothing is put away: what is not on disk by now is lost.
+        os._exit(0)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+def test_what_cannot_be_synced_is_not_acknowledged(tmp_path: Path) -> None:
+    (tmp_path / "fsync.c").write_text(FAILING_FSYNC, encoding="utf-8")
+    library = tmp_path / "fsync.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "fsync.c"], check=True, timeout=60)
+    data_dir = tmp_path / "data"
+    result = subprocess.run(
+        [sys.executable, "-c", UNSYNCED, data_dir],
+        env={**os.environ, "LD_PRELOAD": str(library), "FAILING": str(tmp_path / "failing")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
+    with closing(FeedbackStore.open(data_dir)) as store:
+        assert [vote.comment for vote in store.feedback("ann", 10)] == ["after 2"]
+        assert store.watermark() == 4
+        assert len(store.conversations("ann", 10)) == 1
+    assert [path.name for path in (data_dir / "policies").iterdir() if not path.name.startswith(".")] == ["v0000"]
+    assert not (data_dir / "copy").exists()

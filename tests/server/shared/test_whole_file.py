@@ -22,9 +22,14 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
 def test_what_ends_early_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("before", encoding="utf-8")
-    with pytest.raises(SystemExit), whole_file(path) as file:
-        file.write("half")
-        raise SystemExit(143)
+
+    def write() -> None:
+        with whole_file(path) as file:
+            file.write("half")
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        write()
     assert path.read_text(encoding="utf-8") == "before"
     assert os.listdir(tmp_path) == ["out.jsonl"]
 

@@ -21,7 +21,7 @@ from server import convert
 from server.answers import Answers, Begun
 from server.encoding import CHARS_A_TOKEN, encoding
 from server.eraser import Eraser
-from server.errors import FailedPreconditionError, InvalidArgumentError
+from server.errors import InvalidArgumentError, ResourceExhaustedError
 from server.identity import current_user
 from server.limits import Limits
 from server.locks import KeyedLocks
@@ -310,7 +310,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 return None, time.time(), []
             conversation = store.conversation(user, request.conversation_id)
             if store.count_turns(conversation.id) >= self._settings.max_turns:
-                raise FailedPreconditionError("CONVERSATION_FULL", "This conversation is full; start another one.")
+                raise ResourceExhaustedError("CONVERSATION_FULL", "This conversation is full; start another one.")
             return None, conversation.create_time, newest(store, user, conversation.id, chars)
 
         if not request.request_id and not request.conversation_id:

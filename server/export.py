@@ -22,12 +22,14 @@ def export(store: FeedbackStore, user: str) -> Iterator[account_pb2.ExportUserRe
     for vote in in_chunks(lambda last: store.feedback(user, CHUNK, last.event_seq if last else None)):
         if not (vote.response_id or vote.comparison_id):
             yield account_pb2.ExportUserResponse(feedback=convert.feedback(vote))
-    for vote in store.lineage.past_feedback(user):
+    for vote in in_chunks(lambda last: store.lineage.past_feedback(user, CHUNK, last.event_seq if last else 0)):
         yield account_pb2.ExportUserResponse(past_feedback=convert.feedback(vote))
     for key in store.keys.all():
         if key.user == user:
             yield account_pb2.ExportUserResponse(key=convert.key(key))
-    for request in store.requests(user):
+    for request in in_chunks(
+        lambda last: store.requests(user, CHUNK, (last.rpc, last.request_id) if last else ("", ""))
+    ):
         yield account_pb2.ExportUserResponse(repeated_request=convert.repeated_request(request))
     for word in store.quarantine.events(user):
         yield account_pb2.ExportUserResponse(quarantine=convert.quarantine(word))

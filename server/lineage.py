@@ -70,13 +70,14 @@ class Lineage:
         rows = self._db.rows("SELECT * FROM feedback_events WHERE feedback_id = ? ORDER BY seq", [feedback_id])
         return [FeedbackEvent(**row) for row in rows]
 
-    def past_feedback(self, user: str) -> list[Feedback]:
-        """What the user's votes were before they were changed or retracted, oldest first."""
+    def past_feedback(self, user: str, limit: int, after: int = 0) -> list[Feedback]:
+        """What the user's votes were before they were changed or retracted, oldest first; `limit` at most that follow
+        the event of the number `after`."""
         rows = self._db.rows(
             "SELECT feedback_id AS id, seq AS event_seq, user, kind, response_id, comparison_id, value, comment, "
-            "create_time FROM feedback_events e WHERE user = ? AND action = 'submit' AND value IS NOT NULL "
-            "AND NOT EXISTS (SELECT 1 FROM feedback WHERE id = e.feedback_id AND event_seq = e.seq) ORDER BY seq",
-            [user],
+            "create_time FROM feedback_events e WHERE user = ? AND seq > ? AND action = 'submit' AND value IS NOT NULL "
+            "AND NOT EXISTS (SELECT 1 FROM feedback WHERE id = e.feedback_id AND event_seq = e.seq) ORDER BY seq LIMIT ?",
+            [user, after, limit],
         )
         return [Feedback(**row) for row in rows]
 

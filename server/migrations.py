@@ -354,11 +354,12 @@ def m010_uptime(db: Database) -> None:
 
 @migrations()
 def m011_quotas(db: Database) -> None:
-    """The demonstrations that are kept of a user."""
+    """Events by user: the demonstrations that are kept of one, and what the export reads."""
     _run(
         db,
         """
         CREATE INDEX feedback_events_by_demonstrator ON feedback_events (user)
             WHERE kind = 'demonstration' AND value IS NOT NULL;
+        CREATE INDEX feedback_events_by_user ON feedback_events (user, seq);
         """,
     )

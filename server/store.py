@@ -132,10 +132,12 @@ class FeedbackStore:
             [user, rpc, request_id, body_sha256, result, target],
         )
 
-    def requests(self, user: str) -> list[RepeatedRequest]:
-        """Every request_id of the user's that is kept, oldest first."""
+    def requests(self, user: str, limit: int, after: tuple[str, str] = ("", "")) -> list[RepeatedRequest]:
+        """The request_ids of the user's that are kept, by RPC and id; `limit` at most that follow `after`."""
         rows = self._db.rows(
-            "SELECT rpc, request_id, create_time FROM requests WHERE user = ? ORDER BY create_time", [user]
+            "SELECT rpc, request_id, create_time FROM requests WHERE user = ? AND (rpc, request_id) > (?, ?) "
+            "ORDER BY rpc, request_id LIMIT ?",
+            [user, *after, limit],
         )
         return [RepeatedRequest(**row) for row in rows]
 

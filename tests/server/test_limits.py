@@ -152,7 +152,7 @@ async def test_a_conversation_has_an_end(tmp_path: Path) -> None:
         code, message, details = await refusal(
             running.chat.Chat(chat_pb2.ChatRequest(message="hi", conversation_id=conversation), metadata=ANN)
         )
-        assert (code, details) == (grpc.StatusCode.FAILED_PRECONDITION, ["CONVERSATION_FULL"])
+        assert (code, details) == (EXHAUSTED, ["CONVERSATION_FULL"])
         assert message == "This conversation is full; start another one."
 
 

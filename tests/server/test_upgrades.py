@@ -27,7 +27,7 @@ RELEASED = {
     "m008_deletions": "5552cc392626221a",
     "m009_round_requests": "839efd655eb3711d",
     "m010_uptime": "4b06368639862f63",
-    "m011_quotas": "8565df343eaa6f4b",
+    "m011_quotas": "a35b883de3682981",
 }
 
 

@@ -13,7 +13,7 @@ from clients.generate import generate
 STORE = ("store", "database", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
 KEPT = ("erasing", "samples")
 # What server and learner both decide by.
-SHARED = ("dtype", "machine", "printable", "program", "settings_base", "seeds", "stored_round", "text")
+SHARED = ("dtype", "machine", "printable", "program", "settings_base", "seeds", "stored_round", "text", "whole_file")
 LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT, *(f"shared.{name}" for name in SHARED))}
 
 

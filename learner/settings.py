@@ -246,7 +246,7 @@ class LearnerSettings(SettingsBase):
         ge=1,
         description="Versions whose weights are kept beside the reference, the active one and the one before it.",
     )
-    nice: int = Field(2, ge=0, le=19, description="How far a round steps back behind other processes.")
+    nice: int = Field(0, ge=0, le=19, description="How far a round steps back behind other processes.")
     threads: int = Field(0, ge=0, description="Threads of a round's own computing; 0: one for each core.")
     lease_seconds: Positive = Field(30.0, description="How long a killed learner keeps others out.")
     load_timeout_seconds: Positive = Field(

@@ -76,7 +76,8 @@ class Lineage:
         rows = self._db.rows(
             "SELECT feedback_id AS id, seq AS event_seq, user, kind, response_id, comparison_id, value, comment, "
             "create_time FROM feedback_events e WHERE user = ? AND seq > ? AND action = 'submit' AND value IS NOT NULL "
-            "AND NOT EXISTS (SELECT 1 FROM feedback WHERE id = e.feedback_id AND event_seq = e.seq) ORDER BY seq LIMIT ?",
+            "AND NOT EXISTS (SELECT 1 FROM feedback WHERE id = e.feedback_id AND event_seq = e.seq) "
+            "ORDER BY seq LIMIT ?",
             [user, after, limit],
         )
         return [Feedback(**row) for row in rows]

@@ -189,7 +189,7 @@ def test_the_page_has_no_data_and_little_else(compose: Any, deploy: Path) -> Non
 def test_both_units_are_in_the_same_sandbox(deploy: Path) -> None:
     server_unit, learner_unit = (unit(deploy, name) for name in BOTH)
     own = {"Description", "After", "Wants", "ExecStart", "LimitNOFILE"}
-    behind = {"CPUWeight": ["64"], "IOWeight": ["10"], "Nice": ["2"], "OOMScoreAdjust": ["500"]}
+    behind = {"IOWeight": ["10"], "OOMScoreAdjust": ["500"]}
     assert {k: v for k, v in learner_unit.items() if k not in own} == {
         **{k: v for k, v in server_unit.items() if k not in own},
         **behind,

@@ -114,11 +114,18 @@ def exposed(app: App, settings: ServerSettings, say: Callable[[str], None]) -> I
 
 
 def make_policy(settings: ServerSettings, dtype: DtypeName, directory: Path) -> VllmPolicy:
-    """An engine with the reference in `directory`, and what swaps versions in it."""
+    """An engine with the reference in `directory`, and what swaps versions in it. Raises ServiceError where the engine
+    cannot start; vLLM writes why to standard error."""
     start = partial(start_engine, settings, dtype, directory)
-    if settings.serve_adapters:
-        return AdapterPolicy(start, directory, dtype)
-    return VllmPolicy(start, directory, dtype, keep_kv=settings.keep_kv_on_swap)
+    try:
+        if settings.serve_adapters:
+            return AdapterPolicy(start, directory, dtype)
+        return VllmPolicy(start, directory, dtype, keep_kv=settings.keep_kv_on_swap)
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        raise ServiceError(
+            f"The engine could not start ({error or type(error).__name__}); what vLLM said of it is above. Where it is "
+            f"memory: PREFLOOP_KV_CACHE_GIB is {settings.kv_cache_gib}, and `server doctor` says what this machine has."
+        ) from error
 
 
 def _prepare(settings: ServerSettings, say: Callable[[str], None]) -> Path:

@@ -126,4 +126,4 @@ def test_openmp_is_told_how_to_wait_before_torch_brings_it() -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "False 1000\n"
+    assert done.stdout == "False 100\n"

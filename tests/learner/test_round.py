@@ -100,7 +100,8 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     first = report.metrics["ppo"]["steps"][0]
     assert first["kl"] == pytest.approx(0, abs=1e-5)
     assert first["first_ratio_error"] < 1e-5
-    assert report.metrics["ppo"]["steps"][1]["kl"] > 1e-4
+    # Of sixteen answers it may come out below nought; it is of another policy.
+    assert abs(report.metrics["ppo"]["steps"][1]["kl"]) > 1e-4
     assert list((data_dir / "rounds" / str(report.round_id)).glob("events.out.tfevents*"))
     assert json.loads((data_dir / "rounds" / str(report.round_id) / "report.json").read_text())["state"] == "promoted"
 
@@ -222,7 +223,8 @@ def test_two_opponents_that_are_one_version_are_judged_alike(data_dir: Path, mon
 
 
 def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir: Path) -> None:
-    ppo = settings(data_dir).ppo.model_copy(update={"kl_budget": 1e-5})
+    # A step so long that a KL estimated on sixteen answers is sure to be above nought.
+    ppo = settings(data_dir).ppo.model_copy(update={"kl_budget": 1e-5, "learning_rate": 3e-2})
     report = run(data_dir, ppo=ppo)
     assert report.state == "rejected"
     assert "ended at step 1 without a candidate: the KL went over its budget" in report.sentence

@@ -10,6 +10,7 @@ import pytest
 
 from server import process
 from server.errors import ServiceError
+from server.settings import ServerSettings
 
 SECONDS = 30
 # More connections than the process may have files open; whoever was there first goes on.
@@ -67,3 +68,16 @@ def test_a_process_without_room_for_connections_is_told(monkeypatch: pytest.Monk
     monkeypatch.setattr(process, "allow_open_files", lambda most: 200)
     with pytest.raises(ServiceError, match=r"may have 200 files open \(`ulimit -Hn`\), and needs more than 200"):
         process.connections_that_fit(2_000)
+
+
+def test_an_engine_that_cannot_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def start(settings: ServerSettings, dtype: str, directory: Path) -> None:
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+    monkeypatch.setattr(process, "start_engine", start)
+    with pytest.raises(ServiceError) as error:
+        process.make_policy(ServerSettings(kv_cache_gib=64), "float32", tmp_path)
+    assert str(error.value) == (
+        "The engine could not start (Engine core initialization failed. See root cause above.); what vLLM said of it "
+        "is above. Where it is memory: PREFLOOP_KV_CACHE_GIB is 64, and `server doctor` says what this machine has."
+    )

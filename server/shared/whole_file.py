@@ -16,7 +16,12 @@ def whole_file(path: Path) -> Iterator[TextIO]:
         return
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        opened = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        # By the name that was asked for.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    try:
+        with opened as file:
             yield file
         partial.replace(path)
     finally:

@@ -42,8 +42,8 @@ class UnavailableError(PrefloopError):
 
 
 class UntrustedError(PrefloopError):
-    """The two ends cannot agree on an encrypted connection: a certificate, or TLS itself, is not what the other end
-    expects. Trying again will not help."""
+    """The server's certificate is not one to trust: it has expired, is for another name, or is signed by nobody known.
+    Trying again does not help before that is mended."""
 
 
 class TimedOutError(PrefloopError):
@@ -93,14 +93,15 @@ KINDS: dict[grpc.StatusCode, type[PrefloopError]] = {
 }
 
 
+UNTRUSTED = ("certificate has expired", "Hostname Verification Check failed", "CERTIFICATE_VERIFY_FAILED")
 # What the transport says of a handshake that failed, the special before the general.
 HANDSHAKES = {
     "certificate has expired": "The certificate of the server at {} has expired; whoever runs it has to renew it.",
     "certificate is not yet valid": "The certificate of the server at {} is not valid yet; is the clock right here?",
     "Hostname Verification Check failed": "The certificate of the server at {} was made for another name; connect by "
     "the name that it was made for.",
-    "CERTIFICATE_VERIFY_FAILED": "The certificate of the server at {} is signed by nobody whom this system trusts; "
-    "give the certificate of who signed it with --ca.",
+    "CERTIFICATE_VERIFY_FAILED": "The certificate of the server at {} is signed by nobody who is known here; give the "
+    "certificate of who signed it with --ca.",
     "WRONG_VERSION_NUMBER": "The server at {} was asked for TLS and speaks without.",
     "Tls handshake failed": "The server at {} and this program agree on no encrypted connection.",
 }
@@ -114,7 +115,9 @@ def from_rpc_error(error: grpc.RpcError, address: str, *, heard: bool = False) -
     status = _rich_status(error)
     message = (status.message if status else "") or error.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE and status is None and (sentence := _handshake_sentence(message, address)):
-        return UntrustedError(sentence, code=code)
+        # What may pass, a proxy that starts say, is waited for.
+        untrusted = any(words in message for words in UNTRUSTED)
+        return UntrustedError(sentence, code=code) if untrusted else UnavailableError(sentence, code=code)
     if code is grpc.StatusCode.UNAVAILABLE and status is None and _is_transport(message):
         message = _connection_sentence(address, message, heard)
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED and status is None:

@@ -34,14 +34,21 @@ def learner_lease(
     if lease is None:
         yield None
         return
-    stop = threading.Event()
-    thread = threading.Thread(target=_renew, args=(data_dir, lease, seconds, stop), daemon=True)
+    stop, lost = threading.Event(), list[ServiceError]()
+    thread = threading.Thread(target=_renew, args=(data_dir, lease, seconds, stop, lost), daemon=True)
     thread.start()
     try:
-        yield lease
+        try:
+            yield lease
+        finally:
+            stop.set()
+            thread.join()
+    except KeyboardInterrupt:
+        # Wherever the interruption found it.
+        if lost:
+            raise lost[0] from None
+        raise
     finally:
-        stop.set()
-        thread.join()
         store.registry.release_lease(lease)
 
 
@@ -54,7 +61,7 @@ def _acquire(store: FeedbackStore, holder: str, seconds: float, wait: bool) -> L
     return lease
 
 
-def _renew(data_dir: Path, lease: Lease, seconds: float, stop: threading.Event) -> None:
+def _renew(data_dir: Path, lease: Lease, seconds: float, stop: threading.Event, lost: list[ServiceError]) -> None:
     store = FeedbackStore.open(data_dir)  # A connection belongs to one thread.
     try:
         wait = seconds / 3
@@ -65,8 +72,8 @@ def _renew(data_dir: Path, lease: Lease, seconds: float, stop: threading.Event) 
             except DatabaseError:
                 # Locked for long, say by a rewrite, or a full disk: the lease may hold until that is over.
                 wait = min(AGAIN_SECONDS, seconds / 3)
-    except ServiceError:
-        # Lost. The round ends as one that is asked to stop; its last write is refused and says so.
+    except ServiceError as error:
+        lost.append(error)
         _thread.interrupt_main(signal.SIGTERM)
     finally:
         store.close()

@@ -20,10 +20,12 @@ TENSORS, FIGURES = "optimizer.safetensors", "figures.json"
 def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam) -> None:
     """Writes the state after `len(figures)` steps."""
     final = directory / f"state-{len(figures):03d}"
-    staging = new_staging(final)
-    save_file(optimizer.state(), staging / TENSORS)
-    (staging / FIGURES).write_text(json.dumps(figures), encoding="utf-8")
-    publish(staging, final)
+    # There already where a learner that was stopped woke and went on to here: it computed the same.
+    if not final.exists():
+        staging = new_staging(final)
+        save_file(optimizer.state(), staging / TENSORS)
+        (staging / FIGURES).write_text(json.dumps(figures), encoding="utf-8")
+        publish(staging, final)
     drop_states(directory, but=final)
 
 

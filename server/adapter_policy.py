@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from server.errors import ManifestError
+from server.manifest import verify
 from server.policy import SwapError
 from server.records import Span
 from server.registry import REFERENCE
@@ -56,7 +58,13 @@ class AdapterPolicy(VllmPolicy):
         log.info("new answers come from %s", version)
 
     async def _make_spare(self) -> None:
-        """No weights are exchanged."""
+        """No weights are exchanged. Adapters that answered before are checked again."""
+        for version, directory in list(self._directories.items()):
+            try:
+                await asyncio.to_thread(verify, directory)
+            except ManifestError as error:
+                log.error("%s answers no more: %s", version, error)
+                del self._directories[version]
 
     def _adapter(self, version: str) -> Any:
         if version == REFERENCE:

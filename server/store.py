@@ -54,7 +54,7 @@ from server.registry import Registry
 from server.round_requests import RoundRequests
 
 TITLE_CHARACTERS = 60
-# Of votes on one answer or pair: each change is an event that is kept.
+# Of votes, corrections and retractions on one answer or pair together: each is an event that is kept.
 MOST_EVENTS = 1_000
 # SQLite binds at most 32,766 parameters; a page of ids stays far below.
 IDS_PER_QUERY = 500
@@ -722,7 +722,7 @@ class FeedbackStore:
                 [user, comparison_id],
             )
         if found[0]["events"] >= MOST_EVENTS:
-            sentence = f"What you think of this was said and changed {MOST_EVENTS} times; it stays as it is."
+            sentence = f"You have voted {MOST_EVENTS} times on this answer, changes counted; no more is taken."
             raise ResourceExhaustedError("VOTE_CHANGES", sentence)
         return found[0]["now"], found[0]["old"]
 

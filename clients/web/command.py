@@ -16,18 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 
 from clients.channel import Tls, is_loopback
 from clients.web.app import make_app
 from clients.web.certificate import serving_context
+from clients.web.connections import BoundedProtocol
 
 LEARNER = ["learner.cli", "schedule", "--on-request"]
 # Longer than a server's grace (PREFLOOP_GRACE_SECONDS, 30) and than a learner waits for its round (60).
 STOP_SECONDS = 75
 # Open pages follow their answers for ever.
 GRACE_SECONDS = 3
-# Of browsers at once; more are told to come later. A process may have 1,024 files open unless it is told otherwise.
-CONNECTIONS = 800
+HEADER_BYTES = 64 * 1024
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 # Every address of a machine: to be listened on, not to be found at.
 ANYWHERE = ("0.0.0.0", "[::]")
@@ -60,16 +61,7 @@ def run(page: Page, address: str, default_name: str, tls: Tls | None, *, serve: 
         secure=page.strangers,
         tls=tls,
     )
-    config = uvicorn.Config(
-        app,
-        # The other parser keeps whatever is sent as headers, a GiB of it; this one 64 KiB.
-        http="h11",
-        limit_concurrency=CONNECTIONS,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
+    config = server_config(app)
     config.load()
     if page.cert and page.key:
         try:
@@ -91,6 +83,20 @@ def run(page: Page, address: str, default_name: str, tls: Tls | None, *, serve: 
         print(f"chat on {url(page, listening.getsockname()[1])}", flush=True)
         server.run(sockets=[listening])
     sys.exit(next((status for status in ended if status), 0))
+
+
+def server_config(app: Starlette) -> uvicorn.Config:
+    """How the page is served."""
+    return uvicorn.Config(
+        app,
+        # uvicorn's other parser keeps whatever is sent as headers, a GiB of it.
+        http=BoundedProtocol,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
 
 
 def check(page: Page, address: str) -> None:

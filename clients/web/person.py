@@ -78,7 +78,8 @@ class Doorkeeper:
 
     def sign_out(self, response: Response) -> None:
         """Forgets whoever it was."""
-        for cookie in (self._key, NAME):
+        # KEY itself may be there from an earlier release.
+        for cookie in {self._key, KEY, NAME}:
             response.delete_cookie(cookie, secure=self.secure, httponly=True, samesite="lax")
 
     async def _known(self, client: AsyncClient) -> Person:

@@ -14,9 +14,7 @@ def run(name: str, command: Callable[[], object]) -> None:
     """Runs the command. What goes wrong with its surroundings is one sentence, and exit status 1; told to end, it takes
     away what it has half made."""
     begin()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _leave)
+    signal.signal(signal.SIGTERM, _leave)
     try:
         command()
     except Exception as error:
@@ -41,6 +39,8 @@ def begin() -> None:
 
 
 def _leave(number: int, frame: object) -> None:
+    # A second one would interrupt what the first one has tidied up.
+    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 

@@ -229,7 +229,7 @@ def test_a_server_with_tls_is_known_by_its_certificate(tmp_path: Path, service: 
             "own",
             {},
             "other",
-            "is signed by nobody whom this system trusts; give the certificate of who signed it with --ca.",
+            "is signed by nobody who is known here; give the certificate of who signed it with --ca.",
         ),
     ],
 )
@@ -243,10 +243,15 @@ def test_certificates_that_do_not_fit_are_a_sentence_at_once(
         assert untrusted(port, authority) == f"The certificate of the server at localhost:{port} {said}"
 
 
-def test_a_server_without_tls_is_a_sentence_at_once(tmp_path: Path, service: FakeService) -> None:
-    with serving(service) as port:
-        found = untrusted(port, make_pem(tmp_path, "other"))
-        assert found == f"The server at localhost:{port} was asked for TLS and speaks without."
+def test_a_server_without_tls_is_a_sentence(tmp_path: Path, service: FakeService) -> None:
+    tls = Tls(make_pem(tmp_path, "other").certificate.read_bytes())
+    with (
+        serving(service) as port,
+        Client(f"localhost:{port}", tls=tls, user="ana", patience=0) as client,
+        pytest.raises(UnavailableError) as error,
+    ):
+        client.caller()
+    assert str(error.value) == f"The server at localhost:{port} was asked for TLS and speaks without."
 
 
 def untrusted(port: int, authority: Pem) -> str:

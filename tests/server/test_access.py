@@ -321,11 +321,20 @@ async def test_a_certificate_that_is_out_of_its_time_is_not_served(
     assert f"the one before it stays: {reason}" in caplog.text
 
 
-def test_a_certificate_that_soon_ends_is_said_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_certificate_that_soon_ends_is_said_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for days, said in ((30, False), (3, True)):
         soon = make_pem(tmp_path, "soon", days=(-1, days))
-        Certificates(soon.certificate, soon.key, None).server_credentials()
+        served = Certificates(soon.certificate, soon.key, None)
+        served.server_credentials()
         assert ("the TLS certificate expires on" in caplog.text) == said
+    # A server that has run since it was new says so, too, with the handshakes of a later day, once.
+    caplog.clear()
+    monkeypatch.setattr(served, "_said", None)
+    for _ in range(3):
+        assert served._renewed() is None
+    assert caplog.text.count("the TLS certificate expires on") == 1
 
 
 def test_files_that_are_no_certificate_are_refused_at_start(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_place_that_cannot_be_written_is_no_damage(
     assert not (tmp_path / "copy").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_backup_that_is_ended_leaves_nothing(data_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
     copy = tmp_path / "backups" / "copy"
     # It waits where it is about to give a version its name.

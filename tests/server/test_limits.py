@@ -192,7 +192,7 @@ async def test_what_is_kept_of_a_user_has_limits(tmp_path: Path, monkeypatch: py
             await running.feedback.SubmitThumb(up, metadata=ANN)
         code, message, details = await refusal(running.feedback.SubmitThumb(up, metadata=ANN))
         assert (code, details) == (EXHAUSTED, ["VOTE_CHANGES"])
-        assert message == "What you think of this was said and changed 3 times; it stays as it is."
+        assert message == "You have voted 3 times on this answer, changes counted; no more is taken."
 
 
 async def test_a_repeated_request_is_answered_also_where_there_is_no_room(tmp_path: Path) -> None:

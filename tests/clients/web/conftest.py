@@ -19,6 +19,7 @@ import uvicorn
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request, async_playwright, expect
 
 from clients.web.app import make_app
+from clients.web.command import server_config
 from clients.web.person import KEY, NAME
 from tests.server.conftest import Running, running_server
 
@@ -80,7 +81,9 @@ async def serving_page(address: str, port: int = 0, **options: Any) -> AsyncIter
     """The page's own server, until the block ends."""
     listening = socket.create_server(("127.0.0.1", port))
     app = make_app(address, **{"hosts": ["127.0.0.1"], "default_name": "ann", **options})
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    config = server_config(app)
+    config.timeout_graceful_shutdown = 1
+    server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve(sockets=[listening]))
     while not server.started:
         await asyncio.sleep(0.01)

@@ -11,6 +11,7 @@ import pytest_asyncio
 from playwright.async_api import expect
 from prefloop.v1 import account_pb2
 
+from clients.web import connections
 from clients.web.person import KEY
 from tests.clients.web.conftest import Site, serving_page, together
 from tests.clients.web.test_chat import ask, good
@@ -79,6 +80,51 @@ async def test_our_own_forms_are_taken(http: httpx.AsyncClient) -> None:
     for headers in ({"sec-fetch-site": "same-origin"}, {"origin": str(http.base_url).rstrip("/")}, {}):
         response = await http.post("/messages", data={"message": "hello"}, headers=headers)
         assert response.status_code == 303, headers
+
+
+async def nothing_more(reader: asyncio.StreamReader) -> bool:
+    """Whether the other end has hung up."""
+    try:
+        return await asyncio.wait_for(reader.read(), 20) == b""
+    except ConnectionError:
+        return True
+
+
+async def test_a_connection_too_many_is_closed_and_the_others_go_on(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "CONNECTIONS", 3)
+    async with serving_page(f"127.0.0.1:{running.app.port}") as port:
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
+        assert [await nothing_more(reader) for reader, _ in opened[3:]] == [True, True]
+        reader, writer = opened[0]
+        writer.write(b"GET /static/page.css HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        for _, writer in opened:
+            writer.close()
+
+
+async def test_headers_that_do_not_come_in_time_end_a_connection(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEADERS_SECONDS", 0.2)
+    async with serving_page(f"127.0.0.1:{running.app.port}") as port:
+        for begun in (b"", b"GET / HTTP/1.1\r\nHost: 127"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(begun)
+            assert await nothing_more(reader)
+            writer.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "end", "status"), [(40_000, b"\r\n\r\n", b"200 OK"), (100_000, b"", b"400 Bad Request")]
+)
+async def test_headers_have_a_size(running: Running, size: int, end: bytes, status: bytes) -> None:
+    async with serving_page(f"127.0.0.1:{running.app.port}") as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /static/page.css HTTP/1.1\r\nHost: 127.0.0.1\r\nx: " + b"x" * size + end)
+        assert await reader.readline() == b"HTTP/1.1 " + status + b"\r\n"
+        writer.close()
 
 
 @pytest.mark.parametrize("kind", ["data", "files"])
@@ -192,7 +238,7 @@ async def test_where_strangers_can_come_nobody_enters_without_a_key(running: Run
     """The server behind believes everybody on its own machine, and so it would believe us."""
     address = f"127.0.0.1:{running.app.port}"
     async with serving_page(address, default_name=None, secure=True) as port, asking(port) as http:
-        for cookies in ({}, {"prefloop_name": "ann"}, {KEY: "key_any.thing"}):
+        for cookies in ({}, {"prefloop_name": "ann"}, {f"__Host-{KEY}": "key_any.thing"}, {KEY: "key_any.thing"}):
             http.cookies.clear()
             http.cookies.update(cookies)
             answers = [(await http.get("/")), (await http.post("/messages", data={"message": "hello"}))]

@@ -37,3 +37,12 @@ def test_what_ends_early_leaves_what_was_there(tmp_path: Path) -> None:
 def test_what_is_no_file_is_written_as_it_comes() -> None:
     with whole_file(Path(os.devnull)) as file:
         file.write("gone")
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    path, link = tmp_path / "out.jsonl", tmp_path / "latest.jsonl"
+    link.symlink_to(path)
+    with whole_file(link) as file:
+        file.write("through it")
+    assert link.is_symlink()
+    assert path.read_text(encoding="utf-8") == "through it"

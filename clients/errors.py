@@ -93,7 +93,8 @@ KINDS: dict[grpc.StatusCode, type[PrefloopError]] = {
 }
 
 
-UNTRUSTED = ("certificate has expired", "Hostname Verification Check failed", "CERTIFICATE_VERIFY_FAILED")
+# Of the handshakes below, those that no waiting mends.
+UNTRUSTED = ("Hostname Verification Check failed", "CERTIFICATE_VERIFY_FAILED")
 # What the transport says of a handshake that failed, the special before the general.
 HANDSHAKES = {
     "certificate has expired": "The certificate of the server at {} has expired; whoever runs it has to renew it.",

@@ -119,6 +119,16 @@ def children(pid: int) -> set[int]:
     return found
 
 
+def engine(server: LiveServer) -> int:
+    """Its engine's process."""
+    [pid] = [
+        pid
+        for pid in children(server.process.pid)
+        if "EngineCor" in Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")
+    ]
+    return pid
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")

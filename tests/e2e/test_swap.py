@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, policy_pb2
 
 from server.store import FeedbackStore
-from tests.e2e.conftest import LiveServer, children, live_server
+from tests.e2e.conftest import LiveServer, children, engine, live_server
 from tests.tiers import slow
 from tests.versions import Tensors, make_version
 
@@ -164,16 +164,6 @@ def test_swapping_there_and_back_restores_the_answers(live: LiveServer) -> None:
     activate(live, "v0000")
     # Not from the prefix cache of the other weights either.
     assert ask(live, "Why is the sky blue?", temperature=0, max_tokens=24)[1] == before
-
-
-def engine(live: LiveServer) -> int:
-    """Its engine's process."""
-    [found] = [
-        pid
-        for pid in children(live.process.pid)
-        if "EngineCor" in Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")
-    ]
-    return found
 
 
 def reason_of(live: LiveServer, version: str) -> str:

@@ -14,22 +14,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2
 
-from tests.e2e.conftest import LiveServer, children, live_server
+from tests.e2e.conftest import LiveServer, engine, live_server
 from tests.tiers import slow
 
 pytestmark = pytest.mark.e2e
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 LONG = "Tell me a very long story about a lighthouse keeper."
-
-
-def engine(server: LiveServer) -> int:
-    [pid] = [
-        pid
-        for pid in children(server.process.pid)
-        if "EngineCor" in Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")
-    ]
-    return pid
 
 
 def seconds_until_noticed(server: LiveServer) -> float:

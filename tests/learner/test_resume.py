@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ def run(data_dir: Path, dtype: str = "float32", said: Path | None = None) -> Rep
         return run_once(settings(data_dir, ppo=ppo, dtype=dtype), Stages(console))
 
 
-def run_until(data_dir: Path, call: str, count: int) -> None:
-    """Runs a round in this process and kills it as it makes `call` (`module:name`) for the `count`th time."""
+def before_call(call: str, count: int, act: Callable[[], object]) -> None:
+    """Has this process `act` as it makes `call` (`module:name`) for the `count`th time."""
     module, _, path = call.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
@@ -54,13 +55,18 @@ def run_until(data_dir: Path, call: str, count: int) -> None:
         owner = getattr(owner, step)
     original, calls = getattr(owner, name), [0]
 
-    def killing(*arguments: Any, **named: Any) -> Any:
+    def acting(*arguments: Any, **named: Any) -> Any:
         calls[0] += 1
         if calls[0] == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
         return original(*arguments, **named)
 
-    setattr(owner, name, killing)
+    setattr(owner, name, acting)
+
+
+def run_until(data_dir: Path, call: str, count: int) -> None:
+    """Runs a round in this process and kills it there."""
+    before_call(call, count, lambda: os.kill(os.getpid(), signal.SIGKILL))
     run(data_dir)
 
 

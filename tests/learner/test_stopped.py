@@ -2,7 +2,6 @@
 ends with one sentence, and changes neither the database nor a file."""
 
 import hashlib
-import importlib
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ from learner.round import run_once
 from server.errors import ConflictError
 from server.store import FeedbackStore
 from tests.learner.rounds import TinyEngine, passing, settings
-from tests.learner.test_resume import PROCESSES, SECONDS
+from tests.learner.test_resume import PROCESSES, SECONDS, before_call
 from tests.tiers import slow
 
 LEASE_SECONDS = 1.0
@@ -38,21 +37,12 @@ def run(data_dir: Path) -> None:
 
 def run_and_stop(data_dir: Path, call: str, count: int, stopped: Any, said: Any) -> None:
     """Runs a round in this process, which stops as it makes `call` (`module:name`) for the `count`th time."""
-    module, _, path = call.partition(":")
-    *owners, name = path.split(".")
-    owner: Any = importlib.import_module(module)
-    for step in owners:
-        owner = getattr(owner, step)
-    original, calls = getattr(owner, name), [0]
 
-    def stopping(*arguments: Any, **named: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == count:
-            stopped.send(os.getpid())
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return original(*arguments, **named)
+    def stop() -> None:
+        stopped.send(os.getpid())
+        os.kill(os.getpid(), signal.SIGSTOP)
 
-    setattr(owner, name, stopping)
+    before_call(call, count, stop)
     try:
         run(data_dir)
     except ConflictError as error:

@@ -26,8 +26,8 @@ from beside import serving
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc
 
-from server.records import Generation, Span
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Generation, Span
 
 TURNS, MESSAGE_CHARS, ANSWER_CHARS = 900, 16_000, 2_000
 VOTERS = 4

@@ -27,8 +27,8 @@ import grpc
 from prefloop.v1 import chat_pb2, chat_pb2_grpc
 
 from clients import Client
-from clients.questions import questions
-from clients.voter import TASTES, Voter
+from clients.demo.questions import questions
+from clients.demo.voter import TASTES, Voter
 from server.shared.dtype import resolve_dtype
 
 STREAMS = (1, 4, 16)

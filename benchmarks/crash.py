@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 import pysqlite3.dbapi2 as sqlite3  # noqa: E402
 from kept import kept  # noqa: E402
 
-from server.store import FeedbackStore  # noqa: E402
+from server.store.feedback_store import FeedbackStore  # noqa: E402
 from tests.learner.conftest import save_tiny_model, tiny_llama  # noqa: E402
 from tests.learner.crash import run_round, violations  # noqa: E402
 from tests.learner.rounds import low_words, make_reference, make_version, vote  # noqa: E402

@@ -18,7 +18,7 @@ from typing import Any
 from pool import Cell, make_pool
 from study import accuracy, unseen, unseen_answers, voted
 
-from clients.voter import TASTES
+from clients.demo.voter import TASTES
 
 EPOCHS, BATCH, LEARNING_RATE, RANK = 3, 16, 2e-4, 16
 
@@ -45,11 +45,11 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from learner.features import extract
-    from learner.forward import to_tokens
-    from learner.policy import lora
-    from learner.ppo import Adam
-    from learner.reward_model import fit_reward_model
+    from learner.improve.ppo.losses import Adam
+    from learner.model.features import extract
+    from learner.model.forward import to_tokens
+    from learner.model.policy import lora
+    from learner.reward.reward_model import fit_reward_model
     from server.shared.dtype import MICRO_BATCH_TOKENS
 
     settings, dataset, features, layers = voted(work, cell, pairs)
@@ -88,9 +88,9 @@ def epoch(
     """One pass over the choices, an optimiser step for every `BATCH` of them."""
     import torch
 
-    from learner.features import pool
-    from learner.forward import response_states, run_trunk, to_tokens
-    from learner.likelihood import choice_log_probs, choice_loss
+    from learner.model.features import pool
+    from learner.model.forward import response_states, run_trunk, to_tokens
+    from learner.reward.likelihood import choice_log_probs, choice_loss
 
     order = torch.randperm(len(votes.a), generator=generator)
     for batch in order.split(BATCH):

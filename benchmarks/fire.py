@@ -34,9 +34,9 @@ import psutil  # type: ignore[import-untyped]
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc
 
 from clients.client import Client
+from clients.demo.questions import questions
 from clients.errors import PrefloopError
-from clients.questions import questions
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
 
 CLIENTS = 6
 READY_SECONDS = 240

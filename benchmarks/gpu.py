@@ -39,12 +39,12 @@ from ppo import random_head
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from learner.experience import judge_rollout, make_critic, policy_logprobs, to_experience
-from learner.features import default_layers
-from learner.forward import Tokens, run_trunk, token_logprobs
-from learner.policy import Policy, lora
-from learner.ppo import Adam, UpdateStats, draw_minibatches, mismatch, ppo_update
-from learner.rollout import Rollout, Sample, to_rollout
+from learner.improve.ppo.experience import judge_rollout, make_critic, policy_logprobs, to_experience
+from learner.improve.ppo.losses import Adam, UpdateStats, draw_minibatches, mismatch, ppo_update
+from learner.model.features import default_layers
+from learner.model.forward import Tokens, run_trunk, token_logprobs
+from learner.model.policy import Policy, lora
+from learner.model.rollout import Rollout, Sample, to_rollout
 
 SHAPES: dict[str, Any] = {
     "135M": LlamaConfig(
@@ -248,7 +248,7 @@ def cases(name: str, config: Any, device: torch.device, dtype: str, small: bool)
 
 
 def update(policy: Policy, rollout: Rollout, settings: Any, seconds: dict[str, float]) -> UpdateStats:
-    """One update as `learner.training` makes it, without the sampling; fills in the seconds of each stage.
+    """One update as `learner.improve.ppo.trainer` makes it, without the sampling; fills in the seconds of each stage.
 
     There is no engine: the rollout's behavior_logprobs say how far it would be from the policy."""
     device = rollout.tokens.input_ids.device
@@ -350,9 +350,9 @@ def try_engine(device: torch.device) -> dict[str, float] | str:
 def engine_figures(config: Any, device: torch.device) -> dict[str, float]:
     """The learner's engine in this process, beside the trainer: seconds of its start and of a push, in which it samples
     nothing, sampled tokens a second, and how far its log-probabilities are from the trainer's."""
-    from learner.rollout import Engine
+    from learner.model.rollout import Engine
     from learner.settings import LearnerSettings
-    from server.records import Prompt
+    from server.store.records import Prompt
 
     def timed(call: Any, *arguments: Any) -> tuple[float, Any]:
         started = time.perf_counter()

@@ -58,7 +58,7 @@ def grow(data: Path, votes: int) -> None:
     """Adds comparisons and votes until there are `votes`."""
     from sqlite_utils import Database
 
-    from server.store import FeedbackStore
+    from server.store.feedback_store import FeedbackStore
 
     data.mkdir(parents=True, exist_ok=True)
     store = FeedbackStore.open(data)
@@ -76,7 +76,7 @@ def grow(data: Path, votes: int) -> None:
 
 def rows(table: str, numbers: range) -> Iterator[dict[str, Any]]:
     """What one vote each leaves in a table."""
-    from server.records import pack_floats, pack_ints
+    from server.store.records import pack_floats, pack_ints
 
     for n in numbers:
         user, now = f"user{n % 1000}", 1.7e9 + n
@@ -122,11 +122,11 @@ def measured(work: Path, mode: str, votes: int) -> dict[str, Any]:
 def measure(data: Path, limited: bool) -> dict[str, float]:
     import torch
 
-    from learner.dataset import some_conversations, to_dataset
-    from learner.gate import fit_judge
-    from learner.reward_model import fit_reward_model, test_signal
+    from learner.gate.rules import fit_judge
+    from learner.reward.dataset import some_conversations, to_dataset
+    from learner.reward.reward_model import fit_reward_model, test_signal
     from learner.settings import LearnerSettings
-    from server.store import FeedbackStore
+    from server.store.feedback_store import FeedbackStore
 
     settings = LearnerSettings()
     votes, prompts = (settings.max_votes, settings.max_prompts) if limited else (None, None)

@@ -23,7 +23,7 @@ from typing import Any
 
 import uvloop
 
-from clients.questions import questions
+from clients.demo.questions import questions
 
 READY = "ready"
 # Asks one question; calls `heard` at every delta and returns the answer's number of tokens.
@@ -164,7 +164,7 @@ async def openai_target(address: str) -> Target:
 
 async def bare_target(directory: str) -> Target:
     """The engine alone, made with the server's own arguments."""
-    from server.engine import set_environment, start_engine
+    from server.engine.vllm_start import set_environment, start_engine
     from server.settings import ServerSettings
 
     settings = ServerSettings()

@@ -42,8 +42,8 @@ def judge(rows: list[dict[str, Any]], model: Path, work: Path) -> dict[str, Any]
     """Every figure, by rule."""
     import torch
 
-    from learner.likelihood import preference_loss
-    from learner.reward_model import fit_reward_model
+    from learner.reward.likelihood import preference_loss
+    from learner.reward.reward_model import fit_reward_model
     from learner.settings import RewardSettings
 
     features, layers = features_of(rows, model, work)
@@ -107,8 +107,8 @@ def votes_of(rows: list[dict[str, Any]], groups: Any, chosen: Any) -> Any:
     """Three votes on every chosen pair; answers 2i and 2i + 1 are those of row i."""
     import torch
 
-    from learner.heads import Votes
-    from learner.likelihood import TIE, A, B
+    from learner.reward.likelihood import TIE, A, B
+    from learner.reward.linear_heads import Votes
 
     outcomes = {0: TIE, 1: A, 2: B}
     at = chosen.nonzero().squeeze(1).repeat_interleave(3)
@@ -126,7 +126,7 @@ def length_head(lengths: Any, train: Any) -> Any:
     """(rows,) differences of a head that sees log length alone."""
     import torch
 
-    from learner import heads as fitting
+    from learner.reward import linear_heads as fitting
 
     standard = (lengths - lengths.mean()) / lengths.std()
     scores = fitting.fit(standard, train, torch.tensor([1.0]), 0.05).scores(standard)[0]
@@ -149,7 +149,7 @@ def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -
     """(features (2 * rows, F), layers); kept in the work directory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from learner.features import FeatureCache, default_layers
+    from learner.model.features import FeatureCache, default_layers
     from server.shared.dtype import MICRO_BATCH_TOKENS, resolve_dtype, torch_dtype
 
     dtype = resolve_dtype("auto").name

@@ -32,7 +32,7 @@ from kept import kept
 from pool import CHOICES, REPEATS, Pair, make_pool
 from study import accuracy, features_of, unseen
 
-from clients.voter import FLIPPED, TASTES, Answer
+from clients.demo.voter import FLIPPED, TASTES, Answer
 
 VOTES, BATCH, SEEDS, FLIPS = 300, 20, 8, 0.1
 STRATEGIES = ("random", "second", "second, information", "second, close", "pair")
@@ -62,7 +62,7 @@ def main() -> None:
 
 def answers_by_question(work: Path, pairs: list[Pair]) -> Any:
     """([(Answer, row of features, temperature), ...] of each question, features (N, F), layers)."""
-    from server.store import FeedbackStore
+    from server.store.feedback_store import FeedbackStore
 
     seen = [pair for pair in pairs if pair.seen]
     store = FeedbackStore.open(work / "pool")
@@ -83,7 +83,7 @@ def learn(
     """Accuracy after every batch of votes."""
     import torch
 
-    from learner.reward_model import fit_reward_model
+    from learner.reward.reward_model import fit_reward_model
     from learner.settings import RewardSettings
 
     chance = random.Random(f"{taste} {seed}")
@@ -143,8 +143,8 @@ def entropy(p: Any) -> Any:
 def to_votes(votes: list[tuple[int, int, str, float]]) -> Any:
     import torch
 
-    from learner.dataset import OUTCOMES
-    from learner.heads import Votes
+    from learner.reward.dataset import OUTCOMES
+    from learner.reward.linear_heads import Votes
 
     none = torch.zeros(0, dtype=torch.long)
     rows_a, rows_b, said, difference = zip(*votes, strict=True)

@@ -7,7 +7,7 @@ votes; an attack replaces some of them. As in a round, votes of 40 % of the conv
 Three fits of the reward model to each vote:
 - none: every vote weighs the same.
 - cap: no user has more than `user_share` of the weight.
-- full: the cap, and `weigh_voters` (learner/trust.py).
+- full: the cap, and `weigh_voters` (learner/reward/voter_reliability.py).
 Measured, as points lost against honest voters without defences, on the same comparisons:
 - accuracy against the taste on comparisons that nobody voted on: those of the study's unseen questions and of HELD
   questions that are kept out here.
@@ -32,7 +32,7 @@ from planner import answers_by_question
 from pool import REPEATS, make_pool
 from study import accuracy, unseen
 
-from clients.voter import TASTES, words
+from clients.demo.voter import TASTES, words
 
 HELD, SEEDS, JUDGES = 80, 4, 0.4
 OTHER = {"to-you": "gentle", "gentle": "short", "short": "to-you", "crisp": "to-you"}
@@ -119,10 +119,10 @@ def poisoned(
     """Accuracy and stand-in of each defence, and what share of their weight the hostile and the others keep."""
     import torch
 
-    from learner.heads import vote_weights
-    from learner.reward_model import fit_reward_model
+    from learner.reward.linear_heads import vote_weights
+    from learner.reward.reward_model import fit_reward_model
+    from learner.reward.voter_reliability import scaled, weigh_voters
     from learner.settings import RewardSettings
-    from learner.trust import scaled, weigh_voters
 
     settings = RewardSettings(fold_repeats=2, members=2)
     held, dataset, hostile = cast(likes, crowd, attack, taste, seed)
@@ -189,8 +189,8 @@ def flipped(choice: int, slip: bool) -> int:
 def to_dataset(said: list[tuple[int, int, int, int, bool]], users: int) -> Any:
     import torch
 
-    from learner.dataset import Dataset
-    from learner.heads import Votes
+    from learner.reward.dataset import Dataset
+    from learner.reward.linear_heads import Votes
 
     a, b, outcome, voters, judges = (torch.tensor(column) for column in zip(*said, strict=True))
     none, ones = torch.zeros(0, dtype=torch.long), torch.ones(len(said))

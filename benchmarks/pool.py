@@ -14,11 +14,11 @@ from typing import Any
 from prefloop.v1.feedback_pb2 import CHOICE_A, CHOICE_B, CHOICE_TIE
 
 from clients import Client
-from clients.questions import questions
-from clients.serving import Server
-from clients.voter import FLIPPED, TASTES, Answer, compare
-from server.records import Choice
-from server.store import FeedbackStore
+from clients.demo.processes import Server
+from clients.demo.questions import questions
+from clients.demo.voter import FLIPPED, TASTES, Answer, compare
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Choice
 
 TOKENS = 64
 USERS = 20

@@ -5,7 +5,7 @@
 
 An update is 32 answers of 64 tokens and four passes over them, one optimiser step a pass: sampling, the reference's
 pass, the policy's pass, training, in this machine's dtype. Every answer is as long as every other: the model's end
-token is declared to be one that it never samples. The loop that is timed is `learner.training.train` itself.
+token is declared to be one that it never samples. The loop that is timed is `learner.improve.ppo.trainer.train` itself.
 
 The peer is a program of its own environment that takes `MODEL_DIR --updates N`, does the same work and prints one JSON
 line with `seconds_per_update` and `response_tokens_per_s`; it is left out where it is not given. With several readings
@@ -128,12 +128,12 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
 
     import torch
 
-    import learner.experience as experience
-    import learner.forward as forward
-    import learner.training as training
-    from learner.features import default_layers
-    from learner.policy import Policy
-    from learner.rollout import Engine
+    import learner.improve.ppo.experience as experience
+    import learner.improve.ppo.trainer as training
+    import learner.model.forward as forward
+    from learner.model.features import default_layers
+    from learner.model.policy import Policy
+    from learner.model.rollout import Engine
     from server.shared.dtype import resolve_dtype, torch_dtype
 
     dtype = resolve_dtype(settings.dtype).name
@@ -201,7 +201,7 @@ def timed_stages(training: Any, engine: Any) -> dict[str, float]:
 def questions(directory: Path, count: int) -> list[Any]:
     from transformers import AutoTokenizer
 
-    from server.records import Prompt
+    from server.store.records import Prompt
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     asked = [[{"role": "user", "content": f"Tell me a fact about the number {number}."}] for number in range(count)]
@@ -212,7 +212,7 @@ def questions(directory: Path, count: int) -> list[Any]:
 def random_head(layers: tuple[int, ...], hidden: int) -> Any:
     import torch
 
-    from learner.reward_model import RewardModel, Standardiser
+    from learner.reward.reward_model import RewardModel, Standardiser
 
     width = len(layers) * hidden + 1
     weights = torch.randn(width, generator=torch.Generator().manual_seed(0)) / width**0.5
@@ -238,7 +238,7 @@ class Generating:
     def sample(self, prompts: list[Any], seed: int) -> list[Any]:
         import torch
 
-        from learner.rollout import Sample
+        from learner.model.rollout import Sample
 
         torch.manual_seed(seed)
         width = max(len(prompt.token_ids) for prompt in prompts)
@@ -277,7 +277,7 @@ def with_critic_trunk(ppo_update: Callable[..., Any], directory: Path, budget: i
     import torch
     from transformers import AutoModelForCausalLM
 
-    from learner.forward import micro_batches, run_trunk
+    from learner.model.forward import micro_batches, run_trunk
     from server.shared.dtype import resolve_dtype, torch_dtype
 
     critic = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype(resolve_dtype("auto").name))

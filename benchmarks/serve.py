@@ -224,7 +224,7 @@ async def openai_server(peer: str, model: Path, environment: dict[str, str], wor
 
 def engine_environment(settings: Any) -> dict[str, str]:
     """What `server serve` would set before it imports vLLM; our own environment stays as it is."""
-    from server.engine import set_environment
+    from server.engine.vllm_start import set_environment
 
     before = dict(os.environ)
     try:
@@ -321,7 +321,7 @@ def make_model(work: Path, model: str) -> Path:
     directory = work / "model"
     if not directory.exists():
         if model == "smollm2":
-            from server.reference import prepare_reference
+            from server.engine.reference import prepare_reference
 
             source = prepare_reference(work / "source", model, lambda line: print(line, file=sys.stderr))
         else:

@@ -30,9 +30,9 @@ from prefloop.v1.chat_pb2 import ChatStarted, CompareStarted
 from prefloop.v1.feedback_pb2 import CHOICE_A, CHOICE_BOTH_BAD, CHOICE_TIE, THUMB_DOWN, THUMB_UP
 
 from clients.client import Client
+from clients.demo.processes import Server
+from clients.demo.questions import questions
 from clients.errors import PrefloopError
-from clients.questions import questions
-from clients.serving import Server
 from tests.versions import make_version, scaled
 
 SAMPLE_SECONDS, SWAP_SECONDS = 10.0, 30.0

@@ -2,9 +2,9 @@
 
     python benchmarks/study.py MODEL --work-dir DIR [--hours 8] [--write]
 
-A taste is a rule on an answer's text (`clients.voter`); a vote follows it but for a share of flipped ones. A cell is a
-taste, a number of votes, a share of flips and a seed (`benchmarks/pool.py`). Four kinds of work, each result written
-down as it ends, so that a killed study goes on behind the last one:
+A taste is a rule on an answer's text (`clients.demo.voter`); a vote follows it but for a share of flipped ones. A cell
+is a taste, a number of votes, a share of flips and a seed (`benchmarks/pool.py`). Four kinds of work, each result
+written down as it ends, so that a killed study goes on behind the last one:
 - rewards: the reward model alone, every combination: its accuracy against the taste itself, no flips, on comparisons of
   unseen questions, beside "the longer answer wins".
 - rounds: `learner run-once` as an operator runs it, in an order that tells most first. Every candidate it kept answers
@@ -35,7 +35,7 @@ from kept import kept
 from pool import TOKENS, Cell, Pair, cast_rest, make_data, make_pool
 from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 
-from clients.voter import TASTES, Answer
+from clients.demo.voter import TASTES, Answer
 
 ROUND_SECONDS = 1800
 SHUFFLES = 60
@@ -115,7 +115,7 @@ def fit_rewards(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
     """The reward model of a round on these votes; its train and judge split, its penalty, its folds."""
     import torch
 
-    from learner.reward_model import fit_reward_model
+    from learner.reward.reward_model import fit_reward_model
 
     settings, dataset, features, layers = voted(work, cell, pairs)
     model = fit_reward_model(features, dataset.train, layers, settings.reward, torch.Generator().manual_seed(cell.seed))
@@ -133,9 +133,9 @@ def fit_rewards(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
 
 def voted(work: Path, cell: Cell, pairs: list[Pair]) -> Any:
     """(settings, dataset, features, layers) of the cell's votes, as a round would see them."""
-    from learner.dataset import to_dataset
+    from learner.reward.dataset import to_dataset
     from learner.settings import LearnerSettings
-    from server.store import FeedbackStore
+    from server.store.feedback_store import FeedbackStore
 
     data = work / "cell"
     make_data(work, data, cell, pairs)
@@ -152,7 +152,7 @@ def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
     """(features, layers), every answer's computed once in the whole study."""
     from transformers import AutoModelForCausalLM
 
-    from learner.features import FeatureCache, default_layers
+    from learner.model.features import FeatureCache, default_layers
     from server.shared.dtype import MICRO_BATCH_TOKENS, resolve_dtype, torch_dtype
 
     dtype = resolve_dtype("auto").name
@@ -170,7 +170,7 @@ def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
 
 def accuracy(scores_a: Any, scores_b: Any, outcome: Any) -> tuple[float, int]:
     """Share of the comparisons with a winner on which the scores name it, and how many those are."""
-    from learner.heads import agreement
+    from learner.reward.linear_heads import agreement
 
     right = agreement(scores_a - scores_b, outcome)
     decisive = ~right.isnan()
@@ -182,7 +182,7 @@ def unseen(work: Path, pairs: list[Pair], taste: str) -> Any:
     import torch
     from pool import CHOICES
 
-    from learner.dataset import OUTCOMES
+    from learner.reward.dataset import OUTCOMES
 
     tested = [pair for pair in pairs if not pair.seen]
     answers = unseen_answers(work, tested)
@@ -193,7 +193,7 @@ def unseen(work: Path, pairs: list[Pair], taste: str) -> Any:
 
 
 def unseen_answers(work: Path, tested: list[Pair]) -> list[Any]:
-    from server.store import FeedbackStore
+    from server.store.feedback_store import FeedbackStore
 
     store = FeedbackStore.open(work / "pool")
     try:
@@ -279,10 +279,10 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     set_environment(settings)
     dtype = resolve_dtype(settings.dtype).name
 
-    from learner.policy import published_weights
-    from learner.reward_model import RewardModel
-    from learner.rollout import Engine
-    from server.records import Prompt
+    from learner.model.policy import published_weights
+    from learner.model.rollout import Engine
+    from learner.reward.reward_model import RewardModel
+    from server.store.records import Prompt
 
     found: dict[str, Any] = {}
     if fitted := sorted(data.glob("reward_models/rm*")):
@@ -321,7 +321,7 @@ def run_shuffle(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
     """The signal test on votes that say nothing, as a round makes it; a whole round where it is passed."""
     import torch
 
-    from learner.reward_model import test_signal
+    from learner.reward.reward_model import test_signal
 
     settings, dataset, features, layers = voted(work, cell, pairs)
     signal = test_signal(features, dataset.votes, layers, settings.reward, torch.Generator().manual_seed(1))

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from clients.demo.voter import TASTES
 from clients.interval import wilson
-from clients.voter import TASTES
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
 COLOURS = ("#1f5fa8", "#b04a3a", "#3a7d44", "#8a6d1f")

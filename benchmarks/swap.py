@@ -33,8 +33,8 @@ import psutil  # type: ignore[import-untyped]
 from kept import kept
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, policy_pb2, policy_pb2_grpc
 
-from clients.serving import Server
-from server.store import FeedbackStore
+from clients.demo.processes import Server
+from server.store.feedback_store import FeedbackStore
 from tests.versions import make_version, scaled
 
 TOKENS = 200

@@ -33,8 +33,8 @@ import uvloop
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc
 
 from clients.client import Client
-from clients.serving import Server
-from server.store import FeedbackStore
+from clients.demo.processes import Server
+from server.store.feedback_store import FeedbackStore
 
 REPEATS = 3
 CHATTERS, TOKENS = 4, 100

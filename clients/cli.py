@@ -219,13 +219,13 @@ def chat_on(client: "Client", conversation_id: str) -> None:
     """A session in a conversation, or in a new one. With line editing on a terminal, plain lines from a pipe."""
     from rich.console import Console
 
-    from clients.terminal import Terminal
+    from clients.terminal.session import Terminal
 
     conversation = client.conversation(conversation_id) if conversation_id else None
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         Terminal(client, Console(), lambda prompt: input()).run(conversation)
         return
-    from clients.lines import LineEditor
+    from clients.terminal.line_editor import LineEditor
 
     editor = LineEditor()
     terminal = Terminal(client, Console(), editor.read, editor.edit)

@@ -14,10 +14,10 @@ from clients.cli import app as chat
 from clients.demo.command import app as demo
 from learner.cli import app as learner
 from learner.settings import LearnerSettings
-from server import metrics
-from server.access import ROLES
 from server.cli import app as server
+from server.rpc.access import ROLES
 from server.settings import ServerSettings
+from server.telemetry import metrics
 
 OUTPUT = Path(__file__).parent / "reference.md"
 HEAD = """# Reference

@@ -14,9 +14,9 @@ from pydantic import BaseModel
 from clients import cli as clients
 from learner.cli import app as learner
 from learner.settings import LearnerSettings
-from server import failpoints
 from server.cli import app as server
 from server.settings import ServerSettings
+from server.shared import failpoints
 from server.shared.variables import read_variables
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 
 from learner.process import STOPPED
-from server.errors import ServiceError
+from server.shared.errors import ServiceError
 from server.shared.printable import printable
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def run_once(
 
         from rich.console import Console
 
-        from learner.report import Report, print_report
-        from learner.round import run_once as run
+        from learner.round.report import Report, print_report
+        from learner.round.run import run_once as run
 
     def keep(report: Report) -> None:
         if report_file:
@@ -79,7 +79,7 @@ def run_once(
     keep(report)
     print_report(report, Console(stderr=as_json))
     if report.round_id:
-        from learner.page import write_report
+        from learner.ops.report_page import write_report
 
         write_report(settings.data_dir, report.round_id)
     if as_json:
@@ -95,7 +95,7 @@ def promote(
 ) -> None:
     """Make a version the active one, whatever the gate said of it; who did it and when is kept."""
     settings = _settings_with_data(data_dir)
-    from learner.operation import promote as move
+    from learner.ops.manual_decisions import promote as move
 
     _say(lambda: move(settings, version, reason))
 
@@ -108,7 +108,7 @@ def rollback(
 ) -> None:
     """Go back to a version that was active before; who did it and when is kept."""
     settings = _settings_with_data(data_dir)
-    from learner.operation import rollback as move
+    from learner.ops.manual_decisions import rollback as move
 
     _say(lambda: move(settings, version, reason))
 
@@ -124,7 +124,7 @@ def trace(
     settings = _settings_with_data(data_dir)
     if (version is None) == (vote is None):
         _fail("Give a version, or --vote with a feedback id.")
-    from learner.trace import trace_version, trace_vote
+    from learner.ops.trace import trace_version, trace_vote
 
     def show() -> str:
         found = trace_vote(settings.data_dir, vote) if vote else trace_version(settings.data_dir, str(version))
@@ -137,7 +137,7 @@ def trace(
 def status(data_dir: DataDir = None, as_json: Json = False) -> None:
     """Show what is served, what was learned from, and what waits."""
     settings = _settings(data_dir=data_dir)
-    from learner.status import status as read
+    from learner.ops.status import status as read
 
     def show() -> str:
         found = read(settings.data_dir, settings.duel_user_votes)
@@ -160,8 +160,8 @@ def users(data_dir: DataDir = None, as_json: Json = False) -> None:
     from learner.process import set_environment
 
     set_environment(settings)
-    from learner.users import read_users
-    from learner.users_table import print_users
+    from learner.ops.users import read_users
+    from learner.ops.users_table import print_users
 
     try:
         found = read_users(settings)
@@ -182,7 +182,7 @@ def quarantine(
 ) -> None:
     """Leave a user's votes out of the rounds to come; who did it, when and why is kept. The votes stay."""
     settings = _settings_with_data(data_dir)
-    from learner.operation import quarantine as set_apart
+    from learner.ops.manual_decisions import quarantine as set_apart
 
     _say(lambda: set_apart(settings, user, reason, lift=lift))
 
@@ -194,7 +194,7 @@ def report_round(
 ) -> None:
     """Draw a round's curves (PNG) and write its page (HTML): figures, curves, answers before and after."""
     settings = _settings_with_data(data_dir)
-    from learner.page import write_report
+    from learner.ops.report_page import write_report
 
     _say(lambda: "\n".join(str(path) for path in write_report(settings.data_dir, round_id)))
 
@@ -211,7 +211,7 @@ def serve_scores(
     from learner.process import set_environment
 
     set_environment(settings)
-    from learner.score_server import serve_scores as serve
+    from learner.ops.score_server import serve_scores as serve
 
     try:
         asyncio.run(serve(settings.data_dir, settings.dtype, settings.max_model_len, port, typer.echo))
@@ -236,7 +236,7 @@ def schedule(
     # A time that is given counts more than a setting that says there is none.
     clock = {"on_request": on_request} if on_request or when else {}
     settings = _settings(data_dir=data_dir, schedule={**when, **clock} or None)
-    from learner.schedule import RoundScheduler
+    from learner.ops.schedule import RoundScheduler
 
     try:
         scheduler = RoundScheduler(settings.schedule, settings.data_dir, lambda line: typer.echo(printable(line)))
@@ -257,7 +257,7 @@ def _settings(**flags: Any) -> "LearnerSettings":
 
 def _settings_with_data(data_dir: Path | None) -> "LearnerSettings":
     """For commands that have nothing to say where no server has started yet."""
-    from server.store import FeedbackStore
+    from server.store.feedback_store import FeedbackStore
 
     settings = _settings(data_dir=data_dir)
     if not FeedbackStore.exists(settings.data_dir):

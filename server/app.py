@@ -24,28 +24,28 @@ from prefloop.v1 import (
     policy_pb2_grpc,
 )
 
-from server import metrics
-from server.access import Access
-from server.account import AccountService
-from server.calls import Calls
-from server.chat import ChatService
-from server.edge import Edge
-from server.eraser import TIDY_SECONDS, Eraser
-from server.errors import ServiceError
-from server.feedback import FeedbackService
-from server.follower import HEARTBEAT_SECONDS, Follower
+from server.admin.retention_task import TIDY_SECONDS, Eraser
+from server.engine.base import Policy
 from server.identity import LOOPBACK
-from server.limits import Limits
-from server.planner import Planner
-from server.policies import PolicyService
-from server.policy import Policy
-from server.referee import Referee
-from server.repeat import repeat
-from server.round_figures import show_rounds
+from server.periodic import repeat
+from server.rpc.access import Access
+from server.rpc.account import AccountService
+from server.rpc.chat import ChatService
+from server.rpc.feedback import FeedbackService
+from server.rpc.interceptor import Edge
+from server.rpc.limits import Limits
+from server.rpc.open_calls import Calls
+from server.rpc.policies import PolicyService
+from server.rpc.tls import Certificates
+from server.rpc.validation import validator
 from server.settings import ServerSettings
-from server.store_thread import StoreThread
-from server.tls import Certificates
-from server.validation import validator
+from server.shared.errors import ServiceError
+from server.store.store_thread import StoreThread
+from server.telemetry import metrics
+from server.telemetry.round_metrics import show_rounds
+from server.turns.candidate_choice import Planner
+from server.versions.ab_test import Referee
+from server.versions.follower import HEARTBEAT_SECONDS, Follower
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = [

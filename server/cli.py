@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
-from server.errors import ServiceError
 from server.identity import Role
+from server.shared.errors import ServiceError
 from server.shared.printable import printable
 from server.shared.whole_file import whole_file
 
 if TYPE_CHECKING:
     from server.settings import ServerSettings
-    from server.store import FeedbackStore
+    from server.store.feedback_store import FeedbackStore
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The prefloop chat server."
@@ -42,8 +42,8 @@ def serve(
     settings = _settings(data_dir=data_dir, model=model, host=host, port=port)
     import uvloop
 
-    from server.logs import configure_logs, configure_traces
     from server.process import serve as serve_forever
+    from server.telemetry.logs import configure_logs, configure_traces
 
     configure_logs(settings.log_format, settings.log_level)
     configure_traces(settings.otlp_endpoint)
@@ -84,7 +84,7 @@ def backup(
 ) -> None:
     """Copy the database and all versions while server and learner run. Ends with 1 where a version is damaged."""
     settings = _settings(data_dir=data_dir)
-    from server.backup import back_up
+    from server.admin.backup import back_up
 
     try:
         damaged = back_up(settings.data_dir, destination)
@@ -135,7 +135,7 @@ def forget_user(
     """Remove everything that is kept of a user for good, also while a server runs, and rewrite the database.
 
     Weights that learned from them stay as they are; it says which."""
-    from server.operation import forget
+    from server.admin.forget_user import forget
 
     settings = _settings(data_dir=data_dir)
     with _store(data_dir) as store:
@@ -156,7 +156,7 @@ def export_user(
     """Write everything that is kept of a user as JSON lines, each an ExportUserResponse."""
     from google.protobuf.json_format import MessageToJson
 
-    from server.export import export
+    from server.rpc.export import export
 
     # What a terminal cannot say, or would obey, is escaped, not lost.
     plain = not out and (sys.stdout.isatty() or codecs.lookup(sys.stdout.encoding).name != "utf-8")
@@ -170,7 +170,7 @@ def export_user(
 @app.command("compact")
 def compact_data(data_dir: DataDir = None) -> None:
     """Rewrite the database, which drops what deleted rows left in its file. Writes wait meanwhile."""
-    from server.operation import compact
+    from server.admin.forget_user import compact
 
     with _store(data_dir):
         _say(compact(_settings(data_dir=data_dir).data_dir))
@@ -189,7 +189,7 @@ def _settings(**flags: Any) -> "ServerSettings":
 @contextmanager
 def _store(data_dir: Path | None) -> "Iterator[FeedbackStore]":
     """The store of the data directory; what goes wrong with it is one sentence."""
-    from server.store import FeedbackStore
+    from server.store.feedback_store import FeedbackStore
 
     try:
         store = FeedbackStore.open(_settings(data_dir=data_dir).data_dir)

@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from server.adapter_policy import AdapterPolicy
 from server.app import App
-from server.engine import set_environment, start_engine
-from server.errors import DataDirectoryError, ServiceError
-from server.exposition import Exposition
+from server.engine.adapter_engine import AdapterPolicy
+from server.engine.reference import prepare_reference
+from server.engine.vllm_engine import VllmPolicy
+from server.engine.vllm_start import set_environment, start_engine
 from server.identity import LOOPBACK
-from server.reference import prepare_reference
 from server.settings import ServerSettings
 from server.shared.dtype import DtypeName, resolve_dtype
+from server.shared.errors import DataDirectoryError, ServiceError
 from server.shared.open_files import allow_open_files
-from server.store_thread import StoreThread
-from server.vllm_policy import VllmPolicy
+from server.store.store_thread import StoreThread
+from server.telemetry.metrics_http import Exposition
 
 # Seconds; Python's own are 5 ms, for which a statement of the store may wait while calls are parsed.
 SWITCH_SECONDS = 0.0005

@@ -17,13 +17,13 @@ from sse_starlette import EventSourceResponse
 
 from clients.cli import app as chat
 from clients.web.command import GRACE_SECONDS
-from clients.web.person import KEY, MONTH_SECONDS, NAME, NO_KEYS
+from clients.web.sign_in import KEY, MONTH_SECONDS, NAME, NO_KEYS
 from clients.web.site import AWAY
 from learner.cli import app as learner
-from learner.schedule import STOP_SECONDS
+from learner.ops.schedule import STOP_SECONDS
 from server.cli import app as server
-from server.exposition import Exposition
 from server.settings import ServerSettings
+from server.telemetry.metrics_http import Exposition
 
 PROGRAMS = {"server": server, "learner": learner, "chat": chat}
 BOTH = ("prefloop-server.service", "prefloop-learner.service")

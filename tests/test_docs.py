@@ -65,7 +65,7 @@ def test_the_readmes_transcript_types_what_there_is(root: Path) -> None:
 
     from clients import Client
     from clients.cli import app
-    from clients.terminal import Terminal
+    from clients.terminal.session import Terminal
 
     section = (root / "README.md").read_text().split("\n## In the terminal\n")[1].split("\n## ")[0]
     starts = re.findall(r"^\$ (.*)$", section, re.MULTILINE)

@@ -14,9 +14,9 @@ import pytest
 from google.protobuf import descriptor_pool, json_format, message_factory
 from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
 from tests.server.conftest import Running, publish_version, register, running_server
-from tests.server.test_round_samples import judged
+from tests.server.rpc.test_round_samples import judged
 
 ANA = (("x-user-id", "ana"),)
 WAIT_SECONDS = 30

@@ -61,7 +61,7 @@ def test_texts_are_utf8_whatever_the_machines_locale(root: Path) -> None:
     assert [place for path in ours for place in without_encoding(path)] == []
 
 
-LIGHT = ("server.cli", "learner.cli", "clients.cli", "server.store", "server.process", "server.settings")
+LIGHT = ("server.cli", "learner.cli", "clients.cli", "server.store.feedback_store", "server.process", "server.settings")
 ALSO_LIGHT = ("learner.settings", "server.shared.settings_base", "server.doctor.examine")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from learner.checkpoint import publish_version
-from server.store import FeedbackStore
+from learner.round.checkpoint import publish_version
+from server.store.feedback_store import FeedbackStore
 
 Tensors = dict[str, Any]
 

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from clients.demo.loop import demo
 from clients.demo.plan import Plan
+from clients.demo.processes import DemoError, interruptible
 from clients.demo.record import FinalError, Record
+from clients.demo.time_limit import OverdueError
+from clients.demo.voter import TASTES, StreamBrokenError
 from clients.errors import PrefloopError
-from clients.limit import OverdueError
-from clients.serving import DemoError, interruptible
-from clients.voter import TASTES, StreamBrokenError
 
 DIRECTORY = Path("demo-data")
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.text import Text
 
-from clients.at_once import at_once
 from clients.client import Client
 from clients.demo.machine import look
+from clients.demo.many_calls import at_once
 from clients.demo.plan import (
     CONCURRENCY,
     FIRST_ANSWERS_SECONDS,
@@ -23,13 +23,13 @@ from clients.demo.plan import (
     Pace,
     work_for,
 )
+from clients.demo.processes import DemoError, Server
+from clients.demo.progress import progress
 from clients.demo.record import FinalError, Record
 from clients.demo.rounds import forget_all, learn, wait_until_served
 from clients.demo.show import say, show, show_estimate, show_found, show_swap
-from clients.limit import Limit
-from clients.progress import progress
-from clients.serving import DemoError, Server
-from clients.voter import TASTES, Answer, Voter, ask
+from clients.demo.time_limit import Limit
+from clients.demo.voter import TASTES, Answer, Voter, ask
 
 
 def demo(record: Record, console: Console) -> None:

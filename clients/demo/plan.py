@@ -7,8 +7,8 @@ took 0.55 s and a round 436.
 
 from dataclasses import dataclass
 
-from clients.limit import Limit
-from clients.questions import questions
+from clients.demo.questions import questions
+from clients.demo.time_limit import Limit
 
 CONCURRENCY = 16
 # Comparisons at once, each of two answers: more rows a step, and fewer calls than the server lets one user make.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from clients.demo.plan import ROUNDS, Pace, Plan, Work
-from clients.serving import DemoError
-from clients.voter import Answer
+from clients.demo.processes import DemoError
+from clients.demo.voter import Answer
 
 FORMAT = 1
 

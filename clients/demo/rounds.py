@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.text import Text
 
 from clients.client import Client
+from clients.demo.processes import DemoError, Process, Server
+from clients.demo.progress import Task, progress
 from clients.demo.record import Record
+from clients.demo.streams import LiveStreams
+from clients.demo.time_limit import Limit, OverdueError
+from clients.demo.voter import Answer
 from clients.errors import NotFoundError
-from clients.limit import Limit, OverdueError
-from clients.live import LiveStreams
-from clients.progress import Task, progress
-from clients.serving import DemoError, Process, Server
-from clients.voter import Answer
 
 POLL_SECONDS = 0.3
 # The learner's last finished stage from which on the swap is near. Streams all through its training would take the

@@ -8,9 +8,9 @@ from rich.text import Text
 
 from clients.demo.plan import CONCURRENCY, Pace, Plan
 from clients.demo.record import Record
+from clients.demo.voter import TASTES, Answer, Taste
 from clients.interval import wilson
 from clients.text import printable
-from clients.voter import TASTES, Answer, Taste
 
 SHOWN = 4
 # The server's start and end, and what does not depend on a machine's speed so much.

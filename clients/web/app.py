@@ -15,8 +15,8 @@ from clients.async_client import AsyncClient
 from clients.channel import Tls
 from clients.errors import PrefloopError
 from clients.web import account, board, chat
-from clients.web.person import Doorkeeper
 from clients.web.protection import Protection
+from clients.web.sign_in import Doorkeeper
 from clients.web.site import Site, on_call_error, on_http_error
 
 

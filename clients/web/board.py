@@ -30,8 +30,8 @@ from starlette.routing import Route
 
 from clients.interval import wilson
 from clients.web.chart import Chart, stacks
-from clients.web.person import Person
 from clients.web.rounds import Interval, RoundFigures, win_rates
+from clients.web.sign_in import Person
 from clients.web.site import Site, enter, first, form_of
 
 DAYS = 30

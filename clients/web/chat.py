@@ -24,10 +24,10 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from clients.errors import PrefloopError
-from clients.web.live import LiveTurn
-from clients.web.pages import turn_id, unfinished
-from clients.web.person import Person
+from clients.web.rendering import turn_id, unfinished
+from clients.web.sign_in import Person
 from clients.web.site import Site, enter, first, form_of
+from clients.web.turns_under_way import LiveTurn
 
 SIDEBAR_CONVERSATIONS = 30
 LISTED_CONVERSATIONS = 1000

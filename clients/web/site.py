@@ -13,9 +13,9 @@ from starlette.responses import RedirectResponse, Response
 from starlette.templating import Jinja2Templates
 
 from clients.errors import NotAllowedError, PrefloopError, UnavailableError
-from clients.web.live import LiveTurns
-from clients.web.pages import environment
-from clients.web.person import Doorkeeper, Person
+from clients.web.rendering import environment
+from clients.web.sign_in import Doorkeeper, Person
+from clients.web.turns_under_way import LiveTurns
 
 T = TypeVar("T")
 STATUSES = {

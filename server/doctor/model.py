@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.errors import DataDirectoryError, ManifestError
-from server.manifest import read_manifest
-from server.reference import check_same_model, find_model
-from server.registry import REFERENCE
+from server.engine.reference import check_same_model, find_model
+from server.engine.weights import tensor_shapes
 from server.settings import DEFAULT_MODEL
-from server.weights import tensor_shapes
+from server.shared.errors import DataDirectoryError, ManifestError
+from server.store.manifest import read_manifest
+from server.store.registry import REFERENCE
 
 Matrix = tuple[int, int]
 

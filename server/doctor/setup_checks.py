@@ -1,10 +1,10 @@
 """What was installed and configured, judged: each check takes what was read and asks nothing itself."""
 
-from server.database import sqlite_problem
 from server.doctor.finding import Finding, State
 from server.doctor.needs import Needs
 from server.doctor.readings import Disk
 from server.shared.machine import GIB
+from server.store.sqlite.database import sqlite_problem
 
 # Beyond it a vote takes longer than people take for instant.
 SLOW_FSYNC_SECONDS = 0.05

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from prefloop.v1 import chat_pb2, feedback_pb2
 
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
 from tests.pem import make_pem
 from tests.server.conftest import Running, running_server
 

@@ -21,7 +21,7 @@ from starlette.requests import Request
 from clients import AsyncClient, BusyError, Client, PrefloopError, UnavailableError, retries
 from clients.calls import AsyncStream, ChatEvent
 from clients.retries import AsyncPauses, Backoff, Pauses
-from clients.web.person import Doorkeeper
+from clients.web.sign_in import Doorkeeper
 from tests.clients.conftest import WAIT_SECONDS, FakeService, serving, status
 
 AWAY = grpc.StatusCode.UNAVAILABLE

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from clients import Client
-from clients.questions import questions
-from clients.voter import TASTES, Voter, ask, compare
-from server.store import FeedbackStore
+from clients.demo.questions import questions
+from clients.demo.voter import TASTES, Voter, ask, compare
+from server.store.feedback_store import FeedbackStore
 from tests.e2e.conftest import LiveServer, live_server
 
 pytestmark = pytest.mark.e2e

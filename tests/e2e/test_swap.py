@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, policy_pb2
 
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
 from tests.e2e.conftest import LiveServer, children, engine, live_server
 from tests.tiers import slow
 from tests.versions import Tensors, make_version

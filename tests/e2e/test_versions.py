@@ -12,10 +12,10 @@ import torch
 from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 from safetensors.torch import load_file, save_file
 
-from learner.policy import Policy
+from learner.model.policy import Policy
 from learner.settings import PPOSettings
-from server.manifest import new_staging, publish, write_manifest
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
+from server.store.manifest import new_staging, publish, write_manifest
 from tests.e2e.conftest import LiveServer, live_server
 from tests.e2e.test_swap import LONG, activate, ask, spans
 

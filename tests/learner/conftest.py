@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from learner.heads import Votes
+from learner.reward.linear_heads import Votes
 
 WORDS, HIDDEN, LAYERS = 40, 16, 3
 # As in the default model: padding and end of sequence are one word.
@@ -101,7 +101,7 @@ def voted(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> Pa
     """A data directory with a reference and 80 votes; copy it."""
     from transformers import AutoModelForCausalLM
 
-    from server.store import FeedbackStore
+    from server.store.feedback_store import FeedbackStore
     from tests.learner.rounds import low_words, make_reference, vote
 
     data_dir = tmp_path_factory.mktemp("voted") / "data"

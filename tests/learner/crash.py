@@ -13,27 +13,29 @@ import pysqlite3.dbapi2 as sqlite3
 from rich.console import Console
 
 from learner.progress import Stages
-from learner.round import run_once
-from server.errors import ManifestError
-from server.failpoints import VARIABLE
-from server.manifest import verify
-from server.store import FeedbackStore
+from learner.round.run import run_once
+from server.shared.errors import ManifestError
+from server.shared.failpoints import VARIABLE
+from server.store.feedback_store import FeedbackStore
+from server.store.manifest import verify
 from tests.learner.rounds import TinyEngine, passing, settings
 
 SECONDS = 240
 # Imported once, in a process that has never computed: a fork of this one would inherit OpenMP's dead threads.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["learner.round", "learner.policy", "peft", "transformers", "tests.learner.rounds"])
+PROCESSES.set_forkserver_preload(
+    ["learner.round.run", "learner.model.policy", "peft", "transformers", "tests.learner.rounds"]
+)
 
 
 def round_with(data_dir: Path, failpoint: str) -> None:
     """A whole round on the tiny model, its gate passing; keeps one old version."""
-    import learner.judging
-    import learner.workspace
+    import learner.round.gate_stage
+    import learner.round.workspace
 
     os.environ[VARIABLE] = failpoint
-    learner.workspace.Engine = TinyEngine  # type: ignore[assignment, misc]
-    learner.judging.decide = passing
+    learner.round.workspace.Engine = TinyEngine  # type: ignore[assignment, misc]
+    learner.round.gate_stage.decide = passing
     run_once(settings(data_dir, keep_versions=1), Stages(Console(quiet=True)))
 
 

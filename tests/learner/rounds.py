@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-from learner.gate import Verdict
-from learner.rollout import Sample
+from learner.gate.rules import Verdict
+from learner.model.rollout import Sample
 from learner.settings import LearnerSettings
-from server.manifest import new_staging, publish, write_manifest
-from server.records import Generation, PointerAction, Prompt, Span
 from server.shared.dtype import DtypeName
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
+from server.store.manifest import new_staging, publish, write_manifest
+from server.store.records import Generation, PointerAction, Prompt, Span
 from tests.learner.conftest import EOS, PAD, WORDS
 
 LENGTH = 12
 
 
 class TinyEngine:
-    """What `learner.rollout.Engine` promises, without vLLM."""
+    """What `learner.model.rollout.Engine` promises, without vLLM."""
 
     pushes = 0
 

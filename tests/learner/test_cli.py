@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from learner.cli import app
-from learner.rollout import Sample, to_rollout
+from learner.model.rollout import Sample, to_rollout
 from learner.settings import LearnerSettings
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
 
 runner = CliRunner()
 

@@ -13,10 +13,10 @@ from prefloop.v1 import account_pb2_grpc, chat_pb2_grpc, feedback_pb2_grpc, poli
 from safetensors.numpy import save_file
 
 from server.app import App
-from server.manifest import new_staging, publish, write_manifest
 from server.settings import ServerSettings
-from server.store import FeedbackStore
-from server.store_thread import StoreThread
+from server.store.feedback_store import FeedbackStore
+from server.store.manifest import new_staging, publish, write_manifest
+from server.store.store_thread import StoreThread
 from tests.server.fakes import FakePolicy
 
 

@@ -10,9 +10,9 @@ import grpc
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc
 
 from server.app import App
-from server.failpoints import VARIABLE
 from server.settings import ServerSettings
-from server.store_thread import StoreThread
+from server.shared.failpoints import VARIABLE
+from server.store.store_thread import StoreThread
 from tests.server.conftest import publish_version
 from tests.server.fakes import FakePolicy
 

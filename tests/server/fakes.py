@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from server.policy import Sampling, SwapError
-from server.records import FinishReason, Generation, Span
-from server.weights import engine_weights
+from server.engine.base import Sampling, SwapError
+from server.engine.weights import engine_weights
+from server.store.records import FinishReason, Generation, Span
 
 
 class EngineDeadError(Exception):

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from server import edge, operation
-from server.database import Database
-from server.store import FeedbackStore
-from tests.server.test_forgetting import thumb, trained
-from tests.server.test_lineage import lease
+from server.admin import forget_user
+from server.rpc import interceptor
+from server.store.feedback_store import FeedbackStore
+from server.store.sqlite.database import Database
+from tests.server.store.test_deletion import thumb, trained
+from tests.server.store.test_lineage import lease
 
 
 def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -168,10 +169,10 @@ def test_what_a_running_server_lets_in_meanwhile_is_forgotten_too(
         slept.append(seconds)
         store.create_conversation("ann", "just in time")
 
-    monkeypatch.setattr(operation.time, "sleep", sleep)
-    assert list(operation.forget(store, tmp_path, "ann", 0.5))[-1] == operation.EMPTIED
+    monkeypatch.setattr(forget_user.time, "sleep", sleep)
+    assert list(forget_user.forget(store, tmp_path, "ann", 0.5))[-1] == forget_user.EMPTIED
     assert slept == [12.5]
-    assert operation.LET_IN_SECONDS > edge.MESSAGE_SECONDS
+    assert forget_user.LET_IN_SECONDS > interceptor.MESSAGE_SECONDS
     assert store.conversations("ann", 9) == []
     store.close()
 
@@ -180,5 +181,5 @@ def test_a_log_that_somebody_reads_is_not_said_to_be_empty(tmp_path: Path, monke
     store = FeedbackStore.open(tmp_path)
     store.create_conversation("ann", "hello")
     monkeypatch.setattr(Database, "empty_log", lambda database: False)
-    assert list(operation.forget(store, tmp_path, "ann", 0.5)) == ["Removed.", operation.NOT_EMPTIED]
+    assert list(forget_user.forget(store, tmp_path, "ann", 0.5)) == ["Removed.", forget_user.NOT_EMPTIED]
     store.close()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pysqlite3.dbapi2 as sqlite3
 import pytest
 
-from server.failpoints import FAILPOINTS, failpoint
-from server.store import FeedbackStore
+from server.shared.failpoints import FAILPOINTS, failpoint
+from server.store.feedback_store import FeedbackStore
 from tests.server.crash import vote_until_killed
 
 

@@ -16,9 +16,9 @@ import pysqlite3.dbapi2 as sqlite3
 import pytest
 from prefloop.v1 import chat_pb2, feedback_pb2
 
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
 from tests.server.conftest import Running, running_server
-from tests.server.test_rpcs import ANN, chat, refusal
+from tests.server.rpc.test_rpcs import ANN, chat, refusal
 
 NOT_KEPT = "The data directory could not be written; nothing of this call was kept."
 FULL = "The server's disk is full: its operator has to free some space. Nothing of this call was kept."
@@ -175,9 +175,9 @@ from pathlib import Path
 import grpc
 from tests.server.conftest import publish_version, running_server
 from tests.server.test_faults import NOT_KEPT, vote
-from tests.server.test_rpcs import chat
-from server.backup import back_up
-from server.errors import DataDirectoryError
+from tests.server.rpc.test_rpcs import chat
+from server.admin.backup import back_up
+from server.shared.errors import DataDirectoryError
 
 async def refused(call):
     try:

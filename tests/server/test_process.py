@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from server import process
-from server.errors import ServiceError
 from server.settings import ServerSettings
+from server.shared.errors import ServiceError
 
 SECONDS = 30
 # More connections than the process may have files open; whoever was there first goes on.

@@ -14,8 +14,8 @@ from clients.demo import loop as module
 from clients.demo import rounds
 from clients.demo.loop import Loop
 from clients.demo.plan import Plan, Work
+from clients.demo.processes import DemoError, Server
 from clients.demo.record import Record
-from clients.serving import DemoError, Server
 from tests.clients.conftest import FakeService
 
 

@@ -6,7 +6,7 @@ from prefloop.v1.chat_pb2 import FINISH_REASON_STOP
 
 from clients.demo.plan import Plan, Work
 from clients.demo.record import FinalError, Record
-from clients.voter import Answer
+from clients.demo.voter import Answer
 
 PLAN = Plan("short", 150, 64, 0, None)
 

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from clients.questions import questions
+from clients.demo.questions import questions
 from tests.clients.demo.conftest import HELD_OUT, VOTES, Demo
 
 SIGKILL, SIGINT = signal.SIGKILL, signal.SIGINT

@@ -15,12 +15,12 @@ from prefloop.v1.policy_pb2 import (
 from rich.console import Console
 
 from clients import Client, ServerError
+from clients.demo.processes import DemoError
+from clients.demo.progress import Task
 from clients.demo.rounds import Lines, crossing, near_the_swap, wait_until_served
-from clients.limit import Limit
-from clients.live import STREAMS, LiveStreams
-from clients.progress import Task
-from clients.serving import DemoError
-from clients.voter import Answer
+from clients.demo.streams import STREAMS, LiveStreams
+from clients.demo.time_limit import Limit
+from clients.demo.voter import Answer
 from tests.clients.conftest import WAIT_SECONDS, FakeService, status
 
 

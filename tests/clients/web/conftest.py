@@ -20,7 +20,7 @@ from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, 
 
 from clients.web.app import make_app
 from clients.web.command import server_config
-from clients.web.person import KEY, NAME
+from clients.web.sign_in import KEY, NAME
 from tests.server.conftest import Running, running_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -12,7 +12,7 @@ from playwright.async_api import expect
 from prefloop.v1 import account_pb2
 
 from clients.web import connections
-from clients.web.person import KEY
+from clients.web.sign_in import KEY
 from tests.clients.web.conftest import Site, serving_page, together
 from tests.clients.web.test_chat import ask, good
 from tests.server.conftest import Running, running_server

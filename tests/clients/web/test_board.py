@@ -7,11 +7,11 @@ from typing import Any
 from playwright.async_api import Browser, Page, expect
 from prefloop.v1 import policy_pb2
 
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
 from tests.clients.web.conftest import Site, serving_page, together
 from tests.clients.web.test_chat import ask, good
 from tests.server.conftest import Running, publish_version, register, running_server
-from tests.server.test_duel import choose, open_duel
+from tests.server.versions.test_ab_test import choose, open_duel
 
 pytestmark = together
 

@@ -534,7 +534,7 @@ def test_where_one_of_them_fails_all_end_with_its_status(
 
 
 def test_they_are_waited_for_longer_than_they_take() -> None:
-    from learner.schedule import STOP_SECONDS
+    from learner.ops.schedule import STOP_SECONDS
     from server.settings import ServerSettings
 
     assert command.STOP_SECONDS > STOP_SECONDS

@@ -17,7 +17,7 @@ from server.doctor import readings
 from server.doctor.examine import Examination, Report, load_settings
 from server.doctor.finding import Finding
 from server.doctor.show import show
-from server.errors import ServiceError
+from server.shared.errors import ServiceError
 
 NAMES = [
     "python", "system", "system packages", "packages", "settings", "cores", "arithmetic", "gpu", "model", "memory",

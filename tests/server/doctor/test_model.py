@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from learner.settings import LearnerSettings
-from server import reference
 from server.doctor.examine import DoctorSettings
 from server.doctor.model import SMOLLM2, Model, ModelShape, read_model, shape_of
 from server.doctor.needs import needs_of
 from server.doctor.speed import Sample, Speed, expected, measure, samples
-from server.errors import DataDirectoryError
-from server.reference import find_model, prepare_reference
+from server.engine import reference
+from server.engine.reference import find_model, prepare_reference
+from server.shared.errors import DataDirectoryError
 from tests.learner.conftest import save_tiny_model
 from tests.learner.rounds import make_reference
 

@@ -10,7 +10,7 @@ import pytest
 
 from server.doctor import readings
 from server.doctor.readings import Disk
-from server.exposition import Exposition
+from server.telemetry.metrics_http import Exposition
 
 MOUNTS = r"""/dev/vda / ext4 rw,relatime 0 0
 tmpfs /dev/shm tmpfs rw 0 0

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from server.database import sqlite_problem
 from server.doctor import setup_checks as checks
 from server.doctor.finding import Finding
 from server.doctor.needs import Needs
 from server.doctor.readings import Disk
 from server.shared.machine import GIB
+from server.store.sqlite.database import sqlite_problem
 
 NEEDS = Needs(server=4 * GIB, round=5 * GIB, version=GIB // 4)
 SOUND = Disk(Path("/srv"), "ext4", 50 * GIB, 0.0042)

@@ -16,10 +16,10 @@ import pytest
 import clients.cli
 import learner.cli
 import server.cli
-from server.database import OperationalError
-from server.errors import NotFoundError
+from server.shared.errors import NotFoundError
 from server.shared.program import begin, sentence
-from server.store import FeedbackStore
+from server.store.feedback_store import FeedbackStore
+from server.store.sqlite.database import OperationalError
 
 PROGRAMS = ("server.cli", "learner.cli", "clients.cli")
 

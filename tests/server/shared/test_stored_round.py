@@ -8,8 +8,8 @@ import pytest
 
 from server.shared import stored_round
 from server.shared.stored_round import METRICS, SETTINGS, Stored, start_from
-from server.store import FeedbackStore
-from tests.server.test_lineage import lease
+from server.store.feedback_store import FeedbackStore
+from tests.server.store.test_lineage import lease
 
 
 def test_a_format_is_read_through_every_upgrade_since() -> None:
@@ -84,7 +84,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
 
 
 def test_what_earlier_rounds_started_from_decides_what_later_versions_carry(tmp_path: Path) -> None:
-    from tests.server.test_forgetting import trained
+    from tests.server.store.test_deletion import trained
 
     store = FeedbackStore.open(tmp_path)
     store.registry.register_reference()

@@ -1,0 +1,194 @@
+"""A simulated voter: a stated taste, a share of slips, and votes cast through the API like anybody's.
+
+A taste is a rule on one answer's text; of two answers the voter prefers the one that scores higher, and calls equal
+scores a tie. A flipped vote names the answer the rule likes less; ties are never flipped.
+"""
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from prefloop.v1.chat_pb2 import (
+    FINISH_REASON_ERROR,
+    FINISH_REASON_STOP,
+    SLOT_A,
+    SLOT_B,
+    ChatDelta,
+    ChatFinished,
+    ChatStarted,
+    CompareFinished,
+    CompareStarted,
+    FinishReason,
+)
+from prefloop.v1.feedback_pb2 import CHOICE_A, CHOICE_B, CHOICE_TIE, Choice
+
+from clients.client import Client
+from clients.demo.many_calls import at_once
+
+READER = frozenset(["you", "your", "yours", "yourself", "you're", "you'll", "you've", "you'd"])
+GENTLE = frozenset(
+    ["can", "could", "may", "might", "would", "maybe", "perhaps", "try", "if", "like", "feel", "help"]
+) | {
+    *("please", "enjoy", "recommend", "suggest", "prefer", "want", "wish", "often", "usually", "some", "sometimes"),
+    "consider",
+}
+FLIPPED = {CHOICE_A: CHOICE_B, CHOICE_B: CHOICE_A, CHOICE_TIE: CHOICE_TIE}
+
+
+class StreamBrokenError(Exception):
+    """A stream ended without the event that every stream ends with."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished answer and its ids; `tokens` counts what the model generated."""
+
+    text: str
+    finish_reason: FinishReason.ValueType
+    tokens: int = 0
+    conversation_id: str = ""
+    policy_version: str = ""
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What the voter likes: `sentence` says it to a person, `score` to a program (higher is better)."""
+
+    sentence: str
+    score: Callable[[Answer], float]
+
+    def choice(self, a: Answer, b: Answer) -> Choice.ValueType:
+        """The choice of a voter who never slips."""
+        score_a, score_b = self.score(a), self.score(b)
+        if score_a == score_b:
+            return CHOICE_TIE
+        return CHOICE_A if score_a > score_b else CHOICE_B
+
+
+def speaks_to_reader(answer: Answer) -> float:
+    """How many words address the reader."""
+    return sum(word in READER for word in words(answer.text))
+
+
+def short_and_whole(answer: Answer) -> float:
+    """Minus the number of words, and 1000 more for an answer that ended by itself."""
+    return 1000.0 * (answer.finish_reason == FINISH_REASON_STOP) - len(words(answer.text))
+
+
+def short_sentences(answer: Answer) -> float:
+    """Minus the mean number of words between the ends of sentences or lines; minus infinity for no words."""
+    sentences = [found for part in re.split(r"[.!?:\n]+", answer.text) if (found := words(part))]
+    return -sum(map(len, sentences)) / len(sentences) if sentences else -math.inf
+
+
+def gentle_words(answer: Answer) -> float:
+    """How many words suggest rather than command."""
+    return sum(word in GENTLE for word in words(answer.text))
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case; an apostrophe is part of a word."""
+    return re.findall(r"[a-z0-9]+(?:'[a-z]+)*", text.lower().replace("\u2019", "'"))
+
+
+TASTES = {
+    "to-you": Taste('speaks to the reader: the more "you" and "your", the better', speaks_to_reader),
+    "crisp": Taste("short sentences: the fewer words in each, the better", short_sentences),
+    "gentle": Taste('suggests and does not command: the more "can", "may", "try", the better', gentle_words),
+    "short": Taste("short whole answers: one that ends by itself, then the one with fewer words", short_and_whole),
+}
+
+
+@dataclass(frozen=True)
+class Votes:
+    """How many comparisons were voted on, and how."""
+
+    a_or_b: int
+    ties: int
+    flipped: int
+
+
+class Voter:
+    """Votes with `taste`; of the votes for one answer a share `flip_rate` is flipped. `seed` fixes which."""
+
+    def __init__(self, taste: Taste, *, flip_rate: float, max_tokens: int, seed: int) -> None:
+        self.taste = taste
+        self.flip_rate = flip_rate
+        self.max_tokens = max_tokens
+        self.seed = seed
+
+    def vote_on(
+        self,
+        client: Client,
+        questions: Iterable[str],
+        *,
+        concurrency: int,
+        on_vote: Callable[[], object],
+        before_vote: Callable[[str, str], object] = lambda question, comparison_id: None,
+        watch: Callable[[], object] = lambda: None,
+    ) -> Votes:
+        """Asks for a comparison on every question, `concurrency` at a time, and chooses. `on_vote` hears of each,
+        `before_vote` of each question and its comparison, on many threads, when the choice is about to be made; `watch`
+        is as in `at_once`.
+
+        The first failed call ends it and is raised; what is under way then is not waited for.
+        """
+
+        def vote(question: str) -> tuple[Choice.ValueType, bool]:
+            return self._vote(client, question, before_vote)
+
+        cast = at_once(vote, questions, concurrency=concurrency, on_result=lambda _: on_vote(), watch=watch)
+        ties = sum(choice == CHOICE_TIE for choice, _ in cast)
+        return Votes(a_or_b=len(cast) - ties, ties=ties, flipped=sum(flipped for _, flipped in cast))
+
+    def _vote(
+        self, client: Client, question: str, before_vote: Callable[[str, str], object]
+    ) -> tuple[Choice.ValueType, bool]:
+        comparison_id, a, b = compare(client, question, self.max_tokens)
+        choice = self.taste.choice(a, b)
+        # Drawn by question, so that it does not depend on which thread is faster.
+        flip = choice != CHOICE_TIE and random.Random(f"{self.seed} {question}").random() < self.flip_rate
+        before_vote(question, comparison_id)
+        client.choose(comparison_id, FLIPPED[choice] if flip else choice)
+        return choice, flip
+
+
+def compare(client: Client, question: str, max_tokens: int) -> tuple[str, Answer, Answer]:
+    """Both answers to a question, in a conversation of its own, with the comparison's id."""
+    comparison_id = ""
+    answers: dict[int, Answer] = {}
+    with client.compare(question, max_tokens=max_tokens) as stream:
+        for event in stream:
+            match event:
+                case CompareStarted():
+                    comparison_id = event.comparison_id
+                case CompareFinished():
+                    answers[event.slot] = Answer(event.text, event.finish_reason, event.usage.completion_tokens)
+    if not comparison_id or set(answers) != {SLOT_A, SLOT_B}:
+        raise StreamBrokenError(f"The comparison on {question!r} ended before both answers did.")
+    return comparison_id, answers[SLOT_A], answers[SLOT_B]
+
+
+def ask(client: Client, question: str, *, max_tokens: int, seed: int | None = None) -> Answer:
+    """The whole answer to a question, in a conversation of its own."""
+    conversation_id = heard = ""
+    with client.chat(question, max_tokens=max_tokens, seed=seed) as stream:
+        for event in stream:
+            match event:
+                case ChatStarted():
+                    conversation_id = event.conversation_id
+                case ChatDelta():
+                    heard += event.text
+                case ChatFinished():
+                    if event.finish_reason == FINISH_REASON_ERROR or heard != event.text:
+                        raise StreamBrokenError(f"The answer to {question!r} broke off or lost text on its way.")
+                    return Answer(
+                        event.text,
+                        event.finish_reason,
+                        event.usage.completion_tokens,
+                        conversation_id,
+                        event.policy_version,
+                    )
+    raise StreamBrokenError(f"The answer to {question!r} ended before it was finished.")

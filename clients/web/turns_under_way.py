@@ -1,0 +1,186 @@
+"""Turns that are being answered: each runs to its end whoever looks, and any number of readers follow it.
+
+A reload, a second tab or a lost connection therefore costs nothing. When the stream ends, however it does, the turn
+becomes what the server has kept of it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from prefloop.v1.chat_pb2 import (
+    SLOT_A,
+    ChatDelta,
+    ChatStarted,
+    CompareDelta,
+    CompareStarted,
+    Response,
+    Slot,
+    Turn,
+)
+
+from clients.async_client import AsyncClient
+from clients.calls import AsyncStream, ChatEvent, CompareEvent
+from clients.errors import PrefloopError, UnavailableError
+from clients.web.rendering import turn_id
+from clients.web.sign_in import Person
+
+AnswerStream = AsyncStream[ChatEvent] | AsyncStream[CompareEvent]
+
+# Readers hear of changes at most so often, all at once: the turn is drawn anew each time, once for all of them.
+PAUSE_SECONDS = 0.1
+# How long the server may be away in the middle of an answer.
+AWAY_SECONDS = 600.0
+KEPT_NOTICES = 1000
+AWAY = "The server went away in the middle of this answer. It goes on as soon as the server is back."
+CAME_BACK = "The server went away in the middle of this answer. This is what it has kept."
+
+
+class LiveTurn:
+    """One message and its answer or answers, as far as they have come."""
+
+    def __init__(self, message: str) -> None:
+        self.turn = Turn(message=message)
+        self.conversation_id = ""
+        # What a reader should know beside the text.
+        self.notice = ""
+        self.over = False
+        self._changed = asyncio.Event()
+        self._announcing: asyncio.TimerHandle | None = None
+        self._drawn: str | None = None
+        self._started = asyncio.get_running_loop().create_future()
+
+    async def started(self) -> None:
+        """Returns once the turn is on the server's disk. Raises the PrefloopError that kept it from there."""
+        await asyncio.shield(self._started)
+
+    def stop(self) -> None:
+        """Ends the answer where it is; what there is of it is kept."""
+        self._stream.cancel()
+
+    async def changes(self) -> AsyncIterator[None]:
+        """Comes at once and then whenever there is something new, the last time when it is over."""
+        while True:
+            changed, over = self._changed, self.over
+            yield
+            if over:
+                return
+            await changed.wait()
+
+    def drawn(self, draw: Callable[[Turn, str], str]) -> str:
+        """What `draw` makes of the turn and its notice as they are; called once for all who ask until they change."""
+        if self._drawn is None:
+            self._drawn = draw(self.turn, self.notice)
+        return self._drawn
+
+    async def run(self, client: AsyncClient, stream: AnswerStream) -> None:
+        """Follows the stream to its end, and further to what the server kept of it."""
+        self._stream = stream
+        try:
+            broken = await self._follow(stream)
+            self.turn = await client.refetch(stream, timeout=AWAY_SECONDS)
+            self.notice = CAME_BACK if isinstance(broken, UnavailableError) else str(broken or "")
+        except PrefloopError as error:
+            self.notice = str(error)
+            if not self._started.done():
+                self._started.set_exception(error)
+        finally:
+            # Whatever else went wrong: nobody waits for ever.
+            self._started.cancel()
+            self.over = True
+            self._tell()
+
+    async def _follow(self, stream: AnswerStream) -> PrefloopError | None:
+        """What the stream broke with, None where it did not. Raises it where nothing had started."""
+        try:
+            async for event in stream:
+                self._take(event)
+                self._tell()
+        except PrefloopError as error:
+            if not self._started.done():
+                raise
+            self.notice = AWAY if isinstance(error, UnavailableError) else str(error)
+            self._tell()
+            return error
+        return None
+
+    def _take(self, event: ChatEvent | CompareEvent) -> None:
+        # That an answer is finished is taken from the server's record, with all that it says of it.
+        match event:
+            case ChatStarted():
+                self.turn.response.response_id = event.response_id
+                self._begin(event.conversation_id)
+            case CompareStarted():
+                self.turn.comparison.comparison_id = event.comparison_id
+                self._begin(event.conversation_id)
+            case ChatDelta():
+                self.turn.response.text += event.text
+            case CompareDelta():
+                self._answer(event.slot).text += event.text
+
+    def _begin(self, conversation_id: str) -> None:
+        self.conversation_id = conversation_id
+        self._started.set_result(None)
+
+    def _answer(self, slot: Slot.ValueType) -> Response:
+        return self.turn.comparison.a if slot == SLOT_A else self.turn.comparison.b
+
+    def _tell(self) -> None:
+        self._drawn = None
+        if self.over:
+            self._announce()
+        elif not self._announcing:
+            self._announcing = asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._announce)
+
+    def _announce(self) -> None:
+        if self._announcing:
+            self._announcing.cancel()
+        self._announcing = None
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class LiveTurns:
+    """The turns that are being answered, by whose they are and the conversation they are in."""
+
+    def __init__(self) -> None:
+        self._turns: dict[tuple[str, str], LiveTurn] = {}
+        # What went wrong with turns that are over, by the ids of theirs; the server's record does not say.
+        self._notices: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def begin(self, person: Person, message: str, stream: AnswerStream) -> LiveTurn:
+        """Follows a stream just opened. Returns once the turn is on the server's disk; raises what kept it off it."""
+        live = LiveTurn(message)
+        task = asyncio.create_task(self._run(live, person, stream))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await live.started()
+        if not live.over:
+            self._turns[person.name, live.conversation_id] = live
+        return live
+
+    def find(self, person: Person, conversation_id: str) -> LiveTurn | None:
+        """The turn that is being answered in a conversation."""
+        return self._turns.get((person.name, conversation_id))
+
+    def notice(self, turn: Turn) -> str:
+        """What went wrong with a turn that was lately answered here; mostly nothing."""
+        return self._notices.get(turn_id(turn), "")
+
+    async def close(self) -> None:
+        """Stops every answer; the server keeps what there is."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, live: LiveTurn, person: Person, stream: AnswerStream) -> None:
+        try:
+            await live.run(person.client, stream)
+        finally:
+            # The next turn may have its place by now: the server begins it while we read what it kept of this one.
+            if self.find(person, live.conversation_id) is live:
+                del self._turns[person.name, live.conversation_id]
+            if live.notice:
+                self._notices[turn_id(live.turn)] = live.notice
+                if len(self._notices) > KEPT_NOTICES:
+                    del self._notices[next(iter(self._notices))]

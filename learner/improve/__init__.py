@@ -1,0 +1,1 @@
+"""Ways to improve a policy by a reward model, one to a folder."""

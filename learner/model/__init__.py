@@ -1,0 +1,1 @@
+"""The policy in training, passes over it, rollouts and features."""

@@ -1,0 +1,149 @@
+"""The policy in training, its frozen reference, and the weights an engine gets of it.
+
+LoRA: adapters on the reference, so the reference is "adapters off"; the base must therefore be the reference itself.
+Full: two copies. Trainable parameters in bfloat16 are stepped through float32 masters
+(`learner.improve.ppo.losses.Adam`).
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learner.settings import PPOSettings
+
+
+class Policy:
+    """`model` is trained; `reference()` gives the frozen one."""
+
+    def __init__(self, model: Any, reference: Any | None) -> None:
+        self.model = model.eval()  # Dropout stays off: log-probabilities must be those of the sampling policy.
+        self._reference = reference.eval() if reference is not None else None
+
+    @classmethod
+    def create(
+        cls, reference: Path, settings: PPOSettings, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> "Policy":
+        """A policy equal to the reference in `reference`, a Hugging Face directory; adapters begin as `seed` says."""
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
+        if settings.train == "full":
+            frozen = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
+            return cls(base, frozen.requires_grad_(False))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return cls(lora(base, settings.lora_rank, settings.lora_alpha), None)
+
+    def load(self, directory: Path) -> None:
+        """Takes the weights of a saved version: an adapter for LoRA, all weights for full."""
+        from safetensors.torch import load_file
+
+        if self._reference is None:
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, load_file(directory / "adapter_model.safetensors"))
+            return
+        state: dict[str, Tensor] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            state.update(load_file(path))
+        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        if unexpected or set(missing) - set(getattr(self.model, "_tied_weights_keys", None) or ()):
+            raise ValueError(f"{directory.name} does not hold the weights of this model.")
+
+    def save(self, directory: Path) -> None:
+        """PEFT or Hugging Face layout, safetensors."""
+        if self._reference is None:
+            # An adapter is found by its manifest's base version; a path would name this machine's.
+            self.model.peft_config["default"].base_model_name_or_path = None
+            self.model.save_pretrained(directory)
+            (directory / "README.md").unlink(missing_ok=True)
+            return
+        weights = {name: tensor.contiguous() for name, tensor in self.engine_weights()}
+        self.model.save_pretrained(directory, state_dict=weights)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def reference(self) -> AbstractContextManager[Any]:
+        """The frozen reference, for the time of the context."""
+        if self._reference is not None:
+            return nullcontext(self._reference)
+        return _AdaptersOff(self.model)
+
+    def engine_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its checkpoint name, adapters merged in float32, in the model's dtype: the same arithmetic by
+        which a server derives what it serves."""
+        return merged_weights(self.model)
+
+    def reference_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As `engine_weights`, of the reference."""
+        return merged_weights(self._reference if self._reference is not None else self.model, adapters=False)
+
+
+class _AdaptersOff(AbstractContextManager[Any]):
+    def __init__(self, model: Any) -> None:
+        self._model, self._context = model, model.disable_adapter()
+
+    def __enter__(self) -> Any:
+        self._context.__enter__()
+        return self._model
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+def lora(base: Any, rank: int, alpha: int) -> Any:
+    """`base` with fresh adapters on every linear layer but the output's, in the base's precision: a float32 adapter
+    would cast every activation back and forth. Small steps are not lost, since Adam steps float32 masters."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(base, config, autocast_adapter_dtype=False)
+
+
+def published_weights(directory: Path, base: Path | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor) of a published version: all weights as they are, or an adapter merged into `base` in
+    `dtype`."""
+    if base is None:
+        from safetensors.torch import load_file
+
+        for path in sorted(directory.glob("*.safetensors")):
+            yield from load_file(path).items()
+        return
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    yield from merged_weights(PeftModel.from_pretrained(model, directory))
+
+
+@torch.no_grad()
+def merged_weights(model: Any, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor in the model's dtype) of a Hugging Face model, bare or with PEFT adapters. A tied output
+    matrix is left out: it is the embedding's."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = dict(base.named_modules())
+    tied = set(getattr(base, "_tied_weights_keys", None) or ()) if base.config.tie_word_embeddings else set()
+    for name, tensor in base.state_dict().items():
+        if ".lora_" in name or name in tied:
+            continue
+        if ".base_layer." not in name:
+            yield name, tensor
+            continue
+        owner, _, leaf = name.partition(".base_layer.")
+        if adapters and leaf == "weight":
+            tensor = (tensor.float() + _delta(modules[owner])).to(tensor.dtype)
+        yield f"{owner}.{leaf}", tensor
+
+
+def _delta(layer: Any) -> Tensor:
+    """What an adapter adds to a weight, in float32 whatever it is kept in."""
+    up, down = layer.lora_B["default"].weight.float(), layer.lora_A["default"].weight.float()
+    delta: Tensor = (up @ down) * layer.scaling["default"]
+    # GPT-2's layers keep their weights transposed.
+    return delta.T if layer.fan_in_fan_out else delta

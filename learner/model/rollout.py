@@ -1,0 +1,134 @@
+"""Rollouts: responses sampled by vLLM in the learner's own process, from weights pushed in memory.
+
+What was sampled is trained on: token ids as vLLM drew them (never text tokenised again), with the log-probabilities it
+drew them by (`processed_logprobs`: at the service temperature; the default is raw, at temperature 1). top_p is 1 and
+top_k off, since either would make the ratios wrong. `push` empties the prefix cache: its keys and values belong to
+the old weights.
+"""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner.model.forward import Tokens, to_tokens
+from learner.process import set_environment
+from learner.settings import LearnerSettings
+from server.shared.dtype import DtypeName
+from server.shared.seeds import keep_seeds
+from server.shared.text import ChatText
+from server.store.records import Prompt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response. `logprobs` are mu's: the engine's own."""
+
+    prompt: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended it, rather than the length limit."""
+        return self.finish_reason == "stop"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A sampled batch: `tokens` of B responses, behavior_logprobs (B, T), `ended` (B,)."""
+
+    samples: list[Sample]
+    tokens: Tokens
+    behavior_logprobs: Tensor
+    ended: Tensor
+
+
+def draw_seed(seed: int, draw: int) -> int:
+    """The seed of a round's numbered draw; a round makes fewer than a thousand."""
+    return seed * 1_000 + draw
+
+
+def draw_generator(seed: int, draw: int) -> torch.Generator:
+    """What a round's numbered draw is made with: the same however often the round is resumed."""
+    return torch.Generator().manual_seed(draw_seed(seed, draw))
+
+
+def to_rollout(samples: list[Sample]) -> Rollout:
+    """Pads samples to tensors."""
+    tokens = to_tokens([s.prompt for s in samples], [s.token_ids for s in samples])
+    behavior_logprobs = torch.zeros(tokens.response_mask.shape)
+    for row, sample in enumerate(samples):
+        behavior_logprobs[row, : len(sample.logprobs)] = torch.tensor(sample.logprobs)
+    return Rollout(samples, tokens, behavior_logprobs, torch.tensor([s.ended for s in samples]))
+
+
+class Engine:
+    """vLLM on the reference's directory; `push` gives it other weights. Call `close` when done."""
+
+    def __init__(self, directory: Path, settings: LearnerSettings, dtype: DtypeName, max_model_len: int) -> None:
+        set_environment(settings)
+        from vllm import LLM
+
+        self._temperature = settings.service_temperature
+        self._text = ChatText.load(directory)
+        self._llm: Any = LLM(
+            model=str(directory),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=64,
+            gpu_memory_utilization=settings.learner_gpu_memory_share,
+            # A round samples some dozens of batches: compiling would cost more than it saves.
+            enforce_eager=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            distributed_executor_backend="uni",
+            use_tqdm_on_load=False,
+            disable_log_stats=True,
+            seed=settings.seed,
+        )
+        self._llm.collective_rpc(lambda worker: keep_seeds(worker.model_runner))
+
+    def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Replaces all weights, by their checkpoint names, and forgets every cached prefix."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("The engine kept cached prefixes of the old weights.")
+
+    def sample(self, prompts: list[Prompt], seed: int) -> list[Sample]:
+        """One response to each prompt, as long as people were shown (the prompt's logged max_tokens)."""
+        from vllm import SamplingParams
+
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
+            [
+                SamplingParams(
+                    temperature=self._temperature,
+                    top_p=1.0,
+                    top_k=0,
+                    max_tokens=prompt.max_tokens,
+                    logprobs=0,
+                    detokenize=False,  # server.shared.text does
+                    seed=seed * 100_003 + number,
+                )
+                for number, prompt in enumerate(prompts)
+            ],
+            use_tqdm=False,
+        )
+        return [self._sample(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)]
+
+    def close(self) -> None:
+        """Frees the engine's memory."""
+        del self._llm
+        gc.collect()
+
+    def _sample(self, prompt: Prompt, output: Any) -> Sample:
+        token_ids = list(output.token_ids)
+        logprobs = [entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)]
+        return Sample(prompt.token_ids, token_ids, logprobs, self._text.text(token_ids), output.finish_reason)

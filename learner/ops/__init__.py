@@ -1,0 +1,1 @@
+"""What an operator runs beside rounds: schedule, status, reports, decisions by hand."""

@@ -1,0 +1,68 @@
+"""What an operator does by hand: promote a version, go back to one, leave a user's votes out. Reads and writes the
+store; servers follow.
+
+Each move of the pointer is a compare-and-set from the version that was active when the command began, so that two
+operators, or an operator and a round, never undo each other unseen.
+"""
+
+import getpass
+from contextlib import closing
+
+from learner.round.checkpoint import verified
+from learner.round.publish import wait_until_loaded
+from learner.settings import LearnerSettings
+from server.shared.errors import FailedPreconditionError
+from server.store.feedback_store import FeedbackStore
+from server.store.records import PointerAction
+
+
+def promote(settings: LearnerSettings, version: str, reason: str = "") -> str:
+    """Makes `version` the active one; a sentence on how it went. Raises ServiceError with nothing changed."""
+    with closing(FeedbackStore.open(settings.data_dir)) as store:
+        active = store.registry.active_policy().version
+        return _move(store, settings, active, version, "promote", reason or "promoted by hand")
+
+
+def rollback(settings: LearnerSettings, version: str | None = None, reason: str = "") -> str:
+    """Makes the version that was active before, or an older one, the active one again."""
+    with closing(FeedbackStore.open(settings.data_dir)) as store:
+        active, target = store.registry.rollback_step(version)
+        return _move(store, settings, active, target, "rollback", reason or f"rolled back from {active}")
+
+
+def quarantine(settings: LearnerSettings, user: str, reason: str = "", *, lift: bool = False) -> str:
+    """Leaves a user's votes out of the rounds that begin from now on, or lets them count again. Raises NotFoundError
+    for a user who never voted."""
+    with closing(FeedbackStore.open(settings.data_dir)) as store:
+        votes = store.votes_of([user], store.watermark())
+        if lift:
+            changed = store.quarantine.lift(user, actor=_operator(), reason=reason)
+            return f"{user}'s {votes} votes count again." if changed else f"{user} is not in quarantine."
+        changed = store.quarantine.set(user, actor=_operator(), reason=reason)
+        running = store.registry.running_round()
+    if not changed:
+        return f"{user} is in quarantine already; nothing was changed."
+    sentence = f"{user} is in quarantine: rounds that begin from now on leave {votes} votes out."
+    return sentence + (f" {running.id} began before and keeps them." if running else "")
+
+
+def _operator() -> str:
+    return f"operator {getpass.getuser()}"
+
+
+def _move(
+    store: FeedbackStore, settings: LearnerSettings, active: str, version: str, action: PointerAction, reason: str
+) -> str:
+    policy = store.registry.policy(version)
+    if version == active:
+        return f"{version} is active already; nothing was changed."
+    # The store knows why a version may not be activated; what it lets pass must be whole.
+    if policy.prune_time is None:
+        verified(settings.data_dir / "policies" / version)
+    store.registry.activate_policy(
+        version, actor=_operator(), action=action, reason=reason, expected_active_version=active
+    )
+    loaded = wait_until_loaded(store, version, settings.load_timeout_seconds)
+    if store.registry.active_policy().version != version:
+        raise FailedPreconditionError("POLICY_UNLOADABLE", f"{version} was activated and taken back: {loaded}")
+    return f"{version} is active in place of {active}; {loaded}"

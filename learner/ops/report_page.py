@@ -1,0 +1,73 @@
+"""`report.html` of a round: what it came to, its curves, answers before and after. One file, no script, no request."""
+
+import base64
+import json
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from learner.ops.curves import draw_curves
+from learner.round.report import Report, rows
+from server.shared.errors import FailedPreconditionError
+from server.shared.whole_file import whole_file
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Round
+from server.store.residue import REPORT, keeping, sweep
+from server.store.round_samples import read_samples
+
+TEMPLATE = Path(__file__).with_name("report_page.html.j2")
+# Questions whose answers are shown side by side.
+SHOWN = 12
+
+
+def write_report(data_dir: Path, round_id: str | None = None) -> list[Path]:
+    """The files written for a round, the newest by default. Raises NotFoundError or FailedPreconditionError."""
+    store = FeedbackStore.open(data_dir)
+    try:
+        round_ = store.registry.round(round_id) if round_id else next(iter(store.registry.rounds(limit=1)), None)
+    finally:
+        store.close()
+    if round_ is None:
+        raise FailedPreconditionError("NO_ROUND", "No round was run here yet.")
+    directory = data_dir / "rounds" / round_.id
+    directory.mkdir(parents=True, exist_ok=True)
+    picture = directory / "report.png"
+    drawn = bool(round_.metrics.get("ppo", {}).get("steps"))
+    if drawn:
+        draw_curves(round_.metrics, round_.settings["ppo"], picture)
+    page = directory / REPORT
+    with keeping(data_dir):
+        answers = [asdict(sample) for sample in islice(read_samples(data_dir, round_), SHOWN)]
+        with whole_file(page) as file:
+            file.write(render(round_, picture if drawn else None, answers))
+    # What it quotes may have been deleted meanwhile, and with that the whole page goes.
+    sweep(data_dir)
+    return [picture, page] if drawn else [page]
+
+
+def render(round_: Round, picture: Path | None, answers: list[dict[str, Any]]) -> str:
+    """The page. Answers are `conversation_id`, `prompt`, `before`, `after`; whatever they hold stays text."""
+    import jinja2
+
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    report = Report(
+        "nothing",
+        round_.reason,
+        round_.id,
+        round_.policy_version,
+        round_.reward_model_version,
+        round_.incumbent_version,
+        round_.metrics,
+    )
+    return template.render(
+        round=asdict(round_),
+        rows=list(rows(report)),
+        picture=picture and base64.b64encode(picture.read_bytes()).decode(),
+        answers=answers,
+        conversations=" ".join(answer["conversation_id"] for answer in answers if answer["conversation_id"]),
+        settings=json.dumps(round_.settings, indent=2),
+        versions=round_.metrics.get("versions", {}),
+    )

@@ -1,0 +1,264 @@
+"""Starts rounds when the clock says so, or RequestRound. Wiring only: each round is a process of its own; the lease
+keeps rounds apart.
+
+- What was missed while no scheduler ran is made up for at once: the first time is counted from the last round, as the
+  store has it, and a round that was killed is gone on with.
+- A round that is due in quiet hours waits for their end; times that pass meanwhile become one.
+- A failed round, recorded by itself, is tried again after longer and longer waits, and keeps no regular one from
+  starting.
+- A request starts a round at once, whatever the hour and however few the votes; one that the clock starts first answers
+  it. How it ended is written down. It is not tried again: whoever asked can.
+- SIGTERM and SIGINT are passed on to the round under way, which stops where the next one goes on; a request that it was
+  to answer is answered by that one.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from datetime import datetime, timedelta, tzinfo
+from pathlib import Path
+from typing import Any
+
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.schedulers.blocking import BlockingScheduler
+from apscheduler.triggers.base import BaseTrigger
+from apscheduler.triggers.interval import IntervalTrigger
+
+from learner.ops.cron import Cron, local_zone
+from learner.ops.request_poller import Listener
+from learner.process import STOPPED
+from learner.round.report import Report, outcome
+from learner.settings import ScheduleSettings, quiet, quiet_hours
+from server.shared.errors import ServiceError
+from server.store.feedback_store import FeedbackStore
+from server.store.sqlite.database import DatabaseError
+
+STOP_SECONDS = 60
+# What came of a request is tried to be written down so often.
+WRITE_SECONDS = 2.0
+
+
+class RoundScheduler:
+    """`run` blocks until SIGTERM or SIGINT. Raises ValueError for a cron line that is none, and for a TZ like that."""
+
+    def __init__(self, settings: ScheduleSettings, data_dir: Path, say: Callable[[str], None]) -> None:
+        self._settings, self._data_dir, self._say = settings, data_dir, say
+        # One thread: a regular time that comes while a round runs, or waits to be retried, starts when that is over.
+        self._zone = local_zone()
+        self._scheduler = BlockingScheduler(executors={"default": ThreadPoolExecutor(1)}, timezone=self._zone)
+        self._trigger = trigger(settings, self._zone)
+        self._listener = Listener(data_dir, self._asked, self._next_time, self._look_at_clock, say)
+        self._round: subprocess.Popen[bytes] | None = None
+        # Held from before a round to after what is written down of it.
+        self._at_work = threading.Lock()
+        self._failures = 0
+        self._stopping = False
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        if self._trigger:
+            first = first_time(self._trigger, *self._last_round(), datetime.now(self._zone))
+            self._say(f"first round: {first:%Y-%m-%d %H:%M}")
+            self._add("round", self.due, self._trigger, next_run_time=first)
+        else:
+            self._say("rounds start on request")
+        self._listener.start()
+        try:
+            self._scheduler.start()
+            if self._at_work.acquire(timeout=STOP_SECONDS):
+                self._at_work.release()
+        finally:
+            self._listener.stop()
+
+    def due(self) -> None:
+        """A time has come: starts a round, or says why not."""
+        now = datetime.now(self._zone)
+        if self._stopping:
+            return
+        if wait := quiet_until(self._settings.quiet_hours, now):
+            self._say(f"quiet hours: the round waits until {wait:%H:%M}")
+            self._again(wait)
+        elif (votes := self._new_votes()) < self._settings.min_new_votes:
+            self._say(f"no round: {votes} new votes, fewer than {self._settings.min_new_votes}")
+        elif (status := self._work()) and not self._stopping:
+            self._failed(status, now)
+        else:
+            self._failures = 0
+
+    def asked(self) -> None:
+        """Somebody asked for a round, and nobody else is at work on it."""
+        self._work(only_asked=True)
+
+    def _work(self, *, only_asked: bool = False) -> int:
+        """Runs a round, and says to whoever asked for one what came of it; its exit status."""
+        with self._at_work:
+            if self._stopping:
+                return 0
+            request = self._take()
+            if only_asked and request is None:
+                return 0
+            try:
+                status, report = self._run_round()
+            except OSError as error:
+                status, report = 1, Report("failed", f"its process could not be started: {error}")
+            # Of one that was stopped with us nothing is said: the next learner takes the request again.
+            if request is not None and not (self._stopping and report is None):
+                self._end(request, outcome(report) if report else abrupt_end(status))
+            return status
+
+    def _failed(self, status: int, now: datetime) -> None:
+        self._failures += 1
+        if self._failures > self._settings.retries:
+            self._say(f"the round failed (exit status {status}); next at its regular time")
+            self._failures = 0
+            return
+        wait = now + backoff(self._settings.retry_minutes, self._failures)
+        self._say(f"the round failed (exit status {status}); again at {wait:%H:%M}")
+        self._again(wait)
+
+    def _run_round(self) -> tuple[int, Report | None]:
+        """Its exit status, and what it came to, if it could say."""
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "report.json"
+            # In a session of its own: Ctrl-C reaches it through us, once.
+            self._round = round_ = subprocess.Popen(round_command(self._data_dir, file), start_new_session=True)
+            if self._stopping:
+                round_.terminate()  # The stop came while it was being started.
+            try:
+                return round_.wait(), read_report(file)
+            finally:
+                self._round = None
+
+    def _asked(self) -> None:
+        """From the listener's thread."""
+        if not self._at_work.locked():
+            self._add("asked", self.asked, None)
+
+    def _look_at_clock(self) -> None:
+        """From the listener's thread, every other second. The scheduler sleeps until its next time by a clock that
+        nobody sets; where somebody sets the time of day, it has to look again."""
+        if self._scheduler.running:
+            self._scheduler.wakeup()
+
+    def _take(self) -> int | None:
+        if not FeedbackStore.exists(self._data_dir):
+            return None
+        with closing(FeedbackStore.open(self._data_dir)) as store:
+            return store.round_requests.take(self._listener.name)
+
+    def _end(self, request: int, sentence: str) -> None:
+        self._say(f"the round that was asked for: {sentence}")
+        # Until it is: who asked waits for it, and asks for nothing else before.
+        while True:
+            try:
+                with closing(FeedbackStore.open(self._data_dir)) as store:
+                    store.round_requests.end(request, self._listener.name, sentence)
+                return
+            except (ServiceError, DatabaseError) as error:
+                if self._stopping:
+                    return
+                self._say(f"that cannot be written down yet: {error}")
+            time.sleep(WRITE_SECONDS)
+
+    def _next_time(self) -> float | None:
+        times = [getattr(self._scheduler.get_job(name), "next_run_time", None) for name in ("round", "again")]
+        return min((when.timestamp() for when in times if when), default=None)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self._stopping = True
+        if round_ := self._round:
+            round_.terminate()
+        if not self._scheduler.running:
+            raise SystemExit(0)  # Before its start there is nothing to shut down.
+        self._scheduler.shutdown(wait=False)
+
+    def _again(self, when: datetime) -> None:
+        self._add("again", self.due, "date", run_date=when)
+
+    def _add(self, name: str, work: Callable[[], None], trigger: BaseTrigger | str | None, **options: Any) -> None:
+        self._scheduler.add_job(
+            work, trigger, id=name, replace_existing=True,
+            # Missed times become one; one may wait while another runs.
+            coalesce=True, max_instances=2, misfire_grace_time=None, **options,
+        )  # fmt: skip
+
+    def _new_votes(self) -> int:
+        if not FeedbackStore.exists(self._data_dir):
+            return 0
+        with closing(FeedbackStore.open(self._data_dir)) as store:
+            if store.registry.running_round():
+                return sys.maxsize  # It was stopped: go on with it, whatever came since.
+            return store.count_new_votes()
+
+    def _last_round(self) -> tuple[datetime | None, bool]:
+        """When the last round began, and whether it was stopped."""
+        if not FeedbackStore.exists(self._data_dir):
+            return None, False
+        with closing(FeedbackStore.open(self._data_dir)) as store:
+            rounds = store.registry.rounds(limit=1)
+        if not rounds:
+            return None, False
+        return datetime.fromtimestamp(rounds[0].create_time, self._zone), rounds[0].state == "running"
+
+
+def trigger(settings: ScheduleSettings, zone: tzinfo) -> BaseTrigger | None:
+    """The clock's times; None where there is no clock. Raises ValueError."""
+    if settings.on_request:
+        return None
+    if settings.interval_minutes:
+        return IntervalTrigger(minutes=settings.interval_minutes, timezone=zone)
+    return Cron(settings.cron, zone)
+
+
+def round_command(data_dir: Path, report: Path) -> list[str]:
+    """A round as a process, so that its memory and threads end with it."""
+    command = [sys.executable, "-m", "learner.cli", "run-once"]
+    return [*command, "--data-dir", str(data_dir), "--report", str(report)]
+
+
+def read_report(file: Path) -> Report | None:
+    """What a round wrote; None where it was killed first."""
+    try:
+        return Report(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def abrupt_end(status: int) -> str:
+    """What became of a round that could not say it itself."""
+    if status == STOPPED:
+        return "the round was stopped; the next one goes on with it"
+    if status < 0:
+        return f"the round failed: its process was ended by signal {-status}; the next one goes on with it"
+    return f"the round failed: its process ended with status {status}, and the learner's output says why"
+
+
+def first_time(trigger: BaseTrigger, last: datetime | None, stopped: bool, now: datetime) -> datetime:
+    """When the first round starts: now, where its time came while no scheduler ran."""
+    if stopped:
+        return now
+    # A clock that was wrong may have put the last round into the future.
+    last = min(last, now) if last else None
+    due: datetime = trigger.get_next_fire_time(last, last or now)
+    return max(due, now)
+
+
+def backoff(minutes: float, failures: int) -> timedelta:
+    """The wait after so many failures in a row."""
+    return timedelta(minutes=minutes * 2 ** (failures - 1))
+
+
+def quiet_until(hours: str, now: datetime) -> datetime | None:
+    """When the quiet hours that `now` lies in end; None outside them."""
+    if not quiet(hours, now.time()):
+        return None
+    _, end = quiet_hours(hours)
+    today = now.replace(hour=end.hour, minute=end.minute, second=0, microsecond=0)
+    return today if today > now else today + timedelta(days=1)

@@ -1,0 +1,137 @@
+"""`learner serve-scores`: the newest reward model over gRPC, for servers that choose which answers to compare.
+
+One thread computes, so that calls queue instead of fighting for the cores. Every call looks for a newer reward model; a
+round that registers one is followed without a restart. Listens on loopback alone: there are no keys yet.
+"""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
+
+from learner.model.features import TokenPair, extract
+from learner.model.forward import to_tokens
+from learner.reward.reward_model import RewardModel
+from learner.round.checkpoint import verified
+from server.shared.dtype import DtypeName, DtypeSetting, resolve_dtype, torch_dtype
+from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ServiceError
+from server.store.feedback_store import FeedbackStore
+
+LOOPBACK = "127.0.0.1"
+MAX_CANDIDATES = 16
+TOKENS_AT_ONCE = 1024
+GRACE_SECONDS = 5.0
+STATUS = {
+    InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
+    FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+}
+
+
+class Scorer:
+    """Scores by the newest registered reward model. Belongs to one thread."""
+
+    def __init__(self, data_dir: Path, dtype: DtypeName, max_model_len: int) -> None:
+        self._data_dir = data_dir
+        self._dtype = torch_dtype(dtype)
+        self._max_model_len = max_model_len
+        self._store = FeedbackStore.open(data_dir)
+        self._reference: tuple[str, Any] = ("", None)
+        self._loaded: tuple[str, RewardModel] | None = None
+
+    def score(self, pairs: list[TokenPair]) -> scoring_pb2.ScoreCandidatesResponse:
+        """Raises FailedPreconditionError before the first reward model, InvalidArgumentError for unreadable tokens."""
+        version, model, backbone = self._newest()
+        words = backbone.config.vocab_size
+        for prompt, response in pairs:
+            if len(prompt) + len(response) > self._max_model_len:
+                raise InvalidArgumentError("candidates", f"A candidate is longer than {self._max_model_len} tokens.")
+            if max(*prompt, *response) >= words:
+                raise InvalidArgumentError("candidates", f"A token id is not among the model's {words}.")
+        tokens = to_tokens([prompt for prompt, _ in pairs], [response for _, response in pairs])
+        features = extract(backbone, tokens, model.layers, TOKENS_AT_ONCE, lambda n: None)
+        scores, members = model.scores(features), model.member_scores(features)
+        return scoring_pb2.ScoreCandidatesResponse(
+            reward_model_version=version,
+            scores=[
+                scoring_pb2.CandidateScore(score=score, member_scores=said)
+                for score, said in zip(scores.tolist(), members.T.tolist(), strict=True)
+            ],
+        )
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _newest(self) -> tuple[str, RewardModel, Any]:
+        registered = self._store.registry.newest_reward_model()
+        if registered is None:
+            raise FailedPreconditionError("NO_REWARD_MODEL", "There is no reward model yet: run a round first.")
+        if self._loaded is None or self._loaded[0] != registered.version:
+            directory, _ = verified(self._data_dir / "reward_models" / registered.version)
+            self._loaded = registered.version, RewardModel.load(directory)
+        if self._reference[0] != registered.reference_version:
+            from transformers import AutoModelForCausalLM
+
+            directory, _ = verified(self._data_dir / "policies" / registered.reference_version)
+            backbone: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype)
+            self._reference = registered.reference_version, backbone.eval()
+        return *self._loaded, self._reference[1]
+
+
+class ScoringService(scoring_pb2_grpc.ScoringServiceServicer):
+    """ScoreCandidates over a Scorer in a thread of its own."""
+
+    def __init__(self, data_dir: Path, dtype: DtypeName, max_model_len: int) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scores")
+        self._scorer = self._thread.submit(Scorer, data_dir, dtype, max_model_len).result()
+
+    async def ScoreCandidates(
+        self, request: scoring_pb2.ScoreCandidatesRequest, context: Any
+    ) -> scoring_pb2.ScoreCandidatesResponse:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, self._scorer.score, to_pairs(request))
+        except ServiceError as error:
+            code = STATUS.get(type(error), grpc.StatusCode.UNAVAILABLE)
+            await context.abort(code, str(error))
+            raise  # Not reached: abort raises.
+
+    def close(self) -> None:
+        self._thread.submit(self._scorer.close).result()
+        self._thread.shutdown()
+
+
+def to_pairs(request: scoring_pb2.ScoreCandidatesRequest) -> list[TokenPair]:
+    """(prompt, response) of every candidate. Raises InvalidArgumentError."""
+    if not 1 <= len(request.candidates) <= MAX_CANDIDATES:
+        raise InvalidArgumentError("candidates", f"Send 1 to {MAX_CANDIDATES} candidates.")
+    if not request.prompt_token_ids or not all(one.token_ids for one in request.candidates):
+        raise InvalidArgumentError("candidates", "The prompt and every candidate need at least one token.")
+    prompt = list(request.prompt_token_ids)
+    return [(prompt, list(one.token_ids)) for one in request.candidates]
+
+
+async def serve_scores(
+    data_dir: Path, dtype: DtypeSetting, max_model_len: int, port: int, say: Callable[[str], None]
+) -> None:
+    """Serves until SIGTERM or SIGINT; `say` hears the address. Raises RuntimeError where the port is taken."""
+    resolved = resolve_dtype(dtype)
+    say(f"computing in {resolved}")
+    service = ScoringService(data_dir, resolved.name, max_model_len)
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        bound = server.add_insecure_port(f"{LOOPBACK}:{port}")
+        await server.start()
+        say(f"serving scores on {LOOPBACK}:{bound}")
+        await stop.wait()
+    finally:
+        await server.stop(GRACE_SECONDS)
+        service.close()

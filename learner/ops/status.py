@@ -1,0 +1,113 @@
+"""What is served, what was learned from, what waits. Reads the store alone: no torch."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from learner.ops.slot_order import order_warnings
+from server.shared.errors import NotFoundError
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Learner, Round
+
+
+def status(data_dir: Path, duel_user_votes: int) -> dict[str, Any]:
+    """A record for `--json`; `lines` are (name, sentence) to show."""
+    if not FeedbackStore.exists(data_dir):
+        return {"lines": [("served", f"nothing: there is no data in {str(data_dir)!r} yet")]}
+    store = FeedbackStore.open(data_dir)
+    try:
+        return _status(store, duel_user_votes)
+    finally:
+        store.close()
+
+
+def _side_by_side(store: FeedbackStore, duel_user_votes: int) -> Iterator[tuple[str, str]]:
+    """What users say of the active version and of the one before it."""
+    duel = store.lineage.duel(duel_user_votes)
+    if duel and (duel.wins or duel.losses or duel.draws):
+        evidence = f"evidence that it is better {duel.won:.3g}, worse {duel.lost:.3g}"
+        yield "side by side", f"{duel.version} has {duel}; {evidence}"
+    active, before = store.registry.active_policy().version, store.registry.previous_version()
+    rates = {version: store.lineage.thumb_rate(version) for version in (active, before) if version}
+    if any(thumbs for _, thumbs in rates.values()):
+        counts = "; ".join(f"{version}: {up} of {thumbs} up" for version, (up, thumbs) in rates.items())
+        yield "thumbs", f"{counts}. Of different users and questions, not blind: a hint, not a test"
+
+
+def _learner(learner: Learner) -> Iterator[tuple[str, str]]:
+    """Who hears requests for a round, and what became of the last one."""
+    if not learner.listening:
+        yield "listening", "no learner; `learner schedule` starts rounds by the clock or on request"
+    elif learner.next_time is None:
+        yield "listening", "a learner that starts rounds on request"
+    else:
+        yield "listening", f"a learner; its clock starts a round {_when(learner.next_time)}"
+    if request := learner.request:
+        yield "asked for", f"{_when(request.create_time)}: {request.outcome or 'not over yet'}"
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M}"
+
+
+def _left_out(quarantined: list[str], learned: Round | None) -> str:
+    now = f"{', '.join(quarantined) or 'nobody'} (the next round leaves their votes out)"
+    if learned is None:
+        return now
+    return f"{now}; {learned.metrics.get('votes', {}).get('quarantined', 0)} votes were left out of {learned.id}"
+
+
+def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
+    try:
+        active = store.registry.active_policy()
+    except NotFoundError:
+        return {"lines": [("served", "nothing: no server has started here yet")]}
+    replicas = store.registry.replicas()
+    learned = store.registry.last_learned()
+    votes = store.count_votes()
+    learner = store.learner()
+    waiting = learner.new_votes
+    served = f"{active.version} should be served; " + (
+        ", ".join(f"{r.id} has {r.loaded_version}{f' ({r.error})' if r.error else ''}" for r in replicas)
+        or "no server is running"
+    )
+    lines = [("served", served)]
+    if learned:
+        used = sum(learned.metrics.get("votes", {}).get(kind, 0) for kind in ("choices", "thumbs", "corrections"))
+        lines.append(("learned from", f"{used} votes in {learned.id} ({learned.state}): {learned.reason}"))
+    else:
+        lines.append(("learned from", "nothing yet"))
+    quarantined = store.quarantine.current()
+    if quarantined or (learned and learned.quarantined):
+        lines.append(("quarantine", _left_out(list(quarantined), learned)))
+    warnings = list(order_warnings(store.lineage.slot_order()))
+    lines += [("warning", warning) for warning in warnings]
+    lines += list(_side_by_side(store, duel_user_votes))
+    for move in store.lineage.moves(3):
+        if move.previous_version:
+            what = f"{move.version} for {move.previous_version} by {move.actor}: {move.reason}"
+            lines.append((move.action, f"{_when(move.create_time)}, {what}"))
+    running = store.registry.running_round()
+    if running:
+        lines.append(
+            ("at work", f"{running.id}, done: {running.stage}; `learner run-once` goes on with it if it was stopped")
+        )
+    lines += list(_learner(learner))
+    lines.append(("waiting", f"{waiting} of {votes} votes are new since then" if learned else f"{waiting} votes"))
+    return {
+        "active_version": active.version,
+        "replicas": [{"id": r.id, "loaded_version": r.loaded_version, "error": r.error} for r in replicas],
+        "last_round": learned
+        and {"id": learned.id, "state": learned.state, "reason": learned.reason, "metrics": learned.metrics},
+        "running_round": running and {"id": running.id, "stage": running.stage},
+        "listening": learner.listening,
+        "next_time": learner.next_time,
+        "request": learner.request and asdict(learner.request),
+        "votes": votes,
+        "new_votes": waiting,
+        "quarantined": list(quarantined),
+        "warnings": warnings,
+        "lines": lines,
+    }

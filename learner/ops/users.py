@@ -1,0 +1,181 @@
+"""Who votes how: what an operator reads before putting somebody in quarantine. Ids and figures, no texts.
+
+Three tests, each corrected for the number of users (Holm), each at 5 %:
+- too fast: most votes within a minute, against a Poisson count whose mean is the median user's fastest minute, or four,
+  for in a quarter of a minute two answers can be read.
+- one slot: the share of A among choices that name a winner, against a fair coin (exact, two-sided).
+- against the others: held-out verdicts (`learner.reward.voter_reliability`) that a model fitted without this user's
+  votes gets right, against a fair coin (exact, one-sided): who likes something else is right about half of the time.
+The last two also weigh in a round's fit, which pools what it knows of all users and so suspects sooner.
+"""
+
+from collections import Counter, defaultdict
+from contextlib import closing
+from dataclasses import dataclass, field
+from statistics import median
+from time import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner.model.features import FeatureCache, default_layers
+from learner.reward.dataset import Dataset, to_dataset
+from learner.reward.exact_tests import at_least, at_most, holm
+from learner.reward.voter_reliability import LEVEL, Verdicts, one_sided, scaled, verdicts, weigh_voters
+from learner.round.checkpoint import verified
+from learner.round.workspace import cache_key
+from learner.settings import LearnerSettings
+from server.shared.dtype import resolve_dtype, torch_dtype
+from server.shared.text import ChatText
+from server.store.feedback_store import FeedbackStore
+from server.store.records import QuarantineEvent, Snapshot
+from server.store.residue import cache_directory, sweep
+
+QUICK = 4.0
+KINDS = ("choices", "thumbs", "corrections", "demonstrations")
+
+
+@dataclass(frozen=True)
+class UserFigures:
+    """One user's votes. Shares are None where there is nothing to take them of."""
+
+    user: str
+    votes: dict[str, int]
+    # Most votes within any 60 seconds.
+    fastest_minute: int
+    share_of_a: float | None
+    # How often a model fitted without this user's votes gets them right, and on how many.
+    agreement: float | None
+    verdicts: int
+    # Of all votes' weight in a round that began now.
+    weight_share: float
+    suspicions: list[str] = field(default_factory=list)
+    # The smallest corrected p-value of the three tests.
+    p_value: float = 1.0
+    quarantined: QuarantineEvent | None = None
+
+
+def read_users(settings: LearnerSettings) -> list[UserFigures]:
+    """Everybody with a current vote, suspicious ones first. Raises ServiceError where no server has started yet."""
+    with closing(FeedbackStore.open(settings.data_dir)) as store:
+        reference = store.registry.active_policy().reference_version
+        quarantined = store.quarantine.current()
+        everything = store.snapshot(limit=settings.max_votes)
+        counted = store.snapshot(everything.watermark, settings.max_votes, quarantined)
+    if not len(everything):
+        return []
+    reader = Reader(settings, reference, everything.deletions)
+    dataset = reader.dataset(everything)
+    # Those in quarantine are compared with the others, who are not compared with them.
+    heard = torch.tensor([float(user not in quarantined) for user in dataset.users])
+    votes = scaled(dataset.votes, heard[dataset.voters])
+    found = verdicts(
+        reader.features(dataset), votes, dataset.voters, dataset.compared, len(dataset.users), reader.layers,
+        settings.reward, torch.Generator().manual_seed(settings.seed),
+    )  # fmt: skip
+    return figures(everything, dataset, found, reader.weights(reader.dataset(counted)), quarantined)
+
+
+class Reader:
+    """The reference, which reads voted answers that no round has read yet."""
+
+    def __init__(self, settings: LearnerSettings, reference_version: str, deletions: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        directory, _ = verified(settings.data_dir / "policies" / reference_version)
+        self._dtype = resolve_dtype(settings.dtype).name
+        self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype(self._dtype))
+        self._text = ChatText.load(directory)
+        self._cache_key, self._settings = cache_key(directory), settings
+        self._cache = cache_directory(settings.data_dir, deletions)
+        self.layers = settings.reward.layers or default_layers(self._model.config.num_hidden_layers)
+
+    def dataset(self, snapshot: Snapshot) -> Dataset:
+        settings = self._settings
+        return to_dataset(
+            snapshot, time(), settings.gate.judge_share, settings.reward, self._text.answer, settings.max_model_len
+        )
+
+    def features(self, dataset: Dataset) -> Tensor:
+        """(N, F) of the dataset's answers."""
+        if not dataset.answers:
+            return torch.zeros(0, 0)
+        budget = self._settings.ppo.at(self._dtype).micro_batch_tokens
+        with closing(FeatureCache.open(self._cache, self._cache_key, self.layers, self._dtype)) as cache:
+            features = cache.get(dataset.answers, self._model, self.layers, budget, lambda n: None)
+        # One of them may have been deleted meanwhile.
+        sweep(self._settings.data_dir)
+        return features
+
+    def weights(self, dataset: Dataset) -> dict[str, float]:
+        """Each user's share of all votes' weight, as a round would have it."""
+        reward, generator = self._settings.reward, torch.Generator().manual_seed(self._settings.seed)
+        if reward.weigh_voters:
+            dataset, _ = weigh_voters(dataset, self.features(dataset), self.layers, reward, generator)
+        weight = torch.cat([dataset.votes.choice_weight, dataset.votes.thumb_weight])
+        totals = torch.zeros(len(dataset.users)).scatter_add_(0, dataset.voters, weight)
+        return dict(zip(dataset.users, (totals / totals.sum().clamp(min=1e-9)).tolist(), strict=True))
+
+
+def figures(
+    snapshot: Snapshot,
+    dataset: Dataset,
+    found: Verdicts,
+    weights: dict[str, float],
+    quarantined: dict[str, QuarantineEvent],
+) -> list[UserFigures]:
+    """Everybody's figures, those who fail a test first, by p-value, then those with the most votes."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    times: dict[str, list[float]] = defaultdict(list)
+    for kind in KINDS:
+        for vote in getattr(snapshot, kind):
+            counts[vote.user][kind] += 1
+            times[vote.user].append(vote.create_time)
+    number = {user: row for row, user in enumerate(dataset.users)}
+    users = list(counts)
+    fastest = [fastest_minute(times[user]) for user in users]
+    usual = max(median(fastest), QUICK)
+
+    def column(values: Tensor) -> list[int]:
+        return [int(values[number[user]]) if user in number else 0 for user in users]
+
+    heard, right, sided, named_a = map(column, (found.heard, found.right, found.sided, found.named_a))
+    slots = one_sided(found)
+    p_values = {
+        "too fast": holm([at_least(most, usual) for most in fastest]),
+        "one slot": [slots[number[user]] if user in number else 1.0 for user in users],
+        "against the others": holm([at_most(r, h) if h else None for r, h in zip(right, heard, strict=True)]),
+    }
+    rows = []
+    for i, user in enumerate(users):
+        says = {
+            "too fast": f"too fast: {fastest[i]} votes in a minute",
+            "one slot": f"one slot: A in {named_a[i]} of {sided[i]} choices",
+            "against the others": f"against the others: they foresee {right[i]} of {heard[i]}",
+        }
+        rows.append(
+            UserFigures(
+                user=user,
+                votes={kind: counts[user][kind] for kind in KINDS},
+                fastest_minute=fastest[i],
+                share_of_a=named_a[i] / sided[i] if sided[i] else None,
+                agreement=right[i] / heard[i] if heard[i] else None,
+                verdicts=heard[i],
+                weight_share=weights.get(user, 0.0),
+                suspicions=[f"{says[name]} (p = {p[i]:.1g})" for name, p in p_values.items() if p[i] < LEVEL],
+                p_value=min(p[i] for p in p_values.values()),
+                quarantined=quarantined.get(user),
+            )
+        )
+    return sorted(rows, key=lambda one: (not one.suspicions, one.p_value, -sum(one.votes.values())))
+
+
+def fastest_minute(times: list[float]) -> int:
+    """Most of these times, in seconds, that lie within any 60 seconds."""
+    most, first, times = 0, 0, sorted(times)
+    for last, time_ in enumerate(times):
+        while time_ - times[first] >= 60:
+            first += 1
+        most = max(most, last - first + 1)
+    return most

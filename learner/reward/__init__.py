@@ -1,0 +1,1 @@
+"""Votes to a reward model."""

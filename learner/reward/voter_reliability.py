@@ -1,0 +1,190 @@
+"""How much each voter's word counts in a fit: less for those who answer against the others.
+
+Nobody is asked who is honest; votes are compared with what everybody else's votes predict. A voter's held-out verdicts
+are the choices, and pairs of an up and a down thumb, that a reward model fitted without this voter's votes (folds of
+voters, not of conversations) gets right or wrong. Three kinds of voters are told apart by how often it is right:
+- with the others: at a rate q above a half, one for all of them, estimated;
+- aside: at a half, whose taste is another, or who do not care;
+- against the others: at 1 - q. Only these count less, by the probability that they are of this kind.
+Shares and q are fitted by EM (Dempster, Laird & Rubin 1977), twice: the second time the model hardly hears whom the
+first suspects. Where three kinds then do not explain the verdicts significantly better than the first two, everybody
+counts in full: so it is with few voters, with few votes each, and with honest ones. A taste that is merely another
+lands at a half and stays.
+
+A voter who names one slot more often than a fair coin would (exact, corrected for the number of voters) does not count:
+the order of the slots is random, so such votes say nothing of the answers. With few voters this is not asked either:
+one who is dropped by chance must be one of many.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from learner.reward import linear_heads as fitting
+from learner.reward.dataset import Dataset
+from learner.reward.exact_tests import either_side, holm
+from learner.reward.likelihood import A, B
+from learner.reward.linear_heads import Votes
+from learner.reward.reward_model import standardiser
+from learner.settings import RewardSettings
+
+# Fewer voters have no others to be compared with, and on fewer votes nothing is fitted.
+MIN_VOTERS = MIN_VOTES = 10
+# 2 log likelihood ratio at the 10 % level: half of a chi-square with one degree, for a share of zero is at the edge of
+# what shares may be (Self & Liang 1987). With few votes each it is kept with room: docs/decisions/0019 has how often.
+SIGNIFICANT = 1.642
+LEVEL = 0.05
+EM_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Of U voters, how many held-out verdicts there are and how many of them the others' model gets right; and of the
+    choices that name a winner, how many there are and how many name A. All (U,), whole numbers."""
+
+    heard: Tensor
+    right: Tensor
+    sided: Tensor
+    named_a: Tensor
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What `kinds` made of the voters."""
+
+    # (U,) probability of being against the others; zero for all where that kind is not needed.
+    against: Tensor
+    # Share of the voters that is with, aside and against, and how often the first kind is right.
+    shares: Tensor
+    rate: float
+    # 2 log likelihood ratio of three kinds to two.
+    evidence: float
+
+
+def weigh_voters(
+    dataset: Dataset, features: Tensor, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
+) -> tuple[Dataset, Tensor]:
+    """The dataset with every vote's weight times its voter's, and these factors (U,), 1 for most. They come of training
+    votes alone: judges stay out of the fit, though they are weighed by it."""
+    train, trains, count = dataset.train, ~dataset.judging, len(dataset.users)
+    voters, compared = dataset.voters[trains], dataset.compared[trains[: len(dataset.compared)]]
+    factors = torch.ones(count)
+    for significant in (0.0, SIGNIFICANT):
+        weighed = scaled(train, factors[voters])
+        found = verdicts(features, weighed, voters, compared, count, layers, settings, generator)
+        factors = trust(found, significant)
+    return replace(dataset, votes=scaled(dataset.votes, factors[dataset.voters])), factors
+
+
+def trust(found: Verdicts, significant: float = SIGNIFICANT) -> Tensor:
+    """(U,) factor of each voter's weight."""
+    factors = (1 - kinds(found.right, found.heard, significant).against).float()
+    if int((found.sided > 0).sum()) < MIN_VOTERS:
+        return factors
+    return torch.where(torch.tensor(one_sided(found)) < LEVEL, 0.0, factors)
+
+
+def one_sided(found: Verdicts) -> list[float]:
+    """The p-value of each voter's share of A, corrected for the number of voters."""
+    sides = zip(found.named_a.tolist(), found.sided.tolist(), strict=True)
+    return holm([either_side(int(a), int(sided)) if sided else None for a, sided in sides])
+
+
+def scaled(votes: Votes, factors: Tensor) -> Votes:
+    """The votes with weights times factors (C + M,)."""
+    c, m = factors.split([len(votes.a), len(votes.thumb)])
+    return replace(votes, choice_weight=votes.choice_weight * c, thumb_weight=votes.thumb_weight * m)
+
+
+def kinds(right: Tensor, heard: Tensor, significant: float = SIGNIFICANT) -> Kinds:
+    """From (U,) held-out verdicts of each voter that were right, and how many there were. Binomial mixture of the rates
+    q, a half and 1 - q; nobody is against the others where the evidence for that kind is not above `significant`."""
+    right, heard = right.double(), heard.double()
+    *_, least = mixture(right, heard, torch.tensor([0.8, 0.2, 0.0]))
+    three, shares, rate, most = mixture(right, heard, torch.tensor([0.8, 0.1, 0.1]))
+    evidence = 2 * (most - least)
+    clear = int((heard > 0).sum()) >= MIN_VOTERS and evidence > significant and shares[2] < shares[0]
+    return Kinds(three[:, 2] if clear else torch.zeros_like(right), shares, rate, evidence)
+
+
+def mixture(right: Tensor, heard: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, float, float]:
+    """(U, 3) probabilities of each voter's kind, (3,) shares, the rate q and the log-likelihood at the end of EM from
+    `shares` and q = 0.7; a share of zero stays zero. q stays within 0.55 and 0.95, or the kinds would be one."""
+    shares, rate = shares.double(), 0.7
+
+    def log_joint() -> Tensor:
+        rates = torch.tensor([rate, 0.5, 1 - rate], dtype=right.dtype)
+        return right[:, None] * rates.log() + (heard - right)[:, None] * (1 - rates).log() + shares.log()
+
+    for _ in range(EM_STEPS):
+        kind = log_joint().softmax(dim=1)
+        shares = kind.mean(dim=0)
+        said = ((kind[:, 0] + kind[:, 2]) * heard).sum()
+        agreed = (kind[:, 0] * right + kind[:, 2] * (heard - right)).sum()
+        rate = min(max(float(agreed / said.clamp(min=1e-9)), 0.55), 0.95)
+    joint = log_joint()
+    return joint.softmax(dim=1), shares, rate, float(joint.logsumexp(dim=1).sum())
+
+
+def verdicts(
+    features: Tensor,
+    votes: Votes,
+    voters: Tensor,
+    compared: Tensor,
+    count: int,
+    layers: tuple[int, ...],
+    settings: RewardSettings,
+    generator: torch.Generator,
+) -> Verdicts:
+    """Of `count` voters: `voters` (C + M,) cast the votes, `compared` (C,) says which choices were between two answers
+    that were shown. A correction is not: its writer named no slot, and nobody else writes such answers."""
+    if len(votes) < MIN_VOTES:
+        return Verdicts(*torch.zeros(4, count, dtype=torch.long))
+    chooser, thumber = voters.split([len(votes.a), len(votes.thumb)])
+    fold = torch.randperm(count, generator=generator) % settings.folds
+    numbers = torch.arange(settings.folds)[:, None]
+    answers, votes = votes.voted(features)
+    standard = standardiser(answers, len(layers))(answers)
+    reduced = standard @ fitting.span_basis(standard)
+    heads = fitting.fit(
+        reduced,
+        votes,
+        torch.full((settings.folds,), settings.signal_l2),
+        settings.label_smoothing,
+        choice_weight=(fold[chooser] != numbers).float(),
+        thumb_weight=(fold[thumber] != numbers).float(),
+    )
+    scores = heads.scores(reduced)
+    decisive = compared & ((votes.outcome == A) | (votes.outcome == B))
+    up, down = thumb_pairs(votes.thumb, thumber)
+    better = torch.cat([torch.where(votes.outcome == A, votes.a, votes.b)[decisive], votes.response[up]])
+    worse = torch.cat([torch.where(votes.outcome == A, votes.b, votes.a)[decisive], votes.response[down]])
+    user = torch.cat([chooser[decisive], thumber[up]])
+    delta = scores[fold[user], better] - scores[fold[user], worse]
+
+    def per_voter(user: Tensor) -> Tensor:
+        return torch.bincount(user, minlength=count)
+
+    return Verdicts(
+        # Where the others said nothing, their model does not either.
+        heard=per_voter(user[delta != 0]),
+        right=per_voter(user[delta > 0]),
+        sided=per_voter(chooser[decisive]),
+        named_a=per_voter(chooser[decisive & (votes.outcome == A)]),
+    )
+
+
+def thumb_pairs(thumb: Tensor, user: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) positions of thumbs up and of thumbs down: each voter's first up with the first down, and so on, each thumb
+    once. In pairs it does not matter how high a voter's bar is: who is hard to please contradicts nobody."""
+    waiting: dict[tuple[int, bool], list[int]] = {}
+    pairs: list[tuple[int, int]] = []
+    for number, (one, who) in enumerate(zip((thumb > 0).tolist(), user.tolist(), strict=True)):
+        if others := waiting.get((who, not one)):
+            other = others.pop(0)
+            pairs.append((number, other) if one else (other, number))
+        else:
+            waiting.setdefault((who, one), []).append(number)
+    up, down = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(dim=1)
+    return up, down

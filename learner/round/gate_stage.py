@@ -1,0 +1,240 @@
+"""The gate stage: candidates, incumbent and reference answer the held-out prompts, and the judge's votes decide."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner.gate.rules import (
+    Figures,
+    Health,
+    Judge,
+    Look,
+    Verdict,
+    WinRate,
+    decide,
+    fit_judge,
+    health,
+    length_matched,
+    looks,
+    win_rate,
+    wins,
+)
+from learner.improve.ppo.experience import judge_rollout, policy_logprobs
+from learner.improve.ppo.losses import mismatch
+from learner.improve.ppo.trainer import PUSH_ANSWERS, candidate, check_push
+from learner.model.rollout import Sample, draw_seed, to_rollout
+from learner.reward.dataset import Dataset
+from learner.reward.linear_heads import SignalTest
+from learner.reward.reward_model import RewardModel
+from learner.round.checkpoint import verified
+from learner.round.workspace import Workspace, spread
+from learner.settings import GateSettings
+from server.shared.whole_file import whole_file
+from server.store.records import Prompt
+from server.store.residue import ANSWERS, keeping, sweep
+
+# All versions answer with the same random numbers, which no step of the training had: this draw's, the one before it at
+# a second look.
+GATE_DRAW = 999
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one version answered: M answers to each of N prompts, a prompt's own in a row. features (N * M, F), and of a
+    candidate kl (N * M,), nats to the reference."""
+
+    samples: list[Sample]
+    features: Tensor
+    kl: Tensor
+
+    def __add__(self, more: "Answers") -> "Answers":
+        features, kl = torch.cat([self.features, more.features]), torch.cat([self.kl, more.kl])
+        return Answers(self.samples + more.samples, features, kl)
+
+
+def judge_candidates(
+    work: Workspace, dataset: Dataset, features: Tensor, reward_model: RewardModel, signal: SignalTest
+) -> Verdict:
+    """Which candidate may serve, if any; every answer that was judged is kept beside it.
+
+    A first look at half of the prompts ends the gate where it is clear already (`learner.gate.rules.looks`)."""
+    if work.done("gate"):
+        return _verdict(work.round.metrics["gate"])
+    gate, prompts = work.settings.gate, spread(work.prompts.held_out, work.settings.gate.prompts)
+    judge = fit_judge(
+        features,
+        dataset.judge,
+        reward_model.standardiser,
+        reward_model.l2,
+        work.settings.reward.label_smoothing,
+        gate.refits,
+        work.generator(3),
+    )
+    steps = promising(work.round.metrics["ppo"], gate)
+    incumbent, reference = work.round.incumbent_version, work.round.reference_version
+    planned = looks(len(prompts), gate)
+    # In the first round incumbent and reference are one version: its answers are sampled and read once.
+    versions = list(dict.fromkeys([reference, incumbent]))
+    answers: dict[str, Answers] = {}
+    measured: dict[int, Figures] = {}
+    asked = 0
+    total = (len(versions) + len(steps)) * len(planned)
+    with work.stages.stage("gate", "judging candidates", total) as advance:
+        for draw, look in enumerate(planned):
+            asking = [prompt for prompt in prompts[asked : look.prompts] for _ in range(gate.answers)]
+            seed, asked = draw_seed(work.settings.seed, GATE_DRAW - draw), look.prompts
+            for version in versions:
+                _add(answers, version, _published_answers(work, version, asking, seed, reward_model))
+                advance(1)
+            for step in steps:
+                _add(answers, f"step {step}", _candidate_answers(work, step, asking, seed, reward_model))
+                opponents = answers[incumbent], answers[reference]
+                measured[step] = _figures(work, step, answers[f"step {step}"], *opponents, judge, reward_model, look)
+                advance(1)
+            baseline = health(answers[incumbent].samples)
+            verdict = decide([measured[step] for step in steps], signal, baseline, work.settings.ppo.kl_budget, gate)
+            hopeful = [step for step in steps if not measured[step].hopeless]
+            if verdict.promoted or not hopeful:
+                break
+            steps = hopeful
+    roles = {"reference": answers.pop(reference)}
+    roles["incumbent"] = answers.pop(incumbent) if incumbent != reference else roles["reference"]
+    _keep_answers(work, prompts[:asked], {name: each.samples for name, each in (roles | answers).items()})
+    _log_gate(work, verdict)
+    everything = {
+        "chosen": asdict(verdict.chosen),
+        "reasons": verdict.reasons,
+        "candidates": [asdict(figures) for figures in measured.values()],
+        "incumbent_health": asdict(baseline),
+    }
+    work.record("gate", {"gate": everything})
+    return verdict
+
+
+def _add(answers: dict[str, Answers], name: str, more: Answers) -> None:
+    answers[name] = answers[name] + more if name in answers else more
+
+
+def _published_answers(
+    work: Workspace, version: str, prompts: list[Prompt], seed: int, reward_model: RewardModel
+) -> Answers:
+    from learner.model.policy import published_weights
+
+    directory, manifest = verified(work.policy_directory(version))
+    base = work.policy_directory(manifest.base_version) if manifest.kind == "adapter" else None
+    work.engine.push(published_weights(directory, base, work.policy.model.dtype))
+    samples = work.engine.sample(prompts, seed)
+    return Answers(samples, work.features_of(samples, reward_model), torch.zeros(0))
+
+
+def _candidate_answers(
+    work: Workspace, step: int, prompts: list[Prompt], seed: int, reward_model: RewardModel
+) -> Answers:
+    ppo, temperature = work.settings.ppo, work.settings.service_temperature
+    work.policy.load(candidate(work.directory, step))
+    work.engine.push(work.policy.engine_weights())
+    rollout = to_rollout(work.engine.sample(prompts, seed))
+    judged = judge_rollout(work.policy, reward_model, rollout, temperature, ppo.micro_batch_tokens, prefixes=False)
+    # The served policy is the trained one: some answers are enough to see it.
+    some = torch.arange(min(PUSH_ANSWERS, len(rollout.tokens)))
+    part = rollout.tokens[some]
+    logprobs = policy_logprobs(work.policy, part, temperature, ppo.micro_batch_tokens)
+    sampled_with = rollout.behavior_logprobs[some, : logprobs.shape[1]]
+    gap = mismatch(logprobs, sampled_with, part.response_mask)
+    check_push(gap, ppo.mismatch_limit, work.policy.model.dtype)
+    kl = (rollout.behavior_logprobs - judged.ref_logprobs).sum(dim=1)
+    return Answers(rollout.samples, judged.features, kl)
+
+
+def _figures(
+    work: Workspace,
+    step: int,
+    ours: Answers,
+    incumbent: Answers,
+    reference: Answers,
+    judge: Judge,
+    reward_model: RewardModel,
+    look: Look,
+) -> Figures:
+    matched_rate, matched_answers = length_matched(judge, ours.features, incumbent.features)
+    against_incumbent, against_reference = (
+        win_rate(judge, ours.features, theirs.features, look.prompts, look.confidence, work.generator(4))
+        for theirs in (incumbent, reference)
+    )
+    trained = reward_model.scores(ours.features) - reward_model.scores(incumbent.features)
+    return Figures(
+        step=step,
+        kl=float(ours.kl.mean()),
+        against_incumbent=against_incumbent,
+        against_reference=against_reference,
+        trained_rate=float(wins(trained).mean()),
+        matched_rate=matched_rate,
+        matched_answers=matched_answers,
+        health=health(ours.samples),
+    )
+
+
+def promising(ppo: dict[str, Any], gate: GateSettings) -> list[int]:
+    """Candidates worth judging, out of a training's figures: the last, the one before, and others twice as far back
+    each time. The KL budget mostly ends training before it goes wrong, so the best is near the end, and where it is
+    not, an early one is at hand. One whose KL is close to that of the next one kept is left out: it answers alike."""
+    steps: list[int] = ppo["candidates"]
+    # A step's figures are of the weights that it began with: what the last update came to is where the line leads.
+    kl = [step["kl"] for step in ppo["steps"]]
+    kl.append(2 * kl[-1] - kl[-2] if len(kl) > 1 else math.inf)
+    kept = [steps[-1]]
+    for i in range(1, gate.candidates):
+        step = steps[-min(2**i, len(steps))]
+        if kl[step] <= (1 - gate.candidate_spacing) * kl[kept[-1]] and step not in kept:
+            kept.append(step)
+    return kept[::-1]
+
+
+def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, list[Sample]]) -> None:
+    """Every answer that was judged, side by side, for whoever wants to read what changed: the first to each prompt,
+    then the second to each; less what was asked in conversations that were deleted since the round began."""
+    data_dir, each = work.settings.data_dir, work.settings.gate.answers
+    places = [prompt * each + answer for answer in range(each) for prompt in range(len(prompts))]
+    with keeping(data_dir), whole_file(work.directory / ANSWERS) as file:
+        for row, place in enumerate(places):
+            prompt = prompts[place // each]
+            # A candidate that was dropped at the first look has answered no more.
+            line = {name: asdict(samples[place]) for name, samples in answers.items() if place < len(samples)}
+            for answer in line.values():
+                del answer["prompt"], answer["logprobs"]
+            # Its conversation first: by that a line goes when the conversation does.
+            asked = {
+                "conversation_id": prompt.conversation_id,
+                "row": row,
+                "prompt": work.decode(prompt.token_ids),
+                "prompt_token_ids": prompt.token_ids,
+            }
+            json.dump({**asked, **line}, file, ensure_ascii=False)
+            file.write("\n")
+    sweep(data_dir)
+
+
+def _log_gate(work: Workspace, verdict: Verdict) -> None:
+    with work.tensorboard() as writer:
+        chosen = verdict.chosen
+        writer.add_scalar("gate/win_rate", chosen.against_incumbent.rate, chosen.step)
+        writer.add_scalar("gate/win_rate_low", chosen.against_incumbent.low, chosen.step)
+        writer.add_scalar("gate/kl", chosen.kl, chosen.step)
+        writer.add_scalar("gate/length", chosen.health.length, chosen.step)
+
+
+def _verdict(stored: dict[str, Any]) -> Verdict:
+    chosen = dict(stored["chosen"])
+    figures = Figures(
+        **{
+            **chosen,
+            "against_incumbent": WinRate(**chosen["against_incumbent"]),
+            "against_reference": WinRate(**chosen["against_reference"]),
+            "health": Health(**chosen["health"]),
+        }
+    )
+    return Verdict(figures, stored["reasons"])

@@ -1,0 +1,79 @@
+"""One learner at a time: the lease `learner`, renewed by a thread until the block ends.
+
+A learner that was killed keeps others out for `seconds` at most, so the next one waits that long before it gives up.
+One that was stopped for longer and comes back finds its writes to the database fenced off, and is interrupted: it
+must not go on to write files where another learner works.
+"""
+
+import _thread
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from learner.process import unique_name
+from server.shared.errors import ServiceError
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Lease
+from server.store.registry import LEARNER
+from server.store.sqlite.database import DatabaseError
+
+# After a renewal that failed.
+AGAIN_SECONDS = 1.0
+
+
+@contextmanager
+def learner_lease(
+    store: FeedbackStore, data_dir: Path, seconds: float, *, wait: bool = False
+) -> Iterator[Lease | None]:
+    """The lease, or None where another learner holds it; with `wait`, as soon as none does."""
+    lease = _acquire(store, unique_name(), seconds, wait)
+    if lease is None:
+        yield None
+        return
+    stop, lost = threading.Event(), list[ServiceError]()
+    thread = threading.Thread(target=_renew, args=(data_dir, lease, seconds, stop, lost), daemon=True)
+    thread.start()
+    try:
+        try:
+            yield lease
+        finally:
+            stop.set()
+            thread.join()
+    except KeyboardInterrupt:
+        # Wherever the interruption found it.
+        if lost:
+            raise lost[0] from None
+        raise
+    finally:
+        store.registry.release_lease(lease)
+
+
+def _acquire(store: FeedbackStore, holder: str, seconds: float, wait: bool) -> Lease | None:
+    deadline = math.inf if wait else time.monotonic() + seconds + 1
+    while (lease := store.registry.acquire_lease(LEARNER, holder, seconds)) is None:
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.5)
+    return lease
+
+
+def _renew(data_dir: Path, lease: Lease, seconds: float, stop: threading.Event, lost: list[ServiceError]) -> None:
+    store = FeedbackStore.open(data_dir)  # A connection belongs to one thread.
+    try:
+        wait = seconds / 3
+        while not stop.wait(wait):
+            try:
+                store.registry.renew_lease(lease, seconds)
+                wait = seconds / 3
+            except DatabaseError:
+                # Locked for long, say by a rewrite, or a full disk: the lease may hold until that is over.
+                wait = min(AGAIN_SECONDS, seconds / 3)
+    except ServiceError as error:
+        lost.append(error)
+        _thread.interrupt_main(signal.SIGTERM)
+    finally:
+        store.close()

@@ -1,0 +1,78 @@
+"""Why a round does not start, or ends without a version: a sentence for each, with what may help."""
+
+import math
+import time
+from typing import Any
+
+from learner.reward.dataset import Dataset, to_dataset
+from learner.reward.linear_heads import SignalTest
+from learner.round.prompts import Prompts
+from learner.settings import LearnerSettings
+from server.shared.errors import NotFoundError
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Snapshot
+
+# Fewer votes or prompts on either side cannot be fitted or judged at all.
+MIN_SIDE = 10
+
+
+def why_not(store: FeedbackStore, snapshot: Snapshot, quarantined: list[str], settings: LearnerSettings) -> str | None:
+    """Why no round starts now, in a sentence; None if one may. Other users in quarantine are other votes, too."""
+    try:
+        store.registry.active_policy()
+    except NotFoundError:
+        return "There is no policy yet: start `server serve` once, so that it prepares the reference."
+    votes = len(snapshot.choices) + len(snapshot.thumbs) + len(snapshot.corrections)
+    if votes == 0:
+        return "There are no votes yet; nothing was changed."
+    last = store.registry.last_learned()
+    if last and (last.watermark, last.quarantined) == (snapshot.watermark, quarantined):
+        return f"There are no new votes since {last.id} ({last.state}); nothing was changed."
+    if votes < settings.min_votes:
+        return f"There are {votes} votes, fewer than the {settings.min_votes} a round needs; nothing was changed."
+    dataset = to_dataset(snapshot, time.time(), settings.gate.judge_share, settings.reward, lambda text: [0])
+    return too_few_votes(dataset)
+
+
+def too_few_votes(dataset: Dataset) -> str | None:
+    """Of votes that could not be fitted or judged by; None where there are enough."""
+    for name, side in (("train on", dataset.train), ("judge by", dataset.judge)):
+        if len(side) < MIN_SIDE:
+            return (
+                f"There are {len(side)} votes to {name}, and {MIN_SIDE} are needed: gather votes in more "
+                "conversations. Nothing was changed."
+            )
+    return None
+
+
+def too_few_prompts(prompts: Prompts) -> str | None:
+    """Of a round that could not practise, or not be judged; None where there are enough."""
+    if min(len(prompts.train), len(prompts.held_out)) >= MIN_SIDE:
+        return None
+    return (
+        f"There are {len(prompts.train)} prompts to train on and {len(prompts.held_out)} held out, and {MIN_SIDE} of "
+        "each are needed: a judge_share nearer to a half, or a longer max_model_len, may help. Nothing was changed."
+    )
+
+
+def too_little(signal: SignalTest) -> str:
+    """Of a round whose votes cannot be told from shuffled ones."""
+    if math.isnan(signal.accuracy):
+        return "No vote says which answer is better: all are ties or both-bad. Nothing was changed."
+    return (
+        f"The votes carry too little signal to learn from: cross-validated accuracy {signal.accuracy:.2f}, where "
+        f"shuffled votes give {signal.null_accuracy:.2f} (p = {signal.p_value:.3f}). More votes may help; "
+        "nothing was changed."
+    )
+
+
+def no_candidate(ppo: dict[str, Any]) -> str:
+    """Of a round whose training ended before weights were kept."""
+    why = {
+        "kl_budget": "the KL went over its budget; a lower learning rate or a higher kl_coef may help",
+        "uncertainty": "the score's uncertainty outgrew its gain; more votes may help",
+        "steps": "all steps were done; save_every is larger than they are",
+    }
+    return (
+        f"Training ended at step {len(ppo['steps'])} without a candidate: {why[ppo['ended_by']]}. Nothing was changed."
+    )

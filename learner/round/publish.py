@@ -1,0 +1,89 @@
+"""The last two stages: the chosen candidate becomes an immutable version, and the pointer moves to it."""
+
+import time
+from typing import Literal
+
+from learner.gate.rules import Verdict
+from learner.improve.ppo.trainer import candidate
+from learner.round.checkpoint import copy_weights, publish_version, with_tokenizer
+from learner.round.workspace import Workspace
+from server.shared.errors import ConflictError
+from server.store.feedback_store import FeedbackStore
+
+
+def publish(work: Workspace, verdict: Verdict) -> str:
+    """The new version, on disk and registered."""
+    if work.done("publish") and work.round.policy_version:
+        return work.round.policy_version
+    version = work.round.policy_version or work.free_version("policies", "v")
+    work.update(policy_version=version)
+    kind: Literal["adapter", "full"] = "adapter" if work.settings.ppo.train == "lora" else "full"
+    fill = copy_weights(candidate(work.directory, verdict.chosen.step))
+    with work.stages.stage("publish", f"publishing {version}"):
+        publish_version(
+            work.policy_directory(version),
+            fill if kind == "adapter" else with_tokenizer(fill, work.reference_directory),
+            kind=kind,
+            reference_version=work.round.reference_version,
+            info={
+                "round_id": work.round.id,
+                "step": verdict.chosen.step,
+                "settings": work.round.settings,
+                "versions": work.round.metrics["versions"],
+            },
+        )
+    work.store.registry.register_policy(
+        version,
+        kind=kind,
+        state="candidate" if verdict.promoted else "rejected",
+        parent_version=work.round.incumbent_version,
+        reference_version=work.round.reference_version,
+        round_id=work.round.id,
+        reward_model_version=work.round.reward_model_version,
+        metrics=work.round.metrics["gate"]["chosen"],
+        reason=" ".join(verdict.reasons),
+        fence=work.lease,
+    )
+    work.record("publish", {})
+    return version
+
+
+def activate(work: Workspace, version: str, verdict: Verdict) -> tuple[Literal["promoted", "rejected"], str]:
+    """Moves the pointer, unless the gate or an operator says otherwise; how the round ended, and a sentence on it."""
+    if not verdict.promoted:
+        return "rejected", f"{version} was not promoted: {' '.join(verdict.reasons)}"
+    incumbent = work.round.incumbent_version
+    try:
+        if work.store.registry.active_policy().version != version:
+            work.store.registry.activate_policy(
+                version,
+                actor="learner",
+                reason=f"round {work.round.id}",
+                expected_active_version=incumbent,
+                fence=work.lease,
+            )
+    except ConflictError as error:
+        return "rejected", f"{version} was not activated, since the policy was changed meanwhile: {error}"
+    with work.stages.stage("activate", f"waiting for servers to load {version}"):
+        loaded = wait_until_loaded(work.store, version, work.settings.load_timeout_seconds)
+    # A server that could not load the version has given the pointer back.
+    if work.store.registry.active_policy().version != version:
+        return "rejected", f"{version} was activated and taken back: {loaded}"
+    return "promoted", f"{version} is active in place of {incumbent}; {loaded}"
+
+
+def wait_until_loaded(store: FeedbackStore, version: str, timeout: float) -> str:
+    """What live servers say of `version`, in a clause; returns at once where none is live."""
+    deadline = time.monotonic() + timeout
+    while True:
+        replicas = store.registry.replicas()
+        if not replicas:
+            return "no server is running, the next one to start will load it."
+        if all(r.loaded_version == version for r in replicas):
+            return f"{len(replicas)} running server{'s' * (len(replicas) > 1)} loaded it."
+        if failed := [r for r in replicas if r.error.startswith(f"{version}:")]:
+            return f"a server could not load it and went on with {failed[0].loaded_version}: {failed[0].error}"
+        if time.monotonic() > deadline:
+            waiting = sum(r.loaded_version != version for r in replicas)
+            return f"{waiting} of {len(replicas)} running servers had not loaded it after {timeout:.0f} s."
+        time.sleep(0.2)

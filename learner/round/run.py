@@ -1,0 +1,341 @@
+"""One round: snapshot -> reward model -> PPO -> gate -> publish -> activate.
+
+Each stage ends by one fenced write that names it; `run_once` goes on behind the last stage that was written, so a round
+may be killed anywhere. What a stage makes is on disk before it is named: the reward model under `reward_models/`,
+candidates and TensorBoard files under `rounds/<id>/`, the version under `policies/`. A round that raises is recorded as
+failed and the served policy stays what it was.
+"""
+
+import json
+import math
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from learner.improve.ppo.state import drop_states
+from learner.improve.ppo.trainer import StepFigures, drop_candidates, train
+from learner.model.features import FeatureCache
+from learner.model.rollout import draw_seed
+from learner.progress import Stages
+from learner.reward import reward_model as scoring
+from learner.reward import voter_reliability
+from learner.reward.dataset import Dataset, some_conversations, to_dataset
+from learner.reward.linear_heads import SignalTest
+from learner.reward.reward_model import RewardModel
+from learner.round.checkpoint import publish_version, verified
+from learner.round.gate_stage import judge_candidates
+from learner.round.lease import learner_lease
+from learner.round.package_versions import versions
+from learner.round.preconditions import no_candidate, too_few_prompts, too_few_votes, too_little, why_not
+from learner.round.publish import activate, publish
+from learner.round.report import Report
+from learner.round.retention import prune
+from learner.round.workspace import Workspace, json_safe, nan_for_none, spread
+from learner.settings import LearnerSettings
+from server.shared.dtype import resolve_dtype
+from server.shared.errors import FailedPreconditionError
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Lease, Round
+from server.store.residue import cache_directory, sweep
+
+
+def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False) -> Report:
+    """Runs or resumes one round; with `wait`, after another learner that is at work."""
+    if not FeedbackStore.exists(settings.data_dir):
+        return Report("nothing", f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` and vote.")
+    store = FeedbackStore.open(settings.data_dir)
+    try:
+        with learner_lease(store, settings.data_dir, settings.lease_seconds, wait=wait) as lease:
+            if lease is None:
+                return Report("nothing", "Another learner is at work on this data directory; nothing was done.")
+            report = _run_or_resume(store, lease, settings, stages)
+            prune(store, settings.data_dir, settings.keep_versions, fence=lease)
+            return report
+    finally:
+        store.close()
+
+
+def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings, stages: Stages) -> Report:
+    dtype = resolve_dtype(settings.dtype)
+    settings = settings.model_copy(update={"dtype": dtype.name})
+    current = resumable(store, lease, settings.max_resumes, stages)
+    if current:
+        stages.console.print(f"going on with {current.id} after its stage {current.stage}", highlight=False)
+        # The settings the round began with, but where its data are and what this machine computes in.
+        here = {"data_dir": settings.data_dir, "dtype": dtype.name}
+        began_in = current.settings["dtype"]
+        settings = began_with(current, here)
+        if began_in != dtype.name:
+            current = change_dtype(store, lease, current, settings, stages)
+    # Whoever was in quarantine when the round began is left out to its end, whatever an operator says meanwhile.
+    quarantined = current.quarantined if current else sorted(store.quarantine.current())
+    snapshot = store.snapshot(current.watermark if current else None, settings.max_votes, quarantined)
+    if settings.skip_rolled_back:
+        before = current.create_time if current else math.inf
+        snapshot = snapshot.without(store.lineage.rolled_back(before))
+    if current is None:
+        stages.console.print(f"computing in {dtype}", highlight=False)
+        if reason := why_not(store, snapshot, quarantined, settings):
+            return Report("nothing", reason)
+        current = store.registry.create_round(
+            snapshot.watermark,
+            settings.model_dump(mode="json", exclude={"data_dir"}),
+            reference_version=store.registry.active_policy().reference_version,
+            quarantined=quarantined,
+            fence=lease,
+        )
+    work = Workspace(store, lease, settings, stages, current, snapshot)
+    try:
+        return run(work)
+    except KeyboardInterrupt:
+        # Asked to stop: what is on disk is where the next run goes on.
+        store.registry.stop_round(current.id, fence=lease)
+        raise
+    except Exception as error:
+        # The job's boundary: recorded, the served policy untouched, and raised for whoever started it.
+        store.registry.finish_round(current.id, "failed", reason=f"{type(error).__name__}: {error}", fence=lease)
+        work.clean()
+        raise
+    finally:
+        work.close()
+
+
+def resumable(store: FeedbackStore, lease: Lease, max_resumes: int, stages: Stages) -> Round | None:
+    """The round to go on with. One that was killed too often is given up, so that others may run."""
+    current = store.registry.running_round()
+    if current is None:
+        return None
+    if current.attempts > max_resumes:
+        reason = f"It was killed {current.attempts} times, last after its stage {current.stage}."
+        store.registry.finish_round(current.id, "failed", reason=reason, fence=lease)
+        stages.console.print(f"{current.id} is given up: {reason}", highlight=False)
+        return None
+    return store.registry.resume_round(current.id, fence=lease)
+
+
+def began_with(current: Round, here: dict[str, Any]) -> LearnerSettings:
+    """The settings that the round began with, and those of `here`; today's variables and prefloop.toml do not count."""
+    try:
+        return LearnerSettings.from_values({**current.settings, **here})
+    except ValidationError as error:
+        names = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
+        raise FailedPreconditionError(
+            "OTHER_VERSION",
+            f"{current.id} was begun by another version of prefloop with settings that this one cannot use ({names}): "
+            "let that version finish it.",
+        ) from error
+
+
+def change_dtype(
+    store: FeedbackStore, lease: Lease, current: Round, settings: LearnerSettings, stages: Stages
+) -> Round:
+    """Goes on in another dtype than the round began in: steps of PPO that were taken in the old one are dropped, since
+    no step may follow on one that was rounded otherwise. Finished stages stand."""
+    directory = settings.data_dir / "rounds" / current.id
+    starts_over = current.stage == "reward_model" and any(directory.glob("state-*"))
+    if starts_over:
+        drop_states(directory)
+        drop_candidates(directory, after=0)
+    stages.console.print(
+        f"it began in {current.settings['dtype']} and goes on in {settings.dtype}"
+        + ("; PPO starts over" if starts_over else ""),
+        highlight=False,
+    )
+    stored = settings.model_dump(mode="json", exclude={"data_dir"})
+    return store.registry.update_round(current.id, settings=stored, fence=lease)
+
+
+def run(work: Workspace) -> Report:
+    """The story."""
+    work.directory.mkdir(parents=True, exist_ok=True)
+    dataset = load_feedback(work)
+    if reason := too_few_votes(dataset) or too_few_prompts(work.prompts):
+        return finish(work, "rejected", reason)
+    features = extract_features(work, dataset)
+    signal = test_signal(work, dataset, features)
+    if not signal.p_value < work.settings.gate.signal_p:
+        return finish(work, "rejected", too_little(signal))
+    # Not before the test: weights that were chosen so that votes agree would pass it on votes that say nothing.
+    dataset, voters = weigh_voters(work, dataset, features)
+    reward_model = fit_reward_model(work, dataset, features, voters)
+    improve_policy(work, reward_model)
+    if not work.round.metrics["ppo"]["candidates"]:
+        return finish(work, "rejected", no_candidate(work.round.metrics["ppo"]))
+    verdict = judge_candidates(work, dataset, features, reward_model, signal)
+    version = publish(work, verdict)
+    return finish(work, *activate(work, version, verdict))
+
+
+def load_feedback(work: Workspace) -> Dataset:
+    dataset = to_dataset(
+        work.snapshot,
+        work.round.create_time,
+        work.settings.gate.judge_share,
+        work.settings.reward,
+        work.text.answer,
+        work.longest,
+    )
+    if dataset.left_out:
+        work.stages.console.print(
+            f"left out: {dataset.left_out} votes on answers without a token, or of more than {work.longest} with their "
+            "prompt",
+            highlight=False,
+        )
+    if not work.done("reward_model"):
+        votes = {
+            "choices": len(work.snapshot.choices),
+            "thumbs": len(work.snapshot.thumbs),
+            "corrections": len(work.snapshot.corrections),
+            "train": len(dataset.train),
+            "judge": len(dataset.judge),
+            "left_out": dataset.left_out,
+            "quarantined": work.store.votes_of(work.round.quarantined, work.round.watermark),
+        }
+        prompts = {
+            "train": len(work.prompts.train),
+            "held_out": len(work.prompts.held_out),
+            "own": work.prompts.own,
+        }
+        work.store.lineage.set_round_votes(work.round.id, dataset.sides, fence=work.lease)
+        work.record("snapshot", {"votes": votes, "prompts": prompts, "versions": versions()})
+    return dataset
+
+
+def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
+    """(N, F) of every voted answer, from the cache or the reference."""
+    directory = cache_directory(work.settings.data_dir, work.snapshot.deletions)
+    with (
+        closing(FeatureCache.open(directory, work.reference_sha256, work.layers, work.dtype)) as cache,
+        work.policy.reference() as reference,
+        work.stages.stage("features", "reading the voted answers", len(dataset.answers)) as advance,
+    ):
+        features = cache.get(dataset.answers, reference, work.layers, work.settings.ppo.micro_batch_tokens, advance)
+    # One of them may have been deleted meanwhile.
+    sweep(work.settings.data_dir)
+    return features
+
+
+def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTest:
+    if "signal" in work.round.metrics:
+        return SignalTest(**{name: nan_for_none(value) for name, value in work.round.metrics["signal"].items()})
+    reward, generator = work.settings.reward, work.generator(1)
+    votes = some_conversations(dataset.votes, reward.signal_votes, generator)
+    with work.stages.stage("signal", "testing the votes for a signal"):
+        signal = scoring.test_signal(features, votes, work.layers, reward, generator)
+    work.record("snapshot", {"signal": asdict(signal)})
+    return signal
+
+
+def weigh_voters(work: Workspace, dataset: Dataset, features: Tensor) -> tuple[Dataset, dict[str, Any]]:
+    """Who answers against the others counts less, and how many do; worked out anew where a round is resumed, to the
+    same end."""
+    if not work.settings.reward.weigh_voters:
+        return dataset, {}
+    with work.stages.stage("voters", "comparing voters with each other"):
+        weighed, factors = voter_reliability.weigh_voters(
+            dataset, features, work.layers, work.settings.reward, work.generator(5)
+        )
+    doubted = int((factors < 0.5).sum())
+    return weighed, {"voters": len(factors), "doubted": doubted, "mean_weight": float(factors.mean())}
+
+
+def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor, voters: dict[str, Any]) -> RewardModel:
+    if work.done("reward_model"):
+        directory, _ = verified(work.reward_model_directory)
+        return RewardModel.load(directory)
+    with work.stages.stage("reward_model", "fitting the reward model"):
+        model = scoring.fit_reward_model(features, dataset.train, work.layers, work.settings.reward, work.generator(2))
+        held_out = scoring.evaluate(model, features, dataset.judge)
+    # The reference's own answers at the service temperature give the score its zero and its unit.
+    prompts = spread(work.prompts.train, work.settings.reward.reference_answers)
+    with work.stages.stage("reward_model", "scoring reference answers"):
+        work.engine.push(work.policy.reference_weights())
+        samples = work.engine.sample(prompts, draw_seed(work.settings.seed, 0))
+    model = scoring.standardise(model, work.features_of(samples, model))
+    version = work.round.reward_model_version or work.free_version("reward_models", "rm")
+    work.update(reward_model_version=version)
+    publish_version(
+        work.reward_model_directory,
+        model.save,
+        kind="full",
+        reference_version=work.round.reference_version,
+        info={"round_id": work.round.id},
+    )
+    metrics = {
+        **asdict(held_out),
+        "temperature_effect": model.temperature,
+        "l2": model.l2,
+        "score_low": model.low,
+        "score_high": model.high,
+    }
+    work.store.registry.register_reward_model(
+        version,
+        reference_version=work.round.reference_version,
+        round_id=work.round.id,
+        metrics=json_safe(metrics),
+        fence=work.lease,
+    )
+    work.record("reward_model", {"voters": voters, "reward_model": metrics})
+    return RewardModel.load(work.reward_model_directory)
+
+
+def improve_policy(work: Workspace, reward_model: RewardModel) -> None:
+    if work.done("ppo"):
+        return
+    ppo = work.settings.ppo
+    if ppo.start_from == "active" and work.round.incumbent_version != work.round.reference_version:
+        directory, manifest = verified(work.policy_directory(work.round.incumbent_version))
+        if (manifest.kind == "adapter") != (ppo.train == "lora"):
+            raise ValueError(
+                f"The active {directory.name} is of the kind {manifest.kind}, and ppo.train is {ppo.train}: a round "
+                "that starts from it trains what it is made of. Start from the reference, or change ppo.train."
+            )
+        work.policy.load(directory)
+    with (
+        work.stages.stage("ppo", "improving the policy (PPO)", ppo.steps) as advance,
+        work.tensorboard() as writer,
+    ):
+
+        def on_step(step: StepFigures) -> None:
+            for name, value in asdict(step).items():
+                writer.add_scalar(f"ppo/{name}", value, step.step)
+            advance(1)
+
+        training = train(
+            work.policy,
+            reward_model,
+            work.engine,
+            work.prompts.train,
+            work.directory,
+            ppo,
+            work.settings.service_temperature,
+            work.settings.seed,
+            on_step,
+        )
+    figures = {
+        "steps": [asdict(step) for step in training.figures],
+        "candidates": training.candidates,
+        "ended_by": training.ended_by,
+    }
+    work.record("ppo", {"ppo": figures})
+
+
+def finish(work: Workspace, state: Literal["promoted", "rejected"], sentence: str) -> Report:
+    """Closes the round, in the store and in `report.json`."""
+    work.clean()
+    work.record("activate" if state == "promoted" else work.round.stage, {})
+    work.round = work.store.registry.finish_round(work.round.id, state, reason=sentence, fence=work.lease)
+    report = Report(
+        state,
+        sentence,
+        work.round.id,
+        work.round.policy_version,
+        work.round.reward_model_version,
+        work.round.incumbent_version,
+        work.round.metrics,
+    )
+    (work.directory / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    return report

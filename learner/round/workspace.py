@@ -1,0 +1,222 @@
+"""What the stages of a round share: its record in the store, its directories, its models and its engine."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from learner.improve.ppo.state import drop_states
+from learner.improve.ppo.trainer import drop_candidates
+from learner.model.features import default_layers, extract
+from learner.model.rollout import Engine, Sample, draw_generator, to_rollout
+from learner.progress import Stages
+from learner.reward.reward_model import RewardModel
+from learner.round.checkpoint import verified
+from learner.round.prompts import Prompts, share_out, split_prompts, top_up
+from learner.settings import LearnerSettings
+from server.shared.dtype import DtypeName, torch_dtype
+from server.shared.text import ChatText
+from server.store.feedback_store import FeedbackStore
+from server.store.manifest import read_manifest
+from server.store.records import Lease, Prompt, Round, Snapshot
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from learner.model.policy import Policy
+
+STAGES = ("snapshot", "reward_model", "ppo", "gate", "publish", "activate")
+
+
+class Workspace:
+    """One round in progress. Models and the engine are made when a stage first needs them."""
+
+    def __init__(
+        self,
+        store: FeedbackStore,
+        lease: Lease,
+        settings: LearnerSettings,
+        stages: Stages,
+        round_: Round,
+        snapshot: Snapshot,
+    ) -> None:
+        assert settings.dtype != "auto", "a round's dtype is resolved before it begins"
+        self.dtype: DtypeName = settings.dtype
+        """What engine and trainer compute in."""
+        self.settings = settings.model_copy(update={"ppo": settings.ppo.at(self.dtype)})
+        self.store, self.lease, self.stages = store, lease, stages
+        self.round, self.snapshot = round_, snapshot
+        self.directory = settings.data_dir / "rounds" / round_.id
+        # As they were when the round began, also when it is resumed among new ones.
+        asked = store.prompts(round_.create_time, settings.max_prompts, round_.quarantined)
+        self._asked = share_out(asked, settings.reward.user_share)
+
+    def done(self, stage: str) -> bool:
+        return STAGES.index(self.round.stage) >= STAGES.index(stage)
+
+    def record(self, stage: str, metrics: dict[str, Any]) -> None:
+        """Names the stage as finished, with its figures and the seconds so far."""
+        before = self.round.metrics.get("seconds", {})
+        seconds = {**before, **{name: round(value, 2) for name, value in self.stages.seconds.items()}}
+        self.update(stage=stage, metrics=json_safe({**metrics, "seconds": seconds}))
+
+    def update(self, **changes: Any) -> None:
+        self.round = self.store.registry.update_round(self.round.id, fence=self.lease, **changes)
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Random draws of one purpose, the same when a round is resumed."""
+        return draw_generator(self.settings.seed, stream)
+
+    @cached_property
+    def reference_directory(self) -> Path:
+        directory, manifest = verified(self.policy_directory(self.round.reference_version))
+        if manifest.kind != "full":
+            raise ValueError(f"The reference {directory.name} is an adapter; a reference holds all weights.")
+        return directory
+
+    @property
+    def reference_sha256(self) -> str:
+        return cache_key(self.reference_directory)
+
+    @cached_property
+    def policy(self) -> "Policy":
+        with self.stages.stage("start", "loading the reference"):
+            from learner.model.policy import Policy
+
+            return Policy.create(
+                self.reference_directory,
+                self.settings.ppo,
+                torch_dtype(self.dtype),
+                torch.device("cpu"),
+                self.settings.seed,
+            )
+
+    @cached_property
+    def engine(self) -> Engine:
+        with self.stages.stage("start", "starting the engine"):
+            longest = max(len(p.token_ids) + p.max_tokens for p in self.prompts.train + self.prompts.held_out)
+            return Engine(self.reference_directory, self.settings, self.dtype, longest)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        return self.settings.reward.layers or default_layers(self.policy.model.config.num_hidden_layers)
+
+    def features_of(self, samples: list[Sample], model: RewardModel) -> Tensor:
+        """(N, F) of sampled answers."""
+        tokens = to_rollout(samples).tokens
+        with self.policy.reference() as reference:
+            return extract(reference, tokens, model.layers, self.settings.ppo.micro_batch_tokens, lambda n: None)
+
+    def clean(self) -> None:
+        """Removes what only a running round needs: the state to go on from, and candidates that are not to be kept."""
+        drop_states(self.directory)
+        if not self.settings.gate.keep_candidates:
+            drop_candidates(self.directory, after=0)
+
+    def close(self) -> None:
+        if "engine" in self.__dict__:
+            self.engine.close()
+
+    @contextmanager
+    def tensorboard(self) -> Iterator["SummaryWriter"]:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self.directory))
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """What to train on and what is held out: what users asked, topped up where that is little."""
+        settings = self.settings
+        asked = split_prompts(self._asked, settings.gate.judge_share, self.longest)
+        return top_up(asked, settings.min_prompts, settings.gate.judge_share, self.longest, self.encode_chat)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of a prompt and its answer together, at most: as set, and what the model has positions for."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.reference_directory).get_text_config()
+        most = self.settings.max_model_len
+        return min(most, getattr(config, "max_position_embeddings", most))
+
+    @cached_property
+    def text(self) -> ChatText:
+        return ChatText.load(self.reference_directory)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation in the chat template, ready for the answer, as if it began with the round."""
+        return self.text.prompt(messages, self.round.create_time)
+
+    @cached_property
+    def _template_ends(self) -> tuple[list[int], list[int]]:
+        """What stands before and after a conversation of one message, whatever it says."""
+        one, other = (self.encode_chat([{"role": "user", "content": text}]) for text in ("Why?", "No."))
+        head = shared(one, other)
+        tail = shared(one[head:][::-1], other[head:][::-1])
+        return one[:head], one[len(one) - tail :]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """A prompt as text for people: without what the chat template puts before and after a first message."""
+        head, tail = self._template_ends
+        more = len(head) + len(tail) < len(token_ids)
+        if more and token_ids[: len(head)] == head and token_ids[len(token_ids) - len(tail) :] == tail:
+            token_ids = token_ids[len(head) : len(token_ids) - len(tail)]
+        return self.text.text(token_ids).strip()
+
+    def policy_directory(self, version: str) -> Path:
+        return self.settings.data_dir / "policies" / version
+
+    @property
+    def reward_model_directory(self) -> Path:
+        return self.settings.data_dir / "reward_models" / str(self.round.reward_model_version)
+
+    def free_version(self, folder: str, prefix: str) -> str:
+        """The version after the highest that is registered or on disk."""
+        registered = (
+            [p.version for p in self.store.registry.policies()]
+            if folder == "policies"
+            else [m.version for m in self.store.registry.reward_models()]
+        )
+        on_disk = [p.name for p in (self.settings.data_dir / folder).glob(f"{prefix}[0-9]*")]
+        taken = [int(name.removeprefix(prefix)) for name in (*registered, *on_disk)]
+        return f"{prefix}{max(taken, default=0) + 1:04d}"
+
+
+def cache_key(reference_directory: Path) -> str:
+    """What features that were computed with this reference are kept under: its files' sums."""
+    return json.dumps(read_manifest(reference_directory).files, sort_keys=True)
+
+
+def shared(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """At most `count` prompts, evenly over the list."""
+    n = min(count, len(prompts))
+    return [prompts[i * len(prompts) // n] for i in range(n)]
+
+
+def nan_for_none(value: Any) -> Any:
+    """The way back from `json_safe` for one figure."""
+    return math.nan if value is None else value
+
+
+def json_safe(value: Any) -> Any:
+    """The same with None for NaN, which JSON does not have: a figure that could not be taken."""
+    if isinstance(value, dict):
+        return {name: json_safe(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,1 @@
+"""The serving engine, and vLLM behind it: start, steps, swaps, streams, weights."""

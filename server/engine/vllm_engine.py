@@ -1,0 +1,350 @@
+"""The policy over vLLM. It guards what vLLM leaves to its caller:
+- Admission. vLLM accepts requests while it is paused; here they wait outside until the swap is over.
+- Labels. Every token belongs to one span of one version. vLLM labels tokens as they leave the engine; a cancelled
+  answer is aborted through the engine, not by dropping its stream, because only then the last output has its spans.
+- The KV cache. A swap recomputes the cache of running answers, so that no token attends to another version's keys and
+  values. With `keep_kv` it does not, and every span after the swap says `stale_kv`.
+- Its end. An engine that died is started again and serves what it served before.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from server.engine.base import Sampling, SwapError
+from server.engine.vllm_stream import Labels, VllmStream
+from server.engine.watchdog import Pulse, complaint
+from server.engine.weights import engine_weights
+from server.shared.dtype import DtypeName
+from server.shared.text import ChatText
+from server.store.ids import new_id
+from server.store.manifest import verify
+from server.store.records import Span
+from server.store.registry import REFERENCE
+from server.telemetry.metrics import SWAP_SECONDS
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DEAD_POLL_SECONDS = 0.2
+STAGING_POLL_SECONDS = 0.02
+STAGING_TIMEOUT_SECONDS = 300.0
+# The longest that one call takes: the exchange of a large model's weights, sums and all.
+ASK_SECONDS = 300.0
+# The engine's process ends by itself within a second or two; past this it is killed.
+SHUTDOWN_SECONDS = 10.0
+# What a step may take where a prompt is short; attention to a long one adds half as much. Streams wait for no longer.
+STEP_SECONDS = 0.8
+MEASURED_TOKENS = 256
+WARM_ANSWERS = 16
+
+
+class VllmPolicy:
+    """Policy over an AsyncLLM that `start_engine` makes: it holds the reference, whose weights are in `directory`, and
+    computes in `dtype`."""
+
+    def __init__(
+        self, start_engine: Callable[[], Any], directory: Path, dtype: DtypeName, *, keep_kv: bool = False
+    ) -> None:
+        self._start_engine = start_engine
+        self._dtype = dtype
+        self._engine, self._pulse = self._launch()
+        # Of a step, at most; None before it was measured.
+        self._step_tokens: int | None = None
+        # When the engine was first seen to have work since it last had none.
+        self._working_since: float | None = None
+        self._text = ChatText(self._engine.get_tokenizer())
+        self._version, self._directory, self._reference = REFERENCE, directory, directory
+        # What the worker's spare model holds; None where that is not known.
+        self._spare: str | None = None
+        self._keep_kv = keep_kv
+        self._admitted = asyncio.Event()
+        self._swapping = asyncio.Lock()
+        self._reviving = False
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self._engine.model_config.max_model_len)
+
+    @property
+    def alive(self) -> bool:
+        return not (self._engine.errored or self._reviving)
+
+    async def start(self) -> None:
+        """Makes ready for swaps, labels the first version, and warms up: no user waits for a first time."""
+        await self._prepare()
+        self._admitted.set()
+        await self._limit_steps(await self._measure_steps())
+        await self._warm_up()
+
+    def encode(self, messages: list[dict[str, str]], began: float) -> list[int]:
+        return self._text.prompt(messages, began)
+
+    def encode_answer(self, text: str) -> list[int]:
+        return self._text.answer(text)
+
+    def locate(self, data_dir: Path, version: str) -> Path:
+        return engine_weights(data_dir, version, self._dtype)
+
+    async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> VllmStream:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        await self._admitted.wait()
+        version = version or self._version
+        request_id = new_id("req")
+        queue = await self._engine.add_request(
+            request_id,
+            tokens_input(prompt_token_ids),
+            SamplingParams(
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                seed=sampling.seed,
+                logprobs=0,  # of the sampled token alone
+                flat_logprobs=True,  # a list of floats, not a dictionary a token
+                detokenize=False,  # server.shared.text does
+                output_kind=RequestOutputKind.DELTA,
+            ),
+            lora_request=self._adapter(version),
+        )
+        text = self._text.stream(prompt_token_ids)
+        return VllmStream(self._engine, request_id, queue, text, self._labels(version))
+
+    async def swap(self, version: str, directory: Path) -> None:
+        async with self._swapping:
+            try:
+                await self._swap(version, directory)
+            except SwapError:
+                raise
+            except Exception as error:
+                if self.alive:
+                    raise SwapError(f"{version} could not be applied: {error}") from error
+                log.exception("the engine died while it loaded %s", version)
+                await self._revive()
+                raise SwapError(f"the engine died while it loaded {version}, and was started again") from error
+
+    async def keep_live(self, version: str, directory: Path) -> None:
+        raise SwapError("merged weights are served one version at a time")
+
+    def probe(self, hang_seconds: float | None) -> str | None:
+        if not self.alive:
+            return None
+        now = time.monotonic()
+        # A swap pauses all steps, and has limits of its own (`_ask`).
+        if self._admitted.is_set() and self._engine.output_processor.has_unfinished_requests():
+            self._working_since = self._working_since or now
+        else:
+            self._working_since = None
+        reason = complaint(self._pulse.read(), now, self._working_since, hang_seconds)
+        if reason:
+            self._kill(self._engine)
+        return reason
+
+    async def revive(self) -> None:
+        async with self._swapping:
+            if not self.alive:
+                await self._revive()
+
+    async def close(self) -> None:
+        # Let go of it as well: frames and handlers may hold this object longer than the engine may live.
+        engine, self._engine = self._engine, None
+        await asyncio.to_thread(engine.shutdown, SHUTDOWN_SECONDS)
+        self._pulse.close()
+
+    def _launch(self) -> tuple[Any, Pulse]:
+        """A new engine, and the page on which its process shows that it is well."""
+        pulse = Pulse.create()
+        try:
+            return self._start_engine(), pulse
+        except BaseException:
+            pulse.close()
+            raise
+
+    async def _measure_steps(self) -> int:
+        """How many tokens this machine computes in a step of STEP_SECONDS."""
+        # The second is measured: a first one has more to do.
+        for tokens in (MEASURED_TOKENS // 4, MEASURED_TOKENS):
+            await self._read([tokens], max_tokens=1)
+        vitals = self._pulse.read()
+        return int(vitals.step_tokens / vitals.step_seconds * STEP_SECONDS)
+
+    async def _limit_steps(self, tokens: int) -> None:
+        """Lets a step have about so many tokens: fewer than vLLM would take, and one for each answer at least."""
+        scheduler = self._engine.vllm_config.scheduler_config
+        self._step_tokens = max(scheduler.max_num_seqs, min(tokens, scheduler.max_num_batched_tokens))
+        await self._ask(self._engine.collective_rpc("prefloop_limit_steps", args=(self._step_tokens,)))
+
+    async def _warm_up(self) -> None:
+        """One step as long as any, and one with many answers in it."""
+        assert self._step_tokens
+        await self._read([self._step_tokens], max_tokens=1)
+        seconds = self._pulse.read().step_seconds
+        await self._read([MEASURED_TOKENS // 32] * WARM_ANSWERS, max_tokens=2)
+        log.info("a step has %d tokens at most, which took %.2f s", self._step_tokens, seconds)
+
+    async def _read(self, lengths: list[int], max_tokens: int) -> None:
+        """Samples from prompts of so many tokens, or as many as fit, that begin like no other."""
+        asked = [{"role": "user", "content": "Why is the sky blue, and the sea? Tell me, in few words."}]
+        words = self.encode(asked, time.time())
+        longest = self.max_model_len - max_tokens
+        prompts = [random.choices(words, k=min(length, longest)) for length in lengths]
+        for stream in [await self.sample(prompt, Sampling(0.0, max_tokens)) for prompt in prompts]:
+            async for _ in stream:
+                pass
+
+    async def _swap(self, version: str, directory: Path) -> None:
+        seconds: dict[str, float] = {}
+        # The spare may hold it already: going back at once reads nothing.
+        if version != self._spare:
+            with timed(seconds, "staging"):
+                await self._stage(version, directory)
+        self._admitted.clear()
+        try:
+            try:
+                with timed(seconds, "pause"):
+                    await self._ask(self._engine.pause_generation(mode="keep", clear_cache=not self._keep_kv))
+                with timed(seconds, "exchange"):
+                    await self._exchange(version, directory)
+            finally:
+                with timed(seconds, "resume"):
+                    await self._ask(self._engine.resume_generation())
+        finally:
+            self._admitted.set()
+        seconds["gap"] = sum(seconds[stage] for stage in ("pause", "exchange", "resume"))
+        for stage, took in seconds.items():
+            SWAP_SECONDS.labels(stage).observe(took)
+        log.info("swapped to %s: %s", version, ", ".join(f"{name} {took:.3f} s" for name, took in seconds.items()))
+
+    async def _stage(self, version: str, directory: Path) -> None:
+        # Read and checked in the worker's memory while answers go on: the pause is an exchange and nothing else.
+        self._spare = None
+        async with asyncio.timeout(STAGING_TIMEOUT_SECONDS):
+            # One that was given up may still be reading.
+            while False in await self._ask(self._engine.collective_rpc("prefloop_stage", args=(str(directory),))):
+                await asyncio.sleep(STAGING_POLL_SECONDS)
+            while None in (staged := await self._ask(self._engine.collective_rpc("prefloop_staged"))):
+                await asyncio.sleep(STAGING_POLL_SECONDS)
+        if reasons := [reason for reason in staged if reason]:
+            raise SwapError(reasons[0])
+        self._spare = version
+
+    async def _exchange(self, version: str, directory: Path) -> None:
+        # Whatever happens here, the engine ends with one whole set of weights: the worker goes back by itself. Until it
+        # has answered, nobody knows what the spare has.
+        before, self._spare = self._version, None
+        wrong = await self._ask(self._engine.collective_rpc("prefloop_exchange"))
+        if reasons := [reason for reason in wrong if reason]:
+            raise SwapError(f"{version}: {reasons[0]}")
+        self._version, self._directory, self._spare = version, directory, before
+        await self._ask(self._engine.update_weight_version(version))
+
+    async def _revive(self) -> None:
+        """A new engine has the reference; nobody is let in before it has what was served."""
+        self._reviving = True
+        try:
+            await self._start_again()
+        finally:
+            self._reviving = False
+
+    async def _start_again(self) -> None:
+        self._admitted.clear()
+        await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
+        log.warning("starting the engine again")
+        # Checked when it was first read, days ago perhaps.
+        await asyncio.to_thread(verify, self._reference)
+        await self._start_engine_whole()
+        self._spare = None
+        try:
+            await self._prepare()
+            if self._step_tokens:
+                await self._limit_steps(self._step_tokens)
+        except Exception:
+            # Not fit to serve: dead, so that it is tried again.
+            await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
+            raise
+        if self._version == REFERENCE:
+            self._admitted.set()
+            return
+        try:
+            await asyncio.to_thread(verify, self._directory)
+            await self._swap(self._version, self._directory)
+        except Exception:
+            self._version, self._directory = REFERENCE, self._reference
+            self._admitted.set()
+            raise
+        self._spare = REFERENCE
+
+    async def _start_engine_whole(self) -> None:
+        """A stop must not leave an engine to nobody, which a thread goes on to start."""
+        starting = asyncio.create_task(asyncio.to_thread(self._launch))
+        self._pulse.close()
+        try:
+            self._engine, self._pulse = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self._engine, self._pulse = await starting
+            raise
+
+    async def _prepare(self) -> None:
+        await self._ask(self._engine.collective_rpc("prefloop_keep_seeds"))
+        await self._make_spare()
+        await self._ask(self._engine.update_weight_version(REFERENCE))
+
+    async def _make_spare(self) -> None:
+        await self._ask(self._engine.collective_rpc("prefloop_prepare"))
+
+    async def _ask(self, call: Coroutine[Any, Any, T]) -> T:
+        """What the engine answers. A dead one leaves such calls unanswered: raises RuntimeError then. One that hangs is
+        killed first."""
+        engine, answering = self._engine, asyncio.create_task(call)
+        patience = time.monotonic() + ASK_SECONDS
+        try:
+            while not (await asyncio.wait([answering], timeout=DEAD_POLL_SECONDS))[0]:
+                if engine.errored:
+                    raise RuntimeError("the engine died")
+                if time.monotonic() > patience:
+                    self._kill(engine)
+                    raise RuntimeError("the engine hung")
+            return answering.result()
+        finally:
+            answering.cancel()
+
+    def _kill(self, engine: Any) -> None:
+        """Of an engine that is dead vLLM takes notice by itself, and ends what waits for it."""
+        for process in engine.engine_core.resources.engine_manager.processes:
+            process.kill()
+
+    def _adapter(self, version: str) -> Any:
+        """What of vLLM's makes a request's answer come from `version`."""
+        if version != self._version:
+            raise ValueError(f"{version} is not loaded, {self._version} is")
+
+    def _labels(self, version: str) -> Labels:
+        return Labels(lambda: self._version, self._mark)
+
+    def _mark(self, labelled: list[Span]) -> list[Span]:
+        """Marks every span but the first where a swap keeps the KV cache."""
+        if not self._keep_kv:
+            return labelled
+        return [replace(span, stale_kv=number > 0) for number, span in enumerate(labelled)]
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Keeps how long the block took, also where it fails."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = time.perf_counter() - started

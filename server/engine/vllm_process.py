@@ -1,0 +1,103 @@
+"""What vLLM imports into an engine's process, before it loads anything.
+
+- The process ends when its server's does. vLLM's own would wait for ever, with all its memory, for a server that was
+  killed; also for one that was killed while the model was being loaded and compiled, so this starts with the import.
+- It shows that it is well (`server.engine.watchdog`), also from the import on.
+- Its scheduler (`Stepped`) notes the end of each step, gives a step no more tokens than it was told to, and shares
+  these among the prompts: vLLM's reads the first ones to their end while the others wait.
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from itertools import islice
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from server.engine.prefill_shares import level
+from server.engine.vllm_worker import SwapExtension
+from server.engine.watchdog import BEAT_SECONDS, Pulse
+from server.shared.failpoints import failpoint
+from server.shared.seeds import keep_seeds
+
+PULSE = Pulse.find()
+# The scheduler of this process's engine, once it is made.
+scheduler: Any = None
+
+
+class EngineExtension(SwapExtension):
+    """Mixed into the worker, which is in the engine's process (`server.engine.vllm_start`)."""
+
+    def prefloop_keep_seeds(self) -> None:
+        """Seeded answers may have long prompts. Call it once, before the first request."""
+        keep_seeds(self.model_runner)
+
+    def prefloop_limit_steps(self, tokens: int) -> None:
+        """Steps take this many tokens at most, at least one for each answer; long prompts are read in parts."""
+        scheduler.max_num_scheduled_tokens = tokens
+
+
+class Stepped:
+    """Mixed into vLLM's scheduler: what it schedules is a step, and what it is told of the outcome its end."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        global scheduler
+        super().__init__(*arguments, **named)
+        scheduler = self
+        self._ended = 0.0
+
+    def schedule(self, *arguments: Any, **named: Any) -> Any:
+        self._share()
+        began = time.monotonic()
+        step = super().schedule(*arguments, **named)  # type: ignore[misc]
+        step.prefloop_began = began
+        if step.total_num_scheduled_tokens:
+            failpoint("step")
+        return step
+
+    def _share(self) -> None:
+        running: list[Any] = self.running  # type: ignore[attr-defined]
+        room: int = self.max_num_running_reqs - len(running)  # type: ignore[attr-defined]
+        waiting: list[Any] = list(islice(self.waiting, room))  # type: ignore[attr-defined]
+        remaining = [request.num_prompt_tokens - request.num_computed_tokens for request in running + waiting]
+        reading = [tokens for tokens in remaining if tokens > 0]
+        # The others are answers, of which each takes one.
+        tokens: int = self.max_num_scheduled_tokens - (len(remaining) - len(reading))  # type: ignore[attr-defined]
+        self.scheduler_config.long_prefill_token_threshold = level(reading, tokens)  # type: ignore[attr-defined]
+
+    def update_from_output(self, step: Any, output: Any) -> Any:
+        # Where the next step is scheduled while one runs, it begins when that one ends.
+        began, self._ended = max(step.prefloop_began, self._ended), time.monotonic()
+        if PULSE and step.total_num_scheduled_tokens:
+            PULSE.step(began, self._ended, step.total_num_scheduled_tokens)
+        return super().update_from_output(step, output)  # type: ignore[misc]
+
+
+class SteppedScheduler(Stepped, Scheduler):  # type: ignore[misc]
+    """vLLM's scheduler, noted."""
+
+
+class SteppedAsyncScheduler(Stepped, AsyncScheduler):  # type: ignore[misc]
+    """vLLM's scheduler that schedules a step while the one before it runs, noted."""
+
+
+def end_with_parent() -> None:
+    """Kills this process once its parent has ended."""
+    parent = os.pidfd_open(os.getppid())
+    # Readable once the process has ended.
+    select.select([parent], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def beat() -> None:
+    while PULSE:
+        PULSE.beat(time.monotonic())
+        time.sleep(BEAT_SECONDS)
+
+
+for work in (end_with_parent, beat):
+    threading.Thread(target=work, name=work.__name__, daemon=True).start()

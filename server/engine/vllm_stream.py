@@ -1,0 +1,92 @@
+"""One answer from vLLM, as text, token ids and log-probabilities, whichever way it ends."""
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from server.shared.text import TextStream
+from server.store.records import FinishReason, Generation, Span
+
+FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled"}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which version made which token: what is `loaded` now, and what vLLM's own spans mean."""
+
+    loaded: Callable[[], str]
+    settle: Callable[[list[Span]], list[Span]]
+
+
+class VllmStream:
+    """One answer from an AsyncLLM. A cancelled reader loses nothing: what was sampled waits in vLLM's queue."""
+
+    def __init__(
+        self,
+        engine: Any,
+        request_id: str,
+        queue: Any,
+        text: TextStream,
+        labels: "Labels",
+    ) -> None:
+        self._engine = engine
+        self._labels = labels
+        # From which token on which version was loaded when it came here.
+        self._arrived: list[tuple[int, str]] = []
+        self._request_id = request_id
+        self._queue = queue
+        self._decoded = text
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._text: list[str] = []
+        self._last: Any = None
+        self._died = False
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while self._last is None:
+            # A reader that is slower than the engine gets several tokens at once: vLLM merges what waits.
+            try:
+                output = self._queue.get_nowait() or await self._queue.get()
+            except Exception:
+                self._died = True
+                raise
+            completion = output.outputs[0]
+            version = self._labels.loaded()
+            if not self._arrived or self._arrived[-1][1] != version:
+                self._arrived.append((len(self._token_ids), version))
+            self._token_ids.extend(completion.token_ids)
+            if completion.token_ids:
+                self._logprobs.extend(completion.logprobs.logprobs)
+            if completion.finish_reason is not None:
+                self._last = completion
+            if text := self._decoded.text(completion.token_ids):
+                self._text.append(text)
+                yield text
+
+    async def finish(self) -> Generation:
+        if self._died:
+            # vLLM would take the abort of a dead engine's answer for its caller's.
+            return self.fail()
+        if self._last is None:
+            # Through the engine, not by closing the queue: the last output then carries the spans.
+            await self._engine.abort(self._request_id)
+            async for _ in self:
+                pass
+        self._queue.close()
+        spans = [Span(span.start, span.end, span.version) for span in self._last.weight_versions or []]
+        return self._generation(FINISH_REASONS.get(self._last.finish_reason, "error"), self._labels.settle(spans))
+
+    def fail(self) -> Generation:
+        """What there is of an answer whose engine died, labelled by what was loaded when its tokens came here."""
+        return self._generation("error", self._labels.settle(to_spans(self._arrived, len(self._token_ids))))
+
+    def _generation(self, finish_reason: FinishReason, spans: list[Span]) -> Generation:
+        return Generation(self._token_ids, self._logprobs, "".join(self._text), finish_reason, spans)
+
+
+def to_spans(changes: list[tuple[int, str]], end: int) -> list[Span]:
+    """Spans up to token `end` of versions that each began at a token; those of no token are left out."""
+    return [
+        Span(start, stop, version) for (start, version), (stop, _) in pairwise([*changes, (end, "")]) if start < stop
+    ]

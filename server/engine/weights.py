@@ -1,0 +1,124 @@
+"""From a version to weights an engine can load.
+
+A full version is served as it is. An adapter is merged into its base: in float32, cast to the engine's dtype, saved
+under `merged/<dtype>/`, derived again whenever it is missing; an engine that serves adapters takes it as it is.
+`check_weights` compares headers alone, so it costs milliseconds.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from server.shared.dtype import DtypeName, torch_dtype
+from server.shared.errors import ManifestError
+from server.store.manifest import Manifest, new_staging, publish, verify, write_manifest
+from server.store.registry import REFERENCE
+
+if TYPE_CHECKING:
+    import torch
+
+# Holds a folder for each dtype; the versions of the first releases stood in it directly, in bfloat16.
+MERGED = "merged"
+
+
+def engine_weights(data_dir: Path, version: str, dtype: DtypeName) -> Path:
+    """A Hugging Face directory with the full weights of `version`, verified, for an engine that computes in `dtype`.
+    Raises ManifestError."""
+    directory, manifest = _published(data_dir, version)
+    base = data_dir / "policies" / manifest.base_version
+    if manifest.kind == "full":
+        return check_weights(directory, data_dir / "policies" / manifest.reference_version)
+    merged = data_dir / MERGED / dtype / version
+    try:
+        verify(merged)
+    except ManifestError:
+        _merge(verified_base=base, adapter=directory, final=merged, dtype=dtype)
+    return check_weights(merged, base)
+
+
+def adapter_weights(data_dir: Path, version: str) -> Path:
+    """The directory of an adapter on the reference, or of the reference itself, verified. Raises ManifestError."""
+    directory, manifest = _published(data_dir, version)
+    if manifest.kind == "full" and version != REFERENCE:
+        raise ManifestError(
+            f"{version} holds all weights, and this server serves adapters; merged, it could be served."
+        )
+    if manifest.kind == "adapter" and manifest.base_version != REFERENCE:
+        raise ManifestError(f"{version} is an adapter on {manifest.base_version}, and the engine has {REFERENCE}.")
+    return directory
+
+
+def finite_tensors(directory: Path) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Every tensor in `directory`, by name. Raises ValueError for one with a value that is not finite."""
+    import torch
+
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                tensor = file.get_tensor(name)
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{name} has values that are not finite")
+                yield name, tensor
+
+
+def check_weights(directory: Path, like: Path) -> Path:
+    """`directory`, if its tensors have the names and shapes of those in `like`. Raises ManifestError."""
+    found, expected = tensor_shapes(directory), tensor_shapes(like)
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ManifestError(f"{directory.name} lacks the tensor {missing[0]}.")
+    if added := sorted(found.keys() - expected.keys()):
+        raise ManifestError(f"{directory.name} has the tensor {added[0]}, which the engine does not know.")
+    for name, shape in sorted(found.items()):
+        if shape != expected[name]:
+            raise ManifestError(f"{directory.name}: {name} has the shape {shape}, the engine needs {expected[name]}.")
+    return directory
+
+
+def _published(data_dir: Path, version: str) -> tuple[Path, Manifest]:
+    directory = data_dir / "policies" / version
+    if not directory.is_dir():
+        raise ManifestError(f"{version} has no directory under policies/.")
+    return directory, verify(directory)
+
+
+def _merge(verified_base: Path, adapter: Path, final: Path, dtype: DtypeName) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    verify(verified_base)
+    for stale in (final, final.parent.parent / final.name):
+        shutil.rmtree(stale, ignore_errors=True)
+    staging = new_staging(final)
+    base: Any = AutoModelForCausalLM.from_pretrained(verified_base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    model.to(torch_dtype(dtype)).save_pretrained(staging)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (verified_base / name).exists():
+            shutil.copy2(verified_base / name, staging / name)
+    manifest = verify(adapter)
+    write_manifest(
+        staging,
+        version=final.name,
+        kind="full",
+        base_version=manifest.base_version,
+        reference_version=manifest.reference_version,
+    )
+    publish(staging, final)
+
+
+def tensor_shapes(directory: Path) -> dict[str, list[int]]:
+    """Of every tensor in `directory`, by name, from the files' headers. Raises ManifestError."""
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np") as file:
+                shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ManifestError(f"{directory.name}/{path.name} is not a whole safetensors file ({error}).") from error
+    if not shapes:
+        raise ManifestError(f"{directory.name} has no weights (*.safetensors).")
+    return shapes

@@ -1,0 +1,85 @@
+"""Which role each RPC needs, and which caller a call's metadata stands for.
+
+Once there is a key, the metadata `authorization: Bearer KEY` names the user, and nothing else does. Before that, which
+a server on loopback alone allows, `x-user-id` does, and everybody is operator.
+"""
+
+from typing import Any
+
+from server.identity import Caller, Role
+from server.shared.errors import PermissionDeniedError, UnauthenticatedError
+from server.store.keys import Credentials, check_user_name
+from server.store.store_thread import StoreThread
+
+DEFAULT_USER = "local"
+BEARER = "Bearer "
+
+# None: anybody, also without a key. What is not listed here cannot be called.
+ROLES: dict[str, Role | None] = {
+    "/prefloop.v1.ChatService/Chat": "user",
+    "/prefloop.v1.ChatService/Compare": "user",
+    "/prefloop.v1.ChatService/GetConversation": "user",
+    "/prefloop.v1.ChatService/ListConversations": "user",
+    "/prefloop.v1.ChatService/DeleteConversation": "user",
+    "/prefloop.v1.FeedbackService/SubmitThumb": "user",
+    "/prefloop.v1.FeedbackService/SubmitChoice": "user",
+    "/prefloop.v1.FeedbackService/SubmitCorrection": "user",
+    "/prefloop.v1.FeedbackService/SubmitDemonstration": "user",
+    "/prefloop.v1.FeedbackService/RetractFeedback": "user",
+    "/prefloop.v1.FeedbackService/ListFeedback": "user",
+    "/prefloop.v1.AccountService/GetCaller": "user",
+    "/prefloop.v1.AccountService/ForgetUser": "user",
+    "/prefloop.v1.AccountService/ExportUser": "user",
+    "/prefloop.v1.PolicyService/GetActivePolicy": "operator",
+    "/prefloop.v1.PolicyService/ListPolicies": "operator",
+    "/prefloop.v1.PolicyService/ActivatePolicy": "operator",
+    "/prefloop.v1.PolicyService/RollbackPolicy": "operator",
+    "/prefloop.v1.PolicyService/ListRounds": "operator",
+    "/prefloop.v1.PolicyService/ListRoundSamples": "operator",
+    "/prefloop.v1.PolicyService/CountVotes": "operator",
+    "/prefloop.v1.PolicyService/GetLearner": "operator",
+    "/prefloop.v1.PolicyService/RequestRound": "operator",
+    # Load balancers ask without a key. Watching is for those who have one: a stranger could open any number of streams.
+    "/grpc.health.v1.Health/Check": None,
+    "/grpc.health.v1.Health/List": None,
+    "/grpc.health.v1.Health/Watch": "user",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "user",
+}
+
+
+class Access:
+    """Tells callers by their keys, which it reads from the store again and again."""
+
+    def __init__(self, store: StoreThread, *, keys_needed: bool) -> None:
+        self._store = store
+        self._keys_needed = keys_needed
+        # Closed until they were read.
+        self._credentials = Credentials({}, closed=True, mark=(-1, -1))
+
+    async def refresh(self) -> None:
+        """Takes over keys that were made or revoked since."""
+        self._credentials = await self._store(lambda store: store.keys.credentials(self._credentials))
+
+    def caller(self, method: str, metadata: Any) -> Caller | None:
+        """Who calls `method` ("/package.Service/Method"); None where anybody may. Raises UnauthenticatedError,
+        PermissionDeniedError, and InvalidArgumentError for an x-user-id that cannot be a name."""
+        needed = ROLES[method]
+        if needed is None:
+            return None
+        caller = self._identify(dict(metadata or ()))
+        if not caller.may(needed):
+            raise PermissionDeniedError(f"{method.rpartition('/')[2]} needs a key of the role {needed}.")
+        return caller
+
+    def _identify(self, metadata: dict[str, Any]) -> Caller:
+        if not (self._keys_needed or self._credentials.closed):
+            user = str(metadata.get("x-user-id", DEFAULT_USER))
+            check_user_name(user)
+            return Caller(user, "operator", has_key=False)
+        given = str(metadata.get("authorization", ""))
+        if not given.startswith(BEARER):
+            raise UnauthenticatedError("Send an API key in the metadata: `authorization: Bearer KEY`.")
+        caller = self._credentials.caller(given.removeprefix(BEARER))
+        if caller is None:
+            raise UnauthenticatedError("This API key is not valid here, or no longer.")
+        return caller

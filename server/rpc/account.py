@@ -1,0 +1,86 @@
+"""AccountService: what is kept of a person, and its removal. Removing ends only with all of it, whoever hangs up."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from prefloop.v1 import account_pb2, account_pb2_grpc
+
+from server.admin.retention_task import Eraser
+from server.identity import current_caller
+from server.rpc.access import Access
+from server.rpc.export import export
+from server.rpc.open_calls import Calls
+from server.shared.errors import PermissionDeniedError
+from server.store.store_thread import StoreThread
+
+
+class AccountService(account_pb2_grpc.AccountServiceServicer):
+    """For everybody on themselves, for operators on anybody."""
+
+    def __init__(self, store: StoreThread, access: Access, calls: Calls, eraser: Eraser) -> None:
+        self._store = store
+        self._access = access
+        self._calls = calls
+        self._eraser = eraser
+        self._forgetting: set[asyncio.Task[account_pb2.ForgetUserResponse]] = set()
+        # Calls that ask to forget a user: asked twice at once, neither ends the other.
+        self._asking: dict[str, set[asyncio.Task[object]]] = defaultdict(set)
+
+    async def GetCaller(self, request: account_pb2.GetCallerRequest, context: Any) -> account_pb2.GetCallerResponse:
+        caller = current_caller()
+        return account_pb2.GetCallerResponse(user=caller.user, role=caller.role, has_key=caller.has_key)
+
+    async def ForgetUser(self, request: account_pb2.ForgetUserRequest, context: Any) -> account_pb2.ForgetUserResponse:
+        # A task of its own: who forgets themself has no key to try again with.
+        user, asking = _whose(request.user), asyncio.current_task()
+        assert asking is not None
+        self._asking[user].add(asking)
+        try:
+            task = asyncio.create_task(self._forget(user))
+            self._forgetting.add(task)
+            task.add_done_callback(self._forgetting.discard)
+            return await asyncio.shield(task)
+        finally:
+            self._asking[user].discard(asking)
+            if not self._asking[user]:
+                del self._asking[user]
+
+    async def ExportUser(self, request: account_pb2.ExportUserRequest, context: Any) -> None:  # type: ignore[override]
+        user = _whose(request.user)
+        parts = await self._store.read(lambda store: export(store, user))
+        # A part at a time, so that others have their turn between.
+        next_part: Callable[[Any], account_pb2.ExportUserResponse | None] = lambda store: next(parts, None)  # noqa: E731
+        while part := await self._store.read(next_part):
+            await context.write(part)
+
+    async def drain(self) -> None:
+        """Returns once everybody who was to be forgotten is."""
+        while self._forgetting:
+            await asyncio.wait(self._forgetting)
+
+    async def _forget(self, user: str) -> account_pb2.ForgetUserResponse:
+        # No new calls, none of the old ones, and only then the rows: the store does things in the order of asking.
+        await self._store(lambda store: store.keys.forget(user))
+        await self._access.refresh()
+        await self._calls.end(user, but=self._asking.get(user, set()))
+        kept = await self._store(lambda store: store.forgetting.look(user))
+        while await self._store(lambda store: store.forgetting.step(user)):
+            pass
+        return account_pb2.ForgetUserResponse(
+            conversations=kept.conversations,
+            votes=kept.votes,
+            policy_versions=kept.policy_versions,
+            reward_model_versions=kept.reward_model_versions,
+            running_round_ids=kept.running_round_ids,
+            erased=await self._eraser.erase(),
+        )
+
+
+def _whose(named: str) -> str:
+    """The user that a request is about. Raises PermissionDeniedError."""
+    caller = current_caller()
+    if named and named != caller.user and caller.role != "operator":
+        raise PermissionDeniedError("Only an operator may name another user.")
+    return named or caller.user

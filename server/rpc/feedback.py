@@ -1,0 +1,154 @@
+"""FeedbackService: a vote is acknowledged once it is on disk, and a repeated request is one vote."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from prefloop.v1 import feedback_pb2, feedback_pb2_grpc
+
+from server.engine.base import Policy
+from server.identity import current_user
+from server.rpc import to_proto
+from server.rpc.paging import CHUNK, fill, in_chunks
+from server.shared.errors import InvalidArgumentError
+from server.store import records
+from server.store.feedback_store import FeedbackStore
+from server.store.quotas import check_demonstrations
+from server.store.store_thread import StoreThread
+from server.telemetry.metrics import VOTES
+from server.turns.encoding_thread import CHARS_A_TOKEN, encoding
+
+
+class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
+    """Thumbs, choices, corrections and demonstrations of the calling user."""
+
+    def __init__(self, store: StoreThread, policy: Policy, user_demonstrations: int) -> None:
+        self._store = store
+        self._policy = policy
+        self._user_demonstrations = user_demonstrations
+
+    async def SubmitThumb(
+        self, request: feedback_pb2.SubmitThumbRequest, context: Any
+    ) -> feedback_pb2.SubmitThumbResponse:
+        up = request.thumb == feedback_pb2.THUMB_UP
+        feedback = await self._once(
+            "SubmitThumb",
+            request,
+            context,
+            lambda store, user: store.submit_thumb(user, request.response_id, up=up, comment=request.comment),
+        )
+        return feedback_pb2.SubmitThumbResponse(feedback=feedback)
+
+    async def SubmitChoice(
+        self, request: feedback_pb2.SubmitChoiceRequest, context: Any
+    ) -> feedback_pb2.SubmitChoiceResponse:
+        choice = next(name for name, value in to_proto.CHOICES.items() if value == request.choice)
+        feedback = await self._once(
+            "SubmitChoice",
+            request,
+            context,
+            lambda store, user: store.submit_choice(user, request.comparison_id, choice, request.comment),
+        )
+        return feedback_pb2.SubmitChoiceResponse(feedback=feedback)
+
+    async def SubmitCorrection(
+        self, request: feedback_pb2.SubmitCorrectionRequest, context: Any
+    ) -> feedback_pb2.SubmitCorrectionResponse:
+        user = current_user()
+        prompt = await self._store.read(lambda store: len(store.response(user, request.response_id).prompt_token_ids))
+        self._check_chars("text", len(request.text))
+        tokens = len(await encoding(self._policy.encode_answer, request.text))
+        self._check_fits("text", tokens, self._policy.max_model_len - prompt)
+        feedback = await self._once(
+            "SubmitCorrection",
+            request,
+            context,
+            lambda store, user: store.submit_correction(user, request.response_id, request.text),
+        )
+        return feedback_pb2.SubmitCorrectionResponse(feedback=feedback)
+
+    async def SubmitDemonstration(
+        self, request: feedback_pb2.SubmitDemonstrationRequest, context: Any
+    ) -> feedback_pb2.SubmitDemonstrationResponse:
+        messages = [{"role": to_proto.ROLES[part.role], "content": part.content} for part in request.messages]
+        self._check_chars("messages", sum(len(message["content"]) for message in messages))
+        try:
+            tokens = await encoding(self._count, messages)
+        except ValueError as error:
+            sentence = "messages do not follow each other as the model's chat template has it."
+            raise InvalidArgumentError("messages", sentence) from error
+        self._check_fits("messages", tokens, self._policy.max_model_len)
+
+        def submit(store: FeedbackStore, user: str) -> records.Feedback:
+            check_demonstrations(store, user, self._user_demonstrations)
+            return store.submit_demonstration(user, messages)
+
+        feedback = await self._once("SubmitDemonstration", request, context, submit)
+        return feedback_pb2.SubmitDemonstrationResponse(feedback=feedback)
+
+    async def RetractFeedback(
+        self, request: feedback_pb2.RetractFeedbackRequest, context: Any
+    ) -> feedback_pb2.RetractFeedbackResponse:
+        user = current_user()
+        await self._store(lambda store: store.retract_feedback(user, request.feedback_id))
+        return feedback_pb2.RetractFeedbackResponse()
+
+    async def ListFeedback(
+        self, request: feedback_pb2.ListFeedbackRequest, context: Any
+    ) -> feedback_pb2.ListFeedbackResponse:
+        user = current_user()
+        size = request.page_size or to_proto.DEFAULT_PAGE_SIZE
+        key = to_proto.page_key(request.page_token, (int,))
+
+        def read(store: FeedbackStore) -> feedback_pb2.ListFeedbackResponse:
+            def follow(last: records.Feedback | None) -> list[records.Feedback]:
+                before = last.event_seq if last else key[0] if key else None
+                return store.feedback(user, CHUNK, before)
+
+            entries = (([vote.event_seq], to_proto.feedback(vote)) for vote in in_chunks(follow))
+            page, more = fill(entries, size)
+            return feedback_pb2.ListFeedbackResponse(feedback=page, next_page_token=more)
+
+        return await self._store.read(read)
+
+    def _count(self, messages: list[dict[str, str]]) -> int:
+        """The tokens of a conversation that ends with an answer."""
+        prompt = self._policy.encode(messages[:-1], time.time())
+        return len(prompt) + len(self._policy.encode_answer(messages[-1]["content"]))
+
+    def _check_chars(self, field: str, chars: int) -> None:
+        """What cannot fit is not encoded first."""
+        most = self._policy.max_model_len
+        if chars > CHARS_A_TOKEN * most:
+            raise InvalidArgumentError(field, f"{field} must have at most {most} tokens, and has {chars} characters.")
+
+    def _check_fits(self, field: str, tokens: int, most: int) -> None:
+        """What a model cannot read nobody can learn from."""
+        if tokens > most:
+            raise InvalidArgumentError(field, f"{field} must have at most {most} tokens here, not {tokens}.")
+
+    async def _once(
+        self, rpc: str, request: Any, context: Any, submit: Callable[[FeedbackStore, str], records.Feedback]
+    ) -> feedback_pb2.Feedback:
+        """Submits, or returns what the same request_id was answered first."""
+        user = current_user()
+        body = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+
+        def work(store: FeedbackStore) -> tuple[bytes, records.Feedback | None]:
+            with store.transaction():
+                if request.request_id:
+                    first = store.find_request(user, rpc, request.request_id, body)
+                    if first is not None:
+                        return first, None
+                vote = submit(store, user)
+                result = to_proto.feedback(vote).SerializeToString()
+                if request.request_id:
+                    about = vote.response_id or vote.comparison_id
+                    store.remember_request(user, rpc, request.request_id, body, result, about)
+                return result, vote
+
+        result, vote = await self._store(work)
+        if vote:
+            VOTES.labels(vote.kind, vote.value if vote.kind in ("thumb", "choice") else "").inc()
+        return feedback_pb2.Feedback.FromString(result)

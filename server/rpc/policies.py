@@ -1,0 +1,143 @@
+"""PolicyService: what serves, what was learned, and the pointer that an operator moves."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from prefloop.v1 import policy_pb2, policy_pb2_grpc
+
+from server.identity import current_user
+from server.rpc import to_proto
+from server.rpc.paging import CHUNK, fill, in_chunks
+from server.store.feedback_store import FeedbackStore
+from server.store.records import PointerAction, Policy, Round
+from server.store.residue import keeping
+from server.store.round_samples import Sample, read_samples
+from server.store.store_thread import StoreThread
+from server.versions.ab_test import Referee
+from server.versions.follower import Follower
+
+DEFAULT_DAYS = 30
+
+
+class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
+    """For operators."""
+
+    def __init__(self, store: StoreThread, follower: Follower, data_dir: Path, referee: Referee | None) -> None:
+        self._store = store
+        self._follower = follower
+        self._data_dir = data_dir
+        self._referee = referee
+
+    async def GetActivePolicy(
+        self, request: policy_pb2.GetActivePolicyRequest, context: Any
+    ) -> policy_pb2.GetActivePolicyResponse:
+        def read(store: FeedbackStore) -> policy_pb2.GetActivePolicyResponse:
+            duel = self._referee.duel(store) if self._referee else None
+            return policy_pb2.GetActivePolicyResponse(
+                policy=to_proto.policy(store.registry.active_policy()),
+                replicas=[to_proto.replica(record) for record in store.registry.replicas()],
+                rollback_version=store.registry.previous_version() or "",
+                duel=to_proto.duel(duel) if duel else None,
+            )
+
+        return await self._store(read)
+
+    async def ListPolicies(
+        self, request: policy_pb2.ListPoliciesRequest, context: Any
+    ) -> policy_pb2.ListPoliciesResponse:
+        size = request.page_size or to_proto.DEFAULT_PAGE_SIZE
+        key = to_proto.page_key(request.page_token, (str,))
+
+        def read(store: FeedbackStore) -> policy_pb2.ListPoliciesResponse:
+            def follow(last: Policy | None) -> list[Policy]:
+                return store.registry.policies(CHUNK, last.version if last else key[0] if key else None)
+
+            page, more = fill((([record.version], to_proto.policy(record)) for record in in_chunks(follow)), size)
+            return policy_pb2.ListPoliciesResponse(policies=page, next_page_token=more)
+
+        return await self._store.read(read)
+
+    async def ActivatePolicy(
+        self, request: policy_pb2.ActivatePolicyRequest, context: Any
+    ) -> policy_pb2.ActivatePolicyResponse:
+        reason = request.reason.strip() or "activated by RPC"
+        policy = await self._activate(request.version, current_user(), reason, _expected(request))
+        return policy_pb2.ActivatePolicyResponse(policy=to_proto.policy(policy))
+
+    async def RollbackPolicy(
+        self, request: policy_pb2.RollbackPolicyRequest, context: Any
+    ) -> policy_pb2.RollbackPolicyResponse:
+        expected = _expected(request)
+        active, target = await self._store(lambda store: store.registry.rollback_step(request.version, expected))
+        reason = request.reason.strip() or f"rolled back from {active}"
+        # Compare-and-set, whatever was expected: two operators who press the button at once go back one step, not two.
+        policy = await self._activate(target, current_user(), reason, active, "rollback")
+        return policy_pb2.RollbackPolicyResponse(policy=to_proto.policy(policy))
+
+    async def ListRounds(self, request: policy_pb2.ListRoundsRequest, context: Any) -> policy_pb2.ListRoundsResponse:
+        size = request.page_size or to_proto.DEFAULT_PAGE_SIZE
+        key = to_proto.page_key(request.page_token, (str,))
+
+        def read(store: FeedbackStore) -> policy_pb2.ListRoundsResponse:
+            def follow(last: Round | None) -> list[Round]:
+                return store.registry.rounds(CHUNK, last.id if last else key[0] if key else None)
+
+            page, more = fill((([record.id], to_proto.round_(record)) for record in in_chunks(follow)), size)
+            return policy_pb2.ListRoundsResponse(rounds=page, next_page_token=more)
+
+        return await self._store.read(read)
+
+    async def ListRoundSamples(
+        self, request: policy_pb2.ListRoundSamplesRequest, context: Any
+    ) -> policy_pb2.ListRoundSamplesResponse:
+        size = request.page_size or to_proto.DEFAULT_PAGE_SIZE
+        key = to_proto.page_key(request.page_token, (int,))
+        # By the id that the store has, which is a plain name, and never by the one that was asked for.
+        round_ = await self._store(lambda store: store.registry.round(request.round_id))
+        found = await asyncio.to_thread(self._samples, round_, key[0] if key else -1)
+        # Asked last: what was deleted before this answer is not in it, swept or not.
+        there = await self._store(lambda store: store.conversations_there(one.conversation_id for one in found))
+        kept = (one for one in found if not one.conversation_id or one.conversation_id in there)
+        page, more = fill((([sample.row], to_proto.sample(sample)) for sample in kept), size)
+        return policy_pb2.ListRoundSamplesResponse(samples=page, next_page_token=more)
+
+    async def CountVotes(self, request: policy_pb2.CountVotesRequest, context: Any) -> policy_pb2.CountVotesResponse:
+        days = request.days or DEFAULT_DAYS
+        counts = await self._store(lambda store: store.count_by_day(days))
+        return policy_pb2.CountVotesResponse(counts=[to_proto.vote_count(count) for count in counts])
+
+    async def GetLearner(self, request: policy_pb2.GetLearnerRequest, context: Any) -> policy_pb2.GetLearnerResponse:
+        learner = await self._store(lambda store: store.learner())
+        return policy_pb2.GetLearnerResponse(learner=to_proto.learner(learner))
+
+    async def RequestRound(
+        self, request: policy_pb2.RequestRoundRequest, context: Any
+    ) -> policy_pb2.RequestRoundResponse:
+        def ask(store: FeedbackStore) -> policy_pb2.RequestRoundResponse:
+            store.round_requests.ask()
+            return policy_pb2.RequestRoundResponse(learner=to_proto.learner(store.learner()))
+
+        return await self._store(ask)
+
+    def _samples(self, round_: Round, after: int) -> list[Sample]:
+        """What follows a row. No sweep and no round writes meanwhile, so no line is half there."""
+        with keeping(self._data_dir):
+            return [sample for sample in read_samples(self._data_dir, round_) if sample.row > after]
+
+    async def _activate(
+        self, version: str, actor: str, reason: str, expected: str | None, action: PointerAction = "activate"
+    ) -> Policy:
+        # Unknown versions first: NOT_FOUND says more than a directory that cannot be loaded.
+        await self._store(lambda store: store.registry.policy(version))
+        await self._follower.activate(
+            version,
+            lambda store: store.registry.activate_policy(
+                version, actor=actor, action=action, reason=reason, expected_active_version=expected
+            ),
+        )
+        return await self._store(lambda store: store.registry.policy(version))
+
+
+def _expected(request: policy_pb2.ActivatePolicyRequest | policy_pb2.RollbackPolicyRequest) -> str | None:
+    return request.expected_active_version if request.HasField("expected_active_version") else None

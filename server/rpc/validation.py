@@ -1,0 +1,165 @@
+"""Every rule for every field, readable as a table. Raises InvalidArgumentError that names the fields."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
+
+from server.settings import ServerSettings
+from server.shared.errors import InvalidArgumentError
+
+MAX_ID_CHARS = 128
+MAX_PAGE_SIZE = 200
+MAX_DEMONSTRATION_MESSAGES = 64
+# As long as so many of the longest messages.
+DEMONSTRATION_MESSAGES = 4
+MAX_DAYS = 366
+
+
+# What is wrong with a value, as the end of "FIELD ...", or None.
+Rule = Callable[[Any], str | None]
+
+
+@dataclass(frozen=True)
+class Field:
+    """The rules of one field; a field with presence is looked at only where it is set."""
+
+    name: str
+    rule: Rule
+
+
+def text(max_chars: int, *, empty: bool = False) -> Rule:
+    def rule(value: str) -> str | None:
+        if not empty and not value.strip():
+            return "must not be empty"
+        return f"must have at most {max_chars} characters, not {len(value)}" if len(value) > max_chars else None
+
+    return rule
+
+
+def identifier(*, empty: bool = False) -> Rule:
+    return text(MAX_ID_CHARS, empty=empty)
+
+
+def between(low: float, high: float) -> Rule:
+    def rule(value: float) -> str | None:
+        return None if math.isfinite(value) and low <= value <= high else f"must be {low:g} to {high:g}, not {value:g}"
+
+    return rule
+
+
+def one_of(allowed: Any) -> Rule:
+    """A named value of an enum, not its zero."""
+
+    named, names = set(allowed.values()) - {0}, ", ".join(allowed.keys()[1:])
+
+    def rule(value: int) -> str | None:
+        return None if value in named else f"must be one of {names}"
+
+    return rule
+
+
+def unset(why: str) -> Rule:
+    return lambda value: f"must not be set: {why}"
+
+
+def demonstration(max_chars: int) -> Rule:
+    """A conversation that somebody could learn from."""
+
+    def rule(messages: Any) -> str | None:
+        if not 2 <= len(messages) <= MAX_DEMONSTRATION_MESSAGES:
+            return f"must be 2 to {MAX_DEMONSTRATION_MESSAGES} messages, not {len(messages)}"
+        if any(message.role not in feedback_pb2.Role.values()[1:] for message in messages):
+            return "must each have a role"
+        if messages[-1].role != feedback_pb2.ROLE_ASSISTANT:
+            return "must end with the assistant's message"
+        problems = (text(max_chars)(message.content) for message in messages)
+        if problem := next(filter(None, problems), None):
+            return f"must each be sound: content {problem}"
+        total = sum(len(message.content) for message in messages)
+        most = DEMONSTRATION_MESSAGES * max_chars
+        return f"must have at most {most} characters together, not {total}" if total > most else None
+
+    return rule
+
+
+def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
+    """From request to its fields' rules."""
+    message = Field("message", text(settings.max_message_chars))
+    comment = Field("comment", text(settings.max_message_chars, empty=True))
+    reason = Field("reason", text(settings.max_message_chars, empty=True))
+    request_id = Field("request_id", identifier(empty=True))
+    maybe_conversation = Field("conversation_id", identifier(empty=True))
+    temperature = Field("sampling.temperature", between(0, 2))
+    server_temperature = Field("sampling.temperature", unset("the server chooses Compare's two temperatures"))
+    max_tokens = Field("sampling.max_tokens", between(1, settings.max_tokens))
+    # vLLM takes seeds as signed 64-bit numbers.
+    seed = Field("sampling.seed", between(0, 2**63 - 1))
+    page = [Field("page_size", between(0, MAX_PAGE_SIZE)), Field("page_token", text(512, empty=True))]
+    return {
+        chat_pb2.ChatRequest: [maybe_conversation, message, temperature, max_tokens, seed, request_id],
+        chat_pb2.CompareRequest: [maybe_conversation, message, server_temperature, max_tokens, seed, request_id],
+        chat_pb2.GetConversationRequest: [Field("conversation_id", identifier()), *page],
+        chat_pb2.ListConversationsRequest: page,
+        chat_pb2.DeleteConversationRequest: [Field("conversation_id", identifier())],
+        feedback_pb2.SubmitThumbRequest: [
+            Field("response_id", identifier()), Field("thumb", one_of(feedback_pb2.Thumb)), comment, request_id,
+        ],
+        feedback_pb2.SubmitChoiceRequest: [
+            Field("comparison_id", identifier()), Field("choice", one_of(feedback_pb2.Choice)), comment, request_id,
+        ],
+        feedback_pb2.SubmitCorrectionRequest: [
+            Field("response_id", identifier()), Field("text", text(settings.max_message_chars)), request_id,
+        ],
+        feedback_pb2.SubmitDemonstrationRequest: [
+            Field("messages", demonstration(settings.max_message_chars)), request_id,
+        ],
+        feedback_pb2.RetractFeedbackRequest: [Field("feedback_id", identifier())],
+        feedback_pb2.ListFeedbackRequest: page,
+        account_pb2.GetCallerRequest: [],
+        account_pb2.ForgetUserRequest: [Field("user", identifier(empty=True))],
+        account_pb2.ExportUserRequest: [Field("user", identifier(empty=True))],
+        health_pb2.HealthCheckRequest: [Field("service", identifier(empty=True))],
+        health_pb2.HealthListRequest: [],  # type: ignore[attr-defined]
+        policy_pb2.GetActivePolicyRequest: [],
+        policy_pb2.ListPoliciesRequest: page,
+        policy_pb2.ActivatePolicyRequest: [
+            Field("version", identifier()), Field("expected_active_version", identifier()), reason,
+        ],
+        policy_pb2.RollbackPolicyRequest: [
+            Field("version", identifier(empty=True)), Field("expected_active_version", identifier()), reason,
+        ],
+        policy_pb2.ListRoundsRequest: page,
+        policy_pb2.ListRoundSamplesRequest: [Field("round_id", identifier()), *page],
+        policy_pb2.CountVotesRequest: [Field("days", between(0, MAX_DAYS))],
+        policy_pb2.GetLearnerRequest: [],
+        policy_pb2.RequestRoundRequest: [],
+    }  # fmt: skip
+
+
+def validator(settings: ServerSettings) -> Callable[[Message], None]:
+    """A function that raises InvalidArgumentError with every field that breaks its rule."""
+    table = rules(settings)
+
+    def validate(request: Message) -> None:
+        violations = [(field.name, problem) for field in table[type(request)] if (problem := _problem(field, request))]
+        if violations:
+            (name, problem), *others = violations
+            raise InvalidArgumentError(name, problem, others=others)
+
+    return validate
+
+
+def _problem(field: Field, request: Message) -> str | None:
+    *parents, name = field.name.split(".")
+    holder: Any = request
+    for parent in parents:
+        holder = getattr(holder, parent)
+    if holder.DESCRIPTOR.fields_by_name[name].has_presence and not holder.HasField(name):
+        return None
+    problem = field.rule(getattr(holder, name))
+    return f"{field.name} {problem}." if problem else None

@@ -1,0 +1,1 @@
+"""What is kept: conversations, votes, versions, rounds. The learner reads and writes it, too."""

@@ -1,0 +1,142 @@
+"""What is removed for good: a conversation, what nobody touched for long, all that is kept of a person.
+
+Rows go, and so does their content in the log of votes, whose numbers stay: watermarks and lineage hold. A step is one
+short transaction, so that votes are not held up; a person's name goes with the last one, so that forgetting somebody
+again, after a kill, still finds what was trained on them. What rows leave behind elsewhere is `server.store.residue`'s.
+"""
+
+from dataclasses import dataclass
+
+from server.store.lineage import Lineage
+from server.store.sqlite.database import Database
+
+# Conversations that one transaction removes.
+STEP = 20
+# Of a conversation ?1: its feedback, in `feedback` and in `feedback_events`.
+OF_CONVERSATION = (
+    "(response_id IN (SELECT id FROM responses WHERE conversation_id = ?1) "
+    "OR comparison_id IN (SELECT id FROM comparisons WHERE conversation_id = ?1))"
+)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a person, and what learned from them. Versions are oldest first."""
+
+    conversations: int
+    votes: int
+    policy_versions: list[str]
+    reward_model_versions: list[str]
+    # Under way with these votes: what they publish is trained on them, too.
+    running_round_ids: list[str]
+
+
+class Forgetting:
+    """Removes rows for good."""
+
+    def __init__(self, database: Database, lineage: Lineage) -> None:
+        self._db = database
+        self._lineage = lineage
+
+    def deletions(self) -> int:
+        """A number that grows with everything that is removed: what was made under a smaller one may hold it."""
+        return int(self._db.rows("SELECT number FROM deletions")[0]["number"])
+
+    def look(self, user: str) -> Kept:
+        """What there is of a user, also where the forgetting of them was cut short."""
+        [found] = self._db.rows(
+            "SELECT (SELECT count(*) FROM conversations WHERE user = ?1) AS conversations, "
+            "(SELECT count(*) FROM feedback WHERE user = ?1) AS votes",
+            [user],
+        )
+        rounds = self._lineage.rounds_trained_on(user)
+        marks = ", ".join("?" * len(rounds))
+        models = self._db.rows(
+            f"SELECT version FROM reward_models WHERE round_id IN ({marks}) ORDER BY create_time", rounds
+        )
+        running = self._db.rows(f"SELECT id FROM rounds WHERE state = 'running' AND id IN ({marks})", rounds)
+        return Kept(
+            conversations=int(found["conversations"]),
+            votes=int(found["votes"]),
+            policy_versions=list(self._lineage.carriers(rounds)),
+            reward_model_versions=[row["version"] for row in models],
+            running_round_ids=[row["id"] for row in running],
+        )
+
+    def step(self, user: str) -> bool:
+        """Removes some of what is kept of a user; False once that was the last of it."""
+        with self._db.write():
+            rows = self._db.rows("SELECT id FROM conversations WHERE user = ? LIMIT ?", [user, STEP])
+            if not rows:
+                self._rest(user)
+            for row in rows:
+                self.conversation(row["id"])
+            return bool(rows)
+
+    def expire(self, days: float) -> bool:
+        """Removes some conversations without a message or a vote for so many days; False once there are none."""
+        with self._db.write():
+            rows = self._db.rows(
+                "SELECT id FROM conversations c WHERE update_time < ?1 AND NOT EXISTS (SELECT 1 FROM feedback f "
+                "JOIN responses r ON r.id = f.response_id WHERE r.conversation_id = c.id AND f.create_time >= ?1) "
+                "AND NOT EXISTS (SELECT 1 FROM feedback f JOIN comparisons o ON o.id = f.comparison_id "
+                "WHERE o.conversation_id = c.id AND f.create_time >= ?1) ORDER BY update_time LIMIT ?2",
+                [self._db.now() - days * 86_400, STEP],
+            )
+            for row in rows:
+                self.conversation(row["id"])
+            return bool(rows)
+
+    def conversation(self, conversation_id: str) -> None:
+        """Removes a conversation, its answers and its votes; of the votes' events only the fact remains."""
+        with self._db.write():
+            self._log_deletions(OF_CONVERSATION, conversation_id)
+            # By the events and not by current votes: what was replaced or retracted is still written there.
+            self._db.execute(
+                f"UPDATE feedback_events SET value = NULL, comment = NULL WHERE {OF_CONVERSATION}", [conversation_id]
+            )
+            # The ids stay taken: a repeated message must not begin a conversation that its user removed.
+            self._db.execute(
+                "UPDATE requests SET body_sha256 = x'', result = x'' WHERE target IN (SELECT id FROM responses WHERE "
+                "conversation_id = ?1 UNION ALL SELECT id FROM comparisons WHERE conversation_id = ?1)",
+                [conversation_id],
+            )
+            # Comparisons first: they hold on to their responses without a cascade.
+            self._db.execute("DELETE FROM comparisons WHERE conversation_id = ?", [conversation_id])
+            self._db.execute("DELETE FROM conversations WHERE id = ?", [conversation_id])
+            self._count()
+
+    def rewrite_due(self) -> int:
+        """The number of deletions since which the file was not rewritten; 0 where it was."""
+        [row] = self._db.rows("SELECT number, rewritten FROM deletions")
+        return int(row["number"]) if row["number"] > row["rewritten"] else 0
+
+    def rewritten(self, number: int) -> None:
+        """The file was rewritten after so many deletions."""
+        with self._db.write():
+            self._db.execute("UPDATE deletions SET rewritten = ?", [number])
+
+    def _rest(self, user: str) -> None:
+        """Demonstrations, the log's content, repeated requests, and then the name."""
+        self._log_deletions("user = ?1", user)
+        self._db.execute("DELETE FROM feedback WHERE user = ?", [user])
+        self._db.execute("DELETE FROM requests WHERE user = ?", [user])
+        self._db.execute("DELETE FROM quarantine_events WHERE user = ?", [user])
+        self._db.execute(
+            "UPDATE rounds SET quarantined = (SELECT json_group_array(value) FROM json_each(quarantined) "
+            "WHERE value != ?1) WHERE ?1 IN (SELECT value FROM json_each(quarantined))",
+            [user],
+        )
+        self._db.execute("UPDATE feedback_events SET user = '', value = NULL, comment = NULL WHERE user = ?", [user])
+        self._count()
+
+    def _log_deletions(self, which: str, parameter: str) -> None:
+        self._db.execute(
+            "INSERT INTO feedback_events (action, feedback_id, user, kind, response_id, comparison_id, create_time) "
+            "SELECT 'delete', id, user, kind, response_id, comparison_id, unixepoch('subsec') FROM feedback "
+            f"WHERE {which} ORDER BY event_seq",
+            [parameter],
+        )
+
+    def _count(self) -> None:
+        self._db.execute("UPDATE deletions SET number = number + 1")

@@ -1,0 +1,110 @@
+"""API keys: 256 random bits that name a user and a role. The store has their SHA-256 alone.
+
+A key is "ID.SECRET". The id finds the row and may be shown; the secret is shown once, where the key is made. A plain
+hash is enough: nobody guesses 256 bits, however fast they try. A revoked key stays on record, so that a server which
+ever had a key never again takes a caller's word for who they are.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass
+
+from server.identity import Caller, Role
+from server.shared.errors import InvalidArgumentError, NotFoundError
+from server.store.ids import new_id
+from server.store.sqlite.database import Database
+
+SECRET_BYTES = 32
+USER_NAME = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is known of a key; never its secret. `user` is empty where that person was forgotten."""
+
+    id: str
+    user: str
+    role: Role
+    create_time: float
+    revoke_time: float | None
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """The keys that open the door as of one reading; `closed`: there was ever one, so nobody comes in without."""
+
+    callers: dict[str, tuple[bytes, Caller]]
+    closed: bool
+    # Changes when a key is made or revoked.
+    mark: tuple[int, int] = (0, 0)
+
+    def caller(self, key: str) -> Caller | None:
+        """Whose key it is; None where it is nobody's."""
+        key_id, _, secret = key.partition(".")
+        sha256, caller = self.callers.get(key_id, (b"", None))
+        # In constant time: how long a refusal takes says nothing about the secret.
+        return caller if hmac.compare_digest(sha256, _sha256(secret)) else None
+
+
+class Keys:
+    """The keys in the store."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def create(self, user: str, role: Role) -> str:
+        """The new key, which can never be shown again. Raises InvalidArgumentError."""
+        check_user_name(user)
+        key_id, secret = new_id("key"), secrets.token_urlsafe(SECRET_BYTES)
+        row = {"id": key_id, "sha256": _sha256(secret), "user": user, "role": role, "create_time": self._db.now()}
+        with self._db.write():
+            self._db.insert("keys", row)
+        return f"{key_id}.{secret}"
+
+    def revoke(self, key_id: str) -> None:
+        """Makes a key useless; one that is, stays so. Raises NotFoundError."""
+        with self._db.write():
+            changed = self._db.execute(
+                "UPDATE keys SET revoke_time = coalesce(revoke_time, unixepoch('subsec')) WHERE id = ?", [key_id]
+            )
+            if not changed:
+                raise NotFoundError("key", key_id)
+
+    def forget(self, user: str) -> None:
+        """Revokes the user's keys, and whose they were and what they hash to is no longer known."""
+        with self._db.write():
+            self._db.execute(
+                "UPDATE keys SET user = '', sha256 = x'', revoke_time = coalesce(revoke_time, unixepoch('subsec')) "
+                "WHERE user = ?",
+                [user],
+            )
+
+    def all(self) -> list[Key]:
+        """Every key there ever was, oldest first."""
+        rows = self._db.rows("SELECT id, user, role, create_time, revoke_time FROM keys ORDER BY create_time, id")
+        return [Key(**row) for row in rows]
+
+    def credentials(self, known: Credentials | None = None) -> Credentials:
+        """The keys that are good now; `known`, where nothing changed since that was read."""
+        [row] = self._db.rows(
+            "SELECT coalesce((SELECT max(rowid) FROM keys), 0) AS made, "
+            "(SELECT count(*) FROM keys WHERE revoke_time IS NOT NULL) AS revoked"
+        )
+        mark = (row["made"], row["revoked"])
+        if known and known.mark == mark:
+            return known
+        rows = self._db.rows("SELECT id, sha256, user, role FROM keys WHERE revoke_time IS NULL")
+        callers = {row["id"]: (row["sha256"], Caller(row["user"], row["role"])) for row in rows}
+        return Credentials(callers, closed=bool(mark[0]), mark=mark)
+
+
+def check_user_name(user: str) -> None:
+    """Raises InvalidArgumentError for what cannot be one. Printable ASCII, for that is what metadata carries."""
+    if not USER_NAME.fullmatch(user):
+        raise InvalidArgumentError("user", "A user name is 1 to 128 printable ASCII characters without spaces.")
+
+
+def _sha256(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()

@@ -1,0 +1,162 @@
+"""Where versions come from and where votes went: which votes a round learned from, and every move of the pointer.
+
+A round writes its votes by the ids of their feedback; a vote that was changed later keeps its id, and the round's
+watermark says which of its events the round saw. Nothing here is removed with a conversation: it holds no content.
+"""
+
+from collections.abc import Iterable
+
+from server.shared import stored_round
+from server.store.e_value import Duel
+from server.store.records import Feedback, FeedbackEvent, Lease, PointerEvent, Side
+from server.store.registry import check_fence
+from server.store.sqlite.database import Database
+
+
+class Lineage:
+    """Reads and writes of what came from what."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def set_round_votes(self, round_id: str, votes: Iterable[tuple[str, Side]], *, fence: Lease) -> None:
+        """The round learns from these (feedback id, side), each once, in place of what was said before."""
+        with self._db.write():
+            check_fence(self._db, fence)
+            self._db.execute("DELETE FROM round_votes WHERE round_id = ?", [round_id])
+            for feedback_id, side in votes:
+                self._db.insert("round_votes", {"round_id": round_id, "feedback_id": feedback_id, "side": side})
+
+    def round_votes(self, round_id: str) -> dict[str, Side]:
+        """The side of each vote that the round learned from, by feedback id."""
+        rows = self._db.rows("SELECT feedback_id, side FROM round_votes WHERE round_id = ?", [round_id])
+        return {row["feedback_id"]: row["side"] for row in rows}
+
+    def rounds_of(self, feedback_id: str) -> dict[str, Side]:
+        """The rounds that learned from a vote, oldest first, and on which side it was."""
+        rows = self._db.rows(
+            "SELECT v.round_id, v.side FROM round_votes v JOIN rounds r ON r.id = v.round_id "
+            "WHERE v.feedback_id = ? ORDER BY r.create_time",
+            [feedback_id],
+        )
+        return {row["round_id"]: row["side"] for row in rows}
+
+    def rounds_trained_on(self, user: str) -> list[str]:
+        """The rounds that trained on a user's votes, oldest first, whatever became of the votes; not those that judged
+        by them alone."""
+        rows = self._db.rows(
+            "SELECT id FROM rounds WHERE id IN (SELECT v.round_id FROM feedback_events e JOIN round_votes v "
+            "USING (feedback_id) WHERE e.user = ? AND v.side = 'train') ORDER BY create_time",
+            [user],
+        )
+        return [row["id"] for row in rows]
+
+    def carriers(self, round_ids: Iterable[str]) -> dict[str, str]:
+        """The state of each version that these rounds' votes are in, oldest first: their own, and those whose rounds
+        started from one."""
+        rounds, found = set(round_ids), dict[str, str]()
+        rows = self._db.rows(
+            "SELECT p.version, p.state, p.round_id, p.parent_version, coalesce(r.settings, '{}') AS settings "
+            "FROM policies p LEFT JOIN rounds r ON r.id = p.round_id ORDER BY p.rowid"
+        )
+        for row in rows:  # A parent comes before its children.
+            inherits = stored_round.start_from(stored_round.SETTINGS.load(row["settings"])) == "active"
+            if row["round_id"] in rounds or (inherits and row["parent_version"] in found):
+                found[row["version"]] = row["state"]
+        return found
+
+    def events(self, feedback_id: str) -> list[FeedbackEvent]:
+        """Everything that happened to a vote, oldest first."""
+        rows = self._db.rows("SELECT * FROM feedback_events WHERE feedback_id = ? ORDER BY seq", [feedback_id])
+        return [FeedbackEvent(**row) for row in rows]
+
+    def past_feedback(self, user: str, limit: int, after: int = 0) -> list[Feedback]:
+        """What the user's votes were before they were changed or retracted, oldest first; `limit` at most that follow
+        the event of the number `after`."""
+        rows = self._db.rows(
+            "SELECT feedback_id AS id, seq AS event_seq, user, kind, response_id, comparison_id, value, comment, "
+            "create_time FROM feedback_events e WHERE user = ? AND seq > ? AND action = 'submit' AND value IS NOT NULL "
+            "AND NOT EXISTS (SELECT 1 FROM feedback WHERE id = e.feedback_id AND event_seq = e.seq) "
+            "ORDER BY seq LIMIT ?",
+            [user, after, limit],
+        )
+        return [Feedback(**row) for row in rows]
+
+    def fate(self, round_id: str, watermark: int) -> dict[str, int]:
+        """Of the round's votes, how many were changed, retracted and deleted since it took its snapshot."""
+        rows = self._db.rows(
+            "SELECT action, count(*) AS votes FROM (SELECT e.action, max(e.seq) FROM feedback_events e "
+            "JOIN round_votes v USING (feedback_id) WHERE v.round_id = ? AND e.seq > ? GROUP BY e.feedback_id) "
+            "GROUP BY action",
+            [round_id, watermark],
+        )
+        found = {row["action"]: int(row["votes"]) for row in rows}
+        return {
+            "changed": found.get("submit", 0),
+            "retracted": found.get("retract", 0),
+            "deleted": found.get("delete", 0),
+        }
+
+    def moves(self, limit: int = 1000) -> list[PointerEvent]:
+        """Moves of the pointer, newest first."""
+        rows = self._db.rows("SELECT * FROM pointer_events ORDER BY seq DESC LIMIT ?", [limit])
+        return [PointerEvent(**row) for row in rows]
+
+    def duel(self, user_votes: int) -> Duel | None:
+        """Votes between answers of the active version and of the one before it, since it became active; the first
+        `user_votes` of each user, of users in quarantine none. None where it came to be active by going back."""
+        last = next(iter(self.moves(1)), None)
+        if last is None or last.previous_version is None or last.action not in ("activate", "promote"):
+            return None
+        rows = self._db.rows(
+            "SELECT value, version_a FROM (SELECT f.value, a.policy_version AS version_a, "
+            "row_number() OVER (PARTITION BY f.user ORDER BY f.event_seq) AS nth FROM comparisons c "
+            "JOIN feedback f ON f.comparison_id = c.id AND f.kind = 'choice' "
+            "JOIN responses a ON a.id = c.response_a JOIN responses b ON b.id = c.response_b "
+            "WHERE c.create_time >= ?3 AND f.user NOT IN (SELECT user FROM quarantined) "
+            "AND ((a.policy_version = ?1 AND b.policy_version = ?2) "
+            "OR (a.policy_version = ?2 AND b.policy_version = ?1))) WHERE nth <= ?4",
+            [last.version, last.previous_version, last.create_time, user_votes],
+        )
+        winners = [
+            None if row["value"] not in ("A", "B") else (row["value"] == "A") == (row["version_a"] == last.version)
+            for row in rows
+        ]
+        return Duel(last.version, last.previous_version, winners.count(True), winners.count(False), winners.count(None))
+
+    def thumb_rate(self, version: str) -> tuple[int, int]:
+        """Thumbs up, and all thumbs, on answers that a version began; of users in quarantine none."""
+        [row] = self._db.rows(
+            "SELECT count(*) FILTER (WHERE f.value = 'UP') AS up, count(*) AS thumbs FROM feedback f "
+            "JOIN responses r ON r.id = f.response_id WHERE f.kind = 'thumb' AND r.policy_version = ? "
+            "AND f.user NOT IN (SELECT user FROM quarantined)",
+            [version],
+        )
+        return int(row["up"]), int(row["thumbs"])
+
+    def slot_order(self, limit: int = 10_000) -> dict[str, tuple[int, int]]:
+        """Of the newest `limit` comparisons, in how many the hotter answer, the newer version's, and the one that a
+        reward model chose stood in slot A, and in how many there was such a one."""
+        [row] = self._db.rows(
+            "SELECT count(*) FILTER (WHERE a.temperature > b.temperature) AS hotter_a, "
+            "count(*) FILTER (WHERE a.temperature != b.temperature) AS hotter, "
+            "count(*) FILTER (WHERE v.rowid > w.rowid) AS newer_a, "
+            "count(*) FILTER (WHERE v.rowid != w.rowid) AS newer, "
+            "count(*) FILTER (WHERE a.chosen_by IS NOT NULL AND b.chosen_by IS NULL) AS chosen_a, "
+            "count(*) FILTER (WHERE (a.chosen_by IS NULL) != (b.chosen_by IS NULL)) AS chosen "
+            "FROM (SELECT * FROM comparisons ORDER BY rowid DESC LIMIT ?) c "
+            "JOIN responses a ON a.id = c.response_a JOIN responses b ON b.id = c.response_b "
+            "LEFT JOIN policies v ON v.version = a.policy_version LEFT JOIN policies w ON w.version = b.policy_version",
+            [limit],
+        )
+        return {name: (int(row[f"{name}_a"]), int(row[name])) for name in ("hotter", "newer", "chosen")}
+
+    def rolled_back(self, before: float) -> set[str]:
+        """Versions that were rolled back before a time and not made active again before it."""
+        rows = self._db.rows(
+            "SELECT DISTINCT previous_version FROM pointer_events b WHERE action = 'rollback' AND create_time < ?1 "
+            "AND NOT EXISTS (SELECT 1 FROM pointer_events WHERE version = b.previous_version AND seq > b.seq "
+            "AND create_time < ?1)",
+            [before],
+        )
+        return {str(row["previous_version"]) for row in rows}

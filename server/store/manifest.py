@@ -1,0 +1,129 @@
+"""A version on disk: an immutable directory with a manifest, published by rename.
+
+`publish` makes a directory appear whole or not at all: the caller fills a sibling, every file and the folder are
+synced, then one rename makes it visible. `verify` refuses a directory without a valid manifest, with a file that is
+missing, added or changed, and with any pickle.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server.shared.errors import ManifestError
+from server.shared.failpoints import failpoint
+
+MANIFEST = "manifest.json"
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+class Manifest(BaseModel):
+    """What a version directory holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = Field(1, description="The layout of this file.")
+    version: str = Field(description="The name of the directory, such as v0007.")
+    kind: Literal["adapter", "full"] = Field(description="PEFT adapter on the base, or all weights.")
+    base_version: str = Field(description="The full version an adapter sits on; a full version names itself.")
+    reference_version: str = Field(description="The frozen reference that the KL penalty was taken against.")
+    files: dict[str, str] = Field(description="SHA-256 of every other file, by relative path.")
+    info: dict[str, Any] = Field(default_factory=dict, description="Where it came from.")
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    version: str,
+    kind: Literal["adapter", "full"],
+    base_version: str,
+    reference_version: str,
+    info: dict[str, Any] | None = None,
+) -> Manifest:
+    """Writes `manifest.json` over the files that are in `directory` now."""
+    manifest = Manifest(
+        version=version,
+        kind=kind,
+        base_version=base_version,
+        reference_version=reference_version,
+        files={name: _sha256(directory / name) for name in _files(directory)},
+        info=info or {},
+    )
+    (directory / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest alone, its sums unchecked. Raises ManifestError."""
+    try:
+        return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
+    except FileNotFoundError as error:
+        raise ManifestError(f"{directory.name} has no {MANIFEST}, so it is not a published version.") from error
+    except (ValidationError, ValueError) as error:
+        raise ManifestError(f"{directory.name}/{MANIFEST} is not a valid manifest.") from error
+
+
+def verify(directory: Path) -> Manifest:
+    """The manifest, after every file was found to be what it says. Raises ManifestError with the first difference."""
+    manifest = read_manifest(directory)
+    if manifest.version != directory.name:
+        raise ManifestError(f"{directory.name} holds the manifest of {manifest.version}.")
+    found = set(_files(directory))
+    if missing := sorted(set(manifest.files) - found):
+        raise ManifestError(f"{directory.name} lacks {missing[0]}.")
+    if added := sorted(found - set(manifest.files)):
+        raise ManifestError(f"{directory.name} has {added[0]}, which its manifest does not list.")
+    if pickles := sorted(name for name in found if Path(name).suffix in PICKLES):
+        raise ManifestError(f"{directory.name} has {pickles[0]}; weights are safetensors only.")
+    for name, expected in sorted(manifest.files.items()):
+        if _sha256(directory / name) != expected:
+            raise ManifestError(f"{directory.name}/{name} does not have the SHA-256 that its manifest lists.")
+    return manifest
+
+
+def publish(staging: Path, final: Path) -> None:
+    """Makes `staging`, a sibling of `final`, visible under its final name, durably. Raises FileExistsError."""
+    if final.exists():
+        raise FileExistsError(f"{final} is already published.")
+    for name in [*_files(staging), *([MANIFEST] if (staging / MANIFEST).exists() else [])]:
+        _sync(staging / name)
+    _sync(staging)
+    failpoint("rename")
+    staging.rename(final)
+    failpoint("renamed")
+    _sync(final.parent)
+
+
+def new_staging(final: Path) -> Path:
+    """An empty sibling of `final` to fill; what a killed process left there is removed first. Nobody else's: a process
+    that was stopped and goes on writes into what is gone."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(f".{glob.escape(final.name)}.*partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        failpoint("fsync")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,47 @@
+"""Whose votes rounds leave out, by an operator's word. Every word is kept with who, when and why; the last one holds.
+
+Voting goes on for a user in quarantine, and the votes are kept: lifting it brings all of them back.
+"""
+
+from server.shared.errors import NotFoundError
+from server.store.records import QuarantineEvent
+from server.store.sqlite.database import Database
+
+
+class Quarantine:
+    """Reads and writes of who is left out."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def set(self, user: str, *, actor: str, reason: str) -> bool:
+        """Leaves the user's votes out of every round that begins from now on; False where that was so already.
+
+        Raises NotFoundError for a user who never voted, who is most likely misspelt."""
+        if not self._db.row("SELECT 1 FROM feedback_events WHERE user = ? LIMIT 1", [user]):
+            raise NotFoundError("voter", user)
+        return self._say(user, "set", actor, reason)
+
+    def lift(self, user: str, *, actor: str, reason: str) -> bool:
+        """Lets the user's votes count again; False where they did already."""
+        return self._say(user, "lift", actor, reason)
+
+    def current(self) -> dict[str, QuarantineEvent]:
+        """Who is in quarantine, with the word that put them there."""
+        rows = self._db.rows("SELECT * FROM quarantined ORDER BY seq")
+        return {row["user"]: QuarantineEvent(**row) for row in rows}
+
+    def events(self, user: str) -> list[QuarantineEvent]:
+        """Every word on a user, oldest first."""
+        rows = self._db.rows("SELECT * FROM quarantine_events WHERE user = ? ORDER BY seq", [user])
+        return [QuarantineEvent(**row) for row in rows]
+
+    def _say(self, user: str, action: str, actor: str, reason: str) -> bool:
+        with self._db.write():
+            if (user in self.current()) == (action == "set"):
+                return False
+            self._db.insert(
+                "quarantine_events",
+                {"user": user, "action": action, "actor": actor, "reason": reason, "create_time": self._db.now()},
+            )
+            return True

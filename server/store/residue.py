@@ -1,0 +1,97 @@
+"""What removed rows leave behind: copies in files beside the database, and bytes in the database's own files.
+
+There is one rule for files: what a round keeps names the conversations it came from, and goes when one of them is gone.
+So `sweep` needs to know nothing of what was removed, and may run at any time: after a deletion, after the learner wrote
+such a file (a deletion may have come between), and every hour for whoever was killed in between.
+
+SQLite overwrites what it frees (`secure_delete`), but not the copies that stay in a page's unused middle when rows move
+to another page. Only rewriting the file drops these, which holds up writes for as long as it takes.
+"""
+
+import fcntl
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from server.store.deletion import Forgetting
+from server.store.lineage import Lineage
+from server.store.sqlite.database import DATABASE, Database
+
+# How a line of ANSWERS begins, and where REPORT says whom it quotes.
+LINE = re.compile(rb'\{"conversation_id": "(\w*)"')
+PAGE = re.compile(rb'<meta name="conversations" content="([\w ]*)">')
+ANSWERS, REPORT = "answers.jsonl", "report.html"
+IDS_PER_QUERY = 500
+
+
+def erase(data_dir: Path, *, rewrite: bool = False) -> bool:
+    """Removes what deletions left; with `rewrite`, also by writing the database anew where that is due. False where
+    another process kept the database's log from being emptied: what was removed may still be read there."""
+    sweep(data_dir)
+    with closing(Database(data_dir / DATABASE)) as database:
+        forgetting = Forgetting(database, Lineage(database))
+        due = forgetting.rewrite_due() if rewrite else 0
+        if due:
+            database.rewrite()
+            forgetting.rewritten(due)
+        return database.empty_log()
+
+
+def sweep(data_dir: Path) -> None:
+    """Removes, from what rounds keep, all that came from conversations that are gone."""
+    with keeping(data_dir), closing(Database(data_dir / DATABASE)) as database:
+        now = cache_directory(data_dir, Forgetting(database, Lineage(database)).deletions())
+        for path in now.parent.glob("*"):
+            if path != now:
+                _remove(path)
+        # What a killed writer left half; none writes now.
+        for path in data_dir.glob("rounds/*/.*.partial"):
+            if path.is_file():
+                path.unlink()
+        for path in data_dir.glob(f"rounds/*/{ANSWERS}"):
+            lines = path.read_bytes().splitlines(keepends=True)
+            named = [(match := LINE.match(line)) and match[1] for line in lines]
+            gone = _gone(database, {name for name in named if name})
+            kept = [line for line, name in zip(lines, named, strict=True) if name is not None and name not in gone]
+            if len(kept) < len(lines):
+                path.write_bytes(b"".join(kept))
+        for path in data_dir.glob(f"rounds/*/{REPORT}"):
+            quoted = PAGE.search(path.read_bytes())
+            # One that does not say whom it quotes is from before; `learner report` makes it again.
+            if quoted is None or _gone(database, set(quoted[1].split())):
+                path.unlink()
+
+
+def cache_directory(data_dir: Path, deletions: int) -> Path:
+    """Where the features of answers are that were read after so many deletions. A later one makes them anew: they are
+    numbers made of what people wrote, and do not say of whose."""
+    return data_dir / "cache" / str(deletions)
+
+
+@contextmanager
+def keeping(data_dir: Path) -> Iterator[None]:
+    """One process at a time writes or sweeps what rounds keep."""
+    with (data_dir / ".keeping").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _gone(database: Database, names: set[bytes]) -> set[bytes]:
+    """Those of the conversations that are no longer there."""
+    ids = sorted(name.decode() for name in names)
+    there: set[bytes] = set()
+    for start in range(0, len(ids), IDS_PER_QUERY):
+        page = ids[start : start + IDS_PER_QUERY]
+        rows = database.rows(f"SELECT id FROM conversations WHERE id IN ({', '.join('?' * len(page))})", page)
+        there |= {row["id"].encode() for row in rows}
+    return names - there
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        # A learner may be writing there; what it makes meanwhile goes when it sweeps.
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

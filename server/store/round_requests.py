@@ -1,0 +1,120 @@
+"""Who listens for requests to run a round, what was requested, and what became of it.
+
+A learner that listens says so again and again (a heartbeat, as servers do) and looks for a request. Asking writes one
+row; there is one at a time that is not over. It is taken by one learner, when no other is at work, and ended by that
+learner with a sentence. Where that learner went away, the next one takes it again. Who asked is not kept.
+"""
+
+from server.shared.errors import FailedPreconditionError
+from server.store.records import RoundRequest
+from server.store.registry import ALIVE_SECONDS, BEAT_WITHIN, HELD, LEARNER
+from server.store.sqlite.database import Database, Row
+
+OUTCOME_CHARACTERS = 2000
+# Of a request that is not over: nobody has it who still listens.
+FREE = (
+    "NOT EXISTS (SELECT 1 FROM listeners l WHERE l.id = round_requests.listener "
+    f"AND l.boot = boot_id() AND uptime() - l.uptime <= {ALIVE_SECONDS})"
+)
+
+
+class RoundRequests:
+    """Reads and writes of listeners and requests."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    # What a learner does
+
+    def listen(self, listener: str, next_time: float | None) -> None:
+        """A learner says that it lives, and when its clock starts the next round."""
+        with self._db.write():
+            self._db.execute(
+                "INSERT INTO listeners (id, next_time, heartbeat_time, uptime, boot) "
+                "VALUES (?, ?, unixepoch('subsec'), uptime(), boot_id()) ON CONFLICT (id) DO UPDATE SET "
+                "next_time = excluded.next_time, heartbeat_time = excluded.heartbeat_time, "
+                "uptime = excluded.uptime, boot = excluded.boot",
+                [listener, next_time],
+            )
+            # Those that were killed: nobody misses them.
+            self._db.execute(f"DELETE FROM listeners WHERE NOT ({BEAT_WITHIN})", [100 * ALIVE_SECONDS])
+
+    def leave(self, listener: str) -> None:
+        """A learner stops; what it took and did not end waits again."""
+        with self._db.write():
+            self._db.execute("DELETE FROM listeners WHERE id = ?", [listener])
+
+    def waits(self) -> bool:
+        """Whether there is a request that could be taken now."""
+        return self.at_work() is None and self._open(FREE) is not None
+
+    def take(self, listener: str) -> int | None:
+        """The number of the request that this learner answers from now on; None where there is none, or another learner
+        is at work."""
+        with self._db.write():
+            found = None if self.at_work() else self._open(FREE)
+            if found is None:
+                return None
+            self._db.execute("UPDATE round_requests SET listener = ? WHERE id = ?", [listener, found["id"]])
+            return int(found["id"])
+
+    def end(self, request: int, listener: str, outcome: str) -> bool:
+        """Says what became of a request; False where another learner has it by now."""
+        with self._db.write():
+            changed = self._db.execute(
+                "UPDATE round_requests SET end_time = unixepoch('subsec'), outcome = ? "
+                "WHERE id = ? AND listener = ? AND end_time IS NULL",
+                [outcome[:OUTCOME_CHARACTERS], request, listener],
+            )
+            return changed > 0
+
+    # What an operator does
+
+    def ask(self) -> RoundRequest:
+        """The request that waits, or a new one. Raises FailedPreconditionError where it would not be heard, or a round
+        is at work."""
+        with self._db.write():
+            if not self.next_times():
+                raise FailedPreconditionError(
+                    "NO_LEARNER",
+                    "No learner listens: start `learner schedule` on the server's data directory, with --on-request "
+                    "where no clock should start rounds.",
+                )
+            if self._open(FREE) is None:
+                if self._open() or self.at_work():
+                    raise FailedPreconditionError("ROUND_RUNNING", "A round is at work; ask again when it is over.")
+                self._db.insert("round_requests", {"create_time": self._db.now()})
+            last = self.last()
+            assert last is not None
+            return last
+
+    def last(self) -> RoundRequest | None:
+        """The newest request, over or not."""
+        row = self._db.row("SELECT * FROM round_requests ORDER BY id DESC LIMIT 1")
+        return _request(row) if row else None
+
+    def next_times(self) -> list[float | None]:
+        """Of each learner that listens, when its clock starts the next round; None where only requests do."""
+        rows = self._db.rows(f"SELECT next_time FROM listeners WHERE {BEAT_WITHIN} ORDER BY id", [ALIVE_SECONDS])
+        return [row["next_time"] for row in rows]
+
+    def at_work(self) -> str | None:
+        """Which learner is at work, or None. A round in the state `running` while none is was stopped or killed."""
+        row = self._db.row(f"SELECT holder FROM leases WHERE name = ? AND {HELD}", [LEARNER])
+        return str(row["holder"]) if row else None
+
+    def withdraw(self, outcome: str) -> None:
+        """Ends what is not over, whoever has it, and takes nobody to listen."""
+        with self._db.write():
+            self._db.execute("DELETE FROM listeners")
+            self._db.execute(
+                "UPDATE round_requests SET end_time = unixepoch('subsec'), outcome = ? WHERE end_time IS NULL",
+                [outcome],
+            )
+
+    def _open(self, which: str = "true") -> Row | None:
+        return self._db.row(f"SELECT * FROM round_requests WHERE end_time IS NULL AND {which}")
+
+
+def _request(row: Row) -> RoundRequest:
+    return RoundRequest(row["create_time"], row["end_time"], row["outcome"])

@@ -1,0 +1,46 @@
+"""What a judged round was answered on held-out prompts: the rounds' ANSWERS, read for people.
+
+The file names conversations and is swept after deletions (`server.store.residue`). Between a deletion and the sweep it
+still has what is gone: whoever shows samples asks the store, after reading, which of their conversations are there.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.store.records import Round
+from server.store.residue import ANSWERS, LINE
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to a held-out prompt by the incumbent, and by the candidate that was judged."""
+
+    # Its place in the file as the round wrote it; it grows.
+    row: int
+    # Empty: one of the project's own prompts.
+    conversation_id: str
+    prompt: str
+    before: str
+    after: str
+
+
+def read_samples(data_dir: Path, round_: Round) -> Iterator[Sample]:
+    """One after the other; none where the round judged nothing. Call it while `keeping`."""
+    path = data_dir / "rounds" / round_.id / ANSWERS
+    if "gate" not in round_.metrics or not path.exists():
+        return
+    chosen = f"step {round_.metrics['gate']['chosen']['step']}"
+    # In bytes: a text's lines end also at U+2028, which JSON may hold. What a kill cut short has no end.
+    for number, data in enumerate(path.read_bytes().splitlines(keepends=True)):
+        if LINE.match(data) and data.endswith(b"\n"):
+            line: dict[str, Any] = json.loads(data)
+            yield Sample(
+                line.get("row", number),
+                line["conversation_id"],
+                line["prompt"],
+                line["incumbent"]["text"],
+                line[chosen]["text"],
+            )

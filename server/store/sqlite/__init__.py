@@ -1,0 +1,1 @@
+"""SQLite: the connection, its migrations, its clock."""

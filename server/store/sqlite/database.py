@@ -1,0 +1,267 @@
+"""One SQLite connection as prefloop wants it: WAL, FULL, writes that begin IMMEDIATE.
+
+`write()` is atomic and durable: when it returns, a power cut keeps what was written; inside a `group()`, when that
+returns. Two processes may write; the later one waits up to `BUSY_TIMEOUT_MS`. A connection belongs to one thread at a
+time. What is deleted or replaced is overwritten with zeros. What people said is nobody else's on this machine.
+
+Releases may meet on one file. An older schema is migrated once no process of that release is alive; where a newer
+release has migrated the file meanwhile, writes are refused.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pysqlite3.dbapi2 as sqlite3
+import sqlite_utils
+
+from server.shared.errors import DataDirectoryError
+from server.shared.failpoints import failpoint
+from server.store.sqlite.clock import boot_id, uptime
+from server.store.sqlite.migrations import known_migrations, migrations
+
+# Its name in a data directory.
+DATABASE = "prefloop.db"
+BUSY_TIMEOUT_MS = 10_000
+# How long the log is tried to be emptied, and how long one try may hold up writers while somebody reads.
+EMPTY_SECONDS = 2.0
+EMPTY_TIMEOUT_MS = 50
+# Earlier releases can lose a commit when two connections reset the WAL; the mend was also put into two older lines.
+MENDED_SQLITE = (3, 51, 3)
+MENDED_LINES = {(3, 50): 7, (3, 44): 6}
+
+# A process that gave no sign of life for so long is gone; by the time of day, which all releases write.
+SIGN_SECONDS = 30
+# Of each kind of process the table, its name there, and until when it is taken to live.
+LIVING = (
+    ("server", "replicas", "id", f"heartbeat_time + {SIGN_SECONDS}"),
+    ("learner", "listeners", "id", f"heartbeat_time + {SIGN_SECONDS}"),
+    ("learner", "leases", "holder", "expire_time"),
+)
+
+Row = dict[str, Any]
+OperationalError: type[Exception] = sqlite3.OperationalError
+DatabaseError: type[Exception] = sqlite3.DatabaseError
+
+
+def sqlite_problem(version: tuple[int, int, int]) -> str | None:
+    """Why this release of SQLite is not to be trusted with commits, and what to do; None where it is."""
+    line, patch = version[:2], version[2]
+    if version >= MENDED_SQLITE or (line in MENDED_LINES and patch >= MENDED_LINES[line]):
+        return None
+    return f"SQLite {'.'.join(map(str, version))} can lose commits; install pysqlite3 with SQLite 3.51.3 or newer."
+
+
+def advice(error: Exception) -> str:
+    """What may help against an error of the file system or the database, as the end of a sentence."""
+    name, number = getattr(error, "sqlite_errorname", ""), getattr(error, "errno", None)
+    if name == "SQLITE_FULL" or number in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space on its disk"
+    if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
+        return "restore it from a backup"
+    if name == "SQLITE_BUSY":
+        return "another process holds it; try again when that has ended"
+    return "give --data-dir a folder that you may write to"
+
+
+def _make_private(path: Path) -> None:
+    """Makes the file, for its owner alone; others lose what they may do with one that is there, and its logs."""
+    os.close(os.open(path, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o600))
+    for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+        # Another user's, with a right to write for a group: it is for them to say.
+        if file.exists() and file.stat().st_uid == os.geteuid() and file.stat().st_mode & 0o007:
+            file.chmod(file.stat().st_mode & 0o770)
+
+
+class Database:
+    """A migrated database file. Raises DataDirectoryError where the file cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        if reason := sqlite_problem(sqlite3.sqlite_version_info):
+            raise DataDirectoryError(reason)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(path)
+            connection = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
+            connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA secure_delete = ON")
+            connection.create_function("uptime", 0, uptime)
+            connection.create_function("boot_id", 0, boot_id)
+            self._db = sqlite_utils.Database(connection, recursive_triggers=False)
+            self._writing = self._grouped = False
+            self._lost: BaseException | None = None
+            self._schema: int | None = None
+            self._migrate(path)
+            self._schema = self._schema_version()
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise DataDirectoryError(
+                f"The data directory {str(path.parent)!r} cannot be used ({error}); {advice(error)}."
+            ) from error
+
+    def _migrate(self, path: Path) -> None:
+        # The write lock first: two processes may open a new directory at once.
+        with self.write():
+            applied = {migration.name for migration in migrations.applied(self._db)}
+            if newer := applied - known_migrations():
+                raise DataDirectoryError(
+                    f"The data directory {str(path.parent)!r} was written by a newer prefloop ({min(newer)}); "
+                    "upgrade prefloop or choose another --data-dir."
+                )
+            if applied and known_migrations() - applied and (alive := self._alive()):
+                raise DataDirectoryError(
+                    f"The data directory {str(path.parent)!r} is in use by an older prefloop, the {alive}; stop it, "
+                    f"and start again {SIGN_SECONDS} seconds after it has ended."
+                )
+            migrations.apply(self._db)
+
+    def _alive(self) -> str | None:
+        """A server or learner that gave a sign of life lately."""
+        tables = {row["name"] for row in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        for kind, table, name, until in LIVING:
+            if table not in tables:
+                continue
+            if row := self.row(f"SELECT {name} AS name FROM {table} WHERE {until} > unixepoch('subsec')"):
+                return f"{kind} {row['name']}"
+        return None
+
+    def _check_schema(self) -> None:
+        """Raises DataDirectoryError where a newer release has migrated the file since it was opened."""
+        if self._schema in (None, version := self._schema_version()):
+            return
+        if {migration.name for migration in migrations.applied(self._db)} - known_migrations():
+            raise DataDirectoryError("A newer prefloop has taken over the data directory: start this process again.")
+        self._schema = version
+
+    def _schema_version(self) -> int:
+        return int(self._db.conn.execute("PRAGMA schema_version").fetchone()[0])
+
+    @contextmanager
+    def write(self) -> Iterator[None]:
+        """One transaction that holds the write lock from its first statement; nested calls join the outer one."""
+        if self._writing:
+            yield
+        elif self._grouped:
+            with self._savepoint():
+                yield
+        else:
+            with self.group(), self._savepoint():
+                yield
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """Each `write` inside is still atomic, but all become durable by one commit, at the end.
+
+        Raises where that commit fails: then none of them was kept.
+        """
+        self._grouped, self._lost = True, None
+        try:
+            yield
+            if self._lost:
+                raise self._lost
+            if self._db.conn.in_transaction:
+                failpoint("commit")
+                self._db.conn.execute("COMMIT")
+                failpoint("committed")
+        except BaseException:
+            self._db.rollback()
+            raise
+        finally:
+            self._grouped = False
+
+    @contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        if self._lost:
+            raise self._lost
+        if not self._db.conn.in_transaction:
+            # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it turns from reading to writing in WAL mode.
+            self._db.conn.execute("BEGIN IMMEDIATE")
+            self._check_schema()
+        self._db.conn.execute("SAVEPOINT one")
+        self._writing = True
+        try:
+            yield
+        except BaseException as error:
+            if self._db.conn.in_transaction:
+                self._db.conn.execute("ROLLBACK TO one")
+                self._db.conn.execute("RELEASE one")
+            else:
+                # A full disk, say: SQLite gave up the whole transaction, and with it what was written before.
+                self._lost = error
+            raise
+        finally:
+            self._writing = False
+        self._db.conn.execute("RELEASE one")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """All that is read inside is as of one moment."""
+        self._db.conn.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.conn.execute("ROLLBACK")
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Runs one statement; returns the number of rows it changed."""
+        return int(self._db.conn.execute(sql, parameters).rowcount)
+
+    def insert(self, table: str, row: Row) -> int:
+        """Inserts one row; returns its rowid."""
+        # sqlite-utils' insert looks up the table's schema each time, which costs more than the insert itself.
+        columns, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
+        statement = f'INSERT INTO "{table}" ({columns}) VALUES ({marks})'
+        return int(self._db.conn.execute(statement, list(row.values())).lastrowid or 0)
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        """All rows of a SELECT as dictionaries."""
+        # sqlite-utils' query puts a savepoint around each SELECT: three statements, each a hand-over of Python's lock.
+        cursor = self._db.conn.execute(sql, parameters)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    def row(self, sql: str, parameters: Sequence[Any] = ()) -> Row | None:
+        """The first row of a SELECT, or None."""
+        return next(iter(self.rows(sql, parameters)), None)
+
+    def now(self) -> float:
+        """Seconds since 1970 by the database's clock."""
+        return float(self.rows("SELECT unixepoch('subsec') AS now")[0]["now"])
+
+    def copy_to(self, path: Path) -> None:
+        """Makes `path` a copy as of one moment, while others write. Raises DataDirectoryError where it is damaged.
+
+        Not durable until the caller syncs it."""
+        with closing(sqlite3.connect(str(path))) as copy:
+            # All pages in one step: it reads one snapshot, for which no writer waits.
+            self._db.conn.backup(copy)
+            [found] = copy.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise DataDirectoryError(f"The database is damaged: {found}.")
+
+    def rewrite(self) -> None:
+        """Writes the whole file anew, free of what deleted rows left in it. Writers wait, and it takes as much memory
+        as the file is long: pysqlite3 is built to keep there what is temporary."""
+        self._db.conn.execute("VACUUM")
+
+    def empty_log(self, seconds: float = EMPTY_SECONDS) -> bool:
+        """Moves the log (`-wal`) into the file and cuts it to nothing; False where others kept reading all the time."""
+        deadline = time.monotonic() + seconds
+        self._db.conn.execute(f"PRAGMA busy_timeout = {EMPTY_TIMEOUT_MS}")
+        try:
+            while self._db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(EMPTY_TIMEOUT_MS / 1000)
+            return True
+        finally:
+            self._db.conn.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+
+    def close(self) -> None:
+        self._db.close()

@@ -1,0 +1,94 @@
+"""The store on threads of its own, so that SQLite never blocks the event loop.
+
+One thread does everything in the order of asking. Another reads what may be long, a conversation or a list, so that
+votes do not wait for it; it waits for what was asked before it, so that callers see what they and others did.
+
+What is asked while a commit is under way shares the next one: under load the disk is asked once for many calls. Where
+many ask at once, the next commit waits a moment for more of them.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from server.store.feedback_store import FeedbackStore
+
+# A commit costs as much as some votes: after a group of so many calls, others are likely to come.
+MANY, LINGER_SECONDS = 8, 0.008
+
+T = TypeVar("T")
+Work = Callable[[FeedbackStore], Any]
+
+
+class StoreThread:
+    """`await store(lambda store: store.submit_thumb(...))`. Calls run one after the other; `read` beside them."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._store = self._executor.submit(FeedbackStore.open, data_dir).result()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._reading = self._reader.submit(FeedbackStore.open, data_dir).result()
+        self._waiting: list[tuple[Work, asyncio.Future[Any]]] = []
+        self._running: asyncio.Task[None] | None = None
+        self._last_group = 0
+
+    async def __call__(self, work: Callable[[FeedbackStore], T]) -> T:
+        """What `work` returns, once that is on disk. A caller that is cancelled leaves its work to be done."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((work, done))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await done
+
+    async def read(self, work: Callable[[FeedbackStore], T]) -> T:
+        """What `work` returns, which writes nothing, once all that was asked before is on disk."""
+        await self(lambda store: None)
+
+        def as_of_now() -> T:
+            with self._reading.reading():
+                return work(self._reading)
+
+        return await asyncio.get_running_loop().run_in_executor(self._reader, as_of_now)
+
+    async def close(self) -> None:
+        """After what was asked before; later calls raise RuntimeError."""
+        if self._running:
+            await self._running
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._reader, self._reading.close)
+        self._reader.shutdown()
+        await loop.run_in_executor(self._executor, self._store.close)
+        self._executor.shutdown()
+
+    async def _run(self) -> None:
+        while self._waiting:
+            if self._last_group >= MANY:
+                await asyncio.sleep(LINGER_SECONDS)
+            calls, self._waiting = self._waiting, []
+            self._last_group = len(calls)
+            works = [work for work, _ in calls]
+            try:
+                outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._group, works)
+            except Exception as error:
+                # The commit failed, or the store is closed: nothing of any of them was kept.
+                outcomes = [(None, error)] * len(works)
+            for (_, done), (result, failure) in zip(calls, outcomes, strict=True):
+                if done.cancelled():
+                    continue
+                if failure is None:
+                    done.set_result(result)
+                else:
+                    done.set_exception(failure)
+        self._running = None
+
+    def _group(self, works: list[Work]) -> list[tuple[Any, Exception | None]]:
+        outcomes: list[tuple[Any, Exception | None]] = []
+        with self._store.group():
+            for work in works:
+                try:
+                    outcomes.append((work(self._store), None))
+                except Exception as error:
+                    outcomes.append((None, error))
+        return outcomes

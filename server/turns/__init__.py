@@ -1,0 +1,1 @@
+"""One turn of a conversation: its prompt, its answers, and what is durable when."""

@@ -1,0 +1,127 @@
+"""Answers under way: each one that was begun in the store is also ended there, whatever becomes of its caller.
+
+An answer's end is stored by a task of its own that no cancellation reaches; `drain` waits for all of them before the
+store is closed.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from server.engine.base import Policy, Sampling, Stream
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Generation
+from server.store.store_thread import StoreThread
+from server.telemetry.observation import observed_answer
+from server.telemetry.safe_traceback import trouble
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Abandoned = Literal["cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The ids of a turn whose answers are being sampled."""
+
+    conversation_id: str
+    response_ids: list[str]
+    comparison_id: str = ""
+
+
+class Answers:
+    """Samples answers from the policy, and keeps what was sampled."""
+
+    def __init__(self, store: StoreThread, policy: Policy) -> None:
+        self._store = store
+        self._policy = policy
+        self._settling: set[asyncio.Future[Any]] = set()
+
+    @asynccontextmanager
+    async def begun(self, begin: Callable[[FeedbackStore], Begun]) -> AsyncIterator[Begun]:
+        """Runs `begin`, which stores a turn's responses as being sampled.
+
+        Where the block is left by an error, those of which nothing is stored by then are stored as failed; as cancelled
+        where it is left because the caller did.
+        """
+        beginning = asyncio.create_task(self._store(begin))
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._settling.add(ended)
+        try:
+            yield await asyncio.shield(beginning)
+        except BaseException as error:
+            reason: Abandoned = "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
+            self._settle(self._abandon(beginning, reason))
+            raise
+        finally:
+            self._settling.discard(ended)
+            ended.set_result(None)
+
+    async def sample(
+        self,
+        response_id: str,
+        prompt: list[int],
+        sampling: Sampling,
+        send: Callable[[str], Awaitable[None]],
+        version: str | None = None,
+    ) -> Generation:
+        """Samples one answer, sends its text piece by piece, and returns once it is stored."""
+        with observed_answer(len(prompt)) as seen:
+            stream = await self._policy.sample(prompt, sampling, version)
+            try:
+                async for text in stream:
+                    seen.text()
+                    await send(text)
+            finally:
+                generation = await asyncio.shield(self._settle(self._finish(response_id, stream)))
+                seen.end(generation)
+        return generation
+
+    async def sample_unseen(self, prompt: list[int], sampling: Sampling) -> Generation:
+        """Samples one answer that nobody sees and nothing keeps."""
+        with observed_answer(len(prompt)) as seen:
+            stream = await self._policy.sample(prompt, sampling)
+            try:
+                async for _ in stream:
+                    seen.text()
+            finally:
+                generation = await asyncio.shield(self._settle(stream.finish()))
+                seen.end(generation)
+        return generation
+
+    async def keep(self, response_id: str, generation: Generation, chosen_by: str | None) -> None:
+        """Stores an answer that was sampled unseen, and which reward model chose it; a cancelled caller's, too."""
+        keeping = self._store(lambda store: store.finish_response(response_id, generation, chosen_by))
+        await asyncio.shield(self._settle(keeping))
+
+    async def drain(self) -> None:
+        """Returns once every answer that was begun is on disk."""
+        while self._settling:
+            await asyncio.wait(self._settling)
+
+    def _settle(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        settling = asyncio.create_task(work)
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+        return settling
+
+    async def _finish(self, response_id: str, stream: Stream) -> Generation:
+        try:
+            generation = await stream.finish()
+        except Exception as error:
+            # The caller hears of the engine's end from the stream itself; here it must not cost the answer.
+            log.error("an answer could not be finished; storing what there is of it\n%s", trouble(error))
+            generation = stream.fail()
+        await self._store(lambda store: store.finish_response(response_id, generation))
+        return generation
+
+    async def _abandon(self, beginning: asyncio.Task[Begun], reason: Abandoned) -> None:
+        await asyncio.wait([beginning])
+        # What could not be begun left nothing to end.
+        if beginning.exception() is None:
+            response_ids = beginning.result().response_ids
+            await self._store(lambda store: store.abandon_responses(response_ids, reason))

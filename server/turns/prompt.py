@@ -1,0 +1,40 @@
+"""What the model reads: the conversation so far in its chat template, trimmed from the oldest turn to fit."""
+
+from collections.abc import Callable, Sequence
+
+from server.shared.errors import InvalidArgumentError
+
+Message = dict[str, str]
+# A message of the user's, and its answer.
+Said = tuple[str, str]
+
+
+def build_prompt(
+    encode: Callable[[list[Message]], list[int]], history: Sequence[Said], message: str, max_prompt_tokens: int
+) -> list[int]:
+    """Token ids of as many whole turns of `history` as fit before `message`, the newest first to stay.
+
+    A turn is a user message with its answer; neither is ever cut. Raises InvalidArgumentError where `message` alone
+    does not fit. Never encodes much more than fits, however long the conversation is.
+    """
+
+    def encoded(kept: int) -> list[int]:
+        messages: list[Message] = []
+        for asked, answered in history[len(history) - kept :]:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return encode([*messages, {"role": "user", "content": message}])
+
+    prompt = encoded(0)
+    if len(prompt) > max_prompt_tokens:
+        raise InvalidArgumentError(
+            "message", f"The message takes {len(prompt)} tokens; at most {max_prompt_tokens} fit beside its answer."
+        )
+    # Twice as many turns each time, until they do not fit; then by halves between the two.
+    fits, too_many, step = 0, len(history) + 1, 1
+    while too_many - fits > 1:
+        kept = min(fits + step, too_many - 1)
+        if len(longer := encoded(kept)) <= max_prompt_tokens:
+            prompt, fits, step = longer, kept, 2 * step
+        else:
+            too_many, step = kept, max((kept - fits) // 2, 1)
+    return prompt

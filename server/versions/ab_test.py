@@ -1,0 +1,79 @@
+"""A new version beside the one before it, in front of the users, until their votes say which is better.
+
+For as long as that is open, Compare draws its two answers from the two versions, at one temperature and blind. When the
+evidence against the new one reaches 1 / alpha, the server itself goes back. The evidence is valid however often one
+looks (`server.store.e_value`), and everything it stands on is in the store: a server that starts again goes on with it.
+"""
+
+import logging
+
+from server.engine.base import SwapError
+from server.shared.errors import ConflictError, FailedPreconditionError, ManifestError
+from server.store.e_value import Duel
+from server.store.feedback_store import FeedbackStore
+from server.store.store_thread import StoreThread
+from server.versions.follower import Follower
+
+log = logging.getLogger(__name__)
+
+ACTOR = "server"
+
+
+class Referee:
+    """Knows the two versions that Compare shows, and takes the loser back."""
+
+    def __init__(self, store: StoreThread, follower: Follower, alpha: float, user_votes: int) -> None:
+        self._store = store
+        self._follower = follower
+        self._limit = 1 / alpha
+        self._user_votes = user_votes
+        self._pair: tuple[str, str] | None = None
+        # What could not be loaded, beside the active version or in its place: said once, not tried again.
+        self._dead: set[str] = set()
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """The active version and the one before it, while it is open which is better."""
+        return self._pair
+
+    def duel(self, store: FeedbackStore) -> Duel | None:
+        """The votes on the two versions that Compare shows; None while it shows one."""
+        pair = self._pair
+        found = store.lineage.duel(self._user_votes) if pair else None
+        # The active version may have changed since the last look.
+        return found if found and (found.version, found.opponent) == pair else None
+
+    async def look(self) -> None:
+        """Counts the votes, and goes back where the new version has lost. Call it again and again."""
+        duel = await self._store(lambda store: store.lineage.duel(self._user_votes))
+        if duel is None or duel.won >= self._limit or duel.opponent in self._dead:
+            self._pair = None
+        elif duel.lost < self._limit:
+            # Also after a restart, when only the active version was loaded.
+            self._pair = (duel.version, duel.opponent) if await self._live(duel.opponent) else None
+        else:
+            self._pair = None
+            reason = f"lost: {duel}"
+
+            def go_back(store: FeedbackStore) -> None:
+                store.registry.activate_policy(
+                    duel.opponent, actor=ACTOR, action="rollback", reason=reason, expected_active_version=duel.version
+                )
+
+            log.warning("%s %s; going back", duel.version, reason)
+            try:
+                await self._follower.activate(duel.opponent, go_back)
+            except ConflictError:
+                log.info("somebody else changed the active version first")
+            except FailedPreconditionError as error:
+                log.error("%s cannot be gone back to, %s serves on: %s", duel.opponent, duel.version, error)
+                self._dead.add(duel.opponent)
+
+    async def _live(self, version: str) -> bool:
+        try:
+            await self._follower.keep_live(version)
+        except (ManifestError, SwapError, OSError) as error:
+            log.warning("%s cannot be shown beside the active version: %s", version, error)
+            self._dead.add(version)
+            return False
+        return True

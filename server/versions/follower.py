@@ -1,0 +1,111 @@
+"""Makes this server serve what the store's pointer says, and tells the store what it serves. Revives a dead engine.
+
+A version that cannot be loaded is marked failed, the pointer goes back to what is loaded here, and the reason stands in
+the store and on the RPC that asked.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from server.engine.base import Policy, SwapError
+from server.shared.errors import FailedPreconditionError, ManifestError
+from server.store.feedback_store import FeedbackStore
+from server.store.store_thread import StoreThread
+from server.telemetry.metrics import ACTIVE_POLICY, ENGINE_HANGS, ENGINE_RESTARTS, SWAPS
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
+
+
+class Follower:
+    """Owns the policy's version; nothing else calls `Policy.swap`."""
+
+    def __init__(
+        self, policy: Policy, store: StoreThread, data_dir: Path, replica_id: str, hang_seconds: float | None
+    ) -> None:
+        self._policy = policy
+        self._store = store
+        self._data_dir = data_dir
+        self._replica_id = replica_id
+        self._hang_seconds = hang_seconds
+        self._converging = asyncio.Lock()
+        self._error = ""
+        # Swaps that their callers may have left; the event loop holds tasks weakly.
+        self._swaps: set[asyncio.Task[bool]] = set()
+
+    async def follow(self) -> None:
+        """Revives a dead engine, and loads the active version. Call it again and again."""
+        if not self._policy.alive:
+            ENGINE_RESTARTS.inc()
+            await self._revive()
+        if await self.converge():
+            await self.report()
+
+    async def converge(self) -> bool:
+        """Loads the active version if it is not loaded; True where something changed, a failure included."""
+        async with self._converging:
+            active = await self._store(lambda store: store.registry.active_policy().version)
+            if active == self._policy.version:
+                return False
+            self._error = ""
+            try:
+                directory = await asyncio.to_thread(self._policy.locate, self._data_dir, active)
+                await self._policy.swap(active, directory)
+                SWAPS.labels("done").inc()
+            except (ManifestError, SwapError, OSError, TimeoutError) as error:
+                reason, loaded = str(error) or type(error).__name__, self._policy.version
+                log.error("%s cannot be served, %s serves on: %s", active, loaded, reason)
+                self._error = f"{active}: {reason}"
+                SWAPS.labels("refused").inc()
+                await self._store(lambda store: store.registry.fail_policy(active, reason, loaded))
+            return True
+
+    async def activate(self, version: str, move_pointer: Callable[[FeedbackStore], object]) -> None:
+        """Checks `version`, moves the pointer and returns once it is served here.
+
+        Raises FailedPreconditionError with the reason; nothing was changed then.
+        """
+        try:
+            await asyncio.to_thread(self._policy.locate, self._data_dir, version)
+        except (ManifestError, OSError) as error:
+            raise FailedPreconditionError("POLICY_UNLOADABLE", str(error)) from error
+        await self._store(move_pointer)
+        # A caller that leaves must not leave a swap half-way.
+        await asyncio.shield(self._keep(asyncio.create_task(self.converge())))
+        await self.report()
+        if self._policy.version != version:
+            raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} was replaced meanwhile.")
+
+    async def probe(self) -> None:
+        """Puts an end to an engine that hangs, so that `follow` starts it again. Call it again and again."""
+        if reason := self._policy.probe(self._hang_seconds):
+            log.error("%s; it was killed", reason)
+            ENGINE_HANGS.inc()
+
+    async def _revive(self) -> None:
+        log.error("the engine died; starting it again with %s", self._policy.version)
+        async with self._converging:
+            await self._policy.revive()
+
+    async def keep_live(self, version: str) -> None:
+        """Makes `version` answer beside the active one, where the policy can."""
+        await self._policy.keep_live(version, await asyncio.to_thread(self._policy.locate, self._data_dir, version))
+
+    async def close(self) -> None:
+        """This server no longer serves anything."""
+        await self._store(lambda store: store.registry.remove_replica(self._replica_id))
+
+    def _keep(self, task: asyncio.Task[bool]) -> asyncio.Task[bool]:
+        self._swaps.add(task)
+        task.add_done_callback(self._swaps.discard)
+        return task
+
+    async def report(self) -> None:
+        """Tells the store that this server lives and what it serves, also while it swaps or starts its engine again."""
+        loaded, error = self._policy.version, self._error
+        ACTIVE_POLICY.clear()
+        ACTIVE_POLICY.labels(loaded).set(1)
+        await self._store(lambda store: store.registry.report_replica(self._replica_id, loaded, error))

@@ -1,0 +1,206 @@
+"""The gate: the interval knows the judge's own error, and every rule can fail."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from learner.gate.rules import (
+    Figures,
+    Health,
+    Judge,
+    Look,
+    WinRate,
+    by_prompt,
+    decide,
+    fit_judge,
+    health,
+    length_matched,
+    looks,
+    over_optimised,
+    repetition,
+    win_rate,
+)
+from learner.model.rollout import Sample
+from learner.reward.likelihood import A, B
+from learner.reward.linear_heads import SignalTest, Votes
+from learner.reward.reward_model import Standardiser
+from learner.settings import GateSettings
+
+SETTINGS = GateSettings()
+SIGNAL = SignalTest(0.7, 0.5, 0.005)
+INCUMBENT = Health(length=60, empty=0.0, ended=0.1, repetition=0.01)
+
+
+def figures(**changes: object) -> Figures:
+    values: dict[str, object] = {
+        "step": 4,
+        "kl": 3.0,
+        "against_incumbent": WinRate(0.7, 0.55, 0.8, 60),
+        "against_reference": WinRate(0.7, 0.56, 0.8, 60),
+        "trained_rate": 0.8,
+        "matched_rate": 0.6,
+        "matched_answers": 30,
+        "health": INCUMBENT,
+        **changes,
+    }
+    return Figures(**values)  # type: ignore[arg-type]
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_a_candidate_that_holds_every_rule_is_promoted() -> None:
+    verdict = decide([figures()], SIGNAL, INCUMBENT, 6.0, SETTINGS)
+    assert verdict.promoted
+    assert verdict.reasons == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"against_incumbent": WinRate(0.6, 0.5, 0.7, 60)}, "against the incumbent may be chance"),
+        ({"against_reference": WinRate(0.6, 0.49, 0.7, 60)}, "against the reference may be chance"),
+        ({"kl": 6.1}, "6.1 nats is over the budget of 6"),
+        ({"health": Health(14, 0, 0.1, 0.01)}, "0.23 times as long"),
+        ({"health": Health(121, 0, 0.1, 0.01)}, "2.02 times as long"),
+        ({"health": Health(60, 0.06, 0.1, 0.01)}, "6% of the answers are empty"),
+        ({"health": Health(60, 0, 0.1, 0.17)}, "17% of the 4-grams are repeated"),
+    ],
+)
+def test_each_rule_rejects_and_says_why(changes: dict[str, object], reason: str) -> None:
+    verdict = decide([figures(**changes)], SIGNAL, INCUMBENT, 6.0, SETTINGS)
+    assert not verdict.promoted
+    assert len(verdict.reasons) == 1
+    assert reason in verdict.reasons[0]
+
+
+def test_a_gap_that_widens_is_over_optimisation() -> None:
+    def rated(step: int, trained: float, judged: float) -> Figures:
+        rate = WinRate(judged, 0.55, 0.9, 60)
+        return figures(step=step, trained_rate=trained, against_incumbent=rate, against_reference=rate)
+
+    early, late = rated(4, 0.7, 0.75), rated(8, 0.9, 0.69)
+    assert over_optimised(late, [early, late], 0.05) == [
+        "From step 4 on the trained reward model's win rate rose to 0.90 and the judge's fell from 0.75 to 0.69."
+    ]
+    verdict = decide([early, late], SIGNAL, INCUMBENT, 6.0, SETTINGS)
+    assert (verdict.chosen.step, verdict.promoted) == (4, True)
+    # Within the margin, where both fall, and seen from the earlier one, nothing parted.
+    assert over_optimised(rated(8, 0.9, 0.71), [early], 0.05) == []
+    assert over_optimised(rated(8, 0.6, 0.5), [early], 0.05) == []
+    assert over_optimised(early, [early, late], 0.05) == []
+
+
+def test_votes_without_a_signal_reject_whatever_wins() -> None:
+    verdict = decide([figures()], SignalTest(0.55, 0.5, 0.05), INCUMBENT, 6.0, SETTINGS)
+    assert "no clear signal" in verdict.reasons[0]
+
+
+def test_the_best_sound_candidate_is_chosen_not_the_last_or_the_highest() -> None:
+    early = figures(step=2, against_incumbent=WinRate(0.6, 0.52, 0.7, 60))
+    best = figures(step=4)
+    collapsed = figures(
+        step=6, against_incumbent=WinRate(0.95, 0.9, 0.99, 60), against_reference=WinRate(0.95, 0.9, 0.99, 60), kl=9.0
+    )
+    assert decide([early, best, collapsed], SIGNAL, INCUMBENT, 6.0, SETTINGS).chosen.step == 4
+
+
+def judge_of(weights: list[list[float]]) -> Judge:
+    refits = torch.tensor(weights)
+    return Judge(Standardiser(torch.zeros(2), torch.ones(2)), torch.eye(2), refits[:1], refits)
+
+
+def test_win_rate_by_hand() -> None:
+    ours = torch.tensor([[1.0, 0], [1.0, 0], [-1.0, 0], [0.0, 0]])
+    rate = win_rate(judge_of([[1.0, 0]] * 200), ours, torch.zeros(4, 2), 4, 0.95, seeded())
+    assert rate.rate == 0.625  # two wins, a loss and a draw
+    assert rate.low < 0.625 < rate.high
+    mirrored = win_rate(judge_of([[1.0, 0]] * 200), torch.zeros(4, 2), ours, 4, 0.95, seeded())
+    assert mirrored.rate == 0.375
+
+
+def test_every_answer_meets_every_answer_to_its_own_prompt() -> None:
+    # Two prompts with two answers each. Prompt 0: 3 and 1 against 2 and 0 wins 3 of 4; prompt 1: 0 and 0 against 5 and
+    # 0 draws two and loses two.
+    ours, theirs = torch.tensor([[3.0, 1.0, 0.0, 0.0]]), torch.tensor([[2.0, 0.0, 5.0, 0.0]])
+    assert by_prompt(ours, theirs, 2).tolist() == [[0.75, 0.25]]
+
+
+def test_a_judge_that_does_not_know_widens_the_interval() -> None:
+    # 60 wins of 60 by the point fit, but half of the refits see it the other way round.
+    ours = torch.tensor([[1.0, 0]]).expand(60, 2)
+    sure = win_rate(judge_of([[1.0, 0]] * 200), ours, torch.zeros(60, 2), 60, 0.95, seeded())
+    unsure = win_rate(judge_of([[1.0, 0], [-1.0, 0]] * 100), ours, torch.zeros(60, 2), 60, 0.95, seeded())
+    assert sure.low == 1.0
+    assert (unsure.rate, unsure.low, unsure.high) == (1.0, 0.0, 1.0)
+
+
+def test_few_prompts_widen_the_interval() -> None:
+    few = torch.tensor([[1.0, 0]] * 6 + [[-1.0, 0]] * 4)
+    many = few.repeat(20, 1)
+    widths = []
+    for ours in (few, many):
+        rate = win_rate(judge_of([[1.0, 0]] * 400), ours, torch.zeros_like(ours), len(ours), 0.95, seeded())
+        assert rate.rate == pytest.approx(0.6)
+        widths.append(rate.high - rate.low)
+    # Binomial: 1.96 * 2 * sqrt(.24 / n).
+    assert widths[0] == pytest.approx(0.6, abs=0.11)
+    assert widths[1] == pytest.approx(0.136, abs=0.03)
+
+
+def test_length_matched_counts_only_answers_alike_in_length() -> None:
+    theirs = torch.tensor([[0.0, 4.0]] * 3)
+    ours = torch.tensor([[1.0, 4.1], [-1.0, 3.9], [1.0, 3.0]])
+    rate, prompts = length_matched(judge_of([[1.0, 0.0]]), ours, theirs)
+    assert (rate, prompts) == (0.5, 2)
+
+
+def test_a_judge_of_votes_knows_a_taste(make_votes: Callable[..., Votes]) -> None:
+    generator = seeded()
+    features = torch.randn(160, 6, generator=generator)
+    better = (features[::2, 0] > features[1::2, 0]).tolist()
+    votes = make_votes([(2 * i, 2 * i + 1, A if won else B) for i, won in enumerate(better)])
+    judge = fit_judge(features, votes, Standardiser(torch.zeros(6), torch.ones(6)), 1.0, 0.05, 100, generator)
+    theirs = torch.randn(50, 6, generator=generator)
+    ours = theirs + torch.tensor([1.5, 0, 0, 0, 0, 0])
+    assert win_rate(judge, ours, theirs, 50, 0.95, generator).low > 0.8
+    same = win_rate(judge, theirs[torch.randperm(50, generator=generator)], theirs, 50, 0.95, generator)
+    assert same.low < 0.5 < same.high
+
+
+def test_health_by_hand() -> None:
+    samples = [
+        Sample([1], [5, 2], [0.0, 0.0], "word", "stop"),
+        Sample([1], [2], [0.0], " ", "stop"),
+        Sample([1], [3, 3, 3, 3, 3, 3], [0.0] * 6, "aaaaaa", "length"),
+    ]
+    found = health(samples)
+    assert (found.length, found.empty, found.ended) == (3.0, pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert found.repetition == pytest.approx(2 / 9)  # three 4-grams, one of them distinct
+    assert repetition([1, 2, 3, 4, 5]) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "expected"),
+    [
+        (64, {}, [Look(32, 0.98), Look(64, 0.92)]),
+        (33, {}, [Look(16, 0.98), Look(33, 0.92)]),
+        # Too few to be clear at half of them, or not wanted.
+        (31, {}, [Look(31, 0.9)]),
+        (64, {"early_share": 0.0}, [Look(64, 0.9)]),
+        (64, {"confidence": 0.8, "early_share": 0.5}, [Look(32, 0.9), Look(64, 0.9)]),
+    ],
+)
+def test_two_looks_share_the_error_of_one(prompts: int, changes: dict[str, float], expected: list[Look]) -> None:
+    found = looks(prompts, GateSettings(**changes))
+    assert [(look.prompts, round(look.confidence, 9)) for look in found] == [
+        (look.prompts, look.confidence) for look in expected
+    ]
+
+
+def test_a_candidate_that_surely_loses_is_hopeless() -> None:
+    assert not figures(against_incumbent=WinRate(0.4, 0.3, 0.51, 32)).hopeless
+    assert figures(against_incumbent=WinRate(0.4, 0.3, 0.49, 32)).hopeless
+    assert figures(against_reference=WinRate(0.3, 0.2, 0.4, 32)).hopeless

@@ -1,0 +1,75 @@
+"""The loop's small decisions: which prompts, how strong a penalty, when to stop, what is kept."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from learner.improve.ppo.trainer import (
+    StepFigures,
+    candidates,
+    drop_candidates,
+    next_kl_coef,
+    outgrown,
+    prompt_batches,
+    replace_cut,
+)
+from learner.model.rollout import Sample, draw_generator, draw_seed, to_rollout
+from learner.settings import PPOSettings
+from server.store.records import Prompt
+
+
+def figures(**values: Any) -> StepFigures:
+    return StepFigures(**{**{field.name: 0 for field in fields(StepFigures)}, **values})
+
+
+def test_every_prompt_once_before_any_again_and_a_seed_decides() -> None:
+    prompts = [Prompt(f"c{i}", [i], 8) for i in range(5)]
+
+    def drawn(seed: int) -> list[int]:
+        batches = prompt_batches(prompts, 3, seed)
+        return [prompt.token_ids[0] for _ in range(5) for prompt in next(batches)]
+
+    first = drawn(0)
+    assert [sorted(first[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
+    assert drawn(0) == first
+    assert drawn(1) != first
+
+
+def test_draws_of_two_rounds_and_two_steps_differ() -> None:
+    assert len({draw_seed(seed, draw) for seed in range(3) for draw in range(1_000)}) == 3_000
+    drawn = [torch.randperm(64, generator=draw_generator(seed, step)).tolist() for seed in (0, 1) for step in (0, 1)]
+    assert len(set(map(tuple, drawn))) == 4
+
+
+def test_the_penalty_follows_the_kl() -> None:
+    settings = PPOSettings(kl_coef=0.2, kl_target=0.1, kl_horizon=100, episodes=10)
+    assert next_kl_coef([], settings) == 0.2
+    assert next_kl_coef([figures(kl_coef=0.2, kl=0.2)], settings) == pytest.approx(0.204)
+    # From the last step's weight, not from the first's.
+    assert next_kl_coef([figures(kl_coef=9.0), figures(kl_coef=0.4, kl=0.0)], settings) == pytest.approx(0.392)
+
+
+def test_training_ends_when_uncertainty_grows_faster_than_the_score() -> None:
+    # Score minus uncertainty: 0, 0.5, 0.4, 0.3; the best is two steps back.
+    steps = [figures(score=s, uncertainty=u) for s, u in ((0.0, 0.0), (1.0, 0.5), (1.4, 1.0), (1.9, 1.6))]
+    assert not outgrown([], 1)
+    assert not outgrown(steps[:3], 1)
+    assert outgrown(steps, 1)
+    assert not outgrown(steps, 2)
+
+
+def test_a_cut_answers_score_is_replaced_only_where_that_is_set() -> None:
+    rollout = to_rollout([Sample([1], [5, 2], [0.0, 0.0], "a", "stop"), Sample([1], [5, 6], [0.0, 0.0], "b", "length")])
+    scores = torch.tensor([0.5, 0.7])
+    assert replace_cut(scores, rollout, None).tolist() == scores.tolist()
+    assert replace_cut(scores, rollout, -1.0).tolist() == [0.5, -1.0]
+
+
+def test_later_candidates_are_dropped(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        (tmp_path / f"step-{step:03d}").mkdir()
+    drop_candidates(tmp_path, after=2)
+    assert candidates(tmp_path) == [1, 2]

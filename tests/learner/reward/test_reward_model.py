@@ -1,0 +1,125 @@
+"""The fitted score: standardised on reference answers, on disk and back, clipped to what votes covered."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from learner.reward.likelihood import A, B
+from learner.reward.linear_heads import Votes
+from learner.reward.reward_model import RewardModel, Standardiser, evaluate, fit_reward_model, standardise, standardiser
+from learner.settings import RewardSettings
+
+
+def model(**changes: object) -> RewardModel:
+    whole = RewardModel(
+        layers=(1, 2),
+        standardiser=Standardiser(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 1.0])),
+        weights=torch.tensor([1.0, -1.0]),
+        members=torch.tensor([[1.0, 0.0], [0.5, -1.0]]),
+        member_bias=torch.tensor([0.0, 1.0]),
+        bias=0.5,
+        low=-3.0,
+        high=4.0,
+        thumb_bar=0.25,
+        bad_bar=-1.0,
+        eta=0.5,
+        temperature=0.4,
+        l2=1.0,
+    )
+    return replace(whole, **changes)  # type: ignore[arg-type]
+
+
+def test_the_score_by_hand() -> None:
+    # (2 - 1) * 2 * 1 + 1.5 * -1 + 0.5
+    assert model().scores(torch.tensor([[2.0, 1.5]])).tolist() == [1.0]
+    assert model().clipped(torch.tensor([-9.0, 1.0, 9.0])).tolist() == [-3.0, 1.0, 4.0]
+
+
+def test_the_members_scores_by_hand() -> None:
+    # (2 - 1) * 2 = 2 and 1.5: 2 * 1, and 2 * 0.5 - 1.5 + 1.
+    assert model().member_scores(torch.tensor([[2.0, 1.5]])).tolist() == [[2.0], [0.5]]
+
+
+def test_members_agree_on_the_reference_and_keep_their_differences() -> None:
+    features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    after = standardise(model(), features)
+    assert after.member_scores(features).mean(dim=1).tolist() == pytest.approx([0, 0], abs=1e-5)
+    # One unit for all: a member that says more keeps saying more.
+    sd = model().scores(features).std()
+    assert torch.allclose(after.member_scores(features).std(dim=1) * sd, model().member_scores(features).std(dim=1))
+
+
+def test_members_differ_where_votes_say_little(make_votes: Callable[..., Votes]) -> None:
+    """Along a direction that no voted answer took, only their noise speaks; along the voted one they agree."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 3, generator=generator) * torch.tensor([1.0, 0.02, 0.0])
+    pairs = [(2 * i, 2 * i + 1, A if features[2 * i, 0] > features[2 * i + 1, 0] else B) for i in range(100)]
+    fitted = fit_reward_model(features, make_votes(pairs), (1,), RewardSettings(), generator)
+    known, unknown = fitted.member_scores(torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]])).unbind(dim=1)
+    assert known.mean() > 5 * known.std()
+    assert unknown.std() > known.std()
+
+
+def test_standardised_scores_have_mean_0_and_sd_1_and_probabilities_stay() -> None:
+    features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    before, after = model(), standardise(model(), features)
+    scores = after.scores(features)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-5)
+    assert scores.std().item() == pytest.approx(1, abs=1e-5)
+    sd = before.scores(features).std().item()
+    for bar in ("thumb_bar", "bad_bar", "low", "high"):
+        margin = before.scores(features[:1]).item() - getattr(before, bar)
+        assert (after.scores(features[:1]).item() - getattr(after, bar)) * sd == pytest.approx(margin, abs=1e-4)
+    assert after.eta * sd == pytest.approx(before.eta)
+    assert after.temperature * sd == pytest.approx(before.temperature)
+
+
+def test_a_constant_score_cannot_be_standardised() -> None:
+    with pytest.raises(ValueError, match="same score"):
+        standardise(model(weights=torch.zeros(2)), torch.randn(5, 2))
+
+
+def test_length_weighs_as_much_as_all_layers_together() -> None:
+    features = torch.randn(500, 9, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    standard = standardiser(features, layers=2)(features)
+    assert standard[:, :-1].square().sum(dim=1).mean().item() == pytest.approx(1, abs=0.01)
+    # A standard normal cut at 2 has the variance 0.92.
+    assert standard[:, -1].square().mean().item() == pytest.approx(0.92, abs=0.05)
+
+
+def test_equal_lengths_say_nothing() -> None:
+    features = torch.randn(50, 3)
+    features[:, -1] = 4.158883
+    assert not standardiser(features, layers=1)(features)[:, -1].any()
+
+
+def test_what_was_saved_loads_again(tmp_path: Path) -> None:
+    model().save(tmp_path)
+    loaded = RewardModel.load(tmp_path)
+    features = torch.randn(4, 2)
+    assert torch.equal(loaded.scores(features), model().scores(features))
+    assert torch.equal(loaded.member_scores(features), model().member_scores(features))
+    assert (loaded.layers, loaded.low, loaded.eta) == ((1, 2), -3.0, 0.5)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_a_taste_is_learned_and_beats_length(make_votes: Callable[..., Votes]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 13, generator=generator)
+    better = (features[::2, 0] + features[::2, 1] > features[1::2, 0] + features[1::2, 1]).tolist()
+    pairs = [(2 * i, 2 * i + 1, A if won else B) for i, won in enumerate(better)]
+    train, held_out = make_votes(pairs[:120]), make_votes(pairs[120:])
+    fitted = fit_reward_model(features, train, (1,), RewardSettings(), generator)
+    figures = evaluate(fitted, features, held_out)
+    assert figures.accuracy > 0.8 > 0.65 > figures.longer_wins
+    scores = fitted.scores(features[:240])
+    assert 0.01 < (scores < fitted.low).float().mean().item() < 0.03
+    assert 0.01 < (scores > fitted.high).float().mean().item() < 0.03
+
+
+def test_a_very_short_answer_is_no_shorter_than_two_standard_deviations() -> None:
+    standard = Standardiser(torch.zeros(2), torch.ones(2))(torch.tensor([[9.0, -10.0], [0.0, 1.5], [0.0, 7.0]]))
+    assert standard.tolist() == [[9.0, -2.0], [0.0, 1.5], [0.0, 2.0]]

@@ -1,0 +1,215 @@
+"""A learner that is killed (SIGKILL, no cleanup) goes on and ends with the same bytes as one that was left alone.
+
+Each case is a process of its own that kills itself as it is about to make a named call: before a stage is recorded, in
+the middle of a PPO step, between a candidate and the state, between a directory's writing and its rename, after the
+pointer moved. All begin from one copy of one begun round, so that they share its time and its votes.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from learner.progress import Stages
+from learner.round.report import Report
+from learner.round.run import run_once
+from server.store.feedback_store import FeedbackStore
+from tests.learner.rounds import TinyEngine, passing, settings
+from tests.tiers import slow
+
+SECONDS = 120
+# Imported once, in a process that has never computed: a fork of this one would inherit OpenMP's dead threads.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["learner.round.run", "learner.model.policy", "peft", "transformers", "tests.learner.rounds"]
+)
+
+
+def run(data_dir: Path, dtype: str = "float32", said: Path | None = None) -> Report:
+    import learner.round.gate_stage
+    import learner.round.workspace
+
+    learner.round.workspace.Engine = TinyEngine  # type: ignore[assignment, misc]
+    learner.round.gate_stage.decide = passing
+    ppo = settings(data_dir).ppo.model_copy(update={"steps": 4, "epochs": 2})
+    with said.open("w") if said else nullcontext() as file:
+        console = Console(file=file, width=200, quiet=file is None)
+        return run_once(settings(data_dir, ppo=ppo, dtype=dtype), Stages(console))
+
+
+def before_call(call: str, count: int, act: Callable[[], object]) -> None:
+    """Has this process `act` as it makes `call` (`module:name`) for the `count`th time."""
+    module, _, path = call.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for step in owners:
+        owner = getattr(owner, step)
+    original, calls = getattr(owner, name), [0]
+
+    def acting(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count:
+            act()
+        return original(*arguments, **named)
+
+    setattr(owner, name, acting)
+
+
+def run_until(data_dir: Path, call: str, count: int) -> None:
+    """Runs a round in this process and kills it there."""
+    before_call(call, count, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run(data_dir)
+
+
+def killed(data_dir: Path, call: str, count: int) -> None:
+    process = PROCESSES.Process(target=run_until, args=(data_dir, call, count))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def begun(voted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory whose round was killed before anything was recorded."""
+    data_dir = tmp_path_factory.mktemp("begun") / "data"
+    shutil.copytree(voted, data_dir)
+    killed(data_dir, "learner.round.workspace:Workspace.record", 1)
+    return data_dir
+
+
+@pytest.fixture(scope="module")
+def unbroken(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    data_dir = tmp_path_factory.mktemp("unbroken") / "data"
+    shutil.copytree(begun, data_dir)
+    process = PROCESSES.Process(target=run, args=(data_dir,))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    return outcome(data_dir)
+
+
+def outcome(data_dir: Path) -> dict[str, Any]:
+    """Everything a round leaves that does not depend on how long it took."""
+    store = FeedbackStore.open(data_dir)
+    try:
+        [round_] = store.registry.rounds()
+        active = store.registry.active_policy()
+        versions = [policy.version for policy in store.registry.policies()]
+        reward_models = [model.version for model in store.registry.reward_models()]
+    finally:
+        store.close()
+    assert round_.state == "promoted"
+    weights = [data_dir / "policies" / "v0001" / "adapter_model.safetensors"]
+    weights += (data_dir / "reward_models" / "rm0001").glob("*.safetensors")
+    answers = (data_dir / "rounds" / round_.id / "answers.jsonl").read_text().splitlines()
+    return {
+        "active": active.version,
+        "versions": versions,
+        "reward_models": reward_models,
+        "metrics": {name: value for name, value in round_.metrics.items() if name != "seconds"},
+        "weights": {path.name: path.read_bytes() for path in weights},
+        "answers": [json.loads(line) for line in answers],
+        "left": sorted(path.name for path in data_dir.rglob("*.partial"))
+        + sorted(path.name for path in (data_dir / "rounds" / round_.id).iterdir() if path.is_dir()),
+    }
+
+
+# The sample has one of each stage, and of PPO the middle of a step and of a state.
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [
+        slow("learner.round.workspace:Workspace.record", 2),  # before the signal's figures
+        ("learner.round.checkpoint:publish", 1),  # the reward model written, not yet renamed
+        slow("server.store.registry:Registry.register_reward_model", 1),
+        slow("learner.round.workspace:Workspace.record", 3),  # before the reward model is named
+        slow("learner.improve.ppo.trainer:policy_logprobs", 1),  # the first step, before any state
+        ("learner.improve.ppo.trainer:ppo_update", 3),  # the third step
+        slow("learner.improve.ppo.trainer:save_state", 3),  # a candidate without its state
+        ("learner.improve.ppo.state:publish", 3),  # a state written, not yet renamed
+        slow("learner.improve.ppo.state:drop_states", 3),  # two states
+        slow("learner.round.workspace:Workspace.record", 4),  # before PPO is named
+        ("learner.round.gate_stage:_keep_answers", 1),
+        slow("learner.round.workspace:Workspace.record", 5),  # before the gate is named
+        slow("learner.round.checkpoint:publish", 2),  # the version is written, not yet renamed
+        slow("server.store.registry:Registry.register_policy", 1),
+        slow("server.store.registry:Registry.activate_policy", 1),
+        ("learner.round.publish:wait_until_loaded", 1),  # the pointer has moved
+        slow("learner.round.workspace:drop_states", 1),
+        slow("learner.round.workspace:drop_candidates", 1),
+        slow("server.store.registry:Registry.finish_round", 1),
+    ],
+)
+def test_a_killed_round_ends_as_an_unbroken_one(
+    begun: Path, unbroken: dict[str, Any], tmp_path: Path, call: str, count: int
+) -> None:
+    shutil.copytree(begun, tmp_path / "data")
+    killed(tmp_path / "data", call, count)
+    process = PROCESSES.Process(target=run, args=(tmp_path / "data",))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    assert outcome(tmp_path / "data") == unbroken
+    assert unbroken["versions"] == ["v0001", "v0000"]
+    assert unbroken["left"] == []
+
+
+def test_a_round_that_goes_on_in_another_dtype_starts_ppo_over(begun: Path, tmp_path: Path) -> None:
+    """As on another machine: no step in the one may follow on a step in the other."""
+    data_dir, said = tmp_path / "data", tmp_path / "said"
+    shutil.copytree(begun, data_dir)
+    killed(data_dir, "learner.improve.ppo.trainer:ppo_update", 3)
+    assert [path.name for path in data_dir.glob("rounds/*/state-*")] == ["state-002"]
+    process = PROCESSES.Process(target=run, args=(data_dir, "bfloat16", said))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    assert "it began in float32 and goes on in bfloat16; PPO starts over\n" in said.read_text()
+    store = FeedbackStore.open(data_dir)
+    [round_] = store.registry.rounds()
+    store.close()
+    assert (round_.state, round_.settings["dtype"]) == ("promoted", "bfloat16")
+    # The first step's log-probabilities are rounded: it was not taken from the state in float32.
+    assert [step["step"] for step in round_.metrics["ppo"]["steps"]] == [0, 1, 2, 3]
+    assert round_.metrics["ppo"]["steps"][0]["mismatch_rms"] > 1e-3
+    weights = load_file(data_dir / "policies" / "v0001" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def run_with(environment: dict[str, str], data_dir: Path) -> None:
+    os.environ.update(environment)
+    run(data_dir)
+
+
+def test_a_round_that_an_earlier_version_began_goes_on_as_it_began(
+    begun: Path, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    """As commit a51ccdf stores settings and metrics, with other settings in the environment by now."""
+    data_dir = tmp_path / "data"
+    shutil.copytree(begun, data_dir)
+    killed(data_dir, "learner.improve.ppo.trainer:ppo_update", 3)
+    store = FeedbackStore.open(data_dir)
+    [round_] = store.registry.rounds()
+    settings = dict(round_.settings)
+    settings["gpu_memory_share"] = settings.pop("learner_gpu_memory_share")
+    settings["ppo"] = {**settings["ppo"], "dtype": settings.pop("dtype")}
+    with store._db.write():
+        values = [json.dumps(settings), json.dumps(round_.metrics)]
+        assert store._db.execute("UPDATE rounds SET settings = ?, metrics = ?", values) == 1
+    store.close()
+    environment = {"PREFLOOP_SEED": "7", "PREFLOOP_LEARNER_GPU_MEMORY_SHARE": "0.9", "PREFLOOP_PPO__KL_TARGET": "1"}
+    process = PROCESSES.Process(target=run_with, args=(environment, data_dir))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    assert outcome(data_dir) == unbroken

@@ -1,0 +1,29 @@
+"""A step's tokens among the prompts that wait for it."""
+
+import pytest
+
+from server.engine.prefill_shares import level
+
+
+@pytest.mark.parametrize(
+    ("remaining", "tokens", "expected"),
+    [
+        ([], 252, 1),
+        ([40], 252, 40),
+        ([1600], 252, 252),
+        ([1600, 1600], 252, 126),
+        # The short one is read whole; what it leaves is the long ones'.
+        ([1600, 1600, 1600, 40], 252, 70),
+        ([40, 1600], 252, 212),
+        ([60, 60, 60, 60], 252, 60),
+        ([64] * 16, 252, 15),
+        ([64] * 16, 1400, 64),
+        # Answers took more than there is: each prompt moves on all the same.
+        ([1600, 40], 0, 1),
+        ([1600, 40], -3, 1),
+    ],
+)
+def test_short_prompts_are_read_whole_and_long_ones_share_the_rest(
+    remaining: list[int], tokens: int, expected: int
+) -> None:
+    assert level(remaining, tokens) == expected

@@ -1,0 +1,58 @@
+"""From a version to weights for an engine: merged in the engine's dtype, and kept apart by it."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from learner.model.policy import Policy
+from learner.settings import PPOSettings
+from server.engine.weights import engine_weights
+from server.shared.dtype import DtypeName
+from server.store.manifest import new_staging, publish, write_manifest
+from tests.learner.conftest import save_tiny_model
+from tests.learner.rounds import make_reference
+
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+def make_adapter(data_dir: Path) -> None:
+    """v0001: an adapter on the reference that changes it."""
+    policy = Policy.create(data_dir / "policies" / "v0000", PPOSettings(), torch.float32, torch.device("cpu"))
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.01)
+    final = data_dir / "policies" / "v0001"
+    staging = new_staging(final)
+    policy.save(staging)
+    write_manifest(staging, version="v0001", kind="adapter", base_version="v0000", reference_version="v0000")
+    publish(staging, final)
+
+
+def weight(data_dir: Path, dtype: DtypeName) -> tuple[str, torch.Tensor]:
+    directory = engine_weights(data_dir, "v0001", dtype)
+    return str(directory.relative_to(data_dir)), load_file(directory / "model.safetensors")[WEIGHT]
+
+
+def test_an_adapter_is_merged_in_the_engines_dtype(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    make_reference(tmp_path, tmp_path / "model")
+    make_adapter(tmp_path)
+    # As the first releases left it: derived, in bfloat16, beside what is kept by dtype now.
+    old = tmp_path / "merged" / "v0001"
+    shutil.copytree(tmp_path / "policies" / "v0000", old)
+
+    where, exact = weight(tmp_path, "float32")
+    assert (where, exact.dtype) == ("merged/float32/v0001", torch.float32)
+    where, rounded = weight(tmp_path, "bfloat16")
+    assert (where, rounded.dtype) == ("merged/bfloat16/v0001", torch.bfloat16)
+    assert torch.equal(exact.bfloat16(), rounded)
+    assert not torch.equal(exact, rounded.float())
+    assert not old.exists()
+
+    # Neither is made again for the other's sake.
+    made = (tmp_path / "merged" / "float32" / "v0001" / "model.safetensors").stat().st_mtime_ns
+    engine_weights(tmp_path, "v0001", "bfloat16")
+    engine_weights(tmp_path, "v0001", "float32")
+    assert (tmp_path / "merged" / "float32" / "v0001" / "model.safetensors").stat().st_mtime_ns == made

@@ -1,0 +1,345 @@
+"""Every RPC without credentials, with a wrong role, and on what belongs to somebody else; over TLS and without."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
+
+from server.app import SERVICES
+from server.identity import Caller, Role
+from server.rpc.access import ROLES
+from server.rpc.tls import Certificates
+from server.shared.errors import InvalidArgumentError, NotFoundError, ServiceError
+from server.store.feedback_store import FeedbackStore
+from server.store.keys import Credentials
+from tests.pem import Pem, make_pem
+from tests.server.conftest import Running, running_server
+from tests.server.rpc.test_rpcs import chat, compare, failure, refusal
+
+UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
+OURS = [method for method in ROLES if method.startswith("/prefloop.")]
+SECONDS = 10.0
+
+
+@dataclass
+class Locked:
+    """A server that wants keys, and a key of each kind as metadata."""
+
+    running: Running
+    ann: Any
+    bob: Any
+    operator: Any
+
+
+def bearer(key: str) -> tuple[tuple[str, str]]:
+    return (("authorization", f"Bearer {key}"),)
+
+
+@pytest.fixture
+async def locked(tmp_path: Path) -> AsyncIterator[Locked]:
+    async with running_server(tmp_path) as running:
+        people: list[tuple[str, Role]] = [("ann", "user"), ("bob", "user"), ("olga", "operator")]
+        keys = [await running.store(lambda store, p=person: store.keys.create(*p)) for person in people]
+        locked = Locked(running, *map(bearer, keys))
+        await until(lambda: listing(running, ()), UNAUTHENTICATED)
+        # Made last: with it all of them are known.
+        await until(lambda: listing(running, locked.operator), grpc.StatusCode.OK)
+        yield locked
+
+
+async def until(ask: Any, answer: Any) -> None:
+    async with asyncio.timeout(SECONDS):
+        while await ask() != answer:
+            pass
+
+
+async def answered(reply: Any) -> grpc.StatusCode:
+    """The status of a call, of a stream's as far as its first message."""
+    try:
+        await (reply.read() if hasattr(reply, "read") else reply)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+async def listing(running: Running, metadata: Any) -> grpc.StatusCode:
+    return await answered(running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=metadata))
+
+
+def call(running: Running, method: str, metadata: Any) -> Any:
+    """The RPC with an empty message, which validation would refuse: access is told before that."""
+    _, _, name = method.rpartition("/")
+    service = next(
+        stub for stub in (running.chat, running.feedback, running.policies, running.account) if hasattr(stub, name)
+    )  # fmt: skip
+    descriptor = descriptor_pool.Default().FindMethodByName(method[1:].replace("/", "."))
+    modules = {"Chat": chat_pb2, "Feedback": feedback_pb2, "Policy": policy_pb2, "Account": account_pb2}
+    request = getattr(modules[descriptor.containing_service.name.removesuffix("Service")], descriptor.input_type.name)()
+    return getattr(service, name)(request, metadata=metadata, timeout=SECONDS)
+
+
+def test_every_rpc_is_in_the_table() -> None:
+    pool = descriptor_pool.Default()
+    served = [*SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"]
+    methods = {f"/{name}/{method.name}" for name in served for method in pool.FindServiceByName(name).methods}
+    assert set(ROLES) == methods
+
+
+@pytest.mark.parametrize("metadata", [(), bearer("key_000000000000000000000000.none"), (("authorization", "Basic x"),)])
+async def test_no_rpc_answers_a_stranger(locked: Locked, metadata: Any) -> None:
+    for method in OURS:
+        assert await failure(call(locked.running, method, metadata)) == UNAUTHENTICATED, method
+
+
+@pytest.mark.parametrize("method", OURS)
+async def test_a_user_may_what_users_may_and_nothing_else(locked: Locked, method: str) -> None:
+    code = await answered(call(locked.running, method, locked.ann))
+    if method.startswith("/prefloop.v1.PolicyService/"):
+        assert code == DENIED
+    else:
+        assert code in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+@pytest.mark.parametrize("method", OURS)
+async def test_an_operator_may_everything(locked: Locked, method: str) -> None:
+    assert await answered(call(locked.running, method, locked.operator)) not in (UNAUTHENTICATED, DENIED)
+
+
+async def test_a_stranger_is_refused_before_the_message_comes(locked: Locked) -> None:
+    method = locked.running.channel.stream_unary("/prefloop.v1.ChatService/Chat")
+
+    async def never() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    assert await failure(method(never(), timeout=SECONDS)) == UNAUTHENTICATED
+
+
+async def test_what_is_somebody_elses_is_not_there(locked: Locked) -> None:
+    running, ann, bob = locked.running, locked.ann, locked.bob
+    started, *_ = await chat(running, user=ann)
+    compared, *_ = await compare(running, user=ann)
+    thumb = feedback_pb2.SubmitThumbRequest(response_id=started.started.response_id, thumb=feedback_pb2.THUMB_UP)
+    kept = (await running.feedback.SubmitThumb(thumb, metadata=ann)).feedback.feedback_id
+    conversation, comparison = started.started.conversation_id, compared.started.comparison_id
+    hers: list[tuple[Any, Any, str]] = [
+        (running.chat.GetConversation, chat_pb2.GetConversationRequest(), "conversation_id"),
+        (running.chat.DeleteConversation, chat_pb2.DeleteConversationRequest(), "conversation_id"),
+        (running.chat.Chat, chat_pb2.ChatRequest(message="hi"), "conversation_id"),
+        (running.chat.Compare, chat_pb2.CompareRequest(message="hi"), "conversation_id"),
+        (running.feedback.SubmitThumb, thumb, "response_id"),
+        (running.feedback.SubmitCorrection, feedback_pb2.SubmitCorrectionRequest(text="x"), "response_id"),
+        (running.feedback.SubmitChoice, feedback_pb2.SubmitChoiceRequest(choice=1), "comparison_id"),
+        (running.feedback.RetractFeedback, feedback_pb2.RetractFeedbackRequest(), "feedback_id"),
+    ]
+    ids = {"conversation_id": conversation, "response_id": started.started.response_id}
+    ids |= {"comparison_id": comparison, "feedback_id": kept}
+    for rpc, request, field in hers:
+        told = []
+        for name in (ids[field], "none"):
+            setattr(request, field, name)
+            code, message, details = await refusal(rpc(request, metadata=bob))
+            told.append((code, message.replace(name, "ID"), details))
+        # The very same words as for what nobody has.
+        assert told[0] == told[1]
+        assert told[0][0] == grpc.StatusCode.NOT_FOUND
+    listed = await running.feedback.ListFeedback(feedback_pb2.ListFeedbackRequest(), metadata=bob)
+    assert list(listed.feedback) == []
+
+
+async def test_nobody_learns_that_a_conversation_is_being_answered(locked: Locked) -> None:
+    locked.running.policy.hold_after = 1
+    call = locked.running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=locked.ann)
+    hers = (await call.read()).started.conversation_id
+    await locked.running.policy.holding.wait()
+    for request, rpc in (
+        (chat_pb2.ChatRequest(message="hi", conversation_id=hers), locked.running.chat.Chat),
+        (chat_pb2.DeleteConversationRequest(conversation_id=hers), locked.running.chat.DeleteConversation),
+    ):
+        # At once, and not when her answer has ended.
+        assert await failure(rpc(request, metadata=locked.bob, timeout=SECONDS)) == grpc.StatusCode.NOT_FOUND
+    locked.running.policy.go_on.set()
+    while (event := await call.read()).WhichOneof("event") != "finished":
+        pass
+    assert event.finished.text == "one two three four "
+
+
+async def test_an_x_user_id_means_nothing_beside_a_key(locked: Locked) -> None:
+    await chat(locked.running, user=(*locked.ann, ("x-user-id", "bob")))
+    listed = await locked.running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=locked.bob)
+    assert list(listed.conversations) == []
+    assert await failure(call(locked.running, OURS[0], (("x-user-id", "ann"),))) == UNAUTHENTICATED
+
+
+async def test_a_revoked_key_is_refused_and_the_server_stays_closed_without_any(locked: Locked) -> None:
+    running = locked.running
+    for key in await running.store(lambda store: store.keys.all()):
+        await running.store(lambda store, key=key: store.keys.revoke(key.id))
+    await until(lambda: listing(running, locked.ann), UNAUTHENTICATED)
+    assert await listing(running, (("x-user-id", "ann"),)) == UNAUTHENTICATED
+
+
+async def test_health_is_for_everybody_watching_it_and_reflection_are_not(locked: Locked) -> None:
+    channel = locked.running.channel
+    health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+    assert health.status == health_pb2.HealthCheckResponse.SERVING
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+    assert await failure(watch) == UNAUTHENTICATED
+    reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+    asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
+    assert await failure(reflection.ServerReflectionInfo(iter(asked), timeout=SECONDS)) == UNAUTHENTICATED
+    spoilt = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+    assert await failure(spoilt(iter([b"\xff"]), metadata=locked.ann)) == grpc.StatusCode.INVALID_ARGUMENT
+    answers = reflection.ServerReflectionInfo(iter(asked), metadata=locked.ann, timeout=SECONDS)
+    names = {service.name async for answer in answers for service in answer.list_services_response.service}
+    assert set(SERVICES) <= names
+
+
+def test_only_a_hash_of_a_key_is_kept(store: FeedbackStore, tmp_path: Path) -> None:
+    none = store.keys.credentials()
+    assert none == Credentials({}, closed=False)
+    assert store.keys.credentials(none) is none
+    key = store.keys.create("ann", "user")
+    credentials = store.keys.credentials(none)
+    assert store.keys.credentials(credentials) is credentials
+    assert credentials.caller(key) == Caller("ann", "user")
+    assert [credentials.caller(wrong) for wrong in ("", key[:-1], key + "A", key.partition(".")[0], "." + key)] == [
+        None
+    ] * 5
+    assert key.partition(".")[2].encode() not in b"".join(path.read_bytes() for path in tmp_path.glob("prefloop.db*"))
+    [kept] = store.keys.all()
+    store.keys.revoke(kept.id)
+    revoked = store.keys.all()[0].revoke_time
+    store.keys.revoke(kept.id)
+    assert store.keys.all()[0].revoke_time == revoked
+    assert store.keys.credentials(credentials) == Credentials({}, closed=True, mark=(1, 1))
+    with pytest.raises(NotFoundError):
+        store.keys.revoke("key_none")
+    for name in ("", "a b", "ä", "a" * 129):
+        with pytest.raises(InvalidArgumentError):
+            store.keys.create(name, "user")
+
+
+# TLS
+
+
+@asynccontextmanager
+async def tls_channel(port: int, authority: Pem, own: Pem | None = None) -> AsyncIterator[grpc.aio.Channel]:
+    credentials = grpc.ssl_channel_credentials(
+        authority.certificate.read_bytes(),
+        own and own.key.read_bytes(),
+        own and own.certificate.read_bytes(),
+    )
+    async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
+        yield channel
+
+
+async def healthy(channel: grpc.aio.Channel) -> bool:
+    check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+    code = await answered(check)
+    assert code in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
+    return code == grpc.StatusCode.OK
+
+
+async def test_a_renewed_certificate_is_served_without_a_restart(tmp_path: Path) -> None:
+    old, new, used = (
+        make_pem(tmp_path, "old"),
+        make_pem(tmp_path, "new"),
+        Pem(tmp_path / "used.crt", tmp_path / "used.key"),
+    )
+    shutil.copy(old.certificate, used.certificate)
+    shutil.copy(old.key, used.key)
+    async with running_server(tmp_path / "data", tls_cert=used.certificate, tls_key=used.key) as running:
+        async with tls_channel(running.app.port, old) as channel:
+            assert await healthy(channel)
+            # The new certificate beside the old key, as in the middle of a renewal: the old pair serves on.
+            os.replace(new.certificate, used.certificate)
+            async with tls_channel(running.app.port, old) as another:
+                assert await healthy(another)
+            os.replace(new.key, used.key)
+            async with tls_channel(running.app.port, used) as renewed, tls_channel(running.app.port, old) as stale:
+                assert await healthy(renewed)
+                assert not await healthy(stale)
+            # Who was connected stays connected.
+            assert await healthy(channel)
+        async with grpc.aio.insecure_channel(f"localhost:{running.app.port}") as plain:
+            assert not await healthy(plain)
+
+
+async def test_mutual_tls_wants_a_certificate_of_the_client(tmp_path: Path) -> None:
+    server, client, stranger = (
+        make_pem(tmp_path, "server"),
+        make_pem(tmp_path, "client"),
+        make_pem(tmp_path, "stranger"),
+    )
+    tls = {"tls_cert": server.certificate, "tls_key": server.key, "tls_client_ca": client.certificate}
+    async with running_server(tmp_path / "data", **tls) as running:
+        for own, welcome in ((client, True), (stranger, False), (None, False)):
+            async with tls_channel(running.app.port, server, own) as channel:
+                assert await healthy(channel) is welcome
+
+
+async def test_a_certificate_of_a_client_that_is_out_of_its_time_is_refused(tmp_path: Path) -> None:
+    server, expired = make_pem(tmp_path, "server"), make_pem(tmp_path, "expired", days=(-10, -1))
+    tls = {"tls_cert": server.certificate, "tls_key": server.key, "tls_client_ca": expired.certificate}
+    async with (
+        running_server(tmp_path / "data", **tls) as running,
+        tls_channel(running.app.port, server, expired) as channel,
+    ):
+        assert not await healthy(channel)
+
+
+@pytest.mark.parametrize(
+    ("days", "reason"), [((-10, -1), "it expired on 20"), ((2, 10), "it is not valid before 20")], ids=["over", "early"]
+)
+async def test_a_certificate_that_is_out_of_its_time_is_not_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, days: tuple[float, float], reason: str
+) -> None:
+    good, bad = make_pem(tmp_path, "good"), make_pem(tmp_path, "bad", days=days)
+    with pytest.raises(ServiceError, match=f"certificate and its key cannot be used: {reason}"):
+        Certificates(bad.certificate, bad.key, None).server_credentials()
+    used = Pem(tmp_path / "used.crt", tmp_path / "used.key")
+    shutil.copy(good.certificate, used.certificate)
+    shutil.copy(good.key, used.key)
+    async with running_server(tmp_path / "data", tls_cert=used.certificate, tls_key=used.key) as running:
+        # Renewed by one that no client takes: the one before serves on, and the log says so.
+        os.replace(bad.key, used.key)
+        os.replace(bad.certificate, used.certificate)
+        async with tls_channel(running.app.port, good) as channel:
+            assert await healthy(channel)
+    assert f"the one before it stays: {reason}" in caplog.text
+
+
+def test_a_certificate_that_soon_ends_is_said_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for days, said in ((30, False), (3, True)):
+        soon = make_pem(tmp_path, "soon", days=(-1, days))
+        served = Certificates(soon.certificate, soon.key, None)
+        served.server_credentials()
+        assert ("the TLS certificate expires on" in caplog.text) == said
+    # A server that has run since it was new says so, too, with the handshakes of a later day, once.
+    caplog.clear()
+    monkeypatch.setattr(served, "_said", None)
+    for _ in range(3):
+        assert served._renewed() is None
+    assert caplog.text.count("the TLS certificate expires on") == 1
+
+
+def test_files_that_are_no_certificate_are_refused_at_start(tmp_path: Path) -> None:
+    good, other = make_pem(tmp_path, "good"), make_pem(tmp_path, "other")
+    with pytest.raises(ServiceError, match="certificate and its key cannot be used"):
+        Certificates(good.certificate, other.key, None).server_credentials()
+    with pytest.raises(ServiceError, match="No such file"):
+        Certificates(tmp_path / "none", good.key, None).server_credentials()

@@ -1,0 +1,180 @@
+"""Every RPC with messages made from its descriptor, extreme ones and broken ones: nothing may crash, hang, or be ours.
+
+More than 10,000 requests, the same in every run, of which `make test` sends a third: numbers at the edges of their
+types, texts of every plane of Unicode and of none, empty and endless lists, ids that exist, of others and of nothing,
+and bytes that are no message at all.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pool, message_factory
+from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
+from prefloop.v1 import chat_pb2, feedback_pb2
+
+from server.rpc.access import ROLES
+from server.rpc.to_proto import page_token
+from tests.server.conftest import Running, running_server
+from tests.server.rpc.test_round_samples import judged, keep_line
+from tests.server.rpc.test_rpcs import ANN, BOB, chat, compare
+from tests.tiers import slow
+
+EACH, SAMPLE = 700, 250
+# Of these few requests are right: a version that exists, and the one that is active.
+SELDOM_RIGHT = {f"/prefloop.v1.PolicyService/{name}" for name in ("ActivatePolicy", "RollbackPolicy")}
+AT_ONCE = 16
+SECONDS = 30
+# What a caller may be told of their own request. INTERNAL and UNKNOWN are our faults; a deadline would be a hang.
+THEIRS = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+# Tokens of pages as we make them, with what we do not put there.
+TOKENS = [page_token(key) for key in ([2**70], [-1], ["\ud800"], [1.0, "\ud800"], [float("nan"), "x"], [1e308, "x"])]
+TEXTS = [
+    *TOKENS,
+    "",
+    " ",
+    "a",
+    "a" * 500,
+    "a" * 501,
+    "\x00",
+    "\u202e",
+    "🦉" * 128,
+    "ä" * 129,
+    "' OR 1=1 --",
+    "{}",
+    "v0000",
+    "\n",
+]
+NUMBERS = {
+    FieldDescriptor.TYPE_UINT32: [0, 1, 20, 21, 200, 201, 2**31, 2**32 - 1],
+    FieldDescriptor.TYPE_UINT64: [0, 1, 2**63 - 1, 2**63, 2**64 - 1],
+    FieldDescriptor.TYPE_FLOAT: [0.0, -0.0, 2.0, 2.0001, -1.0, float("inf"), float("-inf"), float("nan"), 1e-38],
+    FieldDescriptor.TYPE_ENUM: [0, 1, 2, 3, 4, 5, -1, 2**31 - 1],
+    FieldDescriptor.TYPE_BOOL: [False, True],
+}
+OURS = [method for method in ROLES if method.startswith("/prefloop.")]
+
+
+class Maker:
+    """Messages for a descriptor, drawn from `seed`; `ids` are some that exist."""
+
+    def __init__(self, seed: int, ids: list[str]) -> None:
+        self._draw = random.Random(seed)
+        self._ids = ids
+        self._sound = False
+
+    def request(self, method: MethodDescriptor) -> bytes:
+        message = message_factory.GetMessageClass(method.input_type)()
+        # A third with nothing odd in it but what is drawn together.
+        self._sound = self._draw.random() < 0.3
+        self._fill(message)
+        data = message.SerializeToString()
+        if self._draw.random() < 0.3:
+            data = self._broken(data)
+        return data
+
+    def _fill(self, message: Any) -> None:
+        for field in message.DESCRIPTOR.fields:
+            # Left out, as the older half of all clients leaves out a newer field.
+            if not self._sound and self._draw.random() < 0.3:
+                continue
+            if field.is_repeated:
+                for _ in range(self._draw.choice([1, 2, 64, 65])):
+                    self._fill(getattr(message, field.name).add())
+            elif field.type == FieldDescriptor.TYPE_MESSAGE:
+                getattr(message, field.name).SetInParent()
+                self._fill(getattr(message, field.name))
+            else:
+                setattr(message, field.name, self._draw.choice(self._values(field)))
+
+    def _values(self, field: FieldDescriptor) -> list[Any]:
+        numbers = NUMBERS.get(field.type)
+        if self._sound:
+            return numbers[1:4] if numbers else [*self._ids, "a"]
+        return numbers or TEXTS + self._ids
+
+    def _broken(self, data: bytes) -> bytes:
+        spoilt = bytearray(data or b"\x0a")
+        for _ in range(self._draw.randint(1, 4)):
+            spoilt[self._draw.randrange(len(spoilt))] = self._draw.randrange(256)
+        return bytes(spoilt[: self._draw.randint(0, len(spoilt))]) + self._draw.randbytes(self._draw.randint(0, 8))
+
+
+@pytest.fixture
+async def wide(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running_server(tmp_path, user_rate=10_000_000, user_calls=1000) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("name", "each"),
+    [(name, EACH if name in SELDOM_RIGHT else SAMPLE) for name in OURS] + [slow(n, EACH) for n in OURS],
+)
+async def test_no_request_is_the_servers_fault(wide: Running, name: str, each: int) -> None:
+    started, *_ = await chat(wide)
+    compared, *_ = await compare(wide)
+    thumb = feedback_pb2.SubmitThumbRequest(response_id=started.started.response_id, thumb=feedback_pb2.THUMB_UP)
+    kept = await wide.feedback.SubmitThumb(thumb, metadata=ANN)
+    theirs, *_ = await chat(wide, user=BOB)
+    round_ = await wide.store(judged)
+    keep_line(wide.data_dir, round_, "")
+    # Somebody hears what is asked of a learner, and does nothing.
+    await wide.store(lambda store: store.round_requests.listen("here", None))
+    ids = [
+        round_.id,
+        started.started.conversation_id,
+        started.started.response_id,
+        compared.started.comparison_id,
+        kept.feedback.feedback_id,
+        theirs.started.conversation_id,
+        theirs.started.response_id,
+    ]
+    method = descriptor_pool.Default().FindMethodByName(name[1:].replace("/", "."))
+    maker = Maker(OURS.index(name), ids)
+    requests = iter([maker.request(method) for _ in range(each)])
+    codes: dict[grpc.StatusCode, int] = {}
+
+    async def send() -> None:
+        call = wide.channel.unary_stream(name) if method.server_streaming else wide.channel.unary_unary(name)
+        for request in requests:
+            code = await status(call(request, metadata=ANN, timeout=SECONDS))
+            assert code in THEIRS, (code, request)
+            codes[code] = codes.get(code, 0) + 1
+
+    await asyncio.gather(*(send() for _ in range(AT_ONCE)))
+    assert sum(codes.values()) == each
+    # Both kinds of request were among them, and the server is as good as before.
+    assert codes.get(grpc.StatusCode.OK), codes
+    if method.input_type.fields:
+        assert codes.get(grpc.StatusCode.INVALID_ARGUMENT), codes
+    assert (await chat(wide, user=BOB))[-1].finished.text == "one two three four "
+    [row] = await wide.store(lambda store: store._db.rows("PRAGMA integrity_check"))
+    assert row == {"integrity_check": "ok"}
+    assert await wide.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=ANN)
+
+
+async def status(call: Any) -> grpc.StatusCode:
+    try:
+        if hasattr(call, "read"):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        else:
+            await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+def test_there_are_ten_thousand_of_them() -> None:
+    assert EACH * len(OURS) >= 10_000

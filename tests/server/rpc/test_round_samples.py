@@ -1,0 +1,186 @@
+"""Answers before and after over gRPC: of what is there, whole, and of nothing else on the disk."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from prefloop.v1 import account_pb2, chat_pb2, policy_pb2
+
+from server.admin import retention_task
+from server.rpc import policies
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Round
+from server.store.residue import keeping
+from server.store.round_samples import Sample, read_samples
+from tests.server.conftest import Running, running_server
+from tests.server.rpc.test_rpcs import ANN, BOB, refusal
+
+OWN = ""
+
+
+def judged(store: FeedbackStore) -> Round:
+    """A round whose gate chose the candidate of step 2."""
+    fence = store.registry.acquire_lease("learner", "here", 60)
+    assert fence
+    round_ = store.registry.create_round(0, {}, reference_version="v0000", fence=fence)
+    round_ = store.registry.update_round(
+        round_.id, stage="gate", metrics={"gate": {"chosen": {"step": 2}}}, fence=fence
+    )
+    store.registry.release_lease(fence)
+    return round_
+
+
+def keep_line(data_dir: Path, round_: Round, conversation_id: str, prompt: str = "why", **more: Any) -> None:
+    """As the gate writes it."""
+    answers = {name: {"text": name} for name in ("reference", "incumbent", "step 1", "step 2")}
+    line = {"conversation_id": conversation_id, **more, "prompt": prompt, "prompt_token_ids": [1], **answers}
+    directory = data_dir / "rounds" / round_.id
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "answers.jsonl").open("a") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+async def listed(running: Running, round_: Round, size: int = 0, token: str = "") -> Any:
+    request = policy_pb2.ListRoundSamplesRequest(round_id=round_.id, page_size=size, page_token=token)
+    return await running.policies.ListRoundSamples(request, metadata=ANN, timeout=10)
+
+
+def prompts(response: Any) -> list[str]:
+    return [sample.prompt for sample in response.samples]
+
+
+async def test_what_was_judged_is_shown_a_page_at_a_time(running: Running) -> None:
+    round_ = await running.store(judged)
+    assert prompts(await listed(running, round_)) == []
+    for number in range(5):
+        # A line's end to Python, and to nobody who writes JSON.
+        keep_line(running.data_dir, round_, OWN, f"p{number}\u2028!", row=number)
+    first = await listed(running, round_, 2)
+    assert [(one.prompt, one.before, one.after) for one in first.samples] == [
+        ("p0\u2028!", "incumbent", "step 2"),
+        ("p1\u2028!", "incumbent", "step 2"),
+    ]
+    second = await listed(running, round_, 2, first.next_page_token)
+    third = await listed(running, round_, 2, second.next_page_token)
+    assert prompts(second) + prompts(third) == ["p2\u2028!", "p3\u2028!", "p4\u2028!"]
+    assert third.next_page_token == ""
+    assert prompts(await listed(running, round_, 5)) == prompts(await listed(running, round_))
+
+
+async def test_a_round_that_judged_nothing_has_no_samples(running: Running) -> None:
+    round_ = await running.store(judged)
+    keep_line(running.data_dir, round_, OWN)
+    # A round that was killed while it wrote them.
+    await running.store(lambda store: store._db.execute("UPDATE rounds SET metrics = '{}'"))
+    assert prompts(await listed(running, round_)) == []
+
+
+def test_a_line_that_a_kill_cut_short_and_one_that_names_nobody_are_left_out(
+    store: FeedbackStore, tmp_path: Path
+) -> None:
+    round_ = judged(store)
+    file = tmp_path / "rounds" / round_.id / "answers.jsonl"
+    keep_line(tmp_path, round_, OWN, "whole")
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"conversation_id": "", ', b"") + whole + whole[:-1])
+    assert list(read_samples(tmp_path, round_)) == [Sample(1, "", "whole", "incumbent", "step 2")]
+
+
+@pytest.fixture
+async def unswept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    """A server whose sweeps are yet to come."""
+    monkeypatch.setattr(retention_task, "erase", lambda *arguments, **options: True)
+    async with running_server(tmp_path) as running:
+        yield running
+
+
+async def test_what_was_deleted_is_not_shown_before_it_is_swept_either(unswept: Running) -> None:
+    gone, kept = await unswept.store(lambda store: [store.create_conversation("ann", "q") for _ in range(2)])
+    round_ = await unswept.store(judged)
+    for conversation_id, prompt in ((gone, "secret"), (kept, "kept"), (OWN, "ours"), (kept, "more")):
+        keep_line(unswept.data_dir, round_, conversation_id, prompt)
+    first = await listed(unswept, round_, 1)
+    assert prompts(first) == ["secret"]
+    # The rows are gone and the sweep waits, as it does behind whoever keeps.
+    await unswept.store(lambda store: store.delete_conversation("ann", gone))
+    assert b"secret" in (unswept.data_dir / "rounds" / round_.id / "answers.jsonl").read_bytes()
+    assert prompts(await listed(unswept, round_)) == ["kept", "ours", "more"]
+
+
+async def test_a_page_goes_on_where_it_was_though_lines_before_it_were_swept(running: Running) -> None:
+    gone, kept = await running.store(lambda store: [store.create_conversation("ann", "q") for _ in range(2)])
+    round_ = await running.store(judged)
+    for row, (conversation_id, prompt) in enumerate(((gone, "a"), (kept, "b"), (kept, "c"), (kept, "d"))):
+        keep_line(running.data_dir, round_, conversation_id, prompt, row=row)
+    first = await listed(running, round_, 2)
+    request = chat_pb2.DeleteConversationRequest(conversation_id=gone)
+    await running.chat.DeleteConversation(request, metadata=ANN)
+    assert b'"a"' not in (running.data_dir / "rounds" / round_.id / "answers.jsonl").read_bytes()
+    assert prompts(await listed(running, round_, 2, first.next_page_token)) == ["c", "d"]
+
+
+async def test_a_deletion_while_samples_are_read_is_in_time(unswept: Running, monkeypatch: Any) -> None:
+    conversation_id = await unswept.store(lambda store: store.create_conversation("ann", "q"))
+    round_ = await unswept.store(judged)
+    keep_line(unswept.data_dir, round_, conversation_id, "secret")
+    loop = asyncio.get_running_loop()
+
+    def delete_and_read(data_dir: Path, round_: Round) -> Any:
+        found = list(read_samples(data_dir, round_))
+        assert len(found) == 1
+        deleted = unswept.store(lambda store: store.delete_conversation("ann", conversation_id))
+        asyncio.run_coroutine_threadsafe(deleted, loop).result(10)
+        return found
+
+    monkeypatch.setattr(policies, "read_samples", delete_and_read)
+    assert prompts(await listed(unswept, round_)) == []
+
+
+async def test_samples_wait_for_a_sweep_and_nobody_waits_for_them(running: Running) -> None:
+    round_ = await running.store(judged)
+    with keeping(running.data_dir):
+        listing = asyncio.create_task(listed(running, round_))
+        # Asked after it, answered before it: the event loop is free.
+        for _ in range(3):
+            await running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=ANN, timeout=10)
+        assert not listing.done()
+        keep_line(running.data_dir, round_, OWN, "written meanwhile")
+    assert prompts(await listing) == ["written meanwhile"]
+
+
+async def test_a_page_is_never_more_than_a_client_takes(running: Running) -> None:
+    round_ = await running.store(judged)
+    for letter in "abc":
+        keep_line(running.data_dir, round_, OWN, letter * 1_500_000)
+    found, token = [], ""
+    while True:
+        page = await listed(running, round_, 200, token)
+        found.append([prompt[0] for prompt in prompts(page)])
+        if not (token := page.next_page_token):
+            break
+    assert found == [["a"], ["b"], ["c"]]
+
+
+async def test_a_round_that_is_not_there_is_not_found_whatever_is_on_the_disk(running: Running) -> None:
+    round_ = await running.store(judged)
+    keep_line(running.data_dir, round_, OWN, "of a round")
+    (running.data_dir / "elsewhere").mkdir()
+    (running.data_dir / "rounds" / round_.id / "answers.jsonl").rename(running.data_dir / "elsewhere/answers.jsonl")
+    for name in ("round_none", "../elsewhere", f"{round_.id}/../../elsewhere", "/", ".", round_.id.upper(), "\x00"):
+        request = policy_pb2.ListRoundSamplesRequest(round_id=name)
+        code, _, details = await refusal(running.policies.ListRoundSamples(request, metadata=ANN))
+        assert (code, details) == (grpc.StatusCode.NOT_FOUND, ["NOT_FOUND"]), name
+
+
+async def test_nothing_is_shown_of_somebody_who_was_forgotten(running: Running) -> None:
+    hers, his = await running.store(lambda store: [store.create_conversation(user, "q") for user in ("ann", "bob")])
+    round_ = await running.store(judged)
+    for conversation_id, prompt in ((hers, "hers"), (his, "his")):
+        keep_line(running.data_dir, round_, conversation_id, prompt)
+    await running.account.ForgetUser(account_pb2.ForgetUserRequest(user="ann"), metadata=BOB, timeout=10)
+    assert prompts(await listed(running, round_)) == ["his"]
+    assert b"hers" not in (running.data_dir / "rounds" / round_.id / "answers.jsonl").read_bytes()

@@ -1,0 +1,179 @@
+"""Two releases on one data directory, who may read its files, and clocks that jump."""
+
+import hashlib
+import inspect
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import sqlite_utils
+
+from server.shared.errors import DataDirectoryError
+from server.store.feedback_store import FeedbackStore
+from server.store.sqlite import clock
+from server.store.sqlite.database import Database, advice
+from server.store.sqlite.migrations import known_migrations, migrations
+
+# Of each step's source, as it was released: a step that was released is never edited, the next one mends it.
+RELEASED = {
+    "m001_chat": "c7cf6ce0b46f2cd3",
+    "m002_feedback": "ba60ea662c3faef1",
+    "m003_policies": "fa097fb805ccf6ac",
+    "m004_planned_answers": "bdee4332f434fc16",
+    "m005_lineage": "eb9790ec3239d352",
+    "m006_keys": "b78c198a9e5dd6e1",
+    "m007_quarantine": "e02a8a5d71f330c6",
+    "m008_deletions": "5552cc392626221a",
+    "m009_round_requests": "839efd655eb3711d",
+    "m010_uptime": "4b06368639862f63",
+    "m011_quotas": "a35b883de3682981",
+}
+
+
+def sha256(name: str) -> str:
+    import server.store.sqlite.migrations as module
+
+    return hashlib.sha256(inspect.getsource(getattr(module, name)).encode()).hexdigest()[:16]
+
+
+def test_a_released_step_is_never_edited() -> None:
+    assert {name: sha256(name) for name in sorted(known_migrations())} == RELEASED
+
+
+def older(path: Path, stop_before: str = "m010_uptime") -> sqlite_utils.Database:
+    """A database as an older release left it."""
+    database = sqlite_utils.Database(path)
+    migrations.apply(database, stop_before=stop_before)
+    database.conn.commit()
+    return database
+
+
+def test_indexes_that_steps_got_after_their_release_are_made_where_they_are_missing(tmp_path: Path) -> None:
+    database = older(tmp_path / "prefloop.db")
+    for name in ("comparisons_by_time", "keys_revoked", "feedback_by_event"):
+        database.execute(f"DROP INDEX {name}")
+    database.conn.commit()
+    with_all = older(tmp_path / "other.db", stop_before="m999")
+    Database(tmp_path / "prefloop.db").close()
+
+    def indexes(database: sqlite_utils.Database) -> set[str]:
+        return {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+
+    assert indexes(database) == indexes(with_all)
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ("INSERT INTO replicas VALUES ('here:50051', 'v0000', '', unixepoch('subsec') - 29)", "server here:50051"),
+        ("INSERT INTO listeners VALUES ('here:17:ab', NULL, unixepoch('subsec') - 29)", "learner here:17:ab"),
+        ("INSERT INTO leases VALUES ('learner', 'here:18:cd', 1, unixepoch('subsec') + 1)", "learner here:18:cd"),
+    ],
+)
+def test_an_older_process_that_lives_is_not_migrated_under(tmp_path: Path, row: str, named: str) -> None:
+    database = older(tmp_path / "prefloop.db")
+    database.conn.execute(row)
+    database.conn.commit()
+    with pytest.raises(
+        DataDirectoryError, match=f"in use by an older prefloop, the {named}; stop it, and start again 30"
+    ):
+        FeedbackStore.open(tmp_path)
+    database.conn.execute("UPDATE replicas SET heartbeat_time = heartbeat_time - 2")
+    database.conn.execute("UPDATE listeners SET heartbeat_time = heartbeat_time - 2")
+    database.conn.execute("UPDATE leases SET expire_time = expire_time - 2")
+    database.conn.commit()
+    FeedbackStore.open(tmp_path).close()
+
+
+def test_who_meets_a_newer_schema_writes_no_more(store: FeedbackStore, tmp_path: Path) -> None:
+    newer = sqlite_utils.Database(tmp_path / "prefloop.db")
+    newer.conn.execute("ALTER TABLE responses ADD COLUMN colour TEXT")
+    newer.conn.execute(
+        "INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES ('prefloop', 'm999_colour', '2099')"
+    )
+    newer.conn.commit()
+    with pytest.raises(DataDirectoryError, match="A newer prefloop has taken over the data directory"):
+        store.create_conversation("ann", "Why?")
+    assert store.conversations("ann", 10) == []
+
+
+def test_a_file_that_is_written_anew_is_no_newer_schema(store: FeedbackStore, tmp_path: Path) -> None:
+    other = Database(tmp_path / "prefloop.db")
+    other.rewrite()
+    other.close()
+    assert store.create_conversation("ann", "Why?").startswith("conv_")
+
+
+def modes(directory: Path) -> dict[str, str]:
+    return {path.name: stat.filemode(path.stat().st_mode) for path in directory.glob("prefloop.db*")}
+
+
+def test_the_database_is_its_owners_alone_in_a_folder_that_is_everybodys(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        store = FeedbackStore.open(tmp_path)
+        store.create_conversation("ann", "Why?")
+        private = "-rw-------"
+        assert modes(tmp_path) == {"prefloop.db": private, "prefloop.db-wal": private, "prefloop.db-shm": private}
+        store.close()
+        # As a release before left it; what its group may do is for its owner to say.
+        (tmp_path / "prefloop.db").chmod(0o664)
+        FeedbackStore.open(tmp_path).close()
+        assert modes(tmp_path)["prefloop.db"] == "-rw-rw----"
+    finally:
+        os.umask(before)
+
+
+def test_a_lease_and_a_heartbeat_outlive_a_clock_that_jumps(store: FeedbackStore) -> None:
+    registry, database = store.registry, store._db
+    lease = registry.acquire_lease("learner", "first", 30)
+    assert lease
+    registry.report_replica("here:1", "v0000")
+    store.round_requests.listen("here:2", None)
+    for jump in (-(10**7), 10**7):
+        database.execute("UPDATE leases SET expire_time = expire_time + ?", [jump])
+        database.execute("UPDATE replicas SET heartbeat_time = heartbeat_time + ?", [jump])
+        database.execute("UPDATE listeners SET heartbeat_time = heartbeat_time + ?", [jump])
+        assert registry.acquire_lease("learner", "second", 30) is None
+        assert store.round_requests.at_work() == "first"
+        assert [replica.id for replica in registry.replicas()] == ["here:1"]
+        assert store.round_requests.next_times() == [None]
+
+
+def test_after_the_machine_started_again_nobody_is_alive(store: FeedbackStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, database = store.registry, store._db
+    assert registry.acquire_lease("learner", "first", 30)
+    registry.report_replica("here:1", "v0000")
+    store.round_requests.listen("here:2", None)
+    for table in ("leases", "replicas", "listeners"):
+        database.execute(f"UPDATE {table} SET boot = 'another'")
+    assert registry.replicas() == []
+    assert store.round_requests.next_times() == []
+    second = registry.acquire_lease("learner", "second", 30)
+    assert second
+    assert second.token == 2
+
+
+def test_this_start_of_the_machine_has_a_name_and_seconds() -> None:
+    assert len(clock.boot_id()) in (0, 36)
+    assert 0 < clock.uptime() <= clock.uptime()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "free some space on its disk"),
+        (OSError(122, "Disk quota exceeded"), "free some space on its disk"),
+        (PermissionError(13, "Permission denied"), "give --data-dir a folder that you may write to"),
+    ],
+)
+def test_each_error_of_the_disk_has_its_advice(error: OSError, words: str) -> None:
+    assert advice(error) == words
+
+
+def test_a_file_that_is_no_database_is_restored(tmp_path: Path) -> None:
+    (tmp_path / "prefloop.db").write_bytes(b"not a database, and longer than a header of a hundred bytes is" * 40)
+    with pytest.raises(DataDirectoryError, match=r"file is not a database\); restore it from a backup"):
+        FeedbackStore.open(tmp_path)

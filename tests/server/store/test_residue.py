@@ -1,0 +1,151 @@
+"""No byte of what was deleted is left in the database's files, nor in what rounds keep."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Generation, Span
+from server.store.residue import ANSWERS, cache_directory, erase, sweep
+from server.store.sqlite.database import Database
+from tests.server.store.test_deletion import forget
+
+SECRET = b"quixotic"
+SEED = 0
+
+
+def bytes_of(data_dir: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(data_dir.rglob("*")) if path.is_file())
+
+
+def fill(store: FeedbackStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Months of two people, whose rows share pages: texts of all lengths that grow, change and go."""
+    draw = random.Random(SEED)
+    # The ids decide which rows share a page.
+    monkeypatch.setattr("server.store.feedback_store.new_id", lambda prefix: f"{prefix}_{draw.randrange(2**96):024x}")
+    conversations: dict[str, list[str]] = {"ann": [], "bob": []}
+    for number in range(300):
+        user = draw.choice(["ann", "bob"])
+
+        def text(user: str = user) -> str:
+            word = SECRET.decode() if user == "ann" else "public"
+            return " ".join(f"{word}{draw.randrange(10**6):06d}" for _ in range(draw.choice([1, 3, 20, 60, 200, 800])))
+
+        if not conversations[user] or draw.random() < 0.4:
+            conversations[user].append(store.create_conversation(user, text()))
+        response_id = store.begin_response(
+            user, draw.choice(conversations[user]), message=text(), replica_id="here", policy_version="v0000",
+            prompt_token_ids=list(range(draw.randrange(200))), temperature=0.8, max_tokens=9, seed=None,
+        )  # fmt: skip
+        store.finish_response(response_id, Generation([1, 2], [-0.5, -0.5], text(), "stop", [Span(0, 2, "v0000")]))
+        given = store.submit_thumb(user, response_id, up=True, comment=text())
+        if draw.random() < 0.3:
+            store.submit_thumb(user, response_id, up=False, comment=text())
+        if draw.random() < 0.3:
+            store.retract_feedback(user, given.id)
+        store.submit_correction(user, response_id, text())
+        store.remember_request(user, "Chat", f"{number}", b"x" * 32, text().encode(), response_id)
+
+
+def test_rows_that_moved_leave_copies_which_a_rewrite_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FeedbackStore.open(tmp_path)
+    fill(store, monkeypatch)
+    assert bytes_of(tmp_path).count(SECRET) > 10_000
+    forget(store, "ann")
+    assert erase(tmp_path)
+    # SQLite's own overwriting is not enough: this is why the file is rewritten.
+    left = bytes_of(tmp_path).count(SECRET)
+    assert 0 < left < 1_000
+    assert erase(tmp_path, rewrite=True)
+    assert bytes_of(tmp_path).count(SECRET) == 0
+    assert bytes_of(tmp_path).count(b"public") > 10_000
+    # Once is enough until something else goes.
+    assert store.forgetting.rewrite_due() == 0
+    store.delete_conversation("bob", store.conversations("bob", 1)[0].id)
+    assert store.forgetting.rewrite_due() > 0
+    store.close()
+
+
+def test_a_reader_keeps_the_log_and_that_is_said(tmp_path: Path) -> None:
+    store = FeedbackStore.open(tmp_path)
+    conversation_id = store.create_conversation("ann", SECRET.decode())
+    reader = Database(tmp_path / "prefloop.db")
+    reader.execute("BEGIN")
+    assert len(reader.rows("SELECT * FROM conversations")) == 1
+    store.delete_conversation("ann", conversation_id)
+    database = Database(tmp_path / "prefloop.db")
+    assert not database.empty_log(seconds=0.0)
+    assert SECRET in (tmp_path / "prefloop.db-wal").read_bytes()
+    reader.execute("COMMIT")
+    assert database.empty_log(seconds=0.0)
+    assert (tmp_path / "prefloop.db-wal").stat().st_size == 0
+    reader.close()
+    database.close()
+    store.close()
+    assert SECRET not in bytes_of(tmp_path)
+
+
+def line(conversation_id: str, text: str) -> str:
+    return f'{{"conversation_id": "{conversation_id}", "prompt": "{text}"}}\n'
+
+
+def page(conversations: str) -> str:
+    return f'<meta name="conversations" content="{conversations}"><p>{SECRET.decode()}'
+
+
+def test_what_rounds_keep_goes_with_the_conversation_it_names(tmp_path: Path) -> None:
+    store = FeedbackStore.open(tmp_path)
+    gone, kept = store.create_conversation("ann", "a"), store.create_conversation("ann", "b")
+    first, second, older = (tmp_path / "rounds" / name for name in ("round_1", "round_2", "round_3"))
+    for directory in (first, second, older):
+        directory.mkdir(parents=True)
+    ours = line("", "a question of ours")
+    (first / "answers.jsonl").write_text(line(gone, SECRET.decode()) + ours + line(kept, "kept"))
+    (first / "report.html").write_text(page(f"{kept} {gone}"))
+    (second / "answers.jsonl").write_text(line(kept, "kept"))
+    (second / "report.html").write_text(page(kept))
+    # From before either said whose it was, and a line that a kill cut short.
+    (older / "answers.jsonl").write_text(f'{{"prompt": "{SECRET.decode()}"}}\n{{"conversation_id": "{kept}')
+    (older / "report.html").write_text(f"<p>{SECRET.decode()}")
+    (older / "report.json").write_text("{}")
+    store.delete_conversation("ann", gone)
+    erase(tmp_path)
+    assert (first / "answers.jsonl").read_text() == ours + line(kept, "kept")
+    assert not (first / "report.html").exists()
+    assert (second / "answers.jsonl").read_text() == line(kept, "kept")
+    assert (second / "report.html").exists()
+    assert (older / "answers.jsonl").read_text() == ""
+    assert [path.name for path in sorted(older.iterdir())] == ["answers.jsonl", "report.json"]
+    store.close()
+
+
+def test_features_that_were_read_before_a_deletion_go_with_it(tmp_path: Path) -> None:
+    store = FeedbackStore.open(tmp_path)
+    conversation_id = store.create_conversation("ann", "a")
+    before = cache_directory(tmp_path, store.snapshot().deletions)
+    before.mkdir(parents=True)
+    (before / "features.db").write_bytes(b"1")
+    (before.parent / "features-from-an-older-release.db").write_bytes(b"1")
+    sweep(tmp_path)
+    assert list(before.parent.iterdir()) == [before]
+    store.delete_conversation("ann", conversation_id)
+    sweep(tmp_path)
+    assert list(before.parent.iterdir()) == []
+    # A learner that read its votes before the deletion, and writes after it.
+    before.mkdir()
+    after = cache_directory(tmp_path, store.snapshot().deletions)
+    after.mkdir()
+    sweep(tmp_path)
+    assert list(before.parent.iterdir()) == [after]
+    store.close()
+
+
+def test_what_a_killed_writer_left_half_goes(tmp_path: Path) -> None:
+    FeedbackStore.open(tmp_path).close()
+    folder = tmp_path / "rounds" / "round_1"
+    (folder / ".state-001.x.partial").mkdir(parents=True)
+    (folder / f".{ANSWERS}.partial").write_text("what somebody said", encoding="utf-8")
+    sweep(tmp_path)
+    # A state names nobody, and its learner goes on from others.
+    assert [path.name for path in folder.iterdir()] == [".state-001.x.partial"]

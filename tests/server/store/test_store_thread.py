@@ -1,0 +1,93 @@
+"""Calls from the event loop: each gets its own outcome, after a commit that may be shared."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from server.shared.errors import NotFoundError
+from server.store.feedback_store import FeedbackStore
+from server.store.sqlite.database import DatabaseError
+from server.store.store_thread import StoreThread
+
+
+@pytest.fixture
+async def thread(tmp_path: Path) -> AsyncIterator[StoreThread]:
+    thread = StoreThread(tmp_path)
+    yield thread
+    await thread.close()
+
+
+def titles(data_dir: Path) -> list[str]:
+    """What another process would find on disk."""
+    other = FeedbackStore.open(data_dir)
+    found = sorted(conversation.title for conversation in other.conversations("ann", 100))
+    other.close()
+    return found
+
+
+async def test_each_call_of_a_group_gets_its_own_outcome(thread: StoreThread, tmp_path: Path) -> None:
+    outcomes = await asyncio.gather(
+        thread(lambda store: store.create_conversation("ann", "one")),
+        thread(lambda store: store.conversation("ann", "conv_none")),
+        thread(lambda store: store.create_conversation("ann", "two")),
+        return_exceptions=True,
+    )
+    assert isinstance(outcomes[0], str)
+    assert isinstance(outcomes[1], NotFoundError)
+    assert isinstance(outcomes[2], str)
+    assert titles(tmp_path) == ["one", "two"]
+
+
+async def test_calls_share_a_commit(thread: StoreThread) -> None:
+    commits = []
+    await thread(lambda store: store._db._db.conn.set_trace_callback(commits.append))
+    await asyncio.gather(*(thread(lambda store: store.create_conversation("ann", "hello")) for _ in range(20)))
+    assert commits.count("COMMIT") == 1
+
+
+async def test_nobody_hears_of_a_success_that_was_not_committed(thread: StoreThread, tmp_path: Path) -> None:
+    def lose(store: FeedbackStore) -> None:
+        with store.transaction():
+            store._db.execute("CREATE TABLE one (id INTEGER PRIMARY KEY)")
+            store._db.execute("INSERT INTO one VALUES (1)")
+            store._db.execute("INSERT OR ROLLBACK INTO one VALUES (1)")
+
+    outcomes = await asyncio.gather(
+        thread(lambda store: store.create_conversation("ann", "before")),
+        thread(lose),
+        thread(lambda store: store.create_conversation("ann", "after")),
+        return_exceptions=True,
+    )
+    assert [isinstance(outcome, DatabaseError) for outcome in outcomes] == [True, True, True]
+    assert titles(tmp_path) == []
+    # The thread goes on.
+    await thread(lambda store: store.create_conversation("ann", "later"))
+    assert titles(tmp_path) == ["later"]
+
+
+async def test_a_cancelled_caller_leaves_its_work_and_others_alone(thread: StoreThread, tmp_path: Path) -> None:
+    cancelled = asyncio.create_task(thread(lambda store: store.create_conversation("ann", "cancelled")))
+    other = asyncio.create_task(thread(lambda store: store.create_conversation("ann", "other")))
+    await asyncio.sleep(0)  # both have asked
+    cancelled.cancel()
+    await other
+    assert titles(tmp_path) == ["cancelled", "other"]
+
+
+async def test_close_waits_for_what_was_asked_before(tmp_path: Path) -> None:
+    thread = StoreThread(tmp_path)
+    asking = asyncio.create_task(thread(lambda store: store.create_conversation("ann", "last")))
+    await asyncio.sleep(0)
+    await thread.close()
+    await asking
+    assert titles(tmp_path) == ["last"]
+
+
+async def test_a_call_after_the_close_raises(tmp_path: Path) -> None:
+    thread = StoreThread(tmp_path)
+    await thread.close()
+    async with asyncio.timeout(10):
+        with pytest.raises(RuntimeError):
+            await thread(lambda store: store.create_conversation("ann", "late"))

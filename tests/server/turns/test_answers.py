@@ -1,0 +1,106 @@
+"""An answer that was begun is ended in the store, whenever its caller leaves."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from server.engine.base import Sampling
+from server.store.feedback_store import FeedbackStore
+from server.store.records import Response
+from server.store.store_thread import StoreThread
+from server.turns.answers import Answers, Begun
+from tests.server.fakes import FakePolicy
+
+BEGUN: list[Begun] = []
+
+
+@pytest.fixture
+async def thread(tmp_path: Path) -> AsyncIterator[StoreThread]:
+    BEGUN.clear()
+    thread = StoreThread(tmp_path)
+    await thread(lambda store: store.registry.register_reference())
+    yield thread
+    await thread.close()
+
+
+def begin(store: FeedbackStore) -> Begun:
+    conversation_id = store.create_conversation("ann", "hello")
+    response_id = store.begin_response(
+        "ann", conversation_id, message="hello", replica_id="here", policy_version="v0000", prompt_token_ids=[1],
+        temperature=0.85, max_tokens=8, seed=None,
+    )  # fmt: skip
+    BEGUN.append(Begun(conversation_id, [response_id]))
+    return BEGUN[0]
+
+
+async def stored(thread: StoreThread) -> Response:
+    return await thread(lambda store: store.response("ann", BEGUN[0].response_ids[0]))
+
+
+async def test_a_caller_who_leaves_while_the_turn_is_being_stored_leaves_it_cancelled(thread: StoreThread) -> None:
+    answers, disk = Answers(thread, FakePolicy()), threading.Event()
+    slow = asyncio.create_task(thread(lambda store: disk.wait(10)))
+
+    async def call() -> None:
+        async with answers.begun(begin):
+            pytest.fail("the caller had left")
+
+    calling = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    disk.set()
+    assert await slow
+    await answers.drain()
+    response = await stored(thread)
+    assert (response.status, response.finish_reason, response.text) == ("cancelled", "cancelled", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [(asyncio.CancelledError, "cancelled", "cancelled"), (RuntimeError, "failed", "error")],
+)
+async def test_what_ends_before_the_first_token_says_whose_doing_it_was(
+    thread: StoreThread, error: type[BaseException], status: str, reason: str
+) -> None:
+    answers = Answers(thread, FakePolicy())
+    with pytest.raises(error):
+        async with answers.begun(begin):
+            raise error
+    await answers.drain()
+    response = await stored(thread)
+    assert (response.status, response.finish_reason) == (status, reason)
+
+
+async def test_an_answer_whose_last_message_was_not_heard_is_finished_all_the_same(thread: StoreThread) -> None:
+    answers = Answers(thread, FakePolicy())
+
+    async def send(text: str) -> None: ...
+
+    async def call() -> None:
+        async with answers.begun(begin) as begun:
+            await answers.sample(begun.response_ids[0], [1], Sampling(0.85, 8), send)
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        await call()
+    await answers.drain()
+    response = await stored(thread)
+    assert (response.status, response.text) == ("finished", "one two three four ")
+
+
+async def test_a_turn_that_could_not_be_stored_leaves_nothing(thread: StoreThread) -> None:
+    answers = Answers(thread, FakePolicy())
+
+    def full(store: FeedbackStore) -> Begun:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        async with answers.begun(full):
+            pytest.fail("nothing was begun")
+    await answers.drain()
+    assert await thread(lambda store: store.conversations("ann", 10)) == []

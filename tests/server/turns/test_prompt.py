@@ -1,0 +1,48 @@
+"""As many whole turns as fit, found without encoding what cannot fit."""
+
+import pytest
+
+from server.shared.errors import InvalidArgumentError
+from server.turns.prompt import Said, build_prompt
+
+encoded: list[int] = []
+
+
+def encode(messages: list[dict[str, str]]) -> list[int]:
+    """One token a character."""
+    ids = [ord(character) for message in messages for character in message["content"]]
+    encoded.append(len(ids))
+    return ids
+
+
+def conversation(turns: int) -> list[Said]:
+    """Turn number n asks and answers one character each, the n-th of the alphabet and its capital."""
+    return [(chr(ord("a") + number % 26), chr(ord("A") + number % 26)) for number in range(turns)]
+
+
+@pytest.mark.parametrize(
+    ("turns", "limit", "prompt"),
+    [
+        (0, 1, "!"),
+        (3, 100, "aAbBcC!"),
+        (3, 6, "bBcC!"),
+        (3, 7, "aAbBcC!"),
+        (3, 2, "!"),
+        (9, 9, "fFgGhHiI!"),
+        (9, 13, "dDeEfFgGhHiI!"),
+    ],
+)
+def test_the_newest_turns_that_fit_are_kept_whole(turns: int, limit: int, prompt: str) -> None:
+    assert "".join(map(chr, build_prompt(encode, conversation(turns), "!", limit))) == prompt
+
+
+def test_a_long_conversation_costs_little_more_than_what_fits() -> None:
+    encoded.clear()
+    assert len(build_prompt(encode, conversation(1000), "!", 100)) == 99
+    assert len(encoded) < 14
+    assert max(encoded) < 200
+
+
+def test_a_message_that_cannot_fit_says_by_how_much() -> None:
+    with pytest.raises(InvalidArgumentError, match="takes 3 tokens; at most 2 fit"):
+        build_prompt(encode, conversation(1), "abc", 2)

@@ -43,8 +43,8 @@ from learner.improve.ppo.experience import judge_rollout, make_critic, policy_lo
 from learner.improve.ppo.losses import Adam, UpdateStats, draw_minibatches, mismatch, ppo_update
 from learner.model.features import default_layers
 from learner.model.forward import Tokens, run_trunk, token_logprobs
-from learner.model.policy import Policy, lora
-from learner.model.rollout import Rollout, Sample, to_rollout
+from learner.model.policy import TrainablePolicy, lora
+from learner.model.rollout import Rollout, SampledAnswer, to_rollout
 
 SHAPES: dict[str, Any] = {
     "135M": LlamaConfig(
@@ -135,15 +135,17 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def check(config: Any, device: torch.device) -> dict[str, Any]:
     """The largest differences between the learner on `device` and the definition, or the learner, on the CPU."""
-    there = make_policy(config, torch.float32, device)
-    here = Policy(copy.deepcopy(there.model).to("cpu"), None)
+    there = make_engine(config, torch.float32, device)
+    here = TrainablePolicy(copy.deepcopy(there.model).to("cpu"), None)
     rollout = make_rollout([32 - 3 * row for row in range(CHECKED)], config.vocab_size)
     found = {**compare_passes(there, here, rollout, device), **compare_updates(there, here, rollout, device)}
-    found["bfloat16_rms"] = bfloat16_rms(make_policy(config, torch.bfloat16, device), here, rollout, device)
+    found["bfloat16_rms"] = bfloat16_rms(make_engine(config, torch.bfloat16, device), here, rollout, device)
     return found
 
 
-def compare_passes(there: Policy, here: Policy, rollout: Rollout, device: torch.device) -> dict[str, float]:
+def compare_passes(
+    there: TrainablePolicy, here: TrainablePolicy, rollout: Rollout, device: torch.device
+) -> dict[str, float]:
     """With a prefix that the rows of a micro-batch share, and in micro-batches of one, which share nothing."""
     layers = default_layers(here.model.config.num_hidden_layers)
     with here.reference() as reference:
@@ -175,7 +177,9 @@ def by_definition(model: Any, rollout: Rollout, layers: tuple[int, ...]) -> tupl
     return logprobs, torch.stack(features)
 
 
-def compare_updates(there: Policy, here: Policy, rollout: Rollout, device: torch.device) -> dict[str, Any]:
+def compare_updates(
+    there: TrainablePolicy, here: TrainablePolicy, rollout: Rollout, device: torch.device
+) -> dict[str, Any]:
     """One update of each; the differences are shares of the CPU's numbers, of the adapters' largest change."""
     before = adapters(here)
     stats = {
@@ -193,7 +197,7 @@ def compare_updates(there: Policy, here: Policy, rollout: Rollout, device: torch
     }
 
 
-def bfloat16_rms(half: Policy, here: Policy, rollout: Rollout, device: torch.device) -> float:
+def bfloat16_rms(half: TrainablePolicy, here: TrainablePolicy, rollout: Rollout, device: torch.device) -> float:
     """Root mean square of what bfloat16 on the device and float32 on the CPU differ by with the same weights, nats a
     token."""
     half.model.load_state_dict(here.model.state_dict())
@@ -202,7 +206,7 @@ def bfloat16_rms(half: Policy, here: Policy, rollout: Rollout, device: torch.dev
     return float((found - expected)[rollout.tokens.response_mask].square().mean().sqrt())
 
 
-def adapters(policy: Policy) -> Tensor:
+def adapters(policy: TrainablePolicy) -> Tensor:
     return torch.cat([parameter.detach().flatten().cpu() for parameter in policy.parameters])
 
 
@@ -216,7 +220,7 @@ def largest(differences: list[Tensor]) -> float:
 
 def cases(name: str, config: Any, device: torch.device, dtype: str, small: bool) -> list[dict[str, Any]]:
     """Seconds of each stage, response tokens a second and the peak of the device's memory, for every case."""
-    policy = make_policy(config, getattr(torch, dtype), device)
+    policy = make_engine(config, getattr(torch, dtype), device)
     found = []
     for length, budget in CASES:
         length = length // 8 if small else length
@@ -247,7 +251,7 @@ def cases(name: str, config: Any, device: torch.device, dtype: str, small: bool)
     return found
 
 
-def update(policy: Policy, rollout: Rollout, settings: Any, seconds: dict[str, float]) -> UpdateStats:
+def update(policy: TrainablePolicy, rollout: Rollout, settings: Any, seconds: dict[str, float]) -> UpdateStats:
     """One update as `learner.improve.ppo.trainer` makes it, without the sampling; fills in the seconds of each stage.
 
     There is no engine: the rollout's behavior_logprobs say how far it would be from the policy."""
@@ -301,16 +305,16 @@ def make_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def make_policy(config: Any, dtype: torch.dtype, device: torch.device) -> Policy:
+def make_engine(config: Any, dtype: torch.dtype, device: torch.device) -> TrainablePolicy:
     """Adapters that already change the model, so that the policy is not its reference."""
     model = lora(make_model(config, dtype, device), 16, 32)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
-    return Policy(model, None)
+    return TrainablePolicy(model, None)
 
 
-def head_for(policy: Policy) -> Any:
+def head_for(policy: TrainablePolicy) -> Any:
     config = policy.model.config
     return random_head(default_layers(config.num_hidden_layers), config.hidden_size)
 
@@ -324,7 +328,7 @@ def make_rollout(lengths: list[int], vocabulary: int) -> Rollout:
 
     shared = draw(SHARED)
     return to_rollout([
-        Sample(
+        SampledAnswer(
             shared + draw(OWN + row % 4), draw(length), (0.1 * torch.randn(length, generator=generator)).tolist(), "",
             "length",
         )
@@ -350,7 +354,7 @@ def try_engine(device: torch.device) -> dict[str, float] | str:
 def engine_figures(config: Any, device: torch.device) -> dict[str, float]:
     """The learner's engine in this process, beside the trainer: seconds of its start and of a push, in which it samples
     nothing, sampled tokens a second, and how far its log-probabilities are from the trainer's."""
-    from learner.model.rollout import Engine
+    from learner.model.rollout import RolloutEngine
     from learner.settings import LearnerSettings
     from server.store.records import Prompt
 
@@ -367,8 +371,8 @@ def engine_figures(config: Any, device: torch.device) -> dict[str, float]:
     settings = LearnerSettings(service_temperature=TEMPERATURE)
     with tempfile.TemporaryDirectory() as work:
         save_for_engine(make_model(config, torch.bfloat16, device), Path(work))
-        start, engine = timed(Engine, Path(work), settings, 256)
-        policy = make_policy(config, torch.bfloat16, device)
+        start, engine = timed(RolloutEngine, Path(work), settings, 256)
+        policy = make_engine(config, torch.bfloat16, device)
         engine.push(policy.engine_weights())
         engine.sample(prompts, 0)
         push, _ = timed(lambda: engine.push(policy.engine_weights()))

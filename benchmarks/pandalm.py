@@ -108,14 +108,14 @@ def votes_of(rows: list[dict[str, Any]], groups: Any, chosen: Any) -> Any:
     import torch
 
     from learner.reward.likelihood import TIE, A, B
-    from learner.reward.linear_heads import Votes
+    from learner.reward.linear_heads import VoteTensors
 
     outcomes = {0: TIE, 1: A, 2: B}
     at = chosen.nonzero().squeeze(1).repeat_interleave(3)
     said = [outcomes[rows[i][f"annotator{n}"]] for i in chosen.nonzero().squeeze(1).tolist() for n in (1, 2, 3)]
     _, numbered = groups[at].unique(return_inverse=True)
     none = torch.zeros(0, dtype=torch.long)
-    return Votes(
+    return VoteTensors(
         a=2 * at, b=2 * at + 1, outcome=torch.tensor(said), temperature_difference=torch.zeros(len(at)),
         choice_weight=torch.full((len(at),), 1 / 3), choice_group=numbered, response=none, thumb=torch.zeros(0),
         user=none, thumb_weight=torch.zeros(0), thumb_group=none, users=1,

@@ -144,11 +144,11 @@ def to_votes(votes: list[tuple[int, int, str, float]]) -> Any:
     import torch
 
     from learner.reward.dataset import OUTCOMES
-    from learner.reward.linear_heads import Votes
+    from learner.reward.linear_heads import VoteTensors
 
     none = torch.zeros(0, dtype=torch.long)
     rows_a, rows_b, said, difference = zip(*votes, strict=True)
-    return Votes(
+    return VoteTensors(
         a=torch.tensor(rows_a), b=torch.tensor(rows_b), outcome=torch.tensor([OUTCOMES[one] for one in said]),
         temperature_difference=torch.tensor(difference), choice_weight=torch.ones(len(votes)),
         choice_group=torch.arange(len(votes)), response=none, thumb=torch.zeros(0), user=none,

@@ -190,11 +190,11 @@ def to_dataset(said: list[tuple[int, int, int, int, bool]], users: int) -> Any:
     import torch
 
     from learner.reward.dataset import Dataset
-    from learner.reward.linear_heads import Votes
+    from learner.reward.linear_heads import VoteTensors
 
     a, b, outcome, voters, judges = (torch.tensor(column) for column in zip(*said, strict=True))
     none, ones = torch.zeros(0, dtype=torch.long), torch.ones(len(said))
-    votes = Votes(
+    votes = VoteTensors(
         a=a, b=b, outcome=outcome, temperature_difference=0 * ones, choice_weight=ones,
         choice_group=torch.arange(len(said)), response=none, thumb=torch.zeros(0), user=none,
         thumb_weight=torch.zeros(0), thumb_group=none, users=users,

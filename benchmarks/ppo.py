@@ -132,8 +132,8 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     import learner.improve.ppo.trainer as training
     import learner.model.forward as forward
     from learner.model.features import default_layers
-    from learner.model.policy import Policy
-    from learner.model.rollout import Engine
+    from learner.model.policy import TrainablePolicy
+    from learner.model.rollout import RolloutEngine
     from server.shared.dtype import resolve_dtype, torch_dtype
 
     dtype = resolve_dtype(settings.dtype).name
@@ -142,9 +142,9 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         directory = Path(work) / "model"
         copy_without_end(model, directory)
-        policy = Policy.create(directory, ppo, torch_dtype(dtype), torch.device("cpu"))
+        policy = TrainablePolicy.create(directory, ppo, torch_dtype(dtype), torch.device("cpu"))
         prompts = questions(directory, EPISODES * count)
-        engine: Any = Engine(directory, settings, dtype, max(len(p.token_ids) for p in prompts) + TOKENS + 1)
+        engine: Any = RolloutEngine(directory, settings, dtype, max(len(p.token_ids) for p in prompts) + TOKENS + 1)
         layers = default_layers(policy.model.config.num_hidden_layers)
         reward_model = random_head(layers, policy.model.config.hidden_size)
         if ablation == "prefix":
@@ -212,11 +212,11 @@ def questions(directory: Path, count: int) -> list[Any]:
 def random_head(layers: tuple[int, ...], hidden: int) -> Any:
     import torch
 
-    from learner.reward.reward_model import RewardModel, Standardiser
+    from learner.reward.reward_model import LinearRewardModel, Standardiser
 
     width = len(layers) * hidden + 1
     weights = torch.randn(width, generator=torch.Generator().manual_seed(0)) / width**0.5
-    return RewardModel(
+    return LinearRewardModel(
         layers=layers, standardiser=Standardiser(torch.zeros(width), torch.ones(width)), weights=weights,
         members=weights.expand(32, -1), member_bias=torch.zeros(32), bias=0.0, low=-3.0, high=3.0,
         thumb_bar=0.0, bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0,
@@ -238,7 +238,7 @@ class Generating:
     def sample(self, prompts: list[Any], seed: int) -> list[Any]:
         import torch
 
-        from learner.model.rollout import Sample
+        from learner.model.rollout import SampledAnswer
 
         torch.manual_seed(seed)
         width = max(len(prompt.token_ids) for prompt in prompts)
@@ -253,7 +253,7 @@ class Generating:
         tokens = found.sequences[:, width:]
         logprobs = scores.gather(2, tokens[..., None]).squeeze(-1)
         return [
-            Sample(prompt.token_ids, row.tolist(), log.tolist(), "", "length")
+            SampledAnswer(prompt.token_ids, row.tolist(), log.tolist(), "", "length")
             for prompt, row, log in zip(prompts, tokens, logprobs, strict=True)
         ]
 

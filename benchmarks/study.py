@@ -280,13 +280,13 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     dtype = resolve_dtype(settings.dtype).name
 
     from learner.model.policy import published_weights
-    from learner.model.rollout import Engine
-    from learner.reward.reward_model import RewardModel
+    from learner.model.rollout import RolloutEngine
+    from learner.reward.reward_model import LinearRewardModel
     from server.store.records import Prompt
 
     found: dict[str, Any] = {}
     if fitted := sorted(data.glob("reward_models/rm*")):
-        model = RewardModel.load(fitted[-1])
+        model = LinearRewardModel.load(fitted[-1])
         a, b, outcome = unseen(work, pairs, taste)
         found["accuracy"], _ = accuracy(model.scores(a), model.scores(b), outcome)
     rounds = sorted(data.glob("rounds/*"), key=lambda directory: directory.stat().st_mtime)
@@ -296,7 +296,7 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     reference = data / "policies" / "v0000"
     asked = unseen_answers(work, [pair for pair in pairs if not pair.seen])
     prompts = [Prompt("", one[0], TOKENS) for one, _ in asked]
-    engine = Engine(reference, settings, dtype, max(len(prompt.token_ids) for prompt in prompts) + TOKENS + 1)
+    engine = RolloutEngine(reference, settings, dtype, max(len(prompt.token_ids) for prompt in prompts) + TOKENS + 1)
 
     def scores(directory: Path, base: Path | None) -> list[float]:
         engine.push(published_weights(directory, base, torch_dtype(dtype)))

@@ -24,17 +24,17 @@ from prefloop.v1 import (
     policy_pb2_grpc,
 )
 
-from server.admin.retention_task import TIDY_SECONDS, Eraser
-from server.engine.base import Policy
+from server.admin.retention_task import TIDY_SECONDS, RetentionTask
+from server.engine.base import ServingEngine
 from server.identity import LOOPBACK
-from server.periodic import repeat
+from server.periodic import repeat_until_cancelled
 from server.rpc.access import Access
 from server.rpc.account import AccountService
 from server.rpc.chat import ChatService
 from server.rpc.feedback import FeedbackService
-from server.rpc.interceptor import Edge
+from server.rpc.interceptor import Interceptor
 from server.rpc.limits import Limits
-from server.rpc.open_calls import Calls
+from server.rpc.open_calls import OpenCalls
 from server.rpc.policies import PolicyService
 from server.rpc.tls import Certificates
 from server.rpc.validation import validator
@@ -43,8 +43,8 @@ from server.shared.errors import ServiceError
 from server.store.store_thread import StoreThread
 from server.telemetry import metrics
 from server.telemetry.round_metrics import show_rounds
-from server.turns.candidate_choice import Planner
-from server.versions.ab_test import Referee
+from server.turns.candidate_choice import CandidateChooser
+from server.versions.ab_test import AbTest
 from server.versions.follower import HEARTBEAT_SECONDS, Follower
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -85,8 +85,8 @@ class App:
         self._store = store
         self._access = Access(store, keys_needed=settings.host not in LOOPBACK)
         self._limits = Limits(settings.user_rate, settings.user_calls, settings.max_streams + settings.max_waiting)
-        self._calls = Calls()
-        edge = Edge(self._access, self._limits, self._calls, validator(settings), settings.call_seconds)
+        self._calls = OpenCalls()
+        edge = Interceptor(self._access, self._limits, self._calls, validator(settings), settings.call_seconds)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[edge],
@@ -106,27 +106,27 @@ class App:
         self._tasks: list[asyncio.Task[NoReturn]] = []
         self._told: bool | None = None
 
-    async def start(self, policy: Policy) -> None:
+    async def start(self, engine: ServingEngine) -> None:
         """Serves the active version; health turns SERVING last."""
         settings, replica_id = self._settings, self._replica_id
-        self._follower = Follower(policy, self._store, settings.data_dir, replica_id, settings.hang_seconds)
-        self._planner = (
-            Planner(settings.scoring_address, settings.scoring_seconds) if settings.scoring_address else None
+        self._follower = Follower(engine, self._store, settings.data_dir, replica_id, settings.hang_seconds)
+        self._chooser = (
+            CandidateChooser(settings.scoring_address, settings.scoring_seconds) if settings.scoring_address else None
         )
-        self._referee = (
-            Referee(self._store, self._follower, settings.duel_alpha, settings.duel_user_votes)
+        self._ab_test = (
+            AbTest(self._store, self._follower, settings.duel_alpha, settings.duel_user_votes)
             if settings.serve_adapters and settings.duel_alpha
             else None
         )
-        self._eraser = Eraser(self._store, settings.data_dir, settings.retention_days)
+        self._retention = RetentionTask(self._store, settings.data_dir, settings.retention_days)
         self._chat = ChatService(
-            self._store, policy, settings, replica_id, self._eraser, self._limits, self._planner, self._referee
+            self._store, engine, settings, replica_id, self._retention, self._limits, self._chooser, self._ab_test
         )
-        self._account = AccountService(self._store, self._access, self._calls, self._eraser)
+        self._account = AccountService(self._store, self._access, self._calls, self._retention)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, self._server)
-        feedback = FeedbackService(self._store, policy, settings.user_demonstrations)
+        feedback = FeedbackService(self._store, engine, settings.user_demonstrations)
         feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
-        policies = PolicyService(self._store, self._follower, settings.data_dir, self._referee)
+        policies = PolicyService(self._store, self._follower, settings.data_dir, self._ab_test)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, self._server)
         account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -143,11 +143,11 @@ class App:
         self._repeat(self._fail_interrupted, SELDOM_SECONDS, "answers of servers that ended could not be marked")
         if settings.hang_seconds != 0:
             self._repeat(self._follower.probe, PROBE_SECONDS, "the engine's pulse could not be read")
-        self._repeat(self._eraser.tidy, TIDY_SECONDS, "what was deleted could not be tidied up")
-        if self._referee:
-            self._repeat(self._referee.look, poll, "the votes on two versions could not be looked at")
+        self._repeat(self._retention.tidy, TIDY_SECONDS, "what was deleted could not be tidied up")
+        if self._ab_test:
+            self._repeat(self._ab_test.look, poll, "the votes on two versions could not be looked at")
         await self._server.start()
-        self._repeat(partial(self._tell_health, policy), poll, "health could not be told")
+        self._repeat(partial(self._tell_health, engine), poll, "health could not be told")
 
     async def stop(self, grace: float) -> None:
         """Refuses new calls, lets open streams run on for `grace` seconds, stores what was cut off."""
@@ -155,8 +155,8 @@ class App:
         await self._server.stop(grace)
         await self._chat.drain()
         await self._account.drain()
-        if self._planner:
-            await self._planner.close()
+        if self._chooser:
+            await self._chooser.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
@@ -171,11 +171,11 @@ class App:
         await self._store(lambda store: store.fail_interrupted_responses(self._replica_id))
 
     def _repeat(self, work: Callable[[], Awaitable[object]], seconds: float, complaint: str) -> None:
-        self._tasks.append(asyncio.create_task(repeat(work, seconds, complaint)))
+        self._tasks.append(asyncio.create_task(repeat_until_cancelled(work, seconds, complaint)))
 
-    async def _tell_health(self, policy: Policy) -> None:
+    async def _tell_health(self, engine: ServingEngine) -> None:
         """SERVING for as long as the engine is alive."""
-        alive = policy.alive
+        alive = engine.alive
         if alive != self._told:
             for service in ["", *SERVICES]:
                 await self._health.set(service, SERVING if alive else NOT_SERVING)

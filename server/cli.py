@@ -139,7 +139,7 @@ def forget_user(
 
     settings = _settings(data_dir=data_dir)
     with _store(data_dir) as store:
-        kept = store.forgetting.look(user)
+        kept = store.deletion.look(user)
         typer.echo(f"{user}: {kept.conversations} conversations, {kept.votes} votes, and their keys.")
         if not yes:
             typer.confirm("Remove them for good?", abort=True)

@@ -8,7 +8,7 @@ from typing import NoReturn
 log = logging.getLogger(__name__)
 
 
-async def repeat(work: Callable[[], Awaitable[object]], seconds: float, complaint: str) -> NoReturn:
+async def repeat_until_cancelled(work: Callable[[], Awaitable[object]], seconds: float, complaint: str) -> NoReturn:
     """Does `work`, and again after `seconds`, until cancelled. The second boundary where errors end: work that stopped
     for one would be missed for good."""
     while True:

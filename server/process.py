@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from server.app import App
-from server.engine.adapter_engine import AdapterPolicy
+from server.engine.adapter_engine import AdapterEngine
 from server.engine.reference import prepare_reference
-from server.engine.vllm_engine import VllmPolicy
+from server.engine.vllm_engine import VllmEngine
 from server.engine.vllm_start import set_environment, start_engine
 from server.identity import LOOPBACK
 from server.settings import ServerSettings
@@ -20,7 +20,7 @@ from server.shared.dtype import DtypeName, resolve_dtype
 from server.shared.errors import DataDirectoryError, ServiceError
 from server.shared.open_files import allow_open_files
 from server.store.store_thread import StoreThread
-from server.telemetry.metrics_http import Exposition
+from server.telemetry.metrics_http import MetricsServer
 
 # Seconds; Python's own are 5 ms, for which a statement of the store may wait while calls are parsed.
 SWITCH_SECONDS = 0.0005
@@ -77,20 +77,20 @@ async def _serve(
     dtype = await asyncio.to_thread(resolve_dtype, settings.dtype)
     say(f"starting the engine, which computes in {dtype}")
     # Always from the reference: compiled code is cached by the model's path. The active version is swapped in.
-    policy = make_policy(settings, dtype.name, directory)
+    engine = make_engine(settings, dtype.name, directory)
     try:
-        await policy.start()
-        await app.start(policy)
+        await engine.start()
+        await app.start(engine)
         # A quarter of a million objects of the libraries that never die: no collection need look at them again.
         gc.collect()
         gc.freeze()
         with exposed(app, settings, say):
-            say(f"serving {policy.version} on {settings.host}:{app.port}")
+            say(f"serving {engine.version} on {settings.host}:{app.port}")
             await stopping.wait()
         say("stopping: open streams may finish")
         await app.stop(settings.grace_seconds)
     finally:
-        await policy.close()
+        await engine.close()
         # The engine stands in reference cycles; collected as late as the interpreter's end, it complains.
         gc.unfreeze()
         gc.collect()
@@ -101,26 +101,26 @@ def exposed(app: App, settings: ServerSettings, say: Callable[[str], None]) -> I
     """Metrics and health over HTTP while the block runs. Chats matter more: a port in use is said, and no more."""
     host, port = settings.metrics_host, settings.metrics_port
     try:
-        exposition = Exposition(host, port, lambda: app.serving)
+        metrics_server = MetricsServer(host, port, lambda: app.serving)
     except OSError as error:
         say(f"no metrics: {host}:{port} cannot be listened on ({error.strerror}); choose another PREFLOOP_METRICS_PORT")
         yield
         return
-    say(f"metrics on http://{host}:{exposition.port}/metrics")
+    say(f"metrics on http://{host}:{metrics_server.port}/metrics")
     try:
         yield
     finally:
-        exposition.close()
+        metrics_server.close()
 
 
-def make_policy(settings: ServerSettings, dtype: DtypeName, directory: Path) -> VllmPolicy:
+def make_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> VllmEngine:
     """An engine with the reference in `directory`, and what swaps versions in it. Raises ServiceError where the engine
     cannot start; vLLM writes why to standard error."""
     start = partial(start_engine, settings, dtype, directory)
     try:
         if settings.serve_adapters:
-            return AdapterPolicy(start, directory, dtype)
-        return VllmPolicy(start, directory, dtype, keep_kv=settings.keep_kv_on_swap)
+            return AdapterEngine(start, directory, dtype)
+        return VllmEngine(start, directory, dtype, keep_kv=settings.keep_kv_on_swap)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         raise ServiceError(
             f"The engine could not start ({error or type(error).__name__}); what vLLM said of it is above. Where it is "

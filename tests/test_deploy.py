@@ -23,7 +23,7 @@ from learner.cli import app as learner
 from learner.ops.schedule import STOP_SECONDS
 from server.cli import app as server
 from server.settings import ServerSettings
-from server.telemetry.metrics_http import Exposition
+from server.telemetry.metrics_http import MetricsServer
 
 PROGRAMS = {"server": server, "learner": learner, "chat": chat}
 BOTH = ("prefloop-server.service", "prefloop-learner.service")
@@ -269,14 +269,14 @@ def test_the_image_gets_what_it_copies(root: Path) -> None:
 
 @pytest.mark.parametrize(("serving", "code"), [(True, 0), (False, 1)])
 def test_the_health_check(deploy: Path, serving: bool, code: int) -> None:
-    exposition = Exposition("127.0.0.1", 0, lambda: serving)
+    metrics_server = MetricsServer("127.0.0.1", 0, lambda: serving)
     # A proxy for the network is not asked.
-    environment = {"PREFLOOP_METRICS_PORT": str(exposition.port), "http_proxy": "http://127.0.0.1:1"}
+    environment = {"PREFLOOP_METRICS_PORT": str(metrics_server.port), "http_proxy": "http://127.0.0.1:1"}
     command = [sys.executable, str(deploy / "healthcheck.py")]
     try:
         assert subprocess.run(command, env=environment, timeout=30, check=False).returncode == code
     finally:
-        exposition.close()
+        metrics_server.close()
     gone = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert gone.returncode == 1
     assert "Connection refused" in gone.stderr

@@ -19,7 +19,7 @@ from clients.client import Client
 from clients.demo.processes import DemoError, Process, Server
 from clients.demo.progress import Task, progress
 from clients.demo.record import Record
-from clients.demo.streams import LiveStreams
+from clients.demo.streams import LongStreams
 from clients.demo.time_limit import Limit, OverdueError
 from clients.demo.voter import Answer
 from clients.errors import NotFoundError
@@ -52,7 +52,7 @@ def run_learner(record: Record, console: Console, server: Server, client: Client
     # Their questions must not be practised on; those of a demo that was killed are still there.
     listener = client.acting_as(user=LISTENER)
     forget_all(listener)
-    live = LiveStreams(listener)
+    live = LongStreams(listener)
     result.unlink(missing_ok=True)
     command = ["learner.cli", "run-once", "--data-dir", str(record.directory), "--wait", "--report", str(result)]
     if record.work.ppo_steps is not None:

@@ -11,7 +11,7 @@ MAX_TOKENS = 300
 STORIES = ("a lighthouse keeper", "a lost kite", "two neighbours and a wall", "a baker's first day", "an old ferry")
 
 
-class LiveStreams:
+class LongStreams:
     """`start` keeps STREAMS answers of up to MAX_TOKENS tokens going, `stop` lets the open ones end."""
 
     def __init__(self, client: Client) -> None:

@@ -52,7 +52,7 @@ class Asked:
         self.request_id = str(uuid.uuid4())
 
 
-class Talk:
+class OpenConversation:
     """One conversation at a time on a screen; `read(prompt)` asks for a choice."""
 
     def __init__(self, client: Client, screen: Screen, read: Callable[[str], str]) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from clients.client import Client
 from clients.errors import PrefloopError
-from clients.terminal.open_conversation import Talk
+from clients.terminal.open_conversation import OpenConversation
 from clients.terminal.screen import Screen, vote_words
 from clients.text import printable
 
@@ -45,7 +45,7 @@ class Terminal:
         self.screen = Screen(console)
         self.read = read
         self.edit = edit
-        self.talk = Talk(client, self.screen, read)
+        self.talk = OpenConversation(client, self.screen, read)
         self.comparing = False
         self._listed: list[str] = []
         # They hang on no conversation, so that /undo must remember them.

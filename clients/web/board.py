@@ -31,7 +31,7 @@ from starlette.routing import Route
 from clients.interval import wilson
 from clients.web.chart import Chart, stacks
 from clients.web.rounds import Interval, RoundFigures, win_rates
-from clients.web.sign_in import Person
+from clients.web.sign_in import SignedIn
 from clients.web.site import Site, enter, first, form_of
 
 DAYS = 30
@@ -116,7 +116,7 @@ async def rollback(request: Request) -> Response:
     return to_board()
 
 
-async def enter_operator(request: Request) -> tuple[Site, Person]:
+async def enter_operator(request: Request) -> tuple[Site, SignedIn]:
     """The site, and who asks; the server checks each call all the same."""
     site, person = await enter(request)
     if not person.is_operator:

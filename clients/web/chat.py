@@ -25,9 +25,9 @@ from starlette.routing import Route
 
 from clients.errors import PrefloopError
 from clients.web.rendering import turn_id, unfinished
-from clients.web.sign_in import Person
+from clients.web.sign_in import SignedIn
 from clients.web.site import Site, enter, first, form_of
-from clients.web.turns_under_way import LiveTurn
+from clients.web.turns_under_way import TurnUnderWay
 
 SIDEBAR_CONVERSATIONS = 30
 LISTED_CONVERSATIONS = 1000
@@ -155,14 +155,14 @@ def to_conversation(conversation_id: str) -> Response:
     return RedirectResponse(f"/c/{conversation_id}", 303)
 
 
-async def _grow(site: Site, conversation_id: str, live: LiveTurn) -> AsyncIterator[ServerSentEvent]:
+async def _grow(site: Site, conversation_id: str, live: TurnUnderWay) -> AsyncIterator[ServerSentEvent]:
     draw = partial(_html, site, conversation_id)
     async for _ in live.changes():
         yield ServerSentEvent(event="turn", data=live.drawn(draw))
     yield ServerSentEvent(event="end", data="")
 
 
-async def _look(site: Site, person: Person, conversation: Conversation) -> AsyncIterator[ServerSentEvent]:
+async def _look(site: Site, person: SignedIn, conversation: Conversation) -> AsyncIterator[ServerSentEvent]:
     # Whatever is wrong, the page says when it is drawn anew.
     with suppress(PrefloopError):
         while unfinished(conversation.turns[-1]):

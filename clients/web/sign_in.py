@@ -24,7 +24,7 @@ NO_KEYS = (
 
 
 @dataclass(frozen=True)
-class Person:
+class SignedIn:
     """Somebody whom the server let in."""
 
     client: AsyncClient
@@ -47,7 +47,7 @@ class Doorkeeper:
         # With this prefix no page of a sibling's name can set it, and sign the reader in as somebody else.
         return f"__Host-{KEY}" if self.secure else KEY
 
-    async def enter(self, request: Request) -> Person:
+    async def enter(self, request: Request) -> SignedIn:
         """Whoever sent this. Raises NotAllowedError where the server does not know them."""
         key = request.cookies.get(self._key)
         name = None if key else request.cookies.get(NAME) or self.default_name
@@ -82,8 +82,8 @@ class Doorkeeper:
         for cookie in {self._key, KEY, NAME}:
             response.delete_cookie(cookie, secure=self.secure, httponly=True, samesite="lax")
 
-    async def _known(self, client: AsyncClient) -> Person:
+    async def _known(self, client: AsyncClient) -> SignedIn:
         caller = await client.caller()
         if self.default_name is None and not caller.has_key:
             raise NotAllowedError(NO_KEYS, code=grpc.StatusCode.PERMISSION_DENIED)
-        return Person(client, caller.user, caller.role == "operator", caller.has_key)
+        return SignedIn(client, caller.user, caller.role == "operator", caller.has_key)

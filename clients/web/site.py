@@ -14,8 +14,8 @@ from starlette.templating import Jinja2Templates
 
 from clients.errors import NotAllowedError, PrefloopError, UnavailableError
 from clients.web.rendering import environment
-from clients.web.sign_in import Doorkeeper, Person
-from clients.web.turns_under_way import LiveTurns
+from clients.web.sign_in import Doorkeeper, SignedIn
+from clients.web.turns_under_way import TurnsUnderWay
 
 T = TypeVar("T")
 STATUSES = {
@@ -36,11 +36,11 @@ class Site:
     """The page's own state: who is who, and what is being answered."""
 
     doorkeeper: Doorkeeper
-    turns: LiveTurns = field(default_factory=LiveTurns)
+    turns: TurnsUnderWay = field(default_factory=TurnsUnderWay)
     templates: Jinja2Templates = field(default_factory=lambda: Jinja2Templates(env=environment()))
 
     async def page(
-        self, request: Request, person: Person | None, template: str, *, status: int = 200, **context: Any
+        self, request: Request, person: SignedIn | None, template: str, *, status: int = 200, **context: Any
     ) -> Response:
         """A whole page, for whoever looks at it. A long conversation takes a while, in which others' answers go on."""
         return await asyncio.to_thread(
@@ -52,7 +52,7 @@ class Site:
         return self.templates.get_template(template).render(**context)
 
 
-async def enter(request: Request) -> tuple[Site, Person]:
+async def enter(request: Request) -> tuple[Site, SignedIn]:
     """The site, and who asks for something on it. Raises NotAllowedError."""
     site: Site = request.app.state.site
     return site, await site.doorkeeper.enter(request)

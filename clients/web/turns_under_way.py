@@ -22,7 +22,7 @@ from clients.async_client import AsyncClient
 from clients.calls import AsyncStream, ChatEvent, CompareEvent
 from clients.errors import PrefloopError, UnavailableError
 from clients.web.rendering import turn_id
-from clients.web.sign_in import Person
+from clients.web.sign_in import SignedIn
 
 AnswerStream = AsyncStream[ChatEvent] | AsyncStream[CompareEvent]
 
@@ -35,7 +35,7 @@ AWAY = "The server went away in the middle of this answer. It goes on as soon as
 CAME_BACK = "The server went away in the middle of this answer. This is what it has kept."
 
 
-class LiveTurn:
+class TurnUnderWay:
     """One message and its answer or answers, as far as they have come."""
 
     def __init__(self, message: str) -> None:
@@ -139,18 +139,18 @@ class LiveTurn:
         self._changed = asyncio.Event()
 
 
-class LiveTurns:
+class TurnsUnderWay:
     """The turns that are being answered, by whose they are and the conversation they are in."""
 
     def __init__(self) -> None:
-        self._turns: dict[tuple[str, str], LiveTurn] = {}
+        self._turns: dict[tuple[str, str], TurnUnderWay] = {}
         # What went wrong with turns that are over, by the ids of theirs; the server's record does not say.
         self._notices: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def begin(self, person: Person, message: str, stream: AnswerStream) -> LiveTurn:
+    async def begin(self, person: SignedIn, message: str, stream: AnswerStream) -> TurnUnderWay:
         """Follows a stream just opened. Returns once the turn is on the server's disk; raises what kept it off it."""
-        live = LiveTurn(message)
+        live = TurnUnderWay(message)
         task = asyncio.create_task(self._run(live, person, stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -159,7 +159,7 @@ class LiveTurns:
             self._turns[person.name, live.conversation_id] = live
         return live
 
-    def find(self, person: Person, conversation_id: str) -> LiveTurn | None:
+    def find(self, person: SignedIn, conversation_id: str) -> TurnUnderWay | None:
         """The turn that is being answered in a conversation."""
         return self._turns.get((person.name, conversation_id))
 
@@ -173,7 +173,7 @@ class LiveTurns:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _run(self, live: LiveTurn, person: Person, stream: AnswerStream) -> None:
+    async def _run(self, live: TurnUnderWay, person: SignedIn, stream: AnswerStream) -> None:
         try:
             await live.run(person.client, stream)
         finally:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from learner.model.rollout import Sample
+from learner.model.rollout import SampledAnswer
 from learner.reward import linear_heads as fitting
-from learner.reward.linear_heads import SignalTest, Votes
+from learner.reward.linear_heads import SignalTest, VoteTensors
 from learner.reward.reward_model import Standardiser
 from learner.settings import GateSettings
 
@@ -71,7 +71,7 @@ class Judge:
 
 def fit_judge(
     features: Tensor,
-    votes: Votes,
+    votes: VoteTensors,
     standardise: Standardiser,
     l2: float,
     label_smoothing: float,
@@ -131,7 +131,7 @@ class Health:
     repetition: float
 
 
-def health(samples: list[Sample]) -> Health:
+def health(samples: list[SampledAnswer]) -> Health:
     """Means over the samples."""
     n = len(samples)
     return Health(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from learner.settings import PPOSettings
 
 
-class Policy:
+class TrainablePolicy:
     """`model` is trained; `reference()` gives the frozen one."""
 
     def __init__(self, model: Any, reference: Any | None) -> None:
@@ -26,7 +26,7 @@ class Policy:
     @classmethod
     def create(
         cls, reference: Path, settings: PPOSettings, dtype: torch.dtype, device: torch.device, seed: int = 0
-    ) -> "Policy":
+    ) -> "TrainablePolicy":
         """A policy equal to the reference in `reference`, a Hugging Face directory; adapters begin as `seed` says."""
         from transformers import AutoModelForCausalLM
 

@@ -25,7 +25,7 @@ from server.store.records import Prompt
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampledAnswer:
     """One sampled response. `logprobs` are mu's: the engine's own."""
 
     prompt: list[int]
@@ -44,7 +44,7 @@ class Sample:
 class Rollout:
     """A sampled batch: `tokens` of B responses, behavior_logprobs (B, T), `ended` (B,)."""
 
-    samples: list[Sample]
+    samples: list[SampledAnswer]
     tokens: Tokens
     behavior_logprobs: Tensor
     ended: Tensor
@@ -60,7 +60,7 @@ def draw_generator(seed: int, draw: int) -> torch.Generator:
     return torch.Generator().manual_seed(draw_seed(seed, draw))
 
 
-def to_rollout(samples: list[Sample]) -> Rollout:
+def to_rollout(samples: list[SampledAnswer]) -> Rollout:
     """Pads samples to tensors."""
     tokens = to_tokens([s.prompt for s in samples], [s.token_ids for s in samples])
     behavior_logprobs = torch.zeros(tokens.response_mask.shape)
@@ -69,7 +69,7 @@ def to_rollout(samples: list[Sample]) -> Rollout:
     return Rollout(samples, tokens, behavior_logprobs, torch.tensor([s.ended for s in samples]))
 
 
-class Engine:
+class RolloutEngine:
     """vLLM on the reference's directory; `push` gives it other weights. Call `close` when done."""
 
     def __init__(self, directory: Path, settings: LearnerSettings, dtype: DtypeName, max_model_len: int) -> None:
@@ -101,7 +101,7 @@ class Engine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("The engine kept cached prefixes of the old weights.")
 
-    def sample(self, prompts: list[Prompt], seed: int) -> list[Sample]:
+    def sample(self, prompts: list[Prompt], seed: int) -> list[SampledAnswer]:
         """One response to each prompt, as long as people were shown (the prompt's logged max_tokens)."""
         from vllm import SamplingParams
 
@@ -128,7 +128,7 @@ class Engine:
         del self._llm
         gc.collect()
 
-    def _sample(self, prompt: Prompt, output: Any) -> Sample:
+    def _sample(self, prompt: Prompt, output: Any) -> SampledAnswer:
         token_ids = list(output.token_ids)
         logprobs = [entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)]
-        return Sample(prompt.token_ids, token_ids, logprobs, self._text.text(token_ids), output.finish_reason)
+        return SampledAnswer(prompt.token_ids, token_ids, logprobs, self._text.text(token_ids), output.finish_reason)

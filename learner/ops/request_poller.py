@@ -19,7 +19,7 @@ from server.store.sqlite.database import DatabaseError
 LOOK_SECONDS, HEARTBEAT_SECONDS = 2.0, 5.0
 
 
-class Listener:
+class RequestPoller:
     """`start` it, and `stop` it when nothing is at work any more. `request` is called, again and again, while one
     waits; `next_time` tells when the clock starts a round."""
 

@@ -31,7 +31,7 @@ from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from learner.ops.cron import Cron, local_zone
-from learner.ops.request_poller import Listener
+from learner.ops.request_poller import RequestPoller
 from learner.process import STOPPED
 from learner.round.report import Report, outcome
 from learner.settings import ScheduleSettings, quiet, quiet_hours
@@ -53,7 +53,7 @@ class RoundScheduler:
         self._zone = local_zone()
         self._scheduler = BlockingScheduler(executors={"default": ThreadPoolExecutor(1)}, timezone=self._zone)
         self._trigger = trigger(settings, self._zone)
-        self._listener = Listener(data_dir, self._asked, self._next_time, self._look_at_clock, say)
+        self._listener = RequestPoller(data_dir, self._asked, self._next_time, self._look_at_clock, say)
         self._round: subprocess.Popen[bytes] | None = None
         # Held from before a round to after what is written down of it.
         self._at_work = threading.Lock()

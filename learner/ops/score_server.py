@@ -16,7 +16,7 @@ from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
 
 from learner.model.features import TokenPair, extract
 from learner.model.forward import to_tokens
-from learner.reward.reward_model import RewardModel
+from learner.reward.reward_model import LinearRewardModel
 from learner.round.checkpoint import verified
 from server.shared.dtype import DtypeName, DtypeSetting, resolve_dtype, torch_dtype
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ServiceError
@@ -41,7 +41,7 @@ class Scorer:
         self._max_model_len = max_model_len
         self._store = FeedbackStore.open(data_dir)
         self._reference: tuple[str, Any] = ("", None)
-        self._loaded: tuple[str, RewardModel] | None = None
+        self._loaded: tuple[str, LinearRewardModel] | None = None
 
     def score(self, pairs: list[TokenPair]) -> scoring_pb2.ScoreCandidatesResponse:
         """Raises FailedPreconditionError before the first reward model, InvalidArgumentError for unreadable tokens."""
@@ -66,13 +66,13 @@ class Scorer:
     def close(self) -> None:
         self._store.close()
 
-    def _newest(self) -> tuple[str, RewardModel, Any]:
+    def _newest(self) -> tuple[str, LinearRewardModel, Any]:
         registered = self._store.registry.newest_reward_model()
         if registered is None:
             raise FailedPreconditionError("NO_REWARD_MODEL", "There is no reward model yet: run a round first.")
         if self._loaded is None or self._loaded[0] != registered.version:
             directory, _ = verified(self._data_dir / "reward_models" / registered.version)
-            self._loaded = registered.version, RewardModel.load(directory)
+            self._loaded = registered.version, LinearRewardModel.load(directory)
         if self._reference[0] != registered.reference_version:
             from transformers import AutoModelForCausalLM
 

@@ -14,7 +14,7 @@ from typing import Any
 from server.shared.errors import NotFoundError
 from server.shared.stored_round import start_from
 from server.store.feedback_store import FeedbackStore
-from server.store.records import FeedbackEvent, Policy, Round
+from server.store.records import FeedbackEvent, PolicyVersion, Round
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def trace_vote(data_dir: Path, feedback_id: str) -> Trace:
     return Trace(record, lines)
 
 
-def _made(store: FeedbackStore, policy: Policy) -> dict[str, Any] | None:
+def _made(store: FeedbackStore, policy: PolicyVersion) -> dict[str, Any] | None:
     if policy.round_id is None:
         return None
     round_ = store.registry.round(policy.round_id)
@@ -122,7 +122,7 @@ def _made_lines(step: dict[str, Any]) -> Iterator[str]:
         yield f"       of these votes, since then: {changes}"
 
 
-def _with_ancestors(store: FeedbackStore, policy: Policy) -> Iterator[Policy]:
+def _with_ancestors(store: FeedbackStore, policy: PolicyVersion) -> Iterator[PolicyVersion]:
     """The version and, as long as rounds started from the active policy, what they started from."""
     while True:
         yield policy

@@ -65,7 +65,7 @@ def read_users(settings: LearnerSettings) -> list[UserFigures]:
         counted = store.snapshot(everything.watermark, settings.max_votes, quarantined)
     if not len(everything):
         return []
-    reader = Reader(settings, reference, everything.deletions)
+    reader = VoterAnalysis(settings, reference, everything.deletions)
     dataset = reader.dataset(everything)
     # Those in quarantine are compared with the others, who are not compared with them.
     heard = torch.tensor([float(user not in quarantined) for user in dataset.users])
@@ -77,7 +77,7 @@ def read_users(settings: LearnerSettings) -> list[UserFigures]:
     return figures(everything, dataset, found, reader.weights(reader.dataset(counted)), quarantined)
 
 
-class Reader:
+class VoterAnalysis:
     """The reference, which reads voted answers that no round has read yet."""
 
     def __init__(self, settings: LearnerSettings, reference_version: str, deletions: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from learner.model.features import TokenPair
 from learner.reward.likelihood import BOTH_BAD, TIE, A, B
-from learner.reward.linear_heads import Votes, vote_weights
+from learner.reward.linear_heads import VoteTensors, vote_weights
 from learner.settings import RewardSettings
 from server.store.records import Response, Side, Snapshot
 
@@ -26,7 +26,7 @@ class Dataset:
     are the votes' own, choices and corrections first, then thumbs; so are `voters` (C + M,), indices into `users`."""
 
     answers: list[TokenPair]
-    votes: Votes
+    votes: VoteTensors
     judges: Tensor
     feedback_ids: list[str]
     users: list[str]
@@ -37,12 +37,12 @@ class Dataset:
     left_out: int = 0
 
     @property
-    def train(self) -> Votes:
+    def train(self) -> VoteTensors:
         """The votes that the reward model is fitted on."""
         return select(self.votes, ~self.judges)
 
     @property
-    def judge(self) -> Votes:
+    def judge(self) -> VoteTensors:
         """The votes that only ever judge."""
         return select(self.votes, self.judges)
 
@@ -64,11 +64,11 @@ def is_judge(conversation_id: str, judge_share: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < judge_share
 
 
-def select(votes: Votes, groups: Tensor) -> Votes:
+def select(votes: VoteTensors, groups: Tensor) -> VoteTensors:
     """The votes of conversations where `groups` (G,) is True, conversations numbered anew without gaps."""
     c, m = groups[votes.choice_group], groups[votes.thumb_group]
     number = groups.cumsum(0) - 1
-    return Votes(
+    return VoteTensors(
         a=votes.a[c],
         b=votes.b[c],
         outcome=votes.outcome[c],
@@ -84,7 +84,7 @@ def select(votes: Votes, groups: Tensor) -> Votes:
     )
 
 
-def some_conversations(votes: Votes, limit: int, generator: torch.Generator) -> Votes:
+def some_conversations(votes: VoteTensors, limit: int, generator: torch.Generator) -> VoteTensors:
     """Votes of conversations drawn at random, about `limit` of them; all where they are no more."""
     if len(votes) <= limit:
         return votes
@@ -176,7 +176,7 @@ def to_dataset(
     def integers(column: tuple[object, ...]) -> Tensor:
         return torch.tensor(column, dtype=torch.long)
 
-    votes = Votes(
+    votes = VoteTensors(
         a=integers(choice_columns[0]),
         b=integers(choice_columns[1]),
         outcome=integers(choice_columns[2]),

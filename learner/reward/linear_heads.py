@@ -23,7 +23,7 @@ LIKE_LENGTH = math.log1p(0.25)
 
 
 @dataclass(frozen=True)
-class Votes:
+class VoteTensors:
     """Votes as indices into N responses: C choices and M thumbs."""
 
     # Choices, all (C,): rows of the two responses, outcome (A, B, TIE, BOTH_BAD), temperature of a minus that of b.
@@ -45,7 +45,7 @@ class Votes:
     def __len__(self) -> int:
         return len(self.a) + len(self.thumb)
 
-    def voted(self, features: Tensor) -> tuple[Tensor, "Votes"]:
+    def voted(self, features: Tensor) -> tuple[Tensor, "VoteTensors"]:
         """(D, F) features, out of (N, F), of the responses that were voted on, each once, and these votes as indices
         into them. A fit scores every response that it is given; the others would cost as much as these."""
         rows = torch.cat([self.a, self.b, self.response]).unique()
@@ -92,7 +92,7 @@ def span_basis(features: Tensor) -> Tensor:
 def objective(
     heads: Heads,
     features: Tensor,
-    votes: Votes,
+    votes: VoteTensors,
     l2: Tensor,
     label_smoothing: float,
     choice_weight: Tensor,
@@ -123,7 +123,7 @@ def objective(
 
 def fit(
     features: Tensor,
-    votes: Votes,
+    votes: VoteTensors,
     l2: Tensor,
     label_smoothing: float,
     *,
@@ -171,7 +171,7 @@ def fit(
     return Heads(*(value.detach() for value in parameters))
 
 
-def correct(heads: Heads, features: Tensor, votes: Votes) -> tuple[Tensor, Tensor]:
+def correct(heads: Heads, features: Tensor, votes: VoteTensors) -> tuple[Tensor, Tensor]:
     """Whether each head agrees with each vote, (K, C) and (K, M), in {0, 0.5, 1}; NaN for ties and both-bad, which
     name no winner."""
     scores = heads.scores(features)
@@ -186,7 +186,7 @@ def agreement(delta: Tensor, outcome: Tensor) -> Tensor:
     return (torch.sign(delta) * sign + 1) / 2
 
 
-def fold_of(votes: Votes, folds: int, generator: torch.Generator) -> Tensor:
+def fold_of(votes: VoteTensors, folds: int, generator: torch.Generator) -> Tensor:
     """(groups,) the fold of every conversation, the folds of equal size."""
     return torch.randperm(votes.groups, generator=generator) % folds
 
@@ -201,7 +201,7 @@ class CrossValidation:
 
 def cross_validate(
     features: Tensor,
-    votes: Votes,
+    votes: VoteTensors,
     l2: Tensor,
     label_smoothing: float,
     fold: Tensor,
@@ -241,7 +241,7 @@ def cross_validate(
     return CrossValidation(nll=by_head(losses, held), accuracy=by_head(right, counted))
 
 
-def vote_losses(heads: Heads, features: Tensor, votes: Votes) -> Tensor:
+def vote_losses(heads: Heads, features: Tensor, votes: VoteTensors) -> Tensor:
     """(K, C + M) unweighted, unsmoothed negative log-likelihood of each vote."""
     scores = heads.scores(features)
     k = len(scores)
@@ -269,7 +269,7 @@ class SignalTest:
 
 def signal_test(
     features: Tensor,
-    votes: Votes,
+    votes: VoteTensors,
     l2: float,
     label_smoothing: float,
     folds: int,
@@ -312,7 +312,7 @@ def _shuffle(within: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def bootstrap(
-    features: Tensor, votes: Votes, l2: float, label_smoothing: float, refits: int, generator: torch.Generator
+    features: Tensor, votes: VoteTensors, l2: float, label_smoothing: float, refits: int, generator: torch.Generator
 ) -> Heads:
     """Heads refitted on conversations drawn with replacement."""
     drawn = torch.randint(votes.groups, (refits, votes.groups), generator=generator)
@@ -346,7 +346,7 @@ class HeldOut:
     length_correlation: float
 
 
-def held_out(heads: Heads, features: Tensor, votes: Votes, log_lengths: Tensor) -> HeldOut:
+def held_out(heads: Heads, features: Tensor, votes: VoteTensors, log_lengths: Tensor) -> HeldOut:
     """Figures of a single head (K = 1) on choices that name a winner; `log_lengths` (N,). NaN without any."""
     decisive = (votes.outcome == A) | (votes.outcome == B)
     outcome = votes.outcome[decisive]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from learner.reward import linear_heads as fitting
-from learner.reward.linear_heads import Heads, HeldOut, SignalTest, Votes
+from learner.reward.linear_heads import Heads, HeldOut, SignalTest, VoteTensors
 from learner.settings import RewardSettings
 
 # Standard deviations of log length beyond which an answer is no longer or shorter.
@@ -52,7 +52,7 @@ def standardiser(features: Tensor, layers: int) -> Standardiser:
 
 
 @dataclass(frozen=True)
-class RewardModel:
+class LinearRewardModel:
     """A fitted score; all tensors float32 on the CPU."""
 
     layers: tuple[int, ...]
@@ -100,7 +100,7 @@ class RewardModel:
         )
 
     @classmethod
-    def load(cls, directory: Path) -> "RewardModel":
+    def load(cls, directory: Path) -> "LinearRewardModel":
         tensors = load_file(directory / WEIGHTS)
         numbers = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
         layers = tuple(numbers.pop("layers"))
@@ -115,8 +115,8 @@ class RewardModel:
 
 
 def fit_reward_model(
-    features: Tensor, votes: Votes, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
-) -> RewardModel:
+    features: Tensor, votes: VoteTensors, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
+) -> LinearRewardModel:
     """The score that `votes` ask for, on features (N, F) of the answers; its penalty chosen by cross-validation."""
     voted, votes = votes.voted(features)
     scaling = standardiser(voted, len(layers))
@@ -128,7 +128,7 @@ def fit_reward_model(
     members = fitting.bootstrap(reduced, votes, l2, settings.label_smoothing, settings.members, generator)
     weights = basis @ head.weights[0]
     low, high = torch.quantile(standard @ weights, torch.tensor([TAIL, 1 - TAIL])).tolist()
-    return RewardModel(
+    return LinearRewardModel(
         layers=layers,
         standardiser=scaling,
         weights=weights,
@@ -146,7 +146,7 @@ def fit_reward_model(
 
 
 def test_signal(
-    features: Tensor, votes: Votes, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
+    features: Tensor, votes: VoteTensors, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
 ) -> SignalTest:
     """Whether `votes` say anything that features (N, F) of the answers can predict, before a model is fitted."""
     voted, votes = votes.voted(features)
@@ -163,7 +163,7 @@ def test_signal(
     )
 
 
-def choose_l2(features: Tensor, votes: Votes, settings: RewardSettings, generator: torch.Generator) -> float:
+def choose_l2(features: Tensor, votes: VoteTensors, settings: RewardSettings, generator: torch.Generator) -> float:
     """The penalty of the lowest cross-validated NLL, averaged over several ways to make folds."""
     grid = torch.tensor(settings.l2_grid)
     folds = min(settings.folds, votes.groups)
@@ -178,7 +178,7 @@ def choose_l2(features: Tensor, votes: Votes, settings: RewardSettings, generato
     return settings.l2_grid[int(nll.mean(dim=0).argmin())]
 
 
-def standardise(model: RewardModel, reference_features: Tensor) -> RewardModel:
+def standardise(model: LinearRewardModel, reference_features: Tensor) -> LinearRewardModel:
     """The same model with scores of mean 0 and sd 1 over `reference_features` (N, F); everything on the score's scale
     moves along."""
     scores = model.scores(reference_features)
@@ -206,7 +206,7 @@ def standardise(model: RewardModel, reference_features: Tensor) -> RewardModel:
     )
 
 
-def evaluate(model: RewardModel, features: Tensor, votes: Votes) -> HeldOut:
+def evaluate(model: LinearRewardModel, features: Tensor, votes: VoteTensors) -> HeldOut:
     """How the model's unstandardised head does on votes it was not fitted on; the last feature is log length."""
     nothing = torch.zeros(1)
     as_head = Heads(model.weights[None], nothing, nothing, nothing, nothing, torch.zeros(1, votes.users))

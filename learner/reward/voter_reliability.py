@@ -25,7 +25,7 @@ from learner.reward import linear_heads as fitting
 from learner.reward.dataset import Dataset
 from learner.reward.exact_tests import either_side, holm
 from learner.reward.likelihood import A, B
-from learner.reward.linear_heads import Votes
+from learner.reward.linear_heads import VoteTensors
 from learner.reward.reward_model import standardiser
 from learner.settings import RewardSettings
 
@@ -50,7 +50,7 @@ class Verdicts:
 
 
 @dataclass(frozen=True)
-class Kinds:
+class VoteKinds:
     """What `kinds` made of the voters."""
 
     # (U,) probability of being against the others; zero for all where that kind is not needed.
@@ -91,13 +91,13 @@ def one_sided(found: Verdicts) -> list[float]:
     return holm([either_side(int(a), int(sided)) if sided else None for a, sided in sides])
 
 
-def scaled(votes: Votes, factors: Tensor) -> Votes:
+def scaled(votes: VoteTensors, factors: Tensor) -> VoteTensors:
     """The votes with weights times factors (C + M,)."""
     c, m = factors.split([len(votes.a), len(votes.thumb)])
     return replace(votes, choice_weight=votes.choice_weight * c, thumb_weight=votes.thumb_weight * m)
 
 
-def kinds(right: Tensor, heard: Tensor, significant: float = SIGNIFICANT) -> Kinds:
+def kinds(right: Tensor, heard: Tensor, significant: float = SIGNIFICANT) -> VoteKinds:
     """From (U,) held-out verdicts of each voter that were right, and how many there were. Binomial mixture of the rates
     q, a half and 1 - q; nobody is against the others where the evidence for that kind is not above `significant`."""
     right, heard = right.double(), heard.double()
@@ -105,7 +105,7 @@ def kinds(right: Tensor, heard: Tensor, significant: float = SIGNIFICANT) -> Kin
     three, shares, rate, most = mixture(right, heard, torch.tensor([0.8, 0.1, 0.1]))
     evidence = 2 * (most - least)
     clear = int((heard > 0).sum()) >= MIN_VOTERS and evidence > significant and shares[2] < shares[0]
-    return Kinds(three[:, 2] if clear else torch.zeros_like(right), shares, rate, evidence)
+    return VoteKinds(three[:, 2] if clear else torch.zeros_like(right), shares, rate, evidence)
 
 
 def mixture(right: Tensor, heard: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, float, float]:
@@ -129,7 +129,7 @@ def mixture(right: Tensor, heard: Tensor, shares: Tensor) -> tuple[Tensor, Tenso
 
 def verdicts(
     features: Tensor,
-    votes: Votes,
+    votes: VoteTensors,
     voters: Tensor,
     compared: Tensor,
     count: int,

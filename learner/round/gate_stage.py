@@ -26,10 +26,10 @@ from learner.gate.rules import (
 from learner.improve.ppo.experience import judge_rollout, policy_logprobs
 from learner.improve.ppo.losses import mismatch
 from learner.improve.ppo.trainer import PUSH_ANSWERS, candidate, check_push
-from learner.model.rollout import Sample, draw_seed, to_rollout
+from learner.model.rollout import SampledAnswer, draw_seed, to_rollout
 from learner.reward.dataset import Dataset
 from learner.reward.linear_heads import SignalTest
-from learner.reward.reward_model import RewardModel
+from learner.reward.reward_model import LinearRewardModel
 from learner.round.checkpoint import verified
 from learner.round.workspace import Workspace, spread
 from learner.settings import GateSettings
@@ -47,7 +47,7 @@ class Answers:
     """What one version answered: M answers to each of N prompts, a prompt's own in a row. features (N * M, F), and of a
     candidate kl (N * M,), nats to the reference."""
 
-    samples: list[Sample]
+    samples: list[SampledAnswer]
     features: Tensor
     kl: Tensor
 
@@ -57,7 +57,7 @@ class Answers:
 
 
 def judge_candidates(
-    work: Workspace, dataset: Dataset, features: Tensor, reward_model: RewardModel, signal: SignalTest
+    work: Workspace, dataset: Dataset, features: Tensor, reward_model: LinearRewardModel, signal: SignalTest
 ) -> Verdict:
     """Which candidate may serve, if any; every answer that was judged is kept beside it.
 
@@ -120,7 +120,7 @@ def _add(answers: dict[str, Answers], name: str, more: Answers) -> None:
 
 
 def _published_answers(
-    work: Workspace, version: str, prompts: list[Prompt], seed: int, reward_model: RewardModel
+    work: Workspace, version: str, prompts: list[Prompt], seed: int, reward_model: LinearRewardModel
 ) -> Answers:
     from learner.model.policy import published_weights
 
@@ -132,7 +132,7 @@ def _published_answers(
 
 
 def _candidate_answers(
-    work: Workspace, step: int, prompts: list[Prompt], seed: int, reward_model: RewardModel
+    work: Workspace, step: int, prompts: list[Prompt], seed: int, reward_model: LinearRewardModel
 ) -> Answers:
     ppo, temperature = work.settings.ppo, work.settings.service_temperature
     work.policy.load(candidate(work.directory, step))
@@ -157,7 +157,7 @@ def _figures(
     incumbent: Answers,
     reference: Answers,
     judge: Judge,
-    reward_model: RewardModel,
+    reward_model: LinearRewardModel,
     look: Look,
 ) -> Figures:
     matched_rate, matched_answers = length_matched(judge, ours.features, incumbent.features)
@@ -194,7 +194,7 @@ def promising(ppo: dict[str, Any], gate: GateSettings) -> list[int]:
     return kept[::-1]
 
 
-def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, list[Sample]]) -> None:
+def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, list[SampledAnswer]]) -> None:
     """Every answer that was judged, side by side, for whoever wants to read what changed: the first to each prompt,
     then the second to each; less what was asked in conversations that were deleted since the round began."""
     data_dir, each = work.settings.data_dir, work.settings.gate.answers

@@ -16,7 +16,9 @@ from server.store.records import Snapshot
 MIN_SIDE = 10
 
 
-def why_not(store: FeedbackStore, snapshot: Snapshot, quarantined: list[str], settings: LearnerSettings) -> str | None:
+def failed_precondition(
+    store: FeedbackStore, snapshot: Snapshot, quarantined: list[str], settings: LearnerSettings
+) -> str | None:
     """Why no round starts now, in a sentence; None if one may. Other users in quarantine are other votes, too."""
     try:
         store.registry.active_policy()

@@ -24,12 +24,12 @@ from learner.reward import reward_model as scoring
 from learner.reward import voter_reliability
 from learner.reward.dataset import Dataset, some_conversations, to_dataset
 from learner.reward.linear_heads import SignalTest
-from learner.reward.reward_model import RewardModel
+from learner.reward.reward_model import LinearRewardModel
 from learner.round.checkpoint import publish_version, verified
 from learner.round.gate_stage import judge_candidates
 from learner.round.lease import learner_lease
 from learner.round.package_versions import versions
-from learner.round.preconditions import no_candidate, too_few_prompts, too_few_votes, too_little, why_not
+from learner.round.preconditions import failed_precondition, no_candidate, too_few_prompts, too_few_votes, too_little
 from learner.round.publish import activate, publish
 from learner.round.report import Report
 from learner.round.retention import prune
@@ -78,7 +78,7 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
         snapshot = snapshot.without(store.lineage.rolled_back(before))
     if current is None:
         stages.console.print(f"computing in {dtype}", highlight=False)
-        if reason := why_not(store, snapshot, quarantined, settings):
+        if reason := failed_precondition(store, snapshot, quarantined, settings):
             return Report("nothing", reason)
         current = store.registry.create_round(
             snapshot.watermark,
@@ -242,10 +242,10 @@ def weigh_voters(work: Workspace, dataset: Dataset, features: Tensor) -> tuple[D
     return weighed, {"voters": len(factors), "doubted": doubted, "mean_weight": float(factors.mean())}
 
 
-def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor, voters: dict[str, Any]) -> RewardModel:
+def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor, voters: dict[str, Any]) -> LinearRewardModel:
     if work.done("reward_model"):
         directory, _ = verified(work.reward_model_directory)
-        return RewardModel.load(directory)
+        return LinearRewardModel.load(directory)
     with work.stages.stage("reward_model", "fitting the reward model"):
         model = scoring.fit_reward_model(features, dataset.train, work.layers, work.settings.reward, work.generator(2))
         held_out = scoring.evaluate(model, features, dataset.judge)
@@ -279,10 +279,10 @@ def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor, voters
         fence=work.lease,
     )
     work.record("reward_model", {"voters": voters, "reward_model": metrics})
-    return RewardModel.load(work.reward_model_directory)
+    return LinearRewardModel.load(work.reward_model_directory)
 
 
-def improve_policy(work: Workspace, reward_model: RewardModel) -> None:
+def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> None:
     if work.done("ppo"):
         return
     ppo = work.settings.ppo

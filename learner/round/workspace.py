@@ -14,9 +14,9 @@ from torch import Tensor
 from learner.improve.ppo.state import drop_states
 from learner.improve.ppo.trainer import drop_candidates
 from learner.model.features import default_layers, extract
-from learner.model.rollout import Engine, Sample, draw_generator, to_rollout
+from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, to_rollout
 from learner.progress import Stages
-from learner.reward.reward_model import RewardModel
+from learner.reward.reward_model import LinearRewardModel
 from learner.round.checkpoint import verified
 from learner.round.prompts import Prompts, share_out, split_prompts, top_up
 from learner.settings import LearnerSettings
@@ -29,7 +29,7 @@ from server.store.records import Lease, Prompt, Round, Snapshot
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from learner.model.policy import Policy
+    from learner.model.policy import TrainablePolicy
 
 STAGES = ("snapshot", "reward_model", "ppo", "gate", "publish", "activate")
 
@@ -85,11 +85,11 @@ class Workspace:
         return cache_key(self.reference_directory)
 
     @cached_property
-    def policy(self) -> "Policy":
+    def policy(self) -> "TrainablePolicy":
         with self.stages.stage("start", "loading the reference"):
-            from learner.model.policy import Policy
+            from learner.model.policy import TrainablePolicy
 
-            return Policy.create(
+            return TrainablePolicy.create(
                 self.reference_directory,
                 self.settings.ppo,
                 torch_dtype(self.dtype),
@@ -98,16 +98,16 @@ class Workspace:
             )
 
     @cached_property
-    def engine(self) -> Engine:
+    def engine(self) -> RolloutEngine:
         with self.stages.stage("start", "starting the engine"):
             longest = max(len(p.token_ids) + p.max_tokens for p in self.prompts.train + self.prompts.held_out)
-            return Engine(self.reference_directory, self.settings, self.dtype, longest)
+            return RolloutEngine(self.reference_directory, self.settings, self.dtype, longest)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
         return self.settings.reward.layers or default_layers(self.policy.model.config.num_hidden_layers)
 
-    def features_of(self, samples: list[Sample], model: RewardModel) -> Tensor:
+    def features_of(self, samples: list[SampledAnswer], model: LinearRewardModel) -> Tensor:
         """(N, F) of sampled answers."""
         tokens = to_rollout(samples).tokens
         with self.policy.reference() as reference:

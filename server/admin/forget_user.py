@@ -19,7 +19,7 @@ NOT_EMPTIED = (
 def forget(store: FeedbackStore, data_dir: Path, user: str, poll_seconds: float) -> Iterator[str]:
     """Removes all that is kept of a user, a sentence at a time."""
     store.keys.forget(user)
-    kept = store.forgetting.look(user)
+    kept = store.deletion.look(user)
     _forget_rows(store, user)
     if store.registry.replicas():
         yield "Waiting for calls that a running server had let in before."
@@ -39,5 +39,5 @@ def compact(data_dir: Path) -> str:
 
 
 def _forget_rows(store: FeedbackStore, user: str) -> None:
-    while store.forgetting.step(user):
+    while store.deletion.step(user):
         pass

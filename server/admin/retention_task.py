@@ -16,7 +16,7 @@ TIDY_SECONDS = 3600.0
 REWRITE_MOST_BYTES = 2**30
 
 
-class Eraser:
+class RetentionTask:
     """Removes for good what deleting rows leaves. One at a time."""
 
     def __init__(self, store: StoreThread, data_dir: Path, retention_days: float) -> None:
@@ -40,9 +40,9 @@ class Eraser:
     async def tidy(self) -> None:
         """Call it every hour."""
         days = self._retention_days
-        while days and await self._store(lambda store: store.forgetting.expire(days)):
+        while days and await self._store(lambda store: store.deletion.expire(days)):
             pass
         small = (self._data_dir / DATABASE).stat().st_size <= REWRITE_MOST_BYTES
-        if not small and await self._store(lambda store: store.forgetting.rewrite_due() > 0):
+        if not small and await self._store(lambda store: store.deletion.rewrite_due() > 0):
             log.warning("the database is too large to be rewritten while it serves: stop, and run `server compact`")
         await self.erase(rewrite=small)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.base import SwapError
-from server.engine.vllm_engine import VllmPolicy
+from server.engine.vllm_engine import VllmEngine
 from server.engine.vllm_stream import Labels
 from server.engine.weights import adapter_weights, finite_tensors
 from server.shared.dtype import DtypeName
@@ -25,7 +25,7 @@ from server.store.registry import REFERENCE
 log = logging.getLogger(__name__)
 
 
-class AdapterPolicy(VllmPolicy):
+class AdapterEngine(VllmEngine):
     """Policy over an AsyncLLM that was started with the reference and `enable_lora`."""
 
     def __init__(self, start_engine: Callable[[], Any], directory: Path, dtype: DtypeName) -> None:

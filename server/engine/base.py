@@ -1,4 +1,4 @@
-"""The policy: what samples answers, and what a swap changes. `Policy` is the boundary that unit tests replace."""
+"""What samples answers, and what a swap changes: `ServingEngine` is the boundary that unit tests replace."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class SwapError(Exception):
     """The new weights were not taken; the old ones serve on."""
 
 
-class Stream(Protocol):
+class AnswerStream(Protocol):
     """One answer as it is sampled: iterate over its text, then `finish`."""
 
     def __aiter__(self) -> AsyncIterator[str]: ...
@@ -35,7 +35,7 @@ class Stream(Protocol):
         ...
 
 
-class Policy(Protocol):
+class ServingEngine(Protocol):
     """Samples answers from one version at a time."""
 
     @property
@@ -58,7 +58,7 @@ class Policy(Protocol):
         """Token ids of an answer that a person wrote, its end included. Any thread may call it, too."""
         ...
 
-    async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> Stream:
+    async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> AnswerStream:
         """Starts an answer; waits while a swap is under way. From another version than the loaded one only where
         several are live; raises ValueError elsewhere."""
         ...

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from server.engine.base import Sampling, SwapError
-from server.engine.vllm_stream import Labels, VllmStream
+from server.engine.vllm_stream import Labels, VllmAnswerStream
 from server.engine.watchdog import Pulse, complaint
 from server.engine.weights import engine_weights
 from server.shared.dtype import DtypeName
@@ -46,7 +46,7 @@ MEASURED_TOKENS = 256
 WARM_ANSWERS = 16
 
 
-class VllmPolicy:
+class VllmEngine:
     """Policy over an AsyncLLM that `start_engine` makes: it holds the reference, whose weights are in `directory`, and
     computes in `dtype`."""
 
@@ -97,7 +97,9 @@ class VllmPolicy:
     def locate(self, data_dir: Path, version: str) -> Path:
         return engine_weights(data_dir, version, self._dtype)
 
-    async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> VllmStream:
+    async def sample(
+        self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None
+    ) -> VllmAnswerStream:
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -120,7 +122,7 @@ class VllmPolicy:
             lora_request=self._adapter(version),
         )
         text = self._text.stream(prompt_token_ids)
-        return VllmStream(self._engine, request_id, queue, text, self._labels(version))
+        return VllmAnswerStream(self._engine, request_id, queue, text, self._labels(version))
 
     async def swap(self, version: str, directory: Path) -> None:
         async with self._swapping:

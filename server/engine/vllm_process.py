@@ -18,7 +18,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from server.engine.prefill_shares import level
+from server.engine.prefill_shares import prefill_share
 from server.engine.vllm_worker import SwapExtension
 from server.engine.watchdog import BEAT_SECONDS, Pulse
 from server.shared.failpoints import failpoint
@@ -67,7 +67,7 @@ class Stepped:
         reading = [tokens for tokens in remaining if tokens > 0]
         # The others are answers, of which each takes one.
         tokens: int = self.max_num_scheduled_tokens - (len(remaining) - len(reading))  # type: ignore[attr-defined]
-        self.scheduler_config.long_prefill_token_threshold = level(reading, tokens)  # type: ignore[attr-defined]
+        self.scheduler_config.long_prefill_token_threshold = prefill_share(reading, tokens)  # type: ignore[attr-defined]
 
     def update_from_output(self, step: Any, output: Any) -> Any:
         # Where the next step is scheduled while one runs, it begins when that one ends.

@@ -19,7 +19,7 @@ class Labels:
     settle: Callable[[list[Span]], list[Span]]
 
 
-class VllmStream:
+class VllmAnswerStream:
     """One answer from an AsyncLLM. A cancelled reader loses nothing: what was sampled waits in vLLM's queue."""
 
     def __init__(

@@ -7,11 +7,11 @@ from typing import Any
 
 from prefloop.v1 import account_pb2, account_pb2_grpc
 
-from server.admin.retention_task import Eraser
+from server.admin.retention_task import RetentionTask
 from server.identity import current_caller
 from server.rpc.access import Access
 from server.rpc.export import export
-from server.rpc.open_calls import Calls
+from server.rpc.open_calls import OpenCalls
 from server.shared.errors import PermissionDeniedError
 from server.store.store_thread import StoreThread
 
@@ -19,11 +19,11 @@ from server.store.store_thread import StoreThread
 class AccountService(account_pb2_grpc.AccountServiceServicer):
     """For everybody on themselves, for operators on anybody."""
 
-    def __init__(self, store: StoreThread, access: Access, calls: Calls, eraser: Eraser) -> None:
+    def __init__(self, store: StoreThread, access: Access, calls: OpenCalls, retention: RetentionTask) -> None:
         self._store = store
         self._access = access
         self._calls = calls
-        self._eraser = eraser
+        self._retention = retention
         self._forgetting: set[asyncio.Task[account_pb2.ForgetUserResponse]] = set()
         # Calls that ask to forget a user: asked twice at once, neither ends the other.
         self._asking: dict[str, set[asyncio.Task[object]]] = defaultdict(set)
@@ -65,8 +65,8 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
         await self._store(lambda store: store.keys.forget(user))
         await self._access.refresh()
         await self._calls.end(user, but=self._asking.get(user, set()))
-        kept = await self._store(lambda store: store.forgetting.look(user))
-        while await self._store(lambda store: store.forgetting.step(user)):
+        kept = await self._store(lambda store: store.deletion.look(user))
+        while await self._store(lambda store: store.deletion.step(user)):
             pass
         return account_pb2.ForgetUserResponse(
             conversations=kept.conversations,
@@ -74,7 +74,7 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
             policy_versions=kept.policy_versions,
             reward_model_versions=kept.reward_model_versions,
             running_round_ids=kept.running_round_ids,
-            erased=await self._eraser.erase(),
+            erased=await self._retention.erase(),
         )
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from google.protobuf.message import Message
 from prefloop.v1 import chat_pb2, chat_pb2_grpc
 
-from server.admin.retention_task import Eraser
-from server.engine.base import Policy, Sampling
+from server.admin.retention_task import RetentionTask
+from server.engine.base import Sampling, ServingEngine
 from server.identity import current_user
 from server.rpc import to_proto
 from server.rpc.limits import Limits
@@ -31,11 +31,11 @@ from server.store.quotas import check_conversations
 from server.store.records import Generation, Response, Slot
 from server.store.store_thread import StoreThread
 from server.turns.answers import Answers, Begun
-from server.turns.candidate_choice import Planner
+from server.turns.candidate_choice import CandidateChooser
 from server.turns.encoding_thread import CHARS_A_TOKEN, encoding
 from server.turns.keyed_locks import KeyedLocks
 from server.turns.prompt import Said, build_prompt
-from server.versions.ab_test import Referee
+from server.versions.ab_test import AbTest
 
 SLOTS: tuple[Slot, Slot] = ("A", "B")
 
@@ -48,24 +48,24 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     def __init__(
         self,
         store: StoreThread,
-        policy: Policy,
+        engine: ServingEngine,
         settings: ServerSettings,
         replica_id: str,
-        eraser: Eraser,
+        retention: RetentionTask,
         limits: Limits,
-        planner: Planner | None = None,
-        referee: Referee | None = None,
+        chooser: CandidateChooser | None = None,
+        ab_test: AbTest | None = None,
     ) -> None:
         self._store = store
-        self._policy = policy
+        self._engine = engine
         self._settings = settings
         self._replica_id = replica_id
-        self._eraser = eraser
+        self._retention = retention
         self._limits = limits
-        self._planner = planner
-        self._referee = referee
+        self._chooser = chooser
+        self._ab_test = ab_test
         self._locks = KeyedLocks()
-        self._answers = Answers(store, policy)
+        self._answers = Answers(store, engine)
 
     async def Chat(self, request: chat_pb2.ChatRequest, context: Any) -> None:  # type: ignore[override]
         user = current_user()
@@ -78,7 +78,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 await self._replay_chat(user, first, context.write)
                 return
             prompt, sampling = await self._prompt(history, began, request)
-            version = self._policy.version
+            version = self._engine.version
 
             def begin(store: FeedbackStore) -> Begun:
                 with store.transaction():
@@ -118,7 +118,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 await self._replay_comparison(user, first, context.write)
                 return
             prompt, sampling = await self._prompt(history, began, request)
-            pair = self._referee.pair if self._referee else None
+            pair = self._ab_test.pair if self._ab_test else None
             versions, samplings = self._duel(pair, sampling) if pair else self._plain_comparison(sampling)
 
             def begin(store: FeedbackStore) -> Begun:
@@ -144,16 +144,16 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 async with writing:
                     await context.write(message)
 
-            planner = self._planner if not pair and sampling.seed is None else None
-            sampled = self._settings.compare_candidates if planner else 2
+            chooser = self._chooser if not pair and sampling.seed is None else None
+            sampled = self._settings.compare_candidates if chooser else 2
             async with self._begun(user, request, begin, answers=sampled) as begun:
                 await write(_compare_started(begun.conversation_id, begun.comparison_id))
                 # Elsewhere a swap may come first: such an answer takes whatever is loaded, and its spans say what.
                 pinned = versions if pair else (None, None)
                 answers = list(zip(SLOTS, begun.response_ids, samplings, pinned, strict=True))
                 try:
-                    if planner:
-                        await self._planned_answers(planner, answers, prompt, write)
+                    if chooser:
+                        await self._chosen_answers(chooser, answers, prompt, write)
                     else:
                         async with asyncio.TaskGroup() as both:
                             for answer in answers:
@@ -205,7 +205,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         user = current_user()
         async with self._locks.hold(_turn_key(user, request.conversation_id)):
             await self._store(lambda store: store.delete_conversation(user, request.conversation_id))
-        await self._eraser.erase()
+        await self._retention.erase()
         return chat_pb2.DeleteConversationResponse()
 
     async def drain(self) -> None:
@@ -218,7 +218,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self, history: list[Said], began: float, request: chat_pb2.ChatRequest | chat_pb2.CompareRequest
     ) -> tuple[list[int], Sampling]:
         given = {field.name: value for field, value in request.sampling.ListFields()}
-        limit = self._policy.max_model_len
+        limit = self._engine.max_model_len
         sampling = Sampling(
             temperature=given.get("temperature", self._settings.service_temperature),
             max_tokens=given.get("max_tokens", min(self._settings.max_tokens, limit // 2)),
@@ -229,14 +229,14 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 "sampling.max_tokens",
                 f"sampling.max_tokens must be below {limit}, which is what the model has for a message and its answer.",
             )
-        encode = partial(self._policy.encode, began=began)
+        encode = partial(self._engine.encode, began=began)
         prompt = await encoding(build_prompt, encode, history, request.message, limit - sampling.max_tokens)
         return prompt, sampling
 
     def _plain_comparison(self, base: Sampling) -> tuple[tuple[str, str], list[Sampling]]:
         """One version at two temperatures; which is A's is random."""
         low, high = random.sample(self._settings.compare_temperatures, 2)
-        return (self._policy.version, self._policy.version), two_samplings(base, low, high)
+        return (self._engine.version, self._engine.version), two_samplings(base, low, high)
 
     def _duel(self, pair: tuple[str, str], base: Sampling) -> tuple[tuple[str, str], list[Sampling]]:
         """Two versions at one temperature, so that nothing else differs; which is A's is random."""
@@ -253,8 +253,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         await write(_compare_finished(slot, response_id, generation, prompt))
         return generation
 
-    async def _planned_answers(
-        self, planner: Planner, answers: list[tuple[Slot, str, Sampling, str | None]], prompt: list[int], write: Write
+    async def _chosen_answers(
+        self,
+        chooser: CandidateChooser,
+        answers: list[tuple[Slot, str, Sampling, str | None]],
+        prompt: list[int],
+        write: Write,
     ) -> None:
         """One answer is streamed; the other comes whole, chosen when all have ended. Which of them is A is random."""
         streamed, (slot, response_id, sampling, _) = random.sample(answers, 2)
@@ -265,7 +269,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                 for _ in range(self._settings.compare_candidates - 1)
             ]
         candidates = [task.result() for task in unseen]
-        chosen = await planner.choose(prompt, first.result().token_ids, [one.token_ids for one in candidates])
+        chosen = await chooser.choose(prompt, first.result().token_ids, [one.token_ids for one in candidates])
         generation = candidates[chosen.index]
         await self._answers.keep(response_id, generation, chosen.reward_model_version)
         await _write_whole(write, slot, response_id, generation, prompt)
@@ -299,7 +303,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     ) -> tuple[str | None, float, list[Said]]:
         """What the same request_id was answered first, if it was; else when the conversation began, and as much of it
         as the model could read."""
-        chars = CHARS_A_TOKEN * self._policy.max_model_len
+        chars = CHARS_A_TOKEN * self._engine.max_model_len
 
         def read(store: FeedbackStore) -> tuple[str | None, float, list[Said]]:
             if request.request_id:

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefloop.v1 import feedback_pb2, feedback_pb2_grpc
 
-from server.engine.base import Policy
+from server.engine.base import ServingEngine
 from server.identity import current_user
 from server.rpc import to_proto
 from server.rpc.paging import CHUNK, fill, in_chunks
@@ -23,9 +23,9 @@ from server.turns.encoding_thread import CHARS_A_TOKEN, encoding
 class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
     """Thumbs, choices, corrections and demonstrations of the calling user."""
 
-    def __init__(self, store: StoreThread, policy: Policy, user_demonstrations: int) -> None:
+    def __init__(self, store: StoreThread, engine: ServingEngine, user_demonstrations: int) -> None:
         self._store = store
-        self._policy = policy
+        self._engine = engine
         self._user_demonstrations = user_demonstrations
 
     async def SubmitThumb(
@@ -58,8 +58,8 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         user = current_user()
         prompt = await self._store.read(lambda store: len(store.response(user, request.response_id).prompt_token_ids))
         self._check_chars("text", len(request.text))
-        tokens = len(await encoding(self._policy.encode_answer, request.text))
-        self._check_fits("text", tokens, self._policy.max_model_len - prompt)
+        tokens = len(await encoding(self._engine.encode_answer, request.text))
+        self._check_fits("text", tokens, self._engine.max_model_len - prompt)
         feedback = await self._once(
             "SubmitCorrection",
             request,
@@ -78,7 +78,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         except ValueError as error:
             sentence = "messages do not follow each other as the model's chat template has it."
             raise InvalidArgumentError("messages", sentence) from error
-        self._check_fits("messages", tokens, self._policy.max_model_len)
+        self._check_fits("messages", tokens, self._engine.max_model_len)
 
         def submit(store: FeedbackStore, user: str) -> records.Feedback:
             check_demonstrations(store, user, self._user_demonstrations)
@@ -114,12 +114,12 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
 
     def _count(self, messages: list[dict[str, str]]) -> int:
         """The tokens of a conversation that ends with an answer."""
-        prompt = self._policy.encode(messages[:-1], time.time())
-        return len(prompt) + len(self._policy.encode_answer(messages[-1]["content"]))
+        prompt = self._engine.encode(messages[:-1], time.time())
+        return len(prompt) + len(self._engine.encode_answer(messages[-1]["content"]))
 
     def _check_chars(self, field: str, chars: int) -> None:
         """What cannot fit is not encoded first."""
-        most = self._policy.max_model_len
+        most = self._engine.max_model_len
         if chars > CHARS_A_TOKEN * most:
             raise InvalidArgumentError(field, f"{field} must have at most {most} tokens, and has {chars} characters.")
 

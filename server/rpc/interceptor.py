@@ -20,10 +20,10 @@ from server.identity import Caller, calling
 from server.rpc.access import Access
 from server.rpc.grpc_status import to_status
 from server.rpc.limits import Limits
-from server.rpc.open_calls import Calls
+from server.rpc.open_calls import OpenCalls
 from server.shared.errors import DeadlineExceededError, InvalidArgumentError, ServiceError
 from server.telemetry.observation import CALL_ID, Observation, observed
-from server.telemetry.safe_traceback import trouble
+from server.telemetry.safe_traceback import safe_traceback
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ MESSAGE_SECONDS = 10.0
 NOBODY = Caller("", "user", has_key=False)
 
 
-class Reader:
+class HandlerContext:
     """The call's context as handlers have it: a write to a caller who is gone ends the handler as a cancellation does,
     which it mostly overtakes."""
 
@@ -57,11 +57,11 @@ class Reader:
         return getattr(self._context, name)
 
 
-class Edge(grpc.aio.ServerInterceptor):
+class Interceptor(grpc.aio.ServerInterceptor):
     """Admits calls, hands them to their handlers, and turns exceptions into statuses."""
 
     def __init__(
-        self, access: Access, limits: Limits, calls: Calls, validate: Callable[[Message], None], call_seconds: float
+        self, access: Access, limits: Limits, calls: OpenCalls, validate: Callable[[Message], None], call_seconds: float
     ) -> None:
         self._access = access
         self._limits = limits
@@ -117,7 +117,7 @@ class Edge(grpc.aio.ServerInterceptor):
             self._access.caller(details.method, details.invocation_metadata)
             self._validate(request)
             self._go_on(limit)
-            return await behaviour(request, Reader(context))
+            return await behaviour(request, HandlerContext(context))
 
         return answer
 
@@ -171,7 +171,7 @@ async def _tell(error: Exception, context: Any, seen: Observation) -> None:
     status = to_status(error, seen.call_id)
     seen.code = code_pb2.Code.Name(status.code)
     if not isinstance(error, ServiceError):
-        log.error("%s\n%s", status.message, trouble(error))
+        log.error("%s\n%s", status.message, safe_traceback(error))
     rich = rpc_status.to_status(status)
     try:
         await context.abort(rich.code, rich.details, (*rich.trailing_metadata, (CALL_ID, seen.call_id)))

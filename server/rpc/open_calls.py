@@ -15,7 +15,7 @@ from server.shared.errors import FailedPreconditionError
 END_SECONDS = 5.0
 
 
-class Calls:
+class OpenCalls:
     """Who has which calls open."""
 
     def __init__(self) -> None:

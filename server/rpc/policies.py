@@ -10,11 +10,11 @@ from server.identity import current_user
 from server.rpc import to_proto
 from server.rpc.paging import CHUNK, fill, in_chunks
 from server.store.feedback_store import FeedbackStore
-from server.store.records import PointerAction, Policy, Round
+from server.store.records import PointerAction, PolicyVersion, Round
 from server.store.residue import keeping
-from server.store.round_samples import Sample, read_samples
+from server.store.round_samples import RoundSample, read_samples
 from server.store.store_thread import StoreThread
-from server.versions.ab_test import Referee
+from server.versions.ab_test import AbTest
 from server.versions.follower import Follower
 
 DEFAULT_DAYS = 30
@@ -23,17 +23,17 @@ DEFAULT_DAYS = 30
 class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     """For operators."""
 
-    def __init__(self, store: StoreThread, follower: Follower, data_dir: Path, referee: Referee | None) -> None:
+    def __init__(self, store: StoreThread, follower: Follower, data_dir: Path, ab_test: AbTest | None) -> None:
         self._store = store
         self._follower = follower
         self._data_dir = data_dir
-        self._referee = referee
+        self._ab_test = ab_test
 
     async def GetActivePolicy(
         self, request: policy_pb2.GetActivePolicyRequest, context: Any
     ) -> policy_pb2.GetActivePolicyResponse:
         def read(store: FeedbackStore) -> policy_pb2.GetActivePolicyResponse:
-            duel = self._referee.duel(store) if self._referee else None
+            duel = self._ab_test.duel(store) if self._ab_test else None
             return policy_pb2.GetActivePolicyResponse(
                 policy=to_proto.policy(store.registry.active_policy()),
                 replicas=[to_proto.replica(record) for record in store.registry.replicas()],
@@ -50,7 +50,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         key = to_proto.page_key(request.page_token, (str,))
 
         def read(store: FeedbackStore) -> policy_pb2.ListPoliciesResponse:
-            def follow(last: Policy | None) -> list[Policy]:
+            def follow(last: PolicyVersion | None) -> list[PolicyVersion]:
                 return store.registry.policies(CHUNK, last.version if last else key[0] if key else None)
 
             page, more = fill((([record.version], to_proto.policy(record)) for record in in_chunks(follow)), size)
@@ -120,14 +120,14 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
         return await self._store(ask)
 
-    def _samples(self, round_: Round, after: int) -> list[Sample]:
+    def _samples(self, round_: Round, after: int) -> list[RoundSample]:
         """What follows a row. No sweep and no round writes meanwhile, so no line is half there."""
         with keeping(self._data_dir):
             return [sample for sample in read_samples(self._data_dir, round_) if sample.row > after]
 
     async def _activate(
         self, version: str, actor: str, reason: str, expected: str | None, action: PointerAction = "activate"
-    ) -> Policy:
+    ) -> PolicyVersion:
         # Unknown versions first: NOT_FOUND says more than a directory that cannot be loaded.
         await self._store(lambda store: store.registry.policy(version))
         await self._follower.activate(

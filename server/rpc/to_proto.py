@@ -10,9 +10,9 @@ from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server.shared.errors import InvalidArgumentError
 from server.store import records
-from server.store.e_value import Duel
+from server.store.e_value import AbTestResult
 from server.store.keys import Key
-from server.store.round_samples import Sample
+from server.store.round_samples import RoundSample
 
 DEFAULT_PAGE_SIZE = 50
 
@@ -156,7 +156,7 @@ def conversation(
     )
 
 
-def policy(record: records.Policy) -> policy_pb2.Policy:
+def policy(record: records.PolicyVersion) -> policy_pb2.Policy:
     return policy_pb2.Policy(
         version=record.version,
         state=policy_pb2.PolicyState.Value(f"POLICY_STATE_{record.state.upper()}"),
@@ -195,7 +195,7 @@ def round_(record: records.Round) -> policy_pb2.Round:
     )
 
 
-def duel(record: Duel) -> policy_pb2.Duel:
+def duel(record: AbTestResult) -> policy_pb2.Duel:
     return policy_pb2.Duel(
         version=record.version,
         opponent_version=record.opponent,
@@ -207,7 +207,7 @@ def duel(record: Duel) -> policy_pb2.Duel:
     )
 
 
-def sample(record: Sample) -> policy_pb2.RoundSample:
+def sample(record: RoundSample) -> policy_pb2.RoundSample:
     return policy_pb2.RoundSample(prompt=record.prompt, before=record.before, after=record.after)
 
 

@@ -31,7 +31,7 @@ class Kept:
     running_round_ids: list[str]
 
 
-class Forgetting:
+class Deletion:
     """Removes rows for good."""
 
     def __init__(self, database: Database, lineage: Lineage) -> None:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 
-def evidence(wins: int, losses: int) -> float:
+def e_value(wins: int, losses: int) -> float:
     """e-value against a win rate of a half or more; 1 before the first vote.
 
     The integral is an incomplete beta function, for whole numbers a sum of binomials."""
@@ -20,7 +20,7 @@ def evidence(wins: int, losses: int) -> float:
 
 
 @dataclass(frozen=True)
-class Duel:
+class AbTestResult:
     """Choices between answers of `version` and of `opponent`, shown blind."""
 
     version: str
@@ -33,12 +33,12 @@ class Duel:
     @property
     def lost(self) -> float:
         """Evidence that `version` is worse."""
-        return evidence(self.wins, self.losses)
+        return e_value(self.wins, self.losses)
 
     @property
     def won(self) -> float:
         """Evidence that `version` is better."""
-        return evidence(self.losses, self.wins)
+        return e_value(self.losses, self.wins)
 
     def __str__(self) -> str:
         return f"{self.wins} wins, {self.losses} losses and {self.draws} draws against {self.opponent}"

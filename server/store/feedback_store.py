@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
-from server.store.deletion import Forgetting
+from server.store.deletion import Deletion
 from server.store.ids import new_id
 from server.store.keys import Keys
 from server.store.lineage import Lineage
@@ -74,7 +74,7 @@ STATUS_OF: dict[str, Status] = {"cancelled": "cancelled", "error": "failed"}
 
 class FeedbackStore:
     """Conversations, responses and votes; `registry` holds policies and rounds, `lineage` what came of what, `keys` who
-    comes in, `quarantine` whose votes are left out, `round_requests` who asks for rounds and who listens, `forgetting`
+    comes in, `quarantine` whose votes are left out, `round_requests` who asks for rounds and who listens, `deletion`
     removes for good. One thread at a time."""
 
     def __init__(self, database: Database) -> None:
@@ -84,7 +84,7 @@ class FeedbackStore:
         self.keys = Keys(database)
         self.quarantine = Quarantine(database)
         self.round_requests = RoundRequests(database)
-        self.forgetting = Forgetting(database, self.lineage)
+        self.deletion = Deletion(database, self.lineage)
 
     @classmethod
     def open(cls, data_dir: Path) -> "FeedbackStore":
@@ -193,7 +193,7 @@ class FeedbackStore:
         """Removes the conversation for good. Raises NotFoundError."""
         with self._db.write():
             self.conversation(user, conversation_id)
-            self.forgetting.conversation(conversation_id)
+            self.deletion.conversation(conversation_id)
 
     def conversations_there(self, ids: Iterable[str]) -> set[str]:
         """Those of the conversations, whosever they are, that were not deleted."""
@@ -498,7 +498,7 @@ class FeedbackStore:
     ) -> Snapshot:
         """Feedback that was current at `watermark` (default: now), less what was deleted since and what users in
         `without` gave: the newest `limit` votes of the others, and every demonstration of theirs."""
-        deletions = self.forgetting.deletions()
+        deletions = self.deletion.deletions()
         watermark = self.watermark() if watermark is None else watermark
         left_out = json.dumps(list(without))
         # Left out before the limit, or whoever votes most would keep the others out even so.

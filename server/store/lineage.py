@@ -7,7 +7,7 @@ watermark says which of its events the round saw. Nothing here is removed with a
 from collections.abc import Iterable
 
 from server.shared import stored_round
-from server.store.e_value import Duel
+from server.store.e_value import AbTestResult
 from server.store.records import Feedback, FeedbackEvent, Lease, PointerEvent, Side
 from server.store.registry import check_fence
 from server.store.sqlite.database import Database
@@ -102,7 +102,7 @@ class Lineage:
         rows = self._db.rows("SELECT * FROM pointer_events ORDER BY seq DESC LIMIT ?", [limit])
         return [PointerEvent(**row) for row in rows]
 
-    def duel(self, user_votes: int) -> Duel | None:
+    def duel(self, user_votes: int) -> AbTestResult | None:
         """Votes between answers of the active version and of the one before it, since it became active; the first
         `user_votes` of each user, of users in quarantine none. None where it came to be active by going back."""
         last = next(iter(self.moves(1)), None)
@@ -122,7 +122,9 @@ class Lineage:
             None if row["value"] not in ("A", "B") else (row["value"] == "A") == (row["version_a"] == last.version)
             for row in rows
         ]
-        return Duel(last.version, last.previous_version, winners.count(True), winners.count(False), winners.count(None))
+        return AbTestResult(
+            last.version, last.previous_version, winners.count(True), winners.count(False), winners.count(None)
+        )
 
     def thumb_rate(self, version: str) -> tuple[int, int]:
         """Thumbs up, and all thumbs, on answers that a version began; of users in quarantine none."""

@@ -246,7 +246,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Policy:
+class PolicyVersion:
     """A published version. `state` tells where in its life it is."""
 
     version: str
@@ -265,7 +265,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class RewardModel:
+class RewardModelVersion:
     """A fitted reward model."""
 
     version: str

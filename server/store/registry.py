@@ -12,7 +12,7 @@ from typing import Any, Literal
 from server.shared import stored_round
 from server.shared.errors import ConflictError, FailedPreconditionError, NotFoundError
 from server.store.ids import new_id
-from server.store.records import Lease, PointerAction, Policy, Replica, RewardModel, Round
+from server.store.records import Lease, PointerAction, PolicyVersion, Replica, RewardModelVersion, Round
 from server.store.sqlite.database import Database, Row
 
 REFERENCE = "v0000"
@@ -70,7 +70,7 @@ class Registry:
         metrics: dict[str, Any],
         reason: str = "",
         fence: Lease | None = None,
-    ) -> Policy:
+    ) -> PolicyVersion:
         """Records a version whose directory is published. Registering it again changes nothing."""
         with self._db.write():
             check_fence(self._db, fence)
@@ -92,13 +92,13 @@ class Registry:
                 )
             return self.policy(version)
 
-    def policy(self, version: str) -> Policy:
+    def policy(self, version: str) -> PolicyVersion:
         row = self._db.row("SELECT * FROM policies WHERE version = ?", [version])
         if row is None:
             raise NotFoundError("policy", version)
         return _policy(row)
 
-    def policies(self, limit: int = 1000, before: str | None = None) -> list[Policy]:
+    def policies(self, limit: int = 1000, before: str | None = None) -> list[PolicyVersion]:
         """Newest first; `before` is the version after which the page starts."""
         return [_policy(row) for row in self._page("policies", "version", limit, before)]
 
@@ -107,7 +107,7 @@ class Registry:
         newest = self.policies(limit=1)
         return f"v{int(newest[0].version[1:]) + 1:04d}" if newest else REFERENCE
 
-    def active_policy(self) -> Policy:
+    def active_policy(self) -> PolicyVersion:
         """What should serve. Raises NotFoundError before the first start of a server."""
         row = self._db.row("SELECT version FROM pointer")
         if row is None:
@@ -144,7 +144,7 @@ class Registry:
         reason: str = "",
         expected_active_version: str | None = None,
         fence: Lease | None = None,
-    ) -> Policy:
+    ) -> PolicyVersion:
         """Moves the pointer. Activating the active version changes nothing.
 
         Raises NotFoundError, ConflictError where another version is active than expected, and
@@ -241,11 +241,11 @@ class Registry:
                 },
             )
 
-    def reward_models(self) -> list[RewardModel]:
+    def reward_models(self) -> list[RewardModelVersion]:
         """Newest first."""
         return [_reward_model(row) for row in self._db.rows("SELECT * FROM reward_models ORDER BY rowid DESC")]
 
-    def newest_reward_model(self) -> RewardModel | None:
+    def newest_reward_model(self) -> RewardModelVersion | None:
         row = self._db.row("SELECT * FROM reward_models ORDER BY rowid DESC LIMIT 1", [])
         return None if row is None else _reward_model(row)
 
@@ -450,12 +450,12 @@ def _check_active(active: str, expected: str | None) -> None:
         raise ConflictError(f"{active} is active, not {expected}; nothing was changed.")
 
 
-def _policy(row: Row) -> Policy:
-    return Policy(**{**row, "metrics": json.loads(row["metrics"])})
+def _policy(row: Row) -> PolicyVersion:
+    return PolicyVersion(**{**row, "metrics": json.loads(row["metrics"])})
 
 
-def _reward_model(row: Row) -> RewardModel:
-    return RewardModel(**{**row, "metrics": json.loads(row["metrics"])})
+def _reward_model(row: Row) -> RewardModelVersion:
+    return RewardModelVersion(**{**row, "metrics": json.loads(row["metrics"])})
 
 
 def _round(row: Row) -> Round:

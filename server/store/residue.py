@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from server.store.deletion import Forgetting
+from server.store.deletion import Deletion
 from server.store.lineage import Lineage
 from server.store.sqlite.database import DATABASE, Database
 
@@ -31,7 +31,7 @@ def erase(data_dir: Path, *, rewrite: bool = False) -> bool:
     another process kept the database's log from being emptied: what was removed may still be read there."""
     sweep(data_dir)
     with closing(Database(data_dir / DATABASE)) as database:
-        forgetting = Forgetting(database, Lineage(database))
+        forgetting = Deletion(database, Lineage(database))
         due = forgetting.rewrite_due() if rewrite else 0
         if due:
             database.rewrite()
@@ -42,7 +42,7 @@ def erase(data_dir: Path, *, rewrite: bool = False) -> bool:
 def sweep(data_dir: Path) -> None:
     """Removes, from what rounds keep, all that came from conversations that are gone."""
     with keeping(data_dir), closing(Database(data_dir / DATABASE)) as database:
-        now = cache_directory(data_dir, Forgetting(database, Lineage(database)).deletions())
+        now = cache_directory(data_dir, Deletion(database, Lineage(database)).deletions())
         for path in now.parent.glob("*"):
             if path != now:
                 _remove(path)

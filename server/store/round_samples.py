@@ -15,7 +15,7 @@ from server.store.residue import ANSWERS, LINE
 
 
 @dataclass(frozen=True)
-class Sample:
+class RoundSample:
     """One answer to a held-out prompt by the incumbent, and by the candidate that was judged."""
 
     # Its place in the file as the round wrote it; it grows.
@@ -27,7 +27,7 @@ class Sample:
     after: str
 
 
-def read_samples(data_dir: Path, round_: Round) -> Iterator[Sample]:
+def read_samples(data_dir: Path, round_: Round) -> Iterator[RoundSample]:
     """One after the other; none where the round judged nothing. Call it while `keeping`."""
     path = data_dir / "rounds" / round_.id / ANSWERS
     if "gate" not in round_.metrics or not path.exists():
@@ -37,7 +37,7 @@ def read_samples(data_dir: Path, round_: Round) -> Iterator[Sample]:
     for number, data in enumerate(path.read_bytes().splitlines(keepends=True)):
         if LINE.match(data) and data.endswith(b"\n"):
             line: dict[str, Any] = json.loads(data)
-            yield Sample(
+            yield RoundSample(
                 line.get("row", number),
                 line["conversation_id"],
                 line["prompt"],

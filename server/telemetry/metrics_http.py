@@ -11,7 +11,7 @@ from prometheus_client import make_wsgi_app
 from server.telemetry.metrics import REGISTRY
 
 
-class Exposition:
+class MetricsServer:
     """Listens from the beginning; raises OSError where the port is taken. `serving` is what /healthz tells."""
 
     def __init__(self, host: str, port: int, serving: Callable[[], bool]) -> None:

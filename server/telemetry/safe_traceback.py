@@ -8,7 +8,7 @@ from server.store.sqlite.database import DatabaseError
 TELLING: tuple[type[BaseException], ...] = (DatabaseError, OSError)
 
 
-def trouble(error: BaseException) -> str:
+def safe_traceback(error: BaseException) -> str:
     """The error and all that led to it, with the place of each."""
     waiting, seen = [error], list[BaseException]()
     lines: list[str] = []

@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from server.engine.base import Policy, Sampling, Stream
+from server.engine.base import AnswerStream, Sampling, ServingEngine
 from server.store.feedback_store import FeedbackStore
 from server.store.records import Generation
 from server.store.store_thread import StoreThread
 from server.telemetry.observation import observed_answer
-from server.telemetry.safe_traceback import trouble
+from server.telemetry.safe_traceback import safe_traceback
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ class Begun:
 class Answers:
     """Samples answers from the policy, and keeps what was sampled."""
 
-    def __init__(self, store: StoreThread, policy: Policy) -> None:
+    def __init__(self, store: StoreThread, engine: ServingEngine) -> None:
         self._store = store
-        self._policy = policy
+        self._engine = engine
         self._settling: set[asyncio.Future[Any]] = set()
 
     @asynccontextmanager
@@ -71,7 +71,7 @@ class Answers:
     ) -> Generation:
         """Samples one answer, sends its text piece by piece, and returns once it is stored."""
         with observed_answer(len(prompt)) as seen:
-            stream = await self._policy.sample(prompt, sampling, version)
+            stream = await self._engine.sample(prompt, sampling, version)
             try:
                 async for text in stream:
                     seen.text()
@@ -84,7 +84,7 @@ class Answers:
     async def sample_unseen(self, prompt: list[int], sampling: Sampling) -> Generation:
         """Samples one answer that nobody sees and nothing keeps."""
         with observed_answer(len(prompt)) as seen:
-            stream = await self._policy.sample(prompt, sampling)
+            stream = await self._engine.sample(prompt, sampling)
             try:
                 async for _ in stream:
                     seen.text()
@@ -109,12 +109,12 @@ class Answers:
         settling.add_done_callback(self._settling.discard)
         return settling
 
-    async def _finish(self, response_id: str, stream: Stream) -> Generation:
+    async def _finish(self, response_id: str, stream: AnswerStream) -> Generation:
         try:
             generation = await stream.finish()
         except Exception as error:
             # The caller hears of the engine's end from the stream itself; here it must not cost the answer.
-            log.error("an answer could not be finished; storing what there is of it\n%s", trouble(error))
+            log.error("an answer could not be finished; storing what there is of it\n%s", safe_traceback(error))
             generation = stream.fail()
         await self._store(lambda store: store.finish_response(response_id, generation))
         return generation

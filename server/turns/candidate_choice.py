@@ -30,7 +30,7 @@ class Chosen:
     reward_model_version: str | None
 
 
-class Planner:
+class CandidateChooser:
     """Chooses by the scores of the service at `address`, waiting for them at most `seconds`."""
 
     def __init__(self, address: str, seconds: float) -> None:

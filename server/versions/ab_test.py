@@ -9,7 +9,7 @@ import logging
 
 from server.engine.base import SwapError
 from server.shared.errors import ConflictError, FailedPreconditionError, ManifestError
-from server.store.e_value import Duel
+from server.store.e_value import AbTestResult
 from server.store.feedback_store import FeedbackStore
 from server.store.store_thread import StoreThread
 from server.versions.follower import Follower
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 ACTOR = "server"
 
 
-class Referee:
+class AbTest:
     """Knows the two versions that Compare shows, and takes the loser back."""
 
     def __init__(self, store: StoreThread, follower: Follower, alpha: float, user_votes: int) -> None:
@@ -36,7 +36,7 @@ class Referee:
         """The active version and the one before it, while it is open which is better."""
         return self._pair
 
-    def duel(self, store: FeedbackStore) -> Duel | None:
+    def duel(self, store: FeedbackStore) -> AbTestResult | None:
         """The votes on the two versions that Compare shows; None while it shows one."""
         pair = self._pair
         found = store.lineage.duel(self._user_votes) if pair else None

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from server.engine.base import Policy, SwapError
+from server.engine.base import ServingEngine, SwapError
 from server.shared.errors import FailedPreconditionError, ManifestError
 from server.store.feedback_store import FeedbackStore
 from server.store.store_thread import StoreThread
@@ -21,12 +21,12 @@ HEARTBEAT_SECONDS = 5.0
 
 
 class Follower:
-    """Owns the policy's version; nothing else calls `Policy.swap`."""
+    """Owns the policy's version; nothing else calls `ServingEngine.swap`."""
 
     def __init__(
-        self, policy: Policy, store: StoreThread, data_dir: Path, replica_id: str, hang_seconds: float | None
+        self, engine: ServingEngine, store: StoreThread, data_dir: Path, replica_id: str, hang_seconds: float | None
     ) -> None:
-        self._policy = policy
+        self._engine = engine
         self._store = store
         self._data_dir = data_dir
         self._replica_id = replica_id
@@ -38,7 +38,7 @@ class Follower:
 
     async def follow(self) -> None:
         """Revives a dead engine, and loads the active version. Call it again and again."""
-        if not self._policy.alive:
+        if not self._engine.alive:
             ENGINE_RESTARTS.inc()
             await self._revive()
         if await self.converge():
@@ -48,15 +48,15 @@ class Follower:
         """Loads the active version if it is not loaded; True where something changed, a failure included."""
         async with self._converging:
             active = await self._store(lambda store: store.registry.active_policy().version)
-            if active == self._policy.version:
+            if active == self._engine.version:
                 return False
             self._error = ""
             try:
-                directory = await asyncio.to_thread(self._policy.locate, self._data_dir, active)
-                await self._policy.swap(active, directory)
+                directory = await asyncio.to_thread(self._engine.locate, self._data_dir, active)
+                await self._engine.swap(active, directory)
                 SWAPS.labels("done").inc()
             except (ManifestError, SwapError, OSError, TimeoutError) as error:
-                reason, loaded = str(error) or type(error).__name__, self._policy.version
+                reason, loaded = str(error) or type(error).__name__, self._engine.version
                 log.error("%s cannot be served, %s serves on: %s", active, loaded, reason)
                 self._error = f"{active}: {reason}"
                 SWAPS.labels("refused").inc()
@@ -69,30 +69,30 @@ class Follower:
         Raises FailedPreconditionError with the reason; nothing was changed then.
         """
         try:
-            await asyncio.to_thread(self._policy.locate, self._data_dir, version)
+            await asyncio.to_thread(self._engine.locate, self._data_dir, version)
         except (ManifestError, OSError) as error:
             raise FailedPreconditionError("POLICY_UNLOADABLE", str(error)) from error
         await self._store(move_pointer)
         # A caller that leaves must not leave a swap half-way.
         await asyncio.shield(self._keep(asyncio.create_task(self.converge())))
         await self.report()
-        if self._policy.version != version:
+        if self._engine.version != version:
             raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} was replaced meanwhile.")
 
     async def probe(self) -> None:
         """Puts an end to an engine that hangs, so that `follow` starts it again. Call it again and again."""
-        if reason := self._policy.probe(self._hang_seconds):
+        if reason := self._engine.probe(self._hang_seconds):
             log.error("%s; it was killed", reason)
             ENGINE_HANGS.inc()
 
     async def _revive(self) -> None:
-        log.error("the engine died; starting it again with %s", self._policy.version)
+        log.error("the engine died; starting it again with %s", self._engine.version)
         async with self._converging:
-            await self._policy.revive()
+            await self._engine.revive()
 
     async def keep_live(self, version: str) -> None:
         """Makes `version` answer beside the active one, where the policy can."""
-        await self._policy.keep_live(version, await asyncio.to_thread(self._policy.locate, self._data_dir, version))
+        await self._engine.keep_live(version, await asyncio.to_thread(self._engine.locate, self._data_dir, version))
 
     async def close(self) -> None:
         """This server no longer serves anything."""
@@ -105,7 +105,7 @@ class Follower:
 
     async def report(self) -> None:
         """Tells the store that this server lives and what it serves, also while it swaps or starts its engine again."""
-        loaded, error = self._policy.version, self._error
+        loaded, error = self._engine.version, self._error
         ACTIVE_POLICY.clear()
         ACTIVE_POLICY.labels(loaded).set(1)
         await self._store(lambda store: store.registry.report_replica(self._replica_id, loaded, error))

@@ -61,7 +61,7 @@ async def votes(running: Running, user: tuple[tuple[str, str], ...]) -> list[str
 
 
 async def test_it_chats_compares_and_votes(node_example: Path, running: Running) -> None:
-    running.policy.answers = ["Air scatters blue.", "One \x1b[2Jway.", "Another \u202eway."]
+    running.engine.answers = ["Air scatters blue.", "One \x1b[2Jway.", "Another \u202eway."]
     code, out, err = await talk(node_example, running.app.port, "Why?", typed="y\nb\n")
     assert (code, err) == (0, "")
     first, second = re.findall(r"SLOT_[AB]: (.*)\n", out)
@@ -71,7 +71,7 @@ async def test_it_chats_compares_and_votes(node_example: Path, running: Running)
         "Air scatters blue. \nGood? y or n: \nSLOT_A: 1\n\nSLOT_B: 2\nBetter? a, b, tie or bad: "
     )
     assert await votes(running, ANA) == ["CHOICE_B", "THUMB_UP"]
-    assert [message for sent in running.policy.encoded for message in sent] == [{"role": "user", "content": "Why?"}] * 2
+    assert [message for sent in running.engine.encoded for message in sent] == [{"role": "user", "content": "Why?"}] * 2
 
 
 async def test_who_answers_nothing_casts_no_vote(node_example: Path, running: Running) -> None:
@@ -133,14 +133,14 @@ async def test_beyond_loopback_nothing_is_sent_in_the_clear(node_example: Path) 
 
 
 async def test_the_deadline_ends_an_answer_that_hangs(node_example: Path, running: Running) -> None:
-    running.policy.hold_after = 1
+    running.engine.hold_after = 1
     code, out, err = await talk(node_example, running.app.port, PREFLOOP_SECONDS="1")
     assert (code, out) == (1, "one ")
     assert re.fullmatch(r"chat\.js: .*[Dd]eadline.*\n", err)
 
 
 async def test_ctrl_c_stops_the_answer_on_the_server_too(node_example: Path, running: Running) -> None:
-    running.policy.hold_after = 2
+    running.engine.hold_after = 2
     async with talking(node_example, running.app.port, "Why?") as process:
         assert process.stdout
         assert process.stderr

@@ -12,7 +12,7 @@ import torch
 from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 from safetensors.torch import load_file, save_file
 
-from learner.model.policy import Policy
+from learner.model.policy import TrainablePolicy
 from learner.settings import PPOSettings
 from server.store.feedback_store import FeedbackStore
 from server.store.manifest import new_staging, publish, write_manifest
@@ -31,7 +31,7 @@ def adapters(model: str, tmp_path: Path) -> Iterator[LiveServer]:
 def make_adapter(live: LiveServer, seed: int, spoil: bool = False) -> str:
     """An adapter on the reference that changes what it says, published and registered as a learner does."""
     policies = live.data_dir / "policies"
-    policy = Policy.create(policies / "v0000", PPOSettings(), torch.float32, torch.device("cpu"), seed)
+    policy = TrainablePolicy.create(policies / "v0000", PPOSettings(), torch.float32, torch.device("cpu"), seed)
     with closing(FeedbackStore.open(live.data_dir)) as store:
         version = store.registry.next_version()
         staging = new_staging(policies / version)

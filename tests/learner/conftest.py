@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from learner.reward.linear_heads import Votes
+from learner.reward.linear_heads import VoteTensors
 
 WORDS, HIDDEN, LAYERS = 40, 16, 3
 # As in the default model: padding and end of sequence are one word.
@@ -65,20 +65,20 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_votes() -> Callable[..., Votes]:
+def make_votes() -> Callable[..., VoteTensors]:
     def make(
         choices: list[tuple[int, int, int]] = [],  # noqa: B006 (read only)
         thumbs: list[tuple[int, int, int]] = [],  # noqa: B006
         users: int = 1,
         temperature_difference: list[float] | None = None,
-    ) -> Votes:
+    ) -> VoteTensors:
         """`choices` (a, b, outcome), `thumbs` (response, +-1, user); every vote in a conversation of its own."""
         c, m = len(choices), len(thumbs)
 
         def column(rows: list[tuple[int, int, int]], index: int) -> torch.Tensor:
             return torch.tensor([row[index] for row in rows], dtype=torch.long)
 
-        return Votes(
+        return VoteTensors(
             a=column(choices, 0),
             b=column(choices, 1),
             outcome=column(choices, 2),

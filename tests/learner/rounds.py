@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from learner.gate.rules import Verdict
-from learner.model.rollout import Sample
+from learner.model.rollout import SampledAnswer
 from learner.settings import LearnerSettings
 from server.shared.dtype import DtypeName
 from server.store.feedback_store import FeedbackStore
@@ -20,7 +20,7 @@ LENGTH = 12
 
 
 class TinyEngine:
-    """What `learner.model.rollout.Engine` promises, without vLLM."""
+    """What `learner.model.rollout.RolloutEngine` promises, without vLLM."""
 
     pushes = 0
 
@@ -34,7 +34,7 @@ class TinyEngine:
         type(self).pushes += 1
         self.model.load_state_dict({name: tensor.float() for name, tensor in weights}, strict=False)
 
-    def sample(self, prompts: list[Prompt], seed: int) -> list[Sample]:
+    def sample(self, prompts: list[Prompt], seed: int) -> list[SampledAnswer]:
         generator = torch.Generator().manual_seed(seed)
         return draw(
             self.model, [prompt.token_ids for prompt in prompts], [prompt.max_tokens for prompt in prompts],
@@ -48,7 +48,7 @@ class TinyEngine:
 @torch.no_grad()
 def draw(
     model: Any, prompts: list[list[int]], max_tokens: list[int], temperatures: list[float], generator: torch.Generator
-) -> list[Sample]:
+) -> list[SampledAnswer]:
     """One answer to each prompt, all in one batch: a pass over the tiny model costs the same for one as for many."""
     longest = max(map(len, prompts))
     tokens = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -67,16 +67,16 @@ def draw(
     return [to_sample(*each) for each in zip(prompts, drawn_tokens, logprobs.tolist(), max_tokens, strict=True)]
 
 
-def to_sample(prompt: list[int], tokens: list[int], logprobs: list[float], max_tokens: int) -> Sample:
+def to_sample(prompt: list[int], tokens: list[int], logprobs: list[float], max_tokens: int) -> SampledAnswer:
     """Cut after its EOS, or where it is as long as it may be."""
     tokens = tokens[:max_tokens]
     ended = EOS in tokens
     length = tokens.index(EOS) + 1 if ended else max_tokens
     tokens = tokens[:length]
-    return Sample(prompt, tokens, logprobs[:length], " ".join(map(str, tokens)), "stop" if ended else "length")
+    return SampledAnswer(prompt, tokens, logprobs[:length], " ".join(map(str, tokens)), "stop" if ended else "length")
 
 
-def low_words(sample: Sample) -> float:
+def low_words(sample: SampledAnswer) -> float:
     """The voters' taste: words of the vocabulary's lower half."""
     return sum(token < WORDS // 2 for token in sample.token_ids) / len(sample.token_ids)
 
@@ -85,7 +85,7 @@ def vote(
     store: FeedbackStore,
     model: Any,
     count: int,
-    taste: Callable[[Sample], float],
+    taste: Callable[[SampledAnswer], float],
     seed: int = 0,
     user: str = "ann",
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from learner.cli import app
-from learner.model.rollout import Sample, to_rollout
+from learner.model.rollout import SampledAnswer, to_rollout
 from learner.settings import LearnerSettings
 from server.store.feedback_store import FeedbackStore
 
@@ -107,7 +107,10 @@ def test_each_setting_says_what_it_is() -> None:
 
 def test_a_rollout_pads_what_was_sampled() -> None:
     rollout = to_rollout(
-        [Sample([5, 6], [7, 2], [-0.5, -1.0], "a", "stop"), Sample([5], [8, 9, 9], [-1.0, -2.0, -3.0], "b", "length")]
+        [
+            SampledAnswer([5, 6], [7, 2], [-0.5, -1.0], "a", "stop"),
+            SampledAnswer([5], [8, 9, 9], [-1.0, -2.0, -3.0], "b", "length"),
+        ]
     )
     assert rollout.tokens.input_ids.tolist() == [[5, 6, 7, 2], [5, 8, 9, 9]]
     assert rollout.behavior_logprobs.tolist() == [[-0.5, -1.0, 0.0], [-1.0, -2.0, -3.0]]

@@ -1,4 +1,4 @@
-"""A real gRPC server on a free port over a real SQLite file; only the policy is a fake."""
+"""A real gRPC server on a free port over a real SQLite file; only the engine is a fake."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -17,14 +17,14 @@ from server.settings import ServerSettings
 from server.store.feedback_store import FeedbackStore
 from server.store.manifest import new_staging, publish, write_manifest
 from server.store.store_thread import StoreThread
-from tests.server.fakes import FakePolicy
+from tests.server.fakes import FakeEngine
 
 
 @dataclass
 class Running:
     """A server with the stubs of one channel to it."""
 
-    policy: FakePolicy
+    engine: FakeEngine
     store: StoreThread
     app: App
     data_dir: Path
@@ -61,10 +61,10 @@ async def running_server(tmp_path: Path, **flags: Any) -> AsyncIterator[Running]
         "poll_seconds": 0.01,
     }
     settings = ServerSettings.load(**{**usual, **flags})
-    app, policy = App(settings, store), FakePolicy()
-    await app.start(policy)
+    app, engine = App(settings, store), FakeEngine()
+    await app.start(engine)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
-        running = Running(policy, store, app, tmp_path, channel)
+        running = Running(engine, store, app, tmp_path, channel)
         try:
             yield running
         finally:

@@ -14,7 +14,7 @@ from server.settings import ServerSettings
 from server.shared.failpoints import VARIABLE
 from server.store.store_thread import StoreThread
 from tests.server.conftest import publish_version
-from tests.server.fakes import FakePolicy
+from tests.server.fakes import FakeEngine
 
 SECONDS = 60
 PROCESSES = multiprocessing.get_context("spawn")
@@ -29,7 +29,7 @@ def serve(data_dir: Path, failpoint: str, parent: Connection) -> None:
         store = StoreThread(data_dir)
         await store(lambda store: store.registry.register_reference())
         app = App(ServerSettings.load(data_dir=data_dir, port=0, max_tokens=20), store)
-        await app.start(FakePolicy())
+        await app.start(FakeEngine())
         parent.send(app.port)
         await asyncio.Event().wait()
 

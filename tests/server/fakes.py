@@ -1,4 +1,4 @@
-"""A policy without an engine: answers word by word, as slowly as one likes, and can be held at any word."""
+"""A serving engine without a model: answers word by word, as slowly as one likes, and can be held at any word."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,8 +14,8 @@ class EngineDeadError(Exception):
 
 
 class FakeStream:
-    def __init__(self, policy: "FakePolicy", words: list[str], sampling: Sampling, pinned: str | None) -> None:
-        self._policy = policy
+    def __init__(self, engine: "FakeEngine", words: list[str], sampling: Sampling, pinned: str | None) -> None:
+        self._engine = engine
         self._pinned = pinned
         self.words = words[: sampling.max_tokens]
         self.ended = False
@@ -25,22 +25,22 @@ class FakeStream:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while len(self.said) < len(self.words):
-            if len(self.said) == self._policy.hold_after:
-                self._policy.held += 1
-                self._policy.holding.set()
-                await self._policy.go_on.wait()
-            if self._policy.pause:
-                await asyncio.sleep(self._policy.pause)
-            if self._policy.dies:
+            if len(self.said) == self._engine.hold_after:
+                self._engine.held += 1
+                self._engine.holding.set()
+                await self._engine.go_on.wait()
+            if self._engine.pause:
+                await asyncio.sleep(self._engine.pause)
+            if self._engine.dies:
                 raise EngineDeadError
             self.said.append(self.words[len(self.said)])
-            self._versions.append(self._pinned or self._policy.version)
+            self._versions.append(self._pinned or self._engine.version)
             yield self.said[-1] + " "
 
     async def finish(self) -> Generation:
         self.ended = True
-        self._policy.finished += 1
-        if self._policy.dies:
+        self._engine.finished += 1
+        if self._engine.dies:
             raise EngineDeadError
         done = len(self.said) == len(self.words)
         return self._generation(("length" if self._cut else "stop") if done else "cancelled")
@@ -59,7 +59,7 @@ class FakeStream:
         return Generation(list(range(len(self.said))), [-0.5] * len(self.said), text, reason, spans)
 
 
-class FakePolicy:
+class FakeEngine:
     """Says the next of `answers`, and `answer` when there are none left. `bad` versions fail to load."""
 
     def __init__(self) -> None:

@@ -153,7 +153,7 @@ def test_a_person_is_exported_and_forgotten(tmp_path: Path) -> None:
     assert store.conversations("ann", 9) == []
     assert "(forgotten)" in keys("list", data_dir=tmp_path).stdout
     assert server("export-user", "ann", data_dir=tmp_path).stdout == ""
-    assert store.forgetting.rewrite_due() == 0
+    assert store.deletion.rewrite_due() == 0
     store.close()
 
 

@@ -113,12 +113,12 @@ async def vote(running: Running, response_id: str, comment: str) -> None:
 
 async def test_a_disk_that_fails_while_an_answer_is_sampled_costs_the_answer_and_says_so(tmp_path: Path) -> None:
     async with running_server(tmp_path, poll_seconds=60) as running:
-        running.policy.hold_after = 1
+        running.engine.hold_after = 1
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
         await call.read()
-        await running.policy.holding.wait()
+        await running.engine.holding.wait()
         async with read_only(running):
-            running.policy.go_on.set()
+            running.engine.go_on.set()
             # `finished` says that it is on disk: it must not come.
             assert await refusal(call) == (grpc.StatusCode.UNAVAILABLE, NOT_KEPT, ["STORE_UNAVAILABLE"])
         assert (await chat(running))[-1].finished.text == "one two three four "

@@ -76,7 +76,7 @@ def test_an_engine_that_cannot_start_is_a_sentence(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(process, "start_engine", start)
     with pytest.raises(ServiceError) as error:
-        process.make_policy(ServerSettings(kv_cache_gib=64), "float32", tmp_path)
+        process.make_engine(ServerSettings(kv_cache_gib=64), "float32", tmp_path)
     assert str(error.value) == (
         "The engine could not start (Engine core initialization failed. See root cause above.); what vLLM said of it "
         "is above. Where it is memory: PREFLOOP_KV_CACHE_GIB is 64, and `server doctor` says what this machine has."

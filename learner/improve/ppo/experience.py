@@ -16,9 +16,9 @@ from learner.improve.ppo.advantages import gae, shape_rewards, whiten
 from learner.improve.ppo.losses import Critic, Experience
 from learner.model.features import pool, pool_prefixes
 from learner.model.forward import Tokens, micro_batches, response_states, run_trunk, token_logprobs
-from learner.model.policy import Policy
+from learner.model.policy import TrainablePolicy
 from learner.model.rollout import Rollout
-from learner.reward.reward_model import RewardModel
+from learner.reward.reward_model import LinearRewardModel
 from learner.settings import PPOSettings
 
 # Tokens of prior belief that a prefix is average: a mean over few tokens says little.
@@ -39,8 +39,8 @@ class Judged:
 
 @torch.no_grad()
 def judge_rollout(
-    policy: Policy,
-    reward_model: RewardModel,
+    policy: TrainablePolicy,
+    reward_model: LinearRewardModel,
     rollout: Rollout,
     temperature: float,
     budget: int,
@@ -68,7 +68,7 @@ def judge_rollout(
     return Judged(ref_logprobs, features.cpu(), prefix_features)
 
 
-def critic_features(states: Tensor, reward_model: RewardModel) -> Tensor:
+def critic_features(states: Tensor, reward_model: LinearRewardModel) -> Tensor:
     """(B, T, F) standardised features of the tokens before each position, shrunk to the average (zero) while they are
     few. Their length is no prediction of the answer's, so that feature starts from the mean, too."""
     prefix, counts = pool_prefixes(states)
@@ -79,7 +79,7 @@ def critic_features(states: Tensor, reward_model: RewardModel) -> Tensor:
     return torch.cat([standard, position], dim=2)
 
 
-def make_critic(reward_model: RewardModel) -> Critic:
+def make_critic(reward_model: LinearRewardModel) -> Critic:
     """The reward head on the prefix's features; it knows nothing of position yet."""
     weights = reward_model.weights.clone()
     weights[-1] = 0.0
@@ -88,7 +88,7 @@ def make_critic(reward_model: RewardModel) -> Critic:
 
 @torch.no_grad()
 def policy_logprobs(
-    policy: Policy, tokens: Tokens, temperature: float, budget: int, groups: list[Tensor] | None = None
+    policy: TrainablePolicy, tokens: Tokens, temperature: float, budget: int, groups: list[Tensor] | None = None
 ) -> Tensor:
     """(B, T) log-probabilities of the sampled tokens under the policy as it is, cut as `micro_batches` says; zero where
     no group has the row."""

@@ -20,9 +20,9 @@ from learner.improve.ppo.experience import judge_rollout, make_critic, policy_lo
 from learner.improve.ppo.losses import Adam, Mismatch, draw_minibatches, mismatch, ppo_update
 from learner.improve.ppo.state import load_state, save_state
 from learner.model.forward import Tokens, run_trunk, token_logprobs
-from learner.model.policy import Policy
-from learner.model.rollout import Engine, Rollout, draw_generator, draw_seed, to_rollout
-from learner.reward.reward_model import RewardModel
+from learner.model.policy import TrainablePolicy
+from learner.model.rollout import Rollout, RolloutEngine, draw_generator, draw_seed, to_rollout
+from learner.reward.reward_model import LinearRewardModel
 from learner.settings import PPOSettings
 from server.store.records import Prompt
 
@@ -71,9 +71,9 @@ class Training:
 
 
 def train(
-    policy: Policy,
-    reward_model: RewardModel,
-    engine: Engine,
+    policy: TrainablePolicy,
+    reward_model: LinearRewardModel,
+    engine: RolloutEngine,
     prompts: list[Prompt],
     directory: Path,
     settings: PPOSettings,

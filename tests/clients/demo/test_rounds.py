@@ -18,7 +18,7 @@ from clients import Client, ServerError
 from clients.demo.processes import DemoError
 from clients.demo.progress import Task
 from clients.demo.rounds import Lines, crossing, near_the_swap, wait_until_served
-from clients.demo.streams import STREAMS, LiveStreams
+from clients.demo.streams import STREAMS, LongStreams
 from clients.demo.time_limit import Limit
 from clients.demo.voter import Answer
 from tests.clients.conftest import WAIT_SECONDS, FakeService, status
@@ -51,7 +51,7 @@ def test_a_server_that_stays_behind_is_told_with_its_reason(client: Client, serv
 
 def test_live_streams_go_on_until_they_are_stopped_and_end_whole(client: Client, service: FakeService) -> None:
     service.hold.clear()
-    live = LiveStreams(client)
+    live = LongStreams(client)
     assert not live.running
     live.start()
     # All of them are open at once.
@@ -64,7 +64,7 @@ def test_live_streams_go_on_until_they_are_stopped_and_end_whole(client: Client,
 
 def test_a_broken_live_stream_is_raised(client: Client, service: FakeService) -> None:
     service.fail["Chat"] = [status(grpc.StatusCode.INTERNAL, "Something went wrong.")]
-    live = LiveStreams(client)
+    live = LongStreams(client)
     live.start()
     assert service.begun.acquire(timeout=WAIT_SECONDS)
     with pytest.raises(ServerError):

@@ -118,7 +118,7 @@ async def browser() -> AsyncIterator[Browser]:
 @pytest_asyncio.fixture(loop_scope="session")
 async def site(tmp_path: Path, browser: Browser) -> AsyncIterator[Site]:
     async with running_server(tmp_path, max_tokens=200, max_message_chars=2000) as running:
-        running.policy.max_model_len = 1000
+        running.engine.max_model_len = 1000
         async with serving_page(f"127.0.0.1:{running.app.port}") as port:
             site = Site(f"http://127.0.0.1:{port}", running, browser)
             yield site

@@ -158,7 +158,7 @@ async def test_promote_and_roll_back_say_what_they_will_do_and_do_it(site: Site)
     await page.get_by_label("Reason").fill("read it myself")
     await page.get_by_role("button", name="Promote v0001").click()
     await expect(page.locator("#served .big")).to_have_text("v0001")
-    assert site.running.policy.version == "v0001"
+    assert site.running.engine.version == "v0001"
     await page.locator("#rollback").click()
     await expect(page.locator("#served").get_by_text("v0000 answers in place of v0001 within seconds.")).to_be_visible()
     await page.get_by_label("Reason").first.fill("too terse")

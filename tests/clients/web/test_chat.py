@@ -44,15 +44,15 @@ def good(page: Page) -> Any:
 
 
 async def test_an_answer_grows_while_it_is_written(site: Site) -> None:
-    policy = site.running.policy
-    policy.answer, policy.hold_after = "Owls live **in trees**.", 2
+    engine = site.running.engine
+    engine.answer, engine.hold_after = "Owls live **in trees**.", 2
     page = await site.visit()
     await ask(page, "Where do owls live?")
     text = page.locator(".text")
     await expect(text).to_have_text("Owls live")
     await expect(page.get_by_role("button", name="Stop")).to_be_visible()
     await expect(page.get_by_role("status")).to_have_text("The answer is being written.")
-    policy.go_on.set()
+    engine.go_on.set()
     await expect(text).to_have_text("Owls live in trees.")
     await expect(text.locator("strong")).to_have_text("in trees")
     await expect(page.get_by_text("v0000 · 4 tokens")).to_be_visible()
@@ -67,7 +67,7 @@ async def test_an_answer_grows_while_it_is_written(site: Site) -> None:
 
 
 async def test_stop_keeps_what_was_written(site: Site) -> None:
-    site.running.policy.hold_after = 2
+    site.running.engine.hold_after = 2
     page = await site.visit()
     await ask(page, "Count.")
     await expect(page.locator(".text")).to_have_text("one two")
@@ -79,8 +79,8 @@ async def test_stop_keeps_what_was_written(site: Site) -> None:
 
 @pytest.mark.parametrize("by", ["mouse", "key"])
 async def test_stop_is_pressed_at_leisure_while_the_answer_grows(site: Site, by: str) -> None:
-    policy = site.running.policy
-    policy.answer, policy.pause = "word " * 200, 0.03
+    engine = site.running.engine
+    engine.answer, engine.pause = "word " * 200, 0.03
     page = await site.visit()
     await ask(page, "Count.")
     await expect(page.locator(".text")).to_contain_text("word word")
@@ -97,8 +97,8 @@ async def test_one_reads_further_up_while_the_answer_grows(site: Site) -> None:
     gap = "document.body.scrollHeight - innerHeight - scrollY"
     await ask(page, "A line.\n" * 60)
     await expect(good(page)).to_be_visible()
-    policy = site.running.policy
-    policy.answer, policy.pause = "word " * 200, 0.02
+    engine = site.running.engine
+    engine.answer, engine.pause = "word " * 200, 0.02
     await ask(page, "Count.")
     await expect(page.locator(".text").last).to_contain_text("word word")
     assert await page.evaluate(gap) < 1
@@ -208,7 +208,7 @@ async def test_an_answer_is_edited_into_a_correction(site: Site) -> None:
     ],
 )
 async def test_a_choice_by_mouse_and_by_key(site: Site, button: str, key: str, choice: int, outcome: str) -> None:
-    site.running.policy.answers = ["from A", "from B"] * 2
+    site.running.engine.answers = ["from A", "from B"] * 2
     page = await site.visit()
     await ask(page, "Which?", compare=True)
     await page.get_by_role("button", name=button).click()
@@ -310,7 +310,7 @@ async def test_everything_by_keyboard_alone(site: Site) -> None:
 
 
 async def test_a_reload_shows_the_same(site: Site) -> None:
-    policy = site.running.policy
+    engine = site.running.engine
     page = await site.visit()
     await ask(page, "Hello.")
     await good(page).click()
@@ -323,44 +323,44 @@ async def test_a_reload_shows_the_same(site: Site) -> None:
     await page.reload()
     assert await page.locator("article").evaluate_all(everything) == shown
     # In the middle of an answer it goes on.
-    policy.hold_after = 2
+    engine.hold_after = 2
     await ask(page, "More.")
     await expect(page.locator(".text").last).to_have_text("one two")
     await page.reload()
     await expect(page.locator(".text").last).to_have_text("one two")
-    policy.go_on.set()
+    engine.go_on.set()
     await expect(page.locator(".text").last).to_have_text("one two three four")
     await expect(page.get_by_role("button", name="Stop")).to_have_count(0)
 
 
 async def test_an_answer_that_another_program_asked_for_is_followed_too(site: Site) -> None:
-    policy = site.running.policy
-    policy.hold_after = 2
+    engine = site.running.engine
+    engine.hold_after = 2
     call = site.running.chat.Chat(chat_pb2.ChatRequest(message="From afar."), metadata=[("x-user-id", "ann")])
     started = (await call.read()).started
-    await policy.holding.wait()
+    await engine.holding.wait()
     page = await site.visit(f"/c/{started.conversation_id}")
     async with page.expect_response("**/answer") as following:
         await page.reload()
     assert (await following.value).status == 200
     await expect(page.get_by_text("writing")).to_be_visible()
     await expect(page.get_by_role("button", name="Stop")).to_have_count(0)
-    policy.go_on.set()
+    engine.go_on.set()
     await expect(page.locator(".text")).to_have_text("one two three four")
     await expect(good(page)).to_be_visible()
 
 
 @pytest.mark.parametrize("compare", [False, True])
 async def test_what_was_stopped_can_be_asked_for_again(site: Site, compare: bool) -> None:
-    policy = site.running.policy
-    policy.hold_after = 2
+    engine = site.running.engine
+    engine.hold_after = 2
     page = await site.visit()
     await ask(page, "Count.", compare=compare)
     await expect(page.locator(".text").last).to_have_text("one two")
     await page.get_by_role("button", name="Stop").click()
     again = page.get_by_role("button", name="Ask again")
     await expect(again).to_be_visible()
-    policy.go_on.set()
+    engine.go_on.set()
     await again.click()
     await expect(page.locator(".text").last).to_have_text("one two three four")
     first, second = await turns(site, page)
@@ -369,14 +369,14 @@ async def test_what_was_stopped_can_be_asked_for_again(site: Site, compare: bool
 
 
 async def test_two_people_at_once_see_their_own(site: Site) -> None:
-    policy = site.running.policy
-    policy.answers, policy.hold_after = ["for ann alone", "for bob alone"], 2
+    engine = site.running.engine
+    engine.answers, engine.hold_after = ["for ann alone", "for bob alone"], 2
     ann, bob = await site.visit(), await site.visit(name="bob")
     await ask(ann, "I am ann.")
     await expect(ann.locator(".text")).to_have_text("for ann")
     await ask(bob, "I am bob.")
     await expect(bob.locator(".text")).to_have_text("for bob")
-    policy.go_on.set()
+    engine.go_on.set()
     await expect(ann.locator(".text")).to_have_text("for ann alone")
     await expect(bob.locator(".text")).to_have_text("for bob alone")
     await good(bob).click()
@@ -464,7 +464,7 @@ async def test_a_conversation_is_deleted_after_a_question(site: Site) -> None:
 
 
 async def test_a_conversation_is_deleted_in_the_middle_of_an_answer(site: Site) -> None:
-    site.running.policy.hold_after = 2
+    site.running.engine.hold_after = 2
     page = await site.visit()
     await ask(page, "Forget this.")
     await expect(page.locator(".text")).to_have_text("one two")
@@ -499,16 +499,16 @@ async def test_without_scripts_the_page_does_the_same(site: Site) -> None:
     await both_bad.click()
     await expect(page.get_by_text("The model does not see this turn again.")).to_be_visible()
     # A page in the middle of an answer has what there is of it.
-    policy = site.running.policy
-    policy.hold_after = 2
+    engine = site.running.engine
+    engine.hold_after = 2
     async with page.expect_navigation():
         await ask(page, "Count.")
-    await policy.holding.wait()
+    await engine.holding.wait()
     await reload_until(page, page.get_by_text("one two", exact=True))
     async with page.expect_navigation():
         await page.get_by_role("button", name="Stop").click()
     await reload_until(page, page.get_by_text("2 tokens · stopped"))
-    policy.go_on.set()
+    engine.go_on.set()
 
 
 async def test_a_vote_that_came_from_elsewhere_is_shown(site: Site) -> None:

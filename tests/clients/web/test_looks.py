@@ -84,8 +84,8 @@ async def nameless(page: Page) -> list[str]:
 
 async def long_conversation(site: Site) -> str:
     """A conversation with everything in it; its address."""
-    policy = site.running.policy
-    policy.answers = [f"# Heading {LONG} | a | b |", f"`{LONG}` and some more words to fill a line or two", "B", "last"]
+    engine = site.running.engine
+    engine.answers = [f"# Heading {LONG} | a | b |", f"`{LONG}` and some more words to fill a line or two", "B", "last"]
     page = await site.visit()
     await ask(page, f"Long: {LONG}")
     await good(page).click()
@@ -132,13 +132,13 @@ async def test_the_pages_at_every_width_in_light_and_dark(site: Site, looks: lis
 
 
 async def test_two_answers_that_are_being_written(site: Site) -> None:
-    site.running.policy.hold_after = 1
+    site.running.engine.hold_after = 1
     for width in WIDTHS:
         page = await site.visit(width=width)
         await ask(page, "Which?", compare=True)
         await expect(page.locator(".text").last).to_have_text("one")
         await look(page, f"writing-{width}")
-    site.running.policy.go_on.set()
+    site.running.engine.go_on.set()
 
 
 # Of a colour on what lies behind it, as WCAG 2 counts.

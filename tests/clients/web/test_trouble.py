@@ -12,7 +12,7 @@ from tests.clients.web.conftest import Site, serving_page, together
 from tests.clients.web.test_access import give_key
 from tests.clients.web.test_chat import ask, good, turns
 from tests.server.conftest import running_server
-from tests.server.fakes import FakePolicy
+from tests.server.fakes import FakeEngine
 
 pytestmark = together
 
@@ -30,17 +30,17 @@ HOSTILE = """
 """
 
 
-async def restart(site: Site, policy: FakePolicy) -> None:
+async def restart(site: Site, policy: FakeEngine) -> None:
     """The server goes, streams and all, and another one takes its port and its data."""
     running = site.running
     settings = running.app._settings.model_copy(update={"port": running.app.port})
     running.app = App(settings, running.store)
-    running.policy = policy
+    running.engine = policy
     await running.app.start(policy)
 
 
 async def test_a_restart_in_the_middle_of_an_answer_is_explained_and_healed(site: Site) -> None:
-    old = site.running.policy
+    old = site.running.engine
     old.answer, old.hold_after = "Owls live in trees.", 2
     page = await site.visit()
     async with page.expect_response("**/answer"):
@@ -49,7 +49,7 @@ async def test_a_restart_in_the_middle_of_an_answer_is_explained_and_healed(site
     await site.running.app.stop(0)
     await expect(page.get_by_text("The server went away in the middle of this answer.")).to_be_visible()
     await expect(page.locator(".text")).to_have_text("Owls live")
-    await restart(site, FakePolicy())
+    await restart(site, FakeEngine())
     await expect(page.get_by_text("This is what it has kept.")).to_be_visible()
     await expect(page.locator(".text")).to_have_text("Owls live")
     # The page was never left, and the conversation goes on.
@@ -59,16 +59,16 @@ async def test_a_restart_in_the_middle_of_an_answer_is_explained_and_healed(site
 
 
 async def test_an_answer_that_broke_off_can_be_asked_for_again(site: Site) -> None:
-    policy = site.running.policy
-    policy.hold_after = 2
+    engine = site.running.engine
+    engine.hold_after = 2
     page = await site.visit()
     await ask(page, "Count.")
     await expect(page.locator(".text")).to_have_text("one two")
-    policy.dies = True
-    policy.go_on.set()
+    engine.dies = True
+    engine.go_on.set()
     await expect(page.get_by_text("broken off")).to_be_visible()
-    policy.may_revive.set()
-    while policy.dies:
+    engine.may_revive.set()
+    while engine.dies:
         await asyncio.sleep(0.01)
     await page.get_by_role("button", name="Ask again").click()
     await expect(page.locator(".text").last).to_have_text("one two three four")
@@ -78,16 +78,16 @@ async def test_an_answer_that_broke_off_can_be_asked_for_again(site: Site) -> No
 async def test_a_restart_while_the_page_looks_at_another_programs_answer(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy = site.running.policy
-    policy.hold_after = 2
+    engine = site.running.engine
+    engine.hold_after = 2
     call = site.running.chat.Chat(chat_pb2.ChatRequest(message="From afar."), metadata=[("x-user-id", "ann")])
     started = (await call.read()).started
-    await policy.holding.wait()
+    await engine.holding.wait()
     page = await site.visit(f"/c/{started.conversation_id}")
     await expect(page.get_by_role("status")).to_have_text("The answer is being written.")
     await site.running.app.stop(0)
     await expect(page.get_by_role("alert")).to_contain_text("The server is away")
-    await restart(site, FakePolicy())
+    await restart(site, FakeEngine())
     await expect(page.get_by_text("2 tokens · stopped")).to_be_visible()
     # It is nothing that whoever runs the page should be told of.
     assert "Traceback" not in caplog.text
@@ -99,7 +99,7 @@ async def test_a_message_that_cannot_be_sent_stays_in_its_box(site: Site) -> Non
     await ask(page, "Do not lose me.")
     await expect(page.get_by_role("alert")).to_contain_text("The server is away, or just starting.")
     await expect(page.get_by_label("Message", exact=True)).to_have_value("Do not lose me.")
-    await restart(site, FakePolicy())
+    await restart(site, FakeEngine())
     while (await page.request.get(site.url)).status != 200:
         await asyncio.sleep(0.05)
     await page.get_by_role("button", name="Send").click()
@@ -154,7 +154,7 @@ async def test_a_page_that_the_server_is_away_for_comes_by_itself(site: Site) ->
     await site.running.app.stop(0)
     page = await site.visit()
     await expect(page.get_by_text("This page tries again every three seconds.")).to_be_visible()
-    await restart(site, FakePolicy())
+    await restart(site, FakeEngine())
     await expect(page.get_by_label("Message", exact=True)).to_be_visible()
 
 
@@ -176,7 +176,7 @@ async def test_a_page_of_somebody_who_signed_out_elsewhere_is_left(site: Site) -
 
 
 async def test_what_is_gone_is_not_asked_for_again_and_again(site: Site) -> None:
-    site.running.policy.hold_after = 2
+    site.running.engine.hold_after = 2
     page = await site.visit()
     await ask(page, "Forget this.")
     await expect(page.locator(".text")).to_have_text("one two")
@@ -207,13 +207,13 @@ async def test_a_page_out_of_reach_is_tried_again_whatever_one_does_meanwhile(si
     await page.evaluate(LOOK_AGAIN)
     await expect(page.get_by_role("alert")).to_contain_text("The server is away")
     await page.evaluate(LOOK_AGAIN)
-    await restart(site, FakePolicy())
+    await restart(site, FakeEngine())
     await expect(page.get_by_role("alert")).to_be_hidden(timeout=8000)
 
 
 async def test_the_pages_own_restart_in_the_middle_of_an_answer(tmp_path: Path, browser: Browser) -> None:
     async with running_server(tmp_path) as running:
-        running.policy.hold_after = 2
+        running.engine.hold_after = 2
         address = f"127.0.0.1:{running.app.port}"
         async with serving_page(address) as port:
             site = Site(f"http://127.0.0.1:{port}", running, browser)
@@ -229,8 +229,8 @@ async def test_the_pages_own_restart_in_the_middle_of_an_answer(tmp_path: Path, 
 
 
 async def test_hostile_text_stays_text(site: Site) -> None:
-    policy = site.running.policy
-    policy.answers = [HOSTILE.replace("\n", " "), *[HOSTILE.replace("\n", " ")] * 2]
+    engine = site.running.engine
+    engine.answers = [HOSTILE.replace("\n", " "), *[HOSTILE.replace("\n", " ")] * 2]
     page = await site.visit(name="<i>ann</i>")
     await ask(page, HOSTILE)
     await expect(good(page)).to_be_visible()

@@ -9,8 +9,8 @@ from prefloop.v1.chat_pb2 import Turn
 
 from clients.async_client import AsyncClient
 from clients.web import turns_under_way as live_module
-from clients.web.sign_in import Person
-from clients.web.turns_under_way import LiveTurn, LiveTurns
+from clients.web.sign_in import SignedIn
+from clients.web.turns_under_way import TurnsUnderWay, TurnUnderWay
 from tests.server.conftest import running_server
 
 
@@ -23,25 +23,25 @@ async def test_the_end_of_one_turn_leaves_the_next_one_its_place(tmp_path: Path)
             await may_read.wait()
             return await super().refetch(stream, timeout)
 
-    turns = LiveTurns()
+    turns = TurnsUnderWay()
     async with (
         asyncio.timeout(20),
         running_server(tmp_path) as running,
         Slow(f"127.0.0.1:{running.app.port}", user="ann") as client,
     ):
-        ann = Person(client, "ann", is_operator=True, has_key=False)
+        ann = SignedIn(client, "ann", is_operator=True, has_key=False)
         first = await turns.begin(ann, "One.", client.chat("One."))
         async for _ in first.changes():
             if first.turn.response.text == "one two three four ":
                 break
-        running.policy.hold_after = 2
+        running.engine.hold_after = 2
         second = await turns.begin(ann, "Two.", client.chat("Two.", conversation_id=first.conversation_id))
         may_read.set()
         async for _ in first.changes():
             pass
         await asyncio.sleep(0)
         assert turns.find(ann, first.conversation_id) is second
-        running.policy.go_on.set()
+        running.engine.go_on.set()
         async for _ in second.changes():
             pass
         await asyncio.sleep(0)
@@ -60,22 +60,22 @@ async def test_a_growing_answer_is_drawn_once_for_all_who_read_it(
         drawn.append(turn.response.text)
         return turn.response.text
 
-    async def read(live: LiveTurn) -> list[str]:
+    async def read(live: TurnUnderWay) -> list[str]:
         return [live.drawn(draw) async for _ in live.changes()]
 
-    turns = LiveTurns()
+    turns = TurnsUnderWay()
     async with (
         asyncio.timeout(20),
         running_server(tmp_path) as running,
         AsyncClient(f"127.0.0.1:{running.app.port}", user="ann") as client,
     ):
-        ann = Person(client, "ann", is_operator=True, has_key=False)
-        running.policy.hold_after = 2
+        ann = SignedIn(client, "ann", is_operator=True, has_key=False)
+        running.engine.hold_after = 2
         live = await turns.begin(ann, "One.", client.chat("One."))
         readers = [asyncio.create_task(read(live)) for _ in range(20)]
         while "one two " not in drawn:
             await asyncio.sleep(0)
-        running.policy.go_on.set()
+        running.engine.go_on.set()
         seen = await asyncio.gather(*readers)
         # All saw the same, to the end, and of twenty readers none made it drawn again.
         assert len({tuple(texts) for texts in seen}) == 1

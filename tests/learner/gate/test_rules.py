@@ -21,9 +21,9 @@ from learner.gate.rules import (
     repetition,
     win_rate,
 )
-from learner.model.rollout import Sample
+from learner.model.rollout import SampledAnswer
 from learner.reward.likelihood import A, B
-from learner.reward.linear_heads import SignalTest, Votes
+from learner.reward.linear_heads import SignalTest, VoteTensors
 from learner.reward.reward_model import Standardiser
 from learner.settings import GateSettings
 
@@ -157,7 +157,7 @@ def test_length_matched_counts_only_answers_alike_in_length() -> None:
     assert (rate, prompts) == (0.5, 2)
 
 
-def test_a_judge_of_votes_knows_a_taste(make_votes: Callable[..., Votes]) -> None:
+def test_a_judge_of_votes_knows_a_taste(make_votes: Callable[..., VoteTensors]) -> None:
     generator = seeded()
     features = torch.randn(160, 6, generator=generator)
     better = (features[::2, 0] > features[1::2, 0]).tolist()
@@ -172,9 +172,9 @@ def test_a_judge_of_votes_knows_a_taste(make_votes: Callable[..., Votes]) -> Non
 
 def test_health_by_hand() -> None:
     samples = [
-        Sample([1], [5, 2], [0.0, 0.0], "word", "stop"),
-        Sample([1], [2], [0.0], " ", "stop"),
-        Sample([1], [3, 3, 3, 3, 3, 3], [0.0] * 6, "aaaaaa", "length"),
+        SampledAnswer([1], [5, 2], [0.0, 0.0], "word", "stop"),
+        SampledAnswer([1], [2], [0.0], " ", "stop"),
+        SampledAnswer([1], [3, 3, 3, 3, 3, 3], [0.0] * 6, "aaaaaa", "length"),
     ]
     found = health(samples)
     assert (found.length, found.empty, found.ended) == (3.0, pytest.approx(1 / 3), pytest.approx(2 / 3))

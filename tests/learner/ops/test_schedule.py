@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import learner.ops.schedule
 from learner.cli import app
 from learner.ops.cron import Cron
-from learner.ops.request_poller import Listener
+from learner.ops.request_poller import RequestPoller
 from learner.ops.schedule import (
     RoundScheduler,
     abrupt_end,
@@ -445,7 +445,7 @@ def test_on_request_waits_for_its_data_directory_and_runs_what_is_asked(tmp_path
 
 def test_who_waits_for_a_data_directory_does_not_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    listener = Listener(tmp_path / "none", lambda: None, lambda: None, lambda: None, said.append)
+    listener = RequestPoller(tmp_path / "none", lambda: None, lambda: None, lambda: None, said.append)
     monkeypatch.setattr(listener._stop, "wait", lambda seconds: listener._stop.set())
     listener._run()
     assert (list(tmp_path.iterdir()), said) == ([], [])
@@ -456,7 +456,7 @@ def test_what_keeps_a_learner_from_hearing_is_said_once_and_tried_again(
 ) -> None:
     said: list[str] = []
     FeedbackStore.open(tmp_path).close()
-    listener = Listener(tmp_path, lambda: None, lambda: None, lambda: None, said.append)
+    listener = RequestPoller(tmp_path, lambda: None, lambda: None, lambda: None, said.append)
     tries: list[int] = []
 
     def listen(*arguments: Any) -> None:

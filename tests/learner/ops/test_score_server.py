@@ -16,7 +16,7 @@ from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
 from learner.model.features import extract
 from learner.model.forward import to_tokens
 from learner.ops.score_server import ScoringService
-from learner.reward.reward_model import RewardModel, Standardiser
+from learner.reward.reward_model import LinearRewardModel, Standardiser
 from server.store.feedback_store import FeedbackStore
 from server.store.manifest import new_staging, publish, write_manifest
 from tests.learner.conftest import HIDDEN, WORDS
@@ -26,17 +26,17 @@ PROMPT, CANDIDATES = [5, 6, 7], [[8, 9], [10, 11, 12, 2], [13]]
 WIDTH = HIDDEN + 1
 
 
-def reward_model(seed: int) -> RewardModel:
+def reward_model(seed: int) -> LinearRewardModel:
     generator = torch.Generator().manual_seed(seed)
     members = torch.randn(3, WIDTH, generator=generator)
-    return RewardModel(
+    return LinearRewardModel(
         layers=(2,), standardiser=Standardiser(torch.zeros(WIDTH), torch.ones(WIDTH)), weights=members.mean(dim=0),
         members=members, member_bias=torch.tensor([0.0, 0.5, -0.5]), bias=0.25, low=-3.0, high=3.0, thumb_bar=0.0,
         bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0,
     )  # fmt: skip
 
 
-def register(data_dir: Path, version: str, model: RewardModel) -> None:
+def register(data_dir: Path, version: str, model: LinearRewardModel) -> None:
     final = data_dir / "reward_models" / version
     staging = new_staging(final)
     model.save(staging)

@@ -8,7 +8,7 @@ import torch
 
 from learner.reward.likelihood import BOTH_BAD, TIE, A, B
 from learner.reward.linear_heads import (
-    Votes,
+    VoteTensors,
     agreement,
     bootstrap,
     cross_validate,
@@ -21,14 +21,14 @@ from learner.reward.linear_heads import (
     vote_weights,
 )
 
-MakeVotes = Callable[..., Votes]
+MakeVotes = Callable[..., VoteTensors]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def taste(make_votes: MakeVotes, n: int = 120, noise: float = 0.1, width: int = 20) -> tuple[torch.Tensor, Votes]:
+def taste(make_votes: MakeVotes, n: int = 120, noise: float = 0.1, width: int = 20) -> tuple[torch.Tensor, VoteTensors]:
     """n comparisons between random answers, decided by the first feature, `noise` of them flipped."""
     generator = seeded(1)
     features = torch.randn(2 * n, width, generator=generator)
@@ -212,7 +212,7 @@ def test_one_users_share_is_capped_where_there_are_enough_users() -> None:
 
 
 def test_a_fit_is_given_the_answers_that_were_voted_on_and_no_others() -> None:
-    votes = Votes(
+    votes = VoteTensors(
         a=torch.tensor([7, 2]), b=torch.tensor([4, 7]), outcome=torch.tensor([A, B]),
         temperature_difference=torch.zeros(2), choice_weight=torch.ones(2), choice_group=torch.tensor([0, 1]),
         response=torch.tensor([9]), thumb=torch.tensor([1.0]), user=torch.tensor([0]), thumb_weight=torch.ones(1),

@@ -8,13 +8,20 @@ import pytest
 import torch
 
 from learner.reward.likelihood import A, B
-from learner.reward.linear_heads import Votes
-from learner.reward.reward_model import RewardModel, Standardiser, evaluate, fit_reward_model, standardise, standardiser
+from learner.reward.linear_heads import VoteTensors
+from learner.reward.reward_model import (
+    LinearRewardModel,
+    Standardiser,
+    evaluate,
+    fit_reward_model,
+    standardise,
+    standardiser,
+)
 from learner.settings import RewardSettings
 
 
-def model(**changes: object) -> RewardModel:
-    whole = RewardModel(
+def model(**changes: object) -> LinearRewardModel:
+    whole = LinearRewardModel(
         layers=(1, 2),
         standardiser=Standardiser(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 1.0])),
         weights=torch.tensor([1.0, -1.0]),
@@ -52,7 +59,7 @@ def test_members_agree_on_the_reference_and_keep_their_differences() -> None:
     assert torch.allclose(after.member_scores(features).std(dim=1) * sd, model().member_scores(features).std(dim=1))
 
 
-def test_members_differ_where_votes_say_little(make_votes: Callable[..., Votes]) -> None:
+def test_members_differ_where_votes_say_little(make_votes: Callable[..., VoteTensors]) -> None:
     """Along a direction that no voted answer took, only their noise speaks; along the voted one they agree."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 3, generator=generator) * torch.tensor([1.0, 0.02, 0.0])
@@ -98,7 +105,7 @@ def test_equal_lengths_say_nothing() -> None:
 
 def test_what_was_saved_loads_again(tmp_path: Path) -> None:
     model().save(tmp_path)
-    loaded = RewardModel.load(tmp_path)
+    loaded = LinearRewardModel.load(tmp_path)
     features = torch.randn(4, 2)
     assert torch.equal(loaded.scores(features), model().scores(features))
     assert torch.equal(loaded.member_scores(features), model().member_scores(features))
@@ -106,7 +113,7 @@ def test_what_was_saved_loads_again(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
-def test_a_taste_is_learned_and_beats_length(make_votes: Callable[..., Votes]) -> None:
+def test_a_taste_is_learned_and_beats_length(make_votes: Callable[..., VoteTensors]) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(400, 13, generator=generator)
     better = (features[::2, 0] + features[::2, 1] > features[1::2, 0] + features[1::2, 1]).tolist()

@@ -7,7 +7,7 @@ import torch
 
 from learner.reward.dataset import Dataset
 from learner.reward.likelihood import A, B
-from learner.reward.linear_heads import Votes
+from learner.reward.linear_heads import VoteTensors
 from learner.reward.voter_reliability import Verdicts, kinds, one_sided, thumb_pairs, trust, verdicts, weigh_voters
 from learner.settings import RewardSettings
 
@@ -75,7 +75,7 @@ def crowd(users: int = 12, each: int = 20, hostile: int = 1) -> tuple[Dataset, t
     features = torch.randn(2 * n, 8, generator=generator)
     user = torch.arange(n) % users
     better = features[::2, 0] > features[1::2, 0]
-    votes = Votes(
+    votes = VoteTensors(
         a=torch.arange(0, 2 * n, 2), b=torch.arange(1, 2 * n, 2), outcome=torch.where(better ^ (user < hostile), A, B),
         temperature_difference=torch.zeros(n), choice_weight=torch.ones(n), choice_group=torch.arange(n),
         response=NONE, thumb=torch.zeros(0), user=NONE, thumb_weight=torch.zeros(0), thumb_group=NONE, users=users,

@@ -31,7 +31,7 @@ def test_a_round_writes_nothing_of_who_was_forgotten_meanwhile(
     def forget(last: bool) -> None:
         store = FeedbackStore.open(data_dir)
         seen.append(store.feedback("ann", 1)[0].id)
-        while store.forgetting.step("ann") and last:
+        while store.deletion.step("ann") and last:
             pass
         store.close()
         assert erase(data_dir)

@@ -10,7 +10,7 @@ import pytest
 
 from server.doctor import readings
 from server.doctor.readings import Disk
-from server.telemetry.metrics_http import Exposition
+from server.telemetry.metrics_http import MetricsServer
 
 MOUNTS = r"""/dev/vda / ext4 rw,relatime 0 0
 tmpfs /dev/shm tmpfs rw 0 0
@@ -101,12 +101,12 @@ def test_an_address_that_is_not_this_machines() -> None:
 
 @pytest.mark.parametrize(("serving", "said"), [(True, "SERVING"), (False, "NOT_SERVING")])
 def test_a_server_of_ours_is_known_by_its_health(serving: bool, said: str) -> None:
-    exposition = Exposition("127.0.0.1", 0, lambda: serving)
+    metrics_server = MetricsServer("127.0.0.1", 0, lambda: serving)
     try:
-        assert readings.server_health("127.0.0.1", exposition.port) == said
+        assert readings.server_health("127.0.0.1", metrics_server.port) == said
     finally:
-        exposition.close()
-    assert readings.server_health("127.0.0.1", exposition.port) == ""
+        metrics_server.close()
+    assert readings.server_health("127.0.0.1", metrics_server.port) == ""
 
 
 def test_a_stranger_has_no_health(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.engine.prefill_shares import level
+from server.engine.prefill_shares import prefill_share
 
 
 @pytest.mark.parametrize(
@@ -26,4 +26,4 @@ from server.engine.prefill_shares import level
 def test_short_prompts_are_read_whole_and_long_ones_share_the_rest(
     remaining: list[int], tokens: int, expected: int
 ) -> None:
-    assert level(remaining, tokens) == expected
+    assert prefill_share(remaining, tokens) == expected

@@ -159,17 +159,17 @@ async def test_what_is_somebody_elses_is_not_there(locked: Locked) -> None:
 
 
 async def test_nobody_learns_that_a_conversation_is_being_answered(locked: Locked) -> None:
-    locked.running.policy.hold_after = 1
+    locked.running.engine.hold_after = 1
     call = locked.running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=locked.ann)
     hers = (await call.read()).started.conversation_id
-    await locked.running.policy.holding.wait()
+    await locked.running.engine.holding.wait()
     for request, rpc in (
         (chat_pb2.ChatRequest(message="hi", conversation_id=hers), locked.running.chat.Chat),
         (chat_pb2.DeleteConversationRequest(conversation_id=hers), locked.running.chat.DeleteConversation),
     ):
         # At once, and not when her answer has ended.
         assert await failure(rpc(request, metadata=locked.bob, timeout=SECONDS)) == grpc.StatusCode.NOT_FOUND
-    locked.running.policy.go_on.set()
+    locked.running.engine.go_on.set()
     while (event := await call.read()).WhichOneof("event") != "finished":
         pass
     assert event.finished.text == "one two three four "

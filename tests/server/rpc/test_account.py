@@ -56,7 +56,7 @@ async def rows(running: Running) -> dict[str, int]:
 
 async def say_everything(running: Running, user: Any) -> str:
     """Every kind of text that a person can leave, SECRET in each; the conversation's id."""
-    running.policy.answer = f"{WORD} answered"
+    running.engine.answer = f"{WORD} answered"
     started, *_ = await chat(running, f"{WORD} asked", user=user, request_id=f"{WORD}-1")
     conversation_id, response_id = started.started.conversation_id, started.started.response_id
     for thumb in (feedback_pb2.THUMB_UP, feedback_pb2.THUMB_DOWN):
@@ -91,7 +91,7 @@ async def demonstrate(running: Running, user: Any) -> str:
 async def test_no_byte_of_a_forgotten_person_is_left(running: Running) -> None:
     await say_everything(running, ZOE)
     await demonstrate(running, ZOE)
-    running.policy.answer = "fine"
+    running.engine.answer = "fine"
     await chat(running, "stays", user=BOB)
     assert bytes_of(running.data_dir).count(SECRET) > 20
     assert b"zebulon" in bytes_of(running.data_dir)
@@ -119,11 +119,11 @@ async def test_no_byte_of_a_deleted_conversation_is_left(running: Running) -> No
 
 
 async def test_an_answer_that_is_being_streamed_does_not_come_back(running: Running) -> None:
-    running.policy.answer, running.policy.hold_after = f"{WORD} one two", 1
+    running.engine.answer, running.engine.hold_after = f"{WORD} one two", 1
     call = running.chat.Chat(chat_pb2.ChatRequest(message=WORD, request_id="r1"), metadata=ZOE, timeout=SECONDS)
     await call.read()
-    await running.policy.holding.wait()
-    running.policy.answer = "fine"
+    await running.engine.holding.wait()
+    running.engine.answer = "fine"
     # Waits for the first one to end, which then has nothing to repeat.
     again = running.chat.Chat(chat_pb2.ChatRequest(message=WORD, request_id="r1"), metadata=ZOE, timeout=SECONDS)
     others = asyncio.create_task(chat(running, "hi", user=BOB))
@@ -131,7 +131,7 @@ async def test_an_answer_that_is_being_streamed_does_not_come_back(running: Runn
     for one in (call, again):
         code, _, details = await refusal(one)
         assert (code, details) == FORGOTTEN
-    running.policy.go_on.set()
+    running.engine.go_on.set()
     await others
     assert (await rows(running))["responses"] == 1
     assert SECRET not in bytes_of(running.data_dir)
@@ -333,7 +333,7 @@ async def test_conversations_that_nobody_touched_for_long_are_deleted(
     store.close()
     async with running_server(tmp_path, retention_days=days) as running:
         # What the server does every hour, and at its start.
-        await running.app._eraser.tidy()
+        await running.app._retention.tidy()
         listed = await running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=ANN)
         assert {conversation.title for conversation in listed.conversations} == left
         assert (SECRET in bytes_of(tmp_path)) is (WORD in left)

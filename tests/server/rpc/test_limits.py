@@ -95,13 +95,13 @@ async def test_a_call_that_waits_for_the_turn_before_it_takes_no_room_in_the_que
     async with running_server(tmp_path, max_streams=2, max_waiting=0, user_calls=32) as running:
         started, *_ = await chat(running)
         conversation = started.started.conversation_id
-        running.policy.hold_after = 1
+        running.engine.hold_after = 1
         waiting = [asyncio.create_task(chat(running, conversation_id=conversation)) for _ in range(8)]
-        await running.policy.holding.wait()
-        running.policy.hold_after = None
+        await running.engine.holding.wait()
+        running.engine.hold_after = None
         # One of the eight is sampled, which leaves a place.
         assert (await chat(running, user=BOB))[-1].finished.text
-        running.policy.go_on.set()
+        running.engine.go_on.set()
         assert len([await each for each in waiting]) == 8
 
 
@@ -114,14 +114,14 @@ def test_a_call_that_failed_is_no_longer_counted() -> None:
 
 async def test_a_full_queue_is_refused_with_a_time_to_retry(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_streams=1, max_waiting=0) as running:
-        running.policy.hold_after = 1
+        running.engine.hold_after = 1
         first = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
-        await running.policy.holding.wait()
+        await running.engine.holding.wait()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await chat(running, user=BOB)
         assert refused.value.code() == EXHAUSTED
         assert await retry_seconds(refused.value) == 2.0
-        running.policy.go_on.set()
+        running.engine.go_on.set()
         assert [event async for event in first][-1].finished.text == "one two three four "
         assert (await chat(running, user=BOB))[-1].finished.text == "one two three four "
 
@@ -287,9 +287,9 @@ async def test_strangers_who_only_hold_calls_open_keep_nobody_from_asking(
 
 async def test_a_reader_who_stalls_counts_until_the_status_is_out(tmp_path: Path) -> None:
     async with running_server(tmp_path, call_seconds=1.0, user_calls=1, max_tokens=2_000) as running:
-        running.policy.max_model_len = 50_000
+        running.engine.max_model_len = 50_000
         # Four hundred words fill the client's window: long before its time is up.
-        running.policy.answers = [" ".join(["x" * 10_000] * 2_000)]
+        running.engine.answers = [" ".join(["x" * 10_000] * 2_000)]
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
         await call.read()
         # Its time is up, and the answer with it, but nobody takes the status: the share is still used up.
@@ -323,7 +323,7 @@ async def test_calls_without_a_message_use_up_their_callers_share_alone(tmp_path
 
 async def test_the_servers_own_deadline_ends_a_call_and_keeps_what_was_said(tmp_path: Path) -> None:
     async with running_server(tmp_path, call_seconds=0.2) as running:
-        running.policy.hold_after = 2
+        running.engine.hold_after = 2
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
         started = await call.read()
         assert await refusal(call) == (
@@ -338,24 +338,24 @@ async def test_the_servers_own_deadline_ends_a_call_and_keeps_what_was_said(tmp_
 async def sampled(running: Running) -> Any:
     """The first answer, once it is being sampled: `started` is told before."""
     async with asyncio.timeout(SECONDS):
-        while not running.policy.streams:
+        while not running.engine.streams:
             await asyncio.sleep(0)
-    return running.policy.streams[0]
+    return running.engine.streams[0]
 
 
 async def test_a_reader_who_stalls_holds_up_their_own_answer_and_no_more_memory(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_tokens=20_000) as running:
-        running.policy.max_model_len = 50_000
+        running.engine.max_model_len = 50_000
         # 20 MB in all, of which the client's flow control takes 4 unread.
-        running.policy.answer = " ".join(["x" * 1000] * 20_000)
+        running.engine.answer = " ".join(["x" * 1000] * 20_000)
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
         started = await call.read()
         await sampled(running)
         # Others are answered while it stalls: each of them gives the stalled one time to run on if it could.
-        running.policy.answers = ["short"] * 50
+        running.engine.answers = ["short"] * 50
         for _ in range(50):
             await chat(running, user=BOB)
-        [stalled] = [stream for stream in running.policy.streams if len(stream.words) == 20_000]
+        [stalled] = [stream for stream in running.engine.streams if len(stream.words) == 20_000]
         assert len(stalled.said) < 6_000
         call.cancel()
         async with asyncio.timeout(SECONDS):
@@ -403,7 +403,7 @@ def is_closed(one: socket.socket) -> bool:
 
 
 async def test_a_demonstration_of_the_longest_messages_fits(running: Running) -> None:
-    running.policy.max_model_len = 10_000
+    running.engine.max_model_len = 10_000
     part = feedback_pb2.Message(role=feedback_pb2.ROLE_USER, content="ä" * 500)
     last = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="ä" * 500)
     request = feedback_pb2.SubmitDemonstrationRequest(messages=[part] * 3 + [last])

@@ -95,7 +95,7 @@ async def test_no_page_is_larger_than_any_client_takes(tmp_path: Path) -> None:
 
 async def test_feedback_comes_in_pages_that_any_client_takes(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_message_chars=100_000) as running:
-        running.policy.max_model_len = 100_000
+        running.engine.max_model_len = 100_000
         for number in range(30):
             content = f"{number} " + "d" * 99_000
             messages = [
@@ -185,11 +185,11 @@ async def test_votes_do_not_wait_for_a_reader(tmp_path: Path) -> None:
 
 async def test_a_conversation_is_remembered_as_far_as_the_model_can_read(tmp_path: Path) -> None:
     async with running_server(tmp_path) as running:
-        running.policy.max_model_len = 40
+        running.engine.max_model_len = 40
         conversation = await running.store(lambda store: long_conversation(store, 300, 3))
         call = running.chat.Chat(chat_pb2.ChatRequest(conversation_id=conversation, message="Go on."), metadata=ANN)
         assert [event async for event in call][-1].finished.text
         # 640 characters of turns of about 9: no more than some chunks of twenty were looked at.
-        longest = max(len(messages) for messages in running.policy.encoded)
+        longest = max(len(messages) for messages in running.engine.encoded)
         assert 1 < longest <= 2 * 100 + 1
-        assert running.policy.encoded[-1][-1] == {"role": "user", "content": "Go on."}
+        assert running.engine.encoded[-1][-1] == {"role": "user", "content": "Go on."}

@@ -15,7 +15,7 @@ from server.rpc import policies
 from server.store.feedback_store import FeedbackStore
 from server.store.records import Round
 from server.store.residue import keeping
-from server.store.round_samples import Sample, read_samples
+from server.store.round_samples import RoundSample, read_samples
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_rpcs import ANN, BOB, refusal
 
@@ -87,7 +87,7 @@ def test_a_line_that_a_kill_cut_short_and_one_that_names_nobody_are_left_out(
     keep_line(tmp_path, round_, OWN, "whole")
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b'"conversation_id": "", ', b"") + whole + whole[:-1])
-    assert list(read_samples(tmp_path, round_)) == [Sample(1, "", "whole", "incumbent", "step 2")]
+    assert list(read_samples(tmp_path, round_)) == [RoundSample(1, "", "whole", "incumbent", "step 2")]
 
 
 @pytest.fixture

@@ -82,14 +82,14 @@ async def test_a_chat_streams_and_is_on_disk_before_it_is_finished(running: Runn
 
 async def test_a_set_zero_is_not_an_unset_field(running: Running) -> None:
     await chat(running, sampling=chat_pb2.SamplingOptions(temperature=0, seed=0, max_tokens=3))
-    [sampling] = running.policy.samplings
+    [sampling] = running.engine.samplings
     assert (sampling.temperature, sampling.seed, sampling.max_tokens) == (0.0, 0, 3)
 
 
 async def test_the_model_reads_the_whole_conversation(running: Running) -> None:
     started, *_ = await chat(running)
     await chat(running, "and then", conversation_id=started.started.conversation_id)
-    assert running.policy.encoded[-1] == [
+    assert running.engine.encoded[-1] == [
         {"role": "user", "content": "hello there"},
         {"role": "assistant", "content": "one two three four "},
         {"role": "user", "content": "and then"},
@@ -97,17 +97,17 @@ async def test_the_model_reads_the_whole_conversation(running: Running) -> None:
 
 
 async def test_a_second_message_waits_for_the_first_answer_also_in_a_new_conversation(running: Running) -> None:
-    running.policy.hold_after = 2
+    running.engine.hold_after = 2
     call = running.chat.Chat(chat_pb2.ChatRequest(message="hello there"), metadata=ANN)
     conversation_id = (await call.read()).started.conversation_id
-    await running.policy.holding.wait()
-    running.policy.hold_after = None
+    await running.engine.holding.wait()
+    running.engine.hold_after = None
     second = asyncio.create_task(chat(running, "and then", conversation_id=conversation_id))
     # Somebody else is answered meanwhile, so the second one had its time to go wrong.
     await chat(running, "other", user=BOB)
-    running.policy.go_on.set()
+    running.engine.go_on.set()
     await second
-    assert running.policy.encoded[-1][1] == {"role": "assistant", "content": "one two three four "}
+    assert running.engine.encoded[-1][1] == {"role": "assistant", "content": "one two three four "}
 
 
 async def test_a_long_conversation_loses_its_oldest_turns_whole(running: Running) -> None:
@@ -115,10 +115,10 @@ async def test_a_long_conversation_loses_its_oldest_turns_whole(running: Running
     started, *_ = await chat(running)
     for _ in range(3):
         await chat(running, "next one", conversation_id=started.started.conversation_id)
-    assert len(running.policy.prompts[-1]) == 20
+    assert len(running.engine.prompts[-1]) == 20
     await chat(running, "next one", conversation_id=started.started.conversation_id)
-    assert len(running.policy.prompts[-1]) == 20
-    assert running.policy.prompts[-1][:2] == [len("next"), len("one")]
+    assert len(running.engine.prompts[-1]) == 20
+    assert running.engine.prompts[-1][:2] == [len("next"), len("one")]
 
 
 async def test_a_message_that_cannot_fit_is_refused_and_nothing_is_kept(running: Running) -> None:
@@ -131,12 +131,12 @@ async def test_a_message_that_cannot_fit_is_refused_and_nothing_is_kept(running:
 
 
 async def test_a_cancelled_stream_keeps_what_was_sampled_and_its_spans(running: Running) -> None:
-    running.policy.hold_after = 2
+    running.engine.hold_after = 2
     call = running.chat.Chat(chat_pb2.ChatRequest(message="hello"), metadata=ANN)
     started = await call.read()
-    await running.policy.holding.wait()
+    await running.engine.holding.wait()
     call.cancel()
-    running.policy.hold_after = None
+    running.engine.hold_after = None
     async with asyncio.timeout(10):
         while True:
             [turn] = await turns(running, started.started.conversation_id)
@@ -148,13 +148,13 @@ async def test_a_cancelled_stream_keeps_what_was_sampled_and_its_spans(running: 
 
 
 async def test_a_deadline_stops_the_answer(running: Running) -> None:
-    running.policy.hold_after = 1
+    running.engine.hold_after = 1
     call = running.chat.Chat(chat_pb2.ChatRequest(message="hello"), metadata=ANN, timeout=0.3)
     assert await failure(call) == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 async def test_a_dead_engine_is_unavailable_and_the_message_is_kept(running: Running) -> None:
-    running.policy.dies = True
+    running.engine.dies = True
     call = running.chat.Chat(chat_pb2.ChatRequest(message="hello"), metadata=ANN)
     started = await call.read()
     code, message, details = await refusal(call)
@@ -173,9 +173,9 @@ async def test_a_dead_engine_is_started_again_and_health_says_so(running: Runnin
                 pass
 
     await until(SERVING)
-    running.policy.dies = True
+    running.engine.dies = True
     await until(NOT_SERVING)
-    running.policy.may_revive.set()
+    running.engine.may_revive.set()
     await until(SERVING)
     assert (await chat(running))[-1].finished.text == "one two three four "
     watching.cancel()
@@ -189,9 +189,9 @@ async def test_an_engine_that_hangs_is_killed_and_started_again(
         health = health_pb2_grpc.HealthStub(running.channel)  # type: ignore[no-untyped-call]
         watching = health.Watch(health_pb2.HealthCheckRequest(), timeout=10)
         assert (await watching.read()).status == SERVING
-        running.policy.hangs = True
+        running.engine.hangs = True
         assert (await watching.read()).status == NOT_SERVING
-        running.policy.may_revive.set()
+        running.engine.may_revive.set()
         assert (await watching.read()).status == SERVING
         watching.cancel()
     assert "the engine has not finished a step for 30 s; it was killed" in caplog.messages
@@ -202,7 +202,7 @@ async def test_the_same_request_id_is_one_turn(running: Running) -> None:
     again = await chat(running, request_id="r1")
     assert again[0] == first[0]
     assert again[-1] == first[-1]
-    assert len(running.policy.prompts) == 1
+    assert len(running.engine.prompts) == 1
     code, _, details = await refusal(
         running.chat.Chat(chat_pb2.ChatRequest(message="other", request_id="r1"), metadata=ANN)
     )
@@ -215,7 +215,7 @@ async def test_a_thousand_duplicates_at_once_are_one_turn_and_one_vote(tmp_path:
     async with running_server(tmp_path, user_calls=1000, user_rate=10_000) as running:
         answers = await asyncio.gather(*(chat(running, request_id="r1") for _ in range(100)))
         [response_id] = {events[0].started.response_id for events in answers}
-        assert len(running.policy.prompts) == 1
+        assert len(running.engine.prompts) == 1
         vote = feedback_pb2.SubmitThumbRequest(response_id=response_id, thumb=feedback_pb2.THUMB_UP, request_id="r2")
         votes = await asyncio.gather(*(running.feedback.SubmitThumb(vote, metadata=ANN) for _ in range(1000)))
         assert len({vote.feedback.feedback_id for vote in votes}) == 1
@@ -226,7 +226,7 @@ async def test_a_comparison_hides_what_tells_its_answers_apart_until_the_choice(
     started, *events = await compare(running)
     finished = {event.finished.slot: event.finished for event in events if event.WhichOneof("event") == "finished"}
     assert set(finished) == {chat_pb2.SLOT_A, chat_pb2.SLOT_B}
-    assert sorted(sampling.temperature for sampling in running.policy.samplings) == [0.7, 1.0]
+    assert sorted(sampling.temperature for sampling in running.engine.samplings) == [0.7, 1.0]
     [turn] = await turns(running, started.started.conversation_id)
     for response in (turn.comparison.a, turn.comparison.b):
         assert not response.HasField("temperature")
@@ -246,7 +246,7 @@ async def test_which_answer_is_warmer_is_random(running: Running) -> None:
     for _ in range(30):
         await compare(running)
     # 30 times the same order: once in 5e8 runs.
-    assert {sampling.temperature for sampling in running.policy.samplings[::2]} == {0.7, 1.0}
+    assert {sampling.temperature for sampling in running.engine.samplings[::2]} == {0.7, 1.0}
 
 
 async def test_going_on_without_a_choice_goes_on_with_a(running: Running) -> None:
@@ -255,7 +255,7 @@ async def test_going_on_without_a_choice_goes_on_with_a(running: Running) -> Non
     first, _ = await turns(running, started.started.conversation_id)
     assert first.comparison.state == chat_pb2.COMPARISON_STATE_SKIPPED
     assert first.comparison.continued_with == chat_pb2.SLOT_A
-    assert running.policy.encoded[-1][1] == {"role": "assistant", "content": "one two three four "}
+    assert running.engine.encoded[-1][1] == {"role": "assistant", "content": "one two three four "}
 
 
 async def test_a_repeated_compare_is_one_comparison(running: Running) -> None:
@@ -266,11 +266,11 @@ async def test_a_repeated_compare_is_one_comparison(running: Running) -> None:
         "one two three four ",
         "one two three four ",
     ]
-    assert len(running.policy.prompts) == 2
+    assert len(running.engine.prompts) == 2
 
 
 async def test_a_choice_on_an_unfinished_comparison_is_refused(running: Running) -> None:
-    running.policy.hold_after = 1
+    running.engine.hold_after = 1
     call = running.chat.Compare(chat_pb2.CompareRequest(message="hello"), metadata=ANN)
     started = await call.read()
     request = feedback_pb2.SubmitChoiceRequest(
@@ -278,7 +278,7 @@ async def test_a_choice_on_an_unfinished_comparison_is_refused(running: Running)
     )
     code, _, details = await refusal(running.feedback.SubmitChoice(request, metadata=ANN))
     assert (code, details) == (grpc.StatusCode.FAILED_PRECONDITION, ["COMPARISON_UNFINISHED"])
-    running.policy.go_on.set()
+    running.engine.go_on.set()
     await _end(call)
     await running.feedback.SubmitChoice(request, metadata=ANN)
 
@@ -383,13 +383,13 @@ async def test_activating_serves_the_version_and_rolling_back_serves_the_one_bef
     policy = (await running.policies.ActivatePolicy(activate, metadata=ANN)).policy
     assert (policy.version, policy.state) == ("v0001", policy_pb2.POLICY_STATE_ACTIVE)
     assert dict(policy.metrics) == {"win_rate": 0.75}
-    assert running.policy.version == "v0001"
+    assert running.engine.version == "v0001"
     active = await running.policies.GetActivePolicy(policy_pb2.GetActivePolicyRequest(), metadata=ANN)
     assert [(replica.loaded_version, replica.error) for replica in active.replicas] == [("v0001", "")]
     code, message, _ = await refusal(running.policies.ActivatePolicy(activate, metadata=ANN))
     assert (code, message) == (grpc.StatusCode.ABORTED, "v0001 is active, not v0000; nothing was changed.")
     back = (await running.policies.RollbackPolicy(policy_pb2.RollbackPolicyRequest(), metadata=ANN)).policy
-    assert back.version == running.policy.version == "v0000"
+    assert back.version == running.engine.version == "v0000"
     listed = await running.policies.ListPolicies(policy_pb2.ListPoliciesRequest(), metadata=ANN)
     assert [found.version for found in listed.policies] == ["v0001", "v0000"]
     # To a version that is named, and only to one that was active.
@@ -400,7 +400,7 @@ async def test_activating_serves_the_version_and_rolling_back_serves_the_one_bef
     code, message, _ = await refusal(
         running.policies.RollbackPolicy(policy_pb2.RollbackPolicyRequest(version="v0002"), metadata=ANN)
     )
-    assert (code, running.policy.version) == (grpc.StatusCode.FAILED_PRECONDITION, "v0001")
+    assert (code, running.engine.version) == (grpc.StatusCode.FAILED_PRECONDITION, "v0001")
     assert "v0002 is candidate and was never active" in message
 
 
@@ -444,7 +444,7 @@ async def test_of_two_rollbacks_at_once_one_goes_back_one_step(running: Running)
             loop.call_soon_threadsafe(both.set)
         return step(*arguments)
 
-    locate = running.policy.locate
+    locate = running.engine.locate
 
     def wait(*arguments: Any) -> Any:
         asyncio.run_coroutine_threadsafe(both.wait(), loop).result(10)
@@ -453,12 +453,12 @@ async def test_of_two_rollbacks_at_once_one_goes_back_one_step(running: Running)
     loop = asyncio.get_running_loop()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Registry, "rollback_step", look)
-        patch.setattr(running.policy, "locate", wait)
+        patch.setattr(running.engine, "locate", wait)
         calls = [running.policies.RollbackPolicy(request, metadata=user) for user in (ANN, BOB)]
         ended = await asyncio.gather(*calls, return_exceptions=True)
     refused = [error for error in ended if isinstance(error, grpc.aio.AioRpcError)]
     assert [error.code() for error in refused] == [grpc.StatusCode.ABORTED]
-    assert running.policy.version == "v0001"
+    assert running.engine.version == "v0001"
 
 
 async def test_a_reason_is_kept_with_the_move_and_there_is_always_one(running: Running) -> None:
@@ -518,29 +518,29 @@ async def test_votes_are_counted_by_utc_day_and_kind_whosever_they_are(running: 
 async def test_a_caller_that_leaves_does_not_leave_a_swap_half_way(running: Running) -> None:
     publish_version(running.data_dir, "v0001")
     await running.store(lambda store: register(store, "v0001"))
-    running.policy.may_swap.clear()
+    running.engine.may_swap.clear()
     request = policy_pb2.ActivatePolicyRequest(version="v0001")
     call = running.policies.ActivatePolicy(request, metadata=ANN, timeout=0.3)
     assert await failure(call) == grpc.StatusCode.DEADLINE_EXCEEDED
-    running.policy.may_swap.set()
+    running.engine.may_swap.set()
     async with asyncio.timeout(10):
-        while running.policy.version != "v0001":
+        while running.engine.version != "v0001":
             await asyncio.sleep(0)
-    assert running.policy.swaps == 1
+    assert running.engine.swaps == 1
 
 
 async def test_a_stream_carries_on_over_a_swap_and_its_spans_say_where(running: Running) -> None:
     publish_version(running.data_dir, "v0001")
     await running.store(lambda store: register(store, "v0001"))
-    running.policy.hold_after = 3
+    running.engine.hold_after = 3
     streaming = asyncio.create_task(chat(running))
-    await running.policy.holding.wait()
+    await running.engine.holding.wait()
     # As the learner does it: the pointer moves in the store, and the server follows.
     await running.store(lambda store: store.registry.activate_policy("v0001", actor="learner"))
     async with asyncio.timeout(10):
-        while running.policy.version != "v0001":
+        while running.engine.version != "v0001":
             await asyncio.sleep(0)
-    running.policy.go_on.set()
+    running.engine.go_on.set()
     started, *_, finished = await streaming
     assert (started.started.policy_version, finished.finished.policy_version) == ("v0000", "v0001")
     [turn] = await turns(running, started.started.conversation_id)
@@ -589,14 +589,14 @@ async def test_a_damaged_version_is_refused_with_the_reason_and_the_old_one_serv
     code, message, details = await refusal(call)
     assert (code, message, details) == (grpc.StatusCode.FAILED_PRECONDITION, reason, ["POLICY_UNLOADABLE"])
     active = await running.policies.GetActivePolicy(policy_pb2.GetActivePolicyRequest(), metadata=ANN)
-    assert (active.policy.version, running.policy.version) == ("v0000", "v0000")
+    assert (active.policy.version, running.engine.version) == ("v0000", "v0000")
     assert (await chat(running))[-1].finished.text == "one two three four "
 
 
 async def test_a_version_the_engine_refuses_is_marked_failed_and_the_pointer_goes_back(running: Running) -> None:
     publish_version(running.data_dir, "v0001")
     await running.store(lambda store: register(store, "v0001"))
-    running.policy.bad.add("v0001")
+    running.engine.bad.add("v0001")
     call = running.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version="v0001"), metadata=ANN)
     code, message, _ = await refusal(call)
     assert (code, message) == (grpc.StatusCode.FAILED_PRECONDITION, "v0001: v0001: a tensor is not finite")
@@ -614,25 +614,25 @@ async def test_health_is_serving_and_then_not(running: Running) -> None:
     health = health_pb2_grpc.HealthStub(running.channel)
     watching = health.Watch(health_pb2.HealthCheckRequest(service=""))
     assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
-    running.policy.hold_after = 2
+    running.engine.hold_after = 2
     streaming = asyncio.create_task(chat(running))
-    await running.policy.holding.wait()
+    await running.engine.holding.wait()
     stopping = asyncio.create_task(running.app.stop(10))
     assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     watching.cancel()
     # The open stream finishes within the grace; a new call is refused.
     late = running.chat.Chat(chat_pb2.ChatRequest(message="late"), metadata=ANN)
     assert await failure(late) == grpc.StatusCode.UNAVAILABLE
-    running.policy.go_on.set()
+    running.engine.go_on.set()
     assert (await streaming)[-1].finished.text == "one two three four "
     await stopping
 
 
 async def test_a_stream_that_outlasts_the_grace_is_stored(running: Running) -> None:
-    running.policy.hold_after = 2
+    running.engine.hold_after = 2
     call = running.chat.Chat(chat_pb2.ChatRequest(message="hello"), metadata=ANN)
     started = await call.read()
-    await running.policy.holding.wait()
+    await running.engine.holding.wait()
     await running.app.stop(0)
     response = await running.store(lambda store: store.response("ann", started.started.response_id))
     assert (response.status, response.text, response.spans[0].end) == ("cancelled", "one two ", 2)
@@ -653,7 +653,7 @@ async def test_a_store_that_fails_acknowledges_nothing(running: Running) -> None
 
 
 async def test_an_answer_that_leaves_no_room_for_its_message_is_refused(running: Running) -> None:
-    running.policy.max_model_len = 12
+    running.engine.max_model_len = 12
     assert await refusal(chat(running, sampling={"max_tokens": 12})) == (
         grpc.StatusCode.INVALID_ARGUMENT,
         "sampling.max_tokens must be below 12, which is what the model has for a message and its answer.",
@@ -691,7 +691,7 @@ async def test_messages_that_the_template_does_not_take_are_refused(running: Run
     def refuse(messages: list[dict[str, str]], began: float) -> list[int]:
         raise ValueError("Conversation roles must alternate user/assistant/user/assistant/...")
 
-    running.policy.encode = refuse  # type: ignore[method-assign]
+    running.engine.encode = refuse  # type: ignore[method-assign]
     part = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="so")
     call = running.feedback.SubmitDemonstration(
         feedback_pb2.SubmitDemonstrationRequest(messages=[part, part]), metadata=ANN
@@ -707,7 +707,7 @@ async def test_what_cannot_fit_is_not_encoded_first(running: Running) -> None:
     def never(*arguments: Any) -> Any:
         raise AssertionError("it was encoded")
 
-    running.policy.encode = running.policy.encode_answer = never  # type: ignore[method-assign]
+    running.engine.encode = running.engine.encode_answer = never  # type: ignore[method-assign]
     part = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="x" * 321)
     call = running.feedback.SubmitDemonstration(
         feedback_pb2.SubmitDemonstrationRequest(messages=[part, part]), metadata=ANN

@@ -9,7 +9,7 @@ import pytest
 from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server.rpc.access import ROLES
-from server.telemetry.safe_traceback import trouble
+from server.telemetry.safe_traceback import safe_traceback
 from tests.server.conftest import Running
 from tests.server.rpc.test_rpcs import BOB, chat, compare
 
@@ -107,7 +107,7 @@ async def call_all(running: Running, asked: dict[str, Any], user: Any) -> dict[s
 
 
 async def begun(running: Running, user: Any = ZOE) -> dict[str, Any]:
-    running.policy.answer = f"{WORDS['answer']} indeed"
+    running.engine.answer = f"{WORDS['answer']} indeed"
     started, *_ = await chat(running, WORDS["message"], user=user)
     compared, *_ = await compare(running, WORDS["message"], user=user)
     ours = started.started
@@ -159,7 +159,7 @@ async def test_nothing_is_said_where_the_disk_is_full(running: Running, said: li
     part = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="-".join([WORDS["demonstration"]] * 20))
     asked["SubmitDemonstration"].messages.extend([part] * 2)
     await fill_disk(running)
-    running.policy.max_model_len = 10_000
+    running.engine.max_model_len = 10_000
     # Until nothing more is free in the pages that there are.
     full = "UNAVAILABLE The server's disk is full"
     for _ in range(100):
@@ -177,13 +177,13 @@ async def test_nothing_is_said_where_the_engine_fails(
     running: Running, said: list[str], monkeypatch: pytest.MonkeyPatch, dies: bool
 ) -> None:
     asked = await begun(running)
-    running.policy.dies = dies
+    running.engine.dies = dies
     if not dies:
         # As a tokenizer may, and not at once: the first line of its kin is caught elsewhere.
         def refuse(messages: Any, began: float) -> Any:
             raise ValueError(f"cannot encode {messages}")
 
-        monkeypatch.setattr(running.policy, "encode", refuse)
+        monkeypatch.setattr(running.engine, "encode", refuse)
     told = await call_all(running, {name: asked[name] for name in ("Chat", "Compare")}, ZOE)
     assert set(told) == {"Chat", "Compare"}
     assert {status.partition(" ")[0] for status in told.values()} == {"UNAVAILABLE" if dies else "INTERNAL"}
@@ -193,16 +193,16 @@ async def test_nothing_is_said_where_the_engine_fails(
 
 async def test_an_answer_that_cannot_be_ended_is_not_quoted(running: Running, said: list[str]) -> None:
     await begun(running)
-    running.policy.hold_after = 1
+    running.engine.hold_after = 1
     call = running.chat.Chat(chat_pb2.ChatRequest(message=WORDS["message"]), metadata=ZOE)
     await call.read()
-    await running.policy.holding.wait()
+    await running.engine.holding.wait()
 
     async def refuse() -> Any:
         raise ValueError(f"cannot end {WORDS['answer']}")
 
-    running.policy.streams[-1].finish = refuse  # type: ignore[method-assign]
-    running.policy.go_on.set()
+    running.engine.streams[-1].finish = refuse  # type: ignore[method-assign]
+    running.engine.go_on.set()
     assert await failure_or_none(call) is None
     async with asyncio.timeout(SECONDS):
         while not any("could not be finished" in line for line in said):
@@ -231,12 +231,12 @@ def test_trouble_is_told_by_its_places_and_its_libraries_by_their_words() -> Non
 
     with pytest.raises(OSError, match="No space") as caught:
         outer()
-    lines = trouble(caught.value).splitlines()
+    lines = safe_traceback(caught.value).splitlines()
     assert lines[0] == "OSError: [Errno 28] No space left on device"
     assert lines[-2].endswith(" in outer")
     assert lines[-1].endswith(" in inner")
     assert "after ValueError" in lines
-    assert "quixotic" not in trouble(caught.value)
+    assert "quixotic" not in safe_traceback(caught.value)
     group = ExceptionGroup("quixotic", [ValueError("quixotic"), KeyError("quixotic")])
     group.exceptions[0].__cause__ = group  # As `raise group.exceptions[0] from group` makes it.
-    assert trouble(group) == "ExceptionGroup\nafter ValueError\nafter KeyError"
+    assert safe_traceback(group) == "ExceptionGroup\nafter ValueError\nafter KeyError"

@@ -34,8 +34,8 @@ def trained(
 
 
 def forget(store: FeedbackStore, user: str) -> Kept:
-    kept = store.forgetting.look(user)
-    while store.forgetting.step(user):
+    kept = store.deletion.look(user)
+    while store.deletion.step(user):
         pass
     return kept
 
@@ -84,8 +84,8 @@ def test_what_learned_from_a_person_is_named_also_after_a_forgetting_that_was_cu
     running = store.registry.create_round(store.watermark(), {}, reference_version="v0000", fence=fence)
     store.lineage.set_round_votes(running.id, [(ours[1], "train")], fence=fence)
     expected = Kept(STEP + 1, STEP + 1, ["v0001", "v0002"], ["rm0001"], [running.id])
-    assert store.forgetting.look("ann") == expected
-    assert store.forgetting.step("ann")
+    assert store.deletion.look("ann") == expected
+    assert store.deletion.step("ann")
     # Killed here, and asked again.
     assert forget(store, "ann") == Kept(1, 1, ["v0001", "v0002"], ["rm0001"], [running.id])
     # What the round publishes says what it was made of.
@@ -172,8 +172,8 @@ def test_conversations_expire_by_their_last_message_or_vote(store: FeedbackStore
         store._db.execute(
             "UPDATE feedback SET create_time = ? WHERE event_seq = ?", [now - vote_age * DAY, store.watermark()]
         )
-    assert store.forgetting.expire(30)
-    assert not store.forgetting.expire(30)
+    assert store.deletion.expire(30)
+    assert not store.deletion.expire(30)
     assert {conversation.title for conversation in store.conversations("ann", 9)} == {"new", "voted", "chosen"}
     with pytest.raises(NotFoundError):
         store.turns("ann", ids["old"])
@@ -183,7 +183,7 @@ def test_what_expires_goes_in_steps(store: FeedbackStore) -> None:
     for _ in range(STEP + 1):
         store.create_conversation("ann", "hello")
     store._db.execute("UPDATE conversations SET update_time = 0")
-    assert store.forgetting.expire(30)
+    assert store.deletion.expire(30)
     assert len(store.conversations("ann", 99)) == 1
-    assert store.forgetting.expire(30)
+    assert store.deletion.expire(30)
     assert store.conversations("ann", 99) == []

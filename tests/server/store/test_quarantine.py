@@ -127,7 +127,7 @@ def test_who_is_forgotten_is_on_no_list(store: FeedbackStore) -> None:
     lease = store.registry.acquire_lease("learner", "me", 60.0)
     assert lease
     round_ = store.registry.create_round(2, {}, reference_version="v0000", quarantined=["ann", "eve"], fence=lease)
-    while store.forgetting.step("ann"):
+    while store.deletion.step("ann"):
         pass
     assert store.quarantine.events("ann") == []
     assert list(store.quarantine.current()) == ["eve"]

@@ -61,9 +61,9 @@ def test_rows_that_moved_leave_copies_which_a_rewrite_drops(tmp_path: Path, monk
     assert bytes_of(tmp_path).count(SECRET) == 0
     assert bytes_of(tmp_path).count(b"public") > 10_000
     # Once is enough until something else goes.
-    assert store.forgetting.rewrite_due() == 0
+    assert store.deletion.rewrite_due() == 0
     store.delete_conversation("bob", store.conversations("bob", 1)[0].id)
-    assert store.forgetting.rewrite_due() > 0
+    assert store.deletion.rewrite_due() > 0
     store.close()
 
 

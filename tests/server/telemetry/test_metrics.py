@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.store.feedback_store import FeedbackStore
 from server.store.records import Round
 from server.telemetry import metrics
-from server.telemetry.metrics_http import Exposition
+from server.telemetry.metrics_http import MetricsServer
 from server.telemetry.round_metrics import figures, show_rounds
 from tests.server.conftest import Running, publish_version, register
 from tests.server.rpc.test_rpcs import ANN, chat, compare, failure
@@ -51,11 +51,11 @@ async def test_calls_answers_and_tokens_are_counted(running: Running) -> None:
 
 
 async def test_an_answer_under_way_is_seen(running: Running) -> None:
-    running.policy.hold_after = 1
+    running.engine.hold_after = 1
     call = running.chat.Compare(chat_pb2.CompareRequest(message="hi"), metadata=ANN)
-    await running.policy.holding.wait()
+    await running.engine.holding.wait()
     assert value("prefloop_answers") == 2
-    running.policy.go_on.set()
+    running.engine.go_on.set()
     assert len([event async for event in call]) == 11
     assert value("prefloop_answers") == 0
 
@@ -96,7 +96,7 @@ async def test_swaps_and_the_version_that_is_loaded(running: Running) -> None:
     publish_version(running.data_dir, "v0002")
     for version in ("v0001", "v0002"):
         await running.store(lambda store, version=version: register(store, version))
-    running.policy.bad.add("v0002")
+    running.engine.bad.add("v0002")
     with rise("prefloop_swaps_total", 1, result="done"), rise("prefloop_swaps_total", 1, result="refused"):
         await running.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version="v0001"), metadata=ANN)
         await failure(running.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version="v0002"), metadata=ANN))
@@ -157,9 +157,9 @@ def get(url: str) -> tuple[int, str]:
 
 def test_metrics_and_health_over_http() -> None:
     serving = False
-    exposition = Exposition("127.0.0.1", 0, lambda: serving)
+    metrics_server = MetricsServer("127.0.0.1", 0, lambda: serving)
     try:
-        base = f"http://127.0.0.1:{exposition.port}"
+        base = f"http://127.0.0.1:{metrics_server.port}"
         assert get(f"{base}/healthz") == (503, "NOT_SERVING\n")
         serving = True
         assert get(f"{base}/healthz") == (200, "SERVING\n")
@@ -168,9 +168,9 @@ def test_metrics_and_health_over_http() -> None:
         assert "prefloop_serving" in {family.name for family in text_string_to_metric_families(text)}
         assert get(f"{base}/data")[0] == 404
         with pytest.raises(OSError, match="in use"):
-            Exposition("127.0.0.1", exposition.port, lambda: serving)
+            MetricsServer("127.0.0.1", metrics_server.port, lambda: serving)
     finally:
-        exposition.close()
+        metrics_server.close()
 
 
 async def test_no_metric_names_a_user_or_what_was_said(running: Running) -> None:

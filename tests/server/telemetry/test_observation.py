@@ -69,7 +69,7 @@ async def test_an_id_that_is_none_is_replaced(running: Running) -> None:
 
 
 async def test_an_error_tells_its_id_and_the_log_has_the_rest(running: Running, written: io.StringIO) -> None:
-    running.policy.encode = None  # type: ignore[method-assign, assignment]
+    running.engine.encode = None  # type: ignore[method-assign, assignment]
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await chat(running, user=(*ANN, ("x-request-id", "mine-2")))
     assert failed.value.details() == "Something went wrong in the server; its log says what."
@@ -100,14 +100,14 @@ async def test_a_trace_goes_on_where_the_caller_began_it(running: Running, spans
 async def test_what_was_said_is_in_no_log_line_and_in_no_span(
     running: Running, spans: InMemorySpanExporter, written: io.StringIO
 ) -> None:
-    running.policy.answer = "hidden1 hidden2"
+    running.engine.answer = "hidden1 hidden2"
     started, *_ = await chat(running, "hidden3")
     response_id = started.started.response_id
     thumb = feedback_pb2.SubmitThumbRequest(response_id=response_id, thumb=feedback_pb2.THUMB_UP, comment="hidden4")
     await running.feedback.SubmitThumb(thumb, metadata=ANN)
     correction = feedback_pb2.SubmitCorrectionRequest(response_id=response_id, text="hidden5")
     await running.feedback.SubmitCorrection(correction, metadata=ANN)
-    running.policy.dies = True
+    running.engine.dies = True
     with pytest.raises(grpc.aio.AioRpcError):
         await chat(running, "hidden6")
     assert "Chat UNAVAILABLE" in written.getvalue()

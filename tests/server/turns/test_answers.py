@@ -12,7 +12,7 @@ from server.store.feedback_store import FeedbackStore
 from server.store.records import Response
 from server.store.store_thread import StoreThread
 from server.turns.answers import Answers, Begun
-from tests.server.fakes import FakePolicy
+from tests.server.fakes import FakeEngine
 
 BEGUN: list[Begun] = []
 
@@ -41,7 +41,7 @@ async def stored(thread: StoreThread) -> Response:
 
 
 async def test_a_caller_who_leaves_while_the_turn_is_being_stored_leaves_it_cancelled(thread: StoreThread) -> None:
-    answers, disk = Answers(thread, FakePolicy()), threading.Event()
+    answers, disk = Answers(thread, FakeEngine()), threading.Event()
     slow = asyncio.create_task(thread(lambda store: disk.wait(10)))
 
     async def call() -> None:
@@ -67,7 +67,7 @@ async def test_a_caller_who_leaves_while_the_turn_is_being_stored_leaves_it_canc
 async def test_what_ends_before_the_first_token_says_whose_doing_it_was(
     thread: StoreThread, error: type[BaseException], status: str, reason: str
 ) -> None:
-    answers = Answers(thread, FakePolicy())
+    answers = Answers(thread, FakeEngine())
     with pytest.raises(error):
         async with answers.begun(begin):
             raise error
@@ -77,7 +77,7 @@ async def test_what_ends_before_the_first_token_says_whose_doing_it_was(
 
 
 async def test_an_answer_whose_last_message_was_not_heard_is_finished_all_the_same(thread: StoreThread) -> None:
-    answers = Answers(thread, FakePolicy())
+    answers = Answers(thread, FakeEngine())
 
     async def send(text: str) -> None: ...
 
@@ -94,7 +94,7 @@ async def test_an_answer_whose_last_message_was_not_heard_is_finished_all_the_sa
 
 
 async def test_a_turn_that_could_not_be_stored_leaves_nothing(thread: StoreThread) -> None:
-    answers = Answers(thread, FakePolicy())
+    answers = Answers(thread, FakeEngine())
 
     def full(store: FeedbackStore) -> Begun:
         raise OSError("disk full")

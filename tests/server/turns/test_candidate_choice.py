@@ -12,7 +12,7 @@ from prefloop.v1 import chat_pb2, scoring_pb2, scoring_pb2_grpc
 from pydantic import ValidationError
 
 from server.settings import ServerSettings
-from server.turns.candidate_choice import Chosen, Planner, dispute
+from server.turns.candidate_choice import CandidateChooser, Chosen, dispute
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_rpcs import ANN, chat, compare, failure
 
@@ -64,7 +64,7 @@ async def planning(tmp_path: Path, seconds: float = 30.0) -> AsyncIterator[tuple
         opinions() as (service, address),
         running_server(tmp_path, scoring_address=address, scoring_seconds=seconds) as running,
     ):
-        running.policy.answers = ["one", "one two", "one two three", "one two three four"]
+        running.engine.answers = ["one", "one two", "one two three", "one two three four"]
         yield running, service
 
 
@@ -87,10 +87,10 @@ async def test_the_answer_that_the_members_dispute_most_is_shown_beside_the_firs
         assert shown(events) == {"one ", "one two three "}
         assert await answers(running) == {"one ": None, "one two three ": "rm0007"}
         [asked] = service.asked
-        assert list(asked.prompt_token_ids) == running.policy.prompts[0]
+        assert list(asked.prompt_token_ids) == running.engine.prompts[0]
         assert [len(one.token_ids) for one in asked.candidates] == [1, 2, 3, 4]
         # One answer at either of Compare's temperatures, and two more to choose among at the second one's.
-        first, *others = [sampling.temperature for sampling in running.policy.samplings]
+        first, *others = [sampling.temperature for sampling in running.engine.samplings]
         assert (first, others) in [(0.7, [1.0, 1.0, 1.0]), (1.0, [0.7, 0.7, 0.7])]
 
 
@@ -98,7 +98,7 @@ async def test_either_slot_is_streamed_first(tmp_path: Path) -> None:
     async with planning(tmp_path) as (running, service):
         slots = set()
         for _ in range(30):
-            running.policy.answers = ["one", "one two", "one two three", "one two three four"]
+            running.engine.answers = ["one", "one two", "one two three", "one two three four"]
             events = await compare(running)
             slots |= {event.finished.slot for event in events if event.finished.text == "one "}
         # 30 times the same slot: once in 5e8 runs.
@@ -111,7 +111,7 @@ async def test_without_scores_any_answer_is_shown_and_the_log_says_why_once(
 ) -> None:
     async with planning(tmp_path) as (running, service):
         for service.refusal, service.forgets in (("no reward model", 0), ("no reward model", 0), ("", 1), ("", 0)):
-            running.policy.answers = ["one", "one two", "one two three", "one two three four"]
+            running.engine.answers = ["one", "one two", "one two three", "one two three four"]
             chosen = "one two three " if (service.refusal, service.forgets) == ("", 0) else "one two "
             assert shown(await compare(running)) == {"one ", chosen}
         assert len(service.asked) == 4
@@ -132,25 +132,25 @@ async def test_scores_that_do_not_come_in_time_are_not_waited_for(tmp_path: Path
 
 
 async def test_a_service_that_is_down_is_not_waited_for() -> None:
-    planner = Planner("127.0.0.1:1", 300.0)
+    chooser = CandidateChooser("127.0.0.1:1", 300.0)
     async with asyncio.timeout(20):
-        assert await planner.choose([1], [2], [[3], [4]]) == Chosen(0, None)
-    await planner.close()
+        assert await chooser.choose([1], [2], [[3], [4]]) == Chosen(0, None)
+    await chooser.close()
 
 
 async def test_what_users_asked_goes_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     async with opinions() as (service, address):
-        planner = Planner(address, 30.0)
-        assert await planner.choose([5], [1], [[1, 2], [1, 2, 3]]) == Chosen(1, "rm0007")
-        await planner.close()
+        chooser = CandidateChooser(address, 30.0)
+        assert await chooser.choose([5], [1], [[1, 2], [1, 2, 3]]) == Chosen(1, "rm0007")
+        await chooser.close()
         assert len(service.asked) == 1
 
 
 async def test_a_request_with_a_seed_repeats_and_is_not_planned(tmp_path: Path) -> None:
     async with planning(tmp_path) as (running, service):
         await compare(running, sampling=chat_pb2.SamplingOptions(seed=5))
-        assert [sampling.seed for sampling in running.policy.samplings] == [5, 6]
+        assert [sampling.seed for sampling in running.engine.samplings] == [5, 6]
         assert service.asked == []
 
 
@@ -158,31 +158,31 @@ async def test_a_request_with_a_seed_repeats_and_is_not_planned(tmp_path: Path) 
 async def test_a_caller_that_leaves_leaves_nothing_running_or_open(tmp_path: Path, while_: str) -> None:
     async with planning(tmp_path) as (running, service):
         if while_ == "sampled":
-            running.policy.hold_after = 1
-            running.policy.answers = ["one two"] * 4
+            running.engine.hold_after = 1
+            running.engine.answers = ["one two"] * 4
         service.holds = True
         call = running.chat.Compare(chat_pb2.CompareRequest(message="hello"), metadata=ANN)
         conversation_id = (await call.read()).started.conversation_id
         if while_ == "scored":
             await service.asking.wait()
         async with asyncio.timeout(10):
-            while while_ == "sampled" and running.policy.held < 4:
+            while while_ == "sampled" and running.engine.held < 4:
                 await asyncio.sleep(0)
         call.cancel()
-        running.policy.hold_after = None
+        running.engine.hold_after = None
         # Waits for the turn before it to end.
         await chat(running, "go on", conversation_id=conversation_id)
-        assert (len(running.policy.samplings), running.policy.finished) == (5, 5)
+        assert (len(running.engine.samplings), running.engine.finished) == (5, 5)
         rows = await stored(running, "SELECT text, status FROM responses ORDER BY create_time LIMIT 2")
         streamed = ("one ", "cancelled") if while_ == "sampled" else ("one ", "finished")
         assert {(row["text"], row["status"]) for row in rows} == {streamed, ("", "cancelled")}
         # What was read of the one answer is what the model goes on from, whichever slot it has.
-        assert {"role": "assistant", "content": "one "} in running.policy.encoded[-1]
+        assert {"role": "assistant", "content": "one "} in running.engine.encoded[-1]
 
 
 async def test_an_engine_that_dies_ends_the_comparison(tmp_path: Path) -> None:
     async with planning(tmp_path) as (running, _):
-        running.policy.dies = True
+        running.engine.dies = True
         request = chat_pb2.CompareRequest(message="hello")
         assert await failure(running.chat.Compare(request, metadata=ANN)) == grpc.StatusCode.UNAVAILABLE
         await running.app.stop(0)

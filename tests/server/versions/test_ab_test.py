@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 
-from server.store.e_value import Duel, evidence
+from server.store.e_value import AbTestResult, e_value
 from server.store.feedback_store import FeedbackStore
 from tests.server.conftest import Running, publish_version, register, running_server
 from tests.server.rpc.test_rpcs import compare
@@ -21,12 +21,12 @@ from tests.server.rpc.test_rpcs import compare
     [(0, 0, 1.0), (0, 1, 1.5), (1, 0, 0.5), (1, 1, 2 / 3), (0, 5, 10.5), (10, 30, 63.227924)],
 )
 def test_the_evidence_is_the_integral(wins: int, losses: int, e: float) -> None:
-    assert evidence(wins, losses) == pytest.approx(e, rel=1e-7)
+    assert e_value(wins, losses) == pytest.approx(e, rel=1e-7)
 
 
 def test_looking_after_every_vote_does_not_find_losers_among_equals() -> None:
     chance = random.Random(1)
-    kept = cache(evidence)
+    kept = cache(e_value)
     found = 0
     for _ in range(2000):
         wins = losses = 0
@@ -40,7 +40,7 @@ def test_looking_after_every_vote_does_not_find_losers_among_equals() -> None:
 
 
 def test_better_and_worse_are_each_others_mirror() -> None:
-    duel = Duel("v0002", "v0001", wins=30, losses=10, draws=4)
+    duel = AbTestResult("v0002", "v0001", wins=30, losses=10, draws=4)
     assert (duel.won, duel.lost) == (pytest.approx(63.227924), pytest.approx(0.045889, rel=1e-4))
     assert str(duel) == "30 wins, 10 losses and 4 draws against v0001"
 
@@ -53,11 +53,11 @@ async def activate(running: Running, version: str) -> None:
 async def choose(running: Running, user: str, loser: str) -> None:
     """Asks for a comparison and chooses the answer that is not `loser`'s."""
     who = (("x-user-id", user),)
-    before = len(running.policy.pinned)
+    before = len(running.engine.pinned)
     started = (await compare(running, user=who))[0].started
-    first, second = running.policy.pinned[before:]
+    first, second = running.engine.pinned[before:]
     assert {first, second} == {"v0000", "v0001"}
-    assert [sampling.temperature for sampling in running.policy.samplings[before:]] == [0.85, 0.85]
+    assert [sampling.temperature for sampling in running.engine.samplings[before:]] == [0.85, 0.85]
 
     def slots(store: FeedbackStore) -> tuple[str, str]:
         comparison = store.comparison(user, started.comparison_id)
@@ -71,7 +71,7 @@ async def choose(running: Running, user: str, loser: str) -> None:
 
 async def until_active(running: Running, version: str) -> None:
     async with asyncio.timeout(10):
-        while running.policy.version != version:
+        while running.engine.version != version:
             await asyncio.sleep(0)
 
 
@@ -80,7 +80,7 @@ async def open_duel(running: Running) -> None:
     await running.store(lambda store: register(store, "v0001"))
     await activate(running, "v0001")
     async with asyncio.timeout(10):
-        while "v0000" not in running.policy.live:
+        while "v0000" not in running.engine.live:
             await asyncio.sleep(0)
 
 
@@ -88,16 +88,16 @@ async def test_the_loser_is_rolled_back_by_the_server(tmp_path: Path) -> None:
     async with running_server(tmp_path, serve_adapters=True) as running:
         await open_duel(running)
         for number in range(7):
-            assert running.policy.version == "v0001"
+            assert running.engine.version == "v0001"
             await choose(running, f"user{number}", loser="v0001")
         await until_active(running, "v0000")
         move = await running.store(lambda store: store.lineage.moves(1)[0])
         assert (move.action, move.actor, move.version) == ("rollback", "server", "v0000")
         assert move.reason == "lost: 0 wins, 7 losses and 0 draws against v0000"
         # Nothing is compared with what was just taken back.
-        before = len(running.policy.pinned)
+        before = len(running.engine.pinned)
         await compare(running)
-        assert running.policy.pinned[before:] == [None, None]
+        assert running.engine.pinned[before:] == [None, None]
 
 
 async def test_one_user_alone_decides_nothing(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ async def test_one_user_alone_decides_nothing(tmp_path: Path) -> None:
             await choose(running, "ann", loser="v0001")
         duel: Any = await running.store(lambda store: store.lineage.duel(6))
         assert (duel.wins, duel.losses) == (0, 6)
-        assert running.policy.version == "v0001"
+        assert running.engine.version == "v0001"
 
 
 async def test_a_comparison_of_versions_is_blind_until_the_choice(tmp_path: Path) -> None:
@@ -133,8 +133,8 @@ async def test_merged_weights_are_compared_with_themselves(running: Running) -> 
     await running.store(lambda store: register(store, "v0001"))
     await activate(running, "v0001")
     await compare(running)
-    assert running.policy.pinned == [None, None]
-    assert sorted(sampling.temperature for sampling in running.policy.samplings) == [0.7, 1.0]
+    assert running.engine.pinned == [None, None]
+    assert sorted(sampling.temperature for sampling in running.engine.samplings) == [0.7, 1.0]
 
 
 async def shown_duel(running: Running) -> Any:
@@ -176,14 +176,14 @@ async def test_a_duel_is_of_the_two_versions_that_are_shown(tmp_path: Path) -> N
         for version in ("v0001", "v0002"):
             publish_version(running.data_dir, version)
             await running.store(lambda store, v=version: register(store, v))
-        referee = running.app._referee
-        assert referee
+        ab_test = running.app._ab_test
+        assert ab_test
         await activate(running, "v0001")
         assert not (await shown_duel(running)).HasField("duel")
-        await referee.look()
+        await ab_test.look()
         assert (await shown_duel(running)).duel.version == "v0001"
         # Until the next look Compare shows these two no longer, and no others yet.
         await activate(running, "v0002")
         assert not (await shown_duel(running)).HasField("duel")
-        await referee.look()
+        await ab_test.look()
         assert (await shown_duel(running)).duel.opponent_version == "v0001"

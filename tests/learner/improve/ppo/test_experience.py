@@ -10,27 +10,27 @@ import torch
 from learner.improve.ppo.experience import judge_rollout, make_critic, policy_logprobs, to_experience
 from learner.improve.ppo.losses import Adam, UpdateStats, draw_minibatches, ppo_update
 from learner.model.forward import Tokens, run_trunk, token_logprobs
-from learner.model.policy import Policy
-from learner.model.rollout import Sample, to_rollout
-from learner.reward.reward_model import RewardModel, Standardiser
+from learner.model.policy import TrainablePolicy
+from learner.model.rollout import SampledAnswer, to_rollout
+from learner.reward.reward_model import LinearRewardModel, Standardiser
 from learner.settings import PPOSettings
 from tests.learner.conftest import HIDDEN
 
 WIDTH = HIDDEN + 1
 
 
-def reward_model() -> RewardModel:
+def reward_model() -> LinearRewardModel:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(WIDTH, generator=generator)
-    return RewardModel(
+    return LinearRewardModel(
         layers=(2,), standardiser=Standardiser(torch.zeros(WIDTH), torch.ones(WIDTH)), weights=weights,
         members=weights.expand(2, -1), member_bias=torch.zeros(2), bias=0.75, low=-3.0, high=3.0, thumb_bar=0.0,
         bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0,
     )  # fmt: skip
 
 
-def sample(token_ids: list[int]) -> Sample:
-    return Sample([5, 6], token_ids, [0.0] * len(token_ids), "", "length")
+def sample(token_ids: list[int]) -> SampledAnswer:
+    return SampledAnswer([5, 6], token_ids, [0.0] * len(token_ids), "", "length")
 
 
 def test_the_critic_begins_as_the_reward_head_without_its_length() -> None:
@@ -45,7 +45,7 @@ def test_the_critic_begins_as_the_reward_head_without_its_length() -> None:
 
 
 def test_a_rows_company_does_not_show_in_its_prefix_features(model_directory: Path) -> None:
-    policy = Policy.create(model_directory, PPOSettings(lora_rank=4), torch.float32, torch.device("cpu"))
+    policy = TrainablePolicy.create(model_directory, PPOSettings(lora_rank=4), torch.float32, torch.device("cpu"))
     rollout = to_rollout([sample([7, 8, 9]), sample([10, 11, 12, 13, 14, 15, 16, 17])])
     alone = judge_rollout(policy, reward_model(), rollout, 0.85, 1)
     together = judge_rollout(policy, reward_model(), rollout, 0.85, 100)
@@ -55,7 +55,7 @@ def test_a_rows_company_does_not_show_in_its_prefix_features(model_directory: Pa
 
 
 def test_without_prefixes_the_rest_is_the_same(model_directory: Path) -> None:
-    policy = Policy.create(model_directory, PPOSettings(lora_rank=4), torch.float32, torch.device("cpu"))
+    policy = TrainablePolicy.create(model_directory, PPOSettings(lora_rank=4), torch.float32, torch.device("cpu"))
     rollout = to_rollout([sample([7, 8, 9]), sample([10, 11])])
     whole = judge_rollout(policy, reward_model(), rollout, 0.85, 2)
     bare = judge_rollout(policy, reward_model(), rollout, 0.85, 2, prefixes=False)
@@ -66,9 +66,9 @@ def test_without_prefixes_the_rest_is_the_same(model_directory: Path) -> None:
 def test_an_update_makes_every_tensor_where_its_tokens_are(model_directory: Path) -> None:
     # Stands in for a GPU: what is made without a device is made on `meta`, which mixes with no other.
     ppo = PPOSettings(lora_rank=4, learning_rate=1e-9, critic_learning_rate=1e-9)
-    policy = Policy.create(model_directory, ppo, torch.float32, torch.device("cpu"))
+    policy = TrainablePolicy.create(model_directory, ppo, torch.float32, torch.device("cpu"))
     shared = [5, 6, 7, 8, 9, 10, 11, 12]
-    rollout = to_rollout([Sample([*shared, n], [20] * n, [-3.0] * n, "", "length") for n in (2, 5, 3, 4)])
+    rollout = to_rollout([SampledAnswer([*shared, n], [20] * n, [-3.0] * n, "", "length") for n in (2, 5, 3, 4)])
     model = reward_model()
     critic = make_critic(model)
     optimizer = Adam([(policy.parameters, ppo.learning_rate), (list(critic.parameters()), 1e-9)], ppo.adam_epsilon)

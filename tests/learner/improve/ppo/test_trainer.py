@@ -16,7 +16,7 @@ from learner.improve.ppo.trainer import (
     prompt_batches,
     replace_cut,
 )
-from learner.model.rollout import Sample, draw_generator, draw_seed, to_rollout
+from learner.model.rollout import SampledAnswer, draw_generator, draw_seed, to_rollout
 from learner.settings import PPOSettings
 from server.store.records import Prompt
 
@@ -62,7 +62,9 @@ def test_training_ends_when_uncertainty_grows_faster_than_the_score() -> None:
 
 
 def test_a_cut_answers_score_is_replaced_only_where_that_is_set() -> None:
-    rollout = to_rollout([Sample([1], [5, 2], [0.0, 0.0], "a", "stop"), Sample([1], [5, 6], [0.0, 0.0], "b", "length")])
+    rollout = to_rollout(
+        [SampledAnswer([1], [5, 2], [0.0, 0.0], "a", "stop"), SampledAnswer([1], [5, 6], [0.0, 0.0], "b", "length")]
+    )
     scores = torch.tensor([0.5, 0.7])
     assert replace_cut(scores, rollout, None).tolist() == scores.tolist()
     assert replace_cut(scores, rollout, -1.0).tolist() == [0.5, -1.0]

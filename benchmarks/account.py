@@ -26,8 +26,8 @@ from beside import serving
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc
 
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Generation, Span
+from server.store.chats.records import Generation, Span
+from server.store.store import Store
 
 TURNS, MESSAGE_CHARS, ANSWER_CHARS = 900, 16_000, 2_000
 VOTERS = 4
@@ -53,23 +53,23 @@ def who(name: str) -> Any:
 
 def fill(data: Path) -> tuple[str, list[list[str]]]:
     """One user's long conversation, and answers for each voter."""
-    with closing(FeedbackStore.open(data)) as store:
-        conversation = store.create_conversation("busy", "hello")
+    with closing(Store.open(data)) as store:
+        conversation = store.conversations.create("busy", "hello")
         with store.group():
             for number in range(TURNS):
                 answer(store, "busy", conversation, f"{number} " + "m" * MESSAGE_CHARS)
         return conversation, [
-            [answer(store, voter, store.create_conversation(voter, "hello"), "hello") for _ in range(ANSWERS)]
+            [answer(store, voter, store.conversations.create(voter, "hello"), "hello") for _ in range(ANSWERS)]
             for voter in (f"voter{number}" for number in range(VOTERS))
         ]
 
 
-def answer(store: FeedbackStore, user: str, conversation: str, message: str) -> str:
-    response = store.begin_response(
+def answer(store: Store, user: str, conversation: str, message: str) -> str:
+    response = store.responses.begin(
         user, conversation, message=message[:MESSAGE_CHARS], replica_id="here", policy_version="v0000",
         prompt_token_ids=[1] * 1536, temperature=0.85, max_tokens=512, seed=None,
     )  # fmt: skip
-    store.finish_response(
+    store.responses.finish(
         response, Generation([1] * 512, [-0.5] * 512, "a" * ANSWER_CHARS, "stop", [Span(0, 512, "v0000")])
     )
     return response

@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 import pysqlite3.dbapi2 as sqlite3  # noqa: E402
 from kept import kept  # noqa: E402
 
-from server.store.feedback_store import FeedbackStore  # noqa: E402
+from server.store.store import Store  # noqa: E402
 from tests.learner.conftest import save_tiny_model, tiny_llama  # noqa: E402
 from tests.learner.crash import run_round, violations  # noqa: E402
 from tests.learner.rounds import low_words, make_reference, make_version, vote  # noqa: E402
@@ -64,7 +64,7 @@ def make_data(work: Path) -> None:
     shutil.rmtree(work / "data", ignore_errors=True)
     save_tiny_model(work / "model")
     make_reference(work / "data", work / "model")
-    with closing(FeedbackStore.open(work / "data")) as store:
+    with closing(Store.open(work / "data")) as store:
         vote(store, tiny_llama(), 80, low_words)
     for version in ("v0001", "v0002", "v0003"):
         make_version(work / "data", version)
@@ -86,16 +86,16 @@ def kill_round(work: Path, failpoint: str) -> list[str] | None:
     data = work / "run"
     shutil.rmtree(data, ignore_errors=True)
     shutil.copytree(work / "data", data)
-    with closing(FeedbackStore.open(data)) as store:
-        votes = {vote.id for vote in store.feedback("ann", 10_000)}
+    with closing(Store.open(data)) as store:
+        votes = {vote.id for vote in store.feedback.page("ann", 10_000)}
     if run_round(data, failpoint):
         return None
     wrong = violations(data, votes)
     if not run_round(data):
         return [*wrong, "the next run was killed"]
     wrong += violations(data, votes)
-    with closing(FeedbackStore.open(data)) as store:
-        (*_, first) = rounds = store.registry.rounds()
+    with closing(Store.open(data)) as store:
+        (*_, first) = rounds = store.rounds.page()
         learned = len(store.lineage.round_votes(first.id))
     if (len(rounds), first.state, learned) != (1, "promoted", len(votes)):
         wrong.append(f"{len(rounds)} rounds, {first.state}, {learned} of {len(votes)} votes")
@@ -109,8 +109,8 @@ def kill_server(work: Path, failpoint: str) -> list[str] | None:
     acknowledged, killed = vote_until_killed(data, failpoint, TURNS)
     if not killed:
         return None
-    with closing(FeedbackStore.open(data)) as store:
-        kept_votes = {vote.id: vote.value for vote in store.feedback("ann", 100)}
+    with closing(Store.open(data)) as store:
+        kept_votes = {vote.id: vote.value for vote in store.feedback.page("ann", 100)}
     with closing(sqlite3.connect(data / "prefloop.db")) as connection:
         intact = connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     lost = [vote for vote in acknowledged if vote not in kept_votes]

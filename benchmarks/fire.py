@@ -36,7 +36,7 @@ from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc
 from clients.client import Client
 from clients.demo.questions import questions
 from clients.errors import PrefloopError
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 
 CLIENTS = 6
 READY_SECONDS = 240
@@ -188,8 +188,8 @@ def finish_learning(data: Path) -> dict[str, int]:
         subprocess.run(
             command, env={**os.environ, **SMALL}, stdout=log, stderr=log, timeout=2 * READY_SECONDS, check=False
         )
-    with closing(FeedbackStore.open(data)) as store:
-        return store.registry.count_rounds()
+    with closing(Store.open(data)) as store:
+        return store.rounds.count()
 
 
 # Those who chat and vote
@@ -252,7 +252,7 @@ def metadata(user: str) -> tuple[tuple[str, str], ...]:
 
 def lost(data: Path, told: Told) -> list[str]:
     """Sentences on what is not in the store as clients were told."""
-    with closing(FeedbackStore.open(data)) as store:
+    with closing(Store.open(data)) as store:
         rows = store._db.rows("SELECT id, text, status FROM responses")
         kept = {row["id"]: row["text"] for row in rows}
         wrong = [f"answer {key} is not as it was told" for key, text in told.answers.items() if kept.get(key) != text]
@@ -267,7 +267,7 @@ def lost(data: Path, told: Told) -> list[str]:
         [check] = store._db.rows("PRAGMA integrity_check")
         if check["integrity_check"] != "ok":
             wrong.append(f"the database is damaged: {check['integrity_check']}")
-        for policy in store.registry.policies(1000):
+        for policy in store.policies.page(1000):
             if policy.prune_time is None and not (data / "policies" / policy.version / "manifest.json").exists():
                 wrong.append(f"{policy.version} is registered and not there")
     return wrong

@@ -356,7 +356,7 @@ def engine_figures(config: Any, device: torch.device) -> dict[str, float]:
     nothing, sampled tokens a second, and how far its log-probabilities are from the trainer's."""
     from learner.model.rollout import RolloutEngine
     from learner.settings import LearnerSettings
-    from server.store.records import Prompt
+    from server.store.chats.records import Prompt
 
     def timed(call: Any, *arguments: Any) -> tuple[float, Any]:
         started = time.perf_counter()

@@ -58,11 +58,11 @@ def grow(data: Path, votes: int) -> None:
     """Adds comparisons and votes until there are `votes`."""
     from sqlite_utils import Database
 
-    from server.store.feedback_store import FeedbackStore
+    from server.store.store import Store
 
     data.mkdir(parents=True, exist_ok=True)
-    store = FeedbackStore.open(data)
-    have = store.count_votes()
+    store = Store.open(data)
+    have = store.snapshots.count_votes()
     store.close()
     if have > votes:
         sys.exit(f"{data} has {have:,} votes already: it can only grow, so begin in an empty --work-dir.")
@@ -76,7 +76,7 @@ def grow(data: Path, votes: int) -> None:
 
 def rows(table: str, numbers: range) -> Iterator[dict[str, Any]]:
     """What one vote each leaves in a table."""
-    from server.store.records import pack_floats, pack_ints
+    from server.store.packing import pack_floats, pack_ints
 
     for n in numbers:
         user, now = f"user{n % 1000}", 1.7e9 + n
@@ -126,11 +126,11 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     from learner.reward.dataset import some_conversations, to_dataset
     from learner.reward.reward_model import fit_reward_model, test_signal
     from learner.settings import LearnerSettings
-    from server.store.feedback_store import FeedbackStore
+    from server.store.store import Store
 
     settings = LearnerSettings()
     votes, prompts = (settings.max_votes, settings.max_prompts) if limited else (None, None)
-    store = FeedbackStore.open(data)
+    store = Store.open(data)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -139,14 +139,14 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
         seconds[stage] = round(time.perf_counter() - started, 2)
         started = time.perf_counter()
 
-    store.count_votes()
+    store.snapshots.count_votes()
     lap("count")
-    snapshot = store.snapshot(limit=votes)
+    snapshot = store.snapshots.take(limit=votes)
     lap("snapshot")
     dataset = to_dataset(snapshot, 1.7e9 + 2e6, settings.gate.judge_share, settings.reward, lambda text: [0])
     del snapshot
     lap("dataset")
-    store.prompts(limit=prompts)
+    store.snapshots.prompts(limit=prompts)
     lap("prompts")
     store.close()
     generator, reward = torch.Generator().manual_seed(0), settings.reward

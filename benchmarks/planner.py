@@ -62,11 +62,11 @@ def main() -> None:
 
 def answers_by_question(work: Path, pairs: list[Pair]) -> Any:
     """([(Answer, row of features, temperature), ...] of each question, features (N, F), layers)."""
-    from server.store.feedback_store import FeedbackStore
+    from server.store.store import Store
 
     seen = [pair for pair in pairs if pair.seen]
-    store = FeedbackStore.open(work / "pool")
-    stored = [store.comparison(pair.user, pair.comparison_id) for pair in seen]
+    store = Store.open(work / "pool")
+    stored = [store.responses.comparison(pair.user, pair.comparison_id) for pair in seen]
     store.close()
     tokens = [(one.prompt_token_ids, one.token_ids) for c in stored for one in (c.a, c.b)]
     features, layers = features_of(work, tokens)

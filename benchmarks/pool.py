@@ -17,8 +17,8 @@ from clients import Client
 from clients.demo.processes import Server
 from clients.demo.questions import questions
 from clients.demo.voter import FLIPPED, TASTES, Answer, compare
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Choice
+from server.store.chats.records import Choice
+from server.store.store import Store
 
 TOKENS = 64
 USERS = 20
@@ -114,21 +114,21 @@ def make_data(work: Path, data: Path, cell: Cell, pairs: list[Pair], cast: int |
     shutil.copytree(work / "pool", data, ignore=shutil.ignore_patterns("policies", "*.log"))
     shutil.copytree(work / "pool" / "policies", data / "policies", copy_function=os.link)
     voted = {pair.comparison_id for pair, _ in votes}
-    store = FeedbackStore.open(data)
+    store = Store.open(data)
     with store.transaction():
         for pair in pairs:
             if pair.comparison_id not in voted:
-                conversation_id = store.comparison(pair.user, pair.comparison_id).conversation_id
-                store.delete_conversation(pair.user, conversation_id)
+                conversation_id = store.responses.comparison(pair.user, pair.comparison_id).conversation_id
+                store.conversations.delete(pair.user, conversation_id)
         for pair, choice in votes[:cast]:
-            store.submit_choice(pair.user, pair.comparison_id, choice)
+            store.feedback.submit_choice(pair.user, pair.comparison_id, choice)
     store.close()
 
 
 def cast_rest(data: Path, cell: Cell, pairs: list[Pair], cast: int) -> None:
     """The cell's votes after the first `cast`."""
-    store = FeedbackStore.open(data)
+    store = Store.open(data)
     with store.transaction():
         for pair, choice in votes_of(cell, pairs)[cast:]:
-            store.submit_choice(pair.user, pair.comparison_id, choice)
+            store.feedback.submit_choice(pair.user, pair.comparison_id, choice)
     store.close()

@@ -201,7 +201,7 @@ def timed_stages(training: Any, engine: Any) -> dict[str, float]:
 def questions(directory: Path, count: int) -> list[Any]:
     from transformers import AutoTokenizer
 
-    from server.store.records import Prompt
+    from server.store.chats.records import Prompt
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     asked = [[{"role": "user", "content": f"Tell me a fact about the number {number}."}] for number in range(count)]

@@ -135,13 +135,15 @@ def voted(work: Path, cell: Cell, pairs: list[Pair]) -> Any:
     """(settings, dataset, features, layers) of the cell's votes, as a round would see them."""
     from learner.reward.dataset import to_dataset
     from learner.settings import LearnerSettings
-    from server.store.feedback_store import FeedbackStore
+    from server.store.store import Store
 
     data = work / "cell"
     make_data(work, data, cell, pairs)
     settings = LearnerSettings(data_dir=data, seed=cell.seed)
-    store = FeedbackStore.open(data)
-    dataset = to_dataset(store.snapshot(), time.time(), settings.gate.judge_share, settings.reward, lambda text: [0])
+    store = Store.open(data)
+    dataset = to_dataset(
+        store.snapshots.take(), time.time(), settings.gate.judge_share, settings.reward, lambda text: [0]
+    )
     store.close()
     rmtree(data)
     features, layers = features_of(work, dataset.answers)
@@ -193,11 +195,11 @@ def unseen(work: Path, pairs: list[Pair], taste: str) -> Any:
 
 
 def unseen_answers(work: Path, tested: list[Pair]) -> list[Any]:
-    from server.store.feedback_store import FeedbackStore
+    from server.store.store import Store
 
-    store = FeedbackStore.open(work / "pool")
+    store = Store.open(work / "pool")
     try:
-        found = [store.comparison(pair.user, pair.comparison_id) for pair in tested]
+        found = [store.responses.comparison(pair.user, pair.comparison_id) for pair in tested]
     finally:
         store.close()
     return [((c.a.prompt_token_ids, c.a.token_ids), (c.b.prompt_token_ids, c.b.token_ids)) for c in found]
@@ -282,7 +284,7 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     from learner.model.policy import published_weights
     from learner.model.rollout import RolloutEngine
     from learner.reward.reward_model import LinearRewardModel
-    from server.store.records import Prompt
+    from server.store.chats.records import Prompt
 
     found: dict[str, Any] = {}
     if fitted := sorted(data.glob("reward_models/rm*")):

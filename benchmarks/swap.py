@@ -34,7 +34,7 @@ from kept import kept
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, policy_pb2, policy_pb2_grpc
 
 from clients.demo.processes import Server
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.versions import make_version, scaled
 
 TOKENS = 200
@@ -191,9 +191,9 @@ def faults_of(stream: Stream, data: Path) -> list[str]:
         found.append("truncated")
     if stream.text != stream.finished.text:
         found.append("its deltas are not its text")
-    with closing(FeedbackStore.open(data)) as store:
+    with closing(Store.open(data)) as store:
         row = store._db.row("SELECT user FROM conversations WHERE id = ?", [stream.conversation_id])
-        [turn] = store.turns(row["user"] if row else "", stream.conversation_id)
+        [turn] = store.conversations.turns(row["user"] if row else "", stream.conversation_id)
     spans = turn.response.spans if turn.response else []
     ends = [0, *(span.end for span in spans)]
     if [span.start for span in spans] != ends[:-1] or ends[-1] != stream.finished.usage.completion_tokens:

@@ -34,7 +34,7 @@ from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc
 
 from clients.client import Client
 from clients.demo.processes import Server
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 
 REPEATS = 3
 CHATTERS, TOKENS = 4, 100
@@ -72,7 +72,7 @@ def measure(model: str, work: Path, clients: int, seconds: float) -> dict[str, A
     data = work / "data"
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
-    with closing(FeedbackStore.open(data)) as store:
+    with closing(Store.open(data)) as store:
         keys = [store.keys.create(f"voter{number}", "user") for number in range(clients)]
         chatter = store.keys.create("chatter", "user")
     os.environ["PREFLOOP_USER_RATE"] = "1000000"
@@ -93,8 +93,8 @@ def measure(model: str, work: Path, clients: int, seconds: float) -> dict[str, A
             say(json.dumps(turns[-1]))
         figures: dict[str, Any] = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
         figures["of_echo"] = statistics.median(turn["votes_per_s"] / turn["echo_per_s"] for turn in turns)
-        with closing(FeedbackStore.open(data)) as store:
-            figures |= {"acknowledged": int(acknowledged), "in_the_store": store.watermark()}
+        with closing(Store.open(data)) as store:
+            figures |= {"acknowledged": int(acknowledged), "in_the_store": store.snapshots.watermark()}
         figures["chat"] = {
             "alone": chat(server.address, chatter, nothing),
             "beside_votes": chat(server.address, chatter, lambda: background(server.address, keys, 0.0)),

@@ -257,10 +257,10 @@ def _settings(**flags: Any) -> "LearnerSettings":
 
 def _settings_with_data(data_dir: Path | None) -> "LearnerSettings":
     """For commands that have nothing to say where no server has started yet."""
-    from server.store.feedback_store import FeedbackStore
+    from server.store.store import Store
 
     settings = _settings(data_dir=data_dir)
-    if not FeedbackStore.exists(settings.data_dir):
+    if not Store.exists(settings.data_dir):
         _fail(f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` first.")
     return settings
 

@@ -36,6 +36,7 @@ from server.rpc.interceptor import Interceptor
 from server.rpc.limits import Limits
 from server.rpc.open_calls import OpenCalls
 from server.rpc.policies import PolicyService
+from server.rpc.scoring_client import ScoringClient
 from server.rpc.tls import Certificates
 from server.rpc.validation import validator
 from server.settings import ServerSettings
@@ -44,6 +45,7 @@ from server.store.store_thread import StoreThread
 from server.telemetry import metrics
 from server.telemetry.round_metrics import show_rounds
 from server.turns.candidate_choice import CandidateChooser
+from server.turns.turns import Turns
 from server.versions.ab_test import AbTest
 from server.versions.follower import HEARTBEAT_SECONDS, Follower
 
@@ -111,7 +113,9 @@ class App:
         settings, replica_id = self._settings, self._replica_id
         self._follower = Follower(engine, self._store, settings.data_dir, replica_id, settings.hang_seconds)
         self._chooser = (
-            CandidateChooser(settings.scoring_address, settings.scoring_seconds) if settings.scoring_address else None
+            CandidateChooser(ScoringClient(settings.scoring_address, settings.scoring_seconds))
+            if settings.scoring_address
+            else None
         )
         self._ab_test = (
             AbTest(self._store, self._follower, settings.duel_alpha, settings.duel_user_votes)
@@ -119,11 +123,11 @@ class App:
             else None
         )
         self._retention = RetentionTask(self._store, settings.data_dir, settings.retention_days)
-        self._chat = ChatService(
-            self._store, engine, settings, replica_id, self._retention, self._limits, self._chooser, self._ab_test
-        )
+        room, chooser, ab_test = self._limits.answering, self._chooser, self._ab_test
+        self._turns = Turns(self._store, engine, settings, replica_id, room, chooser, ab_test)
+        chat = ChatService(self._store, self._turns, self._retention)
         self._account = AccountService(self._store, self._access, self._calls, self._retention)
-        chat_pb2_grpc.add_ChatServiceServicer_to_server(self._chat, self._server)
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(chat, self._server)
         feedback = FeedbackService(self._store, engine, settings.user_demonstrations)
         feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
         policies = PolicyService(self._store, self._follower, settings.data_dir, self._ab_test)
@@ -131,7 +135,7 @@ class App:
         account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
-        await self._store(lambda store: store.fail_interrupted_responses(replica_id, starting=True))
+        await self._store(lambda store: store.responses.fail_interrupted(replica_id, starting=True))
         # Before the first user: a version that was activated while no server ran takes effect now.
         await self._follower.converge()
         await self._access.refresh()
@@ -153,7 +157,7 @@ class App:
         """Refuses new calls, lets open streams run on for `grace` seconds, stores what was cut off."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
-        await self._chat.drain()
+        await self._turns.drain()
         await self._account.drain()
         if self._chooser:
             await self._chooser.close()
@@ -168,7 +172,7 @@ class App:
         return bool(self._told)
 
     async def _fail_interrupted(self) -> None:
-        await self._store(lambda store: store.fail_interrupted_responses(self._replica_id))
+        await self._store(lambda store: store.responses.fail_interrupted(self._replica_id))
 
     def _repeat(self, work: Callable[[], Awaitable[object]], seconds: float, complaint: str) -> None:
         self._tasks.append(asyncio.create_task(repeat_until_cancelled(work, seconds, complaint)))

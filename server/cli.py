@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
-from server.identity import Role
 from server.shared.errors import ServiceError
 from server.shared.printable import printable
 from server.shared.whole_file import whole_file
+from server.store.keys import Role
 
 if TYPE_CHECKING:
     from server.settings import ServerSettings
-    from server.store.feedback_store import FeedbackStore
+    from server.store.store import Store
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The prefloop chat server."
@@ -187,12 +187,12 @@ def _settings(**flags: Any) -> "ServerSettings":
 
 
 @contextmanager
-def _store(data_dir: Path | None) -> "Iterator[FeedbackStore]":
+def _store(data_dir: Path | None) -> "Iterator[Store]":
     """The store of the data directory; what goes wrong with it is one sentence."""
-    from server.store.feedback_store import FeedbackStore
+    from server.store.store import Store
 
     try:
-        store = FeedbackStore.open(_settings(data_dir=data_dir).data_dir)
+        store = Store.open(_settings(data_dir=data_dir).data_dir)
         try:
             yield store
         finally:

@@ -3,27 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Literal
 
-Role = Literal["user", "operator"]
+from server.store.keys import Caller
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
-_caller: ContextVar["Caller"] = ContextVar("caller")
-
-
-@dataclass(frozen=True)
-class Caller:
-    """A user, and what they may do. An operator may do whatever a user may."""
-
-    user: str
-    role: Role
-    # Whether a key says so, or they say so themselves.
-    has_key: bool = True
-
-    def may(self, needed: Role) -> bool:
-        return self.role == "operator" or needed == "user"
+_caller: ContextVar[Caller] = ContextVar("caller")
 
 
 @contextmanager

@@ -73,7 +73,7 @@ async def _serve(
     app = App(settings, store)
     set_environment(settings)
     directory = await asyncio.to_thread(_prepare, settings, say)
-    await store(lambda store: store.registry.register_reference())
+    await store(lambda store: store.policies.register_reference())
     dtype = await asyncio.to_thread(resolve_dtype, settings.dtype)
     say(f"starting the engine, which computes in {dtype}")
     # Always from the reference: compiled code is cached by the model's path. The active version is swapped in.

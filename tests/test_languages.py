@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import descriptor_pool, json_format, message_factory
 from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.server.conftest import Running, publish_version, register, running_server
 from tests.server.rpc.test_round_samples import judged
 
@@ -145,7 +145,7 @@ async def test_the_readmes_commands_work(root: Path, tmp_path: Path, running: Ru
 
 
 async def test_a_key_goes_where_the_section_says(root: Path, tmp_path: Path) -> None:
-    store = FeedbackStore.open(tmp_path)
+    store = Store.open(tmp_path)
     key = store.keys.create("olga", "operator")
     store.close()
     _, function, *_ = lines(root)

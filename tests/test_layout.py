@@ -1,7 +1,8 @@
-"""Rules of the tree: who may import whom, what loads when, and that the committed stubs are the protos'."""
+"""Rules of the tree: who imports whom, where SQL is, what loads when, and that the committed stubs are the protos'."""
 
 import ast
 import filecmp
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,36 +11,106 @@ import pytest
 
 from clients.generate import generate
 
-STORE = ("store", "database", "manifest", "records", "errors", "registry", "ids", "failpoints", "duel")
-KEPT = ("erasing", "samples")
-# What server and learner both decide by.
-SHARED = ("dtype", "machine", "printable", "program", "settings_base", "seeds", "stored_round", "text", "whole_file")
-LEARNER_MAY = {f"server.{name}" for name in (*STORE, *KEPT, *(f"shared.{name}" for name in SHARED))}
+TOPS = ("server", "learner", "clients")
 
 
-def imports(root: Path, package: str) -> set[str]:
-    """Every module that any file of `package` imports, at whatever depth."""
-    found: set[str] = set()
-    for path in (root / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+def modules(root: Path) -> dict[str, set[str]]:
+    """What each module of ours imports, at whatever depth: modules, where it is one that a name was taken from."""
+    found: dict[str, set[str]] = {}
+    for path in (path for top in TOPS for path in (root / top).rglob("*.py")):
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
+                found[name] |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
-                found |= {node.module}
+                found[name] |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def test_the_server_never_imports_the_learner_or_the_clients(root: Path) -> None:
-    assert not {name for name in imports(root, "server") if name.split(".")[0] in {"learner", "clients"}}
+def within(name: str, *packages: str) -> bool:
+    """Whether a module is one of these or inside of one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def test_the_learner_imports_the_store_and_what_it_needs(root: Path) -> None:
-    assert {name for name in imports(root, "learner") if name.split(".")[0] == "server"} <= LEARNER_MAY
-    assert not {name for name in imports(root, "learner") if name.split(".")[0] == "clients"}
+# (who, what they must not import, but for these of it, which modules may all the same)
+RULES = [
+    (["server"], ["learner", "clients"], [], []),
+    (["clients"], ["server", "learner", "torch"], [], []),
+    (["learner"], ["clients"], [], []),
+    (["learner"], ["server"], ["server.store", "server.shared"], []),
+    (["server.shared"], ["server"], ["server.shared"], []),
+    (["server.store"], ["server"], ["server.store", "server.shared"], []),
+    (["server.store", "server.shared"], ["grpc", "prefloop", "google", "vllm"], [], []),
+    (["server.store"], ["torch", "transformers"], [], []),
+    (["server.turns"], ["grpc", "prefloop", "google", "server.rpc"], [], []),
+    (["server.versions", "server.engine"], ["grpc", "prefloop", "google", "server.rpc", "server.turns"], [], []),
+    # The learner's cache of features is a file of its own, by sqlite-utils.
+    (
+        ["server", "learner", "clients"],
+        ["sqlite3", "pysqlite3", "sqlite_utils"],
+        [],
+        ["server.store.sqlite", "learner.model.features"],
+    ),
+    # The one place where the store that there is is chosen; the doctor looks at the library.
+    (
+        ["server", "learner"],
+        ["server.store.sqlite"],
+        [],
+        ["server.store.sqlite", "server.store.store", "server.doctor"],
+    ),
+    (["learner.model", "learner.reward", "learner.gate", "learner.improve"], ["learner.round", "learner.ops"], [], []),
+]
 
 
-def test_the_clients_import_only_the_stubs(root: Path) -> None:
-    assert not {name for name in imports(root, "clients") if name.split(".")[0] in {"server", "learner", "torch"}}
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{'+'.join(rule[0])} without {'+'.join(rule[1])}")
+def test_who_may_import_whom(root: Path, rule: tuple[list[str], list[str], list[str], list[str]]) -> None:
+    who, forbidden, but, may = rule
+    assert [
+        f"{name} imports {imported}"
+        for name, everything in modules(root).items()
+        if within(name, *who) and not within(name, *may)
+        for imported in sorted(everything)
+        if within(imported, *forbidden) and not within(imported, *but)
+        if not any(within(allowed, imported) for allowed in but)
+    ] == []
+
+
+def test_ways_to_improve_do_not_know_each_other(root: Path) -> None:
+    ways = [f"learner.improve.{path.name}" for path in (root / "learner" / "improve").iterdir() if path.is_dir()]
+    assert "learner.improve.ppo" in ways
+    assert [
+        f"{name} imports {imported}"
+        for name, everything in modules(root).items()
+        for way in ways
+        if within(name, way)
+        for imported in sorted(everything)
+        if within(imported, *ways) and not within(imported, way)
+    ] == []
+
+
+SQL = re.compile(r"\s*(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|CREATE (TABLE|INDEX)|PRAGMA|VACUUM)\b")
+# What SQLite alone understands.
+DIALECT = re.compile(r"unixepoch|json_each|json_group_array|INSERT OR |PRAGMA|VACUUM|strftime|sqlite_master|x''|GLOB")
+
+
+def strings(path: Path) -> list[str]:
+    """Every text in the code that is no docstring; of one with values in it, the parts between them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs)
+    return [node.value for node in nodes if isinstance(node.value, str)]
+
+
+def test_sql_is_in_the_store_alone_and_sqlites_own_in_its_room(root: Path) -> None:
+    sql, dialect = [], []
+    for path in (path for top in TOPS for path in (root / top).rglob("*.py")):
+        place = path.relative_to(root)
+        sql += [f"{place}: {text}" for text in strings(path) if SQL.match(text)]
+        dialect += [f"{place}: {text}" for text in strings(path) if DIALECT.search(text)]
+    assert sql
+    assert [found for found in sql if not found.startswith("server/store/")] == []
+    assert [found for found in dialect if not found.startswith("server/store/sqlite/")] == []
 
 
 def without_encoding(path: Path) -> list[str]:
@@ -61,7 +132,7 @@ def test_texts_are_utf8_whatever_the_machines_locale(root: Path) -> None:
     assert [place for path in ours for place in without_encoding(path)] == []
 
 
-LIGHT = ("server.cli", "learner.cli", "clients.cli", "server.store.feedback_store", "server.process", "server.settings")
+LIGHT = ("server.cli", "learner.cli", "clients.cli", "server.store.store", "server.process", "server.settings")
 ALSO_LIGHT = ("learner.settings", "server.shared.settings_base", "server.doctor.examine")
 
 

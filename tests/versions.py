@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from learner.round.checkpoint import publish_version
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 
 Tensors = dict[str, Any]
 
@@ -27,10 +27,10 @@ def make_version(data_dir: Path, change: Callable[[Tensors], None], *, truncated
         if truncated:
             os.truncate(staging / "model.safetensors", 1_000_000)
 
-    with closing(FeedbackStore.open(data_dir)) as store:
-        version = store.registry.next_version()
+    with closing(Store.open(data_dir)) as store:
+        version = f"v{len(store.policies.page()):04d}"
         publish_version(data_dir / "policies" / version, fill, kind="full", reference_version="v0000", info={})
-        store.registry.register_policy(
+        store.policies.register(
             version, kind="full", state="candidate", parent_version="v0000", reference_version="v0000", round_id=None,
             reward_model_version=None, metrics={},
         )  # fmt: skip

@@ -21,7 +21,7 @@ from learner.settings import LearnerSettings
 from server.shared.dtype import DtypeName
 from server.shared.seeds import keep_seeds
 from server.shared.text import ChatText
-from server.store.records import Prompt
+from server.store.chats.records import Prompt
 
 
 @dataclass(frozen=True)

@@ -12,34 +12,34 @@ from learner.round.checkpoint import verified
 from learner.round.publish import wait_until_loaded
 from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError
-from server.store.feedback_store import FeedbackStore
-from server.store.records import PointerAction
+from server.store.learning.records import PointerAction
+from server.store.store import Store
 
 
 def promote(settings: LearnerSettings, version: str, reason: str = "") -> str:
     """Makes `version` the active one; a sentence on how it went. Raises ServiceError with nothing changed."""
-    with closing(FeedbackStore.open(settings.data_dir)) as store:
-        active = store.registry.active_policy().version
+    with closing(Store.open(settings.data_dir)) as store:
+        active = store.policies.active().version
         return _move(store, settings, active, version, "promote", reason or "promoted by hand")
 
 
 def rollback(settings: LearnerSettings, version: str | None = None, reason: str = "") -> str:
     """Makes the version that was active before, or an older one, the active one again."""
-    with closing(FeedbackStore.open(settings.data_dir)) as store:
-        active, target = store.registry.rollback_step(version)
+    with closing(Store.open(settings.data_dir)) as store:
+        active, target = store.policies.rollback_step(version)
         return _move(store, settings, active, target, "rollback", reason or f"rolled back from {active}")
 
 
 def quarantine(settings: LearnerSettings, user: str, reason: str = "", *, lift: bool = False) -> str:
     """Leaves a user's votes out of the rounds that begin from now on, or lets them count again. Raises NotFoundError
     for a user who never voted."""
-    with closing(FeedbackStore.open(settings.data_dir)) as store:
-        votes = store.votes_of([user], store.watermark())
+    with closing(Store.open(settings.data_dir)) as store:
+        votes = store.snapshots.votes_of([user], store.snapshots.watermark())
         if lift:
             changed = store.quarantine.lift(user, actor=_operator(), reason=reason)
             return f"{user}'s {votes} votes count again." if changed else f"{user} is not in quarantine."
         changed = store.quarantine.set(user, actor=_operator(), reason=reason)
-        running = store.registry.running_round()
+        running = store.rounds.running()
     if not changed:
         return f"{user} is in quarantine already; nothing was changed."
     sentence = f"{user} is in quarantine: rounds that begin from now on leave {votes} votes out."
@@ -51,18 +51,16 @@ def _operator() -> str:
 
 
 def _move(
-    store: FeedbackStore, settings: LearnerSettings, active: str, version: str, action: PointerAction, reason: str
+    store: Store, settings: LearnerSettings, active: str, version: str, action: PointerAction, reason: str
 ) -> str:
-    policy = store.registry.policy(version)
+    policy = store.policies.get(version)
     if version == active:
         return f"{version} is active already; nothing was changed."
     # The store knows why a version may not be activated; what it lets pass must be whole.
     if policy.prune_time is None:
         verified(settings.data_dir / "policies" / version)
-    store.registry.activate_policy(
-        version, actor=_operator(), action=action, reason=reason, expected_active_version=active
-    )
+    store.policies.activate(version, actor=_operator(), action=action, reason=reason, expected_active_version=active)
     loaded = wait_until_loaded(store, version, settings.load_timeout_seconds)
-    if store.registry.active_policy().version != version:
+    if store.policies.active().version != version:
         raise FailedPreconditionError("POLICY_UNLOADABLE", f"{version} was activated and taken back: {loaded}")
     return f"{version} is active in place of {active}; {loaded}"

@@ -11,10 +11,10 @@ from learner.ops.curves import draw_curves
 from learner.round.report import Report, rows
 from server.shared.errors import FailedPreconditionError
 from server.shared.whole_file import whole_file
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Round
-from server.store.residue import REPORT, keeping, sweep
-from server.store.round_samples import read_samples
+from server.store.files.residue import REPORT, keeping, sweep
+from server.store.files.round_samples import read_samples
+from server.store.learning.records import Round
+from server.store.store import Store
 
 TEMPLATE = Path(__file__).with_name("report_page.html.j2")
 # Questions whose answers are shown side by side.
@@ -23,9 +23,9 @@ SHOWN = 12
 
 def write_report(data_dir: Path, round_id: str | None = None) -> list[Path]:
     """The files written for a round, the newest by default. Raises NotFoundError or FailedPreconditionError."""
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     try:
-        round_ = store.registry.round(round_id) if round_id else next(iter(store.registry.rounds(limit=1)), None)
+        round_ = store.rounds.get(round_id) if round_id else next(iter(store.rounds.page(limit=1)), None)
     finally:
         store.close()
     if round_ is None:

@@ -11,9 +11,8 @@ from contextlib import closing
 from pathlib import Path
 
 from learner.process import unique_name
-from server.shared.errors import ServiceError
-from server.store.feedback_store import FeedbackStore
-from server.store.sqlite.database import DatabaseError
+from server.shared.errors import DatabaseError, ServiceError
+from server.store.store import Store
 
 # A request waits so long at most before it is noticed, and a heartbeat is written as often as a server's.
 LOOK_SECONDS, HEARTBEAT_SECONDS = 2.0, 5.0
@@ -50,7 +49,7 @@ class RequestPoller:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                if FeedbackStore.exists(self._data_dir):
+                if Store.exists(self._data_dir):
                     self._listen()
             except (ServiceError, DatabaseError, OSError) as error:
                 if str(error) != self._said:
@@ -59,7 +58,7 @@ class RequestPoller:
             self._pause()
 
     def _listen(self) -> None:
-        with closing(FeedbackStore.open(self._data_dir)) as store:
+        with closing(Store.open(self._data_dir)) as store:
             requests, due = store.round_requests, 0.0
             while not self._stop.is_set():
                 if time.monotonic() >= due:

@@ -35,9 +35,8 @@ from learner.ops.request_poller import RequestPoller
 from learner.process import STOPPED
 from learner.round.report import Report, outcome
 from learner.settings import ScheduleSettings, quiet, quiet_hours
-from server.shared.errors import ServiceError
-from server.store.feedback_store import FeedbackStore
-from server.store.sqlite.database import DatabaseError
+from server.shared.errors import DatabaseError, ServiceError
+from server.store.store import Store
 
 STOP_SECONDS = 60
 # What came of a request is tried to be written down so often.
@@ -148,9 +147,9 @@ class RoundScheduler:
             self._scheduler.wakeup()
 
     def _take(self) -> int | None:
-        if not FeedbackStore.exists(self._data_dir):
+        if not Store.exists(self._data_dir):
             return None
-        with closing(FeedbackStore.open(self._data_dir)) as store:
+        with closing(Store.open(self._data_dir)) as store:
             return store.round_requests.take(self._listener.name)
 
     def _end(self, request: int, sentence: str) -> None:
@@ -158,7 +157,7 @@ class RoundScheduler:
         # Until it is: who asked waits for it, and asks for nothing else before.
         while True:
             try:
-                with closing(FeedbackStore.open(self._data_dir)) as store:
+                with closing(Store.open(self._data_dir)) as store:
                     store.round_requests.end(request, self._listener.name, sentence)
                 return
             except (ServiceError, DatabaseError) as error:
@@ -190,19 +189,19 @@ class RoundScheduler:
         )  # fmt: skip
 
     def _new_votes(self) -> int:
-        if not FeedbackStore.exists(self._data_dir):
+        if not Store.exists(self._data_dir):
             return 0
-        with closing(FeedbackStore.open(self._data_dir)) as store:
-            if store.registry.running_round():
+        with closing(Store.open(self._data_dir)) as store:
+            if store.rounds.running():
                 return sys.maxsize  # It was stopped: go on with it, whatever came since.
-            return store.count_new_votes()
+            return store.snapshots.count_new_votes()
 
     def _last_round(self) -> tuple[datetime | None, bool]:
         """When the last round began, and whether it was stopped."""
-        if not FeedbackStore.exists(self._data_dir):
+        if not Store.exists(self._data_dir):
             return None, False
-        with closing(FeedbackStore.open(self._data_dir)) as store:
-            rounds = store.registry.rounds(limit=1)
+        with closing(Store.open(self._data_dir)) as store:
+            rounds = store.rounds.page(limit=1)
         if not rounds:
             return None, False
         return datetime.fromtimestamp(rounds[0].create_time, self._zone), rounds[0].state == "running"

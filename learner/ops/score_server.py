@@ -20,7 +20,7 @@ from learner.reward.reward_model import LinearRewardModel
 from learner.round.checkpoint import verified
 from server.shared.dtype import DtypeName, DtypeSetting, resolve_dtype, torch_dtype
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ServiceError
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 
 LOOPBACK = "127.0.0.1"
 MAX_CANDIDATES = 16
@@ -39,7 +39,7 @@ class Scorer:
         self._data_dir = data_dir
         self._dtype = torch_dtype(dtype)
         self._max_model_len = max_model_len
-        self._store = FeedbackStore.open(data_dir)
+        self._store = Store.open(data_dir)
         self._reference: tuple[str, Any] = ("", None)
         self._loaded: tuple[str, LinearRewardModel] | None = None
 
@@ -67,7 +67,7 @@ class Scorer:
         self._store.close()
 
     def _newest(self) -> tuple[str, LinearRewardModel, Any]:
-        registered = self._store.registry.newest_reward_model()
+        registered = self._store.reward_models.newest()
         if registered is None:
             raise FailedPreconditionError("NO_REWARD_MODEL", "There is no reward model yet: run a round first.")
         if self._loaded is None or self._loaded[0] != registered.version:

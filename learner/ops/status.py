@@ -8,28 +8,28 @@ from typing import Any
 
 from learner.ops.slot_order import order_warnings
 from server.shared.errors import NotFoundError
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Learner, Round
+from server.store.learning.records import Learner, Round
+from server.store.store import Store
 
 
 def status(data_dir: Path, duel_user_votes: int) -> dict[str, Any]:
     """A record for `--json`; `lines` are (name, sentence) to show."""
-    if not FeedbackStore.exists(data_dir):
+    if not Store.exists(data_dir):
         return {"lines": [("served", f"nothing: there is no data in {str(data_dir)!r} yet")]}
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     try:
         return _status(store, duel_user_votes)
     finally:
         store.close()
 
 
-def _side_by_side(store: FeedbackStore, duel_user_votes: int) -> Iterator[tuple[str, str]]:
+def _side_by_side(store: Store, duel_user_votes: int) -> Iterator[tuple[str, str]]:
     """What users say of the active version and of the one before it."""
     duel = store.lineage.duel(duel_user_votes)
     if duel and (duel.wins or duel.losses or duel.draws):
         evidence = f"evidence that it is better {duel.won:.3g}, worse {duel.lost:.3g}"
         yield "side by side", f"{duel.version} has {duel}; {evidence}"
-    active, before = store.registry.active_policy().version, store.registry.previous_version()
+    active, before = store.policies.active().version, store.policies.previous_version()
     rates = {version: store.lineage.thumb_rate(version) for version in (active, before) if version}
     if any(thumbs for _, thumbs in rates.values()):
         counts = "; ".join(f"{version}: {up} of {thumbs} up" for version, (up, thumbs) in rates.items())
@@ -59,14 +59,14 @@ def _left_out(quarantined: list[str], learned: Round | None) -> str:
     return f"{now}; {learned.metrics.get('votes', {}).get('quarantined', 0)} votes were left out of {learned.id}"
 
 
-def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
+def _status(store: Store, duel_user_votes: int) -> dict[str, Any]:
     try:
-        active = store.registry.active_policy()
+        active = store.policies.active()
     except NotFoundError:
         return {"lines": [("served", "nothing: no server has started here yet")]}
-    replicas = store.registry.replicas()
-    learned = store.registry.last_learned()
-    votes = store.count_votes()
+    replicas = store.replicas.alive()
+    learned = store.rounds.last_learned()
+    votes = store.snapshots.count_votes()
     learner = store.learner()
     waiting = learner.new_votes
     served = f"{active.version} should be served; " + (
@@ -89,7 +89,7 @@ def _status(store: FeedbackStore, duel_user_votes: int) -> dict[str, Any]:
         if move.previous_version:
             what = f"{move.version} for {move.previous_version} by {move.actor}: {move.reason}"
             lines.append((move.action, f"{_when(move.create_time)}, {what}"))
-    running = store.registry.running_round()
+    running = store.rounds.running()
     if running:
         lines.append(
             ("at work", f"{running.id}, done: {running.stage}; `learner run-once` goes on with it if it was stopped")

@@ -13,8 +13,9 @@ from typing import Any
 
 from server.shared.errors import NotFoundError
 from server.shared.stored_round import start_from
-from server.store.feedback_store import FeedbackStore
-from server.store.records import FeedbackEvent, PolicyVersion, Round
+from server.store.chats.records import FeedbackEvent
+from server.store.learning.records import PolicyVersion, Round
+from server.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Trace:
 
 def trace_version(data_dir: Path, version: str) -> Trace:
     """Which votes and which reward model made a version. Raises NotFoundError."""
-    with closing(FeedbackStore.open(data_dir)) as store:
-        policy = store.registry.policy(version)
+    with closing(Store.open(data_dir)) as store:
+        policy = store.policies.get(version)
         moves = [move for move in reversed(store.lineage.moves()) if version in (move.version, move.previous_version)]
         made = [_made(store, ancestor) for ancestor in _with_ancestors(store, policy)]
     record: dict[str, Any] = {
@@ -58,12 +59,12 @@ def trace_version(data_dir: Path, version: str) -> Trace:
 
 def trace_vote(data_dir: Path, feedback_id: str) -> Trace:
     """Which rounds learned from a vote, and which versions came of them. Raises NotFoundError."""
-    with closing(FeedbackStore.open(data_dir)) as store:
+    with closing(Store.open(data_dir)) as store:
         events = store.lineage.events(feedback_id)
         if not events:
             raise NotFoundError("feedback", feedback_id)
         sides = store.lineage.rounds_of(feedback_id)
-        rounds = [store.registry.round(round_id) for round_id in sides]
+        rounds = [store.rounds.get(round_id) for round_id in sides]
         carriers = {round_.id: store.lineage.carriers([round_.id]) for round_ in rounds}
     carried: list[dict[str, Any]] = [
         {
@@ -93,10 +94,10 @@ def trace_vote(data_dir: Path, feedback_id: str) -> Trace:
     return Trace(record, lines)
 
 
-def _made(store: FeedbackStore, policy: PolicyVersion) -> dict[str, Any] | None:
+def _made(store: Store, policy: PolicyVersion) -> dict[str, Any] | None:
     if policy.round_id is None:
         return None
-    round_ = store.registry.round(policy.round_id)
+    round_ = store.rounds.get(policy.round_id)
     sides = store.lineage.round_votes(round_.id)
     return {
         "version": policy.version,
@@ -122,15 +123,15 @@ def _made_lines(step: dict[str, Any]) -> Iterator[str]:
         yield f"       of these votes, since then: {changes}"
 
 
-def _with_ancestors(store: FeedbackStore, policy: PolicyVersion) -> Iterator[PolicyVersion]:
+def _with_ancestors(store: Store, policy: PolicyVersion) -> Iterator[PolicyVersion]:
     """The version and, as long as rounds started from the active policy, what they started from."""
     while True:
         yield policy
         if policy.round_id is None or policy.parent_version is None:
             return
-        if start_from(store.registry.round(policy.round_id).settings) != "active":
+        if start_from(store.rounds.get(policy.round_id).settings) != "active":
             return
-        policy = store.registry.policy(policy.parent_version)
+        policy = store.policies.get(policy.parent_version)
 
 
 def _seen(events: list[FeedbackEvent], round_: Round) -> FeedbackEvent | None:

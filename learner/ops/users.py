@@ -28,9 +28,10 @@ from learner.round.workspace import cache_key
 from learner.settings import LearnerSettings
 from server.shared.dtype import resolve_dtype, torch_dtype
 from server.shared.text import ChatText
-from server.store.feedback_store import FeedbackStore
-from server.store.records import QuarantineEvent, Snapshot
-from server.store.residue import cache_directory, sweep
+from server.store.chats.records import Snapshot
+from server.store.files.residue import cache_directory, sweep
+from server.store.learning.records import QuarantineEvent
+from server.store.store import Store
 
 QUICK = 4.0
 KINDS = ("choices", "thumbs", "corrections", "demonstrations")
@@ -58,11 +59,11 @@ class UserFigures:
 
 def read_users(settings: LearnerSettings) -> list[UserFigures]:
     """Everybody with a current vote, suspicious ones first. Raises ServiceError where no server has started yet."""
-    with closing(FeedbackStore.open(settings.data_dir)) as store:
-        reference = store.registry.active_policy().reference_version
+    with closing(Store.open(settings.data_dir)) as store:
+        reference = store.policies.active().reference_version
         quarantined = store.quarantine.current()
-        everything = store.snapshot(limit=settings.max_votes)
-        counted = store.snapshot(everything.watermark, settings.max_votes, quarantined)
+        everything = store.snapshots.take(limit=settings.max_votes)
+        counted = store.snapshots.take(everything.watermark, settings.max_votes, quarantined)
     if not len(everything):
         return []
     reader = VoterAnalysis(settings, reference, everything.deletions)

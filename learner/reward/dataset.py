@@ -15,7 +15,8 @@ from learner.model.features import TokenPair
 from learner.reward.likelihood import BOTH_BAD, TIE, A, B
 from learner.reward.linear_heads import VoteTensors, vote_weights
 from learner.settings import RewardSettings
-from server.store.records import Response, Side, Snapshot
+from server.store.chats.records import Response, Snapshot
+from server.store.learning.records import Side
 
 OUTCOMES = {"A": A, "B": B, "TIE": TIE, "BOTH_BAD": BOTH_BAD}
 

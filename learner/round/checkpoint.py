@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from server.shared.errors import ManifestError
-from server.store.manifest import Manifest, new_staging, publish, verify, write_manifest
+from server.store.files.manifest import Manifest, new_staging, publish, verify, write_manifest
 
 WEIGHT_FILES = ("*.safetensors", "*.json")
 

@@ -34,8 +34,8 @@ from learner.round.checkpoint import verified
 from learner.round.workspace import Workspace, spread
 from learner.settings import GateSettings
 from server.shared.whole_file import whole_file
-from server.store.records import Prompt
-from server.store.residue import ANSWERS, keeping, sweep
+from server.store.chats.records import Prompt
+from server.store.files.residue import ANSWERS, keeping, sweep
 
 # All versions answer with the same random numbers, which no step of the training had: this draw's, the one before it at
 # a second look.

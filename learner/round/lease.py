@@ -15,20 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from learner.process import unique_name
-from server.shared.errors import ServiceError
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Lease
-from server.store.registry import LEARNER
-from server.store.sqlite.database import DatabaseError
+from server.shared.errors import DatabaseError, ServiceError
+from server.store.learning.leases import LEARNER
+from server.store.learning.records import Lease
+from server.store.store import Store
 
 # After a renewal that failed.
 AGAIN_SECONDS = 1.0
 
 
 @contextmanager
-def learner_lease(
-    store: FeedbackStore, data_dir: Path, seconds: float, *, wait: bool = False
-) -> Iterator[Lease | None]:
+def learner_lease(store: Store, data_dir: Path, seconds: float, *, wait: bool = False) -> Iterator[Lease | None]:
     """The lease, or None where another learner holds it; with `wait`, as soon as none does."""
     lease = _acquire(store, unique_name(), seconds, wait)
     if lease is None:
@@ -49,12 +46,12 @@ def learner_lease(
             raise lost[0] from None
         raise
     finally:
-        store.registry.release_lease(lease)
+        store.leases.release(lease)
 
 
-def _acquire(store: FeedbackStore, holder: str, seconds: float, wait: bool) -> Lease | None:
+def _acquire(store: Store, holder: str, seconds: float, wait: bool) -> Lease | None:
     deadline = math.inf if wait else time.monotonic() + seconds + 1
-    while (lease := store.registry.acquire_lease(LEARNER, holder, seconds)) is None:
+    while (lease := store.leases.acquire(LEARNER, holder, seconds)) is None:
         if time.monotonic() > deadline:
             return None
         time.sleep(0.5)
@@ -62,12 +59,12 @@ def _acquire(store: FeedbackStore, holder: str, seconds: float, wait: bool) -> L
 
 
 def _renew(data_dir: Path, lease: Lease, seconds: float, stop: threading.Event, lost: list[ServiceError]) -> None:
-    store = FeedbackStore.open(data_dir)  # A connection belongs to one thread.
+    store = Store.open(data_dir)  # A connection belongs to one thread.
     try:
         wait = seconds / 3
         while not stop.wait(wait):
             try:
-                store.registry.renew_lease(lease, seconds)
+                store.leases.renew(lease, seconds)
                 wait = seconds / 3
             except DatabaseError:
                 # Locked for long, say by a rewrite, or a full disk: the lease may hold until that is over.

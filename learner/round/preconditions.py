@@ -9,25 +9,25 @@ from learner.reward.linear_heads import SignalTest
 from learner.round.prompts import Prompts
 from learner.settings import LearnerSettings
 from server.shared.errors import NotFoundError
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Snapshot
+from server.store.chats.records import Snapshot
+from server.store.store import Store
 
 # Fewer votes or prompts on either side cannot be fitted or judged at all.
 MIN_SIDE = 10
 
 
 def failed_precondition(
-    store: FeedbackStore, snapshot: Snapshot, quarantined: list[str], settings: LearnerSettings
+    store: Store, snapshot: Snapshot, quarantined: list[str], settings: LearnerSettings
 ) -> str | None:
     """Why no round starts now, in a sentence; None if one may. Other users in quarantine are other votes, too."""
     try:
-        store.registry.active_policy()
+        store.policies.active()
     except NotFoundError:
         return "There is no policy yet: start `server serve` once, so that it prepares the reference."
     votes = len(snapshot.choices) + len(snapshot.thumbs) + len(snapshot.corrections)
     if votes == 0:
         return "There are no votes yet; nothing was changed."
-    last = store.registry.last_learned()
+    last = store.rounds.last_learned()
     if last and (last.watermark, last.quarantined) == (snapshot.watermark, quarantined):
         return f"There are no new votes since {last.id} ({last.state}); nothing was changed."
     if votes < settings.min_votes:

@@ -14,7 +14,7 @@ import torch
 
 from learner.reward.dataset import is_judge
 from learner.reward.linear_heads import cap_shares
-from server.store.records import Prompt
+from server.store.chats.records import Prompt
 
 # How long an answer to our question is where no user's says it.
 ANSWER_TOKENS = 256

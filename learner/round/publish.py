@@ -8,7 +8,7 @@ from learner.improve.ppo.trainer import candidate
 from learner.round.checkpoint import copy_weights, publish_version, with_tokenizer
 from learner.round.workspace import Workspace
 from server.shared.errors import ConflictError
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 
 
 def publish(work: Workspace, verdict: Verdict) -> str:
@@ -32,7 +32,7 @@ def publish(work: Workspace, verdict: Verdict) -> str:
                 "versions": work.round.metrics["versions"],
             },
         )
-    work.store.registry.register_policy(
+    work.store.policies.register(
         version,
         kind=kind,
         state="candidate" if verdict.promoted else "rejected",
@@ -54,8 +54,8 @@ def activate(work: Workspace, version: str, verdict: Verdict) -> tuple[Literal["
         return "rejected", f"{version} was not promoted: {' '.join(verdict.reasons)}"
     incumbent = work.round.incumbent_version
     try:
-        if work.store.registry.active_policy().version != version:
-            work.store.registry.activate_policy(
+        if work.store.policies.active().version != version:
+            work.store.policies.activate(
                 version,
                 actor="learner",
                 reason=f"round {work.round.id}",
@@ -67,16 +67,16 @@ def activate(work: Workspace, version: str, verdict: Verdict) -> tuple[Literal["
     with work.stages.stage("activate", f"waiting for servers to load {version}"):
         loaded = wait_until_loaded(work.store, version, work.settings.load_timeout_seconds)
     # A server that could not load the version has given the pointer back.
-    if work.store.registry.active_policy().version != version:
+    if work.store.policies.active().version != version:
         return "rejected", f"{version} was activated and taken back: {loaded}"
     return "promoted", f"{version} is active in place of {incumbent}; {loaded}"
 
 
-def wait_until_loaded(store: FeedbackStore, version: str, timeout: float) -> str:
+def wait_until_loaded(store: Store, version: str, timeout: float) -> str:
     """What live servers say of `version`, in a clause; returns at once where none is live."""
     deadline = time.monotonic() + timeout
     while True:
-        replicas = store.registry.replicas()
+        replicas = store.replicas.alive()
         if not replicas:
             return "no server is running, the next one to start will load it."
         if all(r.loaded_version == version for r in replicas):

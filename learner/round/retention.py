@@ -9,21 +9,21 @@ import shutil
 from pathlib import Path
 
 from server.shared.failpoints import failpoint
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Lease
+from server.store.learning.records import Lease
+from server.store.store import Store
 
 # A version's own directory, and what a server derived from it, now and in the first releases.
 FOLDERS = ("policies", "merged/bfloat16", "merged/float32", "merged")
 
 
-def prune(store: FeedbackStore, data_dir: Path, keep_versions: int, *, fence: Lease) -> list[str]:
+def prune(store: Store, data_dir: Path, keep_versions: int, *, fence: Lease) -> list[str]:
     """Removes what need not be kept; the versions whose weights went."""
-    previous = store.registry.previous_version()
-    whole = [policy for policy in store.registry.policies() if policy.prune_time is None]
+    previous = store.policies.previous_version()
+    whole = [policy for policy in store.policies.page() if policy.prune_time is None]
     spare = [p.version for p in whole if p.state != "active" and p.version not in (previous, p.reference_version)]
-    pruned = [version for version in spare[keep_versions:] if store.registry.prune_policy(version, fence=fence)]
+    pruned = [version for version in spare[keep_versions:] if store.policies.prune(version, fence=fence)]
     failpoint("prune")
-    for policy in store.registry.policies():
+    for policy in store.policies.page():
         if policy.prune_time is not None:
             for folder in FOLDERS:
                 shutil.rmtree(data_dir / folder / policy.version, ignore_errors=True)

@@ -37,16 +37,16 @@ from learner.round.workspace import Workspace, json_safe, nan_for_none, spread
 from learner.settings import LearnerSettings
 from server.shared.dtype import resolve_dtype
 from server.shared.errors import FailedPreconditionError
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Lease, Round
-from server.store.residue import cache_directory, sweep
+from server.store.files.residue import cache_directory, sweep
+from server.store.learning.records import Lease, Round
+from server.store.store import Store
 
 
 def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False) -> Report:
     """Runs or resumes one round; with `wait`, after another learner that is at work."""
-    if not FeedbackStore.exists(settings.data_dir):
+    if not Store.exists(settings.data_dir):
         return Report("nothing", f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` and vote.")
-    store = FeedbackStore.open(settings.data_dir)
+    store = Store.open(settings.data_dir)
     try:
         with learner_lease(store, settings.data_dir, settings.lease_seconds, wait=wait) as lease:
             if lease is None:
@@ -58,7 +58,7 @@ def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False) -
         store.close()
 
 
-def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings, stages: Stages) -> Report:
+def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages: Stages) -> Report:
     dtype = resolve_dtype(settings.dtype)
     settings = settings.model_copy(update={"dtype": dtype.name})
     current = resumable(store, lease, settings.max_resumes, stages)
@@ -72,7 +72,7 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
             current = change_dtype(store, lease, current, settings, stages)
     # Whoever was in quarantine when the round began is left out to its end, whatever an operator says meanwhile.
     quarantined = current.quarantined if current else sorted(store.quarantine.current())
-    snapshot = store.snapshot(current.watermark if current else None, settings.max_votes, quarantined)
+    snapshot = store.snapshots.take(current.watermark if current else None, settings.max_votes, quarantined)
     if settings.skip_rolled_back:
         before = current.create_time if current else math.inf
         snapshot = snapshot.without(store.lineage.rolled_back(before))
@@ -80,10 +80,10 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
         stages.console.print(f"computing in {dtype}", highlight=False)
         if reason := failed_precondition(store, snapshot, quarantined, settings):
             return Report("nothing", reason)
-        current = store.registry.create_round(
+        current = store.rounds.create(
             snapshot.watermark,
             settings.model_dump(mode="json", exclude={"data_dir"}),
-            reference_version=store.registry.active_policy().reference_version,
+            reference_version=store.policies.active().reference_version,
             quarantined=quarantined,
             fence=lease,
         )
@@ -92,28 +92,28 @@ def _run_or_resume(store: FeedbackStore, lease: Lease, settings: LearnerSettings
         return run(work)
     except KeyboardInterrupt:
         # Asked to stop: what is on disk is where the next run goes on.
-        store.registry.stop_round(current.id, fence=lease)
+        store.rounds.stop(current.id, fence=lease)
         raise
     except Exception as error:
         # The job's boundary: recorded, the served policy untouched, and raised for whoever started it.
-        store.registry.finish_round(current.id, "failed", reason=f"{type(error).__name__}: {error}", fence=lease)
+        store.rounds.finish(current.id, "failed", reason=f"{type(error).__name__}: {error}", fence=lease)
         work.clean()
         raise
     finally:
         work.close()
 
 
-def resumable(store: FeedbackStore, lease: Lease, max_resumes: int, stages: Stages) -> Round | None:
+def resumable(store: Store, lease: Lease, max_resumes: int, stages: Stages) -> Round | None:
     """The round to go on with. One that was killed too often is given up, so that others may run."""
-    current = store.registry.running_round()
+    current = store.rounds.running()
     if current is None:
         return None
     if current.attempts > max_resumes:
         reason = f"It was killed {current.attempts} times, last after its stage {current.stage}."
-        store.registry.finish_round(current.id, "failed", reason=reason, fence=lease)
+        store.rounds.finish(current.id, "failed", reason=reason, fence=lease)
         stages.console.print(f"{current.id} is given up: {reason}", highlight=False)
         return None
-    return store.registry.resume_round(current.id, fence=lease)
+    return store.rounds.resume(current.id, fence=lease)
 
 
 def began_with(current: Round, here: dict[str, Any]) -> LearnerSettings:
@@ -129,9 +129,7 @@ def began_with(current: Round, here: dict[str, Any]) -> LearnerSettings:
         ) from error
 
 
-def change_dtype(
-    store: FeedbackStore, lease: Lease, current: Round, settings: LearnerSettings, stages: Stages
-) -> Round:
+def change_dtype(store: Store, lease: Lease, current: Round, settings: LearnerSettings, stages: Stages) -> Round:
     """Goes on in another dtype than the round began in: steps of PPO that were taken in the old one are dropped, since
     no step may follow on one that was rounded otherwise. Finished stages stand."""
     directory = settings.data_dir / "rounds" / current.id
@@ -145,7 +143,7 @@ def change_dtype(
         highlight=False,
     )
     stored = settings.model_dump(mode="json", exclude={"data_dir"})
-    return store.registry.update_round(current.id, settings=stored, fence=lease)
+    return store.rounds.update(current.id, settings=stored, fence=lease)
 
 
 def run(work: Workspace) -> Report:
@@ -192,7 +190,7 @@ def load_feedback(work: Workspace) -> Dataset:
             "train": len(dataset.train),
             "judge": len(dataset.judge),
             "left_out": dataset.left_out,
-            "quarantined": work.store.votes_of(work.round.quarantined, work.round.watermark),
+            "quarantined": work.store.snapshots.votes_of(work.round.quarantined, work.round.watermark),
         }
         prompts = {
             "train": len(work.prompts.train),
@@ -271,7 +269,7 @@ def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor, voters
         "score_low": model.low,
         "score_high": model.high,
     }
-    work.store.registry.register_reward_model(
+    work.store.reward_models.register(
         version,
         reference_version=work.round.reference_version,
         round_id=work.round.id,
@@ -327,7 +325,7 @@ def finish(work: Workspace, state: Literal["promoted", "rejected"], sentence: st
     """Closes the round, in the store and in `report.json`."""
     work.clean()
     work.record("activate" if state == "promoted" else work.round.stage, {})
-    work.round = work.store.registry.finish_round(work.round.id, state, reason=sentence, fence=work.lease)
+    work.round = work.store.rounds.finish(work.round.id, state, reason=sentence, fence=work.lease)
     report = Report(
         state,
         sentence,

@@ -22,9 +22,10 @@ from learner.round.prompts import Prompts, share_out, split_prompts, top_up
 from learner.settings import LearnerSettings
 from server.shared.dtype import DtypeName, torch_dtype
 from server.shared.text import ChatText
-from server.store.feedback_store import FeedbackStore
-from server.store.manifest import read_manifest
-from server.store.records import Lease, Prompt, Round, Snapshot
+from server.store.chats.records import Prompt, Snapshot
+from server.store.files.manifest import read_manifest
+from server.store.learning.records import Lease, Round
+from server.store.store import Store
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -39,7 +40,7 @@ class Workspace:
 
     def __init__(
         self,
-        store: FeedbackStore,
+        store: Store,
         lease: Lease,
         settings: LearnerSettings,
         stages: Stages,
@@ -54,7 +55,7 @@ class Workspace:
         self.round, self.snapshot = round_, snapshot
         self.directory = settings.data_dir / "rounds" / round_.id
         # As they were when the round began, also when it is resumed among new ones.
-        asked = store.prompts(round_.create_time, settings.max_prompts, round_.quarantined)
+        asked = store.snapshots.prompts(round_.create_time, settings.max_prompts, round_.quarantined)
         self._asked = share_out(asked, settings.reward.user_share)
 
     def done(self, stage: str) -> bool:
@@ -67,7 +68,7 @@ class Workspace:
         self.update(stage=stage, metrics=json_safe({**metrics, "seconds": seconds}))
 
     def update(self, **changes: Any) -> None:
-        self.round = self.store.registry.update_round(self.round.id, fence=self.lease, **changes)
+        self.round = self.store.rounds.update(self.round.id, fence=self.lease, **changes)
 
     def generator(self, stream: int) -> torch.Generator:
         """Random draws of one purpose, the same when a round is resumed."""
@@ -183,9 +184,9 @@ class Workspace:
     def free_version(self, folder: str, prefix: str) -> str:
         """The version after the highest that is registered or on disk."""
         registered = (
-            [p.version for p in self.store.registry.policies()]
+            [p.version for p in self.store.policies.page()]
             if folder == "policies"
-            else [m.version for m in self.store.registry.reward_models()]
+            else [m.version for m in self.store.reward_models.all()]
         )
         on_disk = [p.name for p in (self.settings.data_dir / folder).glob(f"{prefix}[0-9]*")]
         taken = [int(name.removeprefix(prefix)) for name in (*registered, *on_disk)]

@@ -13,10 +13,9 @@ import shutil
 from contextlib import closing
 from pathlib import Path
 
-from server.shared.errors import DataDirectoryError, ManifestError
-from server.store.feedback_store import FeedbackStore
-from server.store.manifest import new_staging, publish, verify
-from server.store.sqlite.database import DatabaseError
+from server.shared.errors import DatabaseError, DataDirectoryError, ManifestError
+from server.store.files.manifest import new_staging, publish, verify
+from server.store.store import Store
 
 UNDER_WAY = "It was under way when this backup was made."
 
@@ -25,11 +24,11 @@ def back_up(data_dir: Path, destination: Path) -> list[str]:
     """Makes `destination`, whole or not at all; a sentence on each version that is damaged and was left out.
 
     Raises DataDirectoryError where there is nothing to copy, or the copy cannot be made."""
-    if not FeedbackStore.exists(data_dir):
+    if not Store.exists(data_dir):
         raise DataDirectoryError(f"There is no data in {str(data_dir)!r} to back up.")
     if destination.exists():
         raise DataDirectoryError(f"{str(destination)!r} exists already; a backup is never written over.")
-    with closing(FeedbackStore.open(data_dir)) as store:
+    with closing(Store.open(data_dir)) as store:
         try:
             staging = new_staging(destination)
             try:
@@ -42,25 +41,25 @@ def back_up(data_dir: Path, destination: Path) -> list[str]:
     return damaged
 
 
-def _copy(store: FeedbackStore, data_dir: Path, staging: Path) -> list[str]:
+def _copy(store: Store, data_dir: Path, staging: Path) -> list[str]:
     tried: dict[str, str] = {}
     while True:
         for version in sorted(_versions(store) - tried.keys()):
             tried[version] = _copy_version(data_dir / version, staging / version)
         store.copy_to(staging)
-        with closing(FeedbackStore.open(staging)) as copy:
+        with closing(Store.open(staging)) as copy:
             needed = _versions(copy)
-            if round_ := copy.registry.running_round():
-                copy.registry.finish_round(round_.id, "failed", reason=UNDER_WAY)
+            if round_ := copy.rounds.running():
+                copy.rounds.finish(round_.id, "failed", reason=UNDER_WAY)
             copy.round_requests.withdraw(UNDER_WAY)
         if needed <= tried.keys():
             return [tried[version] for version in sorted(needed) if tried[version]]
 
 
-def _versions(store: FeedbackStore) -> set[str]:
+def _versions(store: Store) -> set[str]:
     """The directories, below the data directory, of all that was published and not pruned."""
-    policies = {f"policies/{policy.version}" for policy in store.registry.policies(-1) if policy.prune_time is None}
-    return policies | {f"reward_models/{model.version}" for model in store.registry.reward_models()}
+    policies = {f"policies/{policy.version}" for policy in store.policies.page() if policy.prune_time is None}
+    return policies | {f"reward_models/{model.version}" for model in store.reward_models.all()}
 
 
 def _copy_version(source: Path, final: Path) -> str:

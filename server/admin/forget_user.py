@@ -4,8 +4,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from server.store.feedback_store import FeedbackStore
-from server.store.residue import erase
+from server.store.files.residue import erase
+from server.store.store import Store
 
 # How long a call may take from being let in to having written: the edge waits ten seconds for its message.
 LET_IN_SECONDS = 12.0
@@ -16,12 +16,12 @@ NOT_EMPTIED = (
 )
 
 
-def forget(store: FeedbackStore, data_dir: Path, user: str, poll_seconds: float) -> Iterator[str]:
+def forget(store: Store, data_dir: Path, user: str, poll_seconds: float) -> Iterator[str]:
     """Removes all that is kept of a user, a sentence at a time."""
     store.keys.forget(user)
     kept = store.deletion.look(user)
     _forget_rows(store, user)
-    if store.registry.replicas():
+    if store.replicas.alive():
         yield "Waiting for calls that a running server had let in before."
         time.sleep(LET_IN_SECONDS + poll_seconds)
         _forget_rows(store, user)
@@ -38,6 +38,6 @@ def compact(data_dir: Path) -> str:
     return EMPTIED if erase(data_dir, rewrite=True) else NOT_EMPTIED
 
 
-def _forget_rows(store: FeedbackStore, user: str) -> None:
+def _forget_rows(store: Store, user: str) -> None:
     while store.deletion.step(user):
         pass

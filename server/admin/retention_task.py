@@ -1,11 +1,11 @@
-"""Removes for good what deleting rows left (`server.store.residue`) beside the calls; every hour, what is too old."""
+"""Removes what deleted rows left behind (`server.store.files.residue`); every hour, conversations that are too old."""
 
 import asyncio
 import logging
 from pathlib import Path
 
-from server.store.residue import erase
-from server.store.sqlite.database import DATABASE, DatabaseError
+from server.shared.errors import DatabaseError
+from server.store.files.residue import erase
 from server.store.store_thread import StoreThread
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class RetentionTask:
         days = self._retention_days
         while days and await self._store(lambda store: store.deletion.expire(days)):
             pass
-        small = (self._data_dir / DATABASE).stat().st_size <= REWRITE_MOST_BYTES
+        small = await self._store(lambda store: store.bytes()) <= REWRITE_MOST_BYTES
         if not small and await self._store(lambda store: store.deletion.rewrite_due() > 0):
             log.warning("the database is too large to be rewritten while it serves: stop, and run `server compact`")
         await self.erase(rewrite=small)

@@ -25,6 +25,7 @@ from server.shared.machine import GIB, Machine, read_machine, slow_reason
 from server.shared.settings_base import CONFIG_FILE, explain
 from server.shared.stored_round import ANSWER_TOKENS
 from server.shared.variables import PREFIX
+from server.store.sqlite.database import sqlite_version
 
 # What the speed's measurement takes at most, with room for torch itself.
 MEASURE_BYTES = GIB
@@ -97,7 +98,7 @@ class Examination:
         yield "memory", lambda: machine_checks.check_memory(self.machine, self.needs, bool(self.health))
         yield "speed", lambda: machine_checks.check_speed(*self.speed)
         yield "disk", self.check_disk
-        yield "sqlite", lambda: setup_checks.check_sqlite(readings.sqlite_version())
+        yield "sqlite", lambda: setup_checks.check_sqlite(sqlite_version())
         yield "port", lambda: self.check_port(setup_checks.check_port, self.settings.host, self.settings.port)
         host, port = self.settings.metrics_host, self.settings.metrics_port
         yield "metrics port", lambda: self.check_port(setup_checks.check_metrics_port, host, port)

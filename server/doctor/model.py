@@ -13,8 +13,8 @@ from server.engine.reference import check_same_model, find_model
 from server.engine.weights import tensor_shapes
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
-from server.store.manifest import read_manifest
-from server.store.registry import REFERENCE
+from server.store.files.manifest import read_manifest
+from server.store.learning.policies import REFERENCE
 
 Matrix = tuple[int, int]
 

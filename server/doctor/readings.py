@@ -126,13 +126,6 @@ def unmet(requirements: Iterable[str], extra: str, version_of: Callable[[str], s
             yield f"{needed.name} {found or 'missing'}, needed {needed.specifier}"
 
 
-def sqlite_version() -> tuple[int, int, int]:
-    import pysqlite3.dbapi2 as sqlite3
-
-    major, minor, patch = sqlite3.sqlite_version_info
-    return major, minor, patch
-
-
 def read_disk(data_dir: Path) -> Disk:
     """Of the data directory, or of the first folder above it that there is."""
     there = data_dir.absolute()

@@ -18,9 +18,9 @@ from server.engine.vllm_stream import Labels
 from server.engine.weights import adapter_weights, finite_tensors
 from server.shared.dtype import DtypeName
 from server.shared.errors import ManifestError
-from server.store.manifest import verify
-from server.store.records import Span
-from server.store.registry import REFERENCE
+from server.store.chats.records import Span
+from server.store.files.manifest import verify
+from server.store.learning.policies import REFERENCE
 
 log = logging.getLogger(__name__)
 

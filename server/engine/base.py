@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from server.store.records import Generation
+from server.store.chats.records import Generation
 
 
 @dataclass(frozen=True)

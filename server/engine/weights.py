@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from server.shared.dtype import DtypeName, torch_dtype
 from server.shared.errors import ManifestError
-from server.store.manifest import Manifest, new_staging, publish, verify, write_manifest
-from server.store.registry import REFERENCE
+from server.store.files.manifest import Manifest, new_staging, publish, verify, write_manifest
+from server.store.learning.policies import REFERENCE
 
 if TYPE_CHECKING:
     import torch

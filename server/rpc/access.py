@@ -6,9 +6,8 @@ a server on loopback alone allows, `x-user-id` does, and everybody is operator.
 
 from typing import Any
 
-from server.identity import Caller, Role
 from server.shared.errors import PermissionDeniedError, UnauthenticatedError
-from server.store.keys import Credentials, check_user_name
+from server.store.keys import Caller, Credentials, Role, check_user_name
 from server.store.store_thread import StoreThread
 
 DEFAULT_USER = "local"

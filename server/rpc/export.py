@@ -7,19 +7,18 @@ from prefloop.v1 import account_pb2
 from server.rpc import to_proto
 from server.rpc.paging import CHUNK, in_chunks
 from server.shared.errors import NotFoundError
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Conversation
+from server.store.chats.records import Conversation
+from server.store.store import Store
 
 # Turns of a conversation in one message: gRPC's clients take 4 MB.
 PART_TURNS = 10
-ALL = -1
 
 
-def export(store: FeedbackStore, user: str) -> Iterator[account_pb2.ExportUserResponse]:
+def export(store: Store, user: str) -> Iterator[account_pb2.ExportUserResponse]:
     """One part after the other, each read when it is asked for."""
-    for record in store.conversations(user, ALL):
+    for record in store.conversations.page(user):
         yield from _conversation(store, record)
-    for vote in in_chunks(lambda last: store.feedback(user, CHUNK, last.event_seq if last else None)):
+    for vote in in_chunks(lambda last: store.feedback.page(user, CHUNK, last.event_seq if last else None)):
         if not (vote.response_id or vote.comparison_id):
             yield account_pb2.ExportUserResponse(feedback=to_proto.feedback(vote))
     for vote in in_chunks(lambda last: store.lineage.past_feedback(user, CHUNK, last.event_seq if last else 0)):
@@ -28,25 +27,25 @@ def export(store: FeedbackStore, user: str) -> Iterator[account_pb2.ExportUserRe
         if key.user == user:
             yield account_pb2.ExportUserResponse(key=to_proto.key(key))
     for request in in_chunks(
-        lambda last: store.requests(user, CHUNK, (last.rpc, last.request_id) if last else ("", ""))
+        lambda last: store.requests.page(user, CHUNK, (last.rpc, last.request_id) if last else ("", ""))
     ):
         yield account_pb2.ExportUserResponse(repeated_request=to_proto.repeated_request(request))
     for word in store.quarantine.events(user):
         yield account_pb2.ExportUserResponse(quarantine=to_proto.quarantine(word))
-    for move in store.lineage.moves(ALL):
+    for move in store.lineage.moves():
         if move.actor == user:
             yield account_pb2.ExportUserResponse(policy_move=to_proto.policy_move(move))
 
 
-def _conversation(store: FeedbackStore, record: Conversation) -> Iterator[account_pb2.ExportUserResponse]:
+def _conversation(store: Store, record: Conversation) -> Iterator[account_pb2.ExportUserResponse]:
     after = 0
     while True:
         try:
-            turns = store.turns(record.user, record.id, PART_TURNS, after)
+            turns = store.conversations.turns(record.user, record.id, PART_TURNS, after)
         except NotFoundError:
             return  # Deleted since.
         if turns or not after:
-            part = to_proto.conversation(record, turns, store.feedback_on(record.user, turns))
+            part = to_proto.conversation(record, turns, store.feedback.on_turns(record.user, turns))
             yield account_pb2.ExportUserResponse(conversation=part)
         if not turns:
             return

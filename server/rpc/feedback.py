@@ -1,6 +1,5 @@
 """FeedbackService: a vote is acknowledged once it is on disk, and a repeated request is one vote."""
 
-import hashlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +9,12 @@ from prefloop.v1 import feedback_pb2, feedback_pb2_grpc
 from server.engine.base import ServingEngine
 from server.identity import current_user
 from server.rpc import to_proto
+from server.rpc.idempotency import body_sha256
 from server.rpc.paging import CHUNK, fill, in_chunks
 from server.shared.errors import InvalidArgumentError
-from server.store import records
-from server.store.feedback_store import FeedbackStore
+from server.store.chats import records
 from server.store.quotas import check_demonstrations
+from server.store.store import Store
 from server.store.store_thread import StoreThread
 from server.telemetry.metrics import VOTES
 from server.turns.encoding_thread import CHARS_A_TOKEN, encoding
@@ -36,7 +36,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             "SubmitThumb",
             request,
             context,
-            lambda store, user: store.submit_thumb(user, request.response_id, up=up, comment=request.comment),
+            lambda store, user: store.feedback.submit_thumb(user, request.response_id, up=up, comment=request.comment),
         )
         return feedback_pb2.SubmitThumbResponse(feedback=feedback)
 
@@ -48,7 +48,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             "SubmitChoice",
             request,
             context,
-            lambda store, user: store.submit_choice(user, request.comparison_id, choice, request.comment),
+            lambda store, user: store.feedback.submit_choice(user, request.comparison_id, choice, request.comment),
         )
         return feedback_pb2.SubmitChoiceResponse(feedback=feedback)
 
@@ -56,7 +56,9 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         self, request: feedback_pb2.SubmitCorrectionRequest, context: Any
     ) -> feedback_pb2.SubmitCorrectionResponse:
         user = current_user()
-        prompt = await self._store.read(lambda store: len(store.response(user, request.response_id).prompt_token_ids))
+        prompt = await self._store.read(
+            lambda store: len(store.responses.get(user, request.response_id).prompt_token_ids)
+        )
         self._check_chars("text", len(request.text))
         tokens = len(await encoding(self._engine.encode_answer, request.text))
         self._check_fits("text", tokens, self._engine.max_model_len - prompt)
@@ -64,7 +66,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             "SubmitCorrection",
             request,
             context,
-            lambda store, user: store.submit_correction(user, request.response_id, request.text),
+            lambda store, user: store.feedback.submit_correction(user, request.response_id, request.text),
         )
         return feedback_pb2.SubmitCorrectionResponse(feedback=feedback)
 
@@ -80,9 +82,9 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             raise InvalidArgumentError("messages", sentence) from error
         self._check_fits("messages", tokens, self._engine.max_model_len)
 
-        def submit(store: FeedbackStore, user: str) -> records.Feedback:
+        def submit(store: Store, user: str) -> records.Feedback:
             check_demonstrations(store, user, self._user_demonstrations)
-            return store.submit_demonstration(user, messages)
+            return store.feedback.submit_demonstration(user, messages)
 
         feedback = await self._once("SubmitDemonstration", request, context, submit)
         return feedback_pb2.SubmitDemonstrationResponse(feedback=feedback)
@@ -91,7 +93,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         self, request: feedback_pb2.RetractFeedbackRequest, context: Any
     ) -> feedback_pb2.RetractFeedbackResponse:
         user = current_user()
-        await self._store(lambda store: store.retract_feedback(user, request.feedback_id))
+        await self._store(lambda store: store.feedback.retract(user, request.feedback_id))
         return feedback_pb2.RetractFeedbackResponse()
 
     async def ListFeedback(
@@ -101,10 +103,10 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         size = request.page_size or to_proto.DEFAULT_PAGE_SIZE
         key = to_proto.page_key(request.page_token, (int,))
 
-        def read(store: FeedbackStore) -> feedback_pb2.ListFeedbackResponse:
+        def read(store: Store) -> feedback_pb2.ListFeedbackResponse:
             def follow(last: records.Feedback | None) -> list[records.Feedback]:
                 before = last.event_seq if last else key[0] if key else None
-                return store.feedback(user, CHUNK, before)
+                return store.feedback.page(user, CHUNK, before)
 
             entries = (([vote.event_seq], to_proto.feedback(vote)) for vote in in_chunks(follow))
             page, more = fill(entries, size)
@@ -129,23 +131,21 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             raise InvalidArgumentError(field, f"{field} must have at most {most} tokens here, not {tokens}.")
 
     async def _once(
-        self, rpc: str, request: Any, context: Any, submit: Callable[[FeedbackStore, str], records.Feedback]
+        self, rpc: str, request: Any, context: Any, submit: Callable[[Store, str], records.Feedback]
     ) -> feedback_pb2.Feedback:
         """Submits, or returns what the same request_id was answered first."""
         user = current_user()
-        body = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        body = body_sha256(request)
 
-        def work(store: FeedbackStore) -> tuple[bytes, records.Feedback | None]:
+        def work(store: Store) -> tuple[bytes, records.Feedback | None]:
             with store.transaction():
-                if request.request_id:
-                    first = store.find_request(user, rpc, request.request_id, body)
-                    if first is not None:
-                        return first, None
+                first = store.requests.find(user, rpc, request.request_id, body)
+                if first is not None:
+                    return first, None
                 vote = submit(store, user)
                 result = to_proto.feedback(vote).SerializeToString()
-                if request.request_id:
-                    about = vote.response_id or vote.comparison_id
-                    store.remember_request(user, rpc, request.request_id, body, result, about)
+                about = vote.response_id or vote.comparison_id
+                store.requests.remember(user, rpc, request.request_id, body, result, about)
                 return result, vote
 
         result, vote = await self._store(work)

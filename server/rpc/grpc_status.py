@@ -12,6 +12,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from server.shared.errors import (
     ConflictError,
+    DatabaseError,
     DataDirectoryError,
     DeadlineExceededError,
     FailedPreconditionError,
@@ -22,12 +23,9 @@ from server.shared.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from server.store.sqlite.database import DatabaseError
 
 DOMAIN = "prefloop"
 RETRY_SECONDS = 1.0
-# SQLite's names of errors after which a file does not get well by itself.
-DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
 def to_status(error: Exception, call_id: str) -> status_pb2.Status:
@@ -65,10 +63,10 @@ def _known(error: Exception) -> status_pb2.Status:
             return _status(code_pb2.ABORTED, str(error), [_info("CONFLICT")])
         case UnavailableError() | DataDirectoryError():
             return _status(code_pb2.UNAVAILABLE, str(error), [_info("UNAVAILABLE"), _retry()])
-        case DatabaseError() if getattr(error, "sqlite_errorname", "").startswith(DAMAGED):
+        case DatabaseError(kind="damaged"):
             message = "The database is damaged; nothing of this call was kept, and trying again will not help."
             return _status(code_pb2.DATA_LOSS, message, [_info("STORE_DAMAGED")])
-        case DatabaseError() if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
+        case DatabaseError(kind="full"):
             message = "The server's disk is full: its operator has to free some space. Nothing of this call was kept."
             return _status(code_pb2.UNAVAILABLE, message, [_info("STORE_FULL"), _retry()])
         case DatabaseError():

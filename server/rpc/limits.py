@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 from throttled import MemoryStore, RateLimiterType, Throttled, per_min
 
-from server.identity import Caller
 from server.shared.errors import ResourceExhaustedError
+from server.store.keys import Caller
 from server.telemetry import metrics
 
 # Calls of all who have no key, who may ask for health, at once.

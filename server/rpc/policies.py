@@ -9,10 +9,10 @@ from prefloop.v1 import policy_pb2, policy_pb2_grpc
 from server.identity import current_user
 from server.rpc import to_proto
 from server.rpc.paging import CHUNK, fill, in_chunks
-from server.store.feedback_store import FeedbackStore
-from server.store.records import PointerAction, PolicyVersion, Round
-from server.store.residue import keeping
-from server.store.round_samples import RoundSample, read_samples
+from server.store.files.residue import keeping
+from server.store.files.round_samples import RoundSample, read_samples
+from server.store.learning.records import PointerAction, PolicyVersion, Round
+from server.store.store import Store
 from server.store.store_thread import StoreThread
 from server.versions.ab_test import AbTest
 from server.versions.follower import Follower
@@ -32,12 +32,12 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def GetActivePolicy(
         self, request: policy_pb2.GetActivePolicyRequest, context: Any
     ) -> policy_pb2.GetActivePolicyResponse:
-        def read(store: FeedbackStore) -> policy_pb2.GetActivePolicyResponse:
+        def read(store: Store) -> policy_pb2.GetActivePolicyResponse:
             duel = self._ab_test.duel(store) if self._ab_test else None
             return policy_pb2.GetActivePolicyResponse(
-                policy=to_proto.policy(store.registry.active_policy()),
-                replicas=[to_proto.replica(record) for record in store.registry.replicas()],
-                rollback_version=store.registry.previous_version() or "",
+                policy=to_proto.policy(store.policies.active()),
+                replicas=[to_proto.replica(record) for record in store.replicas.alive()],
+                rollback_version=store.policies.previous_version() or "",
                 duel=to_proto.duel(duel) if duel else None,
             )
 
@@ -49,9 +49,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         size = request.page_size or to_proto.DEFAULT_PAGE_SIZE
         key = to_proto.page_key(request.page_token, (str,))
 
-        def read(store: FeedbackStore) -> policy_pb2.ListPoliciesResponse:
+        def read(store: Store) -> policy_pb2.ListPoliciesResponse:
             def follow(last: PolicyVersion | None) -> list[PolicyVersion]:
-                return store.registry.policies(CHUNK, last.version if last else key[0] if key else None)
+                return store.policies.page(CHUNK, last.version if last else key[0] if key else None)
 
             page, more = fill((([record.version], to_proto.policy(record)) for record in in_chunks(follow)), size)
             return policy_pb2.ListPoliciesResponse(policies=page, next_page_token=more)
@@ -69,7 +69,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self, request: policy_pb2.RollbackPolicyRequest, context: Any
     ) -> policy_pb2.RollbackPolicyResponse:
         expected = _expected(request)
-        active, target = await self._store(lambda store: store.registry.rollback_step(request.version, expected))
+        active, target = await self._store(lambda store: store.policies.rollback_step(request.version, expected))
         reason = request.reason.strip() or f"rolled back from {active}"
         # Compare-and-set, whatever was expected: two operators who press the button at once go back one step, not two.
         policy = await self._activate(target, current_user(), reason, active, "rollback")
@@ -79,9 +79,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         size = request.page_size or to_proto.DEFAULT_PAGE_SIZE
         key = to_proto.page_key(request.page_token, (str,))
 
-        def read(store: FeedbackStore) -> policy_pb2.ListRoundsResponse:
+        def read(store: Store) -> policy_pb2.ListRoundsResponse:
             def follow(last: Round | None) -> list[Round]:
-                return store.registry.rounds(CHUNK, last.id if last else key[0] if key else None)
+                return store.rounds.page(CHUNK, last.id if last else key[0] if key else None)
 
             page, more = fill((([record.id], to_proto.round_(record)) for record in in_chunks(follow)), size)
             return policy_pb2.ListRoundsResponse(rounds=page, next_page_token=more)
@@ -94,17 +94,17 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         size = request.page_size or to_proto.DEFAULT_PAGE_SIZE
         key = to_proto.page_key(request.page_token, (int,))
         # By the id that the store has, which is a plain name, and never by the one that was asked for.
-        round_ = await self._store(lambda store: store.registry.round(request.round_id))
+        round_ = await self._store(lambda store: store.rounds.get(request.round_id))
         found = await asyncio.to_thread(self._samples, round_, key[0] if key else -1)
         # Asked last: what was deleted before this answer is not in it, swept or not.
-        there = await self._store(lambda store: store.conversations_there(one.conversation_id for one in found))
+        there = await self._store(lambda store: store.conversations.existing(one.conversation_id for one in found))
         kept = (one for one in found if not one.conversation_id or one.conversation_id in there)
         page, more = fill((([sample.row], to_proto.sample(sample)) for sample in kept), size)
         return policy_pb2.ListRoundSamplesResponse(samples=page, next_page_token=more)
 
     async def CountVotes(self, request: policy_pb2.CountVotesRequest, context: Any) -> policy_pb2.CountVotesResponse:
         days = request.days or DEFAULT_DAYS
-        counts = await self._store(lambda store: store.count_by_day(days))
+        counts = await self._store(lambda store: store.feedback.count_by_day(days))
         return policy_pb2.CountVotesResponse(counts=[to_proto.vote_count(count) for count in counts])
 
     async def GetLearner(self, request: policy_pb2.GetLearnerRequest, context: Any) -> policy_pb2.GetLearnerResponse:
@@ -114,7 +114,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def RequestRound(
         self, request: policy_pb2.RequestRoundRequest, context: Any
     ) -> policy_pb2.RequestRoundResponse:
-        def ask(store: FeedbackStore) -> policy_pb2.RequestRoundResponse:
+        def ask(store: Store) -> policy_pb2.RequestRoundResponse:
             store.round_requests.ask()
             return policy_pb2.RequestRoundResponse(learner=to_proto.learner(store.learner()))
 
@@ -129,14 +129,14 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self, version: str, actor: str, reason: str, expected: str | None, action: PointerAction = "activate"
     ) -> PolicyVersion:
         # Unknown versions first: NOT_FOUND says more than a directory that cannot be loaded.
-        await self._store(lambda store: store.registry.policy(version))
+        await self._store(lambda store: store.policies.get(version))
         await self._follower.activate(
             version,
-            lambda store: store.registry.activate_policy(
+            lambda store: store.policies.activate(
                 version, actor=actor, action=action, reason=reason, expected_active_version=expected
             ),
         )
-        return await self._store(lambda store: store.registry.policy(version))
+        return await self._store(lambda store: store.policies.get(version))
 
 
 def _expected(request: policy_pb2.ActivatePolicyRequest | policy_pb2.RollbackPolicyRequest) -> str | None:

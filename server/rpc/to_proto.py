@@ -9,10 +9,11 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server.shared.errors import InvalidArgumentError
-from server.store import records
+from server.store.chats import records
 from server.store.e_value import AbTestResult
+from server.store.files.round_samples import RoundSample
 from server.store.keys import Key
-from server.store.round_samples import RoundSample
+from server.store.learning import records as learning
 
 DEFAULT_PAGE_SIZE = 50
 
@@ -156,7 +157,7 @@ def conversation(
     )
 
 
-def policy(record: records.PolicyVersion) -> policy_pb2.Policy:
+def policy(record: learning.PolicyVersion) -> policy_pb2.Policy:
     return policy_pb2.Policy(
         version=record.version,
         state=policy_pb2.PolicyState.Value(f"POLICY_STATE_{record.state.upper()}"),
@@ -172,7 +173,7 @@ def policy(record: records.PolicyVersion) -> policy_pb2.Policy:
     )
 
 
-def replica(record: records.Replica) -> policy_pb2.Replica:
+def replica(record: learning.Replica) -> policy_pb2.Replica:
     return policy_pb2.Replica(
         replica_id=record.id,
         loaded_version=record.loaded_version,
@@ -181,7 +182,7 @@ def replica(record: records.Replica) -> policy_pb2.Replica:
     )
 
 
-def round_(record: records.Round) -> policy_pb2.Round:
+def round_(record: learning.Round) -> policy_pb2.Round:
     return policy_pb2.Round(
         round_id=record.id,
         state=policy_pb2.RoundState.Value(f"ROUND_STATE_{record.state.upper()}"),
@@ -216,7 +217,7 @@ def vote_count(record: records.VoteCount) -> policy_pb2.VoteCount:
     return policy_pb2.VoteCount(date=record.date, kind=kind, votes=record.votes)
 
 
-def learner(record: records.Learner) -> policy_pb2.Learner:
+def learner(record: learning.Learner) -> policy_pb2.Learner:
     running, request = record.running, record.request
     return policy_pb2.Learner(
         listening=record.listening,
@@ -245,11 +246,11 @@ def repeated_request(record: records.RepeatedRequest) -> account_pb2.RepeatedReq
     )
 
 
-def policy_move(record: records.PointerEvent) -> account_pb2.PolicyMove:
+def policy_move(record: learning.PointerEvent) -> account_pb2.PolicyMove:
     return account_pb2.PolicyMove(
         version=record.version, action=record.action, reason=record.reason, create_time=timestamp(record.create_time)
     )
 
 
-def quarantine(record: records.QuarantineEvent) -> account_pb2.Quarantine:
+def quarantine(record: learning.QuarantineEvent) -> account_pb2.Quarantine:
     return account_pb2.Quarantine(action=record.action, reason=record.reason, create_time=timestamp(record.create_time))

@@ -1,6 +1,8 @@
 """What can go wrong, in the domain's words. `server.rpc.grpc_status` maps each to a gRPC status at the RPC edge."""
 
+import errno
 from collections.abc import Sequence
+from typing import Literal
 
 
 class ServiceError(Exception):
@@ -72,3 +74,26 @@ class DataDirectoryError(ServiceError):
 
 class ManifestError(ServiceError):
     """A policy directory is not what its manifest says, or has none."""
+
+
+class DatabaseError(Exception):
+    """The database failed, and nothing of the transaction was kept. `kind`: its disk is full, its files are damaged,
+    another process holds it, or something else."""
+
+    def __init__(self, message: str, kind: Literal["full", "damaged", "busy", "other"] = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def advice(error: OSError | DatabaseError) -> str:
+    """What may help against an error of the file system or the database, as the end of a sentence."""
+    if isinstance(error, OSError):
+        kind = "full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "other"
+    else:
+        kind = error.kind
+    return {
+        "full": "free some space on its disk",
+        "damaged": "restore it from a backup",
+        "busy": "another process holds it; try again when that has ended",
+        "other": "give --data-dir a folder that you may write to",
+    }[kind]

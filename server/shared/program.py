@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from server.shared.errors import ServiceError
+from server.shared.errors import DatabaseError, ServiceError, advice
 
 
 def run(name: str, command: Callable[[], object]) -> None:
@@ -46,9 +46,6 @@ def _leave(number: int, frame: object) -> None:
 
 def sentence(error: Exception) -> str | None:
     """What happened, and what may help; None of an error of ours."""
-    # Asking for help needs no database.
-    from server.store.sqlite.database import DatabaseError, advice
-
     match error:
         case ServiceError():
             return str(error)

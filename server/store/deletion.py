@@ -2,13 +2,15 @@
 
 Rows go, and so does their content in the log of votes, whose numbers stay: watermarks and lineage hold. A step is one
 short transaction, so that votes are not held up; a person's name goes with the last one, so that forgetting somebody
-again, after a kill, still finds what was trained on them. What rows leave behind elsewhere is `server.store.residue`'s.
+again, after a kill, still finds what was trained on them. What rows leave behind elsewhere is removed by
+`server.store.files.residue`.
 """
 
+import json
 from dataclasses import dataclass
 
-from server.store.lineage import Lineage
-from server.store.sqlite.database import Database
+from server.store.database import Database
+from server.store.learning.lineage import Lineage
 
 # Conversations that one transaction removes.
 STEP = 20
@@ -97,9 +99,9 @@ class Deletion:
             )
             # The ids stay taken: a repeated message must not begin a conversation that its user removed.
             self._db.execute(
-                "UPDATE requests SET body_sha256 = x'', result = x'' WHERE target IN (SELECT id FROM responses WHERE "
+                "UPDATE requests SET body_sha256 = ?2, result = ?2 WHERE target IN (SELECT id FROM responses WHERE "
                 "conversation_id = ?1 UNION ALL SELECT id FROM comparisons WHERE conversation_id = ?1)",
-                [conversation_id],
+                [conversation_id, b""],
             )
             # Comparisons first: they hold on to their responses without a cascade.
             self._db.execute("DELETE FROM comparisons WHERE conversation_id = ?", [conversation_id])
@@ -122,18 +124,17 @@ class Deletion:
         self._db.execute("DELETE FROM feedback WHERE user = ?", [user])
         self._db.execute("DELETE FROM requests WHERE user = ?", [user])
         self._db.execute("DELETE FROM quarantine_events WHERE user = ?", [user])
-        self._db.execute(
-            "UPDATE rounds SET quarantined = (SELECT json_group_array(value) FROM json_each(quarantined) "
-            "WHERE value != ?1) WHERE ?1 IN (SELECT value FROM json_each(quarantined))",
-            [user],
-        )
+        for row in self._db.rows("SELECT id, quarantined FROM rounds WHERE quarantined != '[]'"):
+            if user in (names := json.loads(row["quarantined"])):
+                names.remove(user)
+                self._db.execute("UPDATE rounds SET quarantined = ? WHERE id = ?", [json.dumps(names), row["id"]])
         self._db.execute("UPDATE feedback_events SET user = '', value = NULL, comment = NULL WHERE user = ?", [user])
         self._count()
 
     def _log_deletions(self, which: str, parameter: str) -> None:
         self._db.execute(
             "INSERT INTO feedback_events (action, feedback_id, user, kind, response_id, comparison_id, create_time) "
-            "SELECT 'delete', id, user, kind, response_id, comparison_id, unixepoch('subsec') FROM feedback "
+            f"SELECT 'delete', id, user, kind, response_id, comparison_id, {self._db.NOW} FROM feedback "
             f"WHERE {which} ORDER BY event_seq",
             [parameter],
         )

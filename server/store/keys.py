@@ -10,14 +10,29 @@ import hmac
 import re
 import secrets
 from dataclasses import dataclass
+from typing import Literal
 
-from server.identity import Caller, Role
 from server.shared.errors import InvalidArgumentError, NotFoundError
+from server.store.database import Database
 from server.store.ids import new_id
-from server.store.sqlite.database import Database
+
+Role = Literal["user", "operator"]
 
 SECRET_BYTES = 32
 USER_NAME = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A user, and what they may do. An operator may do whatever a user may."""
+
+    user: str
+    role: Role
+    # Whether a key says so, or they say so themselves.
+    has_key: bool = True
+
+    def may(self, needed: Role) -> bool:
+        return self.role == "operator" or needed == "user"
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class Keys:
         """Makes a key useless; one that is, stays so. Raises NotFoundError."""
         with self._db.write():
             changed = self._db.execute(
-                "UPDATE keys SET revoke_time = coalesce(revoke_time, unixepoch('subsec')) WHERE id = ?", [key_id]
+                f"UPDATE keys SET revoke_time = coalesce(revoke_time, {self._db.NOW}) WHERE id = ?", [key_id]
             )
             if not changed:
                 raise NotFoundError("key", key_id)
@@ -76,9 +91,9 @@ class Keys:
         """Revokes the user's keys, and whose they were and what they hash to is no longer known."""
         with self._db.write():
             self._db.execute(
-                "UPDATE keys SET user = '', sha256 = x'', revoke_time = coalesce(revoke_time, unixepoch('subsec')) "
+                f"UPDATE keys SET user = '', sha256 = ?, revoke_time = coalesce(revoke_time, {self._db.NOW}) "
                 "WHERE user = ?",
-                [user],
+                [b"", user],
             )
 
     def all(self) -> list[Key]:

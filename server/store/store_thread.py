@@ -13,28 +13,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 
 # A commit costs as much as some votes: after a group of so many calls, others are likely to come.
 MANY, LINGER_SECONDS = 8, 0.008
 
 T = TypeVar("T")
-Work = Callable[[FeedbackStore], Any]
+Work = Callable[[Store], Any]
 
 
 class StoreThread:
-    """`await store(lambda store: store.submit_thumb(...))`. Calls run one after the other; `read` beside them."""
+    """`await store(lambda store: store.feedback.submit_thumb(...))`. One call after the other; `read` beside them."""
 
     def __init__(self, data_dir: Path) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._store = self._executor.submit(FeedbackStore.open, data_dir).result()
+        self._store = self._executor.submit(Store.open, data_dir).result()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
-        self._reading = self._reader.submit(FeedbackStore.open, data_dir).result()
+        self._reading = self._reader.submit(Store.open, data_dir).result()
         self._waiting: list[tuple[Work, asyncio.Future[Any]]] = []
         self._running: asyncio.Task[None] | None = None
         self._last_group = 0
 
-    async def __call__(self, work: Callable[[FeedbackStore], T]) -> T:
+    async def __call__(self, work: Callable[[Store], T]) -> T:
         """What `work` returns, once that is on disk. A caller that is cancelled leaves its work to be done."""
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append((work, done))
@@ -42,7 +42,7 @@ class StoreThread:
             self._running = asyncio.create_task(self._run())
         return await done
 
-    async def read(self, work: Callable[[FeedbackStore], T]) -> T:
+    async def read(self, work: Callable[[Store], T]) -> T:
         """What `work` returns, which writes nothing, once all that was asked before is on disk."""
         await self(lambda store: None)
 

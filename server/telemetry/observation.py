@@ -17,7 +17,7 @@ from typing import Any
 from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from server.store.records import Generation
+from server.store.chats.records import Generation
 from server.telemetry.metrics import CALL_SECONDS, CALLS, FIRST_TOKEN_SECONDS, TOKEN_SECONDS, TOKENS
 
 log = logging.getLogger(__name__)

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Round
+from server.store.learning.records import Round
+from server.store.store import Store
 from server.telemetry.metrics import ROUND, ROUNDS
 
 
-def show_rounds(store: FeedbackStore) -> None:
+def show_rounds(store: Store) -> None:
     """Sets the metrics of rounds to what the store says now."""
-    for state, count in store.registry.count_rounds().items():
+    for state, count in store.rounds.count().items():
         ROUNDS.labels(state).set(count)
-    newest = next((found for found in store.registry.rounds(10, None) if found.finish_time), None)
+    newest = next((found for found in store.rounds.page(10, None) if found.finish_time), None)
     for figure, value in figures(newest).items() if newest else ():
         ROUND.labels(figure).set(value)
 

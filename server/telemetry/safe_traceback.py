@@ -3,7 +3,7 @@ values there. A tokenizer or an engine may quote in its message what a person wr
 
 import traceback
 
-from server.store.sqlite.database import DatabaseError
+from server.shared.errors import DatabaseError
 
 TELLING: tuple[type[BaseException], ...] = (DatabaseError, OSError)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from server.engine.base import AnswerStream, Sampling, ServingEngine
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Generation
+from server.store.chats.records import Generation
+from server.store.store import Store
 from server.store.store_thread import StoreThread
 from server.telemetry.observation import observed_answer
 from server.telemetry.safe_traceback import safe_traceback
@@ -42,7 +42,7 @@ class Answers:
         self._settling: set[asyncio.Future[Any]] = set()
 
     @asynccontextmanager
-    async def begun(self, begin: Callable[[FeedbackStore], Begun]) -> AsyncIterator[Begun]:
+    async def begun(self, begin: Callable[[Store], Begun]) -> AsyncIterator[Begun]:
         """Runs `begin`, which stores a turn's responses as being sampled.
 
         Where the block is left by an error, those of which nothing is stored by then are stored as failed; as cancelled
@@ -95,7 +95,7 @@ class Answers:
 
     async def keep(self, response_id: str, generation: Generation, chosen_by: str | None) -> None:
         """Stores an answer that was sampled unseen, and which reward model chose it; a cancelled caller's, too."""
-        keeping = self._store(lambda store: store.finish_response(response_id, generation, chosen_by))
+        keeping = self._store(lambda store: store.responses.finish(response_id, generation, chosen_by))
         await asyncio.shield(self._settle(keeping))
 
     async def drain(self) -> None:
@@ -116,7 +116,7 @@ class Answers:
             # The caller hears of the engine's end from the stream itself; here it must not cost the answer.
             log.error("an answer could not be finished; storing what there is of it\n%s", safe_traceback(error))
             generation = stream.fail()
-        await self._store(lambda store: store.finish_response(response_id, generation))
+        await self._store(lambda store: store.responses.finish(response_id, generation))
         return generation
 
     async def _abandon(self, beginning: asyncio.Task[Begun], reason: Abandoned) -> None:
@@ -124,4 +124,4 @@ class Answers:
         # What could not be begun left nothing to end.
         if beginning.exception() is None:
             response_ids = beginning.result().response_ids
-            await self._store(lambda store: store.abandon_responses(response_ids, reason))
+            await self._store(lambda store: store.responses.abandon(response_ids, reason))

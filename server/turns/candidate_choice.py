@@ -1,25 +1,39 @@
 """Which second answer to show: the one about which the reward model's members disagree most whether it is better.
 
-The members are fits of one reward model to different draws of the votes; a vote on what they dispute says most. Their
-opinion comes from a ScoringService (`learner serve-scores`), which a comparison never needs: without one, or without
-one in time, the first candidate does, which is as good as any.
+The members are fits of one reward model to different draws of the votes; a vote on what they dispute says most. A
+comparison never needs their scores: without them, or without them in time, the first candidate does, which is as good
+as any.
 """
 
 import logging
 import math
 from dataclasses import dataclass
 from statistics import pvariance
-
-import grpc
-from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
+from typing import Protocol
 
 log = logging.getLogger(__name__)
 
-OPTIONS = [
-    # A proxy set for the network must not carry what users asked, nor can it reach this machine's own loopback.
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-]
+
+@dataclass(frozen=True)
+class Scores:
+    """Of some answers to one prompt, a score by each member of the reward model."""
+
+    reward_model_version: str
+    member_scores: list[list[float]]
+
+
+class ScoresError(Exception):
+    """There are no scores; the message says why."""
+
+
+class Scorer(Protocol):
+    """Scores answers by the newest reward model."""
+
+    async def score(self, prompt: list[int], answers: list[list[int]]) -> Scores:
+        """Of every answer, all token ids. Raises ScoresError, also where it takes too long."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -31,39 +45,26 @@ class Chosen:
 
 
 class CandidateChooser:
-    """Chooses by the scores of the service at `address`, waiting for them at most `seconds`."""
+    """Chooses by the scores of `scorer`."""
 
-    def __init__(self, address: str, seconds: float) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self._scoring = scoring_pb2_grpc.ScoringServiceStub(self._channel)
-        self._seconds = seconds
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
         self._complaint = ""
 
     async def choose(self, prompt: list[int], first: list[int], candidates: list[list[int]]) -> Chosen:
-        """The candidate to show beside `first`; all are token ids. Whatever becomes of the service, there is one."""
-        request = scoring_pb2.ScoreCandidatesRequest(
-            prompt_token_ids=prompt,
-            candidates=[scoring_pb2.Candidate(token_ids=token_ids) for token_ids in [first, *candidates]],
-        )
+        """The candidate to show beside `first`; all are token ids. Whatever becomes of the scorer, there is one."""
         try:
-            response = await self._scoring.ScoreCandidates(request, timeout=self._seconds)
-            one, *others = [list(score.member_scores) for score in response.scores]
-            disputes = [dispute(one, other) for other in others]
-            if len(disputes) != len(candidates):
-                raise ValueError(f"{len(candidates) + 1} answers were sent and {len(response.scores)} scores came")
-        except grpc.aio.AioRpcError as error:
-            # Of an exception in that service gRPC tells the text, which may quote what it was asked.
-            details = "" if error.code() is grpc.StatusCode.UNKNOWN else f" {error.details()}"
-            self._complain(f"{error.code().name}{details}")
-        except Exception as error:
-            self._complain(f"unreadable: {error}")
-        else:
-            self._complain("")
-            return Chosen(disputes.index(max(disputes)), response.reward_model_version)
-        return Chosen(0, None)
+            scores = await self._scorer.score(prompt, [first, *candidates])
+        except ScoresError as error:
+            self._complain(f"{error}")
+            return Chosen(0, None)
+        self._complain("")
+        one, *others = scores.member_scores
+        disputes = [dispute(one, other) for other in others]
+        return Chosen(disputes.index(max(disputes)), scores.reward_model_version)
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._scorer.close()
 
     def _complain(self, complaint: str) -> None:
         # Once, not with every comparison.

@@ -10,7 +10,7 @@ import logging
 from server.engine.base import SwapError
 from server.shared.errors import ConflictError, FailedPreconditionError, ManifestError
 from server.store.e_value import AbTestResult
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from server.store.store_thread import StoreThread
 from server.versions.follower import Follower
 
@@ -36,7 +36,7 @@ class AbTest:
         """The active version and the one before it, while it is open which is better."""
         return self._pair
 
-    def duel(self, store: FeedbackStore) -> AbTestResult | None:
+    def duel(self, store: Store) -> AbTestResult | None:
         """The votes on the two versions that Compare shows; None while it shows one."""
         pair = self._pair
         found = store.lineage.duel(self._user_votes) if pair else None
@@ -55,8 +55,8 @@ class AbTest:
             self._pair = None
             reason = f"lost: {duel}"
 
-            def go_back(store: FeedbackStore) -> None:
-                store.registry.activate_policy(
+            def go_back(store: Store) -> None:
+                store.policies.activate(
                     duel.opponent, actor=ACTOR, action="rollback", reason=reason, expected_active_version=duel.version
                 )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from server.engine.base import ServingEngine, SwapError
 from server.shared.errors import FailedPreconditionError, ManifestError
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from server.store.store_thread import StoreThread
 from server.telemetry.metrics import ACTIVE_POLICY, ENGINE_HANGS, ENGINE_RESTARTS, SWAPS
 
@@ -47,7 +47,7 @@ class Follower:
     async def converge(self) -> bool:
         """Loads the active version if it is not loaded; True where something changed, a failure included."""
         async with self._converging:
-            active = await self._store(lambda store: store.registry.active_policy().version)
+            active = await self._store(lambda store: store.policies.active().version)
             if active == self._engine.version:
                 return False
             self._error = ""
@@ -60,10 +60,10 @@ class Follower:
                 log.error("%s cannot be served, %s serves on: %s", active, loaded, reason)
                 self._error = f"{active}: {reason}"
                 SWAPS.labels("refused").inc()
-                await self._store(lambda store: store.registry.fail_policy(active, reason, loaded))
+                await self._store(lambda store: store.policies.fail(active, reason, loaded))
             return True
 
-    async def activate(self, version: str, move_pointer: Callable[[FeedbackStore], object]) -> None:
+    async def activate(self, version: str, move_pointer: Callable[[Store], object]) -> None:
         """Checks `version`, moves the pointer and returns once it is served here.
 
         Raises FailedPreconditionError with the reason; nothing was changed then.
@@ -96,7 +96,7 @@ class Follower:
 
     async def close(self) -> None:
         """This server no longer serves anything."""
-        await self._store(lambda store: store.registry.remove_replica(self._replica_id))
+        await self._store(lambda store: store.replicas.remove(self._replica_id))
 
     def _keep(self, task: asyncio.Task[bool]) -> asyncio.Task[bool]:
         self._swaps.add(task)
@@ -108,4 +108,4 @@ class Follower:
         loaded, error = self._engine.version, self._error
         ACTIVE_POLICY.clear()
         ACTIVE_POLICY.labels(loaded).set(1)
-        await self._store(lambda store: store.registry.report_replica(self._replica_id, loaded, error))
+        await self._store(lambda store: store.replicas.report(self._replica_id, loaded, error))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from prefloop.v1 import chat_pb2, feedback_pb2
 
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.pem import make_pem
 from tests.server.conftest import Running, running_server
 
@@ -93,7 +93,7 @@ async def test_an_error_is_a_sentence_with_its_reason(node_example: Path, runnin
 
 
 async def test_a_key_says_who_calls(node_example: Path, tmp_path: Path) -> None:
-    store = FeedbackStore.open(tmp_path)
+    store = Store.open(tmp_path)
     key = store.keys.create("olga", "user")
     store.close()
     async with running_server(tmp_path) as running:

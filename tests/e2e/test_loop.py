@@ -18,7 +18,7 @@ import pytest
 from clients import Client
 from clients.demo.questions import questions
 from clients.demo.voter import TASTES, Voter, ask, compare
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.e2e.conftest import LiveServer, live_server
 
 pytestmark = pytest.mark.e2e
@@ -102,8 +102,8 @@ def test_votes_become_a_policy_that_serves(default: LiveServer) -> None:
         again = learner(live, "run-once")
         assert (again["state"], again["sentence"].startswith("There are no new votes since")) == ("nothing", True)
         assert client.rollback().version == "v0000"
-    store = FeedbackStore.open(live.data_dir)
-    [round_] = store.registry.rounds()
+    store = Store.open(live.data_dir)
+    [round_] = store.rounds.page()
     store.close()
     assert (round_.state, round_.stage, round_.policy_version) == ("promoted", "activate", version)
     assert round_.watermark == COMPARISONS
@@ -133,8 +133,8 @@ def scores(live: LiveServer) -> Iterator[str]:
 def test_the_newest_reward_model_chooses_what_is_compared(default: LiveServer) -> None:
     """After the test above, which leaves a reward model."""
     live = default
-    store = FeedbackStore.open(live.data_dir)
-    newest = store.registry.newest_reward_model()
+    store = Store.open(live.data_dir)
+    newest = store.reward_models.newest()
     if newest is None:
         pytest.skip("there is no reward model: no round has run")
     with (
@@ -146,7 +146,7 @@ def test_the_newest_reward_model_chooses_what_is_compared(default: LiveServer) -
         Client(replica.address, user="planned") as client,
     ):
         comparison_id, _, _ = compare(client, "What is a lighthouse for?", max_tokens=16)
-        comparison = store.comparison("planned", comparison_id)
+        comparison = store.responses.comparison("planned", comparison_id)
         assert {comparison.a.chosen_by, comparison.b.chosen_by} == {None, newest.version}
         assert sorted([comparison.a.temperature, comparison.b.temperature]) == [0.7, 1.0]
     store.close()

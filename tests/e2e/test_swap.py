@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, policy_pb2
 
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.e2e.conftest import LiveServer, children, engine, live_server
 from tests.tiers import slow
 from tests.versions import Tensors, make_version
@@ -75,7 +75,7 @@ def test_a_default_server_answers(default: LiveServer) -> None:
 
 def test_every_sampled_token_is_stored_with_its_logprob(live: LiveServer) -> None:
     started, _, finished = ask(live, "Name a colour.", temperature=0.7, max_tokens=12, seed=3)
-    store = FeedbackStore.open(live.data_dir)
+    store = Store.open(live.data_dir)
     response = store._responses([started.response_id])[started.response_id]
     store.close()
     assert len(response.token_ids) == len(response.logprobs) == finished.usage.completion_tokens
@@ -280,10 +280,10 @@ def test_a_stop_ends_streams_in_the_grace_and_every_process(live: LiveServer) ->
     # Nor did the engine complain about its own end.
     assert "Exception ignored" not in "".join(live.log)
     # While it is down the pointer moves; at its start it serves what the pointer says.
-    store = FeedbackStore.open(live.data_dir)
+    store = Store.open(live.data_dir)
     assert store._responses([started.response_id])[started.response_id].status == "finished"
-    assert store.registry.replicas() == []
-    store.registry.activate_policy(version, actor="learner")
+    assert store.replicas.alive() == []
+    store.policies.activate(version, actor="learner")
     store.close()
     live.start()
     assert ask(live, "Name a colour.", max_tokens=4)[0].policy_version == version

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from learner.model.policy import TrainablePolicy
 from learner.settings import PPOSettings
-from server.store.feedback_store import FeedbackStore
-from server.store.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_staging, publish, write_manifest
+from server.store.store import Store
 from tests.e2e.conftest import LiveServer, live_server
 from tests.e2e.test_swap import LONG, activate, ask, spans
 
@@ -32,14 +32,14 @@ def make_adapter(live: LiveServer, seed: int, spoil: bool = False) -> str:
     """An adapter on the reference that changes what it says, published and registered as a learner does."""
     policies = live.data_dir / "policies"
     policy = TrainablePolicy.create(policies / "v0000", PPOSettings(), torch.float32, torch.device("cpu"), seed)
-    with closing(FeedbackStore.open(live.data_dir)) as store:
-        version = store.registry.next_version()
+    with closing(Store.open(live.data_dir)) as store:
+        version = f"v{len(store.policies.page()):04d}"
         staging = new_staging(policies / version)
         policy.save(staging)
         shake(staging / "adapter_model.safetensors", seed, spoil)
         write_manifest(staging, version=version, kind="adapter", base_version="v0000", reference_version="v0000")
         publish(staging, policies / version)
-        store.registry.register_policy(
+        store.policies.register(
             version, kind="adapter", state="candidate", parent_version="v0000", reference_version="v0000",
             round_id=None, reward_model_version=None, metrics={},
         )  # fmt: skip
@@ -62,8 +62,8 @@ def choose_against(live: LiveServer, loser: str, user: str) -> set[str]:
     who: Any = (("x-user-id", user),)
     request = chat_pb2.CompareRequest(message="Name a colour.", sampling={"max_tokens": 8})
     comparison_id = next(iter(list(live.chat.Compare(request, timeout=120, metadata=who)))).started.comparison_id
-    with closing(FeedbackStore.open(live.data_dir)) as store:
-        shown = store.comparison(user, comparison_id)
+    with closing(Store.open(live.data_dir)) as store:
+        shown = store.responses.comparison(user, comparison_id)
     choice = feedback_pb2.CHOICE_B if shown.a.policy_version == loser else feedback_pb2.CHOICE_A
     vote = feedback_pb2.SubmitChoiceRequest(comparison_id=comparison_id, choice=choice)
     live.feedback.SubmitChoice(vote, timeout=10, metadata=who)

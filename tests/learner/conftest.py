@@ -101,12 +101,12 @@ def voted(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> Pa
     """A data directory with a reference and 80 votes; copy it."""
     from transformers import AutoModelForCausalLM
 
-    from server.store.feedback_store import FeedbackStore
+    from server.store.store import Store
     from tests.learner.rounds import low_words, make_reference, vote
 
     data_dir = tmp_path_factory.mktemp("voted") / "data"
     make_reference(data_dir, model_directory)
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     vote(store, AutoModelForCausalLM.from_pretrained(model_directory).eval(), 80, low_words)
     store.close()
     return data_dir

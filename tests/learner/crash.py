@@ -16,8 +16,8 @@ from learner.progress import Stages
 from learner.round.run import run_once
 from server.shared.errors import ManifestError
 from server.shared.failpoints import VARIABLE
-from server.store.feedback_store import FeedbackStore
-from server.store.manifest import verify
+from server.store.files.manifest import verify
+from server.store.store import Store
 from tests.learner.rounds import TinyEngine, passing, settings
 
 SECONDS = 240
@@ -34,7 +34,7 @@ def round_with(data_dir: Path, failpoint: str) -> None:
     import learner.round.workspace
 
     os.environ[VARIABLE] = failpoint
-    learner.round.workspace.Engine = TinyEngine  # type: ignore[assignment, misc]
+    learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
     learner.round.gate_stage.decide = passing
     run_once(settings(data_dir, keep_versions=1), Stages(Console(quiet=True)))
 
@@ -54,11 +54,11 @@ def violations(data_dir: Path, votes: set[str]) -> list[str]:
     with closing(sqlite3.connect(data_dir / "prefloop.db")) as connection:
         if (check := connection.execute("PRAGMA integrity_check").fetchall()) != [("ok",)]:
             found.append(f"integrity_check: {check}")
-    with closing(FeedbackStore.open(data_dir)) as store:
-        kept = {vote.id for vote in store.feedback("ann", 10_000)}
-        rounds = [round_.id for round_ in store.registry.rounds()]
-        active = store.registry.active_policy().version
-        whole = {p.version for p in store.registry.policies() if p.prune_time is None}
+    with closing(Store.open(data_dir)) as store:
+        kept = {vote.id for vote in store.feedback.page("ann", 10_000)}
+        rounds = [round_.id for round_ in store.rounds.page()]
+        active = store.policies.active().version
+        whole = {p.version for p in store.policies.page() if p.prune_time is None}
         sides = [len(store.lineage.round_votes(round_id)) for round_id in rounds]
     if lost := votes - kept:
         found.append(f"{len(lost)} acknowledged votes are gone")

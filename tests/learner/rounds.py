@@ -11,9 +11,10 @@ from learner.gate.rules import Verdict
 from learner.model.rollout import SampledAnswer
 from learner.settings import LearnerSettings
 from server.shared.dtype import DtypeName
-from server.store.feedback_store import FeedbackStore
-from server.store.manifest import new_staging, publish, write_manifest
-from server.store.records import Generation, PointerAction, Prompt, Span
+from server.store.chats.records import Generation, Prompt, Span
+from server.store.files.manifest import new_staging, publish, write_manifest
+from server.store.learning.records import PointerAction
+from server.store.store import Store
 from tests.learner.conftest import EOS, PAD, WORDS
 
 LENGTH = 12
@@ -82,7 +83,7 @@ def low_words(sample: SampledAnswer) -> float:
 
 
 def vote(
-    store: FeedbackStore,
+    store: Store,
     model: Any,
     count: int,
     taste: Callable[[SampledAnswer], float],
@@ -94,18 +95,18 @@ def vote(
     twice = [prompt for prompt in prompts for _ in range(2)]
     drawn = iter(draw(model, twice, [LENGTH] * len(twice), [0.7, 1.0] * count, generator))
     for number, prompt in enumerate(prompts):
-        conversation = store.create_conversation(user, f"question {number}")
+        conversation = store.conversations.create(user, f"question {number}")
         samples = [next(drawn), next(drawn)]
-        comparison, *responses = store.begin_comparison(
+        comparison, *responses = store.responses.begin_comparison(
             user, conversation, message=f"question {number}", replica_id="r", policy_versions=("v0000", "v0000"),
             prompt_token_ids=prompt, temperatures=(0.7, 1.0), max_tokens=LENGTH, seeds=(None, None),
         )  # fmt: skip
         for response, sample in zip(responses, samples, strict=True):
             span = Span(0, len(sample.token_ids), "v0000")
             reason: Any = sample.finish_reason
-            store.finish_response(response, Generation(sample.token_ids, sample.logprobs, sample.text, reason, [span]))
+            store.responses.finish(response, Generation(sample.token_ids, sample.logprobs, sample.text, reason, [span]))
         better = taste(samples[0]) - taste(samples[1])
-        store.submit_choice(user, comparison, "A" if better > 0 else "B" if better < 0 else "TIE")
+        store.feedback.submit_choice(user, comparison, "A" if better > 0 else "B" if better < 0 else "TIE")
 
 
 def make_reference(data_dir: Path, model_directory: Path) -> None:
@@ -114,8 +115,8 @@ def make_reference(data_dir: Path, model_directory: Path) -> None:
     shutil.copytree(model_directory, staging, dirs_exist_ok=True)
     write_manifest(staging, version="v0000", kind="full", base_version="v0000", reference_version="v0000")
     publish(staging, final)
-    store = FeedbackStore.open(data_dir)
-    store.registry.register_reference()
+    store = Store.open(data_dir)
+    store.policies.register_reference()
     store.close()
 
 
@@ -126,13 +127,13 @@ def make_version(data_dir: Path, version: str, active: PointerAction | None = No
     shutil.copytree(data_dir / "policies" / "v0000", staging, dirs_exist_ok=True)
     write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
     publish(staging, final)
-    store = FeedbackStore.open(data_dir)
-    store.registry.register_policy(
+    store = Store.open(data_dir)
+    store.policies.register(
         version, kind="full", state="rejected", parent_version="v0000", reference_version="v0000", round_id=None,
         reward_model_version=None, metrics={}, reason="The win rate may be chance.",
     )  # fmt: skip
     if active:
-        store.registry.activate_policy(version, actor="learner", action=active)
+        store.policies.activate(version, actor="learner", action=active)
     store.close()
 
 

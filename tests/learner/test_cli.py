@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from learner.cli import app
 from learner.model.rollout import SampledAnswer, to_rollout
 from learner.settings import LearnerSettings
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 
 runner = CliRunner()
 
@@ -43,7 +43,7 @@ def test_status_without_data(tmp_path: Path) -> None:
 def test_report_without_data_or_rounds(tmp_path: Path) -> None:
     result = runner.invoke(app, ["report", "--data-dir", str(tmp_path / "none")])
     assert (result.exit_code, "There is no data" in result.stderr) == (1, True)
-    FeedbackStore.open(tmp_path).close()
+    Store.open(tmp_path).close()
     result = runner.invoke(app, ["report", "--data-dir", str(tmp_path)])
     assert (result.exit_code, "No round was run here yet." in result.stderr) == (1, True)
 

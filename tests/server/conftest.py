@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from server.app import App
 from server.settings import ServerSettings
-from server.store.feedback_store import FeedbackStore
-from server.store.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_staging, publish, write_manifest
+from server.store.store import Store
 from server.store.store_thread import StoreThread
 from tests.server.fakes import FakeEngine
 
@@ -38,9 +38,9 @@ class Running:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[FeedbackStore]:
-    store = FeedbackStore.open(tmp_path)
-    store.registry.register_reference()
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store.open(tmp_path)
+    store.policies.register_reference()
     yield store
     store.close()
 
@@ -50,7 +50,7 @@ async def running_server(tmp_path: Path, **flags: Any) -> AsyncIterator[Running]
     tmp_path.mkdir(exist_ok=True)
     publish_version(tmp_path, "v0000")
     store = StoreThread(tmp_path)
-    await store(lambda store: store.registry.register_reference())
+    await store(lambda store: store.policies.register_reference())
     # Tests that wait for something ask again and again.
     usual = {
         "user_rate": 1_000_000,
@@ -92,8 +92,8 @@ def publish_version(data_dir: Path, version: str, tensors: dict[str, Any] | None
     return final
 
 
-def register(store: FeedbackStore, version: str, state: Any = "candidate") -> None:
-    store.registry.register_policy(
+def register(store: Store, version: str, state: Any = "candidate") -> None:
+    store.policies.register(
         version,
         kind="full",
         state=state,

@@ -27,7 +27,7 @@ def serve(data_dir: Path, failpoint: str, parent: Connection) -> None:
 
     async def run() -> None:
         store = StoreThread(data_dir)
-        await store(lambda store: store.registry.register_reference())
+        await store(lambda store: store.policies.register_reference())
         app = App(ServerSettings.load(data_dir=data_dir, port=0, max_tokens=20), store)
         await app.start(FakeEngine())
         parent.send(app.port)

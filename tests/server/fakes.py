@@ -6,7 +6,7 @@ from pathlib import Path
 
 from server.engine.base import Sampling, SwapError
 from server.engine.weights import engine_weights
-from server.store.records import FinishReason, Generation, Span
+from server.store.chats.records import FinishReason, Generation, Span
 
 
 class EngineDeadError(Exception):

@@ -12,8 +12,8 @@ import pytest
 
 from server.admin import forget_user
 from server.rpc import interceptor
-from server.store.feedback_store import FeedbackStore
-from server.store.sqlite.database import Database
+from server.store.sqlite.database import SqliteDatabase
+from server.store.store import Store
 from tests.server.store.test_deletion import thumb, trained
 from tests.server.store.test_lineage import lease
 
@@ -124,12 +124,12 @@ def test_a_setting_that_breaks_its_rule(tmp_path: Path) -> None:
 
 def test_a_person_is_exported_and_forgotten(tmp_path: Path) -> None:
     assert keys("create", "--user", "ann", data_dir=tmp_path).returncode == 0
-    store = FeedbackStore.open(tmp_path)
-    store.registry.register_reference()
+    store = Store.open(tmp_path)
+    store.policies.register_reference()
     conversation_id, vote = thumb(store, "ann")
     fence = lease(store)
     trained(store, fence, "v0001", {vote: "train"}, "reference", "v0000")
-    running = store.registry.create_round(store.watermark(), {}, reference_version="v0000", fence=fence)
+    running = store.rounds.create(store.snapshots.watermark(), {}, reference_version="v0000", fence=fence)
     store.lineage.set_round_votes(running.id, [(vote, "train")], fence=fence)
 
     out = tmp_path / "ann.jsonl"
@@ -143,14 +143,14 @@ def test_a_person_is_exported_and_forgotten(tmp_path: Path) -> None:
     declined = server("forget-user", "ann", data_dir=tmp_path, answer="n\n")
     assert declined.returncode == 1
     assert declined.stdout.startswith("ann: 1 conversations, 1 votes, and their keys.\n")
-    assert len(store.conversations("ann", 9)) == 1
+    assert len(store.conversations.page("ann", 9)) == 1
     assert server("forget-user", "ann", "--yes", data_dir=tmp_path).stdout.splitlines()[1:] == [
         "Removed.",
         "Trained on these votes, and as they were: v0001, rm0001.",
         f"Under way with them: {running.id}; what it publishes is trained on them, too.",
         "Nothing of what was removed is left in the database's files.",
     ]
-    assert store.conversations("ann", 9) == []
+    assert store.conversations.page("ann", 9) == []
     assert "(forgotten)" in keys("list", data_dir=tmp_path).stdout
     assert server("export-user", "ann", data_dir=tmp_path).stdout == ""
     assert store.deletion.rewrite_due() == 0
@@ -160,26 +160,26 @@ def test_a_person_is_exported_and_forgotten(tmp_path: Path) -> None:
 def test_what_a_running_server_lets_in_meanwhile_is_forgotten_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = FeedbackStore.open(tmp_path)
-    store.registry.register_reference()
-    store.registry.report_replica("127.0.0.1:50051", "v0000")
+    store = Store.open(tmp_path)
+    store.policies.register_reference()
+    store.replicas.report("127.0.0.1:50051", "v0000")
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
-        store.create_conversation("ann", "just in time")
+        store.conversations.create("ann", "just in time")
 
     monkeypatch.setattr(forget_user.time, "sleep", sleep)
     assert list(forget_user.forget(store, tmp_path, "ann", 0.5))[-1] == forget_user.EMPTIED
     assert slept == [12.5]
     assert forget_user.LET_IN_SECONDS > interceptor.MESSAGE_SECONDS
-    assert store.conversations("ann", 9) == []
+    assert store.conversations.page("ann", 9) == []
     store.close()
 
 
 def test_a_log_that_somebody_reads_is_not_said_to_be_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = FeedbackStore.open(tmp_path)
-    store.create_conversation("ann", "hello")
-    monkeypatch.setattr(Database, "empty_log", lambda database: False)
+    store = Store.open(tmp_path)
+    store.conversations.create("ann", "hello")
+    monkeypatch.setattr(SqliteDatabase, "empty_log", lambda database: False)
     assert list(forget_user.forget(store, tmp_path, "ann", 0.5)) == ["Removed.", forget_user.NOT_EMPTIED]
     store.close()

@@ -7,7 +7,7 @@ import pysqlite3.dbapi2 as sqlite3
 import pytest
 
 from server.shared.failpoints import FAILPOINTS, failpoint
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.server.crash import vote_until_killed
 
 
@@ -17,8 +17,8 @@ def test_every_acknowledged_vote_survives_a_kill(tmp_path: Path, where: str) -> 
     assert killed
     with closing(sqlite3.connect(tmp_path / "prefloop.db")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    with closing(FeedbackStore.open(tmp_path)) as store:
-        kept = {vote.id: vote.value for vote in store.feedback("ann", 100)}
+    with closing(Store.open(tmp_path)) as store:
+        kept = {vote.id: vote.value for vote in store.feedback.page("ann", 100)}
     # The last word may be on disk without its answer having got out; none that was answered is missing.
     assert acknowledged.keys() <= kept.keys()
     unanswered = [vote for vote, value in kept.items() if acknowledged.get(vote) != value]

@@ -16,7 +16,7 @@ import pysqlite3.dbapi2 as sqlite3
 import pytest
 from prefloop.v1 import chat_pb2, feedback_pb2
 
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_rpcs import ANN, chat, refusal
 
@@ -90,9 +90,9 @@ async def test_nothing_is_acknowledged_that_is_not_kept_and_it_goes_on_afterward
             assert [one.comment for one in listed.feedback] == [LONG if kept else "before"]
         await vote(running, response_id, "after")
         assert (await chat(running))[-1].finished.text == "one two three four "
-    with closing(FeedbackStore.open(tmp_path)) as store:
-        assert store.watermark() == kept + 2
-        assert len(store.conversations("ann", 1000)) == chats + 2
+    with closing(Store.open(tmp_path)) as store:
+        assert store.snapshots.watermark() == kept + 2
+        assert len(store.conversations.page("ann", 1000)) == chats + 2
 
 
 async def until_refused(call: Callable[[], Awaitable[Any]], said: str) -> int:
@@ -234,9 +234,9 @@ def test_what_cannot_be_synced_is_not_acknowledged(tmp_path: Path) -> None:
         check=False,
     )
     assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
-    with closing(FeedbackStore.open(data_dir)) as store:
-        assert [vote.comment for vote in store.feedback("ann", 10)] == ["after 2"]
-        assert store.watermark() == 4
-        assert len(store.conversations("ann", 10)) == 1
+    with closing(Store.open(data_dir)) as store:
+        assert [vote.comment for vote in store.feedback.page("ann", 10)] == ["after 2"]
+        assert store.snapshots.watermark() == 4
+        assert len(store.conversations.page("ann", 10)) == 1
     assert [path.name for path in (data_dir / "policies").iterdir() if not path.name.startswith(".")] == ["v0000"]
     assert not (data_dir / "copy").exists()

@@ -24,7 +24,7 @@ from learner.model.policy import TrainablePolicy
 from learner.model.rollout import Rollout, RolloutEngine, draw_generator, draw_seed, to_rollout
 from learner.reward.reward_model import LinearRewardModel
 from learner.settings import PPOSettings
-from server.store.records import Prompt
+from server.store.chats.records import Prompt
 
 # Root mean square of log pi_old / mu, several times what was measured where the weights are the same
 # (docs/decisions/0026-every-cpu.md).

@@ -8,19 +8,19 @@ Releases may meet on one file. An older schema is migrated once no process of th
 release has migrated the file meanwhile, writes are refused.
 """
 
-import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pysqlite3.dbapi2 as sqlite3
 import sqlite_utils
 
-from server.shared.errors import DataDirectoryError
+from server.shared.errors import DatabaseError, DataDirectoryError, advice
 from server.shared.failpoints import failpoint
+from server.store.database import Row
 from server.store.sqlite.clock import boot_id, uptime
 from server.store.sqlite.migrations import known_migrations, migrations
 
@@ -43,9 +43,19 @@ LIVING = (
     ("learner", "leases", "holder", "expire_time"),
 )
 
-Row = dict[str, Any]
-OperationalError: type[Exception] = sqlite3.OperationalError
-DatabaseError: type[Exception] = sqlite3.DatabaseError
+# What SQLite calls what went wrong, by how the name begins.
+KINDS: dict[str, Literal["full", "damaged", "busy"]] = {
+    "SQLITE_FULL": "full",
+    "SQLITE_CORRUPT": "damaged",
+    "SQLITE_NOTADB": "damaged",
+    "SQLITE_BUSY": "busy",
+}
+
+
+def sqlite_version() -> tuple[int, int, int]:
+    """Of the library that is loaded."""
+    major, minor, patch = sqlite3.sqlite_version_info
+    return major, minor, patch
 
 
 def sqlite_problem(version: tuple[int, int, int]) -> str | None:
@@ -56,16 +66,10 @@ def sqlite_problem(version: tuple[int, int, int]) -> str | None:
     return f"SQLite {'.'.join(map(str, version))} can lose commits; install pysqlite3 with SQLite 3.51.3 or newer."
 
 
-def advice(error: Exception) -> str:
-    """What may help against an error of the file system or the database, as the end of a sentence."""
-    name, number = getattr(error, "sqlite_errorname", ""), getattr(error, "errno", None)
-    if name == "SQLITE_FULL" or number in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space on its disk"
-    if name in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
-        return "restore it from a backup"
-    if name == "SQLITE_BUSY":
-        return "another process holds it; try again when that has ended"
-    return "give --data-dir a folder that you may write to"
+def _translated(error: sqlite3.DatabaseError) -> DatabaseError:
+    """The store's error for SQLite's."""
+    name = getattr(error, "sqlite_errorname", "")
+    return DatabaseError(str(error), next((KINDS[start] for start in KINDS if name.startswith(start)), "other"))
 
 
 def _make_private(path: Path) -> None:
@@ -77,12 +81,16 @@ def _make_private(path: Path) -> None:
             file.chmod(file.stat().st_mode & 0o770)
 
 
-class Database:
+class SqliteDatabase:
     """A migrated database file. Raises DataDirectoryError where the file cannot be used."""
 
+    NOW = "unixepoch('subsec')"
+    AMONG = "user IN (SELECT value FROM json_each(?))"
+
     def __init__(self, path: Path) -> None:
-        if reason := sqlite_problem(sqlite3.sqlite_version_info):
+        if reason := sqlite_problem(sqlite_version()):
             raise DataDirectoryError(reason)
+        self._path = path
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _make_private(path)
@@ -100,9 +108,10 @@ class Database:
             self._schema: int | None = None
             self._migrate(path)
             self._schema = self._schema_version()
-        except (OSError, sqlite3.DatabaseError) as error:
+        except (OSError, DatabaseError, sqlite3.DatabaseError) as error:
+            known = _translated(error) if isinstance(error, sqlite3.DatabaseError) else error
             raise DataDirectoryError(
-                f"The data directory {str(path.parent)!r} cannot be used ({error}); {advice(error)}."
+                f"The data directory {str(path.parent)!r} cannot be used ({error}); {advice(known)}."
             ) from error
 
     def _migrate(self, path: Path) -> None:
@@ -140,7 +149,7 @@ class Database:
         self._schema = version
 
     def _schema_version(self) -> int:
-        return int(self._db.conn.execute("PRAGMA schema_version").fetchone()[0])
+        return int(self._execute("PRAGMA schema_version").fetchone()[0])
 
     @contextmanager
     def write(self) -> Iterator[None]:
@@ -167,7 +176,7 @@ class Database:
                 raise self._lost
             if self._db.conn.in_transaction:
                 failpoint("commit")
-                self._db.conn.execute("COMMIT")
+                self._execute("COMMIT")
                 failpoint("committed")
         except BaseException:
             self._db.rollback()
@@ -181,50 +190,53 @@ class Database:
             raise self._lost
         if not self._db.conn.in_transaction:
             # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it turns from reading to writing in WAL mode.
-            self._db.conn.execute("BEGIN IMMEDIATE")
+            self._execute("BEGIN IMMEDIATE")
             self._check_schema()
-        self._db.conn.execute("SAVEPOINT one")
+        self._execute("SAVEPOINT one")
         self._writing = True
         try:
             yield
         except BaseException as error:
             if self._db.conn.in_transaction:
-                self._db.conn.execute("ROLLBACK TO one")
-                self._db.conn.execute("RELEASE one")
+                self._execute("ROLLBACK TO one")
+                self._execute("RELEASE one")
             else:
                 # A full disk, say: SQLite gave up the whole transaction, and with it what was written before.
                 self._lost = error
             raise
         finally:
             self._writing = False
-        self._db.conn.execute("RELEASE one")
+        self._execute("RELEASE one")
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """All that is read inside is as of one moment."""
-        self._db.conn.execute("BEGIN")
+        self._execute("BEGIN")
         try:
             yield
         finally:
-            self._db.conn.execute("ROLLBACK")
+            self._execute("ROLLBACK")
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         """Runs one statement; returns the number of rows it changed."""
-        return int(self._db.conn.execute(sql, parameters).rowcount)
+        return int(self._execute(sql, parameters).rowcount)
 
     def insert(self, table: str, row: Row) -> int:
         """Inserts one row; returns its rowid."""
         # sqlite-utils' insert looks up the table's schema each time, which costs more than the insert itself.
         columns, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
         statement = f'INSERT INTO "{table}" ({columns}) VALUES ({marks})'
-        return int(self._db.conn.execute(statement, list(row.values())).lastrowid or 0)
+        return int(self._execute(statement, list(row.values())).lastrowid or 0)
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """All rows of a SELECT as dictionaries."""
         # sqlite-utils' query puts a savepoint around each SELECT: three statements, each a hand-over of Python's lock.
-        cursor = self._db.conn.execute(sql, parameters)
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor]
+        try:
+            cursor = self._db.conn.execute(sql, parameters)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
+        except sqlite3.DatabaseError as error:
+            raise _translated(error) from error
 
     def row(self, sql: str, parameters: Sequence[Any] = ()) -> Row | None:
         """The first row of a SELECT, or None."""
@@ -238,30 +250,43 @@ class Database:
         """Makes `path` a copy as of one moment, while others write. Raises DataDirectoryError where it is damaged.
 
         Not durable until the caller syncs it."""
-        with closing(sqlite3.connect(str(path))) as copy:
-            # All pages in one step: it reads one snapshot, for which no writer waits.
-            self._db.conn.backup(copy)
-            [found] = copy.execute("PRAGMA integrity_check(1)").fetchone()
+        try:
+            with closing(sqlite3.connect(str(path))) as copy:
+                # All pages in one step: it reads one snapshot, for which no writer waits.
+                self._db.conn.backup(copy)
+                [found] = copy.execute("PRAGMA integrity_check(1)").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise _translated(error) from error
         if found != "ok":
             raise DataDirectoryError(f"The database is damaged: {found}.")
 
     def rewrite(self) -> None:
         """Writes the whole file anew, free of what deleted rows left in it. Writers wait, and it takes as much memory
         as the file is long: pysqlite3 is built to keep there what is temporary."""
-        self._db.conn.execute("VACUUM")
+        self._execute("VACUUM")
 
     def empty_log(self, seconds: float = EMPTY_SECONDS) -> bool:
         """Moves the log (`-wal`) into the file and cuts it to nothing; False where others kept reading all the time."""
         deadline = time.monotonic() + seconds
-        self._db.conn.execute(f"PRAGMA busy_timeout = {EMPTY_TIMEOUT_MS}")
+        self._execute(f"PRAGMA busy_timeout = {EMPTY_TIMEOUT_MS}")
         try:
-            while self._db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            while self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(EMPTY_TIMEOUT_MS / 1000)
             return True
         finally:
-            self._db.conn.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            self._execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+
+    def bytes(self) -> int:
+        """The size of the database's file."""
+        return self._path.stat().st_size
 
     def close(self) -> None:
         self._db.close()
+
+    def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        try:
+            return self._db.conn.execute(sql, parameters)
+        except sqlite3.DatabaseError as error:
+            raise _translated(error) from error

@@ -334,7 +334,8 @@ def m009_round_requests(db: Database) -> None:
 
 @migrations()
 def m010_uptime(db: Database) -> None:
-    """Heartbeats and leases by a clock that nobody sets; indexes that three steps got only after their release."""
+    """Heartbeats and leases by a clock that nobody sets (server.clock); indexes that three steps got only after their
+    release."""
     _run(
         db,
         """

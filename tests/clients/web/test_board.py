@@ -7,7 +7,7 @@ from typing import Any
 from playwright.async_api import Browser, Page, expect
 from prefloop.v1 import policy_pb2
 
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.clients.web.conftest import Site, serving_page, together
 from tests.clients.web.test_chat import ask, good
 from tests.server.conftest import Running, publish_version, register, running_server
@@ -59,12 +59,12 @@ async def run_a_round(running: Running) -> str:
     """A promoted round and its version, v0001, as a learner leaves them; its id."""
     publish_version(running.data_dir, "v0001")
 
-    def write(store: FeedbackStore) -> str:
-        fence = store.registry.acquire_lease("learner", "here", 60)
+    def write(store: Store) -> str:
+        fence = store.leases.acquire("learner", "here", 60)
         assert fence
-        round_ = store.registry.create_round(0, {}, reference_version="v0000", fence=fence)
-        store.registry.update_round(round_.id, stage="activate", metrics=METRICS, policy_version="v0001", fence=fence)
-        store.registry.register_policy(
+        round_ = store.rounds.create(0, {}, reference_version="v0000", fence=fence)
+        store.rounds.update(round_.id, stage="activate", metrics=METRICS, policy_version="v0001", fence=fence)
+        store.policies.register(
             "v0001",
             kind="full",
             state="candidate",
@@ -74,8 +74,8 @@ async def run_a_round(running: Running) -> str:
             reward_model_version=None,
             metrics={},
         )
-        store.registry.finish_round(round_.id, "promoted", reason="v0001 won 0.73 of 64 prompts.", fence=fence)
-        store.registry.release_lease(fence)
+        store.rounds.finish(round_.id, "promoted", reason="v0001 won 0.73 of 64 prompts.", fence=fence)
+        store.leases.release(fence)
         return round_.id
 
     round_id = await running.store(write)
@@ -178,9 +178,9 @@ async def test_a_lever_that_was_shown_for_another_version_does_nothing(site: Sit
     await page.locator("#promote-v0001").click()
     publish_version(site.running.data_dir, "v0002")
 
-    def move(store: FeedbackStore) -> None:
+    def move(store: Store) -> None:
         register(store, "v0002")
-        store.registry.activate_policy("v0002", actor="olga", action="activate", reason="first")
+        store.policies.activate("v0002", actor="olga", action="activate", reason="first")
 
     await site.running.store(move)
     await page.get_by_role("button", name="Promote v0001").click()

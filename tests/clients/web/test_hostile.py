@@ -114,7 +114,7 @@ async def test_a_hostile_page_is_kept_out(site: Site, host: str) -> None:
 
 async def kept(site: Site) -> Any:
     def read(store: Any) -> Any:
-        conversations = store.conversations("ann", 100)
-        return [conversations, [len(store.turns("ann", one.id)) for one in conversations]]
+        conversations = store.conversations.page("ann", 100)
+        return [conversations, [len(store.conversations.turns("ann", one.id)) for one in conversations]]
 
     return await site.running.store.read(read)

@@ -8,17 +8,17 @@ from typer.testing import CliRunner
 from learner.cli import app
 from learner.round.lease import learner_lease
 from learner.round.retention import prune
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Generation, Span
+from server.store.chats.records import Generation, Span
+from server.store.store import Store
 from tests.learner.rounds import make_version
 
 runner = CliRunner()
 
 
 def active(data_dir: Path) -> str:
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     try:
-        return store.registry.active_policy().version
+        return store.policies.active().version
     finally:
         store.close()
 
@@ -32,7 +32,7 @@ def test_an_operator_promotes_what_the_gate_refused_and_goes_back(data_dir: Path
     assert "active already; nothing was changed" in result.stdout
     result = runner.invoke(app, ["rollback", "--data-dir", str(data_dir)])
     assert (result.exit_code, active(data_dir)) == (0, "v0000")
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     back, there, _ = store.lineage.moves()
     store.close()
     assert (back.action, back.version, back.reason) == ("rollback", "v0000", "rolled back from v0001")
@@ -63,7 +63,7 @@ def test_old_weights_go_and_their_record_stays(data_dir: Path) -> None:
     derived = [data_dir / "merged" / folder / "v0002" for folder in ("bfloat16", "float32", ".")]
     for directory in derived:
         directory.mkdir(parents=True)
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     with learner_lease(store, data_dir, 5) as lease:
         assert lease
         # Active v0003, before it v0001, the reference v0000; of the other four the newest two.
@@ -74,7 +74,7 @@ def test_old_weights_go_and_their_record_stays(data_dir: Path) -> None:
     kept = sorted(path.name for path in (data_dir / "policies").iterdir())
     assert kept == ["v0000", "v0001", "v0003", "v0005", "v0006"]
     assert not any(directory.exists() for directory in derived)
-    assert store.registry.policy("v0002").reason == "The win rate may be chance."
+    assert store.policies.get("v0002").reason == "The win rate may be chance."
     store.close()
     result = runner.invoke(app, ["promote", "v0002", "--data-dir", str(data_dir)])
     assert "v0002 was pruned: its weights are gone." in result.output
@@ -95,7 +95,7 @@ def test_an_operator_leaves_a_users_votes_out_and_lets_them_in_again(data_dir: P
     shown = runner.invoke(app, ["status", "--data-dir", str(data_dir)]).stdout
     assert "quarantine  ann (the next round leaves their votes out)" in shown
     assert said("ann", "--lift") == "0 ann's 80 votes count again."
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     events = store.quarantine.events("ann")
     store.close()
     assert [(event.action, event.reason) for event in events] == [("set", "a script"), ("lift", "")]
@@ -111,17 +111,17 @@ def test_trace_asks_for_one_thing(data_dir: Path, arguments: list[str]) -> None:
 def test_status_says_how_versions_fare_and_how_the_pointer_moved(data_dir: Path) -> None:
     make_version(data_dir, "v0001")
     runner.invoke(app, ["promote", "v0001", "--data-dir", str(data_dir), "--reason", "I read its answers"])
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     for number, winner in enumerate(("v0001", "v0001", "v0000")):
-        conversation = store.create_conversation(f"user{number}", "hello")
-        comparison, *responses = store.begin_comparison(
+        conversation = store.conversations.create(f"user{number}", "hello")
+        comparison, *responses = store.responses.begin_comparison(
             f"user{number}", conversation, message="?", replica_id="r", policy_versions=("v0000", "v0001"),
             prompt_token_ids=[5], temperatures=(0.85, 0.85), max_tokens=3, seeds=(None, None),
         )  # fmt: skip
         for response, version in zip(responses, ("v0000", "v0001"), strict=True):
-            store.finish_response(response, Generation([7], [-0.5], "hi", "stop", [Span(0, 1, version)]))
-        store.submit_choice(f"user{number}", comparison, "B" if winner == "v0001" else "A")
-        store.submit_thumb(f"user{number}", responses[1], up=number > 0)
+            store.responses.finish(response, Generation([7], [-0.5], "hi", "stop", [Span(0, 1, version)]))
+        store.feedback.submit_choice(f"user{number}", comparison, "B" if winner == "v0001" else "A")
+        store.feedback.submit_thumb(f"user{number}", responses[1], up=number > 0)
     store.close()
     shown = runner.invoke(app, ["status", "--data-dir", str(data_dir)]).stdout
     # 5/12 and 11/12.

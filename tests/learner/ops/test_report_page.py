@@ -8,8 +8,8 @@ import pytest
 
 from learner.ops.report_page import render, write_report
 from server.shared.errors import FailedPreconditionError, NotFoundError
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Round
+from server.store.learning.records import Round
+from server.store.store import Store
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -65,7 +65,7 @@ def test_the_page_says_what_and_how(tmp_path: Path) -> None:
 
 
 def test_rounds_that_are_not_there(tmp_path: Path) -> None:
-    FeedbackStore.open(tmp_path).close()
+    Store.open(tmp_path).close()
     with pytest.raises(FailedPreconditionError, match="No round was run here yet"):
         write_report(tmp_path)
     with pytest.raises(NotFoundError, match="round_x"):

@@ -32,10 +32,9 @@ from learner.ops.schedule import (
 )
 from learner.round.report import Report, outcome
 from learner.settings import ScheduleSettings
-from server.shared.errors import FailedPreconditionError
-from server.store.feedback_store import FeedbackStore
-from server.store.round_requests import RoundRequests
-from server.store.sqlite.database import OperationalError
+from server.shared.errors import DatabaseError, FailedPreconditionError
+from server.store.learning.round_requests import RoundRequests
+from server.store.store import Store
 
 NOON = datetime(2026, 11, 23, 12, 0).astimezone()
 
@@ -114,11 +113,11 @@ def test_too_few_new_votes_start_no_round(data_dir: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(scheduled.scheduler, "_run_round", lambda: pytest.fail("a round started"))
     scheduled.scheduler.due()
     assert scheduled.said == ["no round: 80 new votes, fewer than 81"]
-    store = FeedbackStore.open(data_dir)
-    fence = store.registry.acquire_lease("learner", "here", 60)
+    store = Store.open(data_dir)
+    fence = store.leases.acquire("learner", "here", 60)
     assert fence
     # One that was stopped is gone on with, whatever came since.
-    store.registry.create_round(store.watermark(), {}, reference_version="v0000", fence=fence)
+    store.rounds.create(store.snapshots.watermark(), {}, reference_version="v0000", fence=fence)
     started: list[int] = []
     monkeypatch.setattr(scheduled.scheduler, "_run_round", lambda: started.append(1) or (0, None))
     scheduled.scheduler.due()
@@ -198,7 +197,7 @@ class Asked(Scheduled):
 
     def __init__(self, data_dir: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
         super().__init__(data_dir, monkeypatch, **settings)
-        self.store = FeedbackStore.open(data_dir)
+        self.store = Store.open(data_dir)
         self.name = self.scheduler._listener.name
         self.store.round_requests.listen(self.name, None)
         self.ran = 0
@@ -274,11 +273,11 @@ def test_a_requested_round_that_fails_says_so_and_is_not_tried_again(
 def test_a_request_waits_while_another_learner_is_at_work(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(data_dir, monkeypatch)
     asked.store.round_requests.ask()
-    by_hand = asked.store.registry.acquire_lease("learner", "by hand", 60)
+    by_hand = asked.store.leases.acquire("learner", "by hand", 60)
     assert by_hand
     asked.scheduler.asked()
     assert (asked.ran, asked.outcome) == (0, None)
-    asked.store.registry.release_lease(by_hand)
+    asked.store.leases.release(by_hand)
     asked.scheduler.asked()
     assert asked.ran == 1
     assert asked.outcome
@@ -294,7 +293,7 @@ def test_what_cannot_be_written_down_at_once_is_written_down_later(
     def full(*arguments: Any) -> bool:
         tries.append(arguments)
         if len(tries) == 1:
-            raise OperationalError("database or disk is full")
+            raise DatabaseError("database or disk is full")
         return end(*arguments)
 
     monkeypatch.setattr(RoundRequests, "end", full)
@@ -337,7 +336,7 @@ def test_the_last_request_and_who_listens_are_in_the_status(data_dir: Path) -> N
 
     assert "listening  no learner; `learner schedule` starts rounds by the clock or on request" in shown()
     assert "asked for" not in shown()
-    with closing(FeedbackStore.open(data_dir)) as store:
+    with closing(Store.open(data_dir)) as store:
         store.round_requests.listen("one", None)
         assert "listening  a learner that starts rounds on request" in shown()
         store.round_requests.listen("two", datetime(2026, 11, 24, 3, 0).timestamp())
@@ -383,7 +382,7 @@ pathlib.Path(sys.argv[2]).write_text(json.dumps({"state": "nothing", "sentence":
 
 
 def test_a_request_that_was_stopped_with_its_learner_is_answered_by_the_next(data_dir: Path, tmp_path: Path) -> None:
-    with closing(FeedbackStore.open(data_dir)) as store:
+    with closing(Store.open(data_dir)) as store:
         first = Listening(data_dir, STOPPABLE, tmp_path / "mark")
         until(lambda: store.learner().listening)
         asked = store.round_requests.ask()
@@ -402,7 +401,7 @@ def test_a_request_that_was_stopped_with_its_learner_is_answered_by_the_next(dat
 
 
 def test_a_request_whose_learner_was_killed_is_answered_by_the_next(data_dir: Path, tmp_path: Path) -> None:
-    with closing(FeedbackStore.open(data_dir)) as store:
+    with closing(Store.open(data_dir)) as store:
         first = Listening(
             data_dir, "import os, signal; print(os.getpid(), flush=True); signal.pause()", tmp_path / "mark"
         )
@@ -428,10 +427,10 @@ def test_on_request_waits_for_its_data_directory_and_runs_what_is_asked(tmp_path
     assert process.stdout
     assert process.stdout.readline() == "rounds start on request\n"
     assert not data_dir.exists()
-    with closing(FeedbackStore.open(data_dir)) as store:
+    with closing(Store.open(data_dir)) as store:
         until(lambda: store.learner().listening)
         assert store.learner().next_time is None
-        store.registry.register_reference()
+        store.policies.register_reference()
         store.round_requests.ask()
         for line in process.stdout:
             if line.startswith("the round that was asked for"):
@@ -455,7 +454,7 @@ def test_what_keeps_a_learner_from_hearing_is_said_once_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    FeedbackStore.open(tmp_path).close()
+    Store.open(tmp_path).close()
     listener = RequestPoller(tmp_path, lambda: None, lambda: None, lambda: None, said.append)
     tries: list[int] = []
 
@@ -464,7 +463,7 @@ def test_what_keeps_a_learner_from_hearing_is_said_once_and_tried_again(
         if len(tries) == 5:
             listener._stop.set()
         elif len(tries) != 3:
-            raise OperationalError("database or disk is full")
+            raise DatabaseError("database or disk is full")
 
     monkeypatch.setattr(RoundRequests, "listen", listen)
     monkeypatch.setattr(RoundRequests, "waits", lambda requests: len(tries) == 3 and requests._db.rows("none"))
@@ -482,7 +481,7 @@ def test_what_keeps_a_learner_from_hearing_is_said_once_and_tried_again(
 def test_the_clock_tells_when_it_starts_the_next_round(data_dir: Path) -> None:
     command = [sys.executable, "-m", "learner.cli", "schedule", "--data-dir", str(data_dir), "--cron", "0 3 * * *"]
     process = subprocess.Popen(command, env={**os.environ, "PREFLOOP_SCHEDULE__ON_REQUEST": "true"})
-    with closing(FeedbackStore.open(data_dir)) as store:
+    with closing(Store.open(data_dir)) as store:
         until(lambda: store.learner().next_time)
         when = datetime.fromtimestamp(store.learner().next_time or 0)
         assert (when.hour, when.minute, when > datetime.now()) == (3, 0, True)

@@ -17,8 +17,8 @@ from learner.model.features import extract
 from learner.model.forward import to_tokens
 from learner.ops.score_server import ScoringService
 from learner.reward.reward_model import LinearRewardModel, Standardiser
-from server.store.feedback_store import FeedbackStore
-from server.store.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_staging, publish, write_manifest
+from server.store.store import Store
 from tests.learner.conftest import HIDDEN, WORDS
 from tests.learner.rounds import make_reference
 
@@ -42,10 +42,10 @@ def register(data_dir: Path, version: str, model: LinearRewardModel) -> None:
     model.save(staging)
     write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
     publish(staging, final)
-    store = FeedbackStore.open(data_dir)
-    lease: Any = store.registry.acquire_lease("learner", "test", 60)
-    store.registry.register_reward_model(version, reference_version="v0000", round_id=None, metrics={}, fence=lease)
-    store.registry.release_lease(lease)
+    store = Store.open(data_dir)
+    lease: Any = store.leases.acquire("learner", "test", 60)
+    store.reward_models.register(version, reference_version="v0000", round_id=None, metrics={}, fence=lease)
+    store.leases.release(lease)
     store.close()
 
 

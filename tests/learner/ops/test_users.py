@@ -16,8 +16,9 @@ from learner.ops.users_table import ROWS, print_users
 from learner.reward.dataset import to_dataset
 from learner.reward.voter_reliability import Verdicts
 from learner.settings import RewardSettings
-from server.store.feedback_store import FeedbackStore
-from server.store.records import ChoiceVote, Correction, Demonstration, QuarantineEvent, Snapshot, ThumbVote
+from server.store.chats.records import ChoiceVote, Correction, Demonstration, Snapshot, ThumbVote
+from server.store.learning.records import QuarantineEvent
+from server.store.store import Store
 from tests.learner.reward.test_dataset import NOW, choice, response
 
 runner = CliRunner()
@@ -103,7 +104,7 @@ def test_the_table_names_ids_and_reasons_and_counts_the_rest() -> None:
 
 
 def test_the_command_reads_what_no_round_has_read(data_dir: Path) -> None:
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     store.quarantine.set("ann", actor="operator", reason="a test")
     store.close()
     result = runner.invoke(app, ["users", "--data-dir", str(data_dir), "--json"])
@@ -118,26 +119,26 @@ def test_the_command_reads_what_no_round_has_read(data_dir: Path) -> None:
 
 
 def test_few_votes_are_shown_and_not_compared(data_dir: Path) -> None:
-    store = FeedbackStore.open(data_dir)
-    for vote in store.feedback("ann", 100):
-        store.retract_feedback("ann", vote.id)
+    store = Store.open(data_dir)
+    for vote in store.feedback.page("ann", 100):
+        store.feedback.retract("ann", vote.id)
     assert "Nobody has voted yet." in runner.invoke(app, ["users", "--data-dir", str(data_dir)]).stdout
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    store.submit_demonstration("bob", messages)
+    store.feedback.submit_demonstration("bob", messages)
     result = runner.invoke(app, ["users", "--data-dir", str(data_dir), "--json"])
     assert [(row["user"], row["verdicts"], row["weight_share"]) for row in json.loads(result.stdout)] == [("bob", 0, 0)]
-    store.submit_thumb("ann", store.comparison("ann", first_comparison(store)).a.id, up=True)
+    store.feedback.submit_thumb("ann", store.responses.comparison("ann", first_comparison(store)).a.id, up=True)
     store.close()
     result = runner.invoke(app, ["users", "--data-dir", str(data_dir), "--json"])
     rows = {row["user"]: row for row in json.loads(result.stdout)}
     assert (rows["ann"]["verdicts"], rows["ann"]["weight_share"], rows["bob"]["weight_share"]) == (0, 1.0, 0.0)
 
 
-def first_comparison(store: FeedbackStore) -> str:
+def first_comparison(store: Store) -> str:
     return str(store._db.rows("SELECT id FROM comparisons ORDER BY rowid")[0]["id"])
 
 
 def test_the_command_without_votes_or_a_reference_is_a_sentence(tmp_path: Path) -> None:
-    FeedbackStore.open(tmp_path).close()
+    Store.open(tmp_path).close()
     result = runner.invoke(app, ["users", "--data-dir", str(tmp_path)])
     assert (result.exit_code, "There is no policy 'v0000'." in result.output) == (1, True)

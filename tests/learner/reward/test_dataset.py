@@ -8,7 +8,7 @@ import torch
 from learner.reward.dataset import is_judge, select, some_conversations, to_dataset
 from learner.reward.likelihood import BOTH_BAD, TIE, A, B
 from learner.settings import RewardSettings
-from server.store.records import ChoiceVote, Correction, Response, Snapshot, ThumbVote
+from server.store.chats.records import ChoiceVote, Correction, Response, Snapshot, ThumbVote
 
 NOW = 1_000_000.0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.learner.crash import run_round, violations
 from tests.learner.rounds import make_version
 from tests.tiers import slow
@@ -22,16 +22,16 @@ from tests.tiers import slow
 def test_a_round_survives_a_kill(data_dir: Path, failpoint: str) -> None:
     for version in ("v0001", "v0002", "v0003"):
         make_version(data_dir, version)
-    with closing(FeedbackStore.open(data_dir)) as store:
-        votes = {vote.id for vote in store.feedback("ann", 10_000)}
+    with closing(Store.open(data_dir)) as store:
+        votes = {vote.id for vote in store.feedback.page("ann", 10_000)}
     assert len(votes) == 80
     assert not run_round(data_dir, failpoint), "the failpoint was never reached"
     assert violations(data_dir, votes) == []
     assert run_round(data_dir)
     assert violations(data_dir, votes) == []
-    with closing(FeedbackStore.open(data_dir)) as store:
-        (round_,) = store.registry.rounds()
-        assert (round_.state, store.registry.active_policy().version) == ("promoted", "v0004"), round_.reason
+    with closing(Store.open(data_dir)) as store:
+        (round_,) = store.rounds.page()
+        assert (round_.state, store.policies.active().version) == ("promoted", "v0004"), round_.reason
         assert len(store.lineage.round_votes(round_.id)) == 80
     assert list(data_dir.rglob("*.partial")) == []
     # Kept: the reference, the active one, and the newest of the three that were never active.

@@ -15,8 +15,8 @@ from learner.model.features import FeatureCache
 from learner.ops.report_page import write_report
 from learner.ops.trace import trace_version, trace_vote
 from learner.progress import Stages
-from server.store.feedback_store import FeedbackStore
-from server.store.residue import erase
+from server.store.files.residue import erase
+from server.store.store import Store
 from tests.learner.rounds import TinyEngine, passing, settings
 
 
@@ -24,13 +24,13 @@ from tests.learner.rounds import TinyEngine, passing, settings
 def test_a_round_writes_nothing_of_who_was_forgotten_meanwhile(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, forgets_later: bool
 ) -> None:
-    monkeypatch.setattr(workspace, "Engine", TinyEngine)
+    monkeypatch.setattr(workspace, "RolloutEngine", TinyEngine)
     monkeypatch.setattr(judging, "decide", passing)
     opening, get, seen = FeatureCache.open, FeatureCache.get, []
 
     def forget(last: bool) -> None:
-        store = FeedbackStore.open(data_dir)
-        seen.append(store.feedback("ann", 1)[0].id)
+        store = Store.open(data_dir)
+        seen.append(store.feedback.page("ann", 1)[0].id)
         while store.deletion.step("ann") and last:
             pass
         store.close()
@@ -59,8 +59,8 @@ def test_a_round_writes_nothing_of_who_was_forgotten_meanwhile(
     assert report.state == "promoted"
     directory = data_dir / "rounds" / str(report.round_id)
     asked = [json.loads(line)["conversation_id"] for line in (directory / "answers.jsonl").read_text().splitlines()]
-    there = FeedbackStore.open(data_dir)
-    left = {conversation.id for conversation in there.conversations("ann", 99)}
+    there = Store.open(data_dir)
+    left = {conversation.id for conversation in there.conversations.page("ann", 99)}
     there.close()
     # Of the twelve held-out prompts those are left that are still there, and our own.
     assert len(left) == (0 if forgets_later else 60)

@@ -7,7 +7,7 @@ import pytest
 from learner.reward.linear_heads import SignalTest
 from learner.round.preconditions import no_candidate, too_few_prompts, too_little
 from learner.round.prompts import Prompts
-from server.store.records import Prompt
+from server.store.chats.records import Prompt
 
 PROMPT = Prompt("conv", [1], 8)
 

@@ -6,7 +6,7 @@ import pytest
 
 from learner.reward.dataset import is_judge
 from learner.round.prompts import OWN, Prompts, share_out, split_prompts, top_up
-from server.store.records import Prompt
+from server.store.chats.records import Prompt
 
 
 def encode(messages: list[dict[str, str]]) -> list[int]:

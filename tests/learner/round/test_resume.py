@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from learner.progress import Stages
 from learner.round.report import Report
 from learner.round.run import run_once
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.learner.rounds import TinyEngine, passing, settings
 from tests.tiers import slow
 
@@ -40,7 +40,7 @@ def run(data_dir: Path, dtype: str = "float32", said: Path | None = None) -> Rep
     import learner.round.gate_stage
     import learner.round.workspace
 
-    learner.round.workspace.Engine = TinyEngine  # type: ignore[assignment, misc]
+    learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
     learner.round.gate_stage.decide = passing
     ppo = settings(data_dir).ppo.model_copy(update={"steps": 4, "epochs": 2})
     with said.open("w") if said else nullcontext() as file:
@@ -101,12 +101,12 @@ def unbroken(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 def outcome(data_dir: Path) -> dict[str, Any]:
     """Everything a round leaves that does not depend on how long it took."""
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     try:
-        [round_] = store.registry.rounds()
-        active = store.registry.active_policy()
-        versions = [policy.version for policy in store.registry.policies()]
-        reward_models = [model.version for model in store.registry.reward_models()]
+        [round_] = store.rounds.page()
+        active = store.policies.active()
+        versions = [policy.version for policy in store.policies.page()]
+        reward_models = [model.version for model in store.reward_models.all()]
     finally:
         store.close()
     assert round_.state == "promoted"
@@ -131,7 +131,7 @@ def outcome(data_dir: Path) -> dict[str, Any]:
     [
         slow("learner.round.workspace:Workspace.record", 2),  # before the signal's figures
         ("learner.round.checkpoint:publish", 1),  # the reward model written, not yet renamed
-        slow("server.store.registry:Registry.register_reward_model", 1),
+        slow("server.store.learning.reward_models:RewardModels.register", 1),
         slow("learner.round.workspace:Workspace.record", 3),  # before the reward model is named
         slow("learner.improve.ppo.trainer:policy_logprobs", 1),  # the first step, before any state
         ("learner.improve.ppo.trainer:ppo_update", 3),  # the third step
@@ -142,12 +142,12 @@ def outcome(data_dir: Path) -> dict[str, Any]:
         ("learner.round.gate_stage:_keep_answers", 1),
         slow("learner.round.workspace:Workspace.record", 5),  # before the gate is named
         slow("learner.round.checkpoint:publish", 2),  # the version is written, not yet renamed
-        slow("server.store.registry:Registry.register_policy", 1),
-        slow("server.store.registry:Registry.activate_policy", 1),
+        slow("server.store.learning.policies:Policies.register", 1),
+        slow("server.store.learning.policies:Policies.activate", 1),
         ("learner.round.publish:wait_until_loaded", 1),  # the pointer has moved
         slow("learner.round.workspace:drop_states", 1),
         slow("learner.round.workspace:drop_candidates", 1),
-        slow("server.store.registry:Registry.finish_round", 1),
+        slow("server.store.learning.rounds:Rounds.finish", 1),
     ],
 )
 def test_a_killed_round_ends_as_an_unbroken_one(
@@ -175,8 +175,8 @@ def test_a_round_that_goes_on_in_another_dtype_starts_ppo_over(begun: Path, tmp_
     process.join(SECONDS)
     assert process.exitcode == 0
     assert "it began in float32 and goes on in bfloat16; PPO starts over\n" in said.read_text()
-    store = FeedbackStore.open(data_dir)
-    [round_] = store.registry.rounds()
+    store = Store.open(data_dir)
+    [round_] = store.rounds.page()
     store.close()
     assert (round_.state, round_.settings["dtype"]) == ("promoted", "bfloat16")
     # The first step's log-probabilities are rounded: it was not taken from the state in float32.
@@ -198,8 +198,8 @@ def test_a_round_that_an_earlier_version_began_goes_on_as_it_began(
     data_dir = tmp_path / "data"
     shutil.copytree(begun, data_dir)
     killed(data_dir, "learner.improve.ppo.trainer:ppo_update", 3)
-    store = FeedbackStore.open(data_dir)
-    [round_] = store.registry.rounds()
+    store = Store.open(data_dir)
+    [round_] = store.rounds.page()
     settings = dict(round_.settings)
     settings["gpu_memory_share"] = settings.pop("learner_gpu_memory_share")
     settings["ppo"] = {**settings["ppo"], "dtype": settings.pop("dtype")}

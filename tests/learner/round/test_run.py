@@ -27,14 +27,14 @@ from learner.round.report import Report, print_report
 from learner.round.run import run_once
 from learner.round.workspace import STAGES, Workspace
 from server.shared.errors import ConflictError
-from server.store.feedback_store import FeedbackStore
-from server.store.manifest import verify
+from server.store.files.manifest import verify
+from server.store.store import Store
 from tests.learner.rounds import TinyEngine, low_words, make_reference, passing, settings, vote
 
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[TinyEngine]:
-    monkeypatch.setattr(workspace, "Engine", TinyEngine)
+    monkeypatch.setattr(workspace, "RolloutEngine", TinyEngine)
     return TinyEngine
 
 
@@ -42,8 +42,8 @@ def run(data_dir: Path, **changes: Any) -> Report:
     return run_once(settings(data_dir, **changes), Stages(Console(quiet=True)))
 
 
-def opened(data_dir: Path) -> FeedbackStore:
-    return FeedbackStore.open(data_dir)
+def opened(data_dir: Path) -> Store:
+    return Store.open(data_dir)
 
 
 def test_nothing_to_learn_from_is_a_sentence_and_changes_nothing(tmp_path: Path, model_directory: Path) -> None:
@@ -61,8 +61,8 @@ def test_nothing_to_learn_from_is_a_sentence_and_changes_nothing(tmp_path: Path,
     vote(store, model, 5, low_words)
     assert "5 votes, fewer than the 40" in run(data_dir).sentence
     assert "and 10 are needed" in run(data_dir, min_votes=5).sentence
-    assert store.registry.rounds() == []
-    assert [p.version for p in store.registry.policies()] == ["v0000"]
+    assert store.rounds.page() == []
+    assert [p.version for p in store.policies.page()] == ["v0000"]
 
 
 def test_pi_theta_begins_as_pi_old_where_a_rows_figures_depend_on_its_company(
@@ -90,8 +90,8 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (manifest.kind, manifest.base_version, manifest.reference_version) == ("adapter", "v0000", "v0000")
     assert verify(data_dir / "reward_models" / "rm0001")
     store = opened(data_dir)
-    assert store.registry.active_policy().version == "v0001"
-    policy = store.registry.policy("v0001")
+    assert store.policies.active().version == "v0001"
+    policy = store.policies.get("v0001")
     assert (policy.parent_version, policy.reward_model_version, policy.round_id) == ("v0000", "rm0001", report.round_id)
     stages = {"votes", "prompts", "versions", "signal", "voters", "reward_model", "ppo", "gate", "seconds"}
     assert set(report.metrics) == stages
@@ -140,7 +140,7 @@ def test_the_next_round_meets_the_promoted_version(
     assert status(data_dir, 10)["new_votes"] == 60
     report = run(data_dir)
     assert (report.state, report.incumbent_version, report.policy_version) == ("promoted", "v0001", "v0002")
-    assert store.registry.policy("v0002").parent_version == "v0001"
+    assert store.policies.get("v0002").parent_version == "v0001"
     # The incumbent's answers are its own, not the reference's.
     lines = (data_dir / "rounds" / str(report.round_id) / "answers.jsonl").read_text().splitlines()
     assert any(answers["incumbent"] != answers["reference"] for answers in map(json.loads, lines))
@@ -164,7 +164,7 @@ def test_the_next_round_may_start_from_the_active_version(
     full = ppo.model_copy(update={"train": "full"})
     with pytest.raises(ValueError, match="v0001 is of the kind adapter"):
         run(data_dir.with_name("other"), ppo=full)
-    assert opened(data_dir.with_name("other")).registry.rounds()[0].state == "failed"
+    assert opened(data_dir.with_name("other")).rounds.page()[0].state == "failed"
 
 
 def test_answers_that_never_end_do_not_break_the_figures(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_a_seed_is_another_round(data_dir: Path, tmp_path: Path, monkeypatch: py
     gate = settings(data_dir).gate.model_copy(update={"signal_p": 1.0})
     first, other = run(data_dir, gate=gate), run(tmp_path / "other", seed=1, gate=gate)
     assert first.metrics["ppo"]["steps"][0]["length"] != other.metrics["ppo"]["steps"][0]["length"]
-    assert opened(tmp_path / "other").registry.rounds()[0].settings["seed"] == 1
+    assert opened(tmp_path / "other").rounds.page()[0].settings["seed"] == 1
 
 
 @pytest.mark.parametrize(("keep", "left"), [(False, []), (True, ["step-001", "step-002"])])
@@ -257,14 +257,14 @@ def test_a_round_killed_after_any_stage_goes_on(data_dir: Path, stage: str, monk
         with pytest.raises(KeyboardInterrupt):
             run(data_dir)
     store = opened(data_dir)
-    started = store.registry.running_round()
+    started = store.rounds.running()
     assert started is not None
     assert started.stage == stage
-    assert store.registry.active_policy().version == "v0000"
+    assert store.policies.active().version == "v0000"
     report = run(data_dir)
     assert (report.state, report.round_id, report.policy_version) == ("promoted", started.id, "v0001")
-    assert [p.version for p in store.registry.policies()] == ["v0001", "v0000"]
-    assert [m.version for m in store.registry.reward_models()] == ["rm0001"]
+    assert [p.version for p in store.policies.page()] == ["v0001", "v0000"]
+    assert [m.version for m in store.reward_models.all()] == ["rm0001"]
 
 
 @pytest.mark.parametrize(
@@ -313,8 +313,8 @@ def test_a_rejected_candidate_is_kept_with_the_reason_and_not_served(
     assert report.state == "rejected"
     assert "It is worse." in report.sentence
     store = opened(data_dir)
-    assert store.registry.active_policy().version == "v0000"
-    policy = store.registry.policy("v0001")
+    assert store.policies.active().version == "v0000"
+    policy = store.policies.get("v0001")
     assert (policy.state, policy.reason) == ("rejected", "It is worse.")
     assert verify(data_dir / "policies" / "v0001")
 
@@ -335,18 +335,18 @@ def test_an_operators_rollback_meanwhile_is_not_overwritten(data_dir: Path, monk
     def moved(candidates: Any, *_: Any) -> Verdict:
         store = opened(data_dir)
         shutil.copytree(data_dir / "policies" / "v0000", data_dir / "policies" / "v0009")
-        store.registry.register_policy(
+        store.policies.register(
             "v0009", kind="full", state="candidate", parent_version="v0000", reference_version="v0000",
             round_id=None, reward_model_version=None, metrics={},
         )  # fmt: skip
-        store.registry.activate_policy("v0009", actor="operator")
+        store.policies.activate("v0009", actor="operator")
         return Verdict(candidates[-1], [])
 
     monkeypatch.setattr(judging, "decide", moved)
     report = run(data_dir)
     assert report.state == "rejected"
     assert "changed meanwhile" in report.sentence
-    assert opened(data_dir).registry.active_policy().version == "v0009"
+    assert opened(data_dir).policies.active().version == "v0009"
 
 
 def test_a_round_that_raises_is_recorded_and_changes_nothing(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,9 +357,9 @@ def test_a_round_that_raises_is_recorded_and_changes_nothing(data_dir: Path, mon
     with pytest.raises(RuntimeError, match="disk full"):
         run(data_dir)
     store = opened(data_dir)
-    (failed,) = store.registry.rounds()
+    (failed,) = store.rounds.page()
     assert (failed.state, failed.reason) == ("failed", "RuntimeError: disk full")
-    assert store.registry.active_policy().version == "v0000"
+    assert store.policies.active().version == "v0000"
 
 
 def interrupt(*_: Any) -> None:
@@ -373,7 +373,7 @@ def test_a_round_that_is_asked_to_stop_is_gone_on_with(data_dir: Path, monkeypat
             with pytest.raises(KeyboardInterrupt):
                 run(data_dir, max_resumes=1)
     store = opened(data_dir)
-    (running,) = store.registry.rounds()
+    (running,) = store.rounds.page()
     # Being asked is no crash, however often.
     assert (running.state, running.stage, running.attempts) == ("running", "reward_model", 0)
     monkeypatch.setattr(judging, "decide", passing)
@@ -391,7 +391,7 @@ def test_a_round_that_is_killed_again_and_again_is_given_up(data_dir: Path, monk
                 run(data_dir, max_resumes=2)
     monkeypatch.setattr(judging, "decide", passing)
     report = run(data_dir, max_resumes=2)
-    new, given_up = opened(data_dir).registry.rounds()
+    new, given_up = opened(data_dir).rounds.page()
     assert given_up.state == "failed"
     assert given_up.reason == "It was killed 3 times, last after its stage reward_model."
     assert (report.state, report.round_id) == ("promoted", new.id)
@@ -419,7 +419,7 @@ def test_votes_are_traced_to_versions_and_back(
     assert len({*sides["train"], *sides["judge"]}) == 80
 
     old = sides["train"][0]
-    (newest,) = store.feedback("ann", 1)
+    (newest,) = store.feedback.page("ann", 1)
     carried = trace_vote(data_dir, old)
     assert [(step["round_id"], list(step["versions"])) for step in carried.record["rounds"]] == [
         (first.round_id, ["v0001", "v0002"]),  # v0002 started from v0001.
@@ -429,7 +429,7 @@ def test_votes_are_traced_to_versions_and_back(
     assert [step["round_id"] for step in trace_vote(data_dir, newest.id).record["rounds"]] == [second.round_id]
 
     # What is taken back is not learned from again, and the trace says so.
-    store.retract_feedback("ann", old)
+    store.feedback.retract("ann", old)
     third = run(data_dir)
     assert third.metrics["votes"]["choices"] == 99
     assert [step["round_id"] for step in trace_vote(data_dir, old).record["rounds"]] == [
@@ -441,15 +441,15 @@ def test_votes_are_traced_to_versions_and_back(
 
 def test_votes_on_what_was_rolled_back_can_be_left_out(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(data_dir)
-    for response in store.snapshot().choices[:30]:
+    for response in store.snapshots.take().choices[:30]:
         store._db.execute("UPDATE spans SET policy_version = 'v0009' WHERE response_id = ?", [response.a.id])
     shutil.copytree(data_dir / "policies" / "v0000", data_dir / "policies" / "v0009")
-    store.registry.register_policy(
+    store.policies.register(
         "v0009", kind="full", state="candidate", parent_version="v0000", reference_version="v0000", round_id=None,
         reward_model_version=None, metrics={},
     )  # fmt: skip
-    store.registry.activate_policy("v0009", actor="learner")
-    store.registry.activate_policy("v0000", actor="operator", action="rollback")
+    store.policies.activate("v0009", actor="learner")
+    store.policies.activate("v0000", actor="operator", action="rollback")
     shutil.copytree(data_dir, data_dir.with_name("other"))
     monkeypatch.setattr(judging, "decide", passing)
     assert run(data_dir, skip_rolled_back=True).metrics["votes"]["choices"] == 50
@@ -496,7 +496,7 @@ def test_whoever_was_in_quarantine_when_a_round_began_is_left_out(
 
 def test_one_learner_at_a_time(data_dir: Path) -> None:
     store = opened(data_dir)
-    assert store.registry.acquire_lease("learner", "another", 60)
+    assert store.leases.acquire("learner", "another", 60)
     report = run(data_dir)
     assert (report.state, report.round_id) == ("nothing", None)
     assert "Another learner is at work" in report.sentence
@@ -504,18 +504,18 @@ def test_one_learner_at_a_time(data_dir: Path) -> None:
 
 def test_a_learner_that_waits_starts_when_the_other_is_done(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(data_dir)
-    other = store.registry.acquire_lease("learner", "another", 10_000)
+    other = store.leases.acquire("learner", "another", 10_000)
     assert other
     now = [0.0]
 
     def sleep(seconds: float) -> None:
         now[0] += 10.0
         if now[0] > 3600:
-            store.registry.release_lease(other)
+            store.leases.release(other)
 
     monkeypatch.setattr(learner.round.lease, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
     assert "Another learner is at work" in run(data_dir).sentence
-    monkeypatch.setattr(rounds, "why_not", lambda *_: "Its turn.")
+    monkeypatch.setattr(rounds, "failed_precondition", lambda *_: "Its turn.")
     assert run_once(settings(data_dir), Stages(Console(quiet=True)), wait=True).sentence == "Its turn."
     assert now[0] > 3600
 
@@ -529,28 +529,28 @@ def test_a_learner_that_was_stopped_past_its_lease_publishes_nothing(
         verdict = judge(*arguments)
         store = opened(data_dir)
         store._db.execute("UPDATE leases SET expire_uptime = 0")
-        assert store.registry.acquire_lease("learner", "another", 60)
+        assert store.leases.acquire("learner", "another", 60)
         return Verdict(verdict.chosen, [])
 
     monkeypatch.setattr(rounds, "judge_candidates", stopped_meanwhile)
     with pytest.raises(ConflictError, match="went to another"):
         run(data_dir)
-    registry = opened(data_dir).registry
-    assert [policy.version for policy in registry.policies()] == ["v0000"]
-    assert registry.active_policy().version == "v0000"
+    store = opened(data_dir)
+    assert [policy.version for policy in store.policies.page()] == ["v0000"]
+    assert store.policies.active().version == "v0000"
     # The round is the other learner's to go on with.
-    (round_,) = registry.rounds()
+    (round_,) = store.rounds.page()
     assert (round_.state, round_.stage) == ("running", "gate")
 
 
 def test_waiting_for_servers(data_dir: Path) -> None:
     store = opened(data_dir)
-    store.registry.report_replica("r1", "v0001")
+    store.replicas.report("r1", "v0001")
     assert wait_until_loaded(store, "v0001", 0) == "1 running server loaded it."
-    store.registry.report_replica("r2", "v0000")
+    store.replicas.report("r2", "v0000")
     assert wait_until_loaded(store, "v0001", 0) == "1 of 2 running servers had not loaded it after 0 s."
-    store.registry.report_replica("r2", "v0000", "bad tensor")
+    store.replicas.report("r2", "v0000", "bad tensor")
     # What it says of another version is of before.
     assert wait_until_loaded(store, "v0001", 0) == "1 of 2 running servers had not loaded it after 0 s."
-    store.registry.report_replica("r2", "v0000", "v0001: bad tensor")
+    store.replicas.report("r2", "v0000", "v0001: bad tensor")
     assert "could not load it and went on with v0000: v0001: bad tensor" in wait_until_loaded(store, "v0001", 0)

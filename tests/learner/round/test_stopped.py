@@ -15,7 +15,7 @@ from rich.console import Console
 from learner.progress import Stages
 from learner.round.run import run_once
 from server.shared.errors import ConflictError
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.learner.round.test_resume import PROCESSES, SECONDS, before_call
 from tests.learner.rounds import TinyEngine, passing, settings
 from tests.tiers import slow
@@ -27,7 +27,7 @@ def run(data_dir: Path) -> None:
     import learner.round.gate_stage
     import learner.round.workspace
 
-    learner.round.workspace.Engine = TinyEngine  # type: ignore[assignment, misc]
+    learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
     learner.round.gate_stage.decide = passing
     # As `learner run-once` has it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -59,8 +59,8 @@ def contents(data_dir: Path) -> dict[str, str]:
 
 
 def recorded(data_dir: Path) -> list[Any]:
-    with closing(FeedbackStore.open(data_dir)) as store:
-        return [store.registry.rounds(), store.registry.policies(), store.registry.reward_models()]
+    with closing(Store.open(data_dir)) as store:
+        return [store.rounds.page(), store.policies.page(), store.reward_models.all()]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def recorded(data_dir: Path) -> list[Any]:
         slow("learner.improve.ppo.state:publish", 3),  # a state written, not yet renamed
         slow("learner.round.gate_stage:_keep_answers", 1),  # about to write what was answered
         ("learner.round.checkpoint:publish", 2),  # the version written, not yet renamed
-        slow("server.store.registry:Registry.activate_policy", 1),  # about to move the pointer
+        slow("server.store.learning.policies:Policies.activate", 1),  # about to move the pointer
     ],
 )
 def test_a_learner_that_wakes_after_another_took_over_changes_nothing(

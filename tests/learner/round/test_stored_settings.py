@@ -11,7 +11,7 @@ from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError
 from server.shared.stored_round import SETTINGS
 from server.shared.tables import flatten
-from server.store.records import Round
+from server.store.learning.records import Round
 
 # What commit a51ccdf stores of a round with its defaults.
 A51CCDF: dict[str, Any] = {

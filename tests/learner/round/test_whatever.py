@@ -13,8 +13,8 @@ import learner.round.gate_stage as judging
 import learner.round.workspace as workspace
 from learner.progress import Stages
 from learner.round.run import run_once
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Generation, Span
+from server.store.chats.records import Generation, Span
+from server.store.store import Store
 from tests.learner import rounds
 from tests.learner.rounds import TinyEngine, passing
 
@@ -33,23 +33,23 @@ given_things = st.fixed_dictionaries(
 )
 
 
-def give(store: FeedbackStore, number: int, thing: dict[str, Any]) -> None:
+def give(store: Store, number: int, thing: dict[str, Any]) -> None:
     """An answer of that kind, with a thumb and a correction on it; and a demonstration."""
     user = f"user{number % 3}"
-    conversation = store.create_conversation(user, thing["text"] or "?")
-    response = store.begin_response(
+    conversation = store.conversations.create(user, thing["text"] or "?")
+    response = store.responses.begin(
         user, conversation, message=thing["text"] or "?", replica_id="r", policy_version="v0000",
         prompt_token_ids=[5 + number % 30] * thing["prompt"], temperature=0.85, max_tokens=thing["max_tokens"],
         seed=None,
     )  # fmt: skip
     tokens = [7] * thing["answer"]
     spans = [Span(0, len(tokens), "v0000")] if tokens else []
-    store.finish_response(
+    store.responses.finish(
         response, Generation(tokens, [-1.0] * len(tokens), thing["text"] or "w7", thing["reason"], spans)
     )
-    store.submit_thumb(user, response, up=bool(number % 2))
-    store.submit_correction(user, response, thing["text"])
-    store.submit_demonstration(user, [{"role": "assistant", "content": thing["text"]}] * 2)
+    store.feedback.submit_thumb(user, response, up=bool(number % 2))
+    store.feedback.submit_correction(user, response, thing["text"])
+    store.feedback.submit_demonstration(user, [{"role": "assistant", "content": thing["text"]}] * 2)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -57,11 +57,11 @@ def give(store: FeedbackStore, number: int, thing: dict[str, Any]) -> None:
 def test_a_round_ends_well_or_with_a_sentence(
     voted: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, things: list[dict[str, Any]]
 ) -> None:
-    monkeypatch.setattr(workspace, "Engine", TinyEngine)
+    monkeypatch.setattr(workspace, "RolloutEngine", TinyEngine)
     monkeypatch.setattr(judging, "decide", passing)
     data_dir = tmp_path_factory.mktemp("whatever") / "data"
     shutil.copytree(voted, data_dir)
-    store = FeedbackStore.open(data_dir)
+    store = Store.open(data_dir)
     for number, thing in enumerate(things):
         give(store, number, thing)
     store.close()

@@ -18,10 +18,10 @@ import pytest
 from server.admin import backup
 from server.admin.backup import back_up
 from server.shared.errors import DataDirectoryError
-from server.store.feedback_store import FeedbackStore
-from server.store.manifest import Manifest, verify
+from server.store.files.manifest import Manifest, verify
+from server.store.store import Store
 from tests.server.conftest import publish_version, register
-from tests.server.store.test_feedback_store import answer
+from tests.server.store.test_store import answer
 
 
 @pytest.fixture
@@ -29,23 +29,23 @@ def data_dir(tmp_path: Path) -> Path:
     """v0000 serves, v0001 is there, too; ann's first vote."""
     data_dir = tmp_path / "data"
     data_dir.mkdir()
-    with closing(FeedbackStore.open(data_dir)) as store:
+    with closing(Store.open(data_dir)) as store:
         for version in ("v0000", "v0001"):
             publish_version(data_dir, version)
-        store.registry.register_reference()
+        store.policies.register_reference()
         register(store, "v0001")
         vote(store)
     return data_dir
 
 
-def vote(store: FeedbackStore) -> str:
-    return store.submit_thumb("ann", answer(store, store.create_conversation("ann", "hello")), up=True).id
+def vote(store: Store) -> str:
+    return store.feedback.submit_thumb("ann", answer(store, store.conversations.create("ann", "hello")), up=True).id
 
 
 def votes(data_dir: Path) -> list[str]:
     """In the order that they were given."""
-    with closing(FeedbackStore.open(data_dir)) as store:
-        return [thumb.feedback_id for thumb in store.snapshot().thumbs]
+    with closing(Store.open(data_dir)) as store:
+        return [thumb.feedback_id for thumb in store.snapshots.take().thumbs]
 
 
 def files(directory: Path) -> list[str]:
@@ -59,7 +59,7 @@ def voting(data_dir: Path) -> Iterator[list[str]]:
     first, stop = threading.Event(), threading.Event()
 
     def run() -> None:
-        with closing(FeedbackStore.open(data_dir)) as store:
+        with closing(Store.open(data_dir)) as store:
             while not stop.is_set():
                 acknowledged.append(vote(store))
                 first.set()
@@ -113,16 +113,16 @@ def test_a_backup_is_the_database_and_the_versions_and_nothing_else(data_dir: Pa
 def test_a_round_that_is_under_way_has_failed_in_the_backup_and_goes_on_in_the_original(
     data_dir: Path, tmp_path: Path
 ) -> None:
-    with closing(FeedbackStore.open(data_dir)) as store:
-        lease = store.registry.acquire_lease("learner", "here", 60)
+    with closing(Store.open(data_dir)) as store:
+        lease = store.leases.acquire("learner", "here", 60)
         assert lease
-        round_id = store.registry.create_round(1, {}, reference_version="v0000", fence=lease).id
+        round_id = store.rounds.create(1, {}, reference_version="v0000", fence=lease).id
         back_up(data_dir, tmp_path / "copy")
-        assert store.registry.round(round_id).state == "running"
-    with closing(FeedbackStore.open(tmp_path / "copy")) as copy:
-        failed = copy.registry.round(round_id)
+        assert store.rounds.get(round_id).state == "running"
+    with closing(Store.open(tmp_path / "copy")) as copy:
+        failed = copy.rounds.get(round_id)
         assert (failed.state, failed.reason) == ("failed", "It was under way when this backup was made.")
-        assert copy.registry.running_round() is None
+        assert copy.rounds.running() is None
 
 
 def test_a_backup_shares_nothing_with_the_original(data_dir: Path, tmp_path: Path) -> None:
@@ -148,15 +148,15 @@ def test_a_version_that_is_published_meanwhile_comes_along(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def publish() -> None:
-        with closing(FeedbackStore.open(data_dir)) as store:
+        with closing(Store.open(data_dir)) as store:
             publish_version(data_dir, "v0002")
             register(store, "v0002")
-            store.registry.activate_policy("v0002", actor="learner")
+            store.policies.activate("v0002", actor="learner")
 
     on_copying(monkeypatch, "v0001", publish)
     assert back_up(data_dir, tmp_path / "copy") == []
-    with closing(FeedbackStore.open(tmp_path / "copy")) as store:
-        assert store.registry.active_policy().version == "v0002"
+    with closing(Store.open(tmp_path / "copy")) as store:
+        assert store.policies.active().version == "v0002"
     assert verify(tmp_path / "copy" / "policies" / "v0002").version == "v0002"
 
 
@@ -164,15 +164,15 @@ def test_a_version_that_is_pruned_meanwhile_is_not_missed(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prune() -> None:
-        with closing(FeedbackStore.open(data_dir)) as store:
-            assert store.registry.prune_policy("v0001")
+        with closing(Store.open(data_dir)) as store:
+            assert store.policies.prune("v0001")
         shutil.rmtree(data_dir / "policies" / "v0001")
 
     on_copying(monkeypatch, "v0000", prune)
     assert back_up(data_dir, tmp_path / "copy") == []
     assert [path.name for path in (tmp_path / "copy" / "policies").iterdir()] == ["v0000"]
-    with closing(FeedbackStore.open(tmp_path / "copy")) as store:
-        assert store.registry.policy("v0001").prune_time is not None
+    with closing(Store.open(tmp_path / "copy")) as store:
+        assert store.policies.get("v0001").prune_time is not None
 
 
 def test_a_damaged_version_is_left_out_and_named_and_the_votes_are_kept(data_dir: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_damaged_version_is_left_out_and_named_and_the_votes_are_kept(data_dir
 
 
 def test_a_damaged_database_makes_no_backup(data_dir: Path, tmp_path: Path) -> None:
-    with closing(FeedbackStore.open(data_dir)) as store:
+    with closing(Store.open(data_dir)) as store:
         for _ in range(50):
             vote(store)
     with (data_dir / "prefloop.db").open("r+b") as file:

@@ -1,5 +1,5 @@
 from server.engine.vllm_stream import to_spans
-from server.store.records import Span
+from server.store.chats.records import Span
 
 
 def test_tokens_are_of_the_version_that_was_loaded_when_they_came() -> None:

@@ -10,7 +10,7 @@ from learner.model.policy import TrainablePolicy
 from learner.settings import PPOSettings
 from server.engine.weights import engine_weights
 from server.shared.dtype import DtypeName
-from server.store.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_staging, publish, write_manifest
 from tests.learner.conftest import save_tiny_model
 from tests.learner.rounds import make_reference
 

@@ -17,12 +17,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server.app import SERVICES
-from server.identity import Caller, Role
 from server.rpc.access import ROLES
 from server.rpc.tls import Certificates
 from server.shared.errors import InvalidArgumentError, NotFoundError, ServiceError
-from server.store.feedback_store import FeedbackStore
-from server.store.keys import Credentials
+from server.store.keys import Caller, Credentials, Role
+from server.store.store import Store
 from tests.pem import Pem, make_pem
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_rpcs import chat, compare, failure, refusal
@@ -206,7 +205,7 @@ async def test_health_is_for_everybody_watching_it_and_reflection_are_not(locked
     assert set(SERVICES) <= names
 
 
-def test_only_a_hash_of_a_key_is_kept(store: FeedbackStore, tmp_path: Path) -> None:
+def test_only_a_hash_of_a_key_is_kept(store: Store, tmp_path: Path) -> None:
     none = store.keys.credentials()
     assert none == Credentials({}, closed=False)
     assert store.keys.credentials(none) is none

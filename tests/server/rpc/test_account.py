@@ -11,9 +11,9 @@ import pytest
 from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2
 
 from server.rpc.export import PART_TURNS
-from server.store.feedback_store import FeedbackStore
-from server.store.residue import cache_directory
-from server.store.sqlite.database import Database
+from server.store.files.residue import cache_directory
+from server.store.sqlite.database import SqliteDatabase
+from server.store.store import Store
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_access import Locked, locked  # noqa: F401 (a fixture)
 from tests.server.rpc.test_rpcs import ANN, BOB, chat, compare, failure, refusal
@@ -195,7 +195,7 @@ async def test_votes_that_race_with_it_lose(running: Running) -> None:
     started, *_ = await chat(running, user=ZOE)
     disk, busy = threading.Event(), threading.Event()
 
-    def wait(store: FeedbackStore) -> bool:
+    def wait(store: Store) -> bool:
         busy.set()
         return disk.wait(SECONDS)
 
@@ -236,10 +236,10 @@ async def test_asked_twice_at_once_neither_ends_the_other(running: Running) -> N
 
 
 async def test_a_reader_that_keeps_the_log_is_told_of(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    once = Database.empty_log
-    monkeypatch.setattr(Database, "empty_log", lambda database: once(database, 0.0))
+    once = SqliteDatabase.empty_log
+    monkeypatch.setattr(SqliteDatabase, "empty_log", lambda database: once(database, 0.0))
     await chat(running, WORD, user=ZOE)
-    reader = Database(running.data_dir / "prefloop.db")
+    reader = SqliteDatabase(running.data_dir / "prefloop.db")
     reader.execute("BEGIN")
     reader.rows("SELECT * FROM turns")
     assert not (await forget(running)).erased
@@ -326,9 +326,9 @@ async def test_a_vote_that_was_changed_often_is_exported_with_all_that_it_was(ru
 async def test_conversations_that_nobody_touched_for_long_are_deleted(
     tmp_path: Path, days: int, left: set[str]
 ) -> None:
-    store = FeedbackStore.open(tmp_path)
-    old = store.create_conversation("ann", WORD)
-    store.create_conversation("ann", "new")
+    store = Store.open(tmp_path)
+    old = store.conversations.create("ann", WORD)
+    store.conversations.create("ann", "new")
     store._db.execute("UPDATE conversations SET update_time = unixepoch() - 31 * 86400 WHERE id = ?", [old])
     store.close()
     async with running_server(tmp_path, retention_days=days) as running:

@@ -14,12 +14,12 @@ from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 from prefloop.v1 import chat_pb2, feedback_pb2
 
-from server.identity import Caller
 from server.rpc import interceptor
 from server.rpc import limits as limits_module
 from server.rpc.limits import Limits
 from server.shared.errors import ResourceExhaustedError
-from server.store import feedback_store
+from server.store.chats import feedback
+from server.store.keys import Caller
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_rpcs import ANN, BOB, chat, failure, refusal, turns
 
@@ -158,7 +158,7 @@ async def test_a_conversation_has_an_end(tmp_path: Path) -> None:
 
 
 async def test_what_is_kept_of_a_user_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feedback_store, "MOST_EVENTS", 3)
+    monkeypatch.setattr(feedback, "MOST_EVENTS", 3)
     async with running_server(tmp_path, user_conversations=2, user_demonstrations=2) as running:
         first, *_ = await chat(running)
         second, *_ = await chat(running)

@@ -9,8 +9,8 @@ import pytest
 from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 
 from server.rpc.paging import PAGE_BYTES, fill, in_chunks
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Generation, Span
+from server.store.chats.records import Generation, Span
+from server.store.store import Store
 from tests.server.conftest import Running, running_server
 
 ANN = (("x-user-id", "ann"),)
@@ -50,16 +50,16 @@ def test_chunks_are_read_until_there_is_none() -> None:
     assert asked == [None, 2, 5, 6]
 
 
-def long_conversation(store: FeedbackStore, turns: int, chars: int) -> str:
-    conversation = store.create_conversation("ann", "hello")
+def long_conversation(store: Store, turns: int, chars: int) -> str:
+    conversation = store.conversations.create("ann", "hello")
     for number in range(turns):
-        response = store.begin_response(
+        response = store.responses.begin(
             "ann", conversation, message=f"{number} " + "m" * chars, replica_id="here", policy_version="v0000",
             prompt_token_ids=[1] * 100, temperature=0.85, max_tokens=8, seed=None,
         )  # fmt: skip
         generation = Generation([5], [-0.5], "a" * chars, "stop", [Span(0, 1, "v0000")])
-        store.finish_response(response, generation)
-        store.submit_thumb("ann", response, up=True, comment=f"vote {number}")
+        store.responses.finish(response, generation)
+        store.feedback.submit_thumb("ann", response, up=True, comment=f"vote {number}")
     return conversation
 
 
@@ -118,18 +118,18 @@ async def test_feedback_comes_in_pages_that_any_client_takes(tmp_path: Path) -> 
 async def test_versions_and_rounds_come_in_pages_that_any_client_takes(tmp_path: Path) -> None:
     async with running_server(tmp_path) as running:
 
-        def fill(store: FeedbackStore) -> None:
-            lease = store.registry.acquire_lease("learner", "here", 60)
+        def fill(store: Store) -> None:
+            lease = store.leases.acquire("learner", "here", 60)
             assert lease
             for number in range(1, 31):
                 metrics = {"curve": "m" * 100_000}
-                store.registry.register_policy(
+                store.policies.register(
                     f"v{number:04d}", kind="full", state="retired", parent_version="v0000", reference_version="v0000",
                     round_id=None, reward_model_version=None, metrics=metrics,
                 )  # fmt: skip
-                round_ = store.registry.create_round(0, {}, reference_version="v0000", fence=lease)
-                store.registry.update_round(round_.id, metrics=metrics, policy_version=f"v{number:04d}", fence=lease)
-                store.registry.finish_round(round_.id, "rejected", fence=lease)
+                round_ = store.rounds.create(0, {}, reference_version="v0000", fence=lease)
+                store.rounds.update(round_.id, metrics=metrics, policy_version=f"v{number:04d}", fence=lease)
+                store.rounds.finish(round_.id, "rejected", fence=lease)
 
         await running.store(fill)
         for field, ask, request in (
@@ -167,16 +167,16 @@ async def test_votes_do_not_wait_for_a_reader(tmp_path: Path) -> None:
         reading = asyncio.Event()
         loop, go_on = asyncio.get_running_loop(), asyncio.Event()
 
-        def read(store: FeedbackStore) -> list[int]:
-            before = len(store.conversations("ann", 10))
+        def read(store: Store) -> list[int]:
+            before = len(store.conversations.page("ann", 10))
             loop.call_soon_threadsafe(reading.set)
             asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(10)
-            return [before, len(store.conversations("ann", 10))]
+            return [before, len(store.conversations.page("ann", 10))]
 
         slow = asyncio.create_task(running.store.read(read))
         await reading.wait()
         started = time.monotonic()
-        await running.store(lambda store: store.create_conversation("ann", "hello"))
+        await running.store(lambda store: store.conversations.create("ann", "hello"))
         assert time.monotonic() - started < 5
         go_on.set()
         # As of one moment.

@@ -12,25 +12,23 @@ from prefloop.v1 import account_pb2, chat_pb2, policy_pb2
 
 from server.admin import retention_task
 from server.rpc import policies
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Round
-from server.store.residue import keeping
-from server.store.round_samples import RoundSample, read_samples
+from server.store.files.residue import keeping
+from server.store.files.round_samples import RoundSample, read_samples
+from server.store.learning.records import Round
+from server.store.store import Store
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_rpcs import ANN, BOB, refusal
 
 OWN = ""
 
 
-def judged(store: FeedbackStore) -> Round:
+def judged(store: Store) -> Round:
     """A round whose gate chose the candidate of step 2."""
-    fence = store.registry.acquire_lease("learner", "here", 60)
+    fence = store.leases.acquire("learner", "here", 60)
     assert fence
-    round_ = store.registry.create_round(0, {}, reference_version="v0000", fence=fence)
-    round_ = store.registry.update_round(
-        round_.id, stage="gate", metrics={"gate": {"chosen": {"step": 2}}}, fence=fence
-    )
-    store.registry.release_lease(fence)
+    round_ = store.rounds.create(0, {}, reference_version="v0000", fence=fence)
+    round_ = store.rounds.update(round_.id, stage="gate", metrics={"gate": {"chosen": {"step": 2}}}, fence=fence)
+    store.leases.release(fence)
     return round_
 
 
@@ -79,9 +77,7 @@ async def test_a_round_that_judged_nothing_has_no_samples(running: Running) -> N
     assert prompts(await listed(running, round_)) == []
 
 
-def test_a_line_that_a_kill_cut_short_and_one_that_names_nobody_are_left_out(
-    store: FeedbackStore, tmp_path: Path
-) -> None:
+def test_a_line_that_a_kill_cut_short_and_one_that_names_nobody_are_left_out(store: Store, tmp_path: Path) -> None:
     round_ = judged(store)
     file = tmp_path / "rounds" / round_.id / "answers.jsonl"
     keep_line(tmp_path, round_, OWN, "whole")
@@ -99,20 +95,20 @@ async def unswept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
 
 async def test_what_was_deleted_is_not_shown_before_it_is_swept_either(unswept: Running) -> None:
-    gone, kept = await unswept.store(lambda store: [store.create_conversation("ann", "q") for _ in range(2)])
+    gone, kept = await unswept.store(lambda store: [store.conversations.create("ann", "q") for _ in range(2)])
     round_ = await unswept.store(judged)
     for conversation_id, prompt in ((gone, "secret"), (kept, "kept"), (OWN, "ours"), (kept, "more")):
         keep_line(unswept.data_dir, round_, conversation_id, prompt)
     first = await listed(unswept, round_, 1)
     assert prompts(first) == ["secret"]
     # The rows are gone and the sweep waits, as it does behind whoever keeps.
-    await unswept.store(lambda store: store.delete_conversation("ann", gone))
+    await unswept.store(lambda store: store.conversations.delete("ann", gone))
     assert b"secret" in (unswept.data_dir / "rounds" / round_.id / "answers.jsonl").read_bytes()
     assert prompts(await listed(unswept, round_)) == ["kept", "ours", "more"]
 
 
 async def test_a_page_goes_on_where_it_was_though_lines_before_it_were_swept(running: Running) -> None:
-    gone, kept = await running.store(lambda store: [store.create_conversation("ann", "q") for _ in range(2)])
+    gone, kept = await running.store(lambda store: [store.conversations.create("ann", "q") for _ in range(2)])
     round_ = await running.store(judged)
     for row, (conversation_id, prompt) in enumerate(((gone, "a"), (kept, "b"), (kept, "c"), (kept, "d"))):
         keep_line(running.data_dir, round_, conversation_id, prompt, row=row)
@@ -124,7 +120,7 @@ async def test_a_page_goes_on_where_it_was_though_lines_before_it_were_swept(run
 
 
 async def test_a_deletion_while_samples_are_read_is_in_time(unswept: Running, monkeypatch: Any) -> None:
-    conversation_id = await unswept.store(lambda store: store.create_conversation("ann", "q"))
+    conversation_id = await unswept.store(lambda store: store.conversations.create("ann", "q"))
     round_ = await unswept.store(judged)
     keep_line(unswept.data_dir, round_, conversation_id, "secret")
     loop = asyncio.get_running_loop()
@@ -132,7 +128,7 @@ async def test_a_deletion_while_samples_are_read_is_in_time(unswept: Running, mo
     def delete_and_read(data_dir: Path, round_: Round) -> Any:
         found = list(read_samples(data_dir, round_))
         assert len(found) == 1
-        deleted = unswept.store(lambda store: store.delete_conversation("ann", conversation_id))
+        deleted = unswept.store(lambda store: store.conversations.delete("ann", conversation_id))
         asyncio.run_coroutine_threadsafe(deleted, loop).result(10)
         return found
 
@@ -177,7 +173,7 @@ async def test_a_round_that_is_not_there_is_not_found_whatever_is_on_the_disk(ru
 
 
 async def test_nothing_is_shown_of_somebody_who_was_forgotten(running: Running) -> None:
-    hers, his = await running.store(lambda store: [store.create_conversation(user, "q") for user in ("ann", "bob")])
+    hers, his = await running.store(lambda store: [store.conversations.create(user, "q") for user in ("ann", "bob")])
     round_ = await running.store(judged)
     for conversation_id, prompt in ((hers, "hers"), (his, "his")):
         keep_line(running.data_dir, round_, conversation_id, prompt)

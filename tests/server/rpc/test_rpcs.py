@@ -15,9 +15,9 @@ from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 from safetensors.numpy import save_file
 
 from server import app
-from server.store.feedback_store import FeedbackStore
-from server.store.manifest import write_manifest
-from server.store.registry import Registry
+from server.store.files.manifest import write_manifest
+from server.store.learning.policies import Policies
+from server.store.store import Store
 from tests.server.conftest import Running, publish_version, register, running_server
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -219,7 +219,7 @@ async def test_a_thousand_duplicates_at_once_are_one_turn_and_one_vote(tmp_path:
         vote = feedback_pb2.SubmitThumbRequest(response_id=response_id, thumb=feedback_pb2.THUMB_UP, request_id="r2")
         votes = await asyncio.gather(*(running.feedback.SubmitThumb(vote, metadata=ANN) for _ in range(1000)))
         assert len({vote.feedback.feedback_id for vote in votes}) == 1
-        assert await running.store(lambda store: store.watermark()) == 1
+        assert await running.store(lambda store: store.snapshots.watermark()) == 1
 
 
 async def test_a_comparison_hides_what_tells_its_answers_apart_until_the_choice(running: Running) -> None:
@@ -435,7 +435,7 @@ async def test_of_two_rollbacks_at_once_one_goes_back_one_step(running: Running)
         await running.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version=version), metadata=ANN)
     request = policy_pb2.RollbackPolicyRequest()
     # Both have looked before either moves.
-    looked, step = [], Registry.rollback_step
+    looked, step = [], Policies.rollback_step
     both = asyncio.Event()
 
     def look(*arguments: Any) -> Any:
@@ -452,7 +452,7 @@ async def test_of_two_rollbacks_at_once_one_goes_back_one_step(running: Running)
 
     loop = asyncio.get_running_loop()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Registry, "rollback_step", look)
+        patch.setattr(Policies, "rollback_step", look)
         patch.setattr(running.engine, "locate", wait)
         calls = [running.policies.RollbackPolicy(request, metadata=user) for user in (ANN, BOB)]
         ended = await asyncio.gather(*calls, return_exceptions=True)
@@ -490,7 +490,7 @@ async def test_votes_are_counted_by_utc_day_and_kind_whosever_they_are(running: 
     await running.feedback.SubmitCorrection(correction, metadata=ANN)
     await running.feedback.RetractFeedback(feedback_pb2.RetractFeedbackRequest(feedback_id=kept), metadata=ANN)
 
-    def spread(store: FeedbackStore) -> list[str]:
+    def spread(store: Store) -> list[str]:
         # A second before today began, 29 and 30 days before today; two thumbs and the correction are today's.
         ids = [row["id"] for row in store._db.rows("SELECT id FROM feedback WHERE kind = 'thumb' ORDER BY event_seq")]
         for feedback_id, seconds in zip(ids[1:4], (-1, -29 * 86400, -30 * 86400), strict=True):
@@ -536,7 +536,7 @@ async def test_a_stream_carries_on_over_a_swap_and_its_spans_say_where(running: 
     streaming = asyncio.create_task(chat(running))
     await running.engine.holding.wait()
     # As the learner does it: the pointer moves in the store, and the server follows.
-    await running.store(lambda store: store.registry.activate_policy("v0001", actor="learner"))
+    await running.store(lambda store: store.policies.activate("v0001", actor="learner"))
     async with asyncio.timeout(10):
         while running.engine.version != "v0001":
             await asyncio.sleep(0)
@@ -600,9 +600,9 @@ async def test_a_version_the_engine_refuses_is_marked_failed_and_the_pointer_goe
     call = running.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version="v0001"), metadata=ANN)
     code, message, _ = await refusal(call)
     assert (code, message) == (grpc.StatusCode.FAILED_PRECONDITION, "v0001: v0001: a tensor is not finite")
-    failed = await running.store(lambda store: store.registry.policy("v0001"))
+    failed = await running.store(lambda store: store.policies.get("v0001"))
     assert (failed.state, failed.reason) == ("failed", "v0001: a tensor is not finite")
-    assert (await running.store(lambda store: store.registry.active_policy())).version == "v0000"
+    assert (await running.store(lambda store: store.policies.active())).version == "v0000"
 
 
 async def test_rolling_back_with_nothing_behind_is_refused(running: Running) -> None:
@@ -634,7 +634,7 @@ async def test_a_stream_that_outlasts_the_grace_is_stored(running: Running) -> N
     started = await call.read()
     await running.engine.holding.wait()
     await running.app.stop(0)
-    response = await running.store(lambda store: store.response("ann", started.started.response_id))
+    response = await running.store(lambda store: store.responses.get("ann", started.started.response_id))
     assert (response.status, response.text, response.spans[0].end) == ("cancelled", "one two ", 2)
 
 

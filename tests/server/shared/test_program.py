@@ -16,10 +16,9 @@ import pytest
 import clients.cli
 import learner.cli
 import server.cli
-from server.shared.errors import NotFoundError
+from server.shared.errors import DatabaseError, NotFoundError
 from server.shared.program import begin, sentence
-from server.store.feedback_store import FeedbackStore
-from server.store.sqlite.database import OperationalError
+from server.store.store import Store
 
 PROGRAMS = ("server.cli", "learner.cli", "clients.cli")
 
@@ -35,7 +34,7 @@ def test_each_trouble_is_a_sentence_and_a_fault_of_ours_is_none() -> None:
         "'a/b.json': No such file or directory."
     )
     assert sentence(OSError(28, "No space left on device")) == "[Errno 28] No space left on device."
-    assert sentence(OperationalError("disk I/O error")) == (
+    assert sentence(DatabaseError("disk I/O error")) == (
         "The data directory cannot be used (disk I/O error); give --data-dir a folder that you may write to."
     )
     assert sentence(KeyError("x")) is None
@@ -63,8 +62,8 @@ def test_a_locale_that_cannot_say_it_is_no_reason_to_fail(program: str, locale: 
 
 
 def test_what_a_terminal_cannot_say_is_escaped_in_an_export(tmp_path: Path) -> None:
-    with closing(FeedbackStore.open(tmp_path)) as store:
-        store.create_conversation("ann", "你好")
+    with closing(Store.open(tmp_path)) as store:
+        store.conversations.create("ann", "你好")
     latin = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
     exported = ran("server.cli", "export-user", "ann", "--data-dir", str(tmp_path), env=latin)
     assert (exported.returncode, exported.stderr) == (0, "")

@@ -8,7 +8,7 @@ import pytest
 
 from server.shared import stored_round
 from server.shared.stored_round import METRICS, SETTINGS, Stored, start_from
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.server.store.test_lineage import lease
 
 
@@ -59,26 +59,26 @@ def test_where_a_round_started(settings: dict[str, Any], expected: str) -> None:
 
 
 def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = FeedbackStore.open(tmp_path)
-    store.registry.register_reference()
+    store = Store.open(tmp_path)
+    store.policies.register_reference()
     fence = lease(store)
-    round_ = store.registry.create_round(0, {"seed": 1}, reference_version="v0000", fence=fence)
-    store.registry.update_round(round_.id, metrics={"votes": 1}, fence=fence)
+    round_ = store.rounds.create(0, {"seed": 1}, reference_version="v0000", fence=fence)
+    store.rounds.update(round_.id, metrics={"votes": 1}, fence=fence)
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
         {"format": 2, "seed": 1},
         {"format": 0, "votes": 1},
     )
-    found = store.registry.round(round_.id)
+    found = store.rounds.get(round_.id)
     assert (found.settings, found.metrics) == ({"seed": 1}, {"votes": 1})
 
     # Metrics of an earlier format that a later version adds to are upgraded once.
     later = Stored((lambda values: {**values, "votes": values.get("votes", 0) + 10},))
     monkeypatch.setattr(stored_round, "METRICS", later)
-    store.registry.update_round(round_.id, metrics={"signal": 2}, fence=fence)
-    assert store.registry.round(round_.id).metrics == {"votes": 11, "signal": 2}
+    store.rounds.update(round_.id, metrics={"signal": 2}, fence=fence)
+    assert store.rounds.get(round_.id).metrics == {"votes": 11, "signal": 2}
     assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 1
-    store.registry.update_round(round_.id, settings={"seed": 2}, fence=fence)
+    store.rounds.update(round_.id, settings={"seed": 2}, fence=fence)
     assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 2, "seed": 2}
     store.close()
 
@@ -86,8 +86,8 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
 def test_what_earlier_rounds_started_from_decides_what_later_versions_carry(tmp_path: Path) -> None:
     from tests.server.store.test_deletion import trained
 
-    store = FeedbackStore.open(tmp_path)
-    store.registry.register_reference()
+    store = Store.open(tmp_path)
+    store.policies.register_reference()
     fence = lease(store)
     first = trained(store, fence, "v0001", {}, "reference", "v0000")
     second = trained(store, fence, "v0002", {}, "active", "v0001")

@@ -6,82 +6,82 @@ import pytest
 
 from server.shared.errors import FailedPreconditionError, NotFoundError
 from server.store.deletion import STEP, Kept
-from server.store.feedback_store import FeedbackStore
 from server.store.keys import Credentials
-from server.store.records import Lease
-from tests.server.store.test_feedback_store import answer, comparison
+from server.store.learning.records import Lease
+from server.store.store import Store
 from tests.server.store.test_lineage import lease
+from tests.server.store.test_store import answer, comparison
 
 DAY = 86_400.0
 
 
-def trained(
-    store: FeedbackStore, fence: Lease, version: str, votes: dict[str, str], start_from: str, parent: str
-) -> str:
+def trained(store: Store, fence: Lease, version: str, votes: dict[str, str], start_from: str, parent: str) -> str:
     """A finished round that published `version`, as the learner records one."""
     settings = {"ppo": {"start_from": start_from}}
-    round_ = store.registry.create_round(store.watermark(), settings, reference_version="v0000", fence=fence)
+    round_ = store.rounds.create(store.snapshots.watermark(), settings, reference_version="v0000", fence=fence)
     store.lineage.set_round_votes(round_.id, list(votes.items()), fence=fence)  # type: ignore[arg-type]
-    store.registry.register_reward_model(
+    store.reward_models.register(
         version.replace("v", "rm"), reference_version="v0000", round_id=round_.id, metrics={}, fence=fence
     )
-    store.registry.register_policy(
+    store.policies.register(
         version, kind="full", state="candidate", parent_version=parent, reference_version="v0000", round_id=round_.id,
         reward_model_version=None, metrics={}, fence=fence,
     )  # fmt: skip
-    store.registry.finish_round(round_.id, "rejected", reason="", fence=fence)
+    store.rounds.finish(round_.id, "rejected", reason="", fence=fence)
     return round_.id
 
 
-def forget(store: FeedbackStore, user: str) -> Kept:
+def forget(store: Store, user: str) -> Kept:
     kept = store.deletion.look(user)
     while store.deletion.step(user):
         pass
     return kept
 
 
-def thumb(store: FeedbackStore, user: str) -> tuple[str, str]:
+def thumb(store: Store, user: str) -> tuple[str, str]:
     """A new conversation and the id of a thumb in it."""
-    conversation_id = store.create_conversation(user, "hello")
-    return conversation_id, store.submit_thumb(user, answer(store, conversation_id, user), up=True).id
+    conversation_id = store.conversations.create(user, "hello")
+    return conversation_id, store.feedback.submit_thumb(user, answer(store, conversation_id, user), up=True).id
 
 
-def test_nothing_of_a_person_is_left_and_others_keep_theirs(store: FeedbackStore) -> None:
+def test_nothing_of_a_person_is_left_and_others_keep_theirs(store: Store) -> None:
     for user in ("ann", "bob"):
-        conversation_id = store.create_conversation(user, "hello")
+        conversation_id = store.conversations.create(user, "hello")
         response_id = answer(store, conversation_id, user)
-        store.submit_thumb(user, response_id, up=True, comment="so")
-        store.submit_correction(user, response_id, "thus")
-        store.submit_choice(user, comparison(store, conversation_id, user), "A")
-        store.submit_demonstration(user, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        store.remember_request(user, "SubmitDemonstration", "r1", b"body", b"answer")
-        retracted = store.submit_demonstration(user, [{"role": "user", "content": "x"}])
-        store.retract_feedback(user, retracted.id)
-    watermark = store.watermark()
+        store.feedback.submit_thumb(user, response_id, up=True, comment="so")
+        store.feedback.submit_correction(user, response_id, "thus")
+        store.feedback.submit_choice(user, comparison(store, conversation_id, user), "A")
+        store.feedback.submit_demonstration(
+            user, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        )
+        store.requests.remember(user, "SubmitDemonstration", "r1", b"body", b"answer")
+        retracted = store.feedback.submit_demonstration(user, [{"role": "user", "content": "x"}])
+        store.feedback.retract(user, retracted.id)
+    watermark = store.snapshots.watermark()
     kept = forget(store, "ann")
     assert (kept.conversations, kept.votes, kept.policy_versions) == (1, 4, [])
     for table in ("conversations", "responses", "comparisons", "feedback", "requests", "feedback_events"):
         users = {row["user"] for row in store._db.rows(f"SELECT DISTINCT user FROM {table}")}
         assert users == ({"bob", ""} if table == "feedback_events" else {"bob"}), table
     # Numbers stay, with four more for what went, and none of them says anything.
-    assert store.watermark() == watermark + 4
+    assert store.snapshots.watermark() == watermark + 4
     assert store._db.rows("SELECT count(*) AS n FROM feedback_events WHERE user = ''") == [{"n": 10}]
     content = "SELECT 1 FROM feedback_events WHERE user = '' AND (value IS NOT NULL OR comment IS NOT NULL)"
     assert store._db.rows(content) == []
-    snapshot = store.snapshot()
+    snapshot = store.snapshots.take()
     assert {vote.user for vote in (*snapshot.choices, *snapshot.thumbs, *snapshot.demonstrations)} == {"bob"}
     assert len(snapshot) == 4
     assert forget(store, "ann") == Kept(0, 0, [], [], [])
 
 
-def test_what_learned_from_a_person_is_named_also_after_a_forgetting_that_was_cut_short(store: FeedbackStore) -> None:
+def test_what_learned_from_a_person_is_named_also_after_a_forgetting_that_was_cut_short(store: Store) -> None:
     ours = [thumb(store, "ann")[1] for _ in range(STEP + 1)]
     _, theirs = thumb(store, "bob")
     fence = lease(store)
     trained(store, fence, "v0001", {ours[0]: "train", theirs: "judge"}, "reference", "v0000")
     trained(store, fence, "v0002", {theirs: "train"}, "active", "v0001")  # Goes on from what ann taught.
     trained(store, fence, "v0003", {ours[0]: "judge", theirs: "train"}, "reference", "v0002")  # Was only judged by ann.
-    running = store.registry.create_round(store.watermark(), {}, reference_version="v0000", fence=fence)
+    running = store.rounds.create(store.snapshots.watermark(), {}, reference_version="v0000", fence=fence)
     store.lineage.set_round_votes(running.id, [(ours[1], "train")], fence=fence)
     expected = Kept(STEP + 1, STEP + 1, ["v0001", "v0002"], ["rm0001"], [running.id])
     assert store.deletion.look("ann") == expected
@@ -95,42 +95,42 @@ def test_what_learned_from_a_person_is_named_also_after_a_forgetting_that_was_cu
 
 
 def test_a_deleted_conversation_leaves_no_content_of_votes_that_were_replaced_or_retracted(
-    store: FeedbackStore,
+    store: Store,
 ) -> None:
-    conversation_id = store.create_conversation("ann", "hello")
+    conversation_id = store.conversations.create("ann", "hello")
     response_id = answer(store, conversation_id)
-    store.submit_thumb("ann", response_id, up=True, comment="first")
-    store.submit_thumb("ann", response_id, up=False, comment="second")
-    retracted = store.submit_correction("ann", response_id, "third")
-    store.retract_feedback("ann", retracted.id)
-    store.delete_conversation("ann", conversation_id)
+    store.feedback.submit_thumb("ann", response_id, up=True, comment="first")
+    store.feedback.submit_thumb("ann", response_id, up=False, comment="second")
+    retracted = store.feedback.submit_correction("ann", response_id, "third")
+    store.feedback.retract("ann", retracted.id)
+    store.conversations.delete("ann", conversation_id)
     assert [(event["value"], event["comment"]) for event in store._db.rows("SELECT * FROM feedback_events")] == [
         (None, None)
     ] * 5
 
 
-def test_a_repeated_message_does_not_begin_a_deleted_conversation_anew(store: FeedbackStore) -> None:
+def test_a_repeated_message_does_not_begin_a_deleted_conversation_anew(store: Store) -> None:
     conversation_id, _ = thumb(store, "ann")
     [response] = store._db.rows("SELECT id FROM responses")
-    store.remember_request("ann", "Chat", "r1", b"body", b"what was said", response["id"])
-    store.remember_request("ann", "Chat", "r2", b"body", b"another", "resp_another")
-    store.delete_conversation("ann", conversation_id)
+    store.requests.remember("ann", "Chat", "r1", b"body", b"what was said", response["id"])
+    store.requests.remember("ann", "Chat", "r2", b"body", b"another", "resp_another")
+    store.conversations.delete("ann", conversation_id)
     with pytest.raises(FailedPreconditionError, match="What this request made was deleted"):
-        store.find_request("ann", "Chat", "r1", b"body")
+        store.requests.find("ann", "Chat", "r1", b"body")
     assert store._db.row("SELECT body_sha256, result FROM requests WHERE request_id = 'r1'") == {
         "body_sha256": b"",
         "result": b"",
     }
-    assert store.find_request("ann", "Chat", "r2", b"body") == b"another"
+    assert store.requests.find("ann", "Chat", "r2", b"body") == b"another"
 
 
 def test_what_a_kept_answer_is_about_is_found_for_requests_from_before(tmp_path: Path) -> None:
     from server.store.sqlite.migrations import m008_deletions
 
-    store = FeedbackStore.open(tmp_path)
+    store = Store.open(tmp_path)
     target = "resp_" + "0a" * 12
-    store.remember_request("ann", "SubmitThumb", "r1", b"body", b"\n\x07fb_1\x1a" + target.encode() + b"J\x02so")
-    store.remember_request("ann", "SubmitDemonstration", "r2", b"body", b"\n\x07fb_2")
+    store.requests.remember("ann", "SubmitThumb", "r1", b"body", b"\n\x07fb_1\x1a" + target.encode() + b"J\x02so")
+    store.requests.remember("ann", "SubmitDemonstration", "r2", b"body", b"\n\x07fb_2")
     names = ("by_target", "by_time", "by_response_a", "by_response_b", "by_response", "by_comparison")
     tables = ("requests", "conversations", "comparisons", "comparisons", "feedback_events", "feedback_events")
     for table, name in zip(tables, names, strict=True):
@@ -145,7 +145,7 @@ def test_what_a_kept_answer_is_about_is_found_for_requests_from_before(tmp_path:
     store.close()
 
 
-def test_a_forgotten_persons_keys_open_nothing_and_name_nobody(store: FeedbackStore) -> None:
+def test_a_forgotten_persons_keys_open_nothing_and_name_nobody(store: Store) -> None:
     key, other = store.keys.create("ann", "user"), store.keys.create("bob", "user")
     store.keys.forget("ann")
     credentials = store.keys.credentials()
@@ -157,33 +157,34 @@ def test_a_forgotten_persons_keys_open_nothing_and_name_nobody(store: FeedbackSt
     assert store.keys.credentials() == Credentials({}, closed=True, mark=(2, 2))
 
 
-def test_conversations_expire_by_their_last_message_or_vote(store: FeedbackStore) -> None:
+def test_conversations_expire_by_their_last_message_or_vote(store: Store) -> None:
     now = store._db.now()
     ids = {}
     for name, message_age, vote_age in (("new", 1, 1), ("old", 31, 31), ("voted", 31, 29), ("chosen", 31, 29)):
-        ids[name] = conversation_id = store.create_conversation("ann", name)
+        ids[name] = conversation_id = store.conversations.create("ann", name)
         if name == "chosen":
-            store.submit_choice("ann", comparison(store, conversation_id), "A")
+            store.feedback.submit_choice("ann", comparison(store, conversation_id), "A")
         else:
-            store.submit_thumb("ann", answer(store, conversation_id), up=True)
+            store.feedback.submit_thumb("ann", answer(store, conversation_id), up=True)
         store._db.execute(
             "UPDATE conversations SET update_time = ? WHERE id = ?", [now - message_age * DAY, conversation_id]
         )
         store._db.execute(
-            "UPDATE feedback SET create_time = ? WHERE event_seq = ?", [now - vote_age * DAY, store.watermark()]
+            "UPDATE feedback SET create_time = ? WHERE event_seq = ?",
+            [now - vote_age * DAY, store.snapshots.watermark()],
         )
     assert store.deletion.expire(30)
     assert not store.deletion.expire(30)
-    assert {conversation.title for conversation in store.conversations("ann", 9)} == {"new", "voted", "chosen"}
+    assert {conversation.title for conversation in store.conversations.page("ann", 9)} == {"new", "voted", "chosen"}
     with pytest.raises(NotFoundError):
-        store.turns("ann", ids["old"])
+        store.conversations.turns("ann", ids["old"])
 
 
-def test_what_expires_goes_in_steps(store: FeedbackStore) -> None:
+def test_what_expires_goes_in_steps(store: Store) -> None:
     for _ in range(STEP + 1):
-        store.create_conversation("ann", "hello")
+        store.conversations.create("ann", "hello")
     store._db.execute("UPDATE conversations SET update_time = 0")
     assert store.deletion.expire(30)
-    assert len(store.conversations("ann", 99)) == 1
+    assert len(store.conversations.page("ann", 99)) == 1
     assert store.deletion.expire(30)
-    assert store.conversations("ann", 99) == []
+    assert store.conversations.page("ann", 99) == []

@@ -5,30 +5,30 @@ from pathlib import Path
 import pytest
 
 from server.shared.errors import ConflictError, FailedPreconditionError
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Lease
+from server.store.learning.records import Lease
+from server.store.store import Store
 from tests.server.conftest import register
-from tests.server.store.test_feedback_store import answer
+from tests.server.store.test_store import answer
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FeedbackStore:
-    store = FeedbackStore.open(tmp_path)
-    store.registry.register_reference()
+def store(tmp_path: Path) -> Store:
+    store = Store.open(tmp_path)
+    store.policies.register_reference()
     return store
 
 
-def lease(store: FeedbackStore) -> Lease:
-    held = store.registry.acquire_lease("learner", "here", 60)
+def lease(store: Store) -> Lease:
+    held = store.leases.acquire("learner", "here", 60)
     assert held
     return held
 
 
-def test_a_rounds_votes_are_kept_once_each_and_outlive_their_conversation(store: FeedbackStore) -> None:
-    conversation = store.create_conversation("ann", "hello")
-    thumbs = [store.submit_thumb("ann", answer(store, conversation), up=True).id for _ in range(3)]
+def test_a_rounds_votes_are_kept_once_each_and_outlive_their_conversation(store: Store) -> None:
+    conversation = store.conversations.create("ann", "hello")
+    thumbs = [store.feedback.submit_thumb("ann", answer(store, conversation), up=True).id for _ in range(3)]
     fence = lease(store)
-    round_ = store.registry.create_round(store.watermark(), {}, reference_version="v0000", fence=fence)
+    round_ = store.rounds.create(store.snapshots.watermark(), {}, reference_version="v0000", fence=fence)
     store.lineage.set_round_votes(round_.id, [(thumbs[0], "judge")], fence=fence)
     store.lineage.set_round_votes(round_.id, [(thumbs[0], "train"), (thumbs[1], "judge")], fence=fence)
     with pytest.raises(Exception, match="UNIQUE constraint"):
@@ -36,9 +36,9 @@ def test_a_rounds_votes_are_kept_once_each_and_outlive_their_conversation(store:
     assert store.lineage.round_votes(round_.id) == {thumbs[0]: "train", thumbs[1]: "judge"}
     assert store.lineage.rounds_of(thumbs[1]) == {round_.id: "judge"}
     assert store.lineage.fate(round_.id, round_.watermark) == {"changed": 0, "retracted": 0, "deleted": 0}
-    store.retract_feedback("ann", thumbs[1])
+    store.feedback.retract("ann", thumbs[1])
     assert store.lineage.fate(round_.id, round_.watermark) == {"changed": 0, "retracted": 1, "deleted": 0}
-    store.delete_conversation("ann", conversation)
+    store.conversations.delete("ann", conversation)
     assert store.lineage.fate(round_.id, round_.watermark) == {"changed": 0, "retracted": 1, "deleted": 1}
     assert store.lineage.rounds_of(thumbs[0]) == {round_.id: "train"}
     assert [(event.action, event.value) for event in store.lineage.events(thumbs[0])] == [
@@ -47,24 +47,24 @@ def test_a_rounds_votes_are_kept_once_each_and_outlive_their_conversation(store:
     ]
 
 
-def test_a_learner_without_the_lease_writes_no_votes(store: FeedbackStore) -> None:
+def test_a_learner_without_the_lease_writes_no_votes(store: Store) -> None:
     fence = lease(store)
-    round_ = store.registry.create_round(0, {}, reference_version="v0000", fence=fence)
-    store.registry.release_lease(fence)
-    assert store.registry.acquire_lease("learner", "another", 60)
+    round_ = store.rounds.create(0, {}, reference_version="v0000", fence=fence)
+    store.leases.release(fence)
+    assert store.leases.acquire("learner", "another", 60)
     with pytest.raises(ConflictError):
         store.lineage.set_round_votes(round_.id, [("fb", "train")], fence=fence)
     with pytest.raises(ConflictError):
-        store.registry.prune_policy("v0000", fence=fence)
+        store.policies.prune("v0000", fence=fence)
 
 
-def test_every_move_of_the_pointer_says_how_and_by_whom(store: FeedbackStore) -> None:
+def test_every_move_of_the_pointer_says_how_and_by_whom(store: Store) -> None:
     for version in ("v0001", "v0002"):
         register(store, version)
-    store.registry.activate_policy("v0001", actor="learner", reason="a round")
-    store.registry.activate_policy("v0002", actor="operator ann", action="promote")
-    store.registry.fail_policy("v0002", "a tensor is missing", "v0001")
-    store.registry.activate_policy("v0000", actor="operator bob", action="rollback")
+    store.policies.activate("v0001", actor="learner", reason="a round")
+    store.policies.activate("v0002", actor="operator ann", action="promote")
+    store.policies.fail("v0002", "a tensor is missing", "v0001")
+    store.policies.activate("v0000", actor="operator bob", action="rollback")
     assert [(move.version, move.previous_version, move.action, move.actor) for move in store.lineage.moves()] == [
         ("v0000", "v0001", "rollback", "operator bob"),
         ("v0001", "v0002", "fail", "server"),
@@ -74,51 +74,51 @@ def test_every_move_of_the_pointer_says_how_and_by_whom(store: FeedbackStore) ->
     ]
 
 
-def test_a_version_counts_as_rolled_back_until_it_serves_again(store: FeedbackStore) -> None:
+def test_a_version_counts_as_rolled_back_until_it_serves_again(store: Store) -> None:
     register(store, "v0001")
-    store.registry.activate_policy("v0001", actor="learner")
+    store.policies.activate("v0001", actor="learner")
     before = store._db.now()
-    store.registry.activate_policy("v0000", actor="ann", action="rollback")
+    store.policies.activate("v0000", actor="ann", action="rollback")
     assert store.lineage.rolled_back(before) == set()
     assert store.lineage.rolled_back(float("inf")) == {"v0001"}
     rolled = store._db.now()
-    store.registry.activate_policy("v0001", actor="ann", action="promote")
+    store.policies.activate("v0001", actor="ann", action="promote")
     assert store.lineage.rolled_back(float("inf")) == set()
     assert store.lineage.rolled_back(rolled) <= {"v0001"}
 
 
-def test_a_rollback_goes_only_to_what_was_active(store: FeedbackStore) -> None:
+def test_a_rollback_goes_only_to_what_was_active(store: Store) -> None:
     register(store, "v0001", "rejected")
     with pytest.raises(FailedPreconditionError, match="v0001 is rejected and was never active; promote it"):
-        store.registry.activate_policy("v0001", actor="ann", action="rollback")
-    store.registry.activate_policy("v0001", actor="ann", action="promote")
-    assert store.registry.active_policy().version == "v0001"
+        store.policies.activate("v0001", actor="ann", action="rollback")
+    store.policies.activate("v0001", actor="ann", action="promote")
+    assert store.policies.active().version == "v0001"
 
 
-def test_what_is_in_use_is_not_pruned_and_what_was_pruned_is_not_activated(store: FeedbackStore) -> None:
+def test_what_is_in_use_is_not_pruned_and_what_was_pruned_is_not_activated(store: Store) -> None:
     for version in ("v0001", "v0002", "v0003"):
         register(store, version)
-    store.registry.activate_policy("v0001", actor="ann")
-    store.registry.report_replica("r1", "v0002")
-    assert not store.registry.prune_policy("v0000")  # The reference of all.
-    assert not store.registry.prune_policy("v0001")  # Active.
-    assert not store.registry.prune_policy("v0002")  # A server has it loaded.
+    store.policies.activate("v0001", actor="ann")
+    store.replicas.report("r1", "v0002")
+    assert not store.policies.prune("v0000")  # The reference of all.
+    assert not store.policies.prune("v0001")  # Active.
+    assert not store.policies.prune("v0002")  # A server has it loaded.
     store._db.execute("UPDATE replicas SET uptime = uptime - 31")
-    assert store.registry.prune_policy("v0002")  # The server is gone.
-    assert store.registry.prune_policy("v0003")
-    assert not store.registry.prune_policy("v0003")  # Once.
+    assert store.policies.prune("v0002")  # The server is gone.
+    assert store.policies.prune("v0003")
+    assert not store.policies.prune("v0003")  # Once.
     with pytest.raises(FailedPreconditionError, match="v0003 was pruned"):
-        store.registry.activate_policy("v0003", actor="ann")
+        store.policies.activate("v0003", actor="ann")
     # What a running round compares with, though it serves no more.
-    store.registry.create_round(0, {}, reference_version="v0000", fence=lease(store))
-    store.registry.activate_policy("v0000", actor="ann", action="rollback")
-    assert not store.registry.prune_policy("v0001")
+    store.rounds.create(0, {}, reference_version="v0000", fence=lease(store))
+    store.policies.activate("v0000", actor="ann", action="rollback")
+    assert not store.policies.prune("v0001")
 
 
-def test_votes_on_some_versions_are_left_out(store: FeedbackStore) -> None:
-    conversation = store.create_conversation("ann", "hello")
-    store.submit_thumb("ann", answer(store, conversation), up=True)  # Tokens of v0000 and of v0001.
-    snapshot = store.snapshot()
+def test_votes_on_some_versions_are_left_out(store: Store) -> None:
+    conversation = store.conversations.create("ann", "hello")
+    store.feedback.submit_thumb("ann", answer(store, conversation), up=True)  # Tokens of v0000 and of v0001.
+    snapshot = store.snapshots.take()
     assert len(snapshot.without(set())) == 1
     assert len(snapshot.without({"v0002"})) == 1
     assert len(snapshot.without({"v0001"})) == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from server.shared.errors import ManifestError
-from server.store.manifest import new_staging, publish, verify, write_manifest
+from server.store.files.manifest import new_staging, publish, verify, write_manifest
 from tests.server.conftest import publish_version
 
 

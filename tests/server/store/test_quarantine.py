@@ -6,23 +6,23 @@ import pytest
 import sqlite_utils
 
 from server.shared.errors import NotFoundError
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Generation, Span
+from server.store.chats.records import Generation, Span
 from server.store.sqlite.migrations import migrations
+from server.store.store import Store
 from tests.server.conftest import register
-from tests.server.store.test_feedback_store import answer, comparison
+from tests.server.store.test_store import answer, comparison
 
 
-def thumbs(store: FeedbackStore, user: str, count: int, *, up: bool = True) -> None:
+def thumbs(store: Store, user: str, count: int, *, up: bool = True) -> None:
     for _ in range(count):
-        store.submit_thumb(user, answer(store, store.create_conversation(user, "hello"), user), up=up)
+        store.feedback.submit_thumb(user, answer(store, store.conversations.create(user, "hello"), user), up=up)
 
 
-def test_the_last_word_holds_and_all_are_kept(store: FeedbackStore, tmp_path: Path) -> None:
+def test_the_last_word_holds_and_all_are_kept(store: Store, tmp_path: Path) -> None:
     thumbs(store, "ann", 1)
     assert store.quarantine.set("ann", actor="operator bob", reason="too fast")
     assert not store.quarantine.set("ann", actor="operator eve", reason="again")
-    other = FeedbackStore.open(tmp_path)
+    other = Store.open(tmp_path)
     word = other.quarantine.current()["ann"]
     other.close()
     assert (word.actor, word.reason) == ("operator bob", "too fast")
@@ -40,48 +40,50 @@ def test_the_last_word_holds_and_all_are_kept(store: FeedbackStore, tmp_path: Pa
         store.quarantine.set("anne", actor="operator bob", reason="")
 
 
-def test_every_kind_of_vote_is_left_out_before_the_newest_are_counted(store: FeedbackStore) -> None:
+def test_every_kind_of_vote_is_left_out_before_the_newest_are_counted(store: Store) -> None:
     thumbs(store, "ann", 2)
-    conversation = store.create_conversation("eve", "hello")
+    conversation = store.conversations.create("eve", "hello")
     response_id = answer(store, conversation, "eve")
-    store.submit_correction("eve", response_id, "mine")
-    store.submit_demonstration("eve", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    store.submit_choice("eve", comparison(store, conversation, "eve"), "A")
+    store.feedback.submit_correction("eve", response_id, "mine")
+    store.feedback.submit_demonstration(
+        "eve", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    )
+    store.feedback.submit_choice("eve", comparison(store, conversation, "eve"), "A")
     thumbs(store, "eve", 1)
-    assert len(store.snapshot()) == 6
-    assert store.votes_of(["eve"], store.watermark()) == 4
-    assert store.votes_of([], store.watermark()) == 0
-    left = store.snapshot(without=["eve"])
+    assert len(store.snapshots.take()) == 6
+    assert store.snapshots.votes_of(["eve"], store.snapshots.watermark()) == 4
+    assert store.snapshots.votes_of([], store.snapshots.watermark()) == 0
+    left = store.snapshots.take(without=["eve"])
     assert (len(left), {vote.user for vote in left.thumbs}) == (2, {"ann"})
     # Eve's newer votes do not take the place of ann's.
-    assert len(store.snapshot(limit=2, without=["eve"]).thumbs) == 2
-    assert len(store.snapshot(limit=2).thumbs) == 1
+    assert len(store.snapshots.take(limit=2, without=["eve"]).thumbs) == 2
+    assert len(store.snapshots.take(limit=2).thumbs) == 1
 
 
-def test_a_round_keeps_whom_it_leaves_out(store: FeedbackStore) -> None:
-    fence = store.registry.acquire_lease("learner", "here", 60)
+def test_a_round_keeps_whom_it_leaves_out(store: Store) -> None:
+    fence = store.leases.acquire("learner", "here", 60)
     assert fence
-    begun = store.registry.create_round(0, {}, reference_version="v0000", quarantined=["eve", "bob"], fence=fence)
+    begun = store.rounds.create(0, {}, reference_version="v0000", quarantined=["eve", "bob"], fence=fence)
     assert begun.quarantined == ["bob", "eve"]
-    assert store.registry.create_round(0, {}, reference_version="v0000", fence=fence).quarantined == []
+    assert store.rounds.create(0, {}, reference_version="v0000", fence=fence).quarantined == []
 
 
-def compared(store: FeedbackStore, user: str, versions: tuple[str, str], temperatures: tuple[float, float]) -> str:
-    comparison_id, *responses = store.begin_comparison(
-        user, store.create_conversation(user, "hello"), message="?", replica_id="r", policy_versions=versions,
+def compared(store: Store, user: str, versions: tuple[str, str], temperatures: tuple[float, float]) -> str:
+    comparison_id, *responses = store.responses.begin_comparison(
+        user, store.conversations.create(user, "hello"), message="?", replica_id="r", policy_versions=versions,
         prompt_token_ids=[5], temperatures=temperatures, max_tokens=3, seeds=(None, None),
     )  # fmt: skip
     for response, version, chosen_by in zip(responses, versions, (None, "rm0001"), strict=True):
         generation = Generation([7], [-0.5], "hi", "stop", [Span(0, 1, version)])
-        store.finish_response(response, generation, chosen_by if temperatures == (0.7, 1.0) else None)
+        store.responses.finish(response, generation, chosen_by if temperatures == (0.7, 1.0) else None)
     return comparison_id
 
 
-def test_users_in_quarantine_do_not_take_a_version_back(store: FeedbackStore) -> None:
+def test_users_in_quarantine_do_not_take_a_version_back(store: Store) -> None:
     register(store, "v0001")
-    store.registry.activate_policy("v0001", actor="learner")
+    store.policies.activate("v0001", actor="learner")
     for user, choice in (("ann", "B"), ("eve", "A")):
-        store.submit_choice(user, compared(store, user, ("v0000", "v0001"), (0.85, 0.85)), choice)  # type: ignore[arg-type]
+        store.feedback.submit_choice(user, compared(store, user, ("v0000", "v0001"), (0.85, 0.85)), choice)  # type: ignore[arg-type]
     thumbs(store, "eve", 1, up=False)
     duel = store.lineage.duel(10)
     assert duel
@@ -92,7 +94,7 @@ def test_users_in_quarantine_do_not_take_a_version_back(store: FeedbackStore) ->
     assert (duel.wins, duel.losses, store.lineage.thumb_rate("v0000")) == (1, 0, (0, 0))
 
 
-def test_what_stood_in_slot_a_is_counted(store: FeedbackStore) -> None:
+def test_what_stood_in_slot_a_is_counted(store: Store) -> None:
     register(store, "v0001")
     for temperatures in ((1.0, 0.7), (0.7, 1.0), (1.0, 0.7)):
         compared(store, "ann", ("v0000", "v0000"), temperatures)
@@ -113,22 +115,22 @@ def test_a_round_from_before_left_nobody_out(tmp_path: Path) -> None:
     )
     old.conn.commit()
     old.close()
-    store = FeedbackStore.open(tmp_path)
-    assert store.registry.round("round_1").quarantined == []
+    store = Store.open(tmp_path)
+    assert store.rounds.get("round_1").quarantined == []
     assert store.quarantine.current() == {}
     store.close()
 
 
-def test_who_is_forgotten_is_on_no_list(store: FeedbackStore) -> None:
+def test_who_is_forgotten_is_on_no_list(store: Store) -> None:
     thumbs(store, "ann", 1)
     thumbs(store, "eve", 1)
     for user in ("ann", "eve"):
         store.quarantine.set(user, actor="operator bob", reason="too fast")
-    lease = store.registry.acquire_lease("learner", "me", 60.0)
+    lease = store.leases.acquire("learner", "me", 60.0)
     assert lease
-    round_ = store.registry.create_round(2, {}, reference_version="v0000", quarantined=["ann", "eve"], fence=lease)
+    round_ = store.rounds.create(2, {}, reference_version="v0000", quarantined=["ann", "eve"], fence=lease)
     while store.deletion.step("ann"):
         pass
     assert store.quarantine.events("ann") == []
     assert list(store.quarantine.current()) == ["eve"]
-    assert store.registry.round(round_.id).quarantined == ["eve"]
+    assert store.rounds.get(round_.id).quarantined == ["eve"]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Generation, Span
-from server.store.residue import ANSWERS, cache_directory, erase, sweep
-from server.store.sqlite.database import Database
+from server.store.chats.records import Generation, Span
+from server.store.files.residue import ANSWERS, cache_directory, erase, sweep
+from server.store.sqlite.database import SqliteDatabase
+from server.store.store import Store
 from tests.server.store.test_deletion import forget
 
 SECRET = b"quixotic"
@@ -19,11 +19,11 @@ def bytes_of(data_dir: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(data_dir.rglob("*")) if path.is_file())
 
 
-def fill(store: FeedbackStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def fill(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Months of two people, whose rows share pages: texts of all lengths that grow, change and go."""
     draw = random.Random(SEED)
     # The ids decide which rows share a page.
-    monkeypatch.setattr("server.store.feedback_store.new_id", lambda prefix: f"{prefix}_{draw.randrange(2**96):024x}")
+    monkeypatch.setattr("secrets.token_hex", lambda size: f"{draw.randrange(2**96):024x}")
     conversations: dict[str, list[str]] = {"ann": [], "bob": []}
     for number in range(300):
         user = draw.choice(["ann", "bob"])
@@ -33,23 +33,23 @@ def fill(store: FeedbackStore, monkeypatch: pytest.MonkeyPatch) -> None:
             return " ".join(f"{word}{draw.randrange(10**6):06d}" for _ in range(draw.choice([1, 3, 20, 60, 200, 800])))
 
         if not conversations[user] or draw.random() < 0.4:
-            conversations[user].append(store.create_conversation(user, text()))
-        response_id = store.begin_response(
+            conversations[user].append(store.conversations.create(user, text()))
+        response_id = store.responses.begin(
             user, draw.choice(conversations[user]), message=text(), replica_id="here", policy_version="v0000",
             prompt_token_ids=list(range(draw.randrange(200))), temperature=0.8, max_tokens=9, seed=None,
         )  # fmt: skip
-        store.finish_response(response_id, Generation([1, 2], [-0.5, -0.5], text(), "stop", [Span(0, 2, "v0000")]))
-        given = store.submit_thumb(user, response_id, up=True, comment=text())
+        store.responses.finish(response_id, Generation([1, 2], [-0.5, -0.5], text(), "stop", [Span(0, 2, "v0000")]))
+        given = store.feedback.submit_thumb(user, response_id, up=True, comment=text())
         if draw.random() < 0.3:
-            store.submit_thumb(user, response_id, up=False, comment=text())
+            store.feedback.submit_thumb(user, response_id, up=False, comment=text())
         if draw.random() < 0.3:
-            store.retract_feedback(user, given.id)
-        store.submit_correction(user, response_id, text())
-        store.remember_request(user, "Chat", f"{number}", b"x" * 32, text().encode(), response_id)
+            store.feedback.retract(user, given.id)
+        store.feedback.submit_correction(user, response_id, text())
+        store.requests.remember(user, "Chat", f"{number}", b"x" * 32, text().encode(), response_id)
 
 
 def test_rows_that_moved_leave_copies_which_a_rewrite_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = FeedbackStore.open(tmp_path)
+    store = Store.open(tmp_path)
     fill(store, monkeypatch)
     assert bytes_of(tmp_path).count(SECRET) > 10_000
     forget(store, "ann")
@@ -62,19 +62,19 @@ def test_rows_that_moved_leave_copies_which_a_rewrite_drops(tmp_path: Path, monk
     assert bytes_of(tmp_path).count(b"public") > 10_000
     # Once is enough until something else goes.
     assert store.deletion.rewrite_due() == 0
-    store.delete_conversation("bob", store.conversations("bob", 1)[0].id)
+    store.conversations.delete("bob", store.conversations.page("bob", 1)[0].id)
     assert store.deletion.rewrite_due() > 0
     store.close()
 
 
 def test_a_reader_keeps_the_log_and_that_is_said(tmp_path: Path) -> None:
-    store = FeedbackStore.open(tmp_path)
-    conversation_id = store.create_conversation("ann", SECRET.decode())
-    reader = Database(tmp_path / "prefloop.db")
+    store = Store.open(tmp_path)
+    conversation_id = store.conversations.create("ann", SECRET.decode())
+    reader = SqliteDatabase(tmp_path / "prefloop.db")
     reader.execute("BEGIN")
     assert len(reader.rows("SELECT * FROM conversations")) == 1
-    store.delete_conversation("ann", conversation_id)
-    database = Database(tmp_path / "prefloop.db")
+    store.conversations.delete("ann", conversation_id)
+    database = SqliteDatabase(tmp_path / "prefloop.db")
     assert not database.empty_log(seconds=0.0)
     assert SECRET in (tmp_path / "prefloop.db-wal").read_bytes()
     reader.execute("COMMIT")
@@ -95,8 +95,8 @@ def page(conversations: str) -> str:
 
 
 def test_what_rounds_keep_goes_with_the_conversation_it_names(tmp_path: Path) -> None:
-    store = FeedbackStore.open(tmp_path)
-    gone, kept = store.create_conversation("ann", "a"), store.create_conversation("ann", "b")
+    store = Store.open(tmp_path)
+    gone, kept = store.conversations.create("ann", "a"), store.conversations.create("ann", "b")
     first, second, older = (tmp_path / "rounds" / name for name in ("round_1", "round_2", "round_3"))
     for directory in (first, second, older):
         directory.mkdir(parents=True)
@@ -109,7 +109,7 @@ def test_what_rounds_keep_goes_with_the_conversation_it_names(tmp_path: Path) ->
     (older / "answers.jsonl").write_text(f'{{"prompt": "{SECRET.decode()}"}}\n{{"conversation_id": "{kept}')
     (older / "report.html").write_text(f"<p>{SECRET.decode()}")
     (older / "report.json").write_text("{}")
-    store.delete_conversation("ann", gone)
+    store.conversations.delete("ann", gone)
     erase(tmp_path)
     assert (first / "answers.jsonl").read_text() == ours + line(kept, "kept")
     assert not (first / "report.html").exists()
@@ -121,20 +121,20 @@ def test_what_rounds_keep_goes_with_the_conversation_it_names(tmp_path: Path) ->
 
 
 def test_features_that_were_read_before_a_deletion_go_with_it(tmp_path: Path) -> None:
-    store = FeedbackStore.open(tmp_path)
-    conversation_id = store.create_conversation("ann", "a")
-    before = cache_directory(tmp_path, store.snapshot().deletions)
+    store = Store.open(tmp_path)
+    conversation_id = store.conversations.create("ann", "a")
+    before = cache_directory(tmp_path, store.snapshots.take().deletions)
     before.mkdir(parents=True)
     (before / "features.db").write_bytes(b"1")
     (before.parent / "features-from-an-older-release.db").write_bytes(b"1")
     sweep(tmp_path)
     assert list(before.parent.iterdir()) == [before]
-    store.delete_conversation("ann", conversation_id)
+    store.conversations.delete("ann", conversation_id)
     sweep(tmp_path)
     assert list(before.parent.iterdir()) == []
     # A learner that read its votes before the deletion, and writes after it.
     before.mkdir()
-    after = cache_directory(tmp_path, store.snapshot().deletions)
+    after = cache_directory(tmp_path, store.snapshots.take().deletions)
     after.mkdir()
     sweep(tmp_path)
     assert list(before.parent.iterdir()) == [after]
@@ -142,7 +142,7 @@ def test_features_that_were_read_before_a_deletion_go_with_it(tmp_path: Path) ->
 
 
 def test_what_a_killed_writer_left_half_goes(tmp_path: Path) -> None:
-    FeedbackStore.open(tmp_path).close()
+    Store.open(tmp_path).close()
     folder = tmp_path / "rounds" / "round_1"
     (folder / ".state-001.x.partial").mkdir(parents=True)
     (folder / f".{ANSWERS}.partial").write_text("what somebody said", encoding="utf-8")

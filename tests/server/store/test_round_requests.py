@@ -10,17 +10,17 @@ import sqlite_utils
 from prefloop.v1 import policy_pb2
 
 from server.admin.backup import back_up
-from server.store.feedback_store import FeedbackStore
-from server.store.round_requests import OUTCOME_CHARACTERS
+from server.store.learning.round_requests import OUTCOME_CHARACTERS
 from server.store.sqlite.migrations import migrations
+from server.store.store import Store
 from tests.server.conftest import Running
 from tests.server.rpc.test_rpcs import ANN, BOB, chat, refusal
-from tests.server.store.test_feedback_store import answer
+from tests.server.store.test_store import answer
 
 REFUSED = grpc.StatusCode.FAILED_PRECONDITION
 
 
-def grow_old(store: FeedbackStore, seconds: float) -> None:
+def grow_old(store: Store, seconds: float) -> None:
     """As if that much time had passed since the last heartbeats."""
     store._db.execute("UPDATE listeners SET uptime = uptime - ?", [seconds])
 
@@ -61,7 +61,7 @@ async def test_where_nobody_listens_that_is_said_with_what_to_start(running: Run
 
 async def test_a_request_goes_from_asked_to_taken_to_over(running: Running) -> None:
     started, *_ = await chat(running)
-    await running.store(lambda store: store.submit_thumb("ann", started.started.response_id, up=True))
+    await running.store(lambda store: store.feedback.submit_thumb("ann", started.started.response_id, up=True))
     await running.store(lambda store: store.round_requests.listen("here", 1_800_000_000.5))
     waiting = await ask(running)
     assert (waiting.listening, waiting.new_votes, waiting.next_round_time.ToMicroseconds()) == (
@@ -89,12 +89,12 @@ async def test_a_request_goes_from_asked_to_taken_to_over(running: Running) -> N
 
 
 async def test_a_round_at_work_is_shown_and_keeps_requests_out(running: Running) -> None:
-    def begin(store: FeedbackStore) -> Any:
+    def begin(store: Store) -> Any:
         store.round_requests.listen("here", None)
-        fence = store.registry.acquire_lease("learner", "by hand", 60)
+        fence = store.leases.acquire("learner", "by hand", 60)
         assert fence
-        round_ = store.registry.create_round(0, {}, reference_version="v0000", fence=fence)
-        store.registry.update_round(round_.id, stage="ppo", fence=fence)
+        round_ = store.rounds.create(0, {}, reference_version="v0000", fence=fence)
+        store.rounds.update(round_.id, stage="ppo", fence=fence)
         return round_.id, fence
 
     round_id, fence = await running.store(begin)
@@ -103,13 +103,13 @@ async def test_a_round_at_work_is_shown_and_keeps_requests_out(running: Running)
     assert not learner.HasField("next_round_time")
     assert (await refused(running))[0] == ["ROUND_RUNNING"]
     # Stopped or killed, it keeps nobody out: what is asked for goes on with it.
-    await running.store(lambda store: store.registry.release_lease(fence))
+    await running.store(lambda store: store.leases.release(fence))
     assert ((await look(running)).running_round_id, (await look(running)).stage) == ("", "")
     assert (await ask(running)).HasField("request_time")
 
 
 def test_of_two_learners_that_look_at_once_one_takes_it(tmp_path: Path) -> None:
-    stores = [FeedbackStore.open(tmp_path) for _ in range(2)]
+    stores = [Store.open(tmp_path) for _ in range(2)]
     for number in range(30):
         names = ["one", "two"]
         for store, name in zip(stores, names, strict=True):
@@ -117,7 +117,7 @@ def test_of_two_learners_that_look_at_once_one_takes_it(tmp_path: Path) -> None:
         stores[0].round_requests.ask()
         together, taken = threading.Barrier(2), dict[str, int | None]()
 
-        def take(store: FeedbackStore, name: str, together: Any = together, taken: Any = taken) -> None:
+        def take(store: Store, name: str, together: Any = together, taken: Any = taken) -> None:
             together.wait(10)
             taken[name] = store.round_requests.take(name)
 
@@ -133,7 +133,7 @@ def test_of_two_learners_that_look_at_once_one_takes_it(tmp_path: Path) -> None:
         store.close()
 
 
-def test_a_request_whose_learner_went_away_is_taken_again_and_ended_once(store: FeedbackStore) -> None:
+def test_a_request_whose_learner_went_away_is_taken_again_and_ended_once(store: Store) -> None:
     requests = store.round_requests
     requests.listen("first", None)
     requests.ask()
@@ -156,7 +156,7 @@ def test_a_request_whose_learner_went_away_is_taken_again_and_ended_once(store: 
     assert last.outcome == "so"
 
 
-def test_what_a_learner_leaves_waits_for_the_next(store: FeedbackStore) -> None:
+def test_what_a_learner_leaves_waits_for_the_next(store: Store) -> None:
     requests = store.round_requests
     requests.listen("first", None)
     requests.ask()
@@ -170,19 +170,19 @@ def test_what_a_learner_leaves_waits_for_the_next(store: FeedbackStore) -> None:
     assert store._db.rows("SELECT id FROM listeners") == [{"id": "third"}]
 
 
-def test_nobody_takes_a_request_while_a_learner_is_at_work(store: FeedbackStore) -> None:
+def test_nobody_takes_a_request_while_a_learner_is_at_work(store: Store) -> None:
     store.round_requests.listen("here", None)
     store.round_requests.ask()
-    fence = store.registry.acquire_lease("learner", "by hand", 60)
+    fence = store.leases.acquire("learner", "by hand", 60)
     assert fence
     assert (store.round_requests.waits(), store.round_requests.take("here")) == (False, None)
     # It waits, and is the same.
     assert store.round_requests.ask().outcome == ""
-    store.registry.release_lease(fence)
+    store.leases.release(fence)
     assert (store.round_requests.waits(), store.round_requests.take("here")) == (True, 1)
 
 
-def test_an_outcome_without_end_is_cut(store: FeedbackStore) -> None:
+def test_an_outcome_without_end_is_cut(store: Store) -> None:
     store.round_requests.listen("here", None)
     store.round_requests.ask()
     store.round_requests.take("here")
@@ -192,13 +192,13 @@ def test_an_outcome_without_end_is_cut(store: FeedbackStore) -> None:
     assert len(last.outcome) == OUTCOME_CHARACTERS == 2000
 
 
-def test_a_backup_asks_for_nothing(store: FeedbackStore, tmp_path: Path) -> None:
+def test_a_backup_asks_for_nothing(store: Store, tmp_path: Path) -> None:
     store.round_requests.listen("here", None)
     store.round_requests.ask()
     policies = tmp_path / "policies" / "v0000"
     policies.mkdir(parents=True)
     back_up(tmp_path, tmp_path / "backup")
-    copy = FeedbackStore.open(tmp_path / "backup")
+    copy = Store.open(tmp_path / "backup")
     learner = copy.learner()
     assert learner.request
     assert (learner.listening, learner.request.outcome) == (False, "It was under way when this backup was made.")
@@ -208,8 +208,8 @@ def test_a_backup_asks_for_nothing(store: FeedbackStore, tmp_path: Path) -> None
 
 
 def test_a_database_from_before_knows_no_learner_and_counts_its_votes(tmp_path: Path) -> None:
-    newer = FeedbackStore.open(tmp_path / "newer")
-    newer.submit_thumb("ann", answer(newer, newer.create_conversation("ann", "hello")), up=True)
+    newer = Store.open(tmp_path / "newer")
+    newer.feedback.submit_thumb("ann", answer(newer, newer.conversations.create("ann", "hello")), up=True)
     [vote] = newer._db.rows("SELECT * FROM feedback")
     newer.close()
     old = sqlite_utils.Database(tmp_path / "prefloop.db")
@@ -218,8 +218,8 @@ def test_a_database_from_before_knows_no_learner_and_counts_its_votes(tmp_path: 
     old.execute(f"INSERT INTO feedback VALUES ({', '.join('?' * len(vote))})", list(vote.values()))
     old.conn.commit()
     old.close()
-    store = FeedbackStore.open(tmp_path)
-    assert [(count.kind, count.votes) for count in store.count_by_day(2)] == [("thumb", 1)]
+    store = Store.open(tmp_path)
+    assert [(count.kind, count.votes) for count in store.feedback.count_by_day(2)] == [("thumb", 1)]
     learner = store.learner()
     assert (learner.listening, learner.request, learner.running) == (False, None, None)
     assert not store.round_requests.waits()

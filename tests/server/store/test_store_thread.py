@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from server.shared.errors import NotFoundError
-from server.store.feedback_store import FeedbackStore
-from server.store.sqlite.database import DatabaseError
+from server.shared.errors import DatabaseError, NotFoundError
+from server.store.store import Store
 from server.store.store_thread import StoreThread
 
 
@@ -21,17 +20,17 @@ async def thread(tmp_path: Path) -> AsyncIterator[StoreThread]:
 
 def titles(data_dir: Path) -> list[str]:
     """What another process would find on disk."""
-    other = FeedbackStore.open(data_dir)
-    found = sorted(conversation.title for conversation in other.conversations("ann", 100))
+    other = Store.open(data_dir)
+    found = sorted(conversation.title for conversation in other.conversations.page("ann", 100))
     other.close()
     return found
 
 
 async def test_each_call_of_a_group_gets_its_own_outcome(thread: StoreThread, tmp_path: Path) -> None:
     outcomes = await asyncio.gather(
-        thread(lambda store: store.create_conversation("ann", "one")),
-        thread(lambda store: store.conversation("ann", "conv_none")),
-        thread(lambda store: store.create_conversation("ann", "two")),
+        thread(lambda store: store.conversations.create("ann", "one")),
+        thread(lambda store: store.conversations.get("ann", "conv_none")),
+        thread(lambda store: store.conversations.create("ann", "two")),
         return_exceptions=True,
     )
     assert isinstance(outcomes[0], str)
@@ -43,33 +42,33 @@ async def test_each_call_of_a_group_gets_its_own_outcome(thread: StoreThread, tm
 async def test_calls_share_a_commit(thread: StoreThread) -> None:
     commits = []
     await thread(lambda store: store._db._db.conn.set_trace_callback(commits.append))
-    await asyncio.gather(*(thread(lambda store: store.create_conversation("ann", "hello")) for _ in range(20)))
+    await asyncio.gather(*(thread(lambda store: store.conversations.create("ann", "hello")) for _ in range(20)))
     assert commits.count("COMMIT") == 1
 
 
 async def test_nobody_hears_of_a_success_that_was_not_committed(thread: StoreThread, tmp_path: Path) -> None:
-    def lose(store: FeedbackStore) -> None:
+    def lose(store: Store) -> None:
         with store.transaction():
             store._db.execute("CREATE TABLE one (id INTEGER PRIMARY KEY)")
             store._db.execute("INSERT INTO one VALUES (1)")
             store._db.execute("INSERT OR ROLLBACK INTO one VALUES (1)")
 
     outcomes = await asyncio.gather(
-        thread(lambda store: store.create_conversation("ann", "before")),
+        thread(lambda store: store.conversations.create("ann", "before")),
         thread(lose),
-        thread(lambda store: store.create_conversation("ann", "after")),
+        thread(lambda store: store.conversations.create("ann", "after")),
         return_exceptions=True,
     )
     assert [isinstance(outcome, DatabaseError) for outcome in outcomes] == [True, True, True]
     assert titles(tmp_path) == []
     # The thread goes on.
-    await thread(lambda store: store.create_conversation("ann", "later"))
+    await thread(lambda store: store.conversations.create("ann", "later"))
     assert titles(tmp_path) == ["later"]
 
 
 async def test_a_cancelled_caller_leaves_its_work_and_others_alone(thread: StoreThread, tmp_path: Path) -> None:
-    cancelled = asyncio.create_task(thread(lambda store: store.create_conversation("ann", "cancelled")))
-    other = asyncio.create_task(thread(lambda store: store.create_conversation("ann", "other")))
+    cancelled = asyncio.create_task(thread(lambda store: store.conversations.create("ann", "cancelled")))
+    other = asyncio.create_task(thread(lambda store: store.conversations.create("ann", "other")))
     await asyncio.sleep(0)  # both have asked
     cancelled.cancel()
     await other
@@ -78,7 +77,7 @@ async def test_a_cancelled_caller_leaves_its_work_and_others_alone(thread: Store
 
 async def test_close_waits_for_what_was_asked_before(tmp_path: Path) -> None:
     thread = StoreThread(tmp_path)
-    asking = asyncio.create_task(thread(lambda store: store.create_conversation("ann", "last")))
+    asking = asyncio.create_task(thread(lambda store: store.conversations.create("ann", "last")))
     await asyncio.sleep(0)
     await thread.close()
     await asking
@@ -90,4 +89,4 @@ async def test_a_call_after_the_close_raises(tmp_path: Path) -> None:
     await thread.close()
     async with asyncio.timeout(10):
         with pytest.raises(RuntimeError):
-            await thread(lambda store: store.create_conversation("ann", "late"))
+            await thread(lambda store: store.conversations.create("ann", "late"))

@@ -15,8 +15,8 @@ from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Round
+from server.store.learning.records import Round
+from server.store.store import Store
 from server.telemetry import metrics
 from server.telemetry.metrics_http import MetricsServer
 from server.telemetry.round_metrics import figures, show_rounds
@@ -134,13 +134,13 @@ def test_a_rounds_figures() -> None:
     assert [refused[name] == refused[name] for name in ("reward_accuracy", "kl", "win_rate")] == [False] * 3
 
 
-def test_the_newest_finished_round_is_shown(store: FeedbackStore) -> None:
-    lease = store.registry.acquire_lease("learner", "me", 60.0)
+def test_the_newest_finished_round_is_shown(store: Store) -> None:
+    lease = store.leases.acquire("learner", "me", 60.0)
     assert lease
-    first, second = (store.registry.create_round(0, {}, reference_version="v0000", fence=lease) for _ in range(2))
+    first, second = (store.rounds.create(0, {}, reference_version="v0000", fence=lease) for _ in range(2))
     for round_, votes in ((first, 1), (second, 2)):
-        store.registry.update_round(round_.id, metrics={"votes": {"train": votes, "judge": 0}}, fence=lease)
-    store.registry.finish_round(first.id, "rejected", reason="no", fence=lease)
+        store.rounds.update(round_.id, metrics={"votes": {"train": votes, "judge": 0}}, fence=lease)
+    store.rounds.finish(first.id, "rejected", reason="no", fence=lease)
     show_rounds(store)
     assert value("prefloop_round", figure="votes") == 1
     assert value("prefloop_rounds", state="rejected") == 1

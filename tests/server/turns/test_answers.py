@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from server.engine.base import Sampling
-from server.store.feedback_store import FeedbackStore
-from server.store.records import Response
+from server.store.chats.records import Response
+from server.store.store import Store
 from server.store.store_thread import StoreThread
 from server.turns.answers import Answers, Begun
 from tests.server.fakes import FakeEngine
@@ -21,14 +21,14 @@ BEGUN: list[Begun] = []
 async def thread(tmp_path: Path) -> AsyncIterator[StoreThread]:
     BEGUN.clear()
     thread = StoreThread(tmp_path)
-    await thread(lambda store: store.registry.register_reference())
+    await thread(lambda store: store.policies.register_reference())
     yield thread
     await thread.close()
 
 
-def begin(store: FeedbackStore) -> Begun:
-    conversation_id = store.create_conversation("ann", "hello")
-    response_id = store.begin_response(
+def begin(store: Store) -> Begun:
+    conversation_id = store.conversations.create("ann", "hello")
+    response_id = store.responses.begin(
         "ann", conversation_id, message="hello", replica_id="here", policy_version="v0000", prompt_token_ids=[1],
         temperature=0.85, max_tokens=8, seed=None,
     )  # fmt: skip
@@ -37,7 +37,7 @@ def begin(store: FeedbackStore) -> Begun:
 
 
 async def stored(thread: StoreThread) -> Response:
-    return await thread(lambda store: store.response("ann", BEGUN[0].response_ids[0]))
+    return await thread(lambda store: store.responses.get("ann", BEGUN[0].response_ids[0]))
 
 
 async def test_a_caller_who_leaves_while_the_turn_is_being_stored_leaves_it_cancelled(thread: StoreThread) -> None:
@@ -96,11 +96,11 @@ async def test_an_answer_whose_last_message_was_not_heard_is_finished_all_the_sa
 async def test_a_turn_that_could_not_be_stored_leaves_nothing(thread: StoreThread) -> None:
     answers = Answers(thread, FakeEngine())
 
-    def full(store: FeedbackStore) -> Begun:
+    def full(store: Store) -> Begun:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         async with answers.begun(full):
             pytest.fail("nothing was begun")
     await answers.drain()
-    assert await thread(lambda store: store.conversations("ann", 10)) == []
+    assert await thread(lambda store: store.conversations.page("ann", 10)) == []

@@ -11,6 +11,7 @@ import pytest
 from prefloop.v1 import chat_pb2, scoring_pb2, scoring_pb2_grpc
 from pydantic import ValidationError
 
+from server.rpc.scoring_client import ScoringClient
 from server.settings import ServerSettings
 from server.turns.candidate_choice import CandidateChooser, Chosen, dispute
 from tests.server.conftest import Running, running_server
@@ -132,7 +133,7 @@ async def test_scores_that_do_not_come_in_time_are_not_waited_for(tmp_path: Path
 
 
 async def test_a_service_that_is_down_is_not_waited_for() -> None:
-    chooser = CandidateChooser("127.0.0.1:1", 300.0)
+    chooser = CandidateChooser(ScoringClient("127.0.0.1:1", 300.0))
     async with asyncio.timeout(20):
         assert await chooser.choose([1], [2], [[3], [4]]) == Chosen(0, None)
     await chooser.close()
@@ -141,7 +142,7 @@ async def test_a_service_that_is_down_is_not_waited_for() -> None:
 async def test_what_users_asked_goes_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     async with opinions() as (service, address):
-        chooser = CandidateChooser(address, 30.0)
+        chooser = CandidateChooser(ScoringClient(address, 30.0))
         assert await chooser.choose([5], [1], [[1, 2], [1, 2, 3]]) == Chosen(1, "rm0007")
         await chooser.close()
         assert len(service.asked) == 1

@@ -10,7 +10,7 @@ import pytest
 from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 
 from server.store.e_value import AbTestResult, e_value
-from server.store.feedback_store import FeedbackStore
+from server.store.store import Store
 from tests.server.conftest import Running, publish_version, register, running_server
 from tests.server.rpc.test_rpcs import compare
 
@@ -59,8 +59,8 @@ async def choose(running: Running, user: str, loser: str) -> None:
     assert {first, second} == {"v0000", "v0001"}
     assert [sampling.temperature for sampling in running.engine.samplings[before:]] == [0.85, 0.85]
 
-    def slots(store: FeedbackStore) -> tuple[str, str]:
-        comparison = store.comparison(user, started.comparison_id)
+    def slots(store: Store) -> tuple[str, str]:
+        comparison = store.responses.comparison(user, started.comparison_id)
         return comparison.a.policy_version, comparison.b.policy_version
 
     a, _ = await running.store(slots)

@@ -25,7 +25,7 @@ from learner.model.policy import TrainablePolicy
 from learner.model.rollout import SampledAnswer, to_rollout
 from learner.round.workspace import Workspace
 from learner.settings import PPOSettings
-from server.store.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_staging, publish, write_manifest
 from tests.learner.conftest import EOS
 
 CPU = torch.device("cpu")

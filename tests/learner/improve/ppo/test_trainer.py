@@ -18,7 +18,7 @@ from learner.improve.ppo.trainer import (
 )
 from learner.model.rollout import SampledAnswer, draw_generator, draw_seed, to_rollout
 from learner.settings import PPOSettings
-from server.store.records import Prompt
+from server.store.chats.records import Prompt
 
 
 def figures(**values: Any) -> StepFigures:

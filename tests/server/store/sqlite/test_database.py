@@ -4,38 +4,39 @@ from pathlib import Path
 
 import pytest
 
-from server.store.sqlite.database import Database, DatabaseError
+from server.shared.errors import DatabaseError
+from server.store.sqlite.database import SqliteDatabase
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Database:
-    database = Database(tmp_path / "prefloop.db")
+def database(tmp_path: Path) -> SqliteDatabase:
+    database = SqliteDatabase(tmp_path / "prefloop.db")
     database.execute("CREATE TABLE notes (text TEXT UNIQUE)")
     return database
 
 
-def notes(database: Database, tmp_path: Path) -> tuple[list[str], list[str]]:
+def notes(database: SqliteDatabase, tmp_path: Path) -> tuple[list[str], list[str]]:
     """What this connection sees, and what another one does: what was committed."""
-    other = Database(tmp_path / "prefloop.db")
+    other = SqliteDatabase(tmp_path / "prefloop.db")
     seen = [[row["text"] for row in one.rows("SELECT text FROM notes ORDER BY text")] for one in (database, other)]
     other.close()
     return seen[0], seen[1]
 
 
-def write(database: Database, *texts: str) -> None:
+def write(database: SqliteDatabase, *texts: str) -> None:
     with database.write():
         for text in texts:
             database.insert("notes", {"text": text})
 
 
-def test_a_write_that_fails_keeps_nothing(database: Database, tmp_path: Path) -> None:
+def test_a_write_that_fails_keeps_nothing(database: SqliteDatabase, tmp_path: Path) -> None:
     write(database, "a")
     with pytest.raises(DatabaseError):
         write(database, "b", "a")
     assert notes(database, tmp_path) == (["a"], ["a"])
 
 
-def test_a_group_is_durable_at_its_end_and_not_before(database: Database, tmp_path: Path) -> None:
+def test_a_group_is_durable_at_its_end_and_not_before(database: SqliteDatabase, tmp_path: Path) -> None:
     with database.group():
         write(database, "a")
         write(database, "b")
@@ -44,7 +45,7 @@ def test_a_group_is_durable_at_its_end_and_not_before(database: Database, tmp_pa
     assert notes(database, tmp_path) == (["a", "b"], ["a", "b"])
 
 
-def test_one_write_of_a_group_fails_alone(database: Database, tmp_path: Path) -> None:
+def test_one_write_of_a_group_fails_alone(database: SqliteDatabase, tmp_path: Path) -> None:
     with database.group():
         write(database, "a")
         with pytest.raises(DatabaseError, match="UNIQUE"):
@@ -53,7 +54,9 @@ def test_one_write_of_a_group_fails_alone(database: Database, tmp_path: Path) ->
     assert notes(database, tmp_path) == (["a", "c"], ["a", "c"])
 
 
-def test_a_group_whose_transaction_sqlite_gave_up_says_so_and_keeps_nothing(database: Database, tmp_path: Path) -> None:
+def test_a_group_whose_transaction_sqlite_gave_up_says_so_and_keeps_nothing(
+    database: SqliteDatabase, tmp_path: Path
+) -> None:
     def group() -> None:
         with database.group():
             write(database, "a")
@@ -68,10 +71,10 @@ def test_a_group_whose_transaction_sqlite_gave_up_says_so_and_keeps_nothing(data
     assert notes(database, tmp_path) == ([], [])
 
 
-def test_a_group_that_only_reads_takes_no_lock(database: Database, tmp_path: Path) -> None:
+def test_a_group_that_only_reads_takes_no_lock(database: SqliteDatabase, tmp_path: Path) -> None:
     with database.group():
         assert database.rows("SELECT text FROM notes") == []
-        other = Database(tmp_path / "prefloop.db")
+        other = SqliteDatabase(tmp_path / "prefloop.db")
         write(other, "a")
         other.close()
     assert notes(database, tmp_path) == (["a"], ["a"])

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import sqlite_utils
 
-from server.shared.errors import DataDirectoryError
-from server.store.feedback_store import FeedbackStore
+from server.shared.errors import DataDirectoryError, advice
 from server.store.sqlite import clock
-from server.store.sqlite.database import Database, advice
+from server.store.sqlite.database import SqliteDatabase
 from server.store.sqlite.migrations import known_migrations, migrations
+from server.store.store import Store
 
 # Of each step's source, as it was released: a step that was released is never edited, the next one mends it.
 RELEASED = {
@@ -55,7 +55,7 @@ def test_indexes_that_steps_got_after_their_release_are_made_where_they_are_miss
         database.execute(f"DROP INDEX {name}")
     database.conn.commit()
     with_all = older(tmp_path / "other.db", stop_before="m999")
-    Database(tmp_path / "prefloop.db").close()
+    SqliteDatabase(tmp_path / "prefloop.db").close()
 
     def indexes(database: sqlite_utils.Database) -> set[str]:
         return {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
@@ -78,15 +78,15 @@ def test_an_older_process_that_lives_is_not_migrated_under(tmp_path: Path, row: 
     with pytest.raises(
         DataDirectoryError, match=f"in use by an older prefloop, the {named}; stop it, and start again 30"
     ):
-        FeedbackStore.open(tmp_path)
+        Store.open(tmp_path)
     database.conn.execute("UPDATE replicas SET heartbeat_time = heartbeat_time - 2")
     database.conn.execute("UPDATE listeners SET heartbeat_time = heartbeat_time - 2")
     database.conn.execute("UPDATE leases SET expire_time = expire_time - 2")
     database.conn.commit()
-    FeedbackStore.open(tmp_path).close()
+    Store.open(tmp_path).close()
 
 
-def test_who_meets_a_newer_schema_writes_no_more(store: FeedbackStore, tmp_path: Path) -> None:
+def test_who_meets_a_newer_schema_writes_no_more(store: Store, tmp_path: Path) -> None:
     newer = sqlite_utils.Database(tmp_path / "prefloop.db")
     newer.conn.execute("ALTER TABLE responses ADD COLUMN colour TEXT")
     newer.conn.execute(
@@ -94,15 +94,15 @@ def test_who_meets_a_newer_schema_writes_no_more(store: FeedbackStore, tmp_path:
     )
     newer.conn.commit()
     with pytest.raises(DataDirectoryError, match="A newer prefloop has taken over the data directory"):
-        store.create_conversation("ann", "Why?")
-    assert store.conversations("ann", 10) == []
+        store.conversations.create("ann", "Why?")
+    assert store.conversations.page("ann", 10) == []
 
 
-def test_a_file_that_is_written_anew_is_no_newer_schema(store: FeedbackStore, tmp_path: Path) -> None:
-    other = Database(tmp_path / "prefloop.db")
+def test_a_file_that_is_written_anew_is_no_newer_schema(store: Store, tmp_path: Path) -> None:
+    other = SqliteDatabase(tmp_path / "prefloop.db")
     other.rewrite()
     other.close()
-    assert store.create_conversation("ann", "Why?").startswith("conv_")
+    assert store.conversations.create("ann", "Why?").startswith("conv_")
 
 
 def modes(directory: Path) -> dict[str, str]:
@@ -113,45 +113,45 @@ def test_the_database_is_its_owners_alone_in_a_folder_that_is_everybodys(tmp_pat
     tmp_path.chmod(0o755)
     before = os.umask(0o022)
     try:
-        store = FeedbackStore.open(tmp_path)
-        store.create_conversation("ann", "Why?")
+        store = Store.open(tmp_path)
+        store.conversations.create("ann", "Why?")
         private = "-rw-------"
         assert modes(tmp_path) == {"prefloop.db": private, "prefloop.db-wal": private, "prefloop.db-shm": private}
         store.close()
         # As a release before left it; what its group may do is for its owner to say.
         (tmp_path / "prefloop.db").chmod(0o664)
-        FeedbackStore.open(tmp_path).close()
+        Store.open(tmp_path).close()
         assert modes(tmp_path)["prefloop.db"] == "-rw-rw----"
     finally:
         os.umask(before)
 
 
-def test_a_lease_and_a_heartbeat_outlive_a_clock_that_jumps(store: FeedbackStore) -> None:
-    registry, database = store.registry, store._db
-    lease = registry.acquire_lease("learner", "first", 30)
+def test_a_lease_and_a_heartbeat_outlive_a_clock_that_jumps(store: Store) -> None:
+    database = store._db
+    lease = store.leases.acquire("learner", "first", 30)
     assert lease
-    registry.report_replica("here:1", "v0000")
+    store.replicas.report("here:1", "v0000")
     store.round_requests.listen("here:2", None)
     for jump in (-(10**7), 10**7):
         database.execute("UPDATE leases SET expire_time = expire_time + ?", [jump])
         database.execute("UPDATE replicas SET heartbeat_time = heartbeat_time + ?", [jump])
         database.execute("UPDATE listeners SET heartbeat_time = heartbeat_time + ?", [jump])
-        assert registry.acquire_lease("learner", "second", 30) is None
+        assert store.leases.acquire("learner", "second", 30) is None
         assert store.round_requests.at_work() == "first"
-        assert [replica.id for replica in registry.replicas()] == ["here:1"]
+        assert [replica.id for replica in store.replicas.alive()] == ["here:1"]
         assert store.round_requests.next_times() == [None]
 
 
-def test_after_the_machine_started_again_nobody_is_alive(store: FeedbackStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry, database = store.registry, store._db
-    assert registry.acquire_lease("learner", "first", 30)
-    registry.report_replica("here:1", "v0000")
+def test_after_the_machine_started_again_nobody_is_alive(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = store._db
+    assert store.leases.acquire("learner", "first", 30)
+    store.replicas.report("here:1", "v0000")
     store.round_requests.listen("here:2", None)
     for table in ("leases", "replicas", "listeners"):
         database.execute(f"UPDATE {table} SET boot = 'another'")
-    assert registry.replicas() == []
+    assert store.replicas.alive() == []
     assert store.round_requests.next_times() == []
-    second = registry.acquire_lease("learner", "second", 30)
+    second = store.leases.acquire("learner", "second", 30)
     assert second
     assert second.token == 2
 
@@ -176,4 +176,4 @@ def test_each_error_of_the_disk_has_its_advice(error: OSError, words: str) -> No
 def test_a_file_that_is_no_database_is_restored(tmp_path: Path) -> None:
     (tmp_path / "prefloop.db").write_bytes(b"not a database, and longer than a header of a hundred bytes is" * 40)
     with pytest.raises(DataDirectoryError, match=r"file is not a database\); restore it from a backup"):
-        FeedbackStore.open(tmp_path)
+        Store.open(tmp_path)

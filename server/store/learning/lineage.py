@@ -7,10 +7,11 @@ watermark says which of its events the round saw. Nothing here is removed with a
 from collections.abc import Iterable
 
 from server.shared import stored_round
+from server.store.chats.records import Feedback, FeedbackEvent
+from server.store.database import UNLIMITED, Database
 from server.store.e_value import AbTestResult
-from server.store.records import Feedback, FeedbackEvent, Lease, PointerEvent, Side
-from server.store.registry import check_fence
-from server.store.sqlite.database import Database
+from server.store.learning.leases import check_fence
+from server.store.learning.records import Lease, PointerEvent, Side
 
 
 class Lineage:
@@ -97,7 +98,7 @@ class Lineage:
             "deleted": found.get("delete", 0),
         }
 
-    def moves(self, limit: int = 1000) -> list[PointerEvent]:
+    def moves(self, limit: int = UNLIMITED) -> list[PointerEvent]:
         """Moves of the pointer, newest first."""
         rows = self._db.rows("SELECT * FROM pointer_events ORDER BY seq DESC LIMIT ?", [limit])
         return [PointerEvent(**row) for row in rows]

@@ -4,8 +4,8 @@ Voting goes on for a user in quarantine, and the votes are kept: lifting it brin
 """
 
 from server.shared.errors import NotFoundError
-from server.store.records import QuarantineEvent
-from server.store.sqlite.database import Database
+from server.store.database import Database
+from server.store.learning.records import QuarantineEvent
 
 
 class Quarantine:

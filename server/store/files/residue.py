@@ -15,34 +15,26 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from server.store.deletion import Deletion
-from server.store.lineage import Lineage
-from server.store.sqlite.database import DATABASE, Database
+from server.store.store import Store
 
 # How a line of ANSWERS begins, and where REPORT says whom it quotes.
 LINE = re.compile(rb'\{"conversation_id": "(\w*)"')
 PAGE = re.compile(rb'<meta name="conversations" content="([\w ]*)">')
 ANSWERS, REPORT = "answers.jsonl", "report.html"
-IDS_PER_QUERY = 500
 
 
 def erase(data_dir: Path, *, rewrite: bool = False) -> bool:
     """Removes what deletions left; with `rewrite`, also by writing the database anew where that is due. False where
     another process kept the database's log from being emptied: what was removed may still be read there."""
     sweep(data_dir)
-    with closing(Database(data_dir / DATABASE)) as database:
-        forgetting = Deletion(database, Lineage(database))
-        due = forgetting.rewrite_due() if rewrite else 0
-        if due:
-            database.rewrite()
-            forgetting.rewritten(due)
-        return database.empty_log()
+    with closing(Store.open(data_dir)) as store:
+        return store.free_files(rewrite=rewrite)
 
 
 def sweep(data_dir: Path) -> None:
     """Removes, from what rounds keep, all that came from conversations that are gone."""
-    with keeping(data_dir), closing(Database(data_dir / DATABASE)) as database:
-        now = cache_directory(data_dir, Deletion(database, Lineage(database)).deletions())
+    with keeping(data_dir), closing(Store.open(data_dir)) as store:
+        now = cache_directory(data_dir, store.deletion.deletions())
         for path in now.parent.glob("*"):
             if path != now:
                 _remove(path)
@@ -53,14 +45,14 @@ def sweep(data_dir: Path) -> None:
         for path in data_dir.glob(f"rounds/*/{ANSWERS}"):
             lines = path.read_bytes().splitlines(keepends=True)
             named = [(match := LINE.match(line)) and match[1] for line in lines]
-            gone = _gone(database, {name for name in named if name})
+            gone = _gone(store, {name for name in named if name})
             kept = [line for line, name in zip(lines, named, strict=True) if name is not None and name not in gone]
             if len(kept) < len(lines):
                 path.write_bytes(b"".join(kept))
         for path in data_dir.glob(f"rounds/*/{REPORT}"):
             quoted = PAGE.search(path.read_bytes())
             # One that does not say whom it quotes is from before; `learner report` makes it again.
-            if quoted is None or _gone(database, set(quoted[1].split())):
+            if quoted is None or _gone(store, set(quoted[1].split())):
                 path.unlink()
 
 
@@ -78,15 +70,10 @@ def keeping(data_dir: Path) -> Iterator[None]:
         yield
 
 
-def _gone(database: Database, names: set[bytes]) -> set[bytes]:
+def _gone(store: Store, names: set[bytes]) -> set[bytes]:
     """Those of the conversations that are no longer there."""
-    ids = sorted(name.decode() for name in names)
-    there: set[bytes] = set()
-    for start in range(0, len(ids), IDS_PER_QUERY):
-        page = ids[start : start + IDS_PER_QUERY]
-        rows = database.rows(f"SELECT id FROM conversations WHERE id IN ({', '.join('?' * len(page))})", page)
-        there |= {row["id"].encode() for row in rows}
-    return names - there
+    there = store.conversations.existing(name.decode() for name in names)
+    return names - {name.encode() for name in there}
 
 
 def _remove(path: Path) -> None:

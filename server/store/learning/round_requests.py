@@ -6,9 +6,10 @@ learner with a sentence. Where that learner went away, the next one takes it aga
 """
 
 from server.shared.errors import FailedPreconditionError
-from server.store.records import RoundRequest
-from server.store.registry import ALIVE_SECONDS, BEAT_WITHIN, HELD, LEARNER
-from server.store.sqlite.database import Database, Row
+from server.store.database import Database, Row
+from server.store.learning.leases import HELD, LEARNER
+from server.store.learning.records import RoundRequest
+from server.store.learning.replicas import ALIVE_SECONDS, BEAT_WITHIN
 
 OUTCOME_CHARACTERS = 2000
 # Of a request that is not over: nobody has it who still listens.
@@ -31,7 +32,7 @@ class RoundRequests:
         with self._db.write():
             self._db.execute(
                 "INSERT INTO listeners (id, next_time, heartbeat_time, uptime, boot) "
-                "VALUES (?, ?, unixepoch('subsec'), uptime(), boot_id()) ON CONFLICT (id) DO UPDATE SET "
+                f"VALUES (?, ?, {self._db.NOW}, uptime(), boot_id()) ON CONFLICT (id) DO UPDATE SET "
                 "next_time = excluded.next_time, heartbeat_time = excluded.heartbeat_time, "
                 "uptime = excluded.uptime, boot = excluded.boot",
                 [listener, next_time],
@@ -62,7 +63,7 @@ class RoundRequests:
         """Says what became of a request; False where another learner has it by now."""
         with self._db.write():
             changed = self._db.execute(
-                "UPDATE round_requests SET end_time = unixepoch('subsec'), outcome = ? "
+                f"UPDATE round_requests SET end_time = {self._db.NOW}, outcome = ? "
                 "WHERE id = ? AND listener = ? AND end_time IS NULL",
                 [outcome[:OUTCOME_CHARACTERS], request, listener],
             )
@@ -108,7 +109,7 @@ class RoundRequests:
         with self._db.write():
             self._db.execute("DELETE FROM listeners")
             self._db.execute(
-                "UPDATE round_requests SET end_time = unixepoch('subsec'), outcome = ? WHERE end_time IS NULL",
+                f"UPDATE round_requests SET end_time = {self._db.NOW}, outcome = ? WHERE end_time IS NULL",
                 [outcome],
             )
 

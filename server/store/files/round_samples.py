@@ -1,7 +1,8 @@
 """What a judged round was answered on held-out prompts: the rounds' ANSWERS, read for people.
 
-The file names conversations and is swept after deletions (`server.store.residue`). Between a deletion and the sweep it
-still has what is gone: whoever shows samples asks the store, after reading, which of their conversations are there.
+The file names conversations and is swept after deletions (`server.store.files.residue`). Between a deletion and the
+sweep it still has what is gone: whoever shows samples asks the store, after reading, which of their conversations are
+there.
 """
 
 import json
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.store.records import Round
-from server.store.residue import ANSWERS, LINE
+from server.store.files.residue import ANSWERS, LINE
+from server.store.learning.records import Round
 
 
 @dataclass(frozen=True)

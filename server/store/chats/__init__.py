@@ -1,0 +1,1 @@
+"""What people said, what was answered, and what they made of it."""

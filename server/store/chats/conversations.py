@@ -1,0 +1,99 @@
+"""Conversations and their turns."""
+
+from collections.abc import Iterable
+
+from server.shared.errors import NotFoundError
+from server.store.chats.records import Conversation, Turn
+from server.store.chats.responses import load_comparisons, load_responses
+from server.store.database import UNLIMITED, Database, pages
+from server.store.deletion import Deletion
+from server.store.ids import new_id
+
+TITLE_CHARACTERS = 60
+
+
+class Conversations:
+    """Reads and writes of conversations. What is not this user's is not found."""
+
+    def __init__(self, database: Database, deletion: Deletion) -> None:
+        self._db = database
+        self._deletion = deletion
+
+    def create(self, user: str, message: str) -> str:
+        """The id of a new conversation, titled by its first message."""
+        conversation_id, now = new_id("conv"), self._db.now()
+        title = " ".join(message.split())
+        if len(title) > TITLE_CHARACTERS:
+            title = title[: TITLE_CHARACTERS - 1] + "…"
+        with self._db.write():
+            self._db.insert(
+                "conversations",
+                {"id": conversation_id, "user": user, "title": title, "create_time": now, "update_time": now},
+            )
+        return conversation_id
+
+    def count(self, user: str) -> int:
+        [row] = self._db.rows("SELECT count(*) AS conversations FROM conversations WHERE user = ?", [user])
+        return int(row["conversations"])
+
+    def get(self, user: str, conversation_id: str) -> Conversation:
+        row = self._db.row("SELECT * FROM conversations WHERE id = ? AND user = ?", [conversation_id, user])
+        if row is None:
+            raise NotFoundError("conversation", conversation_id)
+        return Conversation(**row)
+
+    def page(self, user: str, limit: int = UNLIMITED, before: tuple[float, str] | None = None) -> list[Conversation]:
+        """Newest first; `before` is the (update_time, id) after which the page starts."""
+        before = before or (float("inf"), "")
+        rows = self._db.rows(
+            "SELECT * FROM conversations WHERE user = ? AND (update_time, id) < (?, ?) "
+            "ORDER BY update_time DESC, id DESC LIMIT ?",
+            [user, *before, limit],
+        )
+        return [Conversation(**row) for row in rows]
+
+    def delete(self, user: str, conversation_id: str) -> None:
+        """Removes the conversation for good. Raises NotFoundError."""
+        with self._db.write():
+            self.get(user, conversation_id)
+            self._deletion.conversation(conversation_id)
+
+    def existing(self, ids: Iterable[str]) -> set[str]:
+        """Those of the conversations, whosever they are, that were not deleted."""
+        return {
+            row["id"]
+            for page in pages(ids)
+            for row in self._db.rows(f"SELECT id FROM conversations WHERE id IN ({', '.join('?' for _ in page)})", page)
+        }
+
+    def turns(self, user: str, conversation_id: str, limit: int = UNLIMITED, after: int = 0) -> list[Turn]:
+        """The conversation in order; `limit` turns at most that follow the one of the number `after`."""
+        return self._turns(user, conversation_id, "seq > ? ORDER BY seq LIMIT ?", [after, limit])
+
+    def newest_turns(self, user: str, conversation_id: str, limit: int, before: int | None = None) -> list[Turn]:
+        """The last turns, the newest first; `limit` at most that come before the one of the number `before`."""
+        most = 2**62 if before is None else before
+        return self._turns(user, conversation_id, "seq < ? ORDER BY seq DESC LIMIT ?", [most, limit])
+
+    def count_turns(self, conversation_id: str) -> int:
+        [row] = self._db.rows("SELECT count(*) AS turns FROM turns WHERE conversation_id = ?", [conversation_id])
+        return int(row["turns"])
+
+    def _turns(self, user: str, conversation_id: str, which: str, parameters: list[int]) -> list[Turn]:
+        self.get(user, conversation_id)
+        rows = self._db.rows(
+            f"SELECT * FROM turns WHERE conversation_id = ? AND {which}", [conversation_id, *parameters]
+        )
+        responses = load_responses(self._db, (row["response_id"] for row in rows))
+        comparisons = load_comparisons(self._db, (row["comparison_id"] for row in rows))
+        return [
+            Turn(
+                seq=row["seq"],
+                message=row["message"],
+                create_time=row["create_time"],
+                dropped=bool(row["dropped"]),
+                response=responses.get(row["response_id"]),
+                comparison=comparisons.get(row["comparison_id"]),
+            )
+            for row in rows
+        ]

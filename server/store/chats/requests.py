@@ -1,0 +1,53 @@
+"""Requests that may be repeated: each keeps what it was answered first."""
+
+from server.shared.errors import FailedPreconditionError, InvalidArgumentError
+from server.store.chats.records import RepeatedRequest
+from server.store.database import Database
+
+
+class Requests:
+    """Reads and writes of what `request_id`s were answered."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def find(self, user: str, rpc: str, request_id: str, body_sha256: bytes) -> bytes | None:
+        """What the same request was answered first; None if it is new. Raises on another body under the same id, and
+        where what the first one made was deleted. An empty id is always new."""
+        if not request_id:
+            return None
+        row = self._db.row(
+            "SELECT body_sha256, result FROM requests WHERE user = ? AND rpc = ? AND request_id = ?",
+            [user, rpc, request_id],
+        )
+        if row is None:
+            return None
+        if not row["body_sha256"]:
+            raise FailedPreconditionError("REQUEST_DELETED", "What this request made was deleted.")
+        if row["body_sha256"] != body_sha256:
+            raise InvalidArgumentError(
+                "request_id", "This request_id was used with another body; make a new one.", "REQUEST_ID_REUSED"
+            )
+        return bytes(row["result"])
+
+    def remember(
+        self, user: str, rpc: str, request_id: str, body_sha256: bytes, result: bytes, target: str | None = None
+    ) -> None:
+        """Keeps the answer, which is about the response or comparison `target`, for `find`. Call it in the
+        transaction that does what was asked. Of an empty id nothing is kept."""
+        if not request_id:
+            return
+        self._db.execute(
+            "INSERT INTO requests (user, rpc, request_id, body_sha256, result, target, create_time) "
+            f"VALUES (?, ?, ?, ?, ?, ?, {self._db.NOW})",
+            [user, rpc, request_id, body_sha256, result, target],
+        )
+
+    def page(self, user: str, limit: int, after: tuple[str, str] = ("", "")) -> list[RepeatedRequest]:
+        """The request_ids of the user's that are kept, by RPC and id; `limit` at most that follow `after`."""
+        rows = self._db.rows(
+            "SELECT rpc, request_id, create_time FROM requests WHERE user = ? AND (rpc, request_id) > (?, ?) "
+            "ORDER BY rpc, request_id LIMIT ?",
+            [user, *after, limit],
+        )
+        return [RepeatedRequest(**row) for row in rows]

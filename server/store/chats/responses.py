@@ -1,0 +1,252 @@
+"""Answers: begun, finished, and two of them side by side."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from server.shared.errors import NotFoundError
+from server.store.chats.records import Comparison, Generation, Response, Span, Status
+from server.store.database import Database, Row, pages
+from server.store.ids import new_id
+from server.store.learning.replicas import Replicas
+from server.store.packing import pack_floats, pack_ints, unpack_floats, unpack_ints
+
+# Of a response that ended for these reasons; every other one is finished.
+STATUS_OF: dict[str, Status] = {"cancelled": "cancelled", "error": "failed"}
+
+
+class Responses:
+    """Reads and writes of answers and of comparisons. What is not this user's is not found."""
+
+    def __init__(self, database: Database, replicas: Replicas) -> None:
+        self._db = database
+        self._replicas = replicas
+
+    def begin(
+        self,
+        user: str,
+        conversation_id: str,
+        *,
+        message: str,
+        replica_id: str,
+        policy_version: str,
+        prompt_token_ids: list[int],
+        temperature: float,
+        max_tokens: int,
+        seed: int | None,
+    ) -> str:
+        """Adds a turn with one response that is being sampled; returns the response's id."""
+        with self._db.write():
+            response_id = self._insert_response(
+                user, conversation_id, replica_id, policy_version, prompt_token_ids, temperature, max_tokens, seed
+            )
+            self._insert_turn(conversation_id, message, response_id=response_id)
+        return response_id
+
+    def begin_comparison(
+        self,
+        user: str,
+        conversation_id: str,
+        *,
+        message: str,
+        replica_id: str,
+        policy_versions: tuple[str, str],
+        prompt_token_ids: list[int],
+        temperatures: tuple[float, float],
+        max_tokens: int,
+        seeds: tuple[int | None, int | None],
+    ) -> tuple[str, str, str]:
+        """Adds a turn with two responses, from the versions and at the temperatures of A and B; returns the ids of the
+        comparison, A and B."""
+        comparison_id = new_id("cmp")
+        with self._db.write():
+            a, b = (
+                self._insert_response(
+                    user, conversation_id, replica_id, policy_version, prompt_token_ids, temperature, max_tokens, seed
+                )
+                for policy_version, temperature, seed in zip(policy_versions, temperatures, seeds, strict=True)
+            )
+            self._db.insert(
+                "comparisons",
+                {
+                    "id": comparison_id,
+                    "conversation_id": conversation_id,
+                    "user": user,
+                    "response_a": a,
+                    "response_b": b,
+                    "state": "open",
+                    "create_time": self._db.now(),
+                },
+            )
+            self._insert_turn(conversation_id, message, comparison_id=comparison_id)
+        return comparison_id, a, b
+
+    def finish(self, response_id: str, generation: Generation, chosen_by: str | None = None) -> None:
+        """Stores what was sampled, whichever way it ended, and the reward model that chose it among others."""
+        status = STATUS_OF.get(generation.finish_reason, "finished")
+        with self._db.write():
+            changed = self._db.execute(
+                "UPDATE responses SET status = ?, token_ids = ?, logprobs = ?, text = ?, finish_reason = ?, "
+                f"chosen_by = ?, finish_time = {self._db.NOW} WHERE id = ?",
+                [
+                    status,
+                    pack_ints(generation.token_ids),
+                    pack_floats(generation.logprobs),
+                    generation.text,
+                    generation.finish_reason,
+                    chosen_by,
+                    response_id,
+                ],
+            )
+            # A conversation that was deleted while its answer was being sampled stays deleted.
+            for span in generation.spans if changed else []:
+                self._db.insert(
+                    "spans",
+                    {
+                        "response_id": response_id,
+                        "start": span.start,
+                        "end": span.end,
+                        "policy_version": span.policy_version,
+                        "stale_kv": int(span.stale_kv),
+                    },
+                )
+
+    def abandon(self, response_ids: Sequence[str], reason: Literal["cancelled", "error"]) -> None:
+        """Ends those that nothing was stored of; the others stay as they are."""
+        with self._db.write():
+            for response_id in response_ids:
+                self._db.execute(
+                    f"UPDATE responses SET status = ?, finish_reason = ?, finish_time = {self._db.NOW} "
+                    "WHERE id = ? AND status = 'streaming'",
+                    [STATUS_OF.get(reason, "finished"), reason, response_id],
+                )
+
+    def fail_interrupted(self, replica_id: str, *, starting: bool = False) -> int:
+        """Marks what servers were sampling that no longer live; `starting`: what this one was, before, too. Returns how
+        many."""
+        alive = {replica.id for replica in self._replicas.alive()} | {replica_id}
+        alive -= {replica_id} if starting else set()
+        with self._db.write():
+            return self._db.execute(
+                f"UPDATE responses SET status = 'failed', finish_reason = 'error', finish_time = {self._db.NOW} "
+                f"WHERE status = 'streaming' AND replica_id NOT IN ({', '.join('?' for _ in alive)})",
+                sorted(alive),
+            )
+
+    def get(self, user: str, response_id: str) -> Response:
+        response = load_responses(self._db, [response_id]).get(response_id)
+        if response is None or response.user != user:
+            raise NotFoundError("response", response_id)
+        return response
+
+    def comparison(self, user: str, comparison_id: str) -> Comparison:
+        comparison = load_comparisons(self._db, [comparison_id]).get(comparison_id)
+        if comparison is None or comparison.user != user:
+            raise NotFoundError("comparison", comparison_id)
+        return comparison
+
+    def skip_open_comparisons(self, conversation_id: str) -> None:
+        """The user goes on without a choice: with A, or with B where A came to nothing."""
+        with self._db.write():
+            rows = self._db.rows(
+                "SELECT id FROM comparisons WHERE conversation_id = ? AND state = 'open'", [conversation_id]
+            )
+            for comparison in load_comparisons(self._db, (row["id"] for row in rows)).values():
+                self._db.execute(
+                    "UPDATE comparisons SET state = 'skipped', continued_with = ? WHERE id = ?",
+                    [comparison.unless_chosen, comparison.id],
+                )
+
+    def _insert_turn(self, conversation_id: str, message: str, **answer: str) -> None:
+        now = self._db.now()
+        self._db.insert("turns", {"conversation_id": conversation_id, "message": message, "create_time": now, **answer})
+        self._db.execute("UPDATE conversations SET update_time = ? WHERE id = ?", [now, conversation_id])
+
+    def _insert_response(
+        self,
+        user: str,
+        conversation_id: str,
+        replica_id: str,
+        policy_version: str,
+        prompt_token_ids: list[int],
+        temperature: float,
+        max_tokens: int,
+        seed: int | None,
+    ) -> str:
+        response_id = new_id("resp")
+        self._db.insert(
+            "responses",
+            {
+                "id": response_id,
+                "conversation_id": conversation_id,
+                "user": user,
+                "replica_id": replica_id,
+                "status": "streaming",
+                "prompt_token_ids": pack_ints(prompt_token_ids),
+                "temperature": temperature,
+                "max_tokens": max_tokens,
+                "seed": seed,
+                "policy_version": policy_version,
+                "create_time": self._db.now(),
+            },
+        )
+        return response_id
+
+
+def load_responses(database: Database, ids: Iterable[str | None]) -> dict[str, Response]:
+    """Those that are there, by id, whosever they are."""
+    found: dict[str, Response] = {}
+    for page in pages(ids):
+        marks = ", ".join("?" for _ in page)
+        spans: dict[str, list[Span]] = defaultdict(list)
+        for row in database.rows(f"SELECT * FROM spans WHERE response_id IN ({marks}) ORDER BY start", page):
+            spans[row["response_id"]].append(
+                Span(row["start"], row["end"], row["policy_version"], bool(row["stale_kv"]))
+            )
+        for row in database.rows(f"SELECT * FROM responses WHERE id IN ({marks})", page):
+            found[row["id"]] = _response(row, spans[row["id"]])
+    return found
+
+
+def load_comparisons(database: Database, ids: Iterable[str | None]) -> dict[str, Comparison]:
+    """Those that are there, by id, whosever they are."""
+    rows = [
+        row
+        for page in pages(ids)
+        for row in database.rows(f"SELECT * FROM comparisons WHERE id IN ({', '.join('?' for _ in page)})", page)
+    ]
+    responses = load_responses(database, (row[column] for row in rows for column in ("response_a", "response_b")))
+    return {
+        row["id"]: Comparison(
+            id=row["id"],
+            conversation_id=row["conversation_id"],
+            user=row["user"],
+            a=responses[row["response_a"]],
+            b=responses[row["response_b"]],
+            state=row["state"],
+            continued_with=row["continued_with"],
+            create_time=row["create_time"],
+        )
+        for row in rows
+    }
+
+
+def _response(row: Row, spans: list[Span]) -> Response:
+    return Response(
+        id=row["id"],
+        conversation_id=row["conversation_id"],
+        user=row["user"],
+        status=row["status"],
+        prompt_token_ids=unpack_ints(row["prompt_token_ids"]),
+        token_ids=unpack_ints(row["token_ids"]),
+        logprobs=unpack_floats(row["logprobs"]),
+        text=row["text"],
+        temperature=row["temperature"],
+        max_tokens=row["max_tokens"],
+        seed=row["seed"],
+        finish_reason=row["finish_reason"],
+        policy_version=row["policy_version"],
+        create_time=row["create_time"],
+        spans=spans,
+        chosen_by=row["chosen_by"],
+    )

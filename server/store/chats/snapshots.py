@@ -1,0 +1,145 @@
+"""What a round reads of all that was said: the votes that were current at one event, and what was asked."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection
+
+from server.store.chats.records import ChoiceVote, Correction, Demonstration, Prompt, Snapshot, ThumbVote
+from server.store.chats.responses import load_comparisons, load_responses
+from server.store.database import UNLIMITED, Database, Row
+from server.store.deletion import Deletion
+from server.store.learning.rounds import Rounds
+from server.store.packing import unpack_ints
+
+# Of `feedback_events e`: not replaced, retracted or deleted by a later event up to the one that is bound to the mark.
+CURRENT = (
+    "action = 'submit' AND value IS NOT NULL AND NOT EXISTS "
+    "(SELECT 1 FROM feedback_events WHERE feedback_id = e.feedback_id AND seq > e.seq AND seq <= ?)"
+)
+
+
+class Snapshots:
+    """Reads of everybody's votes and prompts."""
+
+    def __init__(self, database: Database, deletion: Deletion, rounds: Rounds) -> None:
+        self._db = database
+        self._deletion = deletion
+        self._rounds = rounds
+
+    def watermark(self) -> int:
+        """The number of the newest feedback event; 0 before the first."""
+        return int(self._db.rows("SELECT coalesce(max(seq), 0) AS seq FROM feedback_events")[0]["seq"])
+
+    def count_votes(self, after: int = 0) -> int:
+        """How many choices, thumbs and corrections are current, and were given or changed after the event `after`."""
+        # By the index feedback_by_event alone: operators' pages ask again and again.
+        [row] = self._db.rows(
+            "SELECT count(*) AS votes FROM feedback WHERE event_seq > ? AND kind != 'demonstration'", [after]
+        )
+        return int(row["votes"])
+
+    def votes_of(self, users: Collection[str], watermark: int) -> int:
+        """How much feedback of these users was current at `watermark`, demonstrations too."""
+        [row] = self._db.rows(
+            f"SELECT count(*) AS votes FROM feedback_events e WHERE seq <= ? AND {self._db.AMONG} AND {CURRENT}",
+            [watermark, json.dumps(list(users)), watermark],
+        )
+        return int(row["votes"])
+
+    def count_new_votes(self) -> int:
+        """How many of these no round has learned from yet."""
+        learned = self._rounds.last_learned()
+        return self.count_votes(after=learned.watermark if learned else 0)
+
+    def take(self, watermark: int | None = None, limit: int = UNLIMITED, without: Collection[str] = ()) -> Snapshot:
+        """Feedback that was current at `watermark` (default: now), less what was deleted since and what users in
+        `without` gave: the newest `limit` votes of the others, and every demonstration of theirs."""
+        deletions = self._deletion.deletions()
+        watermark = self.watermark() if watermark is None else watermark
+        left_out = json.dumps(list(without))
+        # Left out before the limit, or whoever votes most would keep the others out even so.
+        events = self._db.rows(
+            f"SELECT * FROM feedback_events e WHERE seq <= ? AND kind != 'demonstration' AND NOT {self._db.AMONG} "
+            f"AND {CURRENT} ORDER BY seq DESC LIMIT ?",
+            [watermark, left_out, watermark, limit],
+        )
+        demonstrations = self._db.rows(
+            f"SELECT * FROM feedback_events e WHERE seq <= ? AND kind = 'demonstration' AND NOT {self._db.AMONG} "
+            f"AND {CURRENT} ORDER BY seq",
+            [watermark, left_out, watermark],
+        )
+        by_kind: dict[str, list[Row]] = defaultdict(list)
+        for event in reversed(events):
+            by_kind[event["kind"]].append(event)
+        comparisons = load_comparisons(self._db, (event["comparison_id"] for event in by_kind["choice"]))
+        responses = load_responses(
+            self._db, (event["response_id"] for event in [*by_kind["thumb"], *by_kind["correction"]])
+        )
+        return Snapshot(
+            watermark=watermark,
+            choices=[
+                ChoiceVote(
+                    event["feedback_id"],
+                    event["user"],
+                    event["value"],
+                    comparison.id,
+                    comparison.a,
+                    comparison.b,
+                    event["create_time"],
+                )
+                for event in by_kind["choice"]
+                if (comparison := comparisons.get(event["comparison_id"]))
+            ],
+            thumbs=[
+                ThumbVote(
+                    event["feedback_id"],
+                    event["user"],
+                    1 if event["value"] == "UP" else -1,
+                    response,
+                    event["create_time"],
+                )
+                for event in by_kind["thumb"]
+                if (response := responses.get(event["response_id"]))
+            ],
+            corrections=[
+                Correction(event["feedback_id"], event["user"], event["value"], response, event["create_time"])
+                for event in by_kind["correction"]
+                if (response := responses.get(event["response_id"]))
+            ],
+            demonstrations=[
+                Demonstration(event["feedback_id"], event["user"], json.loads(event["value"]), event["create_time"])
+                for event in demonstrations
+            ],
+            deletions=deletions,
+        )
+
+    def prompts(
+        self, before: float | None = None, limit: int = UNLIMITED, without: Collection[str] = ()
+    ) -> list[Prompt]:
+        """What users asked, each distinct prompt once, in the order it was first asked. Where a time and a `limit` are
+        given, of so many responses before: everybody's newest, then everybody's second, and so on. None of users in
+        `without`."""
+        rows = self._db.rows(
+            "WITH placed AS (SELECT rowid AS number, "
+            "row_number() OVER (PARTITION BY user ORDER BY rowid DESC) AS place "
+            f"FROM responses WHERE create_time < ? AND NOT {self._db.AMONG}), "
+            "chosen AS (SELECT number FROM placed ORDER BY place, number DESC LIMIT ?), "
+            "asked AS (SELECT conversation_id, user, prompt_token_ids, max_tokens, min(number) AS first "
+            "FROM chosen JOIN responses r ON r.rowid = number GROUP BY prompt_token_ids) "
+            "SELECT *, first = (SELECT min(rowid) FROM responses WHERE conversation_id = asked.conversation_id) "
+            "AS opens, (SELECT message FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
+            "AS opening FROM asked ORDER BY first",
+            [math.inf if before is None else before, json.dumps(list(without)), limit],
+        )
+        openers: dict[str, str] = {}
+        return [
+            Prompt(
+                row["conversation_id"],
+                unpack_ints(row["prompt_token_ids"]),
+                row["max_tokens"],
+                row["user"],
+                openers.setdefault(row["opening"], row["conversation_id"]) if row["opens"] else "",
+            )
+            for row in rows
+        ]

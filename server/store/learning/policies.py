@@ -1,0 +1,207 @@
+"""Policy versions and the pointer, which is the truth about what should serve.
+
+Every write that a round makes takes the round's lease and is refused once a later holder exists (fencing), so a learner
+that was stopped past its lease and comes back can change nothing.
+"""
+
+import json
+from typing import Any, Literal
+
+from server.shared.errors import ConflictError, FailedPreconditionError, NotFoundError
+from server.store.database import UNLIMITED, Database, Row, newest_rows
+from server.store.learning.leases import check_fence
+from server.store.learning.records import Lease, PointerAction, PolicyVersion
+from server.store.learning.replicas import ALIVE_SECONDS
+
+REFERENCE = "v0000"
+
+
+class Policies:
+    """Reads and writes of versions and of the pointer."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def register_reference(self) -> None:
+        """Records v0000 and points at it, once; later calls change nothing."""
+        with self._db.write():
+            if self._db.row("SELECT 1 FROM policies WHERE version = ?", [REFERENCE]):
+                return
+            now = self._db.now()
+            self._db.insert(
+                "policies",
+                {
+                    "version": REFERENCE,
+                    "state": "active",
+                    "kind": "full",
+                    "reference_version": REFERENCE,
+                    "create_time": now,
+                    "activate_time": now,
+                },
+            )
+            self._db.insert("pointer", {"id": 1, "version": REFERENCE})
+            self._db.insert(
+                "pointer_events",
+                {"version": REFERENCE, "actor": "server", "reason": "first start", "create_time": now},
+            )
+
+    def register(
+        self,
+        version: str,
+        *,
+        kind: Literal["adapter", "full"],
+        state: Literal["candidate", "rejected"],
+        parent_version: str,
+        reference_version: str,
+        round_id: str | None,
+        reward_model_version: str | None,
+        metrics: dict[str, Any],
+        reason: str = "",
+        fence: Lease | None = None,
+    ) -> PolicyVersion:
+        """Records a version whose directory is published. Registering it again changes nothing."""
+        with self._db.write():
+            check_fence(self._db, fence)
+            if not self._db.row("SELECT 1 FROM policies WHERE version = ?", [version]):
+                self._db.insert(
+                    "policies",
+                    {
+                        "version": version,
+                        "state": state,
+                        "kind": kind,
+                        "parent_version": parent_version,
+                        "reference_version": reference_version,
+                        "round_id": round_id,
+                        "reward_model_version": reward_model_version,
+                        "metrics": json.dumps(metrics),
+                        "reason": reason,
+                        "create_time": self._db.now(),
+                    },
+                )
+            return self.get(version)
+
+    def get(self, version: str) -> PolicyVersion:
+        row = self._db.row("SELECT * FROM policies WHERE version = ?", [version])
+        if row is None:
+            raise NotFoundError("policy", version)
+        return _policy(row)
+
+    def page(self, limit: int = UNLIMITED, before: str | None = None) -> list[PolicyVersion]:
+        """Newest first; `before` is the version after which the page starts."""
+        return [_policy(row) for row in newest_rows(self._db, "policies", "version", limit, before)]
+
+    def active(self) -> PolicyVersion:
+        """What should serve. Raises NotFoundError before the first start of a server."""
+        row = self._db.row("SELECT version FROM pointer")
+        if row is None:
+            raise NotFoundError("policy", REFERENCE)
+        return self.get(row["version"])
+
+    def previous_version(self) -> str | None:
+        """The version that was active before the active one, could be loaded and was not rolled back since, or None."""
+        rows = self._db.rows(
+            "SELECT e.version FROM pointer_events e JOIN policies p USING (version), pointer "
+            "WHERE p.state = 'retired' AND p.prune_time IS NULL AND e.version != pointer.version AND NOT EXISTS "
+            "(SELECT 1 FROM pointer_events WHERE previous_version = e.version AND action = 'rollback' AND seq > e.seq) "
+            "ORDER BY e.seq DESC LIMIT 1"
+        )
+        return str(rows[0]["version"]) if rows else None
+
+    def rollback_step(self, version: str | None = None, expected_active_version: str | None = None) -> tuple[str, str]:
+        """What is active, and what a rollback makes active: `version`, or the previous one.
+
+        Raises ConflictError where another version is active than expected, and FailedPreconditionError where there is
+        none to go back to."""
+        active, target = self.active().version, version or self.previous_version()
+        _check_active(active, expected_active_version)
+        if target is None:
+            raise FailedPreconditionError("NOTHING_TO_ROLL_BACK", f"No version was active before {active}.")
+        return active, target
+
+    def activate(
+        self,
+        version: str,
+        *,
+        actor: str,
+        action: PointerAction = "activate",
+        reason: str = "",
+        expected_active_version: str | None = None,
+        fence: Lease | None = None,
+    ) -> PolicyVersion:
+        """Moves the pointer. Activating the active version changes nothing.
+
+        Raises NotFoundError, ConflictError where another version is active than expected, and
+        FailedPreconditionError for a version that an engine could not load, whose directory is gone, or, of a
+        rollback, that was never active.
+        """
+        with self._db.write():
+            check_fence(self._db, fence)
+            policy, active = self.get(version), self.active()
+            _check_active(active.version, expected_active_version)
+            if policy.state == "failed" and action != "promote":
+                raise FailedPreconditionError("POLICY_FAILED", f"{version} could not be loaded before: {policy.reason}")
+            if policy.prune_time is not None:
+                raise FailedPreconditionError("POLICY_PRUNED", f"{version} was pruned: its weights are gone.")
+            if version == active.version:
+                return active
+            if action == "rollback" and policy.state != "retired":
+                raise FailedPreconditionError(
+                    "NEVER_ACTIVE", f"{version} is {policy.state} and was never active; promote it instead."
+                )
+            self._point(active.version, "retired", version, action, actor, reason)
+            return self.get(version)
+
+    def fail(self, version: str, reason: str, back_to: str) -> None:
+        """Records that an engine could not load `version` and points at `back_to`, if `version` is still active.
+
+        The reference is never marked failed: it is what everything falls back to.
+        """
+        with self._db.write():
+            if self.active().version != version:
+                return
+            if version == REFERENCE:
+                return
+            self._point(version, "failed", back_to, "fail", "server", reason)
+            self._db.execute("UPDATE policies SET reason = ? WHERE version = ?", [reason, version])
+
+    def prune(self, version: str, *, fence: Lease | None = None) -> bool:
+        """Marks that the version's directory goes, after which it cannot be activated; False where it is in use: the
+        reference of any policy that is kept, what is active or loaded, or what a running round compares with."""
+        with self._db.write():
+            check_fence(self._db, fence)
+            marked = self._db.execute(
+                f"UPDATE policies SET prune_time = {self._db.NOW} WHERE version = ?1 AND prune_time IS NULL "
+                "AND state != 'active' "
+                "AND NOT EXISTS (SELECT 1 FROM policies WHERE reference_version = ?1) "
+                "AND NOT EXISTS (SELECT 1 FROM replicas WHERE loaded_version = ?1 "
+                "AND boot = boot_id() AND uptime() - uptime <= ?2) "
+                "AND NOT EXISTS (SELECT 1 FROM rounds WHERE state = 'running' AND incumbent_version = ?1)",
+                [version, ALIVE_SECONDS],
+            )
+            return marked > 0
+
+    def _point(self, old: str, old_state: str, new: str, action: PointerAction, actor: str, reason: str) -> None:
+        now = self._db.now()
+        self._db.execute("UPDATE policies SET state = ? WHERE version = ?", [old_state, old])
+        self._db.execute("UPDATE policies SET state = 'active', activate_time = ? WHERE version = ?", [now, new])
+        self._db.execute("UPDATE pointer SET version = ?", [new])
+        self._db.insert(
+            "pointer_events",
+            {
+                "version": new,
+                "previous_version": old,
+                "action": action,
+                "actor": actor,
+                "reason": reason,
+                "create_time": now,
+            },
+        )
+
+
+def _check_active(active: str, expected: str | None) -> None:
+    if expected is not None and active != expected:
+        raise ConflictError(f"{active} is active, not {expected}; nothing was changed.")
+
+
+def _policy(row: Row) -> PolicyVersion:
+    return PolicyVersion(**{**row, "metrics": json.loads(row["metrics"])})

@@ -1,0 +1,146 @@
+"""Rounds, stage by stage. Every write of a round takes its lease."""
+
+import json
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from server.shared import stored_round
+from server.shared.errors import NotFoundError
+from server.store.database import UNLIMITED, Database, Row, newest_rows
+from server.store.ids import new_id
+from server.store.learning.leases import check_fence
+from server.store.learning.policies import Policies
+from server.store.learning.records import Lease, Round
+
+
+class Rounds:
+    """Reads and writes of rounds."""
+
+    def __init__(self, database: Database, policies: Policies) -> None:
+        self._db = database
+        self._policies = policies
+
+    def create(
+        self,
+        watermark: int,
+        settings: dict[str, Any],
+        *,
+        reference_version: str,
+        quarantined: Iterable[str] = (),
+        fence: Lease,
+    ) -> Round:
+        """Begins a round from the active policy and the votes up to `watermark`, less those of `quarantined` users."""
+        with self._db.write():
+            check_fence(self._db, fence)
+            round_id = new_id("round")
+            self._db.insert(
+                "rounds",
+                {
+                    "id": round_id,
+                    "state": "running",
+                    "stage": "snapshot",
+                    "watermark": watermark,
+                    "incumbent_version": self._policies.active().version,
+                    "reference_version": reference_version,
+                    "settings": stored_round.SETTINGS.dump(settings),
+                    "attempts": 1,
+                    "quarantined": json.dumps(sorted(quarantined)),
+                    "create_time": self._db.now(),
+                },
+            )
+            return self.get(round_id)
+
+    def update(
+        self,
+        round_id: str,
+        *,
+        fence: Lease,
+        stage: str | None = None,
+        metrics: dict[str, Any] | None = None,
+        policy_version: str | None = None,
+        reward_model_version: str | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> Round:
+        """Records a finished stage; `metrics` are merged into what is there, `settings` replace it."""
+        with self._db.write():
+            check_fence(self._db, fence)
+            old = self.get(round_id)
+            self._db.execute(
+                "UPDATE rounds SET stage = ?, metrics = ?, policy_version = ?, reward_model_version = ?, settings = ? "
+                "WHERE id = ?",
+                [
+                    stage or old.stage,
+                    stored_round.METRICS.dump({**old.metrics, **(metrics or {})}),
+                    policy_version or old.policy_version,
+                    reward_model_version or old.reward_model_version,
+                    stored_round.SETTINGS.dump(settings or old.settings),
+                    round_id,
+                ],
+            )
+            return self.get(round_id)
+
+    def resume(self, round_id: str, *, fence: Lease) -> Round:
+        """Counts that a round is gone on with."""
+        return self._count_attempts(round_id, 1, fence)
+
+    def stop(self, round_id: str, *, fence: Lease) -> Round:
+        """Says that a round stops because it was asked to: that attempt does not count."""
+        return self._count_attempts(round_id, -1, fence)
+
+    def finish(
+        self,
+        round_id: str,
+        state: Literal["promoted", "rejected", "failed"],
+        *,
+        reason: str = "",
+        fence: Lease | None = None,
+    ) -> Round:
+        """Ends a round."""
+        with self._db.write():
+            check_fence(self._db, fence)
+            self._db.execute(
+                "UPDATE rounds SET state = ?, reason = ?, finish_time = ? WHERE id = ?",
+                [state, reason, self._db.now(), round_id],
+            )
+            return self.get(round_id)
+
+    def get(self, round_id: str) -> Round:
+        row = self._db.row("SELECT * FROM rounds WHERE id = ?", [round_id])
+        if row is None:
+            raise NotFoundError("round", round_id)
+        return _round(row)
+
+    def running(self) -> Round | None:
+        """The round to go on with, or None."""
+        row = self._db.row("SELECT * FROM rounds WHERE state = 'running' ORDER BY create_time DESC LIMIT 1")
+        return _round(row) if row else None
+
+    def last_learned(self) -> Round | None:
+        """The newest round that came to a verdict, or None."""
+        row = self._db.row("SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') ORDER BY rowid DESC LIMIT 1")
+        return _round(row) if row else None
+
+    def page(self, limit: int = UNLIMITED, before: str | None = None) -> list[Round]:
+        """Newest first; `before` is the round after which the page starts."""
+        return [_round(row) for row in newest_rows(self._db, "rounds", "id", limit, before)]
+
+    def count(self) -> dict[str, int]:
+        """How many rounds there were of each state, those of none left out."""
+        return {
+            row["state"]: row["n"] for row in self._db.rows("SELECT state, count(*) AS n FROM rounds GROUP BY state")
+        }
+
+    def _count_attempts(self, round_id: str, by: int, fence: Lease) -> Round:
+        with self._db.write():
+            check_fence(self._db, fence)
+            self._db.execute("UPDATE rounds SET attempts = attempts + ? WHERE id = ?", [by, round_id])
+            return self.get(round_id)
+
+
+def _round(row: Row) -> Round:
+    stored = {
+        "settings": stored_round.SETTINGS.load(row["settings"]),
+        "metrics": stored_round.METRICS.load(row["metrics"]),
+        "quarantined": json.loads(row["quarantined"]),
+    }
+    return Round(**{**row, **stored})

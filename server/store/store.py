@@ -1,0 +1,101 @@
+"""All that is kept, by what it is about. Imports neither torch nor vllm, so the learner may use it.
+
+A write that returned is on disk; `transaction` makes several one. What is not this user's is not found.
+"""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from server.store.chats.conversations import Conversations
+from server.store.chats.feedback import FeedbackTable
+from server.store.chats.requests import Requests
+from server.store.chats.responses import Responses
+from server.store.chats.snapshots import Snapshots
+from server.store.database import Database
+from server.store.deletion import Deletion
+from server.store.keys import Keys
+from server.store.learning.leases import Leases
+from server.store.learning.lineage import Lineage
+from server.store.learning.policies import Policies
+from server.store.learning.quarantine import Quarantine
+from server.store.learning.records import Learner
+from server.store.learning.replicas import Replicas
+from server.store.learning.reward_models import RewardModels
+from server.store.learning.round_requests import RoundRequests
+from server.store.learning.rounds import Rounds
+from server.store.sqlite.database import DATABASE, SqliteDatabase
+
+
+class Store:
+    """One connection to a data directory's database; one thread at a time."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+        self.policies = Policies(database)
+        self.reward_models = RewardModels(database)
+        self.rounds = Rounds(database, self.policies)
+        self.replicas = Replicas(database)
+        self.leases = Leases(database)
+        self.lineage = Lineage(database)
+        self.keys = Keys(database)
+        self.quarantine = Quarantine(database)
+        self.round_requests = RoundRequests(database)
+        self.deletion = Deletion(database, self.lineage)
+        self.conversations = Conversations(database, self.deletion)
+        self.responses = Responses(database, self.replicas)
+        self.feedback = FeedbackTable(database, self.responses)
+        self.requests = Requests(database)
+        self.snapshots = Snapshots(database, self.deletion, self.rounds)
+
+    @classmethod
+    def open(cls, data_dir: Path) -> "Store":
+        """The store in `data_dir`, created or migrated where needed. Raises DataDirectoryError."""
+        return cls(SqliteDatabase(Path(data_dir) / DATABASE))
+
+    @staticmethod
+    def exists(data_dir: Path) -> bool:
+        """Whether there is a store; `open` would make one."""
+        return (data_dir / DATABASE).exists()
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """What is written inside becomes durable together or not at all."""
+        return self._db.write()
+
+    def reading(self) -> AbstractContextManager[None]:
+        """What is read inside is as of one moment."""
+        return self._db.reading()
+
+    def group(self) -> AbstractContextManager[None]:
+        """The transactions inside stay apart, but share one commit. See `Database.group`."""
+        return self._db.group()
+
+    def copy_to(self, data_dir: Path) -> None:
+        """Puts a copy of the database, as of one moment, into another data directory. See `SqliteDatabase.copy_to`."""
+        self._db.copy_to(data_dir / DATABASE)
+
+    def free_files(self, *, rewrite: bool) -> bool:
+        """Removes from the database's own files what deleted rows left; with `rewrite`, also by writing them anew where
+        that is due. False where another process keeps reading: what was deleted may still be in the log."""
+        due = self.deletion.rewrite_due() if rewrite else 0
+        if due:
+            self._db.rewrite()
+            self.deletion.rewritten(due)
+        return self._db.empty_log()
+
+    def bytes(self) -> int:
+        """How much the database takes up."""
+        return self._db.bytes()
+
+    def learner(self) -> Learner:
+        """Who listens, what is at work, and what became of the last request."""
+        listening = self.round_requests.next_times()
+        return Learner(
+            listening=bool(listening),
+            next_time=min((time for time in listening if time is not None), default=None),
+            running=self.rounds.running() if self.round_requests.at_work() else None,
+            new_votes=self.snapshots.count_new_votes(),
+            request=self.round_requests.last(),
+        )
+
+    def close(self) -> None:
+        self._db.close()

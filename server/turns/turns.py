@@ -1,0 +1,278 @@
+"""A turn: a message, and one answer to it or two. One at a time per conversation, and per request_id.
+
+`start_chat` says what is on disk when; a comparison keeps the same promise for both of its answers.
+"""
+
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from server.engine.base import Sampling, ServingEngine
+from server.settings import ServerSettings
+from server.shared.errors import InvalidArgumentError, ResourceExhaustedError
+from server.store.chats.records import Generation
+from server.store.quotas import check_conversations
+from server.store.store import Store
+from server.store.store_thread import StoreThread
+from server.turns.answers import Answers, Begun
+from server.turns.candidate_choice import CandidateChooser
+from server.turns.comparison import SLOTS, Ended, WriteDelta, arrange, repeat_answers, stream_answers
+from server.turns.encoding_thread import CHARS_A_TOKEN, encoding
+from server.turns.history import recent_turns
+from server.turns.keyed_locks import KeyedLocks
+from server.turns.prompt import Said, build_prompt
+from server.versions.ab_test import AbTest
+
+Write = Callable[[str], Awaitable[None]]
+# Room in the queue for so many answers of a user's, for as long as the block runs. Raises ResourceExhaustedError.
+Room = Callable[[str, int], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class NewMessage:
+    """What a user says, and how the answer is to be sampled; None: as the server is set."""
+
+    user: str
+    text: str
+    # Empty: a new conversation begins.
+    conversation_id: str = ""
+    temperature: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    # A call that repeats this id with the same body gets what the first one got. Empty: it is not repeated.
+    request_id: str = ""
+    body_sha256: bytes = b""
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """A message and its answer."""
+
+    conversation_id: str
+    response_id: str
+    # The version that is loaded as the turn begins.
+    policy_version: str
+    prompt_token_ids: list[int]
+    stream: Callable[[Write], Awaitable[Generation]]
+    """Writes the answer's text piece by piece; returns the whole answer, once it is on disk."""
+
+
+@dataclass(frozen=True)
+class ComparisonTurn:
+    """A message and its two answers."""
+
+    conversation_id: str
+    comparison_id: str
+    prompt_token_ids: list[int]
+    stream: Callable[[WriteDelta, Ended], Awaitable[None]]
+    """Writes the text of both answers piece by piece, and says of each that it ended, once it is on disk."""
+
+
+class Turns:
+    """Begins turns."""
+
+    def __init__(
+        self,
+        store: StoreThread,
+        engine: ServingEngine,
+        settings: ServerSettings,
+        replica_id: str,
+        room: Room,
+        chooser: CandidateChooser | None = None,
+        ab_test: AbTest | None = None,
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._settings = settings
+        self._replica_id = replica_id
+        self._room = room
+        self._chooser = chooser
+        self._ab_test = ab_test
+        self._locks = KeyedLocks()
+        self._answers = Answers(store, engine)
+
+    @asynccontextmanager
+    async def start_chat(self, message: NewMessage) -> AsyncIterator[ChatTurn]:
+        """A turn with one answer.
+
+        On disk, whatever becomes of the process:
+        - as the block begins: the message, the ids, and that an answer is being sampled;
+        - as `stream` returns: the answer, token by token with its log-probabilities and the versions that made them;
+        - where the block is left by an error or a cancellation: what was sampled until then, as failed or cancelled.
+        An answer that a kill cut off is marked as failed by the next server that starts.
+
+        Where the request_id was answered before, the turn is that one, and `stream` repeats the stored answer.
+        Raises NotFoundError, InvalidArgumentError and ResourceExhaustedError."""
+        async with self._alone("Chat", message):
+            before = await self._look_back("Chat", message)
+            if before.first_result:
+                yield await self._repeated_chat(message.user, before.first_result)
+                return
+            prompt, sampling = await self._prompt(message, before)
+            version = self._engine.version
+
+            def begin(store: Store) -> Begun:
+                with store.transaction():
+                    conversation_id = self._open_conversation(store, message)
+                    response_id = store.responses.begin(
+                        message.user,
+                        conversation_id,
+                        message=message.text,
+                        replica_id=self._replica_id,
+                        policy_version=version,
+                        prompt_token_ids=prompt,
+                        temperature=sampling.temperature,
+                        max_tokens=sampling.max_tokens,
+                        seed=sampling.seed,
+                    )
+                    _remember(store, "Chat", message, response_id)
+                return Begun(conversation_id, [response_id])
+
+            async with self._begun(message, begin, answers=1) as begun:
+                [response_id] = begun.response_ids
+                stream = partial(self._answers.sample, response_id, prompt, sampling)
+                yield ChatTurn(begun.conversation_id, response_id, version, prompt, stream)
+
+    @asynccontextmanager
+    async def start_comparison(self, message: NewMessage) -> AsyncIterator[ComparisonTurn]:
+        """A turn with two answers, side by side. What is on disk when is as in `start_chat`."""
+        async with self._alone("Compare", message):
+            before = await self._look_back("Compare", message)
+            if before.first_result:
+                yield await self._repeated_comparison(message.user, before.first_result)
+                return
+            prompt, sampling = await self._prompt(message, before)
+            pair = self._ab_test.pair if self._ab_test else None
+            versions, samplings = arrange(pair, self._engine.version, sampling, self._settings.compare_temperatures)
+
+            def begin(store: Store) -> Begun:
+                with store.transaction():
+                    conversation_id = self._open_conversation(store, message)
+                    comparison_id, a, b = store.responses.begin_comparison(
+                        message.user,
+                        conversation_id,
+                        message=message.text,
+                        replica_id=self._replica_id,
+                        policy_versions=versions,
+                        prompt_token_ids=prompt,
+                        temperatures=(samplings[0].temperature, samplings[1].temperature),
+                        max_tokens=sampling.max_tokens,
+                        seeds=(samplings[0].seed, samplings[1].seed),
+                    )
+                    _remember(store, "Compare", message, comparison_id)
+                return Begun(conversation_id, [a, b], comparison_id)
+
+            chooser = self._chooser if not pair and sampling.seed is None else None
+            sampled = self._settings.compare_candidates if chooser else 2
+            async with self._begun(message, begin, answers=sampled) as begun:
+                # Elsewhere a swap may come first: such an answer takes whatever is loaded, and its spans say what.
+                pinned = versions if pair else (None, None)
+                answers = list(zip(SLOTS, begun.response_ids, samplings, pinned, strict=True))
+                stream = partial(stream_answers, self._answers, chooser, sampled, prompt, answers)
+                yield ComparisonTurn(begun.conversation_id, begun.comparison_id, prompt, stream)
+
+    async def delete_conversation(self, user: str, conversation_id: str) -> None:
+        """Removes a conversation, once its turn is over. Raises NotFoundError."""
+        async with self._locks.hold(_turn_key(user, conversation_id)):
+            await self._store(lambda store: store.conversations.delete(user, conversation_id))
+
+    async def drain(self) -> None:
+        """Returns once every answer that was begun is on disk."""
+        await self._answers.drain()
+
+    @asynccontextmanager
+    async def _alone(self, rpc: str, message: NewMessage) -> AsyncIterator[None]:
+        """Nothing else answers this request_id, or in this conversation."""
+        repeat = json.dumps([rpc, message.user, message.request_id]) if message.request_id else ""
+        async with self._locks.hold(repeat), self._locks.hold(_turn_key(message.user, message.conversation_id)):
+            yield
+
+    async def _look_back(self, rpc: str, message: NewMessage) -> "_Before":
+        chars = CHARS_A_TOKEN * self._engine.max_model_len
+
+        def read(store: Store) -> _Before:
+            first = store.requests.find(message.user, rpc, message.request_id, message.body_sha256)
+            if first is not None:
+                return _Before(first_result=first.decode())
+            if not message.conversation_id:
+                return _Before()
+            conversation = store.conversations.get(message.user, message.conversation_id)
+            if store.conversations.count_turns(conversation.id) >= self._settings.max_turns:
+                raise ResourceExhaustedError("CONVERSATION_FULL", "This conversation is full; start another one.")
+            return _Before(conversation.create_time, recent_turns(store, message.user, conversation.id, chars))
+
+        # Most calls are neither: the store's thread is asked for nothing.
+        return await self._store.read(read) if message.request_id or message.conversation_id else _Before()
+
+    async def _prompt(self, message: NewMessage, before: "_Before") -> tuple[list[int], Sampling]:
+        limit = self._engine.max_model_len
+        temperature, max_tokens = message.temperature, message.max_tokens
+        sampling = Sampling(
+            temperature=self._settings.service_temperature if temperature is None else temperature,
+            max_tokens=min(self._settings.max_tokens, limit // 2) if max_tokens is None else max_tokens,
+            seed=message.seed,
+        )
+        if sampling.max_tokens >= limit:
+            raise InvalidArgumentError(
+                "sampling.max_tokens",
+                f"sampling.max_tokens must be below {limit}, which is what the model has for a message and its answer.",
+            )
+        began = time.time() if before.conversation_began is None else before.conversation_began
+        encode = partial(self._engine.encode, began=began)
+        prompt = await encoding(build_prompt, encode, before.history, message.text, limit - sampling.max_tokens)
+        return prompt, sampling
+
+    def _open_conversation(self, store: Store, message: NewMessage) -> str:
+        if not message.conversation_id:
+            check_conversations(store, message.user, self._settings.user_conversations)
+            return store.conversations.create(message.user, message.text)
+        store.conversations.get(message.user, message.conversation_id)
+        store.responses.skip_open_comparisons(message.conversation_id)
+        return message.conversation_id
+
+    @asynccontextmanager
+    async def _begun(self, message: NewMessage, begin: Callable[[Store], Begun], answers: int) -> AsyncIterator[Begun]:
+        """A turn under way. It takes room in the queue from now on, not while it waited for the turn before it."""
+        with self._room(message.user, answers):
+            async with self._answers.begun(begin) as begun:
+                # A conversation that begins is held like one that was there, before its id is told.
+                key = "" if message.conversation_id else _turn_key(message.user, begun.conversation_id)
+                async with self._locks.hold(key):
+                    yield begun
+
+    async def _repeated_chat(self, user: str, response_id: str) -> ChatTurn:
+        response = await self._store(lambda store: store.responses.get(user, response_id))
+
+        async def stream(write: Write) -> Generation:
+            await write(response.text)
+            return response.generation
+
+        prompt = response.prompt_token_ids
+        return ChatTurn(response.conversation_id, response.id, response.policy_version, prompt, stream)
+
+    async def _repeated_comparison(self, user: str, comparison_id: str) -> ComparisonTurn:
+        found = await self._store(lambda store: store.responses.comparison(user, comparison_id))
+        stream = partial(repeat_answers, found)
+        return ComparisonTurn(found.conversation_id, found.id, found.a.prompt_token_ids, stream)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What there was before a message: when its conversation began, in seconds since 1970, and the end of what was said
+    in it; or the id of what the same request made first."""
+
+    conversation_began: float | None = None
+    history: tuple[Said, ...] | list[Said] = ()
+    first_result: str = ""
+
+
+def _remember(store: Store, rpc: str, message: NewMessage, result: str) -> None:
+    store.requests.remember(message.user, rpc, message.request_id, message.body_sha256, result.encode(), result)
+
+
+def _turn_key(user: str, conversation_id: str) -> str:
+    """With the user: who does not own the conversation must not wait as if it were there."""
+    return json.dumps([user, conversation_id]) if conversation_id else ""

@@ -1,0 +1,411 @@
+"""The store on a real file: votes, history, what the learner sees, leases."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from server.shared.errors import (
+    ConflictError,
+    DataDirectoryError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from server.store.chats.records import Generation, Span, VoteCount
+from server.store.store import Store
+from tests.server.conftest import register
+
+DONE = Generation([5, 6, 7], [-0.5, -1.0, -0.25], "hi there", "stop", [Span(0, 1, "v0000"), Span(1, 3, "v0001", True)])
+CUT = Generation([5], [-0.5], "hi", "cancelled", [Span(0, 1, "v0000")])
+
+
+def answer(store: Store, conversation_id: str, user: str = "ann", generation: Generation = DONE) -> str:
+    response_id = store.responses.begin(
+        user,
+        conversation_id,
+        message="hello",
+        replica_id="here",
+        policy_version="v0000",
+        prompt_token_ids=[1, 2, 70_000],
+        temperature=0.85,
+        max_tokens=8,
+        seed=2**62,
+    )
+    store.responses.finish(response_id, generation)
+    return response_id
+
+
+def comparison(store: Store, conversation_id: str, user: str = "ann", b: Generation = DONE) -> str:
+    comparison_id, first, second = store.responses.begin_comparison(
+        user,
+        conversation_id,
+        message="which",
+        replica_id="here",
+        policy_versions=("v0000", "v0000"),
+        prompt_token_ids=[1, 2],
+        temperatures=(1.0, 0.7),
+        max_tokens=8,
+        seeds=(None, None),
+    )
+    store.responses.finish(first, DONE)
+    store.responses.finish(second, b)
+    return comparison_id
+
+
+def test_a_response_comes_back_token_by_token(store: Store) -> None:
+    response = store.responses.get("ann", answer(store, store.conversations.create("ann", "hello")))
+    assert response.prompt_token_ids == [1, 2, 70_000]
+    assert response.token_ids == [5, 6, 7]
+    assert response.logprobs == [-0.5, -1.0, -0.25]
+    assert response.seed == 2**62
+    assert response.spans == [Span(0, 1, "v0000", False), Span(1, 3, "v0001", True)]
+    assert (response.status, response.finish_reason, response.last_version) == ("finished", "stop", "v0001")
+
+
+def test_what_is_on_disk_outlives_the_process_that_wrote_it(tmp_path: Path) -> None:
+    first = Store.open(tmp_path)
+    vote = first.feedback.submit_thumb("ann", answer(first, first.conversations.create("ann", "hello")), up=True)
+    # Not closed: a process that was killed closes nothing.
+    second = Store.open(tmp_path)
+    assert [thumb.feedback_id for thumb in second.snapshots.take().thumbs] == [vote.id]
+    second.close()
+    first.close()
+
+
+def test_voting_again_replaces_the_vote_and_the_log_keeps_both(store: Store) -> None:
+    response_id = answer(store, store.conversations.create("ann", "hello"))
+    up = store.feedback.submit_thumb("ann", response_id, up=True)
+    down = store.feedback.submit_thumb("ann", response_id, up=False, comment="dull")
+    assert up.id == down.id
+    assert [(vote.value, vote.comment) for vote in store.feedback.page("ann", 10)] == [("DOWN", "dull")]
+    assert store.snapshots.watermark() == 2
+    assert [thumb.value for thumb in store.snapshots.take(1).thumbs] == [1]
+    assert [thumb.value for thumb in store.snapshots.take(2).thumbs] == [-1]
+
+
+def test_the_newest_votes_and_prompts_of_many(store: Store) -> None:
+    given = [
+        store.feedback.submit_thumb("ann", answer(store, store.conversations.create("ann", "hello")), up=True)
+        for _ in range(4)
+    ]
+    # The oldest is changed last, which makes it the newest.
+    store.feedback.submit_thumb("ann", str(given[0].response_id), up=False)
+    newest = store.snapshots.take(limit=3)
+    assert [thumb.feedback_id for thumb in newest.thumbs] == [given[2].id, given[3].id, given[0].id]
+    assert [thumb.feedback_id for thumb in store.snapshots.take(4, limit=2).thumbs] == [given[2].id, given[3].id]
+    assert len(store.snapshots.prompts(limit=1)) == len(store.snapshots.prompts()) == 1
+
+
+def test_votes_by_day_are_counted_from_the_index_alone(store: Store) -> None:
+    given = [
+        store.feedback.submit_thumb(user, answer(store, store.conversations.create(user, "hello"), user), up=True)
+        for user in ("ann", "bob", "ann")
+    ]
+    # The last second of 13 March 2026 UTC and the first of the 14th, and a day long before.
+    for vote, seconds in zip(given, (1_773_446_399, 1_773_446_400, 0), strict=True):
+        store._db.execute("UPDATE feedback SET create_time = ? WHERE id = ?", [seconds, vote.id])
+    asked: list[str] = []
+    store._db._db.conn.set_trace_callback(asked.append)
+    counts = store.feedback.count_by_day(30_000)
+    store._db._db.conn.set_trace_callback(None)
+    assert counts == [
+        VoteCount("1970-01-01", "thumb", 1), VoteCount("2026-03-13", "thumb", 1), VoteCount("2026-03-14", "thumb", 1)
+    ]  # fmt: skip
+    [plan] = [row["detail"] for row in store._db.rows(f"EXPLAIN QUERY PLAN {asked[-1]}") if "feedback" in row["detail"]]
+    assert plan == "SEARCH feedback USING INDEX feedback_by_day (<expr>>?)"
+    # In the index's order: nothing is gathered first.
+    steps = [row["detail"] for row in store._db.rows(f"EXPLAIN QUERY PLAN {asked[-1]}")]
+    assert "USE TEMP B-TREE FOR GROUP BY" not in steps
+    query = "SELECT count(*) AS votes FROM feedback WHERE event_seq > 0 AND kind != 'demonstration'"
+    [plan] = [row["detail"] for row in store._db.rows(f"EXPLAIN QUERY PLAN {query}")]
+    assert plan == "SEARCH feedback USING COVERING INDEX feedback_by_event (event_seq>?)"
+
+
+def test_votes_are_counted_once_and_only_while_they_stand(store: Store) -> None:
+    response_ids = [answer(store, store.conversations.create("ann", "hello")) for _ in range(3)]
+    first, second, _ = [store.feedback.submit_thumb("ann", response_id, up=True) for response_id in response_ids]
+    store.feedback.submit_demonstration(
+        "ann", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    )
+    before = store.snapshots.watermark()
+    assert (store.snapshots.count_votes(), store.snapshots.count_votes(before)) == (3, 0)
+    store.feedback.submit_thumb("ann", str(first.response_id), up=False)
+    store.feedback.retract("ann", second.id)
+    assert (store.snapshots.count_votes(), store.snapshots.count_votes(before)) == (2, 1)
+
+
+def test_a_retracted_vote_is_not_learned_from(store: Store) -> None:
+    vote = store.feedback.submit_thumb("ann", answer(store, store.conversations.create("ann", "hello")), up=True)
+    with pytest.raises(NotFoundError):
+        store.feedback.retract("bob", vote.id)
+    store.feedback.retract("ann", vote.id)
+    assert len(store.snapshots.take()) == 0
+    assert store.feedback.page("ann", 10) == []
+    with pytest.raises(NotFoundError):
+        store.feedback.retract("ann", vote.id)
+
+
+NOTHING = Generation([2], [-0.5], "", "stop", [Span(0, 1, "v0000")])
+FAILED = Generation([], [], "", "error", [])
+
+
+def test_an_answer_of_no_words_is_an_answer(store: Store) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    response_id = answer(store, conversation_id, generation=NOTHING)
+    assert store.feedback.submit_thumb("ann", response_id, up=False).value == "DOWN"
+    assert store.feedback.submit_correction("ann", response_id, "Hello!").value == "Hello!"
+    comparison_id = comparison(store, conversation_id, b=NOTHING)
+    assert store.feedback.submit_choice("ann", comparison_id, "B").value == "B"
+    # The model reads its messages, too.
+    assert [turn.answer for turn in store.conversations.turns("ann", conversation_id)] == ["", ""]
+    assert len(store.snapshots.take()) == 3
+
+
+def test_an_answer_that_failed_before_its_first_word_is_none(store: Store) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    response_id = answer(store, conversation_id, generation=FAILED)
+    with pytest.raises(FailedPreconditionError, match="no answer yet"):
+        store.feedback.submit_thumb("ann", response_id, up=True)
+    assert [turn.answer for turn in store.conversations.turns("ann", conversation_id)] == [None]
+
+
+def test_nobody_sees_or_judges_what_is_another_users(store: Store) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    response_id, comparison_id = answer(store, conversation_id), comparison(store, conversation_id)
+    for attempt in (
+        lambda: store.feedback.submit_thumb("bob", response_id, up=True),
+        lambda: store.feedback.submit_correction("bob", response_id, "better"),
+        lambda: store.feedback.submit_choice("bob", comparison_id, "A"),
+        lambda: store.conversations.turns("bob", conversation_id),
+        lambda: store.conversations.delete("bob", conversation_id),
+    ):
+        with pytest.raises(NotFoundError):
+            attempt()
+    assert store.snapshots.watermark() == 0
+
+
+@pytest.mark.parametrize(
+    ("choice", "continued_with", "dropped"),
+    [("A", "A", False), ("B", "B", False), ("BOTH_BAD", None, True)],
+)
+def test_the_first_choice_decides_how_the_conversation_goes_on(store: Store, choice, continued_with, dropped) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    comparison_id = comparison(store, conversation_id)
+    store.feedback.submit_choice("ann", comparison_id, choice)
+    [turn] = store.conversations.turns("ann", conversation_id)
+    assert (turn.comparison.continued_with, turn.dropped) == (continued_with, dropped)
+    assert turn.answer == (None if dropped else "hi there")
+    # A later change changes the vote, not the history.
+    store.feedback.submit_choice("ann", comparison_id, "TIE")
+    [turn] = store.conversations.turns("ann", conversation_id)
+    assert (turn.comparison.continued_with, turn.dropped) == (continued_with, dropped)
+    assert [vote.choice for vote in store.snapshots.take().choices] == ["TIE"]
+
+
+def test_a_tie_goes_on_with_one_that_is_drawn_and_recorded(store: Store) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    for _ in range(40):
+        store.feedback.submit_choice("ann", comparison(store, conversation_id), "TIE")
+    drawn = [turn.comparison.continued_with for turn in store.conversations.turns("ann", conversation_id)]
+    # 40 draws that are all the same: once in 5e11 runs.
+    assert set(drawn) == {"A", "B"}
+
+
+def test_going_on_without_a_choice_is_a_skip_and_the_vote_still_counts_later(store: Store) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    comparison_id = comparison(store, conversation_id)
+    store.responses.skip_open_comparisons(conversation_id)
+    assert store.responses.comparison("ann", comparison_id).state == "skipped"
+    store.feedback.submit_choice("ann", comparison_id, "B")
+    found = store.responses.comparison("ann", comparison_id)
+    assert (found.state, found.continued_with) == ("chosen", "A")
+    assert [vote.choice for vote in store.snapshots.take().choices] == ["B"]
+
+
+def test_a_comparison_that_was_not_finished_cannot_be_chosen(store: Store) -> None:
+    comparison_id = comparison(store, store.conversations.create("ann", "hello"), b=CUT)
+    with pytest.raises(FailedPreconditionError) as error:
+        store.feedback.submit_choice("ann", comparison_id, "A")
+    assert error.value.reason == "COMPARISON_UNFINISHED"
+    assert store.snapshots.watermark() == 0
+
+
+def test_a_deleted_conversation_leaves_no_text_behind(store: Store, tmp_path: Path) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    store.feedback.submit_thumb("ann", answer(store, conversation_id), up=True, comment="marvellous")
+    store.feedback.submit_choice("ann", comparison(store, conversation_id), "A", comment="splendid")
+    before = store.snapshots.watermark()
+    store.conversations.delete("ann", conversation_id)
+    assert len(store.snapshots.take()) == len(store.snapshots.take(before)) == 0
+    assert store.conversations.page("ann", 10) == []
+    left = store._db.rows("SELECT * FROM feedback_events WHERE comment IS NOT NULL OR value IS NOT NULL")
+    assert left == []
+    assert store._db.rows("SELECT * FROM responses") == []
+    assert store._db.rows("SELECT * FROM spans") == []
+
+
+def test_what_was_streaming_when_the_server_died_is_marked_at_its_next_start(store: Store) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    for replica in ("here", "gone", "elsewhere"):
+        store.responses.begin(
+            "ann", conversation_id, message="m", replica_id=replica, policy_version="v0000", prompt_token_ids=[1],
+            temperature=1.0, max_tokens=4, seed=None,
+        )  # fmt: skip
+    store.replicas.report("elsewhere", "v0000")
+
+    def statuses() -> list[str]:
+        return [turn.response.status for turn in store.conversations.turns("ann", conversation_id) if turn.response]
+
+    # A server that runs never gives its own up, even if its heartbeat is late.
+    assert store.responses.fail_interrupted("here") == 1
+    assert statuses() == ["streaming", "failed", "streaming"]
+    assert store.responses.fail_interrupted("here", starting=True) == 1
+    assert statuses() == ["failed", "failed", "streaming"]
+    assert [turn.message for turn in store.conversations.turns("ann", conversation_id)] == ["m", "m", "m"]
+
+
+def test_a_request_id_stands_for_one_body(store: Store) -> None:
+    store.requests.remember("ann", "Chat", "r1", b"body", b"answer")
+    assert store.requests.find("ann", "Chat", "r1", b"body") == b"answer"
+    assert store.requests.find("bob", "Chat", "r1", b"body") is None
+    assert store.requests.find("ann", "Compare", "r1", b"body") is None
+    with pytest.raises(InvalidArgumentError) as error:
+        store.requests.find("ann", "Chat", "r1", b"other")
+    assert error.value.reason == "REQUEST_ID_REUSED"
+
+
+def test_prompts_come_once_each_in_the_order_they_were_asked(store: Store) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    answer(store, conversation_id)
+    comparison(store, conversation_id)
+    answer(store, conversation_id)
+    assert [prompt.token_ids for prompt in store.snapshots.prompts()] == [[1, 2, 70_000], [1, 2]]
+
+
+def asked(store: Store, user: str, number: int, message: str = "hello") -> str:
+    conversation_id = store.conversations.create(user, message)
+    store.responses.begin(
+        user, conversation_id, message=message, replica_id="here", policy_version="v0000",
+        prompt_token_ids=[number], temperature=0.85, max_tokens=8, seed=None,
+    )  # fmt: skip
+    return conversation_id
+
+
+def test_a_busy_user_does_not_keep_others_prompts_out(store: Store) -> None:
+    for number in range(3):
+        asked(store, "ann", number)
+    for number in range(10, 60):
+        asked(store, "busy", number)
+    found = store.snapshots.prompts(limit=8)
+    assert [(prompt.user, prompt.token_ids[0]) for prompt in found] == [
+        *(("ann", number) for number in (0, 1, 2)), *(("busy", number) for number in (55, 56, 57, 58, 59)),
+    ]  # fmt: skip
+    assert [prompt.user for prompt in store.snapshots.prompts(limit=8, without=["busy"])] == ["ann"] * 3
+
+
+def test_a_prompt_knows_the_first_conversation_that_began_like_its_own(store: Store) -> None:
+    first = asked(store, "ann", 1, "What day is it?")
+    other = asked(store, "ben", 2, "Hello.")
+    asked(store, "ben", 3, "What day is it?")
+    # A later message of a conversation goes by that.
+    store.responses.begin(
+        "ann", first, message="And now?", replica_id="here", policy_version="v0000",
+        prompt_token_ids=[4], temperature=0.85, max_tokens=8, seed=None,
+    )  # fmt: skip
+    assert [prompt.opened_by for prompt in store.snapshots.prompts()] == [first, other, first, ""]
+
+
+def test_a_newer_data_directory_is_refused(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    store._db.insert("_sqlite_migrations", {"migration_set": "prefloop", "name": "m999_future", "applied_at": "2099"})
+    store.close()
+    with pytest.raises(DataDirectoryError, match=r"newer prefloop \(m999_future\); upgrade"):
+        Store.open(tmp_path)
+
+
+def test_a_data_directory_that_is_a_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataDirectoryError, match="give --data-dir a folder"):
+        Store.open(tmp_path / "file")
+
+
+def test_the_pointer_moves_by_compare_and_set_and_keeps_its_history(store: Store) -> None:
+    register(store, "v0001")
+    with pytest.raises(ConflictError, match="v0000 is active, not v0007"):
+        store.policies.activate("v0001", actor="ann", expected_active_version="v0007")
+    store.policies.activate("v0001", actor="ann", expected_active_version="v0000")
+    assert store.policies.active().version == "v0001"
+    assert store.policies.get("v0000").state == "retired"
+    assert store.policies.previous_version() == "v0000"
+
+
+def test_what_was_rolled_back_is_not_what_one_goes_back_to(store: Store) -> None:
+    for version in ("v0001", "v0002"):
+        register(store, version)
+        store.policies.activate(version, actor="learner")
+    store.policies.activate("v0001", actor="server", action="rollback")
+    # Not to v0002, which just lost.
+    assert store.policies.previous_version() == "v0000"
+    store.policies.activate("v0002", actor="ann", action="promote")
+    store.policies.activate("v0001", actor="ann")
+    assert store.policies.previous_version() == "v0002"
+
+
+def test_a_version_that_cannot_be_loaded_gives_the_pointer_back(store: Store) -> None:
+    register(store, "v0001")
+    store.policies.activate("v0001", actor="ann")
+    store.policies.fail("v0001", "a tensor is missing", "v0000")
+    assert store.policies.active().version == "v0000"
+    assert (store.policies.get("v0001").state, store.policies.get("v0001").reason) == ("failed", "a tensor is missing")
+    with pytest.raises(FailedPreconditionError):
+        store.policies.activate("v0001", actor="ann")
+
+
+def test_a_learner_that_outlived_its_lease_writes_nothing(store: Store) -> None:
+    first = store.leases.acquire("round", "first", seconds=-1.0)
+    second = store.leases.acquire("round", "second", seconds=60.0)
+    assert first is not None
+    assert second is not None
+    assert second.token == first.token + 1
+    assert store.leases.acquire("round", "third", seconds=60.0) is None
+    register(store, "v0001")
+    for attempt in (
+        lambda: store.policies.activate("v0001", actor="first", fence=first),
+        lambda: store.rounds.create(0, {}, reference_version="v0000", fence=first),
+        lambda: store.leases.renew(first, 60.0),
+    ):
+        with pytest.raises(ConflictError, match="went to second"):
+            attempt()
+    assert store.policies.active().version == "v0000"
+    assert store.rounds.page() == []
+
+
+def test_versions_are_in_the_order_of_their_numbers(store: Store) -> None:
+    register(store, "v9999")
+    register(store, "v10000")
+    assert [policy.version for policy in store.policies.page()] == ["v10000", "v9999", "v0000"]
+
+
+def test_a_vote_costs_the_same_however_many_there_are(store: Store) -> None:
+    conversation = store.conversations.create("ann", "hello")
+    response_id, comparison_id = answer(store, conversation), comparison(store, conversation)
+    before = [steps(store, lambda: store.feedback.submit_thumb("ann", response_id, up=True)) for _ in range(2)][-1]
+    before += [steps(store, lambda: store.feedback.submit_choice("ann", comparison_id, "A")) for _ in range(2)][-1]
+    for _ in range(200):
+        store.feedback.submit_thumb("ann", answer(store, conversation), up=True)
+        store.feedback.submit_choice("ann", comparison(store, conversation), "B")
+    after = steps(store, lambda: store.feedback.submit_thumb("ann", response_id, up=False))
+    after += steps(store, lambda: store.feedback.submit_choice("ann", comparison_id, "B"))
+    assert after < before * 1.5
+
+
+def steps(store: Store, work: Callable[[], object]) -> int:
+    """How many instructions SQLite's virtual machine runs for it, by tens."""
+    count = itertools.count()
+    connection = store._db._db.conn
+    connection.set_progress_handler(lambda: next(count) * 0, 10)
+    work()
+    connection.set_progress_handler(None, 10)
+    return next(count)

@@ -45,16 +45,16 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from learner.improve.ppo.losses import Adam
+    from learner.improve.ppo.adam import Adam
     from learner.model.features import extract
     from learner.model.forward import to_tokens
     from learner.model.policy import lora
-    from learner.reward.reward_model import fit_reward_model
+    from learner.reward.linear_reward_model import LinearRewardModel
     from server.shared.dtype import MICRO_BATCH_TOKENS
 
     settings, dataset, features, layers = voted(work, cell, pairs)
     votes = dataset.train
-    frozen = fit_reward_model(features, votes, layers, settings.reward, torch.Generator().manual_seed(cell.seed))
+    frozen = LinearRewardModel.fit(features, votes, layers, settings.reward, torch.Generator().manual_seed(cell.seed))
     a, b, outcome = unseen(work, pairs, cell.taste)
 
     found: dict[str, Any] = {"cell": cell.name, "trained_on": len(votes)}

@@ -39,10 +39,13 @@ from ppo import random_head
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from learner.improve.ppo.experience import judge_rollout, make_critic, policy_logprobs, to_experience
-from learner.improve.ppo.losses import Adam, UpdateStats, draw_minibatches, mismatch, ppo_update
+from learner.improve.ppo.adam import Adam
+from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
+from learner.improve.ppo.update import UpdateStats, draw_minibatches, ppo_update
 from learner.model.features import default_layers
 from learner.model.forward import Tokens, run_trunk, token_logprobs
+from learner.model.mismatch import mismatch
+from learner.model.passes import policy_logprobs
 from learner.model.policy import TrainablePolicy, lora
 from learner.model.rollout import Rollout, SampledAnswer, to_rollout
 
@@ -278,7 +281,7 @@ def update(policy: TrainablePolicy, rollout: Rollout, settings: Any, seconds: di
         scores = reward_model.clipped(reward_model.scores(judged.features))
         batch = to_experience(rollout, judged, old_logprobs, scores, critic, settings.kl_coef, settings)
     with stage("training", seconds, device):
-        return ppo_update(logprobs_of, critic, optimizer, batch, settings, passes)
+        return ppo_update(logprobs_of, critic, optimizer, batch, settings, passes, budget)
 
 
 @contextmanager

@@ -122,9 +122,9 @@ def measured(work: Path, mode: str, votes: int) -> dict[str, Any]:
 def measure(data: Path, limited: bool) -> dict[str, float]:
     import torch
 
-    from learner.gate.rules import fit_judge
+    from learner.gate.win_rate import fit_judge
     from learner.reward.dataset import some_conversations, to_dataset
-    from learner.reward.reward_model import fit_reward_model, test_signal
+    from learner.reward.linear_reward_model import LinearRewardModel, test_signal
     from learner.settings import LearnerSettings
     from server.store.store import Store
 
@@ -155,7 +155,7 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     some = some_conversations(dataset.votes, reward.signal_votes if limited else len(dataset.votes), generator)
     test_signal(features, some, LAYERS, reward, generator)
     lap("signal")
-    fitted = fit_reward_model(features, dataset.train, LAYERS, reward, generator)
+    fitted = LinearRewardModel.fit(features, dataset.train, LAYERS, reward, generator)
     lap("fit")
     fit_judge(
         features, dataset.judge, fitted.standardiser, fitted.l2, reward.label_smoothing, settings.gate.refits, generator

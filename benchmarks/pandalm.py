@@ -43,7 +43,7 @@ def judge(rows: list[dict[str, Any]], model: Path, work: Path) -> dict[str, Any]
     import torch
 
     from learner.reward.likelihood import preference_loss
-    from learner.reward.reward_model import fit_reward_model
+    from learner.reward.linear_reward_model import LinearRewardModel
     from learner.settings import RewardSettings
 
     features, layers = features_of(rows, model, work)
@@ -56,7 +56,7 @@ def judge(rows: list[dict[str, Any]], model: Path, work: Path) -> dict[str, Any]
         held = fold_of[groups] == fold
         train = votes_of(rows, groups, ~held)
         generator = torch.Generator().manual_seed(fold)
-        fitted = fit_reward_model(features, train, layers, RewardSettings(), generator)
+        fitted = LinearRewardModel.fit(features, train, layers, RewardSettings(), generator)
         scores = fitted.scores(features)
         deltas["reward model"][held] = (scores[0::2] - scores[1::2])[held]
         deltas["length alone"][held] = length_head(lengths, train)[held]

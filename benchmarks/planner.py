@@ -83,7 +83,7 @@ def learn(
     """Accuracy after every batch of votes."""
     import torch
 
-    from learner.reward.reward_model import fit_reward_model
+    from learner.reward.linear_reward_model import LinearRewardModel
     from learner.settings import RewardSettings
 
     chance = random.Random(f"{taste} {seed}")
@@ -103,7 +103,7 @@ def learn(
         votes.append((one[1], other[1], said, one[2] - other[2]))
         if number % BATCH == 0:
             generator = torch.Generator().manual_seed(seed)
-            model = fit_reward_model(features, to_votes(votes), layers, RewardSettings(fold_repeats=2), generator)
+            model = LinearRewardModel.fit(features, to_votes(votes), layers, RewardSettings(fold_repeats=2), generator)
             accuracies.append(round(accuracy(model.scores(a), model.scores(b), outcome)[0], 4))
     return accuracies
 

@@ -119,8 +119,8 @@ def poisoned(
     """Accuracy and stand-in of each defence, and what share of their weight the hostile and the others keep."""
     import torch
 
-    from learner.reward.linear_heads import vote_weights
-    from learner.reward.reward_model import fit_reward_model
+    from learner.reward.linear_reward_model import LinearRewardModel
+    from learner.reward.vote_weights import vote_weights
     from learner.reward.voter_reliability import scaled, weigh_voters
     from learner.settings import RewardSettings
 
@@ -138,7 +138,7 @@ def poisoned(
         weight = one.train.choice_weight
         same = [figures for other, figures in fitted if torch.allclose(other, weight, atol=1e-6)]
         if not same:
-            model = fit_reward_model(features, one.train, layers, settings, torch.Generator().manual_seed(seed))
+            model = LinearRewardModel.fit(features, one.train, layers, settings, torch.Generator().manual_seed(seed))
             same = [measured(model, features, tested, held, likes[taste])]
         fitted.append((weight, same[0]))
         found[name] = same[0]

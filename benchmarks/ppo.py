@@ -5,7 +5,7 @@
 
 An update is 32 answers of 64 tokens and four passes over them, one optimiser step a pass: sampling, the reference's
 pass, the policy's pass, training, in this machine's dtype. Every answer is as long as every other: the model's end
-token is declared to be one that it never samples. The loop that is timed is `learner.improve.ppo.trainer.train` itself.
+token is declared to be one that it never samples. The loop that is timed is `learner.improve.ppo.trainer.PPO` itself.
 
 The peer is a program of its own environment that takes `MODEL_DIR --updates N`, does the same work and prints one JSON
 line with `seconds_per_update` and `response_tokens_per_s`; it is left out where it is not given. With several readings
@@ -107,10 +107,10 @@ def show(name: str, result: dict[str, Any]) -> None:
 def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     """`count` updates; the seconds of each stage are means over them."""
     from learner.process import keep_freed_memory, set_environment
-    from learner.settings import LearnerSettings, PPOSettings
+    from learner.settings import LearnerSettings, PolicySettings, PPOSettings
 
+    policy_settings = PolicySettings(train="full" if ablation == "adapters" else "lora")
     ppo = PPOSettings(
-        train="full" if ablation == "adapters" else "lora",
         steps=count,
         episodes=EPISODES,
         epochs=EPOCHS,
@@ -121,28 +121,29 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
         save_every=count,
         checkpoint_every=count + 1,
     )
-    settings = LearnerSettings(ppo=ppo)
+    settings = LearnerSettings(policy=policy_settings, ppo=ppo)
     set_environment(settings)
     if ablation != "memory":
         keep_freed_memory()
 
     import torch
 
-    import learner.improve.ppo.experience as experience
     import learner.improve.ppo.trainer as training
     import learner.model.forward as forward
+    import learner.model.passes as passes
+    from learner.improve.base import Budget, ExperienceSource
     from learner.model.features import default_layers
     from learner.model.policy import TrainablePolicy
     from learner.model.rollout import RolloutEngine
     from server.shared.dtype import resolve_dtype, torch_dtype
 
     dtype = resolve_dtype(settings.dtype).name
-    ppo = ppo.at(dtype)
+    policy_settings = policy_settings.at(dtype)
 
     with tempfile.TemporaryDirectory() as work:
         directory = Path(work) / "model"
         copy_without_end(model, directory)
-        policy = TrainablePolicy.create(directory, ppo, torch_dtype(dtype), torch.device("cpu"))
+        policy = TrainablePolicy.create(directory, policy_settings, torch_dtype(dtype), torch.device("cpu"))
         prompts = questions(directory, EPISODES * count)
         engine: Any = RolloutEngine(directory, settings, dtype, max(len(p.token_ids) for p in prompts) + TOKENS + 1)
         layers = default_layers(policy.model.config.num_hidden_layers)
@@ -155,17 +156,18 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
             engine = Generating(policy, settings.service_temperature)
         if ablation == "response-logits":
             training.token_logprobs = everywhere(training.token_logprobs)  # type: ignore[attr-defined]
-            experience.token_logprobs = everywhere(experience.token_logprobs)  # type: ignore[attr-defined]
+            passes.token_logprobs = everywhere(passes.token_logprobs)  # type: ignore[attr-defined]
         if ablation == "shared-pass":
-            training.ppo_update = with_critic_trunk(training.ppo_update, directory, ppo.micro_batch_tokens)  # type: ignore[attr-defined]
+            training.ppo_update = with_critic_trunk(training.ppo_update, directory, policy_settings.micro_batch_tokens)  # type: ignore[attr-defined]
         seconds = timed_stages(training, engine)
         started = time.perf_counter()
-        found = training.train(
-            policy, reward_model, engine, prompts, Path(work), ppo, settings.service_temperature, 0, lambda step: None
-        )
+        source = ExperienceSource(engine, prompts, settings.service_temperature, 0)
+        improver = training.PPO(ppo, policy_settings)
+        budget = Budget(policy_settings.kl_budget)
+        found = improver.improve(policy, source, reward_model, budget, Path(work), lambda step: None)
         took = time.perf_counter() - started
-    assert [step.length for step in found.figures] == [TOKENS] * count
-    assert [step.optimizer_steps for step in found.figures] == [EPOCHS] * count
+    assert [step.length for step in found.steps] == [TOKENS] * count
+    assert [step.optimizer_steps for step in found.steps] == [EPOCHS] * count
     stages = {name: round(total / count, 2) for name, total in seconds.items()}
     return {
         "seconds_per_update": round(took / count, 2),
@@ -212,7 +214,8 @@ def questions(directory: Path, count: int) -> list[Any]:
 def random_head(layers: tuple[int, ...], hidden: int) -> Any:
     import torch
 
-    from learner.reward.reward_model import LinearRewardModel, Standardiser
+    from learner.reward.linear_reward_model import LinearRewardModel
+    from learner.reward.standardiser import Standardiser
 
     width = len(layers) * hidden + 1
     weights = torch.randn(width, generator=torch.Generator().manual_seed(0)) / width**0.5

@@ -115,10 +115,12 @@ def fit_rewards(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
     """The reward model of a round on these votes; its train and judge split, its penalty, its folds."""
     import torch
 
-    from learner.reward.reward_model import fit_reward_model
+    from learner.reward.linear_reward_model import LinearRewardModel
 
     settings, dataset, features, layers = voted(work, cell, pairs)
-    model = fit_reward_model(features, dataset.train, layers, settings.reward, torch.Generator().manual_seed(cell.seed))
+    model = LinearRewardModel.fit(
+        features, dataset.train, layers, settings.reward, torch.Generator().manual_seed(cell.seed)
+    )
     a, b, outcome = unseen(work, pairs, cell.taste)
     right, tested_on = accuracy(model.scores(a), model.scores(b), outcome)
     return {
@@ -172,7 +174,7 @@ def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
 
 def accuracy(scores_a: Any, scores_b: Any, outcome: Any) -> tuple[float, int]:
     """Share of the comparisons with a winner on which the scores name it, and how many those are."""
-    from learner.reward.linear_heads import agreement
+    from learner.reward.evaluation import agreement
 
     right = agreement(scores_a - scores_b, outcome)
     decisive = ~right.isnan()
@@ -283,7 +285,7 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
 
     from learner.model.policy import published_weights
     from learner.model.rollout import RolloutEngine
-    from learner.reward.reward_model import LinearRewardModel
+    from learner.reward.linear_reward_model import LinearRewardModel
     from server.store.chats.records import Prompt
 
     found: dict[str, Any] = {}
@@ -323,7 +325,7 @@ def run_shuffle(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
     """The signal test on votes that say nothing, as a round makes it; a whole round where it is passed."""
     import torch
 
-    from learner.reward.reward_model import test_signal
+    from learner.reward.linear_reward_model import test_signal
 
     settings, dataset, features, layers = voted(work, cell, pairs)
     signal = test_signal(features, dataset.votes, layers, settings.reward, torch.Generator().manual_seed(1))

@@ -14,6 +14,7 @@ from server.shared.errors import ServiceError
 from server.shared.printable import printable
 
 if TYPE_CHECKING:
+    from learner.round.report import Report
     from learner.settings import LearnerSettings
 
 app = typer.Typer(
@@ -41,8 +42,25 @@ def run_once(
 
     Every setting is also a PREFLOOP_* variable or in prefloop.toml. Ends with 0 where there was nothing to learn.
     SIGTERM and Ctrl-C stop it where the next run goes on."""
-    ppo = {name: value for name, value in {"train": train, "steps": steps}.items() if value is not None}
-    settings = _settings(data_dir=data_dir, ppo=ppo or None, seed=seed)
+    policy, ppo = ({name: value} if value is not None else None for name, value in (("train", train), ("steps", steps)))
+    settings = _settings(data_dir=data_dir, policy=policy, ppo=ppo, seed=seed)
+    report = _run_round(settings, wait, report_file)
+    from rich.console import Console
+
+    from learner.round.report import print_report
+
+    print_report(report, Console(stderr=as_json))
+    if report.round_id:
+        from learner.ops.report_page import write_report
+
+        write_report(settings.data_dir, report.round_id)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    sys.stdout.flush()
+
+
+def _run_round(settings: "LearnerSettings", wait: bool, report_file: Path | None) -> "Report":
+    """The round in this process, made ready for it; what it came to is also written to the file."""
     from learner.progress import Stages
 
     stages = Stages()
@@ -53,16 +71,13 @@ def run_once(
         set_environment(settings)
         keep_freed_memory()
         give_way(settings.nice, settings.threads)
-        from dataclasses import asdict
 
-        from rich.console import Console
-
-        from learner.round.report import Report, print_report
+        from learner.round.report import Report
         from learner.round.run import run_once as run
 
     def keep(report: Report) -> None:
         if report_file:
-            report_file.write_text(json.dumps(asdict(report)), encoding="utf-8")
+            report_file.write_text(json.dumps(report.to_json()), encoding="utf-8")
 
     try:
         report = run(settings, stages, wait=wait)
@@ -77,14 +92,7 @@ def run_once(
             raise
         _fail(f"The round failed and the served policy is unchanged: {error}")
     keep(report)
-    print_report(report, Console(stderr=as_json))
-    if report.round_id:
-        from learner.ops.report_page import write_report
-
-        write_report(settings.data_dir, report.round_id)
-    if as_json:
-        print(json.dumps(asdict(report)))
-    sys.stdout.flush()
+    return report
 
 
 @app.command()
@@ -140,7 +148,7 @@ def status(data_dir: DataDir = None, as_json: Json = False) -> None:
     from learner.ops.status import status as read
 
     def show() -> str:
-        found = read(settings.data_dir, settings.duel_user_votes)
+        found = read(settings.data_dir, settings.ab_test_user_votes)
         lines = found.pop("lines")
         return json.dumps(found) if as_json else "\n".join(f"{name:>12}  {sentence}" for name, sentence in lines)
 

@@ -1,7 +1,7 @@
 """The learner's settings.
 
 Names shared with the server (`data_dir`, `service_temperature`, ...) are the server's too; the rest stands in tables:
-`[reward]`, `[ppo]`, `[gate]`, in variables `PREFLOOP_PPO__STEPS=12`.
+`[policy]`, `[reward]`, `[ppo]`, `[gate]`, in variables `PREFLOOP_PPO__STEPS=12`.
 """
 
 from datetime import time
@@ -53,8 +53,8 @@ class RewardSettings(BaseModel):
     reference_answers: int = Field(64, ge=8, description="Answers of the reference that scores are standardised on.")
 
 
-class PPOSettings(BaseModel):
-    """How the policy is improved."""
+class PolicySettings(BaseModel):
+    """The policy in training, whatever improves it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,16 +64,34 @@ class PPOSettings(BaseModel):
     )
     lora_rank: int = Field(16, ge=1, description="Rank of the adapters, on every linear layer.")
     lora_alpha: int = Field(32, ge=1, description="Adapters are scaled by this over their rank.")
-    steps: int = Field(12, ge=1, le=900, description="Rollout batches at most.")
-    episodes: int = Field(32, ge=2, description="Responses in a rollout batch.")
-    epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
-    minibatches: int = Field(2, ge=1, description="Optimiser steps in each pass.")
     micro_batch_tokens: int = Field(
         0,
         ge=0,
         description="Tokens in one forward pass, padding counted; changes speed and memory alone. "
         "0: 2048 in bfloat16, 1024 in float32.",
     )
+    mismatch_limit: Positive | None = Field(
+        None,
+        description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights. "
+        "Default: 0.35 in bfloat16, 0.005 in float32.",
+    )
+    kl_budget: Positive = Field(6.0, description="Sequence KL in nats at which the round stops training.")
+
+    def at(self, dtype: DtypeName) -> "PolicySettings":
+        """With what follows from the dtype filled in."""
+        tokens = self.micro_batch_tokens or MICRO_BATCH_TOKENS[dtype]
+        return self.model_copy(update={"micro_batch_tokens": tokens})
+
+
+class PPOSettings(BaseModel):
+    """Proximal policy optimisation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(12, ge=1, le=900, description="Rollout batches at most.")
+    episodes: int = Field(32, ge=2, description="Responses in a rollout batch.")
+    epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
+    minibatches: int = Field(2, ge=1, description="Optimiser steps in each pass.")
     learning_rate: Positive = Field(2e-4, description="Adam's, for the policy.")
     critic_learning_rate: Positive = Field(1e-3, description="Adam's, for the value head.")
     adam_epsilon: Positive = Field(1e-5, description="Adam's epsilon.")
@@ -87,7 +105,6 @@ class PPOSettings(BaseModel):
     kl_coef: float = Field(0.1, ge=0, description="The KL penalty's first weight.")
     kl_target: Positive = Field(3.5, description="Sequence KL in nats that the penalty is steered to.")
     kl_horizon: Positive = Field(160.0, description="Episodes over which the penalty is steered.")
-    kl_budget: Positive = Field(6.0, description="Sequence KL in nats at which the round stops training.")
     approx_kl_stop: Positive = Field(0.02, description="KL a token from the rollout's policy at which an update stops.")
     importance_cap: Positive = Field(2.0, description="Cap of the trainer / engine importance weights.")
     missing_eos_score: float | None = Field(
@@ -100,22 +117,12 @@ class PPOSettings(BaseModel):
     )
     save_every: int = Field(1, ge=1, description="Steps between candidates.")
     checkpoint_every: int = Field(1, ge=1, description="Steps between states that a killed round goes on from.")
-    mismatch_limit: Positive | None = Field(
-        None,
-        description="Root mean square of log pi_old / mu above which the engine is taken to hold other weights. "
-        "Default: 0.35 in bfloat16, 0.005 in float32.",
-    )
 
     @model_validator(mode="after")
     def _whole_minibatches(self) -> "PPOSettings":
         if self.minibatches > self.episodes:
             raise ValueError("minibatches cannot be more than episodes")
         return self
-
-    def at(self, dtype: DtypeName) -> "PPOSettings":
-        """With what follows from the dtype filled in."""
-        tokens = self.micro_batch_tokens or MICRO_BATCH_TOKENS[dtype]
-        return self.model_copy(update={"micro_batch_tokens": tokens})
 
 
 class GateSettings(BaseModel):
@@ -202,8 +209,10 @@ class LearnerSettings(SettingsBase):
 
     renamed: ClassVar = {
         "gpu_memory_share": "learner_gpu_memory_share",
+        "duel_user_votes": "ab_test_user_votes",
         "ppo.dtype": "dtype",
-        "ppo.micro_batch": "ppo.micro_batch_tokens",
+        "ppo.micro_batch": "policy.micro_batch_tokens",
+        **{f"ppo.{name}": f"policy.{name}" for name in PolicySettings.model_fields},
     }
     rescaled: ClassVar = {"ppo.micro_batch": ANSWER_TOKENS}
 
@@ -225,7 +234,7 @@ class LearnerSettings(SettingsBase):
         "auto",
         description="Cores that the engine's threads are bound to on a CPU, as `0-3,6`; `auto`: none, but all used.",
     )
-    duel_user_votes: int = Field(10, ge=1, description="Votes of one user that count between two versions.")
+    ab_test_user_votes: int = Field(10, ge=1, description="Votes of one user that count between two versions.")
     min_votes: int = Field(40, ge=1, description="Fewer votes start no round.")
     max_votes: int = Field(20_000, ge=100, description="A round learns from the newest votes, this many at most.")
     skip_rolled_back: bool = Field(
@@ -254,6 +263,7 @@ class LearnerSettings(SettingsBase):
     )
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="When rounds start by themselves.")
     reward: RewardSettings = Field(default_factory=RewardSettings, description="How votes become a score.")
+    policy: PolicySettings = Field(default_factory=PolicySettings, description="The policy in training.")
     ppo: PPOSettings = Field(default_factory=PPOSettings, description="How the policy is improved.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What a candidate must show.")
 

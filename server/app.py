@@ -29,14 +29,14 @@ from server.engine.base import ServingEngine
 from server.identity import LOOPBACK
 from server.periodic import repeat_until_cancelled
 from server.rpc.access import Access
-from server.rpc.account import AccountService
-from server.rpc.chat import ChatService
-from server.rpc.feedback import FeedbackService
 from server.rpc.interceptor import Interceptor
 from server.rpc.limits import Limits
 from server.rpc.open_calls import OpenCalls
-from server.rpc.policies import PolicyService
 from server.rpc.scoring_client import ScoringClient
+from server.rpc.services.account import AccountService
+from server.rpc.services.chat import ChatService
+from server.rpc.services.feedback import FeedbackService
+from server.rpc.services.policies import PolicyService
 from server.rpc.tls import Certificates
 from server.rpc.validation import validator
 from server.settings import ServerSettings
@@ -118,8 +118,8 @@ class App:
             else None
         )
         self._ab_test = (
-            AbTest(self._store, self._follower, settings.duel_alpha, settings.duel_user_votes)
-            if settings.serve_adapters and settings.duel_alpha
+            AbTest(self._store, self._follower, settings.ab_test_alpha, settings.ab_test_user_votes)
+            if settings.serve_adapters and settings.ab_test_alpha
             else None
         )
         self._retention = RetentionTask(self._store, settings.data_dir, settings.retention_days)

@@ -15,7 +15,11 @@ DEFAULT_MODEL = "smollm2"
 class ServerSettings(SettingsBase):
     """What `server serve` and the commands beside it are told."""
 
-    renamed: ClassVar = {"gpu_memory_share": "server_gpu_memory_share"}
+    renamed: ClassVar = {
+        "gpu_memory_share": "server_gpu_memory_share",
+        "duel_alpha": "ab_test_alpha",
+        "duel_user_votes": "ab_test_user_votes",
+    }
 
     data_dir: Annotated[Path, Field(description="All that is kept: the database and the policies.")] = Path("data")
     model: Annotated[
@@ -90,11 +94,13 @@ class ServerSettings(SettingsBase):
     ] = False
     live_adapters: Annotated[int, Field(ge=1, description="Adapters that answer at once in one batch.")] = 4
     adapter_rank: Annotated[int, Field(ge=1, le=512, description="The largest rank of an adapter.")] = 16
-    duel_alpha: Annotated[
+    ab_test_alpha: Annotated[
         float,
-        Field(ge=0, lt=1, description="A new adapter is rolled back at 1 / this of evidence that it lost; 0: no duel."),
+        Field(ge=0, lt=1, description="A new adapter is rolled back at 1 / this of evidence that it lost; 0: no test."),
     ] = 0.05
-    duel_user_votes: Annotated[int, Field(ge=1, description="Votes of one user that count in a duel.")] = 10
+    ab_test_user_votes: Annotated[
+        int, Field(ge=1, description="Votes of one user that count between two versions.")
+    ] = 10
     hang_seconds: Annotated[
         float | None,
         Field(

@@ -5,6 +5,7 @@ import filecmp
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,34 @@ def test_the_committed_client_is_the_async_one_without_its_async(root: Path) -> 
 
 def test_nothing_shadows_the_package_proto(root: Path) -> None:
     assert not (root / "proto" / "__init__.py").exists()
+
+
+# Longer than a file may be, each with why.
+LONG_FILES = {
+    "clients/async_client.py": "one class, a method for each thing to do, with the examples that are its reference",
+    "clients/client.py": "made from async_client.py",
+    "server/store/sqlite/migrations.py": "a released migration is never edited",
+}
+LONG_FUNCTIONS = {
+    "server/store/sqlite/migrations.py m001_chat": "a table after the other",
+    "server/store/sqlite/migrations.py m003_policies": "a table after the other",
+}
+MOST_LINES, MOST_FUNCTION_LINES, MOST_FILES = 350, 50, 15
+
+
+def test_files_functions_and_folders_can_be_held_in_the_head(root: Path) -> None:
+    files = [path for top in TOPS for path in (root / top).rglob("*.py")]
+    long_files, long_functions = set(), set()
+    for path in files:
+        name, text = str(path.relative_to(root)), path.read_text(encoding="utf-8")
+        if text.count("\n") > MOST_LINES:
+            long_files.add(name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno
+                if node.end_lineno - node.lineno + 1 > MOST_FUNCTION_LINES:
+                    long_functions.add(f"{name} {node.name}")
+    assert long_files == set(LONG_FILES)
+    assert long_functions == set(LONG_FUNCTIONS)
+    folders = Counter(path.parent for path in files if path.name != "__init__.py")
+    assert {str(folder.relative_to(root)): count for folder, count in folders.items() if count > MOST_FILES} == {}

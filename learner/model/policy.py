@@ -2,7 +2,7 @@
 
 LoRA: adapters on the reference, so the reference is "adapters off"; the base must therefore be the reference itself.
 Full: two copies. Trainable parameters in bfloat16 are stepped through float32 masters
-(`learner.improve.ppo.losses.Adam`).
+(`learner.improve.ppo.adam.Adam`).
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learner.settings import PPOSettings
+from learner.settings import PolicySettings
 
 
 class TrainablePolicy:
@@ -25,7 +25,7 @@ class TrainablePolicy:
 
     @classmethod
     def create(
-        cls, reference: Path, settings: PPOSettings, dtype: torch.dtype, device: torch.device, seed: int = 0
+        cls, reference: Path, settings: PolicySettings, dtype: torch.dtype, device: torch.device, seed: int = 0
     ) -> "TrainablePolicy":
         """A policy equal to the reference in `reference`, a Hugging Face directory; adapters begin as `seed` says."""
         from transformers import AutoModelForCausalLM

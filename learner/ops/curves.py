@@ -1,7 +1,8 @@
 """A round's training in one picture: eight small panels over the steps, the chosen step marked."""
 
 from pathlib import Path
-from typing import Any
+
+from server.store.learning.round_metrics import Improvement
 
 # (figure of a step, title, unit)
 PANELS = (
@@ -19,13 +20,12 @@ FREE = "score"
 LINE, LIMIT, CHOSEN = "#1f5fa8", "#b04a3a", "#6b6b6b"
 
 
-def draw_curves(metrics: dict[str, Any], ppo: dict[str, Any], path: Path) -> None:
-    """Writes a PNG. `metrics` and `ppo`, its settings, are a round's; raises KeyError where it never got to PPO."""
+def draw_curves(improvement: Improvement, chosen: int | None, kl_target: float, kl_budget: float, path: Path) -> None:
+    """Writes a PNG. `chosen` is the step that the gate chose; `kl_target` and `kl_budget` are the round's, in nats."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    steps = metrics["ppo"]["steps"]
-    chosen = metrics.get("gate", {}).get("chosen", {}).get("step")
+    steps = [vars(step) for step in improvement.steps]
     figure = Figure(figsize=(13, 6), layout="constrained")
     for axes, (name, title, unit) in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
         numbers, values = [step["step"] for step in steps], [step[name] for step in steps]
@@ -35,8 +35,8 @@ def draw_curves(metrics: dict[str, Any], ppo: dict[str, Any], path: Path) -> Non
             high = [step["score"] + step["uncertainty"] for step in steps]
             axes.fill_between(numbers, low, high, color=LINE, alpha=0.15, linewidth=0)
         if name == "kl":
-            axes.axhline(ppo["kl_target"], color=CHOSEN, linestyle=":", linewidth=1, label="target")
-            axes.axhline(ppo["kl_budget"], color=LIMIT, linestyle="--", linewidth=1, label="budget")
+            axes.axhline(kl_target, color=CHOSEN, linestyle=":", linewidth=1, label="target")
+            axes.axhline(kl_budget, color=LIMIT, linestyle="--", linewidth=1, label="budget")
         if chosen is not None:
             # Step n's figures are of the weights after n updates, which is what candidate n is.
             axes.axvline(chosen, color=CHOSEN, linewidth=0.8, label="chosen")

@@ -33,9 +33,11 @@ def write_report(data_dir: Path, round_id: str | None = None) -> list[Path]:
     directory = data_dir / "rounds" / round_.id
     directory.mkdir(parents=True, exist_ok=True)
     picture = directory / "report.png"
-    drawn = bool(round_.metrics.get("ppo", {}).get("steps"))
-    if drawn:
-        draw_curves(round_.metrics, round_.settings["ppo"], picture)
+    improvement, gate = round_.metrics.ppo, round_.metrics.gate
+    drawn = bool(improvement and improvement.steps)
+    if improvement and improvement.steps:
+        kl_target, kl_budget = round_.settings["ppo"]["kl_target"], round_.settings["policy"]["kl_budget"]
+        draw_curves(improvement, gate.chosen.step if gate else None, kl_target, kl_budget, picture)
     page = directory / REPORT
     with keeping(data_dir):
         answers = [asdict(sample) for sample in islice(read_samples(data_dir, round_), SHOWN)]
@@ -69,5 +71,5 @@ def render(round_: Round, picture: Path | None, answers: list[dict[str, Any]]) -
         answers=answers,
         conversations=" ".join(answer["conversation_id"] for answer in answers if answer["conversation_id"]),
         settings=json.dumps(round_.settings, indent=2),
-        versions=round_.metrics.get("versions", {}),
+        versions=round_.metrics.versions,
     )

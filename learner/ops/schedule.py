@@ -225,7 +225,7 @@ def round_command(data_dir: Path, report: Path) -> list[str]:
 def read_report(file: Path) -> Report | None:
     """What a round wrote; None where it was killed first."""
     try:
-        return Report(**json.loads(file.read_text(encoding="utf-8")))
+        return Report.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -16,7 +16,7 @@ from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
 
 from learner.model.features import TokenPair, extract
 from learner.model.forward import to_tokens
-from learner.reward.reward_model import LinearRewardModel
+from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.checkpoint import verified
 from server.shared.dtype import DtypeName, DtypeSetting, resolve_dtype, torch_dtype
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ServiceError

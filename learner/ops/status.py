@@ -12,20 +12,20 @@ from server.store.learning.records import Learner, Round
 from server.store.store import Store
 
 
-def status(data_dir: Path, duel_user_votes: int) -> dict[str, Any]:
+def status(data_dir: Path, ab_test_user_votes: int) -> dict[str, Any]:
     """A record for `--json`; `lines` are (name, sentence) to show."""
     if not Store.exists(data_dir):
         return {"lines": [("served", f"nothing: there is no data in {str(data_dir)!r} yet")]}
     store = Store.open(data_dir)
     try:
-        return _status(store, duel_user_votes)
+        return _status(store, ab_test_user_votes)
     finally:
         store.close()
 
 
-def _side_by_side(store: Store, duel_user_votes: int) -> Iterator[tuple[str, str]]:
+def _side_by_side(store: Store, ab_test_user_votes: int) -> Iterator[tuple[str, str]]:
     """What users say of the active version and of the one before it."""
-    duel = store.lineage.duel(duel_user_votes)
+    duel = store.lineage.duel(ab_test_user_votes)
     if duel and (duel.wins or duel.losses or duel.draws):
         evidence = f"evidence that it is better {duel.won:.3g}, worse {duel.lost:.3g}"
         yield "side by side", f"{duel.version} has {duel}; {evidence}"
@@ -52,61 +52,65 @@ def _when(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M}"
 
 
+def _learned(learned: Round | None, quarantined: list[str]) -> Iterator[tuple[str, str]]:
+    if learned:
+        used = learned.metrics.votes.used if learned.metrics.votes else 0
+        yield "learned from", f"{used} votes in {learned.id} ({learned.state}): {learned.reason}"
+    else:
+        yield "learned from", "nothing yet"
+    if quarantined or (learned and learned.quarantined):
+        yield "quarantine", _left_out(quarantined, learned)
+
+
+def _moves(store: Store) -> Iterator[tuple[str, str]]:
+    for move in store.lineage.moves(3):
+        if move.previous_version:
+            what = f"{move.version} for {move.previous_version} by {move.actor}: {move.reason}"
+            yield move.action, f"{_when(move.create_time)}, {what}"
+
+
 def _left_out(quarantined: list[str], learned: Round | None) -> str:
     now = f"{', '.join(quarantined) or 'nobody'} (the next round leaves their votes out)"
     if learned is None:
         return now
-    return f"{now}; {learned.metrics.get('votes', {}).get('quarantined', 0)} votes were left out of {learned.id}"
+    votes = learned.metrics.votes
+    return f"{now}; {votes.quarantined if votes else 0} votes were left out of {learned.id}"
 
 
-def _status(store: Store, duel_user_votes: int) -> dict[str, Any]:
+def _status(store: Store, ab_test_user_votes: int) -> dict[str, Any]:
     try:
         active = store.policies.active()
     except NotFoundError:
         return {"lines": [("served", "nothing: no server has started here yet")]}
     replicas = store.replicas.alive()
-    learned = store.rounds.last_learned()
-    votes = store.snapshots.count_votes()
-    learner = store.learner()
-    waiting = learner.new_votes
+    learned, running, learner = store.rounds.last_learned(), store.rounds.running(), store.learner()
+    votes, quarantined = store.snapshots.count_votes(), store.quarantine.current()
+    warnings = list(order_warnings(store.lineage.slot_order()))
     served = f"{active.version} should be served; " + (
         ", ".join(f"{r.id} has {r.loaded_version}{f' ({r.error})' if r.error else ''}" for r in replicas)
         or "no server is running"
     )
-    lines = [("served", served)]
-    if learned:
-        used = sum(learned.metrics.get("votes", {}).get(kind, 0) for kind in ("choices", "thumbs", "corrections"))
-        lines.append(("learned from", f"{used} votes in {learned.id} ({learned.state}): {learned.reason}"))
-    else:
-        lines.append(("learned from", "nothing yet"))
-    quarantined = store.quarantine.current()
-    if quarantined or (learned and learned.quarantined):
-        lines.append(("quarantine", _left_out(list(quarantined), learned)))
-    warnings = list(order_warnings(store.lineage.slot_order()))
+    lines = [("served", served), *_learned(learned, list(quarantined))]
     lines += [("warning", warning) for warning in warnings]
-    lines += list(_side_by_side(store, duel_user_votes))
-    for move in store.lineage.moves(3):
-        if move.previous_version:
-            what = f"{move.version} for {move.previous_version} by {move.actor}: {move.reason}"
-            lines.append((move.action, f"{_when(move.create_time)}, {what}"))
-    running = store.rounds.running()
+    lines += list(_side_by_side(store, ab_test_user_votes))
+    lines += list(_moves(store))
     if running:
-        lines.append(
-            ("at work", f"{running.id}, done: {running.stage}; `learner run-once` goes on with it if it was stopped")
-        )
+        what = f"{running.id}, done: {running.stage}; `learner run-once` goes on with it if it was stopped"
+        lines.append(("at work", what))
     lines += list(_learner(learner))
-    lines.append(("waiting", f"{waiting} of {votes} votes are new since then" if learned else f"{waiting} votes"))
+    since = f" of {votes} votes are new since then" if learned else " votes"
+    lines.append(("waiting", f"{learner.new_votes}{since}"))
     return {
         "active_version": active.version,
         "replicas": [{"id": r.id, "loaded_version": r.loaded_version, "error": r.error} for r in replicas],
         "last_round": learned
-        and {"id": learned.id, "state": learned.state, "reason": learned.reason, "metrics": learned.metrics},
+        and {"id": learned.id, "state": learned.state, "reason": learned.reason, "metrics": learned.metrics.to_json()},
         "running_round": running and {"id": running.id, "stage": running.stage},
         "listening": learner.listening,
         "next_time": learner.next_time,
         "request": learner.request and asdict(learner.request),
         "votes": votes,
-        "new_votes": waiting,
+        "new_votes": learner.new_votes,
         "quarantined": list(quarantined),
         "warnings": warnings,
         "lines": lines,

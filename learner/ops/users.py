@@ -102,7 +102,7 @@ class VoterAnalysis:
         """(N, F) of the dataset's answers."""
         if not dataset.answers:
             return torch.zeros(0, 0)
-        budget = self._settings.ppo.at(self._dtype).micro_batch_tokens
+        budget = self._settings.policy.at(self._dtype).micro_batch_tokens
         with closing(FeatureCache.open(self._cache, self._cache_key, self.layers, self._dtype)) as cache:
             features = cache.get(dataset.answers, self._model, self.layers, budget, lambda n: None)
         # One of them may have been deleted meanwhile.
@@ -127,12 +127,7 @@ def figures(
     quarantined: dict[str, QuarantineEvent],
 ) -> list[UserFigures]:
     """Everybody's figures, those who fail a test first, by p-value, then those with the most votes."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    times: dict[str, list[float]] = defaultdict(list)
-    for kind in KINDS:
-        for vote in getattr(snapshot, kind):
-            counts[vote.user][kind] += 1
-            times[vote.user].append(vote.create_time)
+    counts, times = counts_and_times(snapshot)
     number = {user: row for row, user in enumerate(dataset.users)}
     users = list(counts)
     fastest = [fastest_minute(times[user]) for user in users]
@@ -148,28 +143,41 @@ def figures(
         "one slot": [slots[number[user]] if user in number else 1.0 for user in users],
         "against the others": holm([at_most(r, h) if h else None for r, h in zip(right, heard, strict=True)]),
     }
-    rows = []
-    for i, user in enumerate(users):
-        says = {
+
+    def says(i: int) -> dict[str, str]:
+        return {
             "too fast": f"too fast: {fastest[i]} votes in a minute",
             "one slot": f"one slot: A in {named_a[i]} of {sided[i]} choices",
             "against the others": f"against the others: they foresee {right[i]} of {heard[i]}",
         }
-        rows.append(
-            UserFigures(
-                user=user,
-                votes={kind: counts[user][kind] for kind in KINDS},
-                fastest_minute=fastest[i],
-                share_of_a=named_a[i] / sided[i] if sided[i] else None,
-                agreement=right[i] / heard[i] if heard[i] else None,
-                verdicts=heard[i],
-                weight_share=weights.get(user, 0.0),
-                suspicions=[f"{says[name]} (p = {p[i]:.1g})" for name, p in p_values.items() if p[i] < LEVEL],
-                p_value=min(p[i] for p in p_values.values()),
-                quarantined=quarantined.get(user),
-            )
+
+    rows = [
+        UserFigures(
+            user=user,
+            votes={kind: counts[user][kind] for kind in KINDS},
+            fastest_minute=fastest[i],
+            share_of_a=named_a[i] / sided[i] if sided[i] else None,
+            agreement=right[i] / heard[i] if heard[i] else None,
+            verdicts=heard[i],
+            weight_share=weights.get(user, 0.0),
+            suspicions=[f"{says(i)[name]} (p = {p[i]:.1g})" for name, p in p_values.items() if p[i] < LEVEL],
+            p_value=min(p[i] for p in p_values.values()),
+            quarantined=quarantined.get(user),
         )
+        for i, user in enumerate(users)
+    ]
     return sorted(rows, key=lambda one: (not one.suspicions, one.p_value, -sum(one.votes.values())))
+
+
+def counts_and_times(snapshot: Snapshot) -> tuple[dict[str, Counter[str]], dict[str, list[float]]]:
+    """Of each user, how many votes of each kind there are, and when all of them were given."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    times: dict[str, list[float]] = defaultdict(list)
+    for kind in KINDS:
+        for vote in getattr(snapshot, kind):
+            counts[vote.user][kind] += 1
+            times[vote.user].append(vote.create_time)
+    return counts, times
 
 
 def fastest_minute(times: list[float]) -> int:

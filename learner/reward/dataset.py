@@ -5,17 +5,19 @@ The side is a hash of the conversation's id, so it never changes as votes come i
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from learner.model.features import TokenPair
 from learner.reward.likelihood import BOTH_BAD, TIE, A, B
-from learner.reward.linear_heads import VoteTensors, vote_weights
+from learner.reward.linear_heads import VoteTensors
+from learner.reward.vote_weights import vote_weights
 from learner.settings import RewardSettings
-from server.store.chats.records import Response, Snapshot
+from server.store.chats.records import ChoiceVote, Correction, Response, Snapshot, ThumbVote
 from server.store.learning.records import Side
 
 OUTCOMES = {"A": A, "B": B, "TIE": TIE, "BOTH_BAD": BOTH_BAD}
@@ -94,6 +96,31 @@ def some_conversations(votes: VoteTensors, limit: int, generator: torch.Generato
     return select(votes, chosen)
 
 
+class ChoiceRow(NamedTuple):
+    """One choice between two answers, `a` and `b`; a correction is one that its writer's text won."""
+
+    a: int
+    b: int
+    outcome: int
+    # Of a minus that of b.
+    temperature_difference: float
+    conversation: int
+    user: int
+    create_time: float
+    feedback_id: str
+
+
+class ThumbRow(NamedTuple):
+    """One thumb, +1.0 or -1.0."""
+
+    response: int
+    thumb: float
+    conversation: int
+    user: int
+    create_time: float
+    feedback_id: str
+
+
 def to_dataset(
     snapshot: Snapshot,
     now: float,
@@ -104,101 +131,107 @@ def to_dataset(
 ) -> Dataset:
     """`now` in seconds since 1970; `encode` gives the token ids of a corrected text, EOS included. Answers without a
     token, and those that have more than `longest` with their prompt, are left out with their votes."""
-    answers: dict[str, int] = {}
-    pairs: list[TokenPair] = []
-    conversations: dict[str, int] = {}
-    users: dict[str, int] = {}
-
-    def answer(key: str, prompt: list[int], tokens: list[int]) -> int:
-        if key not in answers:
-            answers[key] = len(pairs)
-            pairs.append((prompt, tokens))
-        return answers[key]
-
-    def fits(prompt: list[int], tokens: list[int]) -> bool:
-        return bool(tokens) and len(prompt) + len(tokens) <= longest
-
-    def readable(*responses: Response) -> bool:
-        return all(fits(response.prompt_token_ids, response.token_ids) for response in responses)
-
-    def row(response: Response) -> int:
-        return answer(response.id, response.prompt_token_ids, response.token_ids)
-
-    def group(response: Response) -> int:
-        return conversations.setdefault(response.conversation_id, len(conversations))
-
-    def user(name: str) -> int:
-        return users.setdefault(name, len(users))
-
-    # a, b, outcome, temperature difference, group, user, time, feedback id
-    choices = [
-        (
-            row(v.a),
-            row(v.b),
-            OUTCOMES[v.choice],
-            v.a.temperature - v.b.temperature,
-            group(v.a),
-            user(v.user),
-            v.create_time,
-            v.feedback_id,
-        )
-        for v in snapshot.choices
-        if readable(v.a, v.b)
-    ]
+    rows = _Rows(encode, longest)
+    choices = [row for choice in snapshot.choices if (row := rows.of_choice(choice))]
     compared = len(choices)
-    choices += [
-        (
-            answer(v.feedback_id, v.response.prompt_token_ids, tokens),
-            row(v.response),
-            A,
-            0.0,
-            group(v.response),
-            user(v.user),
-            v.create_time,
-            v.feedback_id,
-        )
-        for v in snapshot.corrections
-        if readable(v.response) and fits(v.response.prompt_token_ids, tokens := encode(v.text))
-    ]
-    thumbs = [
-        (row(v.response), float(v.value), group(v.response), user(v.user), v.create_time, v.feedback_id)
-        for v in snapshot.thumbs
-        if readable(v.response)
-    ]
-    given = len(snapshot.choices) + len(snapshot.corrections) + len(snapshot.thumbs)
-    choice_columns = list(zip(*choices, strict=True)) if choices else [()] * 8
-    thumb_columns = list(zip(*thumbs, strict=True)) if thumbs else [()] * 6
-    voters = torch.tensor([*choice_columns[5], *thumb_columns[3]], dtype=torch.long)
-    ages = (now - torch.tensor([*choice_columns[6], *thumb_columns[4]], dtype=torch.float64)) / 86400
+    choices += [row for correction in snapshot.corrections if (row := rows.of_correction(correction))]
+    thumbs = [thumb for vote in snapshot.thumbs if (thumb := rows.of_thumb(vote))]
+    votes: list[ChoiceRow | ThumbRow] = [*choices, *thumbs]
+    voters = _integers(vote.user for vote in votes)
+    ages = (now - torch.tensor([vote.create_time for vote in votes], dtype=torch.float64)) / 86400
     weights = vote_weights(
         ages.clamp(min=0).float(), voters, settings.half_life_days, settings.age_floor, settings.user_share
     )
-
-    def integers(column: tuple[object, ...]) -> Tensor:
-        return torch.tensor(column, dtype=torch.long)
-
-    votes = VoteTensors(
-        a=integers(choice_columns[0]),
-        b=integers(choice_columns[1]),
-        outcome=integers(choice_columns[2]),
-        temperature_difference=torch.tensor(choice_columns[3], dtype=torch.float32),
-        choice_weight=weights[: len(choices)],
-        choice_group=integers(choice_columns[4]),
-        response=integers(thumb_columns[0]),
-        thumb=torch.tensor(thumb_columns[1], dtype=torch.float32),
-        user=integers(thumb_columns[3]),
-        thumb_weight=weights[len(choices) :],
-        thumb_group=integers(thumb_columns[2]),
-        users=max(len(users), 1),
-    )
-    judges = torch.tensor([is_judge(c, judge_share) for c in conversations], dtype=torch.bool)
+    given = len(snapshot.choices) + len(snapshot.corrections) + len(snapshot.thumbs)
     return Dataset(
-        answers=pairs,
-        votes=votes,
-        judges=judges,
-        feedback_ids=[*choice_columns[7], *thumb_columns[5]],
-        users=list(users),
+        answers=rows.answers,
+        votes=_vote_tensors(choices, thumbs, weights, max(len(rows.users), 1)),
+        judges=torch.tensor([is_judge(c, judge_share) for c in rows.conversations], dtype=torch.bool),
+        feedback_ids=[vote.feedback_id for vote in votes],
+        users=list(rows.users),
         voters=voters,
         compared=torch.arange(len(choices)) < compared,
-        left_out=given - len(choices) - len(thumbs),
+        left_out=given - len(votes),
     )
+
+
+def count_sides(snapshot: Snapshot, judge_share: float) -> tuple[int, int]:
+    """How many votes a dataset would have to train on and to judge by, nothing too long, without making one."""
+    answers = [vote.a for vote in snapshot.choices if vote.a.token_ids and vote.b.token_ids]
+    answers += [vote.response for vote in snapshot.corrections if vote.response.token_ids]
+    answers += [vote.response for vote in snapshot.thumbs if vote.response.token_ids]
+    judging = sum(is_judge(answer.conversation_id, judge_share) for answer in answers)
+    return len(answers) - judging, judging
+
+
+class _Rows:
+    """Numbers answers, conversations and users as they come, and makes rows of what can be read."""
+
+    def __init__(self, encode: Callable[[str], list[int]], longest: float) -> None:
+        self._encode = encode
+        self._longest = longest
+        self._numbers: dict[str, int] = {}
+        self.answers: list[TokenPair] = []
+        self.conversations: dict[str, int] = {}
+        self.users: dict[str, int] = {}
+
+    def of_choice(self, vote: ChoiceVote) -> ChoiceRow | None:
+        if not (self._readable(vote.a) and self._readable(vote.b)):
+            return None
+        a, b = self._response(vote.a), self._response(vote.b)
+        difference = vote.a.temperature - vote.b.temperature
+        return ChoiceRow(a, b, OUTCOMES[vote.choice], difference, *self._said_by(vote, vote.a))
+
+    def of_correction(self, vote: Correction) -> ChoiceRow | None:
+        prompt = vote.response.prompt_token_ids
+        if not (self._readable(vote.response) and self._fits(prompt, tokens := self._encode(vote.text))):
+            return None
+        written, replaced = self._answer(vote.feedback_id, prompt, tokens), self._response(vote.response)
+        return ChoiceRow(written, replaced, A, 0.0, *self._said_by(vote, vote.response))
+
+    def of_thumb(self, vote: ThumbVote) -> ThumbRow | None:
+        if not self._readable(vote.response):
+            return None
+        return ThumbRow(self._response(vote.response), float(vote.value), *self._said_by(vote, vote.response))
+
+    def _said_by(self, vote: ChoiceVote | Correction | ThumbVote, on: Response) -> tuple[int, int, float, str]:
+        """The conversation, the user, when, and the vote's id."""
+        conversation = self.conversations.setdefault(on.conversation_id, len(self.conversations))
+        return conversation, self.users.setdefault(vote.user, len(self.users)), vote.create_time, vote.feedback_id
+
+    def _response(self, response: Response) -> int:
+        return self._answer(response.id, response.prompt_token_ids, response.token_ids)
+
+    def _answer(self, key: str, prompt: list[int], tokens: list[int]) -> int:
+        if key not in self._numbers:
+            self._numbers[key] = len(self.answers)
+            self.answers.append((prompt, tokens))
+        return self._numbers[key]
+
+    def _readable(self, response: Response) -> bool:
+        return self._fits(response.prompt_token_ids, response.token_ids)
+
+    def _fits(self, prompt: list[int], tokens: list[int]) -> bool:
+        return bool(tokens) and len(prompt) + len(tokens) <= self._longest
+
+
+def _vote_tensors(choices: list[ChoiceRow], thumbs: list[ThumbRow], weights: Tensor, users: int) -> VoteTensors:
+    differences = [row.temperature_difference for row in choices]
+    return VoteTensors(
+        a=_integers(row.a for row in choices),
+        b=_integers(row.b for row in choices),
+        outcome=_integers(row.outcome for row in choices),
+        temperature_difference=torch.tensor(differences, dtype=torch.float32),
+        choice_weight=weights[: len(choices)],
+        choice_group=_integers(row.conversation for row in choices),
+        response=_integers(row.response for row in thumbs),
+        thumb=torch.tensor([row.thumb for row in thumbs], dtype=torch.float32),
+        user=_integers(row.user for row in thumbs),
+        thumb_weight=weights[len(choices) :],
+        thumb_group=_integers(row.conversation for row in thumbs),
+        users=users,
+    )
+
+
+def _integers(column: Iterable[int]) -> Tensor:
+    return torch.tensor(list(column), dtype=torch.long)

@@ -15,10 +15,9 @@ from torch.nn.functional import logsigmoid, softplus
 A, B, TIE, BOTH_BAD = range(4)
 
 
-def preference_loss(delta: Tensor, label_smoothing: float = 0.0, margin: float = 0.0) -> Tensor:
-    """-log sigmoid(delta - margin) for delta = r_chosen - r_rejected, any shape; the share `label_smoothing` of the
+def preference_loss(delta: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(delta) for delta = r_chosen - r_rejected, any shape; the share `label_smoothing` of the
     votes is taken to say the opposite of what was meant (Chowdhury et al. 2024, eq. 12)."""
-    delta = delta - margin
     return (1 - label_smoothing) * softplus(-delta) + label_smoothing * softplus(delta)
 
 

@@ -26,7 +26,7 @@ from learner.reward.dataset import Dataset
 from learner.reward.exact_tests import either_side, holm
 from learner.reward.likelihood import A, B
 from learner.reward.linear_heads import VoteTensors
-from learner.reward.reward_model import standardiser
+from learner.reward.standardiser import standardiser
 from learner.settings import RewardSettings
 
 # Fewer voters have no others to be compared with, and on fewer votes nothing is fitted.

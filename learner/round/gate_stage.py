@@ -3,39 +3,33 @@
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from learner.gate.rules import (
-    Figures,
-    Health,
-    Judge,
-    Look,
-    Verdict,
-    WinRate,
-    decide,
-    fit_judge,
-    health,
-    length_matched,
-    looks,
-    win_rate,
-    wins,
-)
-from learner.improve.ppo.experience import judge_rollout, policy_logprobs
-from learner.improve.ppo.losses import mismatch
-from learner.improve.ppo.trainer import PUSH_ANSWERS, candidate, check_push
+from learner.gate.answer_health import health
+from learner.gate.rules import Verdict, decide
+from learner.gate.win_rate import Judge, Look, fit_judge, length_matched, looks, win_rate, wins
+from learner.improve.candidates import candidate
+from learner.model.mismatch import PUSH_ANSWERS, check_push, mismatch
+from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.rollout import SampledAnswer, draw_seed, to_rollout
+from learner.reward.base import RewardModel
 from learner.reward.dataset import Dataset
-from learner.reward.linear_heads import SignalTest
-from learner.reward.reward_model import LinearRewardModel
 from learner.round.checkpoint import verified
 from learner.round.workspace import Workspace, spread
 from learner.settings import GateSettings
 from server.shared.whole_file import whole_file
 from server.store.chats.records import Prompt
 from server.store.files.residue import ANSWERS, keeping, sweep
+from server.store.learning.round_metrics import (
+    AnswerHealth,
+    CandidateMetrics,
+    GateMetrics,
+    Improvement,
+    RoundMetrics,
+    SignalTest,
+)
 
 # All versions answer with the same random numbers, which no step of the training had: this draw's, the one before it at
 # a second look.
@@ -57,13 +51,18 @@ class Answers:
 
 
 def judge_candidates(
-    work: Workspace, dataset: Dataset, features: Tensor, reward_model: LinearRewardModel, signal: SignalTest
+    work: Workspace,
+    dataset: Dataset,
+    features: Tensor,
+    reward_model: RewardModel,
+    signal: SignalTest,
+    improvement: Improvement,
 ) -> Verdict:
     """Which candidate may serve, if any; every answer that was judged is kept beside it.
 
     A first look at half of the prompts ends the gate where it is clear already (`learner.gate.rules.looks`)."""
-    if work.done("gate"):
-        return _verdict(work.round.metrics["gate"])
+    if work.done("gate") and (stored := work.round.metrics.gate):
+        return Verdict(stored.chosen, stored.reasons)
     gate, prompts = work.settings.gate, spread(work.prompts.held_out, work.settings.gate.prompts)
     judge = fit_judge(
         features,
@@ -74,13 +73,13 @@ def judge_candidates(
         gate.refits,
         work.generator(3),
     )
-    steps = promising(work.round.metrics["ppo"], gate)
+    steps = promising(improvement, gate)
     incumbent, reference = work.round.incumbent_version, work.round.reference_version
     planned = looks(len(prompts), gate)
     # In the first round incumbent and reference are one version: its answers are sampled and read once.
     versions = list(dict.fromkeys([reference, incumbent]))
     answers: dict[str, Answers] = {}
-    measured: dict[int, Figures] = {}
+    measured: dict[int, CandidateMetrics] = {}
     asked = 0
     total = (len(versions) + len(steps)) * len(planned)
     with work.stages.stage("gate", "judging candidates", total) as advance:
@@ -96,23 +95,30 @@ def judge_candidates(
                 measured[step] = _figures(work, step, answers[f"step {step}"], *opponents, judge, reward_model, look)
                 advance(1)
             baseline = health(answers[incumbent].samples)
-            verdict = decide([measured[step] for step in steps], signal, baseline, work.settings.ppo.kl_budget, gate)
+            verdict = decide([measured[step] for step in steps], signal, baseline, work.settings.policy.kl_budget, gate)
             hopeful = [step for step in steps if not measured[step].hopeless]
             if verdict.promoted or not hopeful:
                 break
             steps = hopeful
     roles = {"reference": answers.pop(reference)}
     roles["incumbent"] = answers.pop(incumbent) if incumbent != reference else roles["reference"]
-    _keep_answers(work, prompts[:asked], {name: each.samples for name, each in (roles | answers).items()})
-    _log_gate(work, verdict)
-    everything = {
-        "chosen": asdict(verdict.chosen),
-        "reasons": verdict.reasons,
-        "candidates": [asdict(figures) for figures in measured.values()],
-        "incumbent_health": asdict(baseline),
-    }
-    work.record("gate", {"gate": everything})
+    _record(work, prompts[:asked], roles | answers, verdict, list(measured.values()), baseline)
     return verdict
+
+
+def _record(
+    work: Workspace,
+    prompts: list[Prompt],
+    answers: dict[str, Answers],
+    verdict: Verdict,
+    measured: list[CandidateMetrics],
+    baseline: AnswerHealth,
+) -> None:
+    """Every answer to a file, the figures to TensorBoard and to the store, which names the stage as done."""
+    _keep_answers(work, prompts, {name: each.samples for name, each in answers.items()})
+    _log_gate(work, verdict)
+    gate = GateMetrics(verdict.chosen, verdict.reasons, measured, baseline)
+    work.record("gate", RoundMetrics(gate=gate))
 
 
 def _add(answers: dict[str, Answers], name: str, more: Answers) -> None:
@@ -120,7 +126,7 @@ def _add(answers: dict[str, Answers], name: str, more: Answers) -> None:
 
 
 def _published_answers(
-    work: Workspace, version: str, prompts: list[Prompt], seed: int, reward_model: LinearRewardModel
+    work: Workspace, version: str, prompts: list[Prompt], seed: int, reward_model: RewardModel
 ) -> Answers:
     from learner.model.policy import published_weights
 
@@ -132,20 +138,21 @@ def _published_answers(
 
 
 def _candidate_answers(
-    work: Workspace, step: int, prompts: list[Prompt], seed: int, reward_model: LinearRewardModel
+    work: Workspace, step: int, prompts: list[Prompt], seed: int, reward_model: RewardModel
 ) -> Answers:
-    ppo, temperature = work.settings.ppo, work.settings.service_temperature
+    settings, temperature = work.settings.policy, work.settings.service_temperature
     work.policy.load(candidate(work.directory, step))
     work.engine.push(work.policy.engine_weights())
     rollout = to_rollout(work.engine.sample(prompts, seed))
-    judged = judge_rollout(work.policy, reward_model, rollout, temperature, ppo.micro_batch_tokens, prefixes=False)
+    budget = settings.micro_batch_tokens
+    judged = reference_pass(work.policy, rollout.tokens, reward_model.layers, temperature, budget)
     # The served policy is the trained one: some answers are enough to see it.
     some = torch.arange(min(PUSH_ANSWERS, len(rollout.tokens)))
     part = rollout.tokens[some]
-    logprobs = policy_logprobs(work.policy, part, temperature, ppo.micro_batch_tokens)
+    logprobs = policy_logprobs(work.policy, part, temperature, budget)
     sampled_with = rollout.behavior_logprobs[some, : logprobs.shape[1]]
     gap = mismatch(logprobs, sampled_with, part.response_mask)
-    check_push(gap, ppo.mismatch_limit, work.policy.model.dtype)
+    check_push(gap, settings.mismatch_limit, work.policy.model.dtype)
     kl = (rollout.behavior_logprobs - judged.ref_logprobs).sum(dim=1)
     return Answers(rollout.samples, judged.features, kl)
 
@@ -157,16 +164,16 @@ def _figures(
     incumbent: Answers,
     reference: Answers,
     judge: Judge,
-    reward_model: LinearRewardModel,
+    reward_model: RewardModel,
     look: Look,
-) -> Figures:
+) -> CandidateMetrics:
     matched_rate, matched_answers = length_matched(judge, ours.features, incumbent.features)
     against_incumbent, against_reference = (
         win_rate(judge, ours.features, theirs.features, look.prompts, look.confidence, work.generator(4))
         for theirs in (incumbent, reference)
     )
     trained = reward_model.scores(ours.features) - reward_model.scores(incumbent.features)
-    return Figures(
+    return CandidateMetrics(
         step=step,
         kl=float(ours.kl.mean()),
         against_incumbent=against_incumbent,
@@ -178,13 +185,13 @@ def _figures(
     )
 
 
-def promising(ppo: dict[str, Any], gate: GateSettings) -> list[int]:
-    """Candidates worth judging, out of a training's figures: the last, the one before, and others twice as far back
+def promising(improvement: Improvement, gate: GateSettings) -> list[int]:
+    """Candidates worth judging, out of a training: the last, the one before, and others twice as far back
     each time. The KL budget mostly ends training before it goes wrong, so the best is near the end, and where it is
     not, an early one is at hand. One whose KL is close to that of the next one kept is left out: it answers alike."""
-    steps: list[int] = ppo["candidates"]
+    steps = improvement.candidates
     # A step's figures are of the weights that it began with: what the last update came to is where the line leads.
-    kl = [step["kl"] for step in ppo["steps"]]
+    kl = [step.kl for step in improvement.steps]
     kl.append(2 * kl[-1] - kl[-2] if len(kl) > 1 else math.inf)
     kept = [steps[-1]]
     for i in range(1, gate.candidates):
@@ -225,16 +232,3 @@ def _log_gate(work: Workspace, verdict: Verdict) -> None:
         writer.add_scalar("gate/win_rate_low", chosen.against_incumbent.low, chosen.step)
         writer.add_scalar("gate/kl", chosen.kl, chosen.step)
         writer.add_scalar("gate/length", chosen.health.length, chosen.step)
-
-
-def _verdict(stored: dict[str, Any]) -> Verdict:
-    chosen = dict(stored["chosen"])
-    figures = Figures(
-        **{
-            **chosen,
-            "against_incumbent": WinRate(**chosen["against_incumbent"]),
-            "against_reference": WinRate(**chosen["against_reference"]),
-            "health": Health(**chosen["health"]),
-        }
-    )
-    return Verdict(figures, stored["reasons"])

@@ -1,15 +1,13 @@
 """Why a round does not start, or ends without a version: a sentence for each, with what may help."""
 
 import math
-import time
-from typing import Any
 
-from learner.reward.dataset import Dataset, to_dataset
-from learner.reward.linear_heads import SignalTest
+from learner.reward.dataset import count_sides
 from learner.round.prompts import Prompts
 from learner.settings import LearnerSettings
 from server.shared.errors import NotFoundError
 from server.store.chats.records import Snapshot
+from server.store.learning.round_metrics import Improvement, SignalTest
 from server.store.store import Store
 
 # Fewer votes or prompts on either side cannot be fitted or judged at all.
@@ -32,16 +30,15 @@ def failed_precondition(
         return f"There are no new votes since {last.id} ({last.state}); nothing was changed."
     if votes < settings.min_votes:
         return f"There are {votes} votes, fewer than the {settings.min_votes} a round needs; nothing was changed."
-    dataset = to_dataset(snapshot, time.time(), settings.gate.judge_share, settings.reward, lambda text: [0])
-    return too_few_votes(dataset)
+    return too_few_votes(*count_sides(snapshot, settings.gate.judge_share))
 
 
-def too_few_votes(dataset: Dataset) -> str | None:
+def too_few_votes(train: int, judge: int) -> str | None:
     """Of votes that could not be fitted or judged by; None where there are enough."""
-    for name, side in (("train on", dataset.train), ("judge by", dataset.judge)):
-        if len(side) < MIN_SIDE:
+    for name, votes in (("train on", train), ("judge by", judge)):
+        if votes < MIN_SIDE:
             return (
-                f"There are {len(side)} votes to {name}, and {MIN_SIDE} are needed: gather votes in more "
+                f"There are {votes} votes to {name}, and {MIN_SIDE} are needed: gather votes in more "
                 "conversations. Nothing was changed."
             )
     return None
@@ -68,7 +65,7 @@ def too_little(signal: SignalTest) -> str:
     )
 
 
-def no_candidate(ppo: dict[str, Any]) -> str:
+def no_candidate(improvement: Improvement) -> str:
     """Of a round whose training ended before weights were kept."""
     why = {
         "kl_budget": "the KL went over its budget; a lower learning rate or a higher kl_coef may help",
@@ -76,5 +73,6 @@ def no_candidate(ppo: dict[str, Any]) -> str:
         "steps": "all steps were done; save_every is larger than they are",
     }
     return (
-        f"Training ended at step {len(ppo['steps'])} without a candidate: {why[ppo['ended_by']]}. Nothing was changed."
+        f"Training ended at step {len(improvement.steps)} without a candidate: {why[improvement.ended_by]}. "
+        "Nothing was changed."
     )

@@ -13,7 +13,7 @@ from statistics import median_low
 import torch
 
 from learner.reward.dataset import is_judge
-from learner.reward.linear_heads import cap_shares
+from learner.reward.vote_weights import cap_shares
 from server.store.chats.records import Prompt
 
 # How long an answer to our question is where no user's says it.

@@ -4,7 +4,7 @@ import time
 from typing import Literal
 
 from learner.gate.rules import Verdict
-from learner.improve.ppo.trainer import candidate
+from learner.improve.candidates import candidate
 from learner.round.checkpoint import copy_weights, publish_version, with_tokenizer
 from learner.round.workspace import Workspace
 from server.shared.errors import ConflictError
@@ -17,7 +17,7 @@ def publish(work: Workspace, verdict: Verdict) -> str:
         return work.round.policy_version
     version = work.round.policy_version or work.free_version("policies", "v")
     work.update(policy_version=version)
-    kind: Literal["adapter", "full"] = "adapter" if work.settings.ppo.train == "lora" else "full"
+    kind: Literal["adapter", "full"] = "adapter" if work.settings.policy.train == "lora" else "full"
     fill = copy_weights(candidate(work.directory, verdict.chosen.step))
     with work.stages.stage("publish", f"publishing {version}"):
         publish_version(
@@ -29,7 +29,7 @@ def publish(work: Workspace, verdict: Verdict) -> str:
                 "round_id": work.round.id,
                 "step": verdict.chosen.step,
                 "settings": work.round.settings,
-                "versions": work.round.metrics["versions"],
+                "versions": work.round.metrics.versions,
             },
         )
     work.store.policies.register(
@@ -40,11 +40,11 @@ def publish(work: Workspace, verdict: Verdict) -> str:
         reference_version=work.round.reference_version,
         round_id=work.round.id,
         reward_model_version=work.round.reward_model_version,
-        metrics=work.round.metrics["gate"]["chosen"],
+        metrics=work.round.metrics.to_json()["gate"]["chosen"],
         reason=" ".join(verdict.reasons),
         fence=work.lease,
     )
-    work.record("publish", {})
+    work.record("publish")
     return version
 
 

@@ -1,5 +1,6 @@
 """What a round came to, and the table that shows it."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,6 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from server.shared.printable import printable
+from server.store.learning.round_metrics import RoundMetrics
+
+# What a training that ended before its last step adds.
+ENDED = {"steps": "", "kl_budget": ", stopped at the KL budget", "uncertainty": ", stopped as it grew uncertain"}
 
 
 @dataclass(frozen=True)
@@ -20,47 +25,52 @@ class Report:
     policy_version: str | None = None
     reward_model_version: str | None = None
     incumbent_version: str | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: RoundMetrics = field(default_factory=RoundMetrics)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {**vars(self), "metrics": self.metrics.to_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Report":
+        """The way back."""
+        return cls(**{**values, "metrics": RoundMetrics.from_json(values.get("metrics", {}))})
 
 
 def rows(report: Report) -> Iterator[tuple[str, str]]:
     """(figure, value), in the order of the stages; only what the round got to."""
     m = report.metrics
-    if votes := m.get("votes"):
-        kinds = ", ".join(f"{votes[kind]} {kind}" for kind in ("choices", "thumbs", "corrections"))
-        yield "votes used", f"{kinds} ({votes['train']} train, {votes['judge']} judge)"
-        if left_out := votes.get("quarantined"):
-            yield "left out", f"{left_out} votes of users in quarantine"
-    if (voters := m.get("voters")) and voters["doubted"]:
-        yield "voters", f"{voters['doubted']} of {voters['voters']} weigh less than half: see `learner users`"
-    if signal := m.get("signal"):
-        accuracy, null = _two(signal["accuracy"]), _two(signal["null_accuracy"])
-        yield "signal", f"accuracy {accuracy}, of shuffled votes {null}, p = {signal['p_value']:.3f}"
-    if rm := m.get("reward_model"):
-        yield "reward model, held out", f"accuracy {_two(rm['accuracy'])} on {rm['votes']} choices"
-        yield "", f"NLL {_two(rm['nll'])}, ECE {_two(rm['ece'])}"
-        yield "simpler rules", f"longer wins {_two(rm['longer_wins'])}, hotter wins {_two(rm['hotter_wins'])}"
+    if votes := m.votes:
+        kinds = f"{votes.choices} choices, {votes.thumbs} thumbs, {votes.corrections} corrections"
+        yield "votes used", f"{kinds} ({votes.train} train, {votes.judge} judge)"
+        if votes.quarantined:
+            yield "left out", f"{votes.quarantined} votes of users in quarantine"
+    if m.voters and m.voters.doubted:
+        yield "voters", f"{m.voters.doubted} of {m.voters.voters} weigh less than half: see `learner users`"
+    if signal := m.signal:
+        accuracy, null = _two(signal.accuracy), _two(signal.null_accuracy)
+        yield "signal", f"accuracy {accuracy}, of shuffled votes {null}, p = {signal.p_value:.3f}"
+    if model := m.reward_model:
+        yield "reward model, held out", f"accuracy {_two(model.accuracy)} on {model.votes} choices"
+        yield "", f"NLL {_two(model.nll)}, ECE {_two(model.ece)}"
+        yield "simpler rules", f"longer wins {_two(model.longer_wins)}, hotter wins {_two(model.hotter_wins)}"
         yield (
             "controls",
-            f"of like length {_two(rm['matched_accuracy'])} on {rm['matched_votes']}, correlation with length "
-            f"{_two(rm['length_correlation'])}, temperature effect {_two(rm['temperature_effect'])}",
+            f"of like length {_two(model.matched_accuracy)} on {model.matched_votes}, correlation with length "
+            f"{_two(model.length_correlation)}, temperature effect {_two(model.temperature_effect)}",
         )
-    if steps := m.get("ppo", {}).get("steps"):
-        why = {"steps": "", "kl_budget": ", stopped at the KL budget", "uncertainty": ", stopped as it grew uncertain"}
-        yield (
-            "reward",
-            f"{steps[0]['score']:+.2f} -> {steps[-1]['score']:+.2f} in {len(steps)} steps{why[m['ppo']['ended_by']]}",
-        )
-    if gate := m.get("gate"):
-        chosen = gate["chosen"]
-        yield "candidate", f"step {chosen['step']} of {[c['step'] for c in gate['candidates']]}"
-        yield "KL", f"{chosen['kl']:.1f} nats a response to the reference"
-        yield "win rate", f"{_interval(chosen['against_incumbent'])} against the incumbent, {report.incumbent_version}"
-        yield "", f"{_interval(chosen['against_reference'])} against the reference"
-        yield "answer length", f"{gate['incumbent_health']['length']:.0f} -> {chosen['health']['length']:.0f} tokens"
-    if seconds := m.get("seconds"):
-        yield "seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-        yield "in all", f"{sum(seconds.values()):.0f} s"
+    if m.ppo and (steps := m.ppo.steps):
+        yield "reward", f"{steps[0].score:+.2f} -> {steps[-1].score:+.2f} in {len(steps)} steps{ENDED[m.ppo.ended_by]}"
+    if gate := m.gate:
+        chosen = gate.chosen
+        yield "candidate", f"step {chosen.step} of {[candidate.step for candidate in gate.candidates]}"
+        yield "KL", f"{chosen.kl:.1f} nats a response to the reference"
+        yield "win rate", f"{chosen.against_incumbent} against the incumbent, {report.incumbent_version}"
+        yield "", f"{chosen.against_reference} against the reference"
+        yield "answer length", f"{gate.incumbent_health.length:.0f} -> {chosen.health.length:.0f} tokens"
+    if m.seconds:
+        yield "seconds", ", ".join(f"{name} {value:.0f}" for name, value in m.seconds.items())
+        yield "in all", f"{sum(m.seconds.values()):.0f} s"
 
 
 def outcome(report: Report) -> str:
@@ -88,9 +98,5 @@ def print_report(report: Report, console: Console) -> None:
     console.print(printable(report.sentence), markup=False, highlight=False, soft_wrap=True)
 
 
-def _two(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2f}"
-
-
-def _interval(rate: dict[str, Any]) -> str:
-    return f"{rate['rate']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"
+def _two(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.2f}"

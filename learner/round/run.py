@@ -15,16 +15,17 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from torch import Tensor
 
+from learner.improve.base import Budget, ExperienceSource, Improver
+from learner.improve.candidates import drop_candidates
 from learner.improve.ppo.state import drop_states
-from learner.improve.ppo.trainer import StepFigures, drop_candidates, train
+from learner.improve.ppo.trainer import PPO
 from learner.model.features import FeatureCache
 from learner.model.rollout import draw_seed
 from learner.progress import Stages
-from learner.reward import reward_model as scoring
+from learner.reward import linear_reward_model as scoring
 from learner.reward import voter_reliability
 from learner.reward.dataset import Dataset, some_conversations, to_dataset
-from learner.reward.linear_heads import SignalTest
-from learner.reward.reward_model import LinearRewardModel
+from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.checkpoint import publish_version, verified
 from learner.round.gate_stage import judge_candidates
 from learner.round.lease import learner_lease
@@ -33,12 +34,22 @@ from learner.round.preconditions import failed_precondition, no_candidate, too_f
 from learner.round.publish import activate, publish
 from learner.round.report import Report
 from learner.round.retention import prune
-from learner.round.workspace import Workspace, json_safe, nan_for_none, spread
+from learner.round.workspace import Workspace, spread
 from learner.settings import LearnerSettings
 from server.shared.dtype import resolve_dtype
 from server.shared.errors import FailedPreconditionError
 from server.store.files.residue import cache_directory, sweep
 from server.store.learning.records import Lease, Round
+from server.store.learning.round_metrics import (
+    Improvement,
+    PromptCounts,
+    RewardModelMetrics,
+    RoundMetrics,
+    SignalTest,
+    StepMetrics,
+    VoteCounts,
+    VoterWeights,
+)
 from server.store.store import Store
 
 
@@ -150,7 +161,7 @@ def run(work: Workspace) -> Report:
     """The story."""
     work.directory.mkdir(parents=True, exist_ok=True)
     dataset = load_feedback(work)
-    if reason := too_few_votes(dataset) or too_few_prompts(work.prompts):
+    if reason := too_few_votes(len(dataset.train), len(dataset.judge)) or too_few_prompts(work.prompts):
         return finish(work, "rejected", reason)
     features = extract_features(work, dataset)
     signal = test_signal(work, dataset, features)
@@ -159,10 +170,10 @@ def run(work: Workspace) -> Report:
     # Not before the test: weights that were chosen so that votes agree would pass it on votes that say nothing.
     dataset, voters = weigh_voters(work, dataset, features)
     reward_model = fit_reward_model(work, dataset, features, voters)
-    improve_policy(work, reward_model)
-    if not work.round.metrics["ppo"]["candidates"]:
-        return finish(work, "rejected", no_candidate(work.round.metrics["ppo"]))
-    verdict = judge_candidates(work, dataset, features, reward_model, signal)
+    improvement = improve_policy(work, reward_model)
+    if not improvement.candidates:
+        return finish(work, "rejected", no_candidate(improvement))
+    verdict = judge_candidates(work, dataset, features, reward_model, signal, improvement)
     version = publish(work, verdict)
     return finish(work, *activate(work, version, verdict))
 
@@ -183,22 +194,18 @@ def load_feedback(work: Workspace) -> Dataset:
             highlight=False,
         )
     if not work.done("reward_model"):
-        votes = {
-            "choices": len(work.snapshot.choices),
-            "thumbs": len(work.snapshot.thumbs),
-            "corrections": len(work.snapshot.corrections),
-            "train": len(dataset.train),
-            "judge": len(dataset.judge),
-            "left_out": dataset.left_out,
-            "quarantined": work.store.snapshots.votes_of(work.round.quarantined, work.round.watermark),
-        }
-        prompts = {
-            "train": len(work.prompts.train),
-            "held_out": len(work.prompts.held_out),
-            "own": work.prompts.own,
-        }
+        votes = VoteCounts(
+            choices=len(work.snapshot.choices),
+            thumbs=len(work.snapshot.thumbs),
+            corrections=len(work.snapshot.corrections),
+            train=len(dataset.train),
+            judge=len(dataset.judge),
+            left_out=dataset.left_out,
+            quarantined=work.store.snapshots.votes_of(work.round.quarantined, work.round.watermark),
+        )
+        prompts = PromptCounts(len(work.prompts.train), len(work.prompts.held_out), work.prompts.own)
         work.store.lineage.set_round_votes(work.round.id, dataset.sides, fence=work.lease)
-        work.record("snapshot", {"votes": votes, "prompts": prompts, "versions": versions()})
+        work.record("snapshot", RoundMetrics(votes=votes, prompts=prompts, versions=versions()))
     return dataset
 
 
@@ -210,49 +217,51 @@ def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
         work.policy.reference() as reference,
         work.stages.stage("features", "reading the voted answers", len(dataset.answers)) as advance,
     ):
-        features = cache.get(dataset.answers, reference, work.layers, work.settings.ppo.micro_batch_tokens, advance)
+        features = cache.get(dataset.answers, reference, work.layers, work.settings.policy.micro_batch_tokens, advance)
     # One of them may have been deleted meanwhile.
     sweep(work.settings.data_dir)
     return features
 
 
 def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTest:
-    if "signal" in work.round.metrics:
-        return SignalTest(**{name: nan_for_none(value) for name, value in work.round.metrics["signal"].items()})
+    if work.round.metrics.signal:
+        return work.round.metrics.signal
     reward, generator = work.settings.reward, work.generator(1)
     votes = some_conversations(dataset.votes, reward.signal_votes, generator)
     with work.stages.stage("signal", "testing the votes for a signal"):
         signal = scoring.test_signal(features, votes, work.layers, reward, generator)
-    work.record("snapshot", {"signal": asdict(signal)})
+    work.record("snapshot", RoundMetrics(signal=signal))
     return signal
 
 
-def weigh_voters(work: Workspace, dataset: Dataset, features: Tensor) -> tuple[Dataset, dict[str, Any]]:
+def weigh_voters(work: Workspace, dataset: Dataset, features: Tensor) -> tuple[Dataset, VoterWeights | None]:
     """Who answers against the others counts less, and how many do; worked out anew where a round is resumed, to the
     same end."""
     if not work.settings.reward.weigh_voters:
-        return dataset, {}
+        return dataset, None
     with work.stages.stage("voters", "comparing voters with each other"):
         weighed, factors = voter_reliability.weigh_voters(
             dataset, features, work.layers, work.settings.reward, work.generator(5)
         )
     doubted = int((factors < 0.5).sum())
-    return weighed, {"voters": len(factors), "doubted": doubted, "mean_weight": float(factors.mean())}
+    return weighed, VoterWeights(len(factors), doubted, float(factors.mean()))
 
 
-def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor, voters: dict[str, Any]) -> LinearRewardModel:
+def fit_reward_model(
+    work: Workspace, dataset: Dataset, features: Tensor, voters: VoterWeights | None
+) -> LinearRewardModel:
     if work.done("reward_model"):
         directory, _ = verified(work.reward_model_directory)
         return LinearRewardModel.load(directory)
     with work.stages.stage("reward_model", "fitting the reward model"):
-        model = scoring.fit_reward_model(features, dataset.train, work.layers, work.settings.reward, work.generator(2))
+        model = LinearRewardModel.fit(features, dataset.train, work.layers, work.settings.reward, work.generator(2))
         held_out = scoring.evaluate(model, features, dataset.judge)
     # The reference's own answers at the service temperature give the score its zero and its unit.
     prompts = spread(work.prompts.train, work.settings.reward.reference_answers)
     with work.stages.stage("reward_model", "scoring reference answers"):
         work.engine.push(work.policy.reference_weights())
         samples = work.engine.sample(prompts, draw_seed(work.settings.seed, 0))
-    model = scoring.standardise(model, work.features_of(samples, model))
+    model = model.standardised(work.features_of(samples, model))
     version = work.round.reward_model_version or work.free_version("reward_models", "rm")
     work.update(reward_model_version=version)
     publish_version(
@@ -262,34 +271,35 @@ def fit_reward_model(work: Workspace, dataset: Dataset, features: Tensor, voters
         reference_version=work.round.reference_version,
         info={"round_id": work.round.id},
     )
-    metrics = {
+    figures = RewardModelMetrics(
         **asdict(held_out),
-        "temperature_effect": model.temperature,
-        "l2": model.l2,
-        "score_low": model.low,
-        "score_high": model.high,
-    }
+        temperature_effect=model.temperature,
+        l2=model.l2,
+        score_low=model.low,
+        score_high=model.high,
+    )
+    metrics = RoundMetrics(voters=voters, reward_model=figures)
     work.store.reward_models.register(
         version,
         reference_version=work.round.reference_version,
         round_id=work.round.id,
-        metrics=json_safe(metrics),
+        metrics=metrics.to_json()["reward_model"],
         fence=work.lease,
     )
-    work.record("reward_model", {"voters": voters, "reward_model": metrics})
+    work.record("reward_model", metrics)
     return LinearRewardModel.load(work.reward_model_directory)
 
 
-def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> None:
-    if work.done("ppo"):
-        return
-    ppo = work.settings.ppo
-    if ppo.start_from == "active" and work.round.incumbent_version != work.round.reference_version:
+def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvement:
+    if work.done("ppo") and work.round.metrics.ppo:
+        return work.round.metrics.ppo
+    policy, ppo = work.settings.policy, work.settings.ppo
+    if policy.start_from == "active" and work.round.incumbent_version != work.round.reference_version:
         directory, manifest = verified(work.policy_directory(work.round.incumbent_version))
-        if (manifest.kind == "adapter") != (ppo.train == "lora"):
+        if (manifest.kind == "adapter") != (policy.train == "lora"):
             raise ValueError(
-                f"The active {directory.name} is of the kind {manifest.kind}, and ppo.train is {ppo.train}: a round "
-                "that starts from it trains what it is made of. Start from the reference, or change ppo.train."
+                f"The active {directory.name} is of the kind {manifest.kind}, and policy.train is {policy.train}: a "
+                "round that starts from it trains what it is made of. Start from the reference, or change policy.train."
             )
         work.policy.load(directory)
     with (
@@ -297,34 +307,25 @@ def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> None:
         work.tensorboard() as writer,
     ):
 
-        def on_step(step: StepFigures) -> None:
+        def on_step(step: StepMetrics) -> None:
             for name, value in asdict(step).items():
                 writer.add_scalar(f"ppo/{name}", value, step.step)
             advance(1)
 
-        training = train(
-            work.policy,
-            reward_model,
-            work.engine,
-            work.prompts.train,
-            work.directory,
-            ppo,
-            work.settings.service_temperature,
-            work.settings.seed,
-            on_step,
+        source = ExperienceSource(
+            work.engine, work.prompts.train, work.settings.service_temperature, work.settings.seed
         )
-    figures = {
-        "steps": [asdict(step) for step in training.figures],
-        "candidates": training.candidates,
-        "ended_by": training.ended_by,
-    }
-    work.record("ppo", {"ppo": figures})
+        improver: Improver = PPO(ppo, policy)
+        budget = Budget(policy.kl_budget)
+        improvement = improver.improve(work.policy, source, reward_model, budget, work.directory, on_step)
+    work.record("ppo", RoundMetrics(ppo=improvement))
+    return improvement
 
 
 def finish(work: Workspace, state: Literal["promoted", "rejected"], sentence: str) -> Report:
     """Closes the round, in the store and in `report.json`."""
     work.clean()
-    work.record("activate" if state == "promoted" else work.round.stage, {})
+    work.record("activate" if state == "promoted" else work.round.stage)
     work.round = work.store.rounds.finish(work.round.id, state, reason=sentence, fence=work.lease)
     report = Report(
         state,
@@ -335,5 +336,5 @@ def finish(work: Workspace, state: Literal["promoted", "rejected"], sentence: st
         work.round.incumbent_version,
         work.round.metrics,
     )
-    (work.directory / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    (work.directory / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     return report

@@ -1,7 +1,6 @@
 """What the stages of a round share: its record in the store, its directories, its models and its engine."""
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from learner.improve.candidates import drop_candidates
 from learner.improve.ppo.state import drop_states
-from learner.improve.ppo.trainer import drop_candidates
 from learner.model.features import default_layers, extract
 from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, to_rollout
 from learner.progress import Stages
-from learner.reward.reward_model import LinearRewardModel
+from learner.reward.base import RewardModel
 from learner.round.checkpoint import verified
 from learner.round.prompts import Prompts, share_out, split_prompts, top_up
 from learner.settings import LearnerSettings
@@ -25,6 +24,7 @@ from server.shared.text import ChatText
 from server.store.chats.records import Prompt, Snapshot
 from server.store.files.manifest import read_manifest
 from server.store.learning.records import Lease, Round
+from server.store.learning.round_metrics import RoundMetrics
 from server.store.store import Store
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Workspace:
         assert settings.dtype != "auto", "a round's dtype is resolved before it begins"
         self.dtype: DtypeName = settings.dtype
         """What engine and trainer compute in."""
-        self.settings = settings.model_copy(update={"ppo": settings.ppo.at(self.dtype)})
+        self.settings = settings.model_copy(update={"policy": settings.policy.at(self.dtype)})
         self.store, self.lease, self.stages = store, lease, stages
         self.round, self.snapshot = round_, snapshot
         self.directory = settings.data_dir / "rounds" / round_.id
@@ -61,11 +61,11 @@ class Workspace:
     def done(self, stage: str) -> bool:
         return STAGES.index(self.round.stage) >= STAGES.index(stage)
 
-    def record(self, stage: str, metrics: dict[str, Any]) -> None:
+    def record(self, stage: str, metrics: RoundMetrics | None = None) -> None:
         """Names the stage as finished, with its figures and the seconds so far."""
-        before = self.round.metrics.get("seconds", {})
-        seconds = {**before, **{name: round(value, 2) for name, value in self.stages.seconds.items()}}
-        self.update(stage=stage, metrics=json_safe({**metrics, "seconds": seconds}))
+        now = {name: round(value, 2) for name, value in self.stages.seconds.items()}
+        timed = RoundMetrics(seconds={**self.round.metrics.seconds, **now})
+        self.update(stage=stage, metrics=(metrics or RoundMetrics()) | timed)
 
     def update(self, **changes: Any) -> None:
         self.round = self.store.rounds.update(self.round.id, fence=self.lease, **changes)
@@ -92,7 +92,7 @@ class Workspace:
 
             return TrainablePolicy.create(
                 self.reference_directory,
-                self.settings.ppo,
+                self.settings.policy,
                 torch_dtype(self.dtype),
                 torch.device("cpu"),
                 self.settings.seed,
@@ -108,11 +108,11 @@ class Workspace:
     def layers(self) -> tuple[int, ...]:
         return self.settings.reward.layers or default_layers(self.policy.model.config.num_hidden_layers)
 
-    def features_of(self, samples: list[SampledAnswer], model: LinearRewardModel) -> Tensor:
+    def features_of(self, samples: list[SampledAnswer], model: RewardModel) -> Tensor:
         """(N, F) of sampled answers."""
         tokens = to_rollout(samples).tokens
         with self.policy.reference() as reference:
-            return extract(reference, tokens, model.layers, self.settings.ppo.micro_batch_tokens, lambda n: None)
+            return extract(reference, tokens, model.layers, self.settings.policy.micro_batch_tokens, lambda n: None)
 
     def clean(self) -> None:
         """Removes what only a running round needs: the state to go on from, and candidates that are not to be kept."""
@@ -207,17 +207,3 @@ def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
     """At most `count` prompts, evenly over the list."""
     n = min(count, len(prompts))
     return [prompts[i * len(prompts) // n] for i in range(n)]
-
-
-def nan_for_none(value: Any) -> Any:
-    """The way back from `json_safe` for one figure."""
-    return math.nan if value is None else value
-
-
-def json_safe(value: Any) -> Any:
-    """The same with None for NaN, which JSON does not have: a figure that could not be taken."""
-    if isinstance(value, dict):
-        return {name: json_safe(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

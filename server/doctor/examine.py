@@ -32,7 +32,7 @@ MEASURE_BYTES = GIB
 
 
 class LearnerShare(BaseModel):
-    """Of the learner's settings for PPO, what its memory follows from."""
+    """Of the learner's settings for the policy, what its memory follows from."""
 
     micro_batch_tokens: Annotated[int, Field(ge=0)] = 0
 
@@ -40,11 +40,15 @@ class LearnerShare(BaseModel):
 class DoctorSettings(ServerSettings):
     """The server's, and those of the learner's that disk and memory have to have room for."""
 
-    renamed: ClassVar = {**ServerSettings.renamed, "ppo.micro_batch": "ppo.micro_batch_tokens"}
+    renamed: ClassVar = {
+        **ServerSettings.renamed,
+        "ppo.micro_batch": "policy.micro_batch_tokens",
+        "ppo.micro_batch_tokens": "policy.micro_batch_tokens",
+    }
     rescaled: ClassVar = {"ppo.micro_batch": ANSWER_TOKENS}
 
     keep_versions: Annotated[int, Field(ge=1)] = 8
-    ppo: LearnerShare = LearnerShare()
+    policy: LearnerShare = LearnerShare()
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ class Examination:
         settings, shape, dtype = self.settings, self.model.shape, self.torch.dtype
         if self.on_gpu or not shape or not dtype:
             return None
-        tokens = settings.ppo.micro_batch_tokens or MICRO_BATCH_TOKENS[dtype.name]
+        tokens = settings.policy.micro_batch_tokens or MICRO_BATCH_TOKENS[dtype.name]
         return needs_of(shape, dtype.name, settings.kv_cache_gib, max(tokens, settings.max_tokens))
 
     @cached_property

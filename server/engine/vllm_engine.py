@@ -11,8 +11,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ from server.store.files.manifest import verify
 from server.store.ids import new_id
 from server.store.learning.policies import REFERENCE
 from server.telemetry.metrics import SWAP_SECONDS
+from server.telemetry.timed import timed
 
 log = logging.getLogger(__name__)
 
@@ -340,13 +340,3 @@ class VllmEngine:
         if not self._keep_kv:
             return labelled
         return [replace(span, stale_kv=number > 0) for number, span in enumerate(labelled)]
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Keeps how long the block took, also where it fails."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = time.perf_counter() - started

@@ -189,7 +189,7 @@ def round_(record: learning.Round) -> policy_pb2.Round:
         stage=record.stage,
         policy_version=record.policy_version or "",
         reward_model_version=record.reward_model_version or "",
-        metrics=struct(record.metrics),
+        metrics=struct(record.metrics.to_json()),
         reason=record.reason,
         create_time=timestamp(record.create_time),
         finish_time=timestamp(record.finish_time) if record.finish_time else None,

@@ -89,56 +89,71 @@ def demonstration(max_chars: int) -> Rule:
 
 def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
     """From request to its fields' rules."""
-    message = Field("message", text(settings.max_message_chars))
-    comment = Field("comment", text(settings.max_message_chars, empty=True))
-    reason = Field("reason", text(settings.max_message_chars, empty=True))
-    request_id = Field("request_id", identifier(empty=True))
-    maybe_conversation = Field("conversation_id", identifier(empty=True))
+    page = [Field("page_size", between(0, MAX_PAGE_SIZE)), Field("page_token", text(512, empty=True))]
+    return {**_chat_rules(settings, page), **_feedback_rules(settings, page), **_operators_rules(settings, page)}
+
+
+def _chat_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Message], list[Field]]:
+    message, request_id = (
+        Field("message", text(settings.max_message_chars)),
+        Field("request_id", identifier(empty=True)),
+    )
+    maybe_conversation, conversation = (Field("conversation_id", identifier(empty=empty)) for empty in (True, False))
     temperature = Field("sampling.temperature", between(0, 2))
     server_temperature = Field("sampling.temperature", unset("the server chooses Compare's two temperatures"))
     max_tokens = Field("sampling.max_tokens", between(1, settings.max_tokens))
     # vLLM takes seeds as signed 64-bit numbers.
     seed = Field("sampling.seed", between(0, 2**63 - 1))
-    page = [Field("page_size", between(0, MAX_PAGE_SIZE)), Field("page_token", text(512, empty=True))]
     return {
         chat_pb2.ChatRequest: [maybe_conversation, message, temperature, max_tokens, seed, request_id],
         chat_pb2.CompareRequest: [maybe_conversation, message, server_temperature, max_tokens, seed, request_id],
-        chat_pb2.GetConversationRequest: [Field("conversation_id", identifier()), *page],
+        chat_pb2.GetConversationRequest: [conversation, *page],
         chat_pb2.ListConversationsRequest: page,
-        chat_pb2.DeleteConversationRequest: [Field("conversation_id", identifier())],
+        chat_pb2.DeleteConversationRequest: [conversation],
+    }
+
+
+def _feedback_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Message], list[Field]]:
+    comment = Field("comment", text(settings.max_message_chars, empty=True))
+    request_id, response = Field("request_id", identifier(empty=True)), Field("response_id", identifier())
+    return {
         feedback_pb2.SubmitThumbRequest: [
-            Field("response_id", identifier()), Field("thumb", one_of(feedback_pb2.Thumb)), comment, request_id,
+            response, Field("thumb", one_of(feedback_pb2.Thumb)), comment, request_id,
         ],
         feedback_pb2.SubmitChoiceRequest: [
             Field("comparison_id", identifier()), Field("choice", one_of(feedback_pb2.Choice)), comment, request_id,
         ],
         feedback_pb2.SubmitCorrectionRequest: [
-            Field("response_id", identifier()), Field("text", text(settings.max_message_chars)), request_id,
+            response, Field("text", text(settings.max_message_chars)), request_id,
         ],
         feedback_pb2.SubmitDemonstrationRequest: [
             Field("messages", demonstration(settings.max_message_chars)), request_id,
         ],
         feedback_pb2.RetractFeedbackRequest: [Field("feedback_id", identifier())],
         feedback_pb2.ListFeedbackRequest: page,
+    }  # fmt: skip
+
+
+def _operators_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Message], list[Field]]:
+    """Of what is about users, versions and rounds, and of health."""
+    reason = Field("reason", text(settings.max_message_chars, empty=True))
+    user, expected = Field("user", identifier(empty=True)), Field("expected_active_version", identifier())
+    return {
         account_pb2.GetCallerRequest: [],
-        account_pb2.ForgetUserRequest: [Field("user", identifier(empty=True))],
-        account_pb2.ExportUserRequest: [Field("user", identifier(empty=True))],
+        account_pb2.ForgetUserRequest: [user],
+        account_pb2.ExportUserRequest: [user],
         health_pb2.HealthCheckRequest: [Field("service", identifier(empty=True))],
         health_pb2.HealthListRequest: [],  # type: ignore[attr-defined]
         policy_pb2.GetActivePolicyRequest: [],
         policy_pb2.ListPoliciesRequest: page,
-        policy_pb2.ActivatePolicyRequest: [
-            Field("version", identifier()), Field("expected_active_version", identifier()), reason,
-        ],
-        policy_pb2.RollbackPolicyRequest: [
-            Field("version", identifier(empty=True)), Field("expected_active_version", identifier()), reason,
-        ],
+        policy_pb2.ActivatePolicyRequest: [Field("version", identifier()), expected, reason],
+        policy_pb2.RollbackPolicyRequest: [Field("version", identifier(empty=True)), expected, reason],
         policy_pb2.ListRoundsRequest: page,
         policy_pb2.ListRoundSamplesRequest: [Field("round_id", identifier()), *page],
         policy_pb2.CountVotesRequest: [Field("days", between(0, MAX_DAYS))],
         policy_pb2.GetLearnerRequest: [],
         policy_pb2.RequestRoundRequest: [],
-    }  # fmt: skip
+    }
 
 
 def validator(settings: ServerSettings) -> Callable[[Message], None]:

@@ -44,7 +44,7 @@ class Stored:
 
 def start_from(settings: dict[str, Any]) -> str:
     """What the round began from: `reference`, or the policy that was `active`."""
-    return str(settings.get("ppo", {}).get("start_from", "reference"))
+    return str(settings.get("policy", {}).get("start_from", "reference"))
 
 
 def _name_shares_and_dtype(settings: dict[str, Any]) -> dict[str, Any]:
@@ -69,5 +69,19 @@ def _count_tokens(settings: dict[str, Any]) -> dict[str, Any]:
     return nest(values)
 
 
-SETTINGS = Stored((_name_shares_and_dtype, _count_tokens))
-METRICS = Stored(())
+def _count_left_out(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Votes that could not be read, and those of users in quarantine, are counted."""
+    if votes := metrics.get("votes"):
+        metrics["votes"] = {"left_out": 0, "quarantined": 0, **votes}
+    return metrics
+
+
+def _sort_by_room(settings: dict[str, Any]) -> dict[str, Any]:
+    """What is of the policy in training stands in a table of its own, whatever improves it."""
+    moved = ("train", "start_from", "lora_rank", "lora_alpha", "micro_batch_tokens", "mismatch_limit", "kl_budget")
+    names = {f"ppo.{name}": f"policy.{name}" for name in moved} | {"duel_user_votes": "ab_test_user_votes"}
+    return nest({names.get(name, name): value for name, value in flatten(settings).items()})
+
+
+SETTINGS = Stored((_name_shares_and_dtype, _count_tokens, _sort_by_room))
+METRICS = Stored((_count_left_out,))

@@ -1,6 +1,6 @@
 """What the learner's rounds came to, for the metrics: read from the store, since a round's process is soon gone."""
 
-from typing import Any
+import math
 
 from server.store.learning.records import Round
 from server.store.store import Store
@@ -19,19 +19,12 @@ def show_rounds(store: Store) -> None:
 def figures(round_: Round) -> dict[str, float]:
     """What a round got to; NaN for what it did not, so that no figure of an older round stands there."""
     metrics = round_.metrics
-    chosen = _at(metrics, "gate", "chosen")
-    found = {
-        "votes": sum((_at(metrics, "votes", side) or 0) for side in ("train", "judge")),
-        "reward_accuracy": _at(metrics, "reward_model", "accuracy"),
-        "kl": _at(chosen, "kl"),
-        "win_rate": _at(chosen, "against_incumbent", "rate"),
+    votes, model, gate = metrics.votes, metrics.reward_model, metrics.gate
+    return {
+        "votes": float(votes.train + votes.judge) if votes else 0.0,
+        "reward_accuracy": model.accuracy if model else math.nan,
+        "kl": gate.chosen.kl if gate else math.nan,
+        "win_rate": gate.chosen.against_incumbent.rate if gate else math.nan,
         "seconds": (round_.finish_time or round_.create_time) - round_.create_time,
-        "finish_time": round_.finish_time,
+        "finish_time": math.nan if round_.finish_time is None else round_.finish_time,
     }
-    return {name: float("nan") if value is None else float(value) for name, value in found.items()}
-
-
-def _at(tree: Any, *path: str) -> Any:
-    for name in path:
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree

@@ -13,7 +13,7 @@ from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 from safetensors.torch import load_file, save_file
 
 from learner.model.policy import TrainablePolicy
-from learner.settings import PPOSettings
+from learner.settings import PolicySettings
 from server.store.files.manifest import new_staging, publish, write_manifest
 from server.store.store import Store
 from tests.e2e.conftest import LiveServer, live_server
@@ -31,7 +31,7 @@ def adapters(model: str, tmp_path: Path) -> Iterator[LiveServer]:
 def make_adapter(live: LiveServer, seed: int, spoil: bool = False) -> str:
     """An adapter on the reference that changes what it says, published and registered as a learner does."""
     policies = live.data_dir / "policies"
-    policy = TrainablePolicy.create(policies / "v0000", PPOSettings(), torch.float32, torch.device("cpu"), seed)
+    policy = TrainablePolicy.create(policies / "v0000", PolicySettings(), torch.float32, torch.device("cpu"), seed)
     with closing(Store.open(live.data_dir)) as store:
         version = f"v{len(store.policies.page()):04d}"
         staging = new_staging(policies / version)

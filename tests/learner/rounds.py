@@ -145,7 +145,8 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "min_prompts": 8,
         "reward": {"permutations": 39, "reference_answers": 16, "fold_repeats": 1},
         "dtype": "float32",
-        "ppo": {"steps": 2, "episodes": 16, "lora_rank": 4, "learning_rate": 3e-3},
+        "policy": {"lora_rank": 4},
+        "ppo": {"steps": 2, "episodes": 16, "learning_rate": 3e-3},
         # Eighty votes on a model that knows nothing: what a round does is tested here, not whether it should.
         "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.3},
     }

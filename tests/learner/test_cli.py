@@ -87,10 +87,10 @@ def test_settings_flags_over_variables_over_file(monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setenv("PREFLOOP_SEED", "2")
     monkeypatch.setenv("PREFLOOP_PPO__STEPS", "4")
-    settings = LearnerSettings.load(data_dir=Path("x"), ppo={"train": "full"}, min_votes=None)
+    settings = LearnerSettings.load(data_dir=Path("x"), policy={"train": "full"}, min_votes=None)
     assert (settings.min_votes, settings.seed, settings.gate.prompts) == (7, 2, 20)
     # A table is merged, key by key.
-    assert (settings.ppo.steps, settings.ppo.episodes, settings.ppo.train) == (4, 16, "full")
+    assert (settings.ppo.steps, settings.ppo.episodes, settings.policy.train) == (4, 16, "full")
 
 
 def test_settings_survive_a_round_trip_through_the_store() -> None:

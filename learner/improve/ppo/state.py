@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from learner.improve.ppo.losses import Adam
+from learner.improve.ppo.adam import Adam
 from server.store.files.manifest import new_staging, publish
 
 TENSORS, FIGURES = "optimizer.safetensors", "figures.json"

@@ -6,8 +6,7 @@ and its number alone, so a loop that was killed goes on from its last state (`le
 not been.
 """
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,214 +14,202 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learner.improve.ppo.advantages import adapt_kl_coef, kl_k1, masked_mean
-from learner.improve.ppo.experience import judge_rollout, make_critic, policy_logprobs, to_experience
-from learner.improve.ppo.losses import Adam, Mismatch, draw_minibatches, mismatch, ppo_update
+from learner.improve.base import Budget, ExperienceSource
+from learner.improve.candidates import candidate, candidates, drop_candidates
+from learner.improve.ppo.adam import Adam
+from learner.improve.ppo.advantages import adapt_kl_coef
+from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
 from learner.improve.ppo.state import load_state, save_state
+from learner.improve.ppo.update import Critic, UpdateStats, draw_minibatches, ppo_update
 from learner.model.forward import Tokens, run_trunk, token_logprobs
+from learner.model.kl import kl_k1, masked_mean
+from learner.model.mismatch import PUSH_ANSWERS, Mismatch, check_push, mismatch
+from learner.model.passes import ReferencePass, policy_logprobs
 from learner.model.policy import TrainablePolicy
-from learner.model.rollout import Rollout, RolloutEngine, draw_generator, draw_seed, to_rollout
-from learner.reward.reward_model import LinearRewardModel
-from learner.settings import PPOSettings
+from learner.model.rollout import Rollout, draw_generator
+from learner.reward.base import RewardModel
+from learner.settings import PolicySettings, PPOSettings
 from server.store.chats.records import Prompt
+from server.store.learning.round_metrics import EndedBy, Improvement, StepMetrics
 
-# Root mean square of log pi_old / mu, several times what was measured where the weights are the same
-# (docs/decisions/0026-every-cpu.md).
-MISMATCH_LIMITS = {torch.bfloat16: 0.35, torch.float32: 0.005}
-# Answers that show whether a push landed.
-PUSH_ANSWERS = 8
+# Mean |log pi_theta / pi_old| in nats, before the first update, above which the two are not the same policy.
+MAX_FIRST_RATIO_ERROR = 0.05
 
 
 @dataclass(frozen=True)
-class StepFigures:
-    """One step, as it is logged. KL in nats a response, entropy in nats a token, lengths in tokens."""
+class SampledBatch:
+    """A rollout batch before its update. old_logprobs (B, T) are pi_old's; `kl` is the mean sequence KL to the
+    reference in nats."""
 
-    step: int
-    score: float
-    score_sd: float
-    uncertainty: float
-    clipped_share: float
+    rollout: Rollout
+    passes: list[list[Tensor]]
+    judged: ReferencePass
+    old_logprobs: Tensor
+    gap: Mismatch
     kl: float
-    kl_coef: float
-    entropy: float
-    length: float
-    ended: float
-    explained_variance: float
-    policy_loss: float
-    value_loss: float
-    approx_kl: float
-    clipfrac: float
-    grad_norm: float
-    optimizer_steps: int
-    first_ratio_error: float
-    mismatch_rms: float
-    mismatch_kl: float
-    mismatch_effective_share: float
-    mismatch_outside: float
 
 
-@dataclass(frozen=True)
-class Training:
-    """What PPO came to: a figure of every step, the steps whose weights were kept, and why it ended."""
+class PPO:
+    """An `Improver`: proximal policy optimisation (Schulman et al. 2017) with a KL penalty in the reward.
 
-    figures: list[StepFigures]
-    candidates: list[int]
-    ended_by: str
+    It ends when `steps` are done, the sequence KL exceeds its budget or the score's uncertainty outgrows its gain."""
 
+    def __init__(self, settings: PPOSettings, policy_settings: PolicySettings) -> None:
+        self._settings = settings
+        self._policy_settings = policy_settings
 
-def train(
-    policy: TrainablePolicy,
-    reward_model: LinearRewardModel,
-    engine: RolloutEngine,
-    prompts: list[Prompt],
-    directory: Path,
-    settings: PPOSettings,
-    temperature: float,
-    seed: int,
-    on_step: Callable[[StepFigures], None],
-) -> Training:
-    """PPO until `steps` are done, the sequence KL exceeds its budget or the score's uncertainty outgrows its gain.
+    def improve(
+        self,
+        policy: TrainablePolicy,
+        source: ExperienceSource,
+        reward_model: RewardModel,
+        budget: Budget,
+        directory: Path,
+        on_step: Callable[[StepMetrics], None],
+    ) -> Improvement:
+        """See `Improver.improve`."""
+        settings, critic = self._settings, make_critic(reward_model)
+        rates = (policy.parameters, settings.learning_rate), (list(critic.parameters()), settings.critic_learning_rate)
+        optimizer = Adam(list(rates), settings.adam_epsilon)
+        steps = [StepMetrics(**step) for step in load_state(directory, optimizer)]
+        drop_candidates(directory, after=len(steps))
+        for step in steps:
+            on_step(step)
 
-    Goes on from the state in `directory`, where candidates are saved as `step-NNN`, too."""
-    critic = make_critic(reward_model)
-    optimizer = Adam(
-        [(policy.parameters, settings.learning_rate), (list(critic.parameters()), settings.critic_learning_rate)],
-        settings.adam_epsilon,
-    )
-    figures = [StepFigures(**step) for step in load_state(directory, optimizer)]
-    drop_candidates(directory, after=len(figures))
-    for step in figures:
-        on_step(step)
+        ended_by: EndedBy = "steps"
+        batches = islice(source.batches(settings.episodes), len(steps), None)
+        for number in range(len(steps), settings.steps):
+            if outgrown(steps, settings.patience):
+                ended_by = "uncertainty"
+                break
+            batch = self._sample(policy, source, reward_model, next(batches), number)
+            if batch.kl > budget.kl:
+                # The weights that were just sampled from are over the budget: no candidate.
+                drop_candidates(directory, after=number - 1)
+                ended_by = "kl_budget"
+                break
+            kl_coef = next_kl_coef(steps, settings)
+            steps.append(self._update(policy, critic, optimizer, reward_model, batch, kl_coef, source, number))
+            self._keep(policy, optimizer, steps, directory)
+            on_step(steps[-1])
+        return Improvement(steps, candidates(directory), ended_by)
 
-    def logprobs_of(part: Tokens) -> Tensor:
-        hidden, _ = run_trunk(policy.model, part)
-        return token_logprobs(policy.model, hidden, part, temperature)
-
-    ended_by = "steps"
-    batches = islice(prompt_batches(prompts, settings.episodes, seed), len(figures), None)
-    for number in range(len(figures), settings.steps):
-        if outgrown(figures, settings.patience):
-            ended_by = "uncertainty"
-            break
-        engine.push(policy.engine_weights())
-        rollout = to_rollout(engine.sample(next(batches), draw_seed(seed, number + 1)))
-        mask = rollout.tokens.response_mask
+    def _sample(
+        self,
+        policy: TrainablePolicy,
+        source: ExperienceSource,
+        reward_model: RewardModel,
+        prompts: list[Prompt],
+        number: int,
+    ) -> SampledBatch:
+        """Answers of the policy as it is, seen by the reference and by the trainer. Raises RuntimeError where the
+        engine cannot have had these weights."""
+        rollout = source.rollout(policy, prompts, number + 1)
+        tokens, budget, exact = rollout.tokens, self._policy_settings.micro_batch_tokens, _exact(policy)
         # Every pass over the rollout is cut into the micro-batches of the update's first: in bfloat16 a row's
         # log-probabilities depend on its company, and pi_theta must begin as pi_old.
-        passes = draw_minibatches(rollout.tokens, settings, draw_generator(seed, number))
-        budget = settings.micro_batch_tokens
-        judged = judge_rollout(policy, reward_model, rollout, temperature, budget, passes[0])
+        passes = draw_minibatches(tokens, self._settings, draw_generator(source.seed, number))
+        judged = judge_rollout(policy, reward_model, rollout, source.temperature, budget, passes[0])
         # In float32 engine and trainer agree to less than any step of PPO notices: pi_old is mu, and a pass over some
         # answers is enough to see that the push landed.
-        exact = policy.model.dtype == torch.float32
-        rows = torch.arange(PUSH_ANSWERS if exact else len(mask))[: len(mask)]
-        groups = [rows] if exact else passes[0]
-        seen = policy_logprobs(policy, rollout.tokens, temperature, budget, groups)
-        gap = mismatch(seen[rows], rollout.behavior_logprobs[rows], mask[rows])
-        check_push(gap, settings.mismatch_limit, policy.model.dtype)
-        if number == 0 and settings.start_from == "reference":
+        rows = torch.arange(PUSH_ANSWERS if exact else len(tokens))[: len(tokens)]
+        seen = policy_logprobs(policy, tokens, source.temperature, budget, [rows] if exact else passes[0])
+        gap = mismatch(seen[rows], rollout.behavior_logprobs[rows], tokens.response_mask[rows])
+        check_push(gap, self._policy_settings.mismatch_limit, policy.model.dtype)
+        if number == 0 and self._policy_settings.start_from == "reference":
             check_start(seen[rows], judged.ref_logprobs[rows])
         old_logprobs = rollout.behavior_logprobs if exact else seen
         kl = float(kl_k1(old_logprobs, judged.ref_logprobs).sum(dim=1).mean())
-        if kl > settings.kl_budget:
-            # The weights that were just sampled from are over the budget: no candidate.
-            drop_candidates(directory, after=number - 1)
-            ended_by = "kl_budget"
-            break
+        return SampledBatch(rollout, passes, judged, old_logprobs, gap, kl)
 
-        kl_coef = next_kl_coef(figures, settings)
-        raw = reward_model.scores(judged.features)
-        scores = replace_cut(reward_model.clipped(raw), rollout, settings.missing_eos_score)
-        batch = to_experience(rollout, judged, old_logprobs, scores, critic, kl_coef, settings)
-        stats = ppo_update(logprobs_of, critic, optimizer, batch, settings, passes)
-        if stats.first_ratio_error > 0.05:
+    def _update(
+        self,
+        policy: TrainablePolicy,
+        critic: Critic,
+        optimizer: Adam,
+        reward_model: RewardModel,
+        batch: SampledBatch,
+        kl_coef: float,
+        source: ExperienceSource,
+        number: int,
+    ) -> StepMetrics:
+        """One update on the batch, and what is to be said of the step."""
+
+        def logprobs_of(part: Tokens) -> Tensor:
+            hidden, _ = run_trunk(policy.model, part)
+            return token_logprobs(policy.model, hidden, part, source.temperature)
+
+        raw = reward_model.scores(batch.judged.features)
+        scores = replace_cut(reward_model.clipped(raw), batch.rollout, self._settings.missing_eos_score)
+        experience = to_experience(
+            batch.rollout, batch.judged, batch.old_logprobs, scores, critic, kl_coef, self._settings
+        )
+        budget = self._policy_settings.micro_batch_tokens
+        stats = ppo_update(logprobs_of, critic, optimizer, experience, self._settings, batch.passes, budget)
+        if stats.first_ratio_error > MAX_FIRST_RATIO_ERROR:
             raise RuntimeError(
                 f"pi_theta differed from pi_old by {stats.first_ratio_error:.3f} nats a token before its first update."
             )
-        figures.append(
-            StepFigures(
-                step=number,
-                # Of what the reward model said: a score that replaced it would say nothing of the answers.
-                score=float(raw.mean()),
-                score_sd=float(raw.std()),
-                uncertainty=float(reward_model.member_scores(judged.features).mean(dim=1).std()),
-                clipped_share=float((raw != reward_model.clipped(raw)).float().mean()),
-                kl=kl,
-                kl_coef=kl_coef,
-                # Of the sampled tokens: an estimate without bias that needs no other word's probability.
-                entropy=float(masked_mean(-old_logprobs, mask)),
-                length=float(mask.sum(dim=1).float().mean()),
-                ended=float(rollout.ended.float().mean()),
-                explained_variance=explained_variance(batch.values, batch.returns, mask),
-                **{f"mismatch_{name}": value for name, value in asdict(gap).items()},
-                **asdict(stats),
-            )
-        )
-        if (number + 1) % settings.save_every == 0 or number + 1 == settings.steps:
-            policy.save(candidate(directory, number + 1))
-        if (number + 1) % settings.checkpoint_every == 0:
-            save_state(directory, [asdict(step) for step in figures], optimizer)
-        on_step(figures[-1])
-    return Training(figures, candidates(directory), ended_by)
+        mask = batch.rollout.tokens.response_mask
+        variance = explained_variance(experience.values, experience.returns, mask)
+        return step_metrics(number, batch, raw, reward_model, kl_coef, variance, stats)
+
+    def _keep(self, policy: TrainablePolicy, optimizer: Adam, steps: list[StepMetrics], directory: Path) -> None:
+        """The candidate and the state after these steps, where it is their time."""
+        settings, done = self._settings, len(steps)
+        if done % settings.save_every == 0 or done == settings.steps:
+            policy.save(candidate(directory, done))
+        if done % settings.checkpoint_every == 0:
+            save_state(directory, [asdict(step) for step in steps], optimizer)
 
 
-def candidate(directory: Path, step: int) -> Path:
-    """Where the weights after `step` updates are."""
-    return directory / f"step-{step:03d}"
+def step_metrics(
+    number: int,
+    batch: SampledBatch,
+    raw: Tensor,
+    reward_model: RewardModel,
+    kl_coef: float,
+    variance: float,
+    stats: UpdateStats,
+) -> StepMetrics:
+    """Of a step whose answers scored `raw` (B,): a score that was replaced or clipped would say nothing of them."""
+    mask = batch.rollout.tokens.response_mask
+    return StepMetrics(
+        step=number,
+        score=float(raw.mean()),
+        score_sd=float(raw.std()),
+        uncertainty=reward_model.uncertainty(batch.judged.features),
+        clipped_share=float((raw != reward_model.clipped(raw)).float().mean()),
+        kl=batch.kl,
+        kl_coef=kl_coef,
+        # Of the sampled tokens: an estimate without bias that needs no other word's probability.
+        entropy=float(masked_mean(-batch.old_logprobs, mask)),
+        length=float(mask.sum(dim=1).float().mean()),
+        ended=float(batch.rollout.ended.float().mean()),
+        explained_variance=variance,
+        **{f"mismatch_{name}": value for name, value in asdict(batch.gap).items()},
+        **asdict(stats),
+    )
 
 
-def candidates(directory: Path) -> list[int]:
-    """The steps whose weights were kept."""
-    return sorted(int(path.name.removeprefix("step-")) for path in directory.glob("step-*"))
-
-
-def drop_candidates(directory: Path, after: int) -> None:
-    """Removes the candidates of later steps than `after`."""
-    for step in candidates(directory):
-        if step > after:
-            shutil.rmtree(candidate(directory, step))
-
-
-def prompt_batches(prompts: list[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
-    """Endless batches, every prompt once before any is repeated."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[Prompt] = []
-    while True:
-        while len(waiting) < size:
-            waiting += [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
-        yield waiting[:size]
-        waiting = waiting[size:]
-
-
-def next_kl_coef(figures: list[StepFigures], settings: PPOSettings) -> float:
+def next_kl_coef(steps: list[StepMetrics], settings: PPOSettings) -> float:
     """The penalty's weight after the steps so far."""
-    if not figures:
+    if not steps:
         return settings.kl_coef
-    last = figures[-1]
+    last = steps[-1]
     return adapt_kl_coef(last.kl_coef, last.kl, settings.kl_target, settings.kl_horizon, settings.episodes)
 
 
-def outgrown(figures: list[StepFigures], patience: int) -> bool:
+def outgrown(steps: list[StepMetrics], patience: int) -> bool:
     """Whether score minus uncertainty had its best more than `patience` steps ago: since then the members of the reward
     model came to differ by more than the score gained."""
-    sure = [step.score - step.uncertainty for step in figures]
+    sure = [step.score - step.uncertainty for step in steps]
     return len(sure) - sure.index(max(sure)) > patience + 1 if sure else False
 
 
 def replace_cut(scores: Tensor, rollout: Rollout, missing_eos_score: float | None) -> Tensor:
     """Scores (B,) with those of answers that the length limit cut replaced, where a replacement is set."""
     return scores if missing_eos_score is None else torch.where(rollout.ended, scores, missing_eos_score)
-
-
-def check_push(gap: Mismatch, limit: float | None, dtype: torch.dtype) -> None:
-    """Raises where the engine cannot have sampled from the trainer's weights: a push that did not land trains silently
-    on old ones. Without a `limit`, what rounding in `dtype` can explain."""
-    limit = limit or MISMATCH_LIMITS[dtype]
-    if gap.rms > limit:
-        raise RuntimeError(
-            f"The engine does not sample from the weights that were pushed: its log-probabilities differ from the "
-            f"trainer's by {gap.rms:.3f} (root mean square), more than {limit}."
-        )
 
 
 def check_start(old_logprobs: Tensor, ref_logprobs: Tensor) -> None:
@@ -239,3 +226,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
         return masked_mean((x - masked_mean(x, mask)).square(), mask)
 
     return float(1 - variance(returns - values) / variance(returns).clamp(min=1e-8))
+
+
+def _exact(policy: TrainablePolicy) -> bool:
+    return bool(policy.model.dtype == torch.float32)

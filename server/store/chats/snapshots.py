@@ -72,41 +72,11 @@ class Snapshots:
         by_kind: dict[str, list[Row]] = defaultdict(list)
         for event in reversed(events):
             by_kind[event["kind"]].append(event)
-        comparisons = load_comparisons(self._db, (event["comparison_id"] for event in by_kind["choice"]))
-        responses = load_responses(
-            self._db, (event["response_id"] for event in [*by_kind["thumb"], *by_kind["correction"]])
-        )
         return Snapshot(
             watermark=watermark,
-            choices=[
-                ChoiceVote(
-                    event["feedback_id"],
-                    event["user"],
-                    event["value"],
-                    comparison.id,
-                    comparison.a,
-                    comparison.b,
-                    event["create_time"],
-                )
-                for event in by_kind["choice"]
-                if (comparison := comparisons.get(event["comparison_id"]))
-            ],
-            thumbs=[
-                ThumbVote(
-                    event["feedback_id"],
-                    event["user"],
-                    1 if event["value"] == "UP" else -1,
-                    response,
-                    event["create_time"],
-                )
-                for event in by_kind["thumb"]
-                if (response := responses.get(event["response_id"]))
-            ],
-            corrections=[
-                Correction(event["feedback_id"], event["user"], event["value"], response, event["create_time"])
-                for event in by_kind["correction"]
-                if (response := responses.get(event["response_id"]))
-            ],
+            choices=self._choices(by_kind["choice"]),
+            thumbs=self._thumbs(by_kind["thumb"]),
+            corrections=self._corrections(by_kind["correction"]),
             demonstrations=[
                 Demonstration(event["feedback_id"], event["user"], json.loads(event["value"]), event["create_time"])
                 for event in demonstrations
@@ -142,4 +112,38 @@ class Snapshots:
                 openers.setdefault(row["opening"], row["conversation_id"]) if row["opens"] else "",
             )
             for row in rows
+        ]
+
+    def _choices(self, events: list[Row]) -> list[ChoiceVote]:
+        comparisons = load_comparisons(self._db, (event["comparison_id"] for event in events))
+        return [
+            ChoiceVote(
+                event["feedback_id"],
+                event["user"],
+                event["value"],
+                comparison.id,
+                comparison.a,
+                comparison.b,
+                event["create_time"],
+            )
+            for event in events
+            if (comparison := comparisons.get(event["comparison_id"]))
+        ]
+
+    def _thumbs(self, events: list[Row]) -> list[ThumbVote]:
+        responses = load_responses(self._db, (event["response_id"] for event in events))
+        return [
+            ThumbVote(
+                event["feedback_id"], event["user"], 1 if event["value"] == "UP" else -1, response, event["create_time"]
+            )
+            for event in events
+            if (response := responses.get(event["response_id"]))
+        ]
+
+    def _corrections(self, events: list[Row]) -> list[Correction]:
+        responses = load_responses(self._db, (event["response_id"] for event in events))
+        return [
+            Correction(event["feedback_id"], event["user"], event["value"], response, event["create_time"])
+            for event in events
+            if (response := responses.get(event["response_id"]))
         ]

@@ -31,9 +31,9 @@ class RoundSample:
 def read_samples(data_dir: Path, round_: Round) -> Iterator[RoundSample]:
     """One after the other; none where the round judged nothing. Call it while `keeping`."""
     path = data_dir / "rounds" / round_.id / ANSWERS
-    if "gate" not in round_.metrics or not path.exists():
+    if round_.metrics.gate is None or not path.exists():
         return
-    chosen = f"step {round_.metrics['gate']['chosen']['step']}"
+    chosen = f"step {round_.metrics.gate.chosen.step}"
     # In bytes: a text's lines end also at U+2028, which JSON may hold. What a kill cut short has no end.
     for number, data in enumerate(path.read_bytes().splitlines(keepends=True)):
         if LINE.match(data) and data.endswith(b"\n"):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from server.store.learning.round_metrics import RoundMetrics
+
 # How the pointer came to move: by a round's gate or an RPC, by an operator's word, back, or off what cannot be loaded.
 PointerAction = Literal["activate", "promote", "rollback", "fail"]
 # Whether a round trains on a vote or judges by it.
@@ -52,7 +54,7 @@ class Round:
     policy_version: str | None
     reward_model_version: str | None
     settings: dict[str, Any]
-    metrics: dict[str, Any]
+    metrics: RoundMetrics
     reason: str
     create_time: float
     finish_time: float | None

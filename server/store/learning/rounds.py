@@ -11,6 +11,7 @@ from server.store.ids import new_id
 from server.store.learning.leases import check_fence
 from server.store.learning.policies import Policies
 from server.store.learning.records import Lease, Round
+from server.store.learning.round_metrics import RoundMetrics
 
 
 class Rounds:
@@ -56,7 +57,7 @@ class Rounds:
         *,
         fence: Lease,
         stage: str | None = None,
-        metrics: dict[str, Any] | None = None,
+        metrics: RoundMetrics | None = None,
         policy_version: str | None = None,
         reward_model_version: str | None = None,
         settings: dict[str, Any] | None = None,
@@ -70,7 +71,7 @@ class Rounds:
                 "WHERE id = ?",
                 [
                     stage or old.stage,
-                    stored_round.METRICS.dump({**old.metrics, **(metrics or {})}),
+                    stored_round.METRICS.dump((old.metrics | (metrics or RoundMetrics())).to_json()),
                     policy_version or old.policy_version,
                     reward_model_version or old.reward_model_version,
                     stored_round.SETTINGS.dump(settings or old.settings),
@@ -140,7 +141,7 @@ class Rounds:
 def _round(row: Row) -> Round:
     stored = {
         "settings": stored_round.SETTINGS.load(row["settings"]),
-        "metrics": stored_round.METRICS.load(row["metrics"]),
+        "metrics": RoundMetrics.from_json(stored_round.METRICS.load(row["metrics"])),
         "quarantined": json.loads(row["quarantined"]),
     }
     return Round(**{**row, **stored})

@@ -7,52 +7,50 @@ from typing import Any
 from playwright.async_api import Browser, Page, expect
 from prefloop.v1 import policy_pb2
 
+from server.store.learning.round_metrics import (
+    Improvement,
+    RewardModelMetrics,
+    RoundMetrics,
+    SignalTest,
+    StepMetrics,
+    VoteCounts,
+)
 from server.store.store import Store
 from tests.clients.web.conftest import Site, serving_page, together
 from tests.clients.web.test_chat import ask, good
+from tests.round_metrics import candidate_metrics, filled, gate_metrics
 from tests.server.conftest import Running, publish_version, register, running_server
 from tests.server.versions.test_ab_test import choose, open_duel
 
 pytestmark = together
 
-METRICS = {
-    "votes": {"choices": 140, "thumbs": 8, "corrections": 2, "train": 100, "judge": 50},
-    "signal": {"accuracy": 0.68, "null_accuracy": 0.5, "p_value": 0.005},
-    "reward_model": {"accuracy": 0.69, "votes": 48, "longer_wins": 0.47},
-    "ppo": {
-        "steps": [
-            {"step": n, "score": 0.3 * n - 0.2, "uncertainty": 0.1, "kl": 0.1 * n * n, "length": 62 - n}
-            | {
-                "entropy": 2.0,
-                "clipfrac": 0.01 * n,
-                "value_loss": 0.06,
-                "mismatch_rms": 0.07,
-                "kl_coef": 0.1 - 0.01 * n,
-            }
+METRICS = RoundMetrics(
+    votes=filled(VoteCounts, choices=140, thumbs=8, corrections=2, train=100, judge=50),
+    signal=SignalTest(accuracy=0.68, null_accuracy=0.5, p_value=0.005),
+    reward_model=filled(RewardModelMetrics, accuracy=0.69, votes=48, longer_wins=0.47),
+    ppo=Improvement(
+        steps=[
+            filled(
+                StepMetrics,
+                step=n,
+                score=0.3 * n - 0.2,
+                uncertainty=0.1,
+                kl=0.1 * n * n,
+                length=62 - n,
+                entropy=2.0,
+                clipfrac=0.01 * n,
+                value_loss=0.06,
+                mismatch_rms=0.07,
+                kl_coef=0.1 - 0.01 * n,
+            )
             for n in range(8)
-        ]
-    },
-    "gate": {
-        "chosen": {
-            "step": 5,
-            "kl": 2.18,
-            "against_incumbent": {"rate": 0.73, "low": 0.6, "high": 0.79},
-            "against_reference": {"rate": 0.74, "low": 0.61, "high": 0.8},
-            "health": {"length": 56.4},
-        },
-        "incumbent_health": {"length": 62.6},
-        "candidates": [
-            {
-                "step": step,
-                "kl": kl,
-                "against_incumbent": {"rate": rate, "low": rate - 0.1, "high": rate + 0.1},
-                "against_reference": {"rate": rate, "low": rate - 0.1, "high": rate + 0.1},
-            }
-            for step, kl, rate in [(3, 0.73, 0.62), (5, 2.18, 0.73)]
         ],
-    },
-    "seconds": {"start": 9.0, "reward_model": 14.0, "ppo": 145.0, "gate": 81.0, "activate": 21.0},
-}
+        candidates=[3, 5],
+        ended_by="steps",
+    ),
+    gate=gate_metrics(candidate_metrics(5, kl=2.18, rate=0.73, length=56.4), candidate_metrics(3, kl=0.73, rate=0.62)),
+    seconds={"start": 9.0, "reward_model": 14.0, "ppo": 145.0, "gate": 81.0, "activate": 21.0},
+)
 
 
 async def run_a_round(running: Running) -> str:
@@ -131,11 +129,11 @@ async def test_a_round_is_a_row_that_opens(site: Site) -> None:
     await expect(row.locator("td").nth(1)).to_have_text("150")
     await expect(row.locator("td").nth(2)).to_have_text("0.69")
     await expect(row.locator("td").nth(3)).to_have_text("2.2")
-    await expect(row.locator("td").nth(4)).to_have_text("0.73 [0.60, 0.79]")
+    await expect(row.locator("td").nth(4)).to_have_text("0.73 [0.63, 0.83]")
     await expect(row.locator("td").nth(5)).to_have_text("promoted v0001")
     await expect(row.locator("td").nth(6)).to_have_text("4.5")
     short = round_id.removeprefix("round_")[:6]
-    assert await page.locator("#rates svg g title").all_text_contents() == [f"{short}: 0.73 [0.60, 0.79]"]
+    assert await page.locator("#rates svg g title").all_text_contents() == [f"{short}: 0.73 [0.63, 0.83]"]
     await row.get_by_role("link").click()
     await expect(page.get_by_role("heading", level=1)).to_have_text(f"Round {short}: promoted")
     await expect(page.get_by_text("v0001 won 0.73 of 64 prompts.")).to_be_visible()

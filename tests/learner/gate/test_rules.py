@@ -5,34 +5,22 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from learner.gate.rules import (
-    Figures,
-    Health,
-    Judge,
-    Look,
-    WinRate,
-    by_prompt,
-    decide,
-    fit_judge,
-    health,
-    length_matched,
-    looks,
-    over_optimised,
-    repetition,
-    win_rate,
-)
+from learner.gate.answer_health import health, repetition
+from learner.gate.rules import decide, over_optimised
+from learner.gate.win_rate import Judge, Look, by_prompt, fit_judge, length_matched, looks, win_rate
 from learner.model.rollout import SampledAnswer
 from learner.reward.likelihood import A, B
-from learner.reward.linear_heads import SignalTest, VoteTensors
-from learner.reward.reward_model import Standardiser
+from learner.reward.linear_heads import VoteTensors
+from learner.reward.standardiser import Standardiser
 from learner.settings import GateSettings
+from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics, SignalTest, WinRate
 
 SETTINGS = GateSettings()
 SIGNAL = SignalTest(0.7, 0.5, 0.005)
-INCUMBENT = Health(length=60, empty=0.0, ended=0.1, repetition=0.01)
+INCUMBENT = AnswerHealth(length=60, empty=0.0, ended=0.1, repetition=0.01)
 
 
-def figures(**changes: object) -> Figures:
+def figures(**changes: object) -> CandidateMetrics:
     values: dict[str, object] = {
         "step": 4,
         "kl": 3.0,
@@ -44,7 +32,7 @@ def figures(**changes: object) -> Figures:
         "health": INCUMBENT,
         **changes,
     }
-    return Figures(**values)  # type: ignore[arg-type]
+    return CandidateMetrics(**values)  # type: ignore[arg-type]
 
 
 def seeded() -> torch.Generator:
@@ -63,10 +51,10 @@ def test_a_candidate_that_holds_every_rule_is_promoted() -> None:
         ({"against_incumbent": WinRate(0.6, 0.5, 0.7, 60)}, "against the incumbent may be chance"),
         ({"against_reference": WinRate(0.6, 0.49, 0.7, 60)}, "against the reference may be chance"),
         ({"kl": 6.1}, "6.1 nats is over the budget of 6"),
-        ({"health": Health(14, 0, 0.1, 0.01)}, "0.23 times as long"),
-        ({"health": Health(121, 0, 0.1, 0.01)}, "2.02 times as long"),
-        ({"health": Health(60, 0.06, 0.1, 0.01)}, "6% of the answers are empty"),
-        ({"health": Health(60, 0, 0.1, 0.17)}, "17% of the 4-grams are repeated"),
+        ({"health": AnswerHealth(14, 0, 0.1, 0.01)}, "0.23 times as long"),
+        ({"health": AnswerHealth(121, 0, 0.1, 0.01)}, "2.02 times as long"),
+        ({"health": AnswerHealth(60, 0.06, 0.1, 0.01)}, "6% of the answers are empty"),
+        ({"health": AnswerHealth(60, 0, 0.1, 0.17)}, "17% of the 4-grams are repeated"),
     ],
 )
 def test_each_rule_rejects_and_says_why(changes: dict[str, object], reason: str) -> None:
@@ -77,7 +65,7 @@ def test_each_rule_rejects_and_says_why(changes: dict[str, object], reason: str)
 
 
 def test_a_gap_that_widens_is_over_optimisation() -> None:
-    def rated(step: int, trained: float, judged: float) -> Figures:
+    def rated(step: int, trained: float, judged: float) -> CandidateMetrics:
         rate = WinRate(judged, 0.55, 0.9, 60)
         return figures(step=step, trained_rate=trained, against_incumbent=rate, against_reference=rate)
 

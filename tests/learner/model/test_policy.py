@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from learner.improve.ppo.losses import Adam, Critic, Experience, Mismatch, draw_minibatches, ppo_update
-from learner.improve.ppo.trainer import check_push, check_start
+from learner.improve.ppo.adam import Adam
+from learner.improve.ppo.trainer import check_start
+from learner.improve.ppo.update import Critic, Experience, draw_minibatches, ppo_update
 from learner.model.forward import Tokens, run_trunk, to_tokens, token_logprobs
+from learner.model.mismatch import Mismatch, check_push
 from learner.model.policy import TrainablePolicy, lora, merged_weights
-from learner.settings import PPOSettings
+from learner.settings import PolicySettings, PPOSettings
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]]
@@ -18,7 +20,11 @@ RESPONSES = [[20, 21, 2], [22, 23, 24, 25], [26, 2], [27]]
 
 
 def settings(**changes: Any) -> PPOSettings:
-    return PPOSettings(lora_rank=4, epochs=1, minibatches=1, micro_batch_tokens=12, learning_rate=1e-2, **changes)
+    return PPOSettings(epochs=1, minibatches=1, learning_rate=1e-2, **changes)
+
+
+def new_policy(directory: Path, train: Any = "lora") -> TrainablePolicy:
+    return TrainablePolicy.create(directory, PolicySettings(lora_rank=4, train=train), torch.float32, CPU)
 
 
 def experience(policy: TrainablePolicy, advantages: torch.Tensor | None = None) -> Experience:
@@ -38,17 +44,19 @@ def logprobs_of(policy: TrainablePolicy) -> Any:
     return call
 
 
-def update(policy: TrainablePolicy, ppo: PPOSettings, batch: Experience, epsilon: float = 1e-5) -> Any:
+def update(
+    policy: TrainablePolicy, ppo: PPOSettings, batch: Experience, epsilon: float = 1e-5, budget: int = 12
+) -> Any:
     critic = Critic(torch.zeros(3))
     optimizer = Adam([(policy.parameters, ppo.learning_rate), (list(critic.parameters()), 1e-3)], epsilon)
     passes = draw_minibatches(batch.tokens, ppo, torch.Generator().manual_seed(0))
-    return ppo_update(logprobs_of(policy), critic, optimizer, batch, ppo, passes)
+    return ppo_update(logprobs_of(policy), critic, optimizer, batch, ppo, passes, budget)
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_a_fresh_policy_is_its_reference_and_stays_apart_from_it(model_directory: Path, train: Any) -> None:
     torch.manual_seed(0)
-    policy = TrainablePolicy.create(model_directory, settings(train=train), torch.float32, CPU)
+    policy = new_policy(model_directory, train)
     tokens = to_tokens(PROMPTS, RESPONSES)
 
     def reference() -> torch.Tensor:
@@ -57,14 +65,14 @@ def test_a_fresh_policy_is_its_reference_and_stays_apart_from_it(model_directory
 
     before = reference()
     check_start(logprobs_of(policy)(tokens).detach(), before)
-    update(policy, settings(train=train), experience(policy))
+    update(policy, settings(), experience(policy))
     assert torch.equal(reference(), before)
     with pytest.raises(RuntimeError, match="differs from its reference"):
         check_start(logprobs_of(policy)(tokens).detach(), before)
 
 
 def test_the_first_minibatch_has_ratio_one(model_directory: Path) -> None:
-    policy = TrainablePolicy.create(model_directory, settings(), torch.float32, CPU)
+    policy = new_policy(model_directory)
     stats = update(policy, settings(), experience(policy))
     assert stats.first_ratio_error < 1e-6
     assert stats.approx_kl < 1e-6
@@ -72,7 +80,7 @@ def test_the_first_minibatch_has_ratio_one(model_directory: Path) -> None:
 
 
 def test_an_updates_loss_is_the_mean_over_its_tokens(model_directory: Path) -> None:
-    policy = TrainablePolicy.create(model_directory, settings(), torch.float32, CPU)
+    policy = new_policy(model_directory)
     # Ten tokens in four answers, each with the advantage 1 and the ratio 1; values 0 where 1 was returned.
     batch = experience(policy, torch.ones(4, 4))
     stats = update(policy, settings(), batch)
@@ -81,7 +89,7 @@ def test_an_updates_loss_is_the_mean_over_its_tokens(model_directory: Path) -> N
 
 
 def test_liked_tokens_become_likelier_and_disliked_ones_less(model_directory: Path) -> None:
-    policy = TrainablePolicy.create(model_directory, settings(), torch.float32, CPU)
+    policy = new_policy(model_directory)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 4)
     batch = experience(policy, advantages)
     for _ in range(3):
@@ -95,16 +103,16 @@ def test_micro_batches_do_not_change_the_update(model_directory: Path) -> None:
     # Rows of 3, 5, 6 and 6 tokens: one by one, two by two, all at once.
     for budget in (1, 12, 24):
         torch.manual_seed(0)
-        policy = TrainablePolicy.create(model_directory, settings(), torch.float32, CPU)
+        policy = new_policy(model_directory)
         # With a large epsilon Adam steps by the gradient itself, not by its sign, which noise decides near zero.
-        update(policy, settings().model_copy(update={"micro_batch_tokens": budget}), experience(policy), epsilon=1.0)
+        update(policy, settings(), experience(policy), epsilon=1.0, budget=budget)
         found.append(torch.cat([p.detach().flatten() for p in policy.parameters]))
     assert torch.allclose(found[0], found[1], rtol=0, atol=1e-7)
     assert torch.allclose(found[0], found[2], rtol=0, atol=1e-7)
 
 
 def test_an_update_stops_once_the_policy_moved_too_far(model_directory: Path) -> None:
-    policy = TrainablePolicy.create(model_directory, settings(), torch.float32, CPU)
+    policy = new_policy(model_directory)
     ppo = settings(approx_kl_stop=1e-6).model_copy(update={"epochs": 5})
     assert update(policy, ppo, experience(policy)).optimizer_steps == 1
 
@@ -113,8 +121,8 @@ def test_an_update_stops_once_the_policy_moved_too_far(model_directory: Path) ->
 def test_the_engine_gets_the_trained_weights_merged(model_directory: Path, train: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    policy = TrainablePolicy.create(model_directory, settings(train=train), torch.float32, CPU)
-    update(policy, settings(train=train), experience(policy))
+    policy = new_policy(model_directory, train)
+    update(policy, settings(), experience(policy))
     served = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
     weights = {name: tensor.float() for name, tensor in policy.engine_weights()}
     assert "lm_head.weight" not in weights  # tied to the embedding
@@ -133,18 +141,18 @@ def test_the_engine_gets_the_trained_weights_merged(model_directory: Path, train
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_what_was_saved_loads_again(model_directory: Path, tmp_path: Path, train: Any) -> None:
-    policy = TrainablePolicy.create(model_directory, settings(train=train), torch.float32, CPU)
-    update(policy, settings(train=train), experience(policy))
+    policy = new_policy(model_directory, train)
+    update(policy, settings(), experience(policy))
     expected = dict(policy.engine_weights())
     policy.save(tmp_path / "saved")
-    fresh = TrainablePolicy.create(model_directory, settings(train=train), torch.float32, CPU)
+    fresh = new_policy(model_directory, train)
     fresh.load(tmp_path / "saved")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in fresh.engine_weights())
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors"}
 
 
 def test_saving_does_not_change_what_trains_on(model_directory: Path, tmp_path: Path) -> None:
-    policy = TrainablePolicy.create(model_directory, settings(train="full"), torch.float32, CPU)
+    policy = new_policy(model_directory, "full")
     before = [p.dtype for p in policy.parameters]
     policy.save(tmp_path / "saved")
     assert [p.dtype for p in policy.parameters] == before
@@ -157,7 +165,7 @@ def test_a_saved_adapter_merges_to_what_the_engine_got(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    policy = TrainablePolicy.create(model_directory, settings(), dtype, CPU)
+    policy = TrainablePolicy.create(model_directory, PolicySettings(lora_rank=4), dtype, CPU)
     update(policy, settings(), experience(policy))
     pushed = dict(policy.engine_weights())
     policy.save(tmp_path / "saved")
@@ -187,7 +195,7 @@ def test_other_weights_are_refused(model_directory: Path, tmp_path: Path) -> Non
     from safetensors.torch import save_file
 
     save_file({"something.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    policy = TrainablePolicy.create(model_directory, settings(train="full"), torch.float32, CPU)
+    policy = new_policy(model_directory, "full")
     with pytest.raises(ValueError, match="does not hold the weights"):
         policy.load(tmp_path)
 
@@ -208,7 +216,7 @@ def test_a_push_that_did_not_land_is_noticed() -> None:
 def test_adapters_begin_as_the_seed_says_whatever_was_drawn_before(model_directory: Path) -> None:
     def first_adapter(drawn: int, seed: int) -> torch.Tensor:
         torch.manual_seed(drawn)
-        policy = TrainablePolicy.create(model_directory, PPOSettings(), torch.float32, CPU, seed)
+        policy = TrainablePolicy.create(model_directory, PolicySettings(), torch.float32, CPU, seed)
         return next(value for name, value in policy.model.named_parameters() if "lora_A" in name)
 
     assert torch.equal(first_adapter(drawn=1, seed=5), first_adapter(drawn=2, seed=5))

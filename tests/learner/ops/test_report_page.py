@@ -9,6 +9,7 @@ import pytest
 from learner.ops.report_page import render, write_report
 from server.shared.errors import FailedPreconditionError, NotFoundError
 from server.store.learning.records import Round
+from server.store.learning.round_metrics import RoundMetrics
 from server.store.store import Store
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,7 +27,7 @@ def finished(**changes: object) -> Round:
         "policy_version": None,
         "reward_model_version": None,
         "settings": {"seed": 7},
-        "metrics": {"versions": {"torch": "2.13.0"}, "seconds": {"features": 2.0}},
+        "metrics": RoundMetrics(versions={"torch": "2.13.0"}, seconds={"features": 2.0}),
         "reason": "It is worse.",
         "create_time": 0.0,
         "finish_time": 1.0,

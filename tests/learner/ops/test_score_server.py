@@ -16,7 +16,8 @@ from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
 from learner.model.features import extract
 from learner.model.forward import to_tokens
 from learner.ops.score_server import ScoringService
-from learner.reward.reward_model import LinearRewardModel, Standardiser
+from learner.reward.linear_reward_model import LinearRewardModel
+from learner.reward.standardiser import Standardiser
 from server.store.files.manifest import new_staging, publish, write_manifest
 from server.store.store import Store
 from tests.learner.conftest import HIDDEN, WORDS

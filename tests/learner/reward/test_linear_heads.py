@@ -6,20 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from learner.reward.likelihood import BOTH_BAD, TIE, A, B
-from learner.reward.linear_heads import (
-    VoteTensors,
+from learner.reward.evaluation import (
     agreement,
-    bootstrap,
     cross_validate,
     expected_calibration_error,
-    fit,
     fold_of,
     held_out,
     signal_test,
-    span_basis,
-    vote_weights,
 )
+from learner.reward.likelihood import BOTH_BAD, TIE, A, B
+from learner.reward.linear_heads import VoteTensors, bootstrap, fit, span_basis
+from learner.reward.vote_weights import vote_weights
 
 MakeVotes = Callable[..., VoteTensors]
 

@@ -15,6 +15,7 @@ from learner.model.features import FeatureCache
 from learner.ops.report_page import write_report
 from learner.ops.trace import trace_version, trace_vote
 from learner.progress import Stages
+from learner.reward.linear_reward_model import LinearRewardModel
 from server.store.files.residue import erase
 from server.store.store import Store
 from tests.learner.rounds import TinyEngine, passing, settings
@@ -51,10 +52,10 @@ def test_a_round_writes_nothing_of_who_was_forgotten_meanwhile(
         assert list((data_dir / "cache").iterdir()) == []
         return fit(*arguments)
 
-    fit = rounds.fit_reward_model
+    fit = LinearRewardModel.fit
     monkeypatch.setattr(FeatureCache, "open", forget_and_open)
     monkeypatch.setattr(FeatureCache, "get", forget_and_get)
-    monkeypatch.setattr(rounds, "fit_reward_model", look_and_fit)
+    monkeypatch.setattr(LinearRewardModel, "fit", look_and_fit)
     report = rounds.run_once(settings(data_dir), Stages(Console(quiet=True)))
     assert report.state == "promoted"
     directory = data_dir / "rounds" / str(report.round_id)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 
-from learner.reward.linear_heads import SignalTest
 from learner.round.preconditions import no_candidate, too_few_prompts, too_little
 from learner.round.prompts import Prompts
 from server.store.chats.records import Prompt
+from server.store.learning.round_metrics import EndedBy, Improvement, SignalTest, StepMetrics
+from tests.round_metrics import filled
 
 PROMPT = Prompt("conv", [1], 8)
 
@@ -26,7 +27,7 @@ def test_too_little_signal_and_none_at_all() -> None:
 @pytest.mark.parametrize(
     ("ended_by", "said"), [("kl_budget", "KL"), ("uncertainty", "more votes"), ("steps", "save_every")]
 )
-def test_training_without_a_candidate(ended_by: str, said: str) -> None:
-    sentence = no_candidate({"steps": [{}, {}], "ended_by": ended_by})
+def test_training_without_a_candidate(ended_by: EndedBy, said: str) -> None:
+    sentence = no_candidate(Improvement([filled(StepMetrics)] * 2, [], ended_by))
     assert sentence.startswith("Training ended at step 2 without a candidate: ")
     assert said in sentence

@@ -13,6 +13,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def outcome(data_dir: Path) -> dict[str, Any]:
         "active": active.version,
         "versions": versions,
         "reward_models": reward_models,
-        "metrics": {name: value for name, value in round_.metrics.items() if name != "seconds"},
+        "metrics": replace(round_.metrics, seconds={}),
         "weights": {path.name: path.read_bytes() for path in weights},
         "answers": [json.loads(line) for line in answers],
         "left": sorted(path.name for path in data_dir.rglob("*.partial"))
@@ -180,8 +181,8 @@ def test_a_round_that_goes_on_in_another_dtype_starts_ppo_over(begun: Path, tmp_
     store.close()
     assert (round_.state, round_.settings["dtype"]) == ("promoted", "bfloat16")
     # The first step's log-probabilities are rounded: it was not taken from the state in float32.
-    assert [step["step"] for step in round_.metrics["ppo"]["steps"]] == [0, 1, 2, 3]
-    assert round_.metrics["ppo"]["steps"][0]["mismatch_rms"] > 1e-3
+    assert [step.step for step in round_.metrics.ppo.steps] == [0, 1, 2, 3]
+    assert round_.metrics.ppo.steps[0].mismatch_rms > 1e-3
     weights = load_file(data_dir / "policies" / "v0001" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
@@ -202,9 +203,10 @@ def test_a_round_that_an_earlier_version_began_goes_on_as_it_began(
     [round_] = store.rounds.page()
     settings = dict(round_.settings)
     settings["gpu_memory_share"] = settings.pop("learner_gpu_memory_share")
-    settings["ppo"] = {**settings["ppo"], "dtype": settings.pop("dtype")}
+    settings["duel_user_votes"] = settings.pop("ab_test_user_votes")
+    settings["ppo"] = {**settings["ppo"], **settings.pop("policy"), "dtype": settings.pop("dtype")}
     with store._db.write():
-        values = [json.dumps(settings), json.dumps(round_.metrics)]
+        values = [json.dumps(settings), json.dumps(round_.metrics.to_json())]
         assert store._db.execute("UPDATE rounds SET settings = ?, metrics = ?", values) == 1
     store.close()
     environment = {"PREFLOOP_SEED": "7", "PREFLOOP_LEARNER_GPU_MEMORY_SHARE": "0.9", "PREFLOOP_PPO__KL_TARGET": "1"}

@@ -10,13 +10,15 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
-import learner.gate.rules as gate
+import learner.gate.win_rate as gate
 import learner.round.gate_stage as judging
 import learner.round.lease
 import learner.round.run as rounds
 import learner.round.workspace as workspace
 import tests.learner.rounds as rounds_fixture
-from learner.gate.rules import Figures, Judge, Verdict, WinRate
+from learner.gate.rules import Verdict
+from learner.gate.win_rate import Judge
+from learner.improve.ppo.trainer import PPO
 from learner.model.forward import Tokens, token_logprobs
 from learner.ops.report_page import write_report
 from learner.ops.status import status
@@ -28,6 +30,7 @@ from learner.round.run import run_once
 from learner.round.workspace import STAGES, Workspace
 from server.shared.errors import ConflictError
 from server.store.files.manifest import verify
+from server.store.learning.round_metrics import CandidateMetrics, RoundMetrics, VoterWeights, WinRate
 from server.store.store import Store
 from tests.learner.rounds import TinyEngine, low_words, make_reference, passing, settings, vote
 
@@ -73,11 +76,11 @@ def test_pi_theta_begins_as_pi_old_where_a_rows_figures_depend_on_its_company(
         return token_logprobs(model, hidden, tokens, temperature) + 1e-3 * len(tokens) * tokens.response_mask
 
     monkeypatch.setattr("learner.improve.ppo.trainer.token_logprobs", rounded)
-    monkeypatch.setattr("learner.improve.ppo.experience.token_logprobs", rounded)
+    monkeypatch.setattr("learner.model.passes.token_logprobs", rounded)
     monkeypatch.setattr(judging, "decide", passing)
-    steps = run(data_dir, dtype="bfloat16").metrics["ppo"]["steps"]
-    assert [step["first_ratio_error"] for step in steps] == [0.0, 0.0]
-    assert steps[0]["kl"] == 0.0
+    steps = run(data_dir, dtype="bfloat16").metrics.ppo.steps
+    assert [step.first_ratio_error for step in steps] == [0.0, 0.0]
+    assert steps[0].kl == 0.0
 
 
 def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,14 +97,14 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     policy = store.policies.get("v0001")
     assert (policy.parent_version, policy.reward_model_version, policy.round_id) == ("v0000", "rm0001", report.round_id)
     stages = {"votes", "prompts", "versions", "signal", "voters", "reward_model", "ppo", "gate", "seconds"}
-    assert set(report.metrics) == stages
+    assert set(report.metrics.to_json()) == stages
     # One voter has no others to be compared with.
-    assert report.metrics["voters"] == {"voters": 1, "doubted": 0, "mean_weight": 1.0}
-    first = report.metrics["ppo"]["steps"][0]
-    assert first["kl"] == pytest.approx(0, abs=1e-5)
-    assert first["first_ratio_error"] < 1e-5
+    assert report.metrics.voters == VoterWeights(voters=1, doubted=0, mean_weight=1.0)
+    first = report.metrics.ppo.steps[0]
+    assert first.kl == pytest.approx(0, abs=1e-5)
+    assert first.first_ratio_error < 1e-5
     # Of sixteen answers it may come out below nought; it is of another policy.
-    assert abs(report.metrics["ppo"]["steps"][1]["kl"]) > 1e-4
+    assert abs(report.metrics.ppo.steps[1].kl) > 1e-4
     assert list((data_dir / "rounds" / str(report.round_id)).glob("events.out.tfevents*"))
     assert json.loads((data_dir / "rounds" / str(report.round_id) / "report.json").read_text())["state"] == "promoted"
 
@@ -155,15 +158,15 @@ def test_the_next_round_may_start_from_the_active_version(
     run(data_dir)
     vote(opened(data_dir), AutoModelForCausalLM.from_pretrained(model_directory).eval(), 60, low_words, seed=1)
     shutil.copytree(data_dir, data_dir.with_name("other"))
-    ppo = settings(data_dir).ppo.model_copy(update={"start_from": "active"})
-    report = run(data_dir, ppo=ppo)
+    active = settings(data_dir).policy.model_copy(update={"start_from": "active"})
+    report = run(data_dir, policy=active)
     assert report.state == "promoted"
     # It begins where the active version is, away from the reference.
-    assert report.metrics["ppo"]["steps"][0]["kl"] > 1e-4
+    assert report.metrics.ppo.steps[0].kl > 1e-4
     # All weights cannot start from an adapter; nothing is pretended.
-    full = ppo.model_copy(update={"train": "full"})
+    full = active.model_copy(update={"train": "full"})
     with pytest.raises(ValueError, match="v0001 is of the kind adapter"):
-        run(data_dir.with_name("other"), ppo=full)
+        run(data_dir.with_name("other"), policy=full)
     assert opened(data_dir.with_name("other")).rounds.page()[0].state == "failed"
 
 
@@ -172,8 +175,8 @@ def test_answers_that_never_end_do_not_break_the_figures(data_dir: Path, monkeyp
     monkeypatch.setattr(rounds_fixture, "EOS", -1)
     report = run(data_dir, ppo=settings(data_dir).ppo.model_copy(update={"missing_eos_score": -1.0}))
     assert report.state == "promoted"
-    assert [step["ended"] for step in report.metrics["ppo"]["steps"]] == [0, 0]
-    assert all(isinstance(step["score"], float) for step in report.metrics["ppo"]["steps"])
+    assert [step.ended for step in report.metrics.ppo.steps] == [0, 0]
+    assert all(isinstance(step.score, float) for step in report.metrics.ppo.steps)
     print_report(report, Console(quiet=True))
     assert len(write_report(data_dir)) == 2
 
@@ -194,7 +197,7 @@ def test_a_seed_is_another_round(data_dir: Path, tmp_path: Path, monkeypatch: py
     shutil.copytree(data_dir, tmp_path / "other")
     gate = settings(data_dir).gate.model_copy(update={"signal_p": 1.0})
     first, other = run(data_dir, gate=gate), run(tmp_path / "other", seed=1, gate=gate)
-    assert first.metrics["ppo"]["steps"][0]["length"] != other.metrics["ppo"]["steps"][0]["length"]
+    assert first.metrics.ppo.steps[0].length != other.metrics.ppo.steps[0].length
     assert opened(tmp_path / "other").rounds.page()[0].settings["seed"] == 1
 
 
@@ -212,20 +215,24 @@ def test_few_prompts_are_topped_up_by_our_own(data_dir: Path, monkeypatch: pytes
     monkeypatch.setattr(judging, "decide", passing)
     report = run(data_dir, min_prompts=48)
     assert report.state == "promoted"
-    prompts = report.metrics["prompts"]
-    assert prompts["own"] == prompts["train"] + prompts["held_out"] - 80 > 0
+    prompts = report.metrics.prompts
+    assert prompts.own == prompts.train + prompts.held_out - 80 > 0
 
 
 def test_two_opponents_that_are_one_version_are_judged_alike(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "decide", passing)
-    chosen = run(data_dir).metrics["gate"]["chosen"]
-    assert chosen["against_incumbent"] == chosen["against_reference"]
+    chosen = run(data_dir).metrics.gate.chosen
+    assert chosen.against_incumbent == chosen.against_reference
 
 
 def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir: Path) -> None:
     # A step so long that a KL estimated on sixteen answers is sure to be above nought.
-    ppo = settings(data_dir).ppo.model_copy(update={"kl_budget": 1e-5, "learning_rate": 3e-2})
-    report = run(data_dir, ppo=ppo)
+    began = settings(data_dir)
+    report = run(
+        data_dir,
+        policy=began.policy.model_copy(update={"kl_budget": 1e-5}),
+        ppo=began.ppo.model_copy(update={"learning_rate": 3e-2}),
+    )
     assert report.state == "rejected"
     assert "ended at step 1 without a candidate: the KL went over its budget" in report.sentence
     assert report.policy_version is None
@@ -233,8 +240,12 @@ def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir
 
 def test_full_fine_tuning_publishes_all_weights(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "decide", passing)
-    ppo = settings(data_dir).ppo.model_copy(update={"train": "full", "learning_rate": 1e-4})
-    report = run(data_dir, ppo=ppo)
+    began = settings(data_dir)
+    report = run(
+        data_dir,
+        policy=began.policy.model_copy(update={"train": "full"}),
+        ppo=began.ppo.model_copy(update={"learning_rate": 1e-4}),
+    )
     assert report.state == "promoted"
     manifest = verify(data_dir / "policies" / "v0001")
     assert (manifest.kind, manifest.base_version) == ("full", "v0001")
@@ -247,7 +258,7 @@ def test_a_round_killed_after_any_stage_goes_on(data_dir: Path, stage: str, monk
     monkeypatch.setattr(judging, "decide", passing)
     record = Workspace.record
 
-    def killed(self: Workspace, finished: str, metrics: dict[str, Any]) -> None:
+    def killed(self: Workspace, finished: str, metrics: RoundMetrics | None = None) -> None:
         record(self, finished, metrics)
         if finished == stage:
             raise KeyboardInterrupt
@@ -281,7 +292,7 @@ def test_the_gate_stops_at_half_of_the_prompts_where_the_case_is_clear(
 ) -> None:
     seen: list[list[tuple[int, int]]] = []
 
-    def verdict(candidates: list[Figures], *_: Any) -> Verdict:
+    def verdict(candidates: list[CandidateMetrics], *_: Any) -> Verdict:
         seen.append([(each.against_incumbent.prompts, each.against_reference.prompts) for each in candidates])
         return Verdict(candidates[-1], reasons)
 
@@ -353,7 +364,7 @@ def test_a_round_that_raises_is_recorded_and_changes_nothing(data_dir: Path, mon
     def broken(*_: Any) -> None:
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(rounds, "train", broken)
+    monkeypatch.setattr(PPO, "improve", broken)
     with pytest.raises(RuntimeError, match="disk full"):
         run(data_dir)
     store = opened(data_dir)
@@ -368,7 +379,7 @@ def interrupt(*_: Any) -> None:
 
 def test_a_round_that_is_asked_to_stop_is_gone_on_with(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as stopped:
-        stopped.setattr(rounds, "train", interrupt)
+        stopped.setattr(PPO, "improve", interrupt)
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 run(data_dir, max_resumes=1)
@@ -385,7 +396,7 @@ def test_a_round_that_is_killed_again_and_again_is_given_up(data_dir: Path, monk
         raise SystemExit  # As a kill: nothing of ours is told.
 
     with monkeypatch.context() as killing:
-        killing.setattr(rounds, "train", killed)
+        killing.setattr(PPO, "improve", killed)
         for _ in range(3):
             with pytest.raises(SystemExit):
                 run(data_dir, max_resumes=2)
@@ -406,16 +417,16 @@ def test_votes_are_traced_to_versions_and_back(
     first = run(data_dir)
     store = opened(data_dir)
     vote(store, AutoModelForCausalLM.from_pretrained(model_directory).eval(), 20, low_words, seed=1)
-    active = settings(data_dir).ppo.model_copy(update={"start_from": "active"})
-    second = run(data_dir, ppo=active)
+    active = settings(data_dir).policy.model_copy(update={"start_from": "active"})
+    second = run(data_dir, policy=active)
     made = trace_version(data_dir, "v0002").record["made_by"]
     assert [(step["version"], step["round_id"], step["start_from"]) for step in made] == [
         ("v0002", second.round_id, "active"),
         ("v0001", first.round_id, "reference"),
     ]
     sides = made[1]["votes"]
-    metrics = first.metrics["votes"]
-    assert (len(sides["train"]), len(sides["judge"])) == (metrics["train"], metrics["judge"])
+    metrics = first.metrics.votes
+    assert (len(sides["train"]), len(sides["judge"])) == (metrics.train, metrics.judge)
     assert len({*sides["train"], *sides["judge"]}) == 80
 
     old = sides["train"][0]
@@ -431,7 +442,7 @@ def test_votes_are_traced_to_versions_and_back(
     # What is taken back is not learned from again, and the trace says so.
     store.feedback.retract("ann", old)
     third = run(data_dir)
-    assert third.metrics["votes"]["choices"] == 99
+    assert third.metrics.votes.choices == 99
     assert [step["round_id"] for step in trace_vote(data_dir, old).record["rounds"]] == [
         first.round_id,
         second.round_id,
@@ -452,8 +463,8 @@ def test_votes_on_what_was_rolled_back_can_be_left_out(data_dir: Path, monkeypat
     store.policies.activate("v0000", actor="operator", action="rollback")
     shutil.copytree(data_dir, data_dir.with_name("other"))
     monkeypatch.setattr(judging, "decide", passing)
-    assert run(data_dir, skip_rolled_back=True).metrics["votes"]["choices"] == 50
-    assert run(data_dir.with_name("other")).metrics["votes"]["choices"] == 80
+    assert run(data_dir, skip_rolled_back=True).metrics.votes.choices == 50
+    assert run(data_dir.with_name("other")).metrics.votes.choices == 80
 
 
 def test_whoever_was_in_quarantine_when_a_round_began_is_left_out(
@@ -477,8 +488,8 @@ def test_whoever_was_in_quarantine_when_a_round_began_is_left_out(
         with pytest.raises(KeyboardInterrupt):
             run(data_dir)
     report = run(data_dir)
-    votes = report.metrics["votes"]
-    assert (votes["choices"], votes["quarantined"]) == (80, 30)
+    votes = report.metrics.votes
+    assert (votes.choices, votes.quarantined) == (80, 30)
     learned = store.lineage.round_votes(str(report.round_id))
     assert {event.user for feedback_id in learned for event in store.lineage.events(feedback_id)} == {"ann"}
     console = Console(record=True, width=100, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
@@ -490,7 +501,7 @@ def test_whoever_was_in_quarantine_when_a_round_began_is_left_out(
     # Others in quarantine are other votes: no vote is new, and there is something to learn all the same.
     store.quarantine.lift("ann", actor="operator", reason="")
     again = run(data_dir)
-    assert (again.metrics["votes"]["choices"], again.metrics["votes"]["quarantined"]) == (110, 0)
+    assert (again.metrics.votes.choices, again.metrics.votes.quarantined) == (110, 0)
     assert "no new votes" in run(data_dir).sentence
 
 

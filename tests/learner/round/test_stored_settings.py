@@ -12,6 +12,7 @@ from server.shared.errors import FailedPreconditionError
 from server.shared.stored_round import SETTINGS
 from server.shared.tables import flatten
 from server.store.learning.records import Round
+from server.store.learning.round_metrics import RoundMetrics
 
 # What commit a51ccdf stores of a round with its defaults.
 A51CCDF: dict[str, Any] = {
@@ -20,7 +21,7 @@ A51CCDF: dict[str, Any] = {
     "kv_cache_gib": 1,
     "gpu_memory_share": 0.3,
     "cpu_threads": "auto",
-    "duel_user_votes": 10,
+    "ab_test_user_votes": 10,
     "min_votes": 40,
     "max_votes": 20000,
     "skip_rolled_back": False,
@@ -112,7 +113,8 @@ A51CCDF: dict[str, Any] = {
 
 def begun(stored: dict[str, Any]) -> Round:
     settings = SETTINGS.load(json.dumps(stored))
-    return Round("round_1", "running", "snapshot", 9, "v0000", "v0000", None, None, settings, {}, "", 0.0, None)
+    nothing = RoundMetrics()
+    return Round("round_1", "running", "snapshot", 9, "v0000", "v0000", None, None, settings, nothing, "", 0.0, None)
 
 
 def test_settings_that_a51ccdf_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -124,13 +126,15 @@ def test_settings_that_a51ccdf_stored(monkeypatch: pytest.MonkeyPatch, tmp_path:
     settings = began_with(begun(A51CCDF), {"data_dir": tmp_path})
     assert (settings.dtype, settings.learner_gpu_memory_share) == ("bfloat16", 0.3)
     assert (settings.seed, settings.min_votes, settings.ppo.steps) == (0, 40, 12)
-    assert (settings.ppo.mismatch_limit, settings.data_dir) == (0.35, tmp_path)
+    assert (settings.policy.mismatch_limit, settings.data_dir) == (0.35, tmp_path)
     # Eight answers at once, then; as many tokens now.
-    assert settings.ppo.micro_batch_tokens == 1024
+    assert settings.policy.micro_batch_tokens == 1024
     # The rest as it was.
     kept, stored = flatten(settings.model_dump(mode="json")), flatten(A51CCDF)
     del stored["gpu_memory_share"], stored["ppo.dtype"], stored["ppo.micro_batch"]
-    assert {name: kept[name] for name in stored} == stored
+    of_policy = {"train", "start_from", "lora_rank", "lora_alpha", "mismatch_limit", "kl_budget"}
+    names = {f"ppo.{name}": f"policy.{name}" for name in of_policy} | {"duel_user_votes": "ab_test_user_votes"}
+    assert {name: kept[names.get(name, name)] for name in stored} == stored
 
 
 def test_a_setting_that_the_round_does_not_know_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,10 +66,10 @@ def test_a_round_ends_well_or_with_a_sentence(
         give(store, number, thing)
     store.close()
     report = run_once(
-        rounds.settings(data_dir, ppo={"steps": 1, "episodes": 8, "lora_rank": 4}), Stages(Console(quiet=True))
+        rounds.settings(data_dir, policy={"lora_rank": 4}, ppo={"steps": 1, "episodes": 8}), Stages(Console(quiet=True))
     )
     assert report.state in ("promoted", "rejected")
     assert "\n" not in report.sentence
     unread = sum(not thing["answer"] or thing["prompt"] + thing["answer"] > POSITIONS for thing in things)
     # Of each such answer the thumb and the correction; of others the correction, where it is too long.
-    assert report.metrics["votes"]["left_out"] >= 2 * unread
+    assert report.metrics.votes.left_out >= 2 * unread

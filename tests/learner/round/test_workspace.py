@@ -10,7 +10,9 @@ from learner.round.gate_stage import promising
 from learner.round.workspace import Workspace
 from learner.settings import GateSettings
 from server.shared.text import ChatText
+from server.store.learning.round_metrics import Improvement, StepMetrics
 from tests.learner.conftest import EOS
+from tests.round_metrics import filled
 
 
 @pytest.fixture
@@ -59,5 +61,5 @@ def test_people_read_a_prompt_without_the_templates_ends(work: Any, monkeypatch:
 def test_candidates_to_judge_are_dense_near_the_end_and_not_alike(
     steps: list[int], kl: list[float], expected: list[int]
 ) -> None:
-    ppo = {"candidates": steps, "steps": [{"step": number, "kl": each} for number, each in enumerate(kl)]}
-    assert promising(ppo, GateSettings()) == expected
+    measured = [filled(StepMetrics, step=number, kl=each) for number, each in enumerate(kl)]
+    assert promising(Improvement(measured, steps, "steps"), GateSettings()) == expected

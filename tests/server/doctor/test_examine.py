@@ -134,17 +134,20 @@ def test_the_learners_settings_are_read_where_the_learner_has_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prefloop.toml").write_text("keep_versions = 3\n[ppo]\nmicro_batch_tokens = 200\nsteps = 9\n")
+    (tmp_path / "prefloop.toml").write_text("keep_versions = 3\n[policy]\nmicro_batch_tokens = 200\n[ppo]\nsteps = 9\n")
     settings, problem = load_settings()
-    assert (problem, settings.keep_versions, settings.ppo.micro_batch_tokens) == ("", 3, 200)
-    monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH_TOKENS", "400")
-    assert load_settings()[0].ppo.micro_batch_tokens == 400
+    assert (problem, settings.keep_versions, settings.policy.micro_batch_tokens) == ("", 3, 200)
+    monkeypatch.setenv("PREFLOOP_POLICY__MICRO_BATCH_TOKENS", "400")
+    assert load_settings()[0].policy.micro_batch_tokens == 400
 
 
 def test_the_learners_setting_is_read_under_its_old_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH", "4")
-    assert load_settings()[0].ppo.micro_batch_tokens == 512
+    assert load_settings()[0].policy.micro_batch_tokens == 512
+    monkeypatch.delenv("PREFLOOP_PPO__MICRO_BATCH")
+    monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH_TOKENS", "300")
+    assert load_settings()[0].policy.micro_batch_tokens == 300
 
 
 def test_a_machine_that_cannot_be_read_is_a_finding_and_the_rest_goes_on(

@@ -157,7 +157,7 @@ def test_needs_grow_with_what_they_follow_from() -> None:
 def test_the_learners_own_defaults_are_counted_with() -> None:
     ours, theirs = DoctorSettings.model_fields["keep_versions"].default, LearnerSettings.model_fields["keep_versions"]
     assert ours == theirs.default == 8
-    assert DoctorSettings().ppo.micro_batch_tokens == LearnerSettings().ppo.micro_batch_tokens == 0
+    assert DoctorSettings().policy.micro_batch_tokens == LearnerSettings().policy.micro_batch_tokens == 0
 
 
 def test_speed_is_a_share_of_what_products_allow() -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from learner.model.policy import TrainablePolicy
-from learner.settings import PPOSettings
+from learner.settings import PolicySettings
 from server.engine.weights import engine_weights
 from server.shared.dtype import DtypeName
 from server.store.files.manifest import new_staging, publish, write_manifest
@@ -19,7 +19,9 @@ WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 def make_adapter(data_dir: Path) -> None:
     """v0001: an adapter on the reference that changes it."""
-    policy = TrainablePolicy.create(data_dir / "policies" / "v0000", PPOSettings(), torch.float32, torch.device("cpu"))
+    policy = TrainablePolicy.create(
+        data_dir / "policies" / "v0000", PolicySettings(), torch.float32, torch.device("cpu")
+    )
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, 0.01)

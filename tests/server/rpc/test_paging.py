@@ -10,6 +10,7 @@ from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 
 from server.rpc.paging import PAGE_BYTES, fill, in_chunks
 from server.store.chats.records import Generation, Span
+from server.store.learning.round_metrics import RoundMetrics
 from server.store.store import Store
 from tests.server.conftest import Running, running_server
 
@@ -128,7 +129,9 @@ async def test_versions_and_rounds_come_in_pages_that_any_client_takes(tmp_path:
                     round_id=None, reward_model_version=None, metrics=metrics,
                 )  # fmt: skip
                 round_ = store.rounds.create(0, {}, reference_version="v0000", fence=lease)
-                store.rounds.update(round_.id, metrics=metrics, policy_version=f"v{number:04d}", fence=lease)
+                store.rounds.update(
+                    round_.id, metrics=RoundMetrics(versions=metrics), policy_version=f"v{number:04d}", fence=lease
+                )
                 store.rounds.finish(round_.id, "rejected", fence=lease)
 
         await running.store(fill)

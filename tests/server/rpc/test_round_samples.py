@@ -15,7 +15,9 @@ from server.rpc import policies
 from server.store.files.residue import keeping
 from server.store.files.round_samples import RoundSample, read_samples
 from server.store.learning.records import Round
+from server.store.learning.round_metrics import RoundMetrics
 from server.store.store import Store
+from tests.round_metrics import candidate_metrics, gate_metrics
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_rpcs import ANN, BOB, refusal
 
@@ -27,7 +29,8 @@ def judged(store: Store) -> Round:
     fence = store.leases.acquire("learner", "here", 60)
     assert fence
     round_ = store.rounds.create(0, {}, reference_version="v0000", fence=fence)
-    round_ = store.rounds.update(round_.id, stage="gate", metrics={"gate": {"chosen": {"step": 2}}}, fence=fence)
+    metrics = RoundMetrics(gate=gate_metrics(candidate_metrics(2)))
+    round_ = store.rounds.update(round_.id, stage="gate", metrics=metrics, fence=fence)
     store.leases.release(fence)
     return round_
 

@@ -207,10 +207,10 @@ def test_an_old_name_may_have_had_another_unit(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "prefloop.toml").write_text("[ppo]\nmicro_batch = 4\n")
-    assert LearnerSettings.load().ppo.micro_batch_tokens == 512
+    assert LearnerSettings.load().policy.micro_batch_tokens == 512
     monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH", "2")
-    assert LearnerSettings.load().ppo.micro_batch_tokens == 256
-    assert "PREFLOOP_PPO__MICRO_BATCH is now PREFLOOP_PPO__MICRO_BATCH_TOKENS;" in capsys.readouterr().err
+    assert LearnerSettings.load().policy.micro_batch_tokens == 256
+    assert "PREFLOOP_PPO__MICRO_BATCH is now PREFLOOP_POLICY__MICRO_BATCH_TOKENS;" in capsys.readouterr().err
     for value in ("few", "0", "2.5", "-1", "inf"):
         monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH", value)
         with pytest.raises(

@@ -8,6 +8,7 @@ import pytest
 
 from server.shared import stored_round
 from server.shared.stored_round import METRICS, SETTINGS, Stored, start_from
+from server.store.learning.round_metrics import RoundMetrics
 from server.store.store import Store
 from tests.server.store.test_lineage import lease
 
@@ -38,21 +39,33 @@ def test_settings_of_format_0() -> None:
     }  # fmt: skip
     older = {"schedule_cron": "0 4 * * *", "ppo": {"start_from": "incumbent", "dtype": "bfloat16"}}
     assert SETTINGS.load(json.dumps(older)) == {
-        "schedule": {"cron": "0 4 * * *"}, "ppo": {"start_from": "active"}, "dtype": "bfloat16"
+        "schedule": {"cron": "0 4 * * *"}, "policy": {"start_from": "active"}, "dtype": "bfloat16"
     }  # fmt: skip
     assert SETTINGS.load("{}") == METRICS.load("{}") == {}
 
 
 def test_settings_of_format_1() -> None:
     assert SETTINGS.load('{"format": 1, "seed": 1, "ppo": {"micro_batch": 4, "steps": 3}}') == {
-        "seed": 1, "ppo": {"micro_batch_tokens": 512, "steps": 3}
+        "seed": 1, "policy": {"micro_batch_tokens": 512}, "ppo": {"steps": 3}
     }  # fmt: skip
     assert SETTINGS.load('{"format": 1, "ppo": {"steps": 3}}') == {"ppo": {"steps": 3}}
 
 
+def test_settings_of_format_2() -> None:
+    old = {"format": 2, "duel_user_votes": 4, "ppo": {"train": "full", "kl_budget": 3.0, "steps": 3}}
+    assert SETTINGS.load(json.dumps(old)) == {
+        "ab_test_user_votes": 4, "policy": {"train": "full", "kl_budget": 3.0}, "ppo": {"steps": 3}
+    }  # fmt: skip
+
+
+def test_metrics_of_format_0() -> None:
+    old = {"votes": {"choices": 3, "thumbs": 2, "corrections": 1, "train": 4, "judge": 2}, "seconds": {"gate": 1.0}}
+    assert METRICS.load(json.dumps(old)) == {**old, "votes": {**old["votes"], "left_out": 0, "quarantined": 0}}
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
-    [({}, "reference"), ({"ppo": {}}, "reference"), ({"ppo": {"start_from": "active"}}, "active")],
+    [({}, "reference"), ({"policy": {}}, "reference"), ({"policy": {"start_from": "active"}}, "active")],
 )
 def test_where_a_round_started(settings: dict[str, Any], expected: str) -> None:
     assert start_from(settings) == expected
@@ -63,23 +76,27 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     store.policies.register_reference()
     fence = lease(store)
     round_ = store.rounds.create(0, {"seed": 1}, reference_version="v0000", fence=fence)
-    store.rounds.update(round_.id, metrics={"votes": 1}, fence=fence)
+    store.rounds.update(round_.id, metrics=RoundMetrics(seconds={"gate": 1.0}), fence=fence)
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
-        {"format": 2, "seed": 1},
-        {"format": 0, "votes": 1},
+        {"format": 3, "seed": 1},
+        {"format": 1, "seconds": {"gate": 1.0}},
     )
     found = store.rounds.get(round_.id)
-    assert (found.settings, found.metrics) == ({"seed": 1}, {"votes": 1})
+    assert (found.settings, found.metrics) == ({"seed": 1}, RoundMetrics(seconds={"gate": 1.0}))
 
     # Metrics of an earlier format that a later version adds to are upgraded once.
-    later = Stored((lambda values: {**values, "votes": values.get("votes", 0) + 10},))
-    monkeypatch.setattr(stored_round, "METRICS", later)
-    store.rounds.update(round_.id, metrics={"signal": 2}, fence=fence)
-    assert store.rounds.get(round_.id).metrics == {"votes": 11, "signal": 2}
-    assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 1
+    def add(values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "seconds": {**values.get("seconds", {}), "added": values["seconds"]["gate"] + 10}}
+
+    monkeypatch.setattr(stored_round, "METRICS", Stored((*stored_round.METRICS.upgrades, add)))
+    store.rounds.update(round_.id, metrics=RoundMetrics(versions={"torch": "2"}), fence=fence)
+    assert store.rounds.get(round_.id).metrics == RoundMetrics(
+        versions={"torch": "2"}, seconds={"gate": 1.0, "added": 11.0}
+    )
+    assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 2
     store.rounds.update(round_.id, settings={"seed": 2}, fence=fence)
-    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 2, "seed": 2}
+    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 3, "seed": 2}
     store.close()
 
 

@@ -17,7 +17,7 @@ DAY = 86_400.0
 
 def trained(store: Store, fence: Lease, version: str, votes: dict[str, str], start_from: str, parent: str) -> str:
     """A finished round that published `version`, as the learner records one."""
-    settings = {"ppo": {"start_from": start_from}}
+    settings = {"policy": {"start_from": start_from}}
     round_ = store.rounds.create(store.snapshots.watermark(), settings, reference_version="v0000", fence=fence)
     store.lineage.set_round_votes(round_.id, list(votes.items()), fence=fence)  # type: ignore[arg-type]
     store.reward_models.register(

@@ -61,7 +61,7 @@ def test_a_response_comes_back_token_by_token(store: Store) -> None:
     assert response.logprobs == [-0.5, -1.0, -0.25]
     assert response.seed == 2**62
     assert response.spans == [Span(0, 1, "v0000", False), Span(1, 3, "v0001", True)]
-    assert (response.status, response.finish_reason, response.last_version) == ("finished", "stop", "v0001")
+    assert (response.status, response.finish_reason) == ("finished", "stop")
 
 
 def test_what_is_on_disk_outlives_the_process_that_wrote_it(tmp_path: Path) -> None:

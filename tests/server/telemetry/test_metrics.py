@@ -16,10 +16,12 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.store.learning.records import Round
+from server.store.learning.round_metrics import RewardModelMetrics, RoundMetrics, VoteCounts
 from server.store.store import Store
 from server.telemetry import metrics
 from server.telemetry.metrics_http import MetricsServer
 from server.telemetry.round_metrics import figures, show_rounds
+from tests.round_metrics import candidate_metrics, filled, gate_metrics
 from tests.server.conftest import Running, publish_version, register
 from tests.server.rpc.test_rpcs import ANN, chat, compare, failure
 
@@ -114,11 +116,11 @@ ROUND = Round(
     policy_version="v0001",
     reward_model_version="rm0001",
     settings={},
-    metrics={
-        "votes": {"train": 30, "judge": 12, "choices": 42},
-        "reward_model": {"accuracy": 0.75},
-        "gate": {"chosen": {"kl": 4.5, "against_incumbent": {"rate": 0.8, "low": 0.7}}},
-    },
+    metrics=RoundMetrics(
+        votes=filled(VoteCounts, train=30, judge=12),
+        reward_model=filled(RewardModelMetrics, accuracy=0.75),
+        gate=gate_metrics(candidate_metrics(1, kl=4.5, rate=0.8)),
+    ),
     reason="",
     create_time=100.0,
     finish_time=160.0,
@@ -129,7 +131,7 @@ def test_a_rounds_figures() -> None:
     assert figures(ROUND) == {
         "votes": 42, "reward_accuracy": 0.75, "kl": 4.5, "win_rate": 0.8, "seconds": 60.0, "finish_time": 160.0,
     }  # fmt: skip
-    refused = figures(replace(ROUND, metrics={"votes": {"train": 30, "judge": 12}}))
+    refused = figures(replace(ROUND, metrics=RoundMetrics(votes=ROUND.metrics.votes)))
     assert refused["votes"] == 42
     assert [refused[name] == refused[name] for name in ("reward_accuracy", "kl", "win_rate")] == [False] * 3
 
@@ -139,7 +141,7 @@ def test_the_newest_finished_round_is_shown(store: Store) -> None:
     assert lease
     first, second = (store.rounds.create(0, {}, reference_version="v0000", fence=lease) for _ in range(2))
     for round_, votes in ((first, 1), (second, 2)):
-        store.rounds.update(round_.id, metrics={"votes": {"train": votes, "judge": 0}}, fence=lease)
+        store.rounds.update(round_.id, metrics=RoundMetrics(votes=filled(VoteCounts, train=votes)), fence=lease)
     store.rounds.finish(first.id, "rejected", reason="no", fence=lease)
     show_rounds(store)
     assert value("prefloop_round", figure="votes") == 1

@@ -101,7 +101,7 @@ async def test_the_loser_is_rolled_back_by_the_server(tmp_path: Path) -> None:
 
 
 async def test_one_user_alone_decides_nothing(tmp_path: Path) -> None:
-    async with running_server(tmp_path, serve_adapters=True, duel_user_votes=6) as running:
+    async with running_server(tmp_path, serve_adapters=True, ab_test_user_votes=6) as running:
         await open_duel(running)
         for _ in range(8):
             await choose(running, "ann", loser="v0001")
@@ -142,7 +142,7 @@ async def shown_duel(running: Running) -> Any:
 
 
 async def test_operators_see_how_the_duel_stands_while_there_is_one(tmp_path: Path) -> None:
-    async with running_server(tmp_path, serve_adapters=True, duel_user_votes=2) as running:
+    async with running_server(tmp_path, serve_adapters=True, ab_test_user_votes=2) as running:
         assert not (await shown_duel(running)).HasField("duel")
         await open_duel(running)
         for user, loser in (("ann", "v0000"), ("ann", "v0001"), ("ann", "v0001"), ("bob", "v0001"), ("cem", "v0001")):

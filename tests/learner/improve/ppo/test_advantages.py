@@ -3,29 +3,20 @@
 import pytest
 import torch
 
-from learner.improve.ppo.advantages import (
-    adapt_kl_coef,
-    gae,
-    kl_k1,
-    kl_k2,
-    kl_k3,
-    last_token,
-    masked_mean,
-    shape_rewards,
-    whiten,
-)
+from learner.improve.ppo.advantages import adapt_kl_coef, gae, last_token, shape_rewards, whiten
+from learner.model.kl import kl_k1, kl_k3, masked_mean
 
 P, Q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("estimator", "expected"), [(kl_k1, 0.025267), (kl_k2, 0.024862), (kl_k3, 0.025267)])
+@pytest.mark.parametrize(("estimator", "expected"), [(kl_k1, 0.025267), (kl_k3, 0.025267)])
 def test_kl_estimators_in_expectation(estimator, expected) -> None:  # type: ignore[no-untyped-def]
     assert (P * estimator(P.log(), Q.log())).sum().item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("estimator", "expected"),
-    [(kl_k1, (0, 0, 0)), (kl_k2, (0.098938, -0.093885, -0.005053)), (kl_k3, (0.1, -0.1, 0))],
+    [(kl_k1, (0, 0, 0)), (kl_k3, (0.1, -0.1, 0))],
 )
 def test_expected_gradient_of_each_as_a_loss(estimator, expected) -> None:  # type: ignore[no-untyped-def]
     logits = P.log().requires_grad_()

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.improve.ppo.experience import judge_rollout, make_critic, policy_logprobs, to_experience
-from learner.improve.ppo.losses import Adam, UpdateStats, draw_minibatches, ppo_update
+from learner.improve.ppo.adam import Adam
+from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
+from learner.improve.ppo.update import UpdateStats, draw_minibatches, ppo_update
 from learner.model.forward import Tokens, run_trunk, token_logprobs
+from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import SampledAnswer, to_rollout
-from learner.reward.reward_model import LinearRewardModel, Standardiser
-from learner.settings import PPOSettings
+from learner.reward.linear_reward_model import LinearRewardModel
+from learner.reward.standardiser import Standardiser
+from learner.settings import PolicySettings, PPOSettings
 from tests.learner.conftest import HIDDEN
 
 WIDTH = HIDDEN + 1
@@ -45,7 +48,7 @@ def test_the_critic_begins_as_the_reward_head_without_its_length() -> None:
 
 
 def test_a_rows_company_does_not_show_in_its_prefix_features(model_directory: Path) -> None:
-    policy = TrainablePolicy.create(model_directory, PPOSettings(lora_rank=4), torch.float32, torch.device("cpu"))
+    policy = TrainablePolicy.create(model_directory, PolicySettings(lora_rank=4), torch.float32, torch.device("cpu"))
     rollout = to_rollout([sample([7, 8, 9]), sample([10, 11, 12, 13, 14, 15, 16, 17])])
     alone = judge_rollout(policy, reward_model(), rollout, 0.85, 1)
     together = judge_rollout(policy, reward_model(), rollout, 0.85, 100)
@@ -55,18 +58,18 @@ def test_a_rows_company_does_not_show_in_its_prefix_features(model_directory: Pa
 
 
 def test_without_prefixes_the_rest_is_the_same(model_directory: Path) -> None:
-    policy = TrainablePolicy.create(model_directory, PPOSettings(lora_rank=4), torch.float32, torch.device("cpu"))
+    policy = TrainablePolicy.create(model_directory, PolicySettings(lora_rank=4), torch.float32, torch.device("cpu"))
     rollout = to_rollout([sample([7, 8, 9]), sample([10, 11])])
     whole = judge_rollout(policy, reward_model(), rollout, 0.85, 2)
-    bare = judge_rollout(policy, reward_model(), rollout, 0.85, 2, prefixes=False)
+    bare = reference_pass(policy, rollout.tokens, reward_model().layers, 0.85, 2)
     assert torch.equal(bare.features, whole.features)
     assert bare.prefix_features.shape == (2, 3, 0)
 
 
 def test_an_update_makes_every_tensor_where_its_tokens_are(model_directory: Path) -> None:
     # Stands in for a GPU: what is made without a device is made on `meta`, which mixes with no other.
-    ppo = PPOSettings(lora_rank=4, learning_rate=1e-9, critic_learning_rate=1e-9)
-    policy = TrainablePolicy.create(model_directory, ppo, torch.float32, torch.device("cpu"))
+    ppo = PPOSettings(learning_rate=1e-9, critic_learning_rate=1e-9)
+    policy = TrainablePolicy.create(model_directory, PolicySettings(lora_rank=4), torch.float32, torch.device("cpu"))
     shared = [5, 6, 7, 8, 9, 10, 11, 12]
     rollout = to_rollout([SampledAnswer([*shared, n], [20] * n, [-3.0] * n, "", "length") for n in (2, 5, 3, 4)])
     model = reward_model()
@@ -81,7 +84,7 @@ def test_an_update_makes_every_tensor_where_its_tokens_are(model_directory: Path
         old_logprobs = policy_logprobs(policy, rollout.tokens, 0.85, 2)
         batch = to_experience(rollout, judged, old_logprobs, model.scores(judged.features), critic, 0.1, ppo)
         passes = draw_minibatches(rollout.tokens, ppo, torch.Generator().manual_seed(0))
-        return ppo_update(logprobs_of, critic, optimizer, batch, ppo, passes)
+        return ppo_update(logprobs_of, critic, optimizer, batch, ppo, passes, 2)
 
     # The first makes Adam's state, which is torch's own affair.
     expected = update()

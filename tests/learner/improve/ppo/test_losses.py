@@ -4,19 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from learner.improve.ppo.adam import Adam
 from learner.improve.ppo.advantages import gae, shape_rewards
-from learner.improve.ppo.losses import (
-    Adam,
-    Critic,
-    Experience,
-    draw_minibatches,
-    mismatch,
-    policy_loss,
-    ppo_update,
-    truncated_importance_weights,
-    value_loss,
-)
+from learner.improve.ppo.losses import policy_loss, truncated_importance_weights, value_loss
+from learner.improve.ppo.update import Critic, Experience, draw_minibatches, ppo_update
 from learner.model.forward import Tokens
+from learner.model.mismatch import mismatch
 from learner.settings import PPOSettings
 
 
@@ -137,7 +130,6 @@ class Bandit:
         settings = PPOSettings(
             epochs=4,
             minibatches=1,
-            micro_batch_tokens=2 * ARMS,
             vf_coef=1.0,
             value_clip=10.0,
             importance_cap=100.0,
@@ -158,7 +150,7 @@ class Bandit:
             returns = (old.exp() * returns).sum().expand(ARMS, 1)
             batch = Experience(self.tokens, old, uniform, torch.zeros(ARMS, 1, 1), values, advantages, returns)
             passes = draw_minibatches(self.tokens, settings, generator)
-            ppo_update(self.logprobs_of, self.critic, optimizer, batch, settings, passes)
+            ppo_update(self.logprobs_of, self.critic, optimizer, batch, settings, passes, 2 * ARMS)
         return self.logits.detach().softmax(0)
 
 

@@ -17,14 +17,14 @@ import torch
 from pydantic import ValidationError
 
 from learner.improve.ppo.advantages import last_token, whiten
-from learner.improve.ppo.experience import policy_logprobs
 from learner.improve.ppo.trainer import replace_cut
 from learner.model.features import pool
 from learner.model.forward import response_states, run_trunk, to_tokens
+from learner.model.passes import policy_logprobs
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import SampledAnswer, to_rollout
 from learner.round.workspace import Workspace
-from learner.settings import PPOSettings
+from learner.settings import PolicySettings, PPOSettings
 from server.store.files.manifest import new_staging, publish, write_manifest
 from tests.learner.conftest import EOS
 
@@ -41,7 +41,7 @@ def test_dropout_is_off_while_logprobs_are_taken(model_directory: Path, tmp_path
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5'))
     assert '"attention_dropout": 0.5' in config.read_text()
-    policy = TrainablePolicy.create(tmp_path / "model", PPOSettings(lora_rank=4), torch.float32, CPU)
+    policy = TrainablePolicy.create(tmp_path / "model", PolicySettings(lora_rank=4), torch.float32, CPU)
     tokens = to_tokens([[5, 6, 7, 8]], [[9, 10, 11, EOS]])
     first = policy_logprobs(policy, tokens, 1.0, 1)
     assert torch.equal(policy_logprobs(policy, tokens, 1.0, 1), first)

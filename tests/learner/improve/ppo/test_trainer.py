@@ -7,29 +7,25 @@ from typing import Any
 import pytest
 import torch
 
-from learner.improve.ppo.trainer import (
-    StepFigures,
-    candidates,
-    drop_candidates,
-    next_kl_coef,
-    outgrown,
-    prompt_batches,
-    replace_cut,
-)
+from learner.improve.base import ExperienceSource
+from learner.improve.candidates import candidates, drop_candidates
+from learner.improve.ppo.trainer import next_kl_coef, outgrown, replace_cut
 from learner.model.rollout import SampledAnswer, draw_generator, draw_seed, to_rollout
 from learner.settings import PPOSettings
 from server.store.chats.records import Prompt
+from server.store.learning.round_metrics import StepMetrics
 
 
-def figures(**values: Any) -> StepFigures:
-    return StepFigures(**{**{field.name: 0 for field in fields(StepFigures)}, **values})
+def figures(**values: Any) -> StepMetrics:
+    return StepMetrics(**{**{field.name: 0 for field in fields(StepMetrics)}, **values})
 
 
 def test_every_prompt_once_before_any_again_and_a_seed_decides() -> None:
     prompts = [Prompt(f"c{i}", [i], 8) for i in range(5)]
 
     def drawn(seed: int) -> list[int]:
-        batches = prompt_batches(prompts, 3, seed)
+        engine: Any = None
+        batches = ExperienceSource(engine, prompts, 0.85, seed).batches(3)
         return [prompt.token_ids[0] for _ in range(5) for prompt in next(batches)]
 
     first = drawn(0)

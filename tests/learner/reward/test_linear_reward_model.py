@@ -9,14 +9,8 @@ import torch
 
 from learner.reward.likelihood import A, B
 from learner.reward.linear_heads import VoteTensors
-from learner.reward.reward_model import (
-    LinearRewardModel,
-    Standardiser,
-    evaluate,
-    fit_reward_model,
-    standardise,
-    standardiser,
-)
+from learner.reward.linear_reward_model import LinearRewardModel, evaluate
+from learner.reward.standardiser import Standardiser, standardiser
 from learner.settings import RewardSettings
 
 
@@ -52,7 +46,7 @@ def test_the_members_scores_by_hand() -> None:
 
 def test_members_agree_on_the_reference_and_keep_their_differences() -> None:
     features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    after = standardise(model(), features)
+    after = model().standardised(features)
     assert after.member_scores(features).mean(dim=1).tolist() == pytest.approx([0, 0], abs=1e-5)
     # One unit for all: a member that says more keeps saying more.
     sd = model().scores(features).std()
@@ -64,7 +58,7 @@ def test_members_differ_where_votes_say_little(make_votes: Callable[..., VoteTen
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 3, generator=generator) * torch.tensor([1.0, 0.02, 0.0])
     pairs = [(2 * i, 2 * i + 1, A if features[2 * i, 0] > features[2 * i + 1, 0] else B) for i in range(100)]
-    fitted = fit_reward_model(features, make_votes(pairs), (1,), RewardSettings(), generator)
+    fitted = LinearRewardModel.fit(features, make_votes(pairs), (1,), RewardSettings(), generator)
     known, unknown = fitted.member_scores(torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]])).unbind(dim=1)
     assert known.mean() > 5 * known.std()
     assert unknown.std() > known.std()
@@ -72,7 +66,7 @@ def test_members_differ_where_votes_say_little(make_votes: Callable[..., VoteTen
 
 def test_standardised_scores_have_mean_0_and_sd_1_and_probabilities_stay() -> None:
     features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    before, after = model(), standardise(model(), features)
+    before, after = model(), model().standardised(features)
     scores = after.scores(features)
     assert scores.mean().item() == pytest.approx(0, abs=1e-5)
     assert scores.std().item() == pytest.approx(1, abs=1e-5)
@@ -86,7 +80,7 @@ def test_standardised_scores_have_mean_0_and_sd_1_and_probabilities_stay() -> No
 
 def test_a_constant_score_cannot_be_standardised() -> None:
     with pytest.raises(ValueError, match="same score"):
-        standardise(model(weights=torch.zeros(2)), torch.randn(5, 2))
+        model(weights=torch.zeros(2)).standardised(torch.randn(5, 2))
 
 
 def test_length_weighs_as_much_as_all_layers_together() -> None:
@@ -119,7 +113,7 @@ def test_a_taste_is_learned_and_beats_length(make_votes: Callable[..., VoteTenso
     better = (features[::2, 0] + features[::2, 1] > features[1::2, 0] + features[1::2, 1]).tolist()
     pairs = [(2 * i, 2 * i + 1, A if won else B) for i, won in enumerate(better)]
     train, held_out = make_votes(pairs[:120]), make_votes(pairs[120:])
-    fitted = fit_reward_model(features, train, (1,), RewardSettings(), generator)
+    fitted = LinearRewardModel.fit(features, train, (1,), RewardSettings(), generator)
     figures = evaluate(fitted, features, held_out)
     assert figures.accuracy > 0.8 > 0.65 > figures.longer_wins
     scores = fitted.scores(features[:240])

@@ -1,0 +1,60 @@
+"""Adam whose steps are not lost to rounding."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Adam:
+    """torch's Adam over parameter groups, each parameter below float32 through a float32 master copy: a bfloat16
+    weight would round most steps away."""
+
+    def __init__(self, groups: list[tuple[list[nn.Parameter], float]], epsilon: float) -> None:
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        masters = []
+        for parameters, learning_rate in groups:
+            copies = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone()) for p in parameters]
+            self._pairs += list(zip(parameters, copies, strict=True))
+            masters.append({"params": copies, "lr": learning_rate})
+        self._adam = torch.optim.Adam(masters, eps=epsilon)
+
+    def gather(self) -> None:
+        """Adds the gradients of one micro-batch to the masters': their sum is kept in float32, too."""
+        for parameter, master in self._pairs:
+            if master is not parameter and parameter.grad is not None:
+                gradient, parameter.grad = parameter.grad.float(), None
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+    def step(self, max_grad_norm: float) -> float:
+        """Clips by the global norm, steps, clears the gradients; returns the norm before the clip."""
+        self.gather()
+        norm = nn.utils.clip_grad_norm_([master for _, master in self._pairs], max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError("The gradient is not finite; the update was not made.")
+        self._adam.step()
+        self._adam.zero_grad()
+        with torch.no_grad():
+            for parameter, master in self._pairs:
+                if master is not parameter:
+                    parameter.copy_(master)
+        return float(norm)
+
+    def clear(self) -> None:
+        """Drops gradients that were not stepped."""
+        for parameter, master in self._pairs:
+            parameter.grad = master.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Master weights and moments by name, to be saved."""
+        state = {f"{number}.weight": master.detach() for number, (_, master) in enumerate(self._pairs)}
+        for number, (_, master) in enumerate(self._pairs):
+            state.update({f"{number}.{name}": moment for name, moment in self._adam.state[master].items()})
+        return state
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state` gave back; the parameters follow their masters. Raises KeyError for another model's."""
+        for number, (parameter, master) in enumerate(self._pairs):
+            master.copy_(state[f"{number}.weight"])
+            parameter.copy_(master)
+            names = [name for name in state if name.startswith(f"{number}.") and not name.endswith(".weight")]
+            self._adam.state[master] = {name.partition(".")[2]: state[name] for name in names}

@@ -1,0 +1,72 @@
+"""What a round needs of a reward model."""
+
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from learner.reward.linear_heads import VoteTensors
+from learner.reward.standardiser import Standardiser
+from learner.settings import RewardSettings
+
+
+class RewardModel(Protocol):
+    """Scores answers from frozen features of the reference (`learner.model.features`), in standard deviations of the
+    reference's own answers."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The hidden states that its features are made of."""
+        ...
+
+    @property
+    def standardiser(self) -> Standardiser:
+        """What brings features to comparable size."""
+        ...
+
+    @property
+    def l2(self) -> float:
+        """The penalty that the votes chose; the judge is fitted with it, too."""
+        ...
+
+    @classmethod
+    def fit(
+        cls,
+        features: Tensor,
+        votes: VoteTensors,
+        layers: tuple[int, ...],
+        settings: RewardSettings,
+        generator: torch.Generator,
+    ) -> Self:
+        """From votes on answers with features (N, F); its scores have no unit yet."""
+        ...
+
+    def standardised(self, reference_features: Tensor) -> Self:
+        """The same with scores of mean 0 and sd 1 over the reference's answers, features (N, F)."""
+        ...
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(N,) scores of features (N, F)."""
+        ...
+
+    def uncertainty(self, features: Tensor) -> float:
+        """How far the mean score of these answers, features (N, F), is unsure: a standard deviation."""
+        ...
+
+    def clipped(self, scores: Tensor) -> Tensor:
+        """Scores within the range that votes covered."""
+        ...
+
+    def linear_head(self) -> tuple[Tensor, float]:
+        """(F,) weights and a bias on standardised features, which a critic begins as."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Writes everything into a directory that is there."""
+        ...
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """What `save` wrote."""
+        ...

@@ -1,0 +1,1 @@
+"""The services, one to a file."""

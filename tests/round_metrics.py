@@ -1,0 +1,26 @@
+"""Metrics of rounds for tests: what a test says nothing of is zero."""
+
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics, GateMetrics, WinRate
+
+T = TypeVar("T")
+
+
+def filled(kind: type[T], **values: Any) -> T:
+    """A record of this kind, with zero for every number that is not given."""
+    zero: Any = {field.name: 0 for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{**zero, **values})
+
+
+def candidate_metrics(step: int, kl: float = 0.0, rate: float = 0.5, length: float = 60.0) -> CandidateMetrics:
+    """A candidate that wins so often against both."""
+    won = WinRate(rate, rate - 0.1, rate + 0.1, prompts=64)
+    health = filled(AnswerHealth, length=length)
+    return filled(CandidateMetrics, step=step, kl=kl, against_incumbent=won, against_reference=won, health=health)
+
+
+def gate_metrics(chosen: CandidateMetrics, *others: CandidateMetrics) -> GateMetrics:
+    """A gate that chose this one."""
+    return GateMetrics(chosen, [], [*others, chosen], filled(AnswerHealth, length=62.6))

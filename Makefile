@@ -64,6 +64,7 @@ docs: setup
 	$(BIN)/python docs/setting_names.py
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/languages.py
+	$(BIN)/python docs/floors.py
 
 # After a change of dependencies. No index address may be in the output, and torch without its CPU mark serves both kinds.
 requirements: $(BIN)/uv

@@ -26,7 +26,6 @@ from prefloop.v1 import (
 
 from server.admin.retention_task import TIDY_SECONDS, RetentionTask
 from server.engine.base import ServingEngine
-from server.identity import LOOPBACK
 from server.periodic import repeat_until_cancelled
 from server.rpc.access import Access
 from server.rpc.interceptor import Interceptor
@@ -39,7 +38,7 @@ from server.rpc.services.feedback import FeedbackService
 from server.rpc.services.policies import PolicyService
 from server.rpc.tls import Certificates
 from server.rpc.validation import validator
-from server.settings import ServerSettings
+from server.settings import LOOPBACK, ServerSettings
 from server.shared.errors import ServiceError
 from server.store.store_thread import StoreThread
 from server.telemetry import metrics

@@ -14,8 +14,7 @@ from server.engine.adapter_engine import AdapterEngine
 from server.engine.reference import prepare_reference
 from server.engine.vllm_engine import VllmEngine
 from server.engine.vllm_start import set_environment, start_engine
-from server.identity import LOOPBACK
-from server.settings import ServerSettings
+from server.settings import LOOPBACK, ServerSettings
 from server.shared.dtype import DtypeName, resolve_dtype
 from server.shared.errors import DataDirectoryError, ServiceError
 from server.shared.open_files import allow_open_files

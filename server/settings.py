@@ -5,11 +5,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from server.identity import LOOPBACK
 from server.shared.dtype import DtypeSetting
 from server.shared.settings_base import SettingsBase
 
 DEFAULT_MODEL = "smollm2"
+
+
+# Names of this machine that no other machine reaches it by.
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 class ServerSettings(SettingsBase):

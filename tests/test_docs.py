@@ -10,7 +10,13 @@ import typer
 
 from server.shared.variables import read_variables, unknown
 
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *map(str, sorted(Path("docs").rglob("*.md")))]
+PAGES = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *map(str, sorted(Path("docs").rglob("*.md"))),
+]
 PAGES += [f"clients/{language}/README.md" for language in ("go", "node")]
 
 
@@ -29,6 +35,26 @@ def test_the_lists_of_settings_are_the_codes(root: Path, tmp_path: Path) -> None
     ]
     changed = [str(path) for path in made if (tmp_path / path).read_text() != (root / path).read_text()]
     assert changed == [], "run `make docs`"
+
+
+def test_the_picture_of_the_floors_is_the_imports(root: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "docs/floors.py", str(tmp_path / "floors.svg")], cwd=root, check=True, timeout=60)
+    assert (tmp_path / "floors.svg").read_text() == (root / "docs" / "floors.svg").read_text(), "run `make docs`"
+
+
+def test_the_architecture_names_every_room_and_files_that_there_are(root: Path) -> None:
+    text = (root / "ARCHITECTURE.md").read_text()
+    rooms = {
+        f"{house}/{room.name}/"
+        for house in ("server", "learner")
+        for room in (root / house).iterdir()
+        if (room / "__init__.py").exists()
+    }
+    assert set(re.findall(r"^\| `(\w+/\w+/)` \|", text, re.MULTILINE)) == rooms
+    named = re.findall(r"`([\w/]+\.py)`", text)
+    found = {name for name in named if any((root / top / name).exists() for top in ("", "server"))}
+    # In a list after a folder that was named just before.
+    assert set(named) - found == {"snapshots.py", "linear_reward_model.py"}
 
 
 @pytest.mark.parametrize("folder", ["server", "learner", "clients", "benchmarks", "deploy", "docs", "tests/e2e"])

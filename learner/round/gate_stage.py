@@ -60,19 +60,11 @@ def judge_candidates(
 ) -> Verdict:
     """Which candidate may serve, if any; every answer that was judged is kept beside it.
 
-    A first look at half of the prompts ends the gate where it is clear already (`learner.gate.rules.looks`)."""
+    A first look at half of the prompts ends the gate where it is clear already (`learner.gate.win_rate.looks`)."""
     if work.done("gate") and (stored := work.round.metrics.gate):
         return Verdict(stored.chosen, stored.reasons)
     gate, prompts = work.settings.gate, spread(work.prompts.held_out, work.settings.gate.prompts)
-    judge = fit_judge(
-        features,
-        dataset.judge,
-        reward_model.standardiser,
-        reward_model.l2,
-        work.settings.reward.label_smoothing,
-        gate.refits,
-        work.generator(3),
-    )
+    judge = _judge(work, dataset, features, reward_model)
     steps = promising(improvement, gate)
     incumbent, reference = work.round.incumbent_version, work.round.reference_version
     planned = looks(len(prompts), gate)
@@ -104,6 +96,18 @@ def judge_candidates(
     roles["incumbent"] = answers.pop(incumbent) if incumbent != reference else roles["reference"]
     _record(work, prompts[:asked], roles | answers, verdict, list(measured.values()), baseline)
     return verdict
+
+
+def _judge(work: Workspace, dataset: Dataset, features: Tensor, reward_model: RewardModel) -> Judge:
+    return fit_judge(
+        features,
+        dataset.judge,
+        reward_model.standardiser,
+        reward_model.l2,
+        work.settings.reward.label_smoothing,
+        work.settings.gate.refits,
+        work.generator(3),
+    )
 
 
 def _record(

@@ -16,9 +16,9 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2
 from grpc_status import rpc_status
 
-from server.identity import calling
 from server.rpc.access import Access
 from server.rpc.grpc_status import to_status
+from server.rpc.identity import calling
 from server.rpc.limits import Limits
 from server.rpc.open_calls import OpenCalls
 from server.shared.errors import DeadlineExceededError, InvalidArgumentError, ServiceError

@@ -8,9 +8,9 @@ from typing import Any
 from prefloop.v1 import account_pb2, account_pb2_grpc
 
 from server.admin.retention_task import RetentionTask
-from server.identity import current_caller
 from server.rpc.access import Access
 from server.rpc.export import export
+from server.rpc.identity import current_caller
 from server.rpc.open_calls import OpenCalls
 from server.shared.errors import PermissionDeniedError
 from server.store.store_thread import StoreThread

@@ -11,9 +11,9 @@ from typing import Any
 from prefloop.v1 import chat_pb2, chat_pb2_grpc
 
 from server.admin.retention_task import RetentionTask
-from server.identity import current_user
 from server.rpc import to_proto
 from server.rpc.idempotency import body_sha256
+from server.rpc.identity import current_user
 from server.rpc.paging import CHUNK, fill
 from server.rpc.validation import MAX_PAGE_SIZE
 from server.store.chats.records import Generation, Slot

@@ -7,9 +7,9 @@ from typing import Any
 from prefloop.v1 import feedback_pb2, feedback_pb2_grpc
 
 from server.engine.base import ServingEngine
-from server.identity import current_user
 from server.rpc import to_proto
 from server.rpc.idempotency import body_sha256
+from server.rpc.identity import current_user
 from server.rpc.paging import CHUNK, fill, in_chunks
 from server.shared.errors import InvalidArgumentError
 from server.store.chats import records

@@ -6,8 +6,8 @@ from typing import Any
 
 from prefloop.v1 import policy_pb2, policy_pb2_grpc
 
-from server.identity import current_user
 from server.rpc import to_proto
+from server.rpc.identity import current_user
 from server.rpc.paging import CHUNK, fill, in_chunks
 from server.store.files.residue import keeping
 from server.store.files.round_samples import RoundSample, read_samples

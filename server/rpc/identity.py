@@ -6,8 +6,6 @@ from contextvars import ContextVar
 
 from server.store.keys import Caller
 
-LOOPBACK = {"127.0.0.1", "::1", "localhost"}
-
 _caller: ContextVar[Caller] = ContextVar("caller")
 
 

@@ -231,7 +231,7 @@ def run_starts(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
             second = work / "cells" / f"{cell.name}-{start}"
             rmtree(second, ignore_errors=True)
             copytree(data, second)
-            found[start] = measured_round(work, second, cell, PREFLOOP_PPO__START_FROM=start)
+            found[start] = measured_round(work, second, cell, PREFLOOP_POLICY__START_FROM=start)
             rmtree(second)
     rmtree(data)
     return found

@@ -93,7 +93,8 @@ def draw(found: dict[str, set[str]]) -> str:
     size = left - 2 * GAP, 40 + (highest + 1) * FLOOR
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" '
-        'font-family="system-ui, sans-serif" font-size="13" role="img" aria-label="The rooms of the code, each above all it imports.">',
+        'font-family="system-ui, sans-serif" font-size="13" role="img" '
+        'aria-label="The rooms of the code, each above all it imports.">',
         "<style>.room{fill:#f6f8fa;stroke:#8b949e}.line{stroke:#8b949e;stroke-width:.7;opacity:.55}text{fill:#1f2328}"
         ".house{font-weight:600}</style>",
         f'<rect width="{size[0]}" height="{size[1]}" fill="#ffffff"/>',

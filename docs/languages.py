@@ -1,4 +1,4 @@
-"""Writes README.md's section for those who bring no Python, from the protos' descriptors. `make docs` runs it.
+"""Writes docs/languages.md, for those who bring no Python, from the protos' descriptors. `make docs` runs it.
 
 A request shows what it needs and leaves out what it does not: fields with presence, and those that are named here. A
 field that is in neither list is an error, so that whoever adds one says which it is.
@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).with_name("languages.md")
 BEGIN, END = "<!-- made by docs/languages.py -->\n", "<!-- until here -->\n"
 PACKAGE = chat_pb2.DESCRIPTOR.package
 FILES = [module.DESCRIPTOR for module in (chat_pb2, feedback_pb2, account_pb2, policy_pb2)]
@@ -53,9 +53,9 @@ The protos are the interface. With [grpcurl](https://github.com/fullstorydev/grp
 
 Where the server wants a key, put `-H "authorization: Bearer $PREFLOOP_API_KEY"` in the place of `x-user-id`; beyond
 loopback `-cacert chat.crt` in that of `-plaintext`, or nothing where the system trusts the certificate. The reference
-has [a request for every RPC](docs/reference.md#who-may-call-what).
+has [a request for every RPC](reference.md#who-may-call-what).
 
-[`clients/node`](clients/node) is a client in JavaScript, which reads the protos as they are, [`clients/go`](clients/go)
+[`clients/node`](../clients/node) is a client in JavaScript, which reads the protos as they are, [`clients/go`](../clients/go)
 one in Go with the code that `buf` makes: an RPC is `{go}.{client}(connection).{method}`, an event
 `*{go}.{event}`, a choice `{go}.{choice}`.
 
@@ -104,4 +104,4 @@ def written(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    (Path(sys.argv[1]) if len(sys.argv) > 1 else README).write_text(written(README.read_text()))
+    (Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE).write_text(written(PAGE.read_text()))

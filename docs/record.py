@@ -1,7 +1,7 @@
-"""Records the chat sessions of the README: `python docs/record.py PORT`, while `server serve` listens there.
+"""Records the chat sessions of docs/chat.md: `python docs/record.py PORT`, while `server serve` listens there.
 
 Each line is typed into `chat` under a pseudo-terminal once its prompt stands there, and all that appears replaces the
-README's transcript. The terminal is a dumb one, which nothing is drawn over in; what answers say is left as it came.
+page's transcript. The terminal is a dumb one, which nothing is drawn over in; what answers say is left as it came.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ import sys
 import termios
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).with_name("chat.md")
 CHAT = Path(sys.executable).parent / "chat"
 COLUMNS, LINES = 100, 30
 ANSWER_SECONDS = 120.0
@@ -84,13 +84,13 @@ def read(terminal: int) -> str:
 
 
 def main() -> None:
-    """Writes the transcript into the README."""
+    """Writes the transcript into the page."""
     sessions = [record(arguments, lines, int(sys.argv[1])).strip() for arguments, lines in SESSIONS]
     block = "```text\n" + "\n\n".join(sessions) + "\n```"
-    text, places = re.subn(r"```text\n.*?```", lambda _: block, README.read_text(), count=1, flags=re.DOTALL)
+    text, places = re.subn(r"```text\n.*?```", lambda _: block, PAGE.read_text(), count=1, flags=re.DOTALL)
     if not places:
-        raise RuntimeError("The README has no transcript to replace.")
-    README.write_text(text)
+        raise RuntimeError("The page has no transcript to replace.")
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -86,14 +86,14 @@ def test_the_readmes_python_runs_against_the_client(root: Path) -> None:
     assert all(hasattr(Client, name) for name in called)
 
 
-def test_the_readmes_transcript_types_what_there_is(root: Path) -> None:
+def test_the_transcript_types_what_there_is(root: Path) -> None:
     from rich.console import Console
 
     from clients import Client
     from clients.cli import app
     from clients.terminal.session import Terminal
 
-    section = (root / "README.md").read_text().split("\n## In the terminal\n")[1].split("\n## ")[0]
+    section = (root / "docs" / "chat.md").read_text().split("\n## In the terminal\n")[1]
     starts = re.findall(r"^\$ (.*)$", section, re.MULTILINE)
     typed = set(re.findall(r"(?:^> |`)(/\w+)", section, re.MULTILINE))
     assert starts == [".venv/bin/chat", ".venv/bin/chat --resume"]

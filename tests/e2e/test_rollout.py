@@ -11,11 +11,11 @@ pytestmark = pytest.mark.e2e
 SAMPLE = """
 import sys
 from pathlib import Path
-from learner.model.rollout import Engine
+from learner.model.rollout import RolloutEngine
 from learner.settings import LearnerSettings
 from server.store.chats.records import Prompt
 
-engine = Engine(Path(sys.argv[1]), LearnerSettings(), "float32", 1024)
+engine = RolloutEngine(Path(sys.argv[1]), LearnerSettings(), "float32", 1024)
 prompts = [Prompt(str(n), [1, *[3 + (n + i) % 90 for i in range(900)], 0], 8) for n in range(48)]
 together = engine.sample(prompts, 7)
 alone = engine.sample(prompts[:1], 7)

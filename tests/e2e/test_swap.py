@@ -16,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, policy_pb2
 
+from server.store.chats.responses import load_responses
 from server.store.store import Store
 from tests.e2e.conftest import LiveServer, children, engine, live_server
 from tests.tiers import slow
@@ -76,7 +77,7 @@ def test_a_default_server_answers(default: LiveServer) -> None:
 def test_every_sampled_token_is_stored_with_its_logprob(live: LiveServer) -> None:
     started, _, finished = ask(live, "Name a colour.", temperature=0.7, max_tokens=12, seed=3)
     store = Store.open(live.data_dir)
-    response = store._responses([started.response_id])[started.response_id]
+    response = load_responses(store._db, [started.response_id])[started.response_id]
     store.close()
     assert len(response.token_ids) == len(response.logprobs) == finished.usage.completion_tokens
     assert all(logprob <= 0 for logprob in response.logprobs)
@@ -281,7 +282,7 @@ def test_a_stop_ends_streams_in_the_grace_and_every_process(live: LiveServer) ->
     assert "Exception ignored" not in "".join(live.log)
     # While it is down the pointer moves; at its start it serves what the pointer says.
     store = Store.open(live.data_dir)
-    assert store._responses([started.response_id])[started.response_id].status == "finished"
+    assert load_responses(store._db, [started.response_id])[started.response_id].status == "finished"
     assert store.replicas.alive() == []
     store.policies.activate(version, actor="learner")
     store.close()

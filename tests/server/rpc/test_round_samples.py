@@ -11,7 +11,7 @@ import pytest
 from prefloop.v1 import account_pb2, chat_pb2, policy_pb2
 
 from server.admin import retention_task
-from server.rpc import policies
+from server.rpc.services import policies
 from server.store.files.residue import keeping
 from server.store.files.round_samples import RoundSample, read_samples
 from server.store.learning.records import Round

@@ -55,9 +55,9 @@ Where the server wants a key, put `-H "authorization: Bearer $PREFLOOP_API_KEY"`
 loopback `-cacert chat.crt` in that of `-plaintext`, or nothing where the system trusts the certificate. The reference
 has [a request for every RPC](reference.md#who-may-call-what).
 
-[`clients/node`](../clients/node) is a client in JavaScript, which reads the protos as they are, [`clients/go`](../clients/go)
-one in Go with the code that `buf` makes: an RPC is `{go}.{client}(connection).{method}`, an event
-`*{go}.{event}`, a choice `{go}.{choice}`.
+[`clients/node`](../clients/node) is a client in JavaScript, which reads the protos as they are.
+[`clients/go`](../clients/go) is one in Go with the code that `buf` makes: an RPC is
+`{go}.{client}(connection).{method}`, an event `*{go}.{event}`, a choice `{go}.{choice}`.
 
 """
 

@@ -50,7 +50,7 @@ def set_environment(settings: "LearnerSettings") -> None:
 def keep_freed_memory() -> None:
     """Freed blocks stay with the process, where its C library is glibc.
 
-    Training makes and drops tensors of many megabytes in every pass. By default each is mapped and unmapped anew, and
+    Training makes and drops tensors of many megabytes in every pass. By default each is mapped and unmapped again, and
     the kernel's clearing of the pages took a fifth of an update's time (docs/decisions/0009)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

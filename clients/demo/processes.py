@@ -121,7 +121,7 @@ class Server:
     def start(self) -> None:
         """Returns once the server is healthy; raises DemoError with its last words otherwise."""
         self._limit = Limit("The server's start", START_SECONDS, silent=SILENT_SECONDS)
-        # A fresh directory would be compiled for anew, which takes longer than so few answers gain by it. And the port
+        # A fresh directory would be compiled for again, which takes longer than so few answers gain by it. And the port
         # of the metrics may be another server's.
         usual = {"PREFLOOP_COMPILE": "false", "PREFLOOP_METRICS_PORT": "0"}
         self._process = Process(self._command, self._log, self._hear, usual)

@@ -163,7 +163,7 @@ async def _grow(site: Site, conversation_id: str, live: TurnUnderWay) -> AsyncIt
 
 
 async def _look(site: Site, person: SignedIn, conversation: Conversation) -> AsyncIterator[ServerSentEvent]:
-    # Whatever is wrong, the page says when it is drawn anew.
+    # Whatever is wrong, the page says when it is drawn again.
     with suppress(PrefloopError):
         while unfinished(conversation.turns[-1]):
             await asyncio.sleep(LOOK_SECONDS)

@@ -26,7 +26,7 @@ from clients.web.sign_in import SignedIn
 
 AnswerStream = AsyncStream[ChatEvent] | AsyncStream[CompareEvent]
 
-# Readers hear of changes at most so often, all at once: the turn is drawn anew each time, once for all of them.
+# Readers hear of changes at most so often, all at once: the turn is drawn again each time, once for all of them.
 PAUSE_SECONDS = 0.1
 # How long the server may be away in the middle of an answer.
 AWAY_SECONDS = 600.0

@@ -1,15 +1,14 @@
 """Starts rounds when the clock says so, or RequestRound. Wiring only: each round is a process of its own; the lease
 keeps rounds apart.
 
-- What was missed while no scheduler ran is made up for at once: the first time is counted from the last round, as the
-  store has it, and a round that was killed is gone on with.
-- A round that is due in quiet hours waits for their end; times that pass meanwhile become one.
-- A failed round, recorded by itself, is tried again after longer and longer waits, and keeps no regular one from
-  starting.
-- A request starts a round at once, whatever the hour and however few the votes; one that the clock starts first answers
-  it. How it ended is written down. It is not tried again: whoever asked can.
-- SIGTERM and SIGINT are passed on to the round under way, which stops where the next one goes on; a request that it was
-  to answer is answered by that one.
+- A round that was missed while no scheduler ran starts at once: the first time is counted from the last round in the
+  store. A round that was killed is resumed.
+- A round that is due in quiet hours waits for their end. Times that pass meanwhile become one.
+- A failed round is retried with growing delays. It does not delay the next regular round.
+- A request starts a round at once, at any hour and with any number of votes. If the clock starts a round first, that
+  round answers the request. The outcome is stored. A failed request is not retried: whoever asked can ask again.
+- SIGTERM and SIGINT are passed on to the running round, which stops where the next one resumes. That one also answers
+  the request.
 """
 
 import json
@@ -39,12 +38,12 @@ from server.shared.errors import DatabaseError, ServiceError
 from server.store.store import Store
 
 STOP_SECONDS = 60
-# What came of a request is tried to be written down so often.
+# How often storing a request's outcome is tried again.
 WRITE_SECONDS = 2.0
 
 
 class RoundScheduler:
-    """`run` blocks until SIGTERM or SIGINT. Raises ValueError for a cron line that is none, and for a TZ like that."""
+    """`run` blocks until SIGTERM or SIGINT. Raises ValueError for an invalid cron line or TZ."""
 
     def __init__(self, settings: ScheduleSettings, data_dir: Path, say: Callable[[str], None]) -> None:
         self._settings, self._data_dir, self._say = settings, data_dir, say

@@ -68,7 +68,7 @@ def is_judge(conversation_id: str, judge_share: float) -> bool:
 
 
 def select(votes: VoteTensors, groups: Tensor) -> VoteTensors:
-    """The votes of conversations where `groups` (G,) is True, conversations numbered anew without gaps."""
+    """The votes of conversations where `groups` (G,) is True, conversations numbered again without gaps."""
     c, m = groups[votes.choice_group], groups[votes.thumb_group]
     number = groups.cumsum(0) - 1
     return VoteTensors(

@@ -235,8 +235,8 @@ def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTe
 
 
 def weigh_voters(work: Workspace, dataset: Dataset, features: Tensor) -> tuple[Dataset, VoterWeights | None]:
-    """Who answers against the others counts less, and how many do; worked out anew where a round is resumed, to the
-    same end."""
+    """Reduces the weight of voters who answer against the others, and counts them. A resumed round computes it again,
+    with the same result."""
     if not work.settings.reward.weigh_voters:
         return dataset, None
     with work.stages.stage("voters", "comparing voters with each other"):

@@ -34,13 +34,13 @@ Answer = Callable[[AsyncIterator[bytes], Any, asyncio.Timeout], Awaitable[Any]]
 
 # From a call's headers to its message.
 MESSAGE_SECONDS = 10.0
-# Who may call without a key, and asks for health alone.
+# A caller without a key, who may ask for health only.
 NOBODY = Caller("", "user", has_key=False)
 
 
 class HandlerContext:
-    """The call's context as handlers have it: a write to a caller who is gone ends the handler as a cancellation does,
-    which it mostly overtakes."""
+    """The call's context as handlers see it. A write to a caller who has gone raises CancelledError, as the
+    cancellation that gRPC sends a moment later would."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
@@ -49,7 +49,7 @@ class HandlerContext:
         try:
             await self._context.write(message)
         except Exception as error:
-            # gRPC does not say its name in public.
+            # The class is not public in grpc.
             if type(error).__name__ != "ExecuteBatchError":
                 raise
             raise asyncio.CancelledError from None

@@ -17,15 +17,15 @@ from server.telemetry import metrics
 
 # Calls of all who have no key, who may ask for health, at once.
 STRANGERS = 1_000
-# Users whose rate is remembered; of more than that, those who were not heard of for longest start anew.
+# Users whose rate is remembered. With more users, those who were silent for longest start with a fresh rate.
 USERS = 100_000
 # When to come back to a server that is full: about the time of an answer.
 BUSY_SECONDS = 2.0
 
 
 class Limits:
-    """Of a user `user_rate` calls a minute and `user_calls` at once; of all users `answers` under way or waiting, of
-    which nobody has more than they leave to others."""
+    """Limits a user to `user_rate` calls a minute and `user_calls` at once, and all users together to `answers` running
+    or waiting. Nobody has more of these than they leave to others."""
 
     def __init__(self, user_rate: int, user_calls: int, answers: int) -> None:
         # As many at once as in a minute; from then on evenly spaced (generic cell rate algorithm).

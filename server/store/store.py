@@ -74,8 +74,8 @@ class Store:
         self._db.copy_to(data_dir / DATABASE)
 
     def free_files(self, *, rewrite: bool) -> bool:
-        """Removes from the database's own files what deleted rows left; with `rewrite`, also by writing them anew where
-        that is due. False where another process keeps reading: what was deleted may still be in the log."""
+        """Removes from the database's own files what deleted rows left; with `rewrite`, also rewrites them where that
+        is due. False where another process keeps reading: deleted content may still be in the log."""
         due = self.deletion.rewrite_due() if rewrite else 0
         if due:
             self._db.rewrite()

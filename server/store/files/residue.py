@@ -24,8 +24,8 @@ ANSWERS, REPORT = "answers.jsonl", "report.html"
 
 
 def erase(data_dir: Path, *, rewrite: bool = False) -> bool:
-    """Removes what deletions left; with `rewrite`, also by writing the database anew where that is due. False where
-    another process kept the database's log from being emptied: what was removed may still be read there."""
+    """Removes what deletions left; with `rewrite`, also rewrites the database where that is due. False where another
+    process kept the database's log from being emptied: deleted content may still be read there."""
     sweep(data_dir)
     with closing(Store.open(data_dir)) as store:
         return store.free_files(rewrite=rewrite)
@@ -57,8 +57,8 @@ def sweep(data_dir: Path) -> None:
 
 
 def cache_directory(data_dir: Path, deletions: int) -> Path:
-    """Where the features of answers are that were read after so many deletions. A later one makes them anew: they are
-    numbers made of what people wrote, and do not say of whose."""
+    """The folder of cached features after so many deletions. Features are numbers made of what people wrote and do not
+    say whose, so after a deletion all of them are computed again."""
     return data_dir / "cache" / str(deletions)
 
 

@@ -58,7 +58,7 @@ class Round:
     reason: str
     create_time: float
     finish_time: float | None
-    # How often it was begun or gone on with, less how often it stopped because it was asked to.
+    # How often it was started or resumed, less how often it stopped because it was asked to.
     attempts: int = 1
     # Whose votes it leaves out: those in quarantine when it began.
     quarantined: list[str] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """Who listens for requests to run a round, what was requested, and what became of it.
 
-A learner that listens says so again and again (a heartbeat, as servers do) and looks for a request. Asking writes one
-row; there is one at a time that is not over. It is taken by one learner, when no other is at work, and ended by that
-learner with a sentence. Where that learner went away, the next one takes it again. Who asked is not kept.
+A listening learner writes heartbeats, as servers do, and polls for a request. A request is one row, and at most one is
+open. One learner takes it, when no other is running a round, and closes it with a sentence. If that learner goes away,
+the next one takes it. Who asked is not stored.
 """
 
 from server.shared.errors import FailedPreconditionError
@@ -12,7 +12,7 @@ from server.store.learning.records import RoundRequest
 from server.store.learning.replicas import ALIVE_SECONDS, BEAT_WITHIN
 
 OUTCOME_CHARACTERS = 2000
-# Of a request that is not over: nobody has it who still listens.
+# Of an open request: no learner that is still listening has taken it.
 FREE = (
     "NOT EXISTS (SELECT 1 FROM listeners l WHERE l.id = round_requests.listener "
     f"AND l.boot = boot_id() AND uptime() - l.uptime <= {ALIVE_SECONDS})"

@@ -81,11 +81,11 @@ class Rounds:
             return self.get(round_id)
 
     def resume(self, round_id: str, *, fence: Lease) -> Round:
-        """Counts that a round is gone on with."""
+        """Counts one more attempt: the round is resumed."""
         return self._count_attempts(round_id, 1, fence)
 
     def stop(self, round_id: str, *, fence: Lease) -> Round:
-        """Says that a round stops because it was asked to: that attempt does not count."""
+        """Takes the attempt back: the round stops because it was asked to."""
         return self._count_attempts(round_id, -1, fence)
 
     def finish(

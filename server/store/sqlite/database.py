@@ -261,8 +261,8 @@ class SqliteDatabase:
             raise DataDirectoryError(f"The database is damaged: {found}.")
 
     def rewrite(self) -> None:
-        """Writes the whole file anew, free of what deleted rows left in it. Writers wait, and it takes as much memory
-        as the file is long: pysqlite3 is built to keep there what is temporary."""
+        """Rewrites the whole file (VACUUM), without what deleted rows left in it. Writers wait. It takes as much memory
+        as the file is long, because pysqlite3 is built to keep temporary data there."""
         self._execute("VACUUM")
 
     def empty_log(self, seconds: float = EMPTY_SECONDS) -> bool:

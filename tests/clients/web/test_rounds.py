@@ -4,13 +4,13 @@ from prefloop.v1.feedback_pb2 import FEEDBACK_KIND_CHOICE, FEEDBACK_KIND_CORRECT
 from prefloop.v1.policy_pb2 import ROUND_STATE_FAILED, ROUND_STATE_PROMOTED, Duel, Round, VoteCount
 
 from clients.web.board import duel_share, votes_by_day
-from clients.web.rounds import Interval, RoundFigures, win_rates
+from clients.web.rounds import RoundFigures, win_rates
 from tests.clients.web.test_board import METRICS
 
 
 def judged() -> RoundFigures:
     round_ = Round(round_id="round_abcdef0123", state=ROUND_STATE_PROMOTED, policy_version="v0001")
-    round_.metrics.update(METRICS)
+    round_.metrics.update(METRICS.to_json())
     return RoundFigures(round_)
 
 
@@ -18,8 +18,8 @@ def test_a_rounds_figures() -> None:
     figures = judged()
     assert (figures.short_id, figures.state, figures.promoted) == ("abcdef", "promoted", True)
     assert (figures.votes, figures.accuracy, figures.kl, figures.minutes) == (150, 0.69, 2.18, 4.5)
-    assert figures.win_rate == Interval(0.73, 0.6, 0.79)
-    assert str(figures.win_rate) == "0.73 [0.60, 0.79]"
+    assert figures.win_rate
+    assert (figures.win_rate.rate, str(figures.win_rate)) == (0.73, "0.73 [0.63, 0.83]")
     assert figures.seconds == [("ppo", 145), ("gate", 81), ("activate", 21), ("reward_model", 14), ("start", 9)]
     assert [(one["step"], one["kl"], one["chosen"]) for one in figures.candidates] == [
         (3, 0.73, False),

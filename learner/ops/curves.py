@@ -11,7 +11,7 @@ PANELS = (
     ("length", "Answer length", "tokens"),
     ("entropy", "Entropy", "nats a token"),
     ("clipfrac", "Clipped ratios", "share of tokens"),
-    ("value_loss", "Value loss", ""),
+    ("value_loss", "Value loss", "squared score"),
     ("mismatch_rms", "Trainer against engine", "rms of log-ratio"),
     ("kl_coef", "KL penalty's weight", ""),
 )

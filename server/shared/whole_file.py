@@ -1,7 +1,7 @@
 """A file that is there whole or not at all."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +16,21 @@ def whole_file(path: Path) -> Iterator[TextIO]:
         with path.open("w", encoding="utf-8") as file:
             yield file
         return
+    # Its name is known before it is made: whenever the block is interrupted, it goes.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        descriptor, partial = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
-    except OSError as error:
-        # By the name that was asked for.
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with _made(partial, path) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(partial).replace(path)
+        partial.replace(path)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+
+
+def _made(partial: Path, path: Path) -> TextIO:
+    """A new file for its owner alone. Raises OSError by the name that was asked for."""
+    try:
+        return open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

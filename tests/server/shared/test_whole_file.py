@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,19 @@ def test_what_ends_early_leaves_what_was_there(tmp_path: Path) -> None:
         write()
     assert path.read_text(encoding="utf-8") == "before"
     assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_an_interruption_as_the_file_was_just_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opening = os.open
+
+    def interrupted(*arguments: Any) -> int:
+        os.close(opening(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "out.jsonl"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_is_no_file_is_written_as_it_comes() -> None:

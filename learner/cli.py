@@ -42,7 +42,8 @@ def run_once(
 
     Every setting is also a PREFLOOP_* variable or in prefloop.toml. Ends with 0 where there was nothing to learn.
     SIGTERM and Ctrl-C stop it where the next run goes on."""
-    policy, ppo = ({name: value} if value is not None else None for name, value in (("train", train), ("steps", steps)))
+    policy = None if train is None else {"train": train}
+    ppo = None if steps is None else {"steps": steps}
     settings = _settings(data_dir=data_dir, policy=policy, ppo=ppo, seed=seed)
     report = _run_round(settings, wait, report_file)
     from rich.console import Console

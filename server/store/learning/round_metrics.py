@@ -1,4 +1,4 @@
-"""What a round measured, stage by stage: written by the learner, read by reports, the gate's successors, the board and
+"""What a round measured, stage by stage: written by the learner, read by reports, status, the board and
 Prometheus. A figure that could not be taken is NaN here and null in JSON.
 
 How a round's JSON of an earlier version is read is `server.shared.stored_round`'s. Lengths are in tokens, KL in nats.

@@ -62,6 +62,7 @@ stubs: setup
 
 docs: setup
 	$(BIN)/python docs/setting_names.py
+	$(BIN)/python docs/copies.py
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/languages.py
 	$(BIN)/python docs/floors.py

@@ -29,7 +29,7 @@ from prefloop.v1 import chat_pb2, chat_pb2_grpc
 from clients import Client
 from clients.demo.questions import questions
 from clients.demo.voter import TASTES, Voter
-from server.shared.dtype import resolve_dtype
+from server.shared.model.dtype import resolve_dtype
 
 STREAMS = (1, 4, 16)
 BESIDE_ROUND = 4

@@ -50,7 +50,7 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
     from learner.model.forward import to_tokens
     from learner.model.policy import lora
     from learner.reward.linear_reward_model import LinearRewardModel
-    from server.shared.dtype import MICRO_BATCH_TOKENS
+    from server.shared.model.dtype import MICRO_BATCH_TOKENS
 
     settings, dataset, features, layers = voted(work, cell, pairs)
     votes = dataset.train

@@ -150,7 +150,7 @@ def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from learner.model.features import FeatureCache, default_layers
-    from server.shared.dtype import MICRO_BATCH_TOKENS, resolve_dtype, torch_dtype
+    from server.shared.model.dtype import MICRO_BATCH_TOKENS, resolve_dtype, torch_dtype
 
     dtype = resolve_dtype("auto").name
     tokenizer = AutoTokenizer.from_pretrained(model_directory)

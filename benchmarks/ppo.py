@@ -135,7 +135,7 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     from learner.model.features import default_layers
     from learner.model.policy import TrainablePolicy
     from learner.model.rollout import RolloutEngine
-    from server.shared.dtype import resolve_dtype, torch_dtype
+    from server.shared.model.dtype import resolve_dtype, torch_dtype
 
     dtype = resolve_dtype(settings.dtype).name
     policy_settings = policy_settings.at(dtype)
@@ -281,7 +281,7 @@ def with_critic_trunk(ppo_update: Callable[..., Any], directory: Path, budget: i
     from transformers import AutoModelForCausalLM
 
     from learner.model.forward import micro_batches, run_trunk
-    from server.shared.dtype import resolve_dtype, torch_dtype
+    from server.shared.model.dtype import resolve_dtype, torch_dtype
 
     critic = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype(resolve_dtype("auto").name))
 

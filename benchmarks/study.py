@@ -157,7 +157,7 @@ def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
     from transformers import AutoModelForCausalLM
 
     from learner.model.features import FeatureCache, default_layers
-    from server.shared.dtype import MICRO_BATCH_TOKENS, resolve_dtype, torch_dtype
+    from server.shared.model.dtype import MICRO_BATCH_TOKENS, resolve_dtype, torch_dtype
 
     dtype = resolve_dtype("auto").name
     reference = work / "pool" / "policies" / "v0000"
@@ -277,7 +277,7 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     questions, one answer each with the same seeds, wins and half the ties."""
     from learner.process import set_environment
     from learner.settings import LearnerSettings
-    from server.shared.dtype import resolve_dtype, torch_dtype
+    from server.shared.model.dtype import resolve_dtype, torch_dtype
 
     settings = LearnerSettings(data_dir=data)
     set_environment(settings)

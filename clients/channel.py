@@ -3,11 +3,12 @@
 gRPC is given no retry policy; `clients.retries` repeats calls.
 """
 
-import ipaddress
 import re
 from dataclasses import dataclass
 
 import grpc
+
+from clients.loopback import is_loopback
 
 # Servers answer pings closer together than 5 minutes with GOAWAY; the 10 s on top keep clear of that edge.
 KEEPALIVE_MILLISECONDS = 310_000
@@ -27,7 +28,7 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ]
-    if is_loopback(address):
+    if on_loopback(address):
         # A proxy set for the network cannot reach this machine's own loopback.
         options.append(("grpc.enable_http_proxy", 0))
     return options
@@ -69,18 +70,12 @@ def open_async_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel
 
 def channel_credentials(address: str, tls: Tls | None) -> grpc.ChannelCredentials | None:
     """Of an encrypted connection; None for one in the clear."""
-    if tls is None and is_loopback(address):
+    if tls is None and on_loopback(address):
         return None
     tls = tls or Tls()
     return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
 
 
-def is_loopback(address: str) -> bool:
-    """Whether "host:port" or "[v6]:port" names this machine's loopback."""
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def on_loopback(address: str) -> bool:
+    """Whether "host:port" or "[v6]:port" is on this machine's loopback."""
+    return is_loopback(address.rpartition(":")[0].strip("[]"))

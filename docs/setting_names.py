@@ -1,7 +1,4 @@
-"""Writes the list of all settings' names from the code, and the clients' copy of it. `make docs` runs it.
-
-The clients may not import the server: they get what they need of `server/shared/` as copies.
-"""
+"""Writes the list of all settings' names from the code. `make docs` runs it."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,22 +17,21 @@ from server.shared import failpoints
 from server.shared.variables import read_variables
 
 ROOT = Path(__file__).parent.parent
-SHARED, CLIENTS = "server/shared", "clients"
+NAMES = Path("server/shared/setting_names.py")
 HEAD = '''"""The names of all settings of server, learner and clients. Made by `make docs`: write nothing here."""
 '''
-COPIED = "# Copied from {source} by `make docs`: write there, not here.\n"
 # Read without a flag or a settings class: by the command `chat`, by every process, by clients/node, by tests alone.
 OTHERS = (clients.API_KEY, failpoints.VARIABLE, "PREFLOOP_SECONDS", "PREFLOOP_SCREENSHOTS")
 
 
-def made() -> dict[str, str]:
-    """The files' texts by path."""
+def made() -> str:
+    """The file's text."""
     models = (ServerSettings, LearnerSettings)
     settings = {name for model in models for name in fields(model)}
     flags = {variable for app in (server, learner, clients.app) for variable in flags_of(typer.main.get_command(app))}
     variables = read_variables(dict.fromkeys((*flags, *OTHERS), "")).keys() - settings
     old = {name for model in models for name in model.renamed} - settings
-    names = HEAD + "".join(
+    return HEAD + "".join(
         f"\n# {comment}\n{constant} = {text(found)}"
         for constant, comment, found in (
             (
@@ -47,13 +43,6 @@ def made() -> dict[str, str]:
             ("OLD", "Names of settings that have new ones; they go with the next version.", old),
         )
     )
-    checks = (ROOT / SHARED / "variables.py").read_text()
-    return {
-        f"{SHARED}/setting_names.py": names,
-        f"{CLIENTS}/setting_names.py": COPIED.format(source=f"{SHARED}/setting_names.py") + names,
-        f"{CLIENTS}/variables.py": COPIED.format(source=f"{SHARED}/variables.py")
-        + checks.replace("from server.shared.setting_names", "from clients.setting_names"),
-    }
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -79,7 +68,6 @@ def text(names: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
-    for path, content in made().items():
-        (directory / path).parent.mkdir(parents=True, exist_ok=True)
-        (directory / path).write_text(content)
+    file = (Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT) / NAMES
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(made())

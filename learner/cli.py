@@ -52,7 +52,7 @@ def run_once(
 
     print_report(report, Console(stderr=as_json))
     if report.round_id:
-        from learner.ops.report_page import write_report
+        from learner.ops.report_page.report_page import write_report
 
         write_report(settings.data_dir, report.round_id)
     if as_json:
@@ -201,11 +201,11 @@ def report_round(
     round_id: Annotated[Optional[str], typer.Argument(metavar="ROUND", help="Default: the newest.")] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Draw a round's curves (PNG) and write its page (HTML): figures, curves, answers before and after."""
+    """Write a round's page (HTML): its metrics, its curves, answers before and after."""
     settings = _settings_with_data(data_dir)
-    from learner.ops.report_page import write_report
+    from learner.ops.report_page.report_page import write_report
 
-    _say(lambda: "\n".join(str(path) for path in write_report(settings.data_dir, round_id)))
+    _say(lambda: str(write_report(settings.data_dir, round_id)))
 
 
 @app.command("serve-scores")

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from server.shared.dtype import MICRO_BATCH_TOKENS, DtypeName, DtypeSetting
+from server.shared.model.dtype import MICRO_BATCH_TOKENS, DtypeName, DtypeSetting
 from server.shared.settings_base import SettingsBase
 from server.shared.stored_round import ANSWER_TOKENS
 

@@ -38,8 +38,9 @@ from server.rpc.services.feedback import FeedbackService
 from server.rpc.services.policies import PolicyService
 from server.rpc.tls import Certificates
 from server.rpc.validation import validator
-from server.settings import LOOPBACK, ServerSettings
+from server.settings import ServerSettings
 from server.shared.errors import ServiceError
+from server.shared.loopback import is_loopback
 from server.store.store_thread import StoreThread
 from server.telemetry import metrics
 from server.telemetry.round_metrics import show_rounds
@@ -84,7 +85,7 @@ class App:
     def __init__(self, settings: ServerSettings, store: StoreThread) -> None:
         self._settings = settings
         self._store = store
-        self._access = Access(store, keys_needed=settings.host not in LOOPBACK)
+        self._access = Access(store, keys_needed=not is_loopback(settings.host))
         self._limits = Limits(settings.user_rate, settings.user_calls, settings.max_streams + settings.max_waiting)
         self._calls = OpenCalls()
         edge = Interceptor(self._access, self._limits, self._calls, validator(settings), settings.call_seconds)

@@ -14,9 +14,10 @@ from server.engine.adapter_engine import AdapterEngine
 from server.engine.reference import prepare_reference
 from server.engine.vllm_engine import VllmEngine
 from server.engine.vllm_start import set_environment, start_engine
-from server.settings import LOOPBACK, ServerSettings
-from server.shared.dtype import DtypeName, resolve_dtype
+from server.settings import ServerSettings
 from server.shared.errors import DataDirectoryError, ServiceError
+from server.shared.loopback import is_loopback
+from server.shared.model.dtype import DtypeName, resolve_dtype
 from server.shared.open_files import allow_open_files
 from server.store.store_thread import StoreThread
 from server.telemetry.metrics_http import MetricsServer
@@ -35,7 +36,7 @@ async def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     store = StoreThread(settings.data_dir)
     try:
-        if settings.host not in LOOPBACK:
+        if not is_loopback(settings.host):
             credentials = await store(lambda store: store.keys.credentials())
             check_exposure(settings, has_key=bool(credentials.callers))
         await _serve(settings, store, stopping, say)

@@ -5,14 +5,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from server.shared.dtype import DtypeSetting
+from server.shared.loopback import is_loopback
+from server.shared.model.dtype import DtypeSetting
 from server.shared.settings_base import SettingsBase
 
 DEFAULT_MODEL = "smollm2"
-
-
-# Names of this machine that no other machine reaches it by.
-LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 class ServerSettings(SettingsBase):
@@ -132,7 +129,7 @@ class ServerSettings(SettingsBase):
     @classmethod
     def _near(cls, address: str) -> str:
         host, _, port = address.rpartition(":")
-        if address and (host.strip("[]") not in LOOPBACK or not port.isdigit()):
+        if address and (not is_loopback(host.strip("[]")) or not port.isdigit()):
             raise ValueError("must be host:port with a host on loopback: what users asked travels there in the clear")
         return address
 

@@ -25,12 +25,18 @@ def test_the_reference_lists_every_command_and_setting(root: Path, tmp_path: Pat
     assert (tmp_path / "made.md").read_text() == (root / "docs" / "reference.md").read_text(), "run `make docs`"
 
 
-def test_the_lists_of_settings_are_the_codes(root: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "docs/setting_names.py", str(tmp_path)], cwd=root, check=True, timeout=60)
-    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.py"))
+def test_lists_and_copies_are_the_codes(root: Path, tmp_path: Path) -> None:
+    for script in ("setting_names.py", "copies.py"):
+        subprocess.run([sys.executable, f"docs/{script}", str(tmp_path)], cwd=root, check=True, timeout=60)
+    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
     assert list(map(str, made)) == [
+        "clients/loopback.py",
         "clients/setting_names.py",
         "clients/variables.py",
+        "learner/ops/report_page/chart.css",
+        "learner/ops/report_page/chart.html.j2",
+        "learner/ops/report_page/chart.py",
+        "learner/ops/report_page/curves.py",
         "server/shared/setting_names.py",
     ]
     changed = [str(path) for path in made if (tmp_path / path).read_text() != (root / path).read_text()]

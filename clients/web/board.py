@@ -29,7 +29,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from clients.interval import wilson
-from clients.web.chart import Chart, stacks
+from clients.web.charts.chart import Chart, stacks
 from clients.web.rounds import Interval, RoundFigures, win_rates
 from clients.web.sign_in import SignedIn
 from clients.web.site import Site, enter, first, form_of

@@ -18,7 +18,8 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
-from clients.channel import Tls, is_loopback
+from clients.channel import Tls
+from clients.loopback import is_loopback
 from clients.web.app import make_app
 from clients.web.certificate import serving_context
 from clients.web.connections import BoundedProtocol
@@ -48,7 +49,7 @@ class Page:
     @property
     def strangers(self) -> bool:
         """Whether it can be reached from elsewhere."""
-        return bool(self.names) or not is_loopback(f"{self.host}:{self.port}")
+        return bool(self.names) or not is_loopback(self.host)
 
 
 def run(page: Page, address: str, default_name: str, tls: Tls | None, *, serve: bool) -> None:
@@ -105,7 +106,7 @@ def check(page: Page, address: str) -> None:
         sys.exit(f"chat: --web-host {page.host} lets strangers in: say with --web-name what they call this page.")
     if (page.cert is None) != (page.key is None):
         sys.exit("chat: --web-cert and --web-key go together.")
-    if not is_loopback(f"{page.host}:0") and not page.cert:
+    if not is_loopback(page.host) and not page.cert:
         sys.exit(f"chat: --web-host {page.host} lets strangers in, which needs --web-cert and --web-key.")
     if address.rpartition(":")[0] in ANYWHERE:
         sys.exit(f"chat: {address} is where a server listens: say with --web-server what its certificate calls it.")

@@ -12,7 +12,8 @@ from prefloop.v1.policy_pb2 import (
     Round,
 )
 
-from clients.web.chart import Chart, curve, intervals
+from clients.web.charts.chart import Chart, intervals
+from clients.web.charts.curves import step_curves
 
 STATES = {
     ROUND_STATE_RUNNING: "at work",
@@ -20,17 +21,6 @@ STATES = {
     ROUND_STATE_REJECTED: "rejected",
     ROUND_STATE_FAILED: "failed",
 }
-# (figure of a step, title, unit)
-CURVES = (
-    ("score", "Score, and its uncertainty", "sd of reference answers"),
-    ("kl", "KL to the reference", "nats an answer"),
-    ("length", "Answer length", "tokens"),
-    ("entropy", "Entropy", "nats a token"),
-    ("clipfrac", "Clipped ratios", "share of tokens"),
-    ("value_loss", "Value loss", "squared score"),
-    ("mismatch_rms", "Trainer against engine", "rms of log-ratio"),
-    ("kl_coef", "KL penalty's weight", ""),
-)
 
 
 @dataclass(frozen=True)
@@ -118,23 +108,7 @@ class RoundFigures:
     @property
     def curves(self) -> list[Chart]:
         """How training went, step by step, the chosen one marked."""
-        steps: list[dict[str, float]] = self.figure("ppo", "steps") or []
-        numbers = [step["step"] for step in steps]
-        chosen = self.figure("gate", "chosen", "step")
-        return [
-            curve(
-                title,
-                unit,
-                numbers,
-                [step[name] for step in steps],
-                spread=[step.get("uncertainty", 0.0) for step in steps] if name == "score" else (),
-                # Everywhere else zero means something, and keeps noise from looking like a trend.
-                zero=name != "score",
-                mark=chosen,
-            )
-            for name, title, unit in CURVES
-            if steps and all(name in step for step in steps)
-        ]
+        return step_curves(self.figure("ppo") or {}, self.figure("gate", "chosen", "step"))
 
 
 def interval(found: dict[str, float] | None) -> Interval | None:

@@ -15,7 +15,7 @@ from sqlite_utils.utils import chunks
 from torch import Tensor, nn
 
 from learner.model.forward import Tokens, micro_batches, response_states, run_trunk, to_tokens
-from server.shared.dtype import DtypeName
+from server.shared.model.dtype import DtypeName
 
 RECIPE = 1
 # Answers that are computed between two writes.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.settings import PolicySettings
+from server.shared.model.merged import load_adapted, merged_weights
 
 
 class TrainablePolicy:
@@ -76,8 +77,7 @@ class TrainablePolicy:
         return _AdaptersOff(self.model)
 
     def engine_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its checkpoint name, adapters merged in float32, in the model's dtype: the same arithmetic by
-        which a server derives what it serves."""
+        """Every weight by its checkpoint name, adapters merged."""
         return merged_weights(self.model)
 
     def reference_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -115,35 +115,4 @@ def published_weights(directory: Path, base: Path | None, dtype: torch.dtype) ->
         for path in sorted(directory.glob("*.safetensors")):
             yield from load_file(path).items()
         return
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    yield from merged_weights(PeftModel.from_pretrained(model, directory))
-
-
-@torch.no_grad()
-def merged_weights(model: Any, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, tensor in the model's dtype) of a Hugging Face model, bare or with PEFT adapters. A tied output
-    matrix is left out: it is the embedding's."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modules = dict(base.named_modules())
-    tied = set(getattr(base, "_tied_weights_keys", None) or ()) if base.config.tie_word_embeddings else set()
-    for name, tensor in base.state_dict().items():
-        if ".lora_" in name or name in tied:
-            continue
-        if ".base_layer." not in name:
-            yield name, tensor
-            continue
-        owner, _, leaf = name.partition(".base_layer.")
-        if adapters and leaf == "weight":
-            tensor = (tensor.float() + _delta(modules[owner])).to(tensor.dtype)
-        yield f"{owner}.{leaf}", tensor
-
-
-def _delta(layer: Any) -> Tensor:
-    """What an adapter adds to a weight, in float32 whatever it is kept in."""
-    up, down = layer.lora_B["default"].weight.float(), layer.lora_A["default"].weight.float()
-    delta: Tensor = (up @ down) * layer.scaling["default"]
-    # GPT-2's layers keep their weights transposed.
-    return delta.T if layer.fan_in_fan_out else delta
+    yield from merged_weights(load_adapted(base, directory, dtype))

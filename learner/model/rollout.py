@@ -18,9 +18,9 @@ from torch import Tensor
 from learner.model.forward import Tokens, to_tokens
 from learner.process import set_environment
 from learner.settings import LearnerSettings
-from server.shared.dtype import DtypeName
-from server.shared.seeds import keep_seeds
-from server.shared.text import ChatText
+from server.shared.model.dtype import DtypeName
+from server.shared.model.seeds import keep_seeds
+from server.shared.model.text import ChatText
 from server.store.chats.records import Prompt
 
 
@@ -114,7 +114,7 @@ class RolloutEngine:
                     top_k=0,
                     max_tokens=prompt.max_tokens,
                     logprobs=0,
-                    detokenize=False,  # server.shared.text does
+                    detokenize=False,  # server.shared.model.text does
                     seed=seed * 100_003 + number,
                 )
                 for number, prompt in enumerate(prompts)

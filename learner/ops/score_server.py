@@ -18,8 +18,8 @@ from learner.model.features import TokenPair, extract
 from learner.model.forward import to_tokens
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.checkpoint import verified
-from server.shared.dtype import DtypeName, DtypeSetting, resolve_dtype, torch_dtype
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ServiceError
+from server.shared.model.dtype import DtypeName, DtypeSetting, resolve_dtype, torch_dtype
 from server.store.store import Store
 
 LOOPBACK = "127.0.0.1"

@@ -26,8 +26,8 @@ from learner.reward.voter_reliability import LEVEL, Verdicts, one_sided, scaled,
 from learner.round.checkpoint import verified
 from learner.round.workspace import cache_key
 from learner.settings import LearnerSettings
-from server.shared.dtype import resolve_dtype, torch_dtype
-from server.shared.text import ChatText
+from server.shared.model.dtype import resolve_dtype, torch_dtype
+from server.shared.model.text import ChatText
 from server.store.chats.records import Snapshot
 from server.store.files.residue import cache_directory, sweep
 from server.store.learning.records import QuarantineEvent

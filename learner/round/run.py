@@ -36,8 +36,8 @@ from learner.round.report import Report
 from learner.round.retention import prune
 from learner.round.workspace import Workspace, spread
 from learner.settings import LearnerSettings
-from server.shared.dtype import resolve_dtype
 from server.shared.errors import FailedPreconditionError
+from server.shared.model.dtype import resolve_dtype
 from server.store.files.residue import cache_directory, sweep
 from server.store.learning.records import Lease, Round
 from server.store.learning.round_metrics import (

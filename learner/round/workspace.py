@@ -19,8 +19,8 @@ from learner.reward.base import RewardModel
 from learner.round.checkpoint import verified
 from learner.round.prompts import Prompts, share_out, split_prompts, top_up
 from learner.settings import LearnerSettings
-from server.shared.dtype import DtypeName, torch_dtype
-from server.shared.text import ChatText
+from server.shared.model.dtype import DtypeName, torch_dtype
+from server.shared.model.text import ChatText
 from server.store.chats.records import Prompt, Snapshot
 from server.store.files.manifest import read_manifest
 from server.store.learning.records import Lease, Round

@@ -19,9 +19,9 @@ from server.doctor.readings import Torch
 from server.doctor.speed import Speed, measure
 from server.engine.weights import MERGED
 from server.settings import ServerSettings
-from server.shared.dtype import MICRO_BATCH_TOKENS
 from server.shared.errors import ServiceError
 from server.shared.machine import GIB, Machine, read_machine, slow_reason
+from server.shared.model.dtype import MICRO_BATCH_TOKENS
 from server.shared.settings_base import CONFIG_FILE, explain
 from server.shared.stored_round import ANSWER_TOKENS
 from server.shared.variables import PREFIX

@@ -11,8 +11,8 @@
 from dataclasses import dataclass
 
 from server.doctor.model import ModelShape
-from server.shared.dtype import DtypeName
 from server.shared.machine import GIB
+from server.shared.model.dtype import DtypeName
 
 FRONT_END = int(0.7 * GIB)
 ENGINE = int(1.5 * GIB)

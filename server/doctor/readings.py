@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from server.shared.dtype import Dtype, DtypeSetting, resolve_dtype
+from server.shared.model.dtype import Dtype, DtypeSetting, resolve_dtype
 
 SYNCS = 9
 SYNC_SECONDS = 1.0

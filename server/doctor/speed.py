@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from server.doctor.model import Matrix, ModelShape
-from server.shared.dtype import DtypeName, torch_dtype
+from server.shared.model.dtype import DtypeName, torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from server.engine.base import SwapError
 from server.engine.vllm_engine import VllmEngine
 from server.engine.vllm_stream import Labels
 from server.engine.weights import adapter_weights, finite_tensors
-from server.shared.dtype import DtypeName
 from server.shared.errors import ManifestError
+from server.shared.model.dtype import DtypeName
 from server.store.chats.records import Span
 from server.store.files.manifest import verify
 from server.store.learning.policies import REFERENCE

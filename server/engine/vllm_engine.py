@@ -20,8 +20,8 @@ from server.engine.base import Sampling, SwapError
 from server.engine.vllm_stream import Labels, VllmAnswerStream
 from server.engine.watchdog import Pulse, complaint
 from server.engine.weights import engine_weights
-from server.shared.dtype import DtypeName
-from server.shared.text import ChatText
+from server.shared.model.dtype import DtypeName
+from server.shared.model.text import ChatText
 from server.store.chats.records import Span
 from server.store.files.manifest import verify
 from server.store.ids import new_id
@@ -116,7 +116,7 @@ class VllmEngine:
                 seed=sampling.seed,
                 logprobs=0,  # of the sampled token alone
                 flat_logprobs=True,  # a list of floats, not a dictionary a token
-                detokenize=False,  # server.shared.text does
+                detokenize=False,  # server.shared.model.text does
                 output_kind=RequestOutputKind.DELTA,
             ),
             lora_request=self._adapter(version),

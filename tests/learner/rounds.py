@@ -10,7 +10,7 @@ import torch
 from learner.gate.rules import Verdict
 from learner.model.rollout import SampledAnswer
 from learner.settings import LearnerSettings
-from server.shared.dtype import DtypeName
+from server.shared.model.dtype import DtypeName
 from server.store.chats.records import Generation, Prompt, Span
 from server.store.files.manifest import new_staging, publish, write_manifest
 from server.store.learning.records import PointerAction

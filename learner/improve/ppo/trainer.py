@@ -92,7 +92,7 @@ class PPO:
             steps.append(self._update(policy, critic, optimizer, reward_model, batch, kl_coef, source, number))
             self._keep(policy, optimizer, steps, directory)
             on_step(steps[-1])
-        return Improvement(steps, candidates(directory), ended_by)
+        return Improvement(steps, candidates(directory), ended_by, settings.kl_target, budget.kl)
 
     def _sample(
         self,

@@ -128,6 +128,9 @@ class Improvement:
     steps: list[StepMetrics]
     candidates: list[int]
     ended_by: EndedBy
+    # What training steered the KL to, and where it stopped.
+    kl_target: float | None = None
+    kl_budget: float | None = None
 
 
 @dataclass(frozen=True)

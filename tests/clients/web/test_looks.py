@@ -50,6 +50,21 @@ CLIPPED = """() => [...document.querySelectorAll("svg text")]
   })
   .map(text => text.textContent)"""
 
+# Words of a chart that lie over others, as what the eye reads: their ink, without the line's height.
+COLLIDING = """() => [...document.querySelectorAll("svg")].flatMap(svg => {
+  const words = [...svg.querySelectorAll("text")].filter(text => text.textContent.trim());
+  const boxes = words.map(text => text.getBoundingClientRect());
+  const inset = 2;
+  return words.flatMap((one, index) => words.slice(index + 1)
+    .filter((_, next) => {
+      const a = boxes[index], b = boxes[index + 1 + next];
+      const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+      const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+      return wide > inset && high > inset;
+    })
+    .map(other => `${one.textContent} and ${other.textContent}`));
+})"""
+
 
 async def look(page: Page, name: str) -> None:
     """Takes the picture and finds what is wrong with it."""
@@ -65,6 +80,7 @@ async def look(page: Page, name: str) -> None:
     assert await page.evaluate(CUT) == [], name
     assert await page.evaluate(OVERLAPS) == [], name
     assert await page.evaluate(CLIPPED) == [], name
+    assert await page.evaluate(COLLIDING) == [], name
     assert await nameless(page) == [], name
 
 

@@ -11,8 +11,9 @@ from learner.improve.ppo.trainer import check_start
 from learner.improve.ppo.update import Critic, Experience, draw_minibatches, ppo_update
 from learner.model.forward import Tokens, run_trunk, to_tokens, token_logprobs
 from learner.model.mismatch import Mismatch, check_push
-from learner.model.policy import TrainablePolicy, lora, merged_weights
+from learner.model.policy import TrainablePolicy, lora
 from learner.settings import PolicySettings, PPOSettings
+from server.shared.model.merged import merged_weights
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]]

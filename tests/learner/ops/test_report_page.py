@@ -1,18 +1,18 @@
-"""A round's page and picture: everything in one file, and whatever users wrote stays text."""
+"""A round's page: everything in one file, and whatever users wrote stays text."""
 
-import base64
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from learner.ops.report_page import render, write_report
+from learner.ops.report_page.report_page import render, write_report
 from server.shared.errors import FailedPreconditionError, NotFoundError
 from server.store.learning.records import Round
-from server.store.learning.round_metrics import RoundMetrics
+from server.store.learning.round_metrics import Improvement, RoundMetrics, StepMetrics
 from server.store.store import Store
+from tests.round_metrics import filled
 
-PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -37,17 +37,16 @@ def finished(**changes: object) -> Round:
 
 def test_what_users_and_models_wrote_stays_text() -> None:
     answer = dict.fromkeys(("conversation_id", "prompt", "before", "after"), HOSTILE)
-    page = render(finished(reason=HOSTILE), None, [answer])
+    page = render(finished(reason=HOSTILE), [answer])
     assert "<script" not in page
     assert "<img" not in page
     assert page.count("&lt;script&gt;alert(1)") == 5
     assert "default-src 'none'" in page
 
 
-def test_the_page_says_what_and_how(tmp_path: Path) -> None:
-    (tmp_path / "report.png").write_bytes(PNG)
+def test_the_page_says_what_and_how() -> None:
     answers = [{"conversation_id": "conv_1", "prompt": "Why?", "before": "long", "after": "short"}]
-    page = render(finished(), tmp_path / "report.png", answers)
+    page = render(finished(), answers)
     for said in (
         "round_1",
         "rejected",
@@ -60,9 +59,29 @@ def test_the_page_says_what_and_how(tmp_path: Path) -> None:
         "&#34;seed&#34;: 7",
     ):
         assert said in page, said
-    [picture] = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert base64.b64decode(picture) == PNG
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "<svg" not in page
+
+
+def test_the_curves_are_in_the_page_itself() -> None:
+    step = filled(StepMetrics, score=1.0, mismatch_rms=float("nan"))
+    steps = [replace(step, step=0, kl=0.0), replace(step, step=1, kl=2.0)]
+    page = render(finished(metrics=RoundMetrics(ppo=Improvement(steps, [1], "steps", 3.5, 4.0))), [])
+    titles = re.findall(r'<svg class="chart" viewBox="-14 0 294 168" role="img" aria-label="([^"]+)">', page)
+    # The mismatch could not be taken.
+    assert titles == [
+        "Score, and its uncertainty",
+        "KL to the reference",
+        "Answer length",
+        "Entropy",
+        "Clipped ratios",
+        "Value loss",
+        "KL penalty&#39;s weight",
+    ]
+    # From 0 to 2 nats of 4, and 44 to 264 across.
+    assert '<polyline class="line" points="44.0,128.0 264.0,68.0 "/>' in page
+    assert re.findall(r'text-anchor="end">(target|budget)<', page) == ["target", "budget"]
+    assert ".chart .line { fill: none;" in page
+    assert not re.findall(r"(?:src|href)=", page)
 
 
 def test_rounds_that_are_not_there(tmp_path: Path) -> None:

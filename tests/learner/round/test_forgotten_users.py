@@ -12,7 +12,7 @@ import learner.round.gate_stage as judging
 import learner.round.run as rounds
 import learner.round.workspace as workspace
 from learner.model.features import FeatureCache
-from learner.ops.report_page import write_report
+from learner.ops.report_page.report_page import write_report
 from learner.ops.trace import trace_version, trace_vote
 from learner.progress import Stages
 from learner.reward.linear_reward_model import LinearRewardModel

@@ -9,7 +9,7 @@ import pytest
 from learner.round.gate_stage import promising
 from learner.round.workspace import Workspace
 from learner.settings import GateSettings
-from server.shared.text import ChatText
+from server.shared.model.text import ChatText
 from server.store.learning.round_metrics import Improvement, StepMetrics
 from tests.learner.conftest import EOS
 from tests.round_metrics import filled

@@ -7,8 +7,8 @@ from server.doctor.finding import Finding
 from server.doctor.needs import Needs
 from server.doctor.readings import Torch
 from server.doctor.speed import Speed
-from server.shared.dtype import Dtype
 from server.shared.machine import GIB, Machine
+from server.shared.model.dtype import Dtype
 
 BF16 = Dtype("bfloat16", "the processor has AMX-BF16")
 FP32 = Dtype("float32", "the processor has no bfloat16 instructions")

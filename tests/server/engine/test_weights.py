@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from learner.model.policy import TrainablePolicy
+from learner.model.policy import TrainablePolicy, published_weights
 from learner.settings import PolicySettings
 from server.engine.weights import engine_weights
-from server.shared.dtype import DtypeName
+from server.shared.model.dtype import DtypeName
 from server.store.files.manifest import new_staging, publish, write_manifest
 from tests.learner.conftest import save_tiny_model
 from tests.learner.rounds import make_reference
@@ -49,9 +49,13 @@ def test_an_adapter_is_merged_in_the_engines_dtype(tmp_path: Path) -> None:
     assert (where, exact.dtype) == ("merged/float32/v0001", torch.float32)
     where, rounded = weight(tmp_path, "bfloat16")
     assert (where, rounded.dtype) == ("merged/bfloat16/v0001", torch.bfloat16)
-    assert torch.equal(exact.bfloat16(), rounded)
     assert not torch.equal(exact, rounded.float())
     assert not old.exists()
+    # What is served is what the learner judged, also where the reference's files are in another dtype.
+    policies = tmp_path / "policies"
+    for dtype, served in ((torch.float32, exact), (torch.bfloat16, rounded)):
+        judged = dict(published_weights(policies / "v0001", policies / "v0000", dtype))
+        assert torch.equal(judged[WEIGHT], served)
 
     # Neither is made again for the other's sake.
     made = (tmp_path / "merged" / "float32" / "v0001" / "model.safetensors").stat().st_mtime_ns

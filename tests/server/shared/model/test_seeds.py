@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.shared.seeds import keep_seeds
+from server.shared.model.seeds import keep_seeds
 
 
 class Runner:

@@ -1,6 +1,7 @@
 """Charts as data: values become places in a small SVG, which templates/chart.html.j2 draws.
 
-Drawn in the page itself, so that they follow its light and dark, need no second request, and can be read out.
+Drawn in the page itself, so that they follow its light and dark, need no second request, and can be read out. The
+learner's report has copies of this file, of curves.py, of the template and of its style sheet.
 """
 
 from collections.abc import Iterable, Sequence
@@ -86,8 +87,8 @@ class Chart:
     band: Sequence[tuple[float, float]] = ()
     bars: Sequence[Bar] = ()
     dots: Sequence[Dot] = ()
-    # The height of a value to compare with, and its words.
-    level: tuple[float, str] | None = None
+    # Heights of values to compare with, and their words.
+    levels: Sequence[tuple[float, str]] = ()
     # The place of what was chosen.
     mark: float | None = None
 
@@ -99,6 +100,7 @@ def curve(
     values: Sequence[float],
     *,
     spread: Sequence[float] = (),
+    levels: Sequence[tuple[float, str]] = (),
     zero: bool = True,
     mark: float | None = None,
 ) -> Chart:
@@ -107,7 +109,7 @@ def curve(
     tops = [value + around for value, around in zip(values, spread, strict=True)]
     bottoms = [value - around for value, around in zip(values, spread, strict=True)]
     x = axis(steps, LEFT, RIGHT, zero=False, least=1)
-    y = axis([*tops, *bottoms], BOTTOM, TOP, zero=zero)
+    y = axis([*tops, *bottoms, *(value for value, _ in levels)], BOTTOM, TOP, zero=zero)
     upper = [(x.at(step), y.at(top)) for step, top in zip(steps, tops, strict=True)]
     lower = [(x.at(step), y.at(bottom)) for step, bottom in zip(steps, bottoms, strict=True)]
     return Chart(
@@ -118,6 +120,7 @@ def curve(
         [(x.at(tick), f"{tick:g}") for tick in x.ticks],
         line=[(x.at(step), y.at(value)) for step, value in zip(steps, values, strict=True)],
         band=[*upper, *reversed(lower)] if any(spread) else (),
+        levels=[(y.at(value), words) for value, words in levels],
         mark=None if mark is None else x.at(mark),
     )
 
@@ -139,7 +142,7 @@ def intervals(
         for x, (name, value, low, high, filled) in zip(places, values, strict=True)
     ]
     names = [(x, name) for x, (name, *_) in zip(places, values, strict=True)]
-    return Chart(title, unit, x_title, y, _thinned(names, 4), dots=dots, level=(y.at(level[0]), level[1]))
+    return Chart(title, unit, x_title, y, _thinned(names, 4), dots=dots, levels=[(y.at(level[0]), level[1])])
 
 
 def stacks(

@@ -1,13 +1,12 @@
 """`report.html` of a round: what it came to, its curves, answers before and after. One file, no script, no request."""
 
-import base64
 import json
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from learner.ops.curves import draw_curves
+from learner.ops.report_page.curves import step_curves
 from learner.round.report import Report, rows
 from server.shared.errors import FailedPreconditionError
 from server.shared.whole_file import whole_file
@@ -16,13 +15,12 @@ from server.store.files.round_samples import read_samples
 from server.store.learning.records import Round
 from server.store.store import Store
 
-TEMPLATE = Path(__file__).with_name("report_page.html.j2")
 # Questions whose answers are shown side by side.
 SHOWN = 12
 
 
-def write_report(data_dir: Path, round_id: str | None = None) -> list[Path]:
-    """The files written for a round, the newest by default. Raises NotFoundError or FailedPreconditionError."""
+def write_report(data_dir: Path, round_id: str | None = None) -> Path:
+    """The file written for a round, the newest by default. Raises NotFoundError or FailedPreconditionError."""
     store = Store.open(data_dir)
     try:
         round_ = store.rounds.get(round_id) if round_id else next(iter(store.rounds.page(limit=1)), None)
@@ -30,30 +28,23 @@ def write_report(data_dir: Path, round_id: str | None = None) -> list[Path]:
         store.close()
     if round_ is None:
         raise FailedPreconditionError("NO_ROUND", "No round was run here yet.")
-    directory = data_dir / "rounds" / round_.id
-    directory.mkdir(parents=True, exist_ok=True)
-    picture = directory / "report.png"
-    improvement, gate = round_.metrics.ppo, round_.metrics.gate
-    drawn = bool(improvement and improvement.steps)
-    if improvement and improvement.steps:
-        kl_target, kl_budget = round_.settings["ppo"]["kl_target"], round_.settings["policy"]["kl_budget"]
-        draw_curves(improvement, gate.chosen.step if gate else None, kl_target, kl_budget, picture)
-    page = directory / REPORT
+    page = data_dir / "rounds" / round_.id / REPORT
+    page.parent.mkdir(parents=True, exist_ok=True)
     with keeping(data_dir):
         answers = [asdict(sample) for sample in islice(read_samples(data_dir, round_), SHOWN)]
         with whole_file(page) as file:
-            file.write(render(round_, picture if drawn else None, answers))
+            file.write(render(round_, answers))
     # What it quotes may have been deleted meanwhile, and with that the whole page goes.
     sweep(data_dir)
-    return [picture, page] if drawn else [page]
+    return page
 
 
-def render(round_: Round, picture: Path | None, answers: list[dict[str, Any]]) -> str:
+def render(round_: Round, answers: list[dict[str, Any]]) -> str:
     """The page. Answers are `conversation_id`, `prompt`, `before`, `after`; whatever they hold stays text."""
     import jinja2
 
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     report = Report(
         "nothing",
@@ -64,10 +55,11 @@ def render(round_: Round, picture: Path | None, answers: list[dict[str, Any]]) -
         round_.incumbent_version,
         round_.metrics,
     )
-    return template.render(
+    metrics = round_.metrics.to_json()
+    return environment.get_template("report_page.html.j2").render(
         round=asdict(round_),
         rows=list(rows(report)),
-        picture=picture and base64.b64encode(picture.read_bytes()).decode(),
+        curves=step_curves(metrics.get("ppo", {}), metrics["gate"]["chosen"]["step"] if "gate" in metrics else None),
         answers=answers,
         conversations=" ".join(answer["conversation_id"] for answer in answers if answer["conversation_id"]),
         settings=json.dumps(round_.settings, indent=2),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clients.web.chart import axis, curve, intervals, nice, stacks
+from clients.web.charts.chart import axis, curve, intervals, nice, stacks
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,12 @@ def test_a_curve_with_its_spread_and_its_mark() -> None:
     assert chart.x_labels == [(44, "0"), (154, "1"), (264, "2")]
 
 
+def test_values_to_compare_with_are_in_the_picture() -> None:
+    chart = curve("KL", "nats", [0, 1], [0.0, 1.0], levels=[(2.0, "target"), (4.0, "budget")])
+    assert chart.line == [(44, 128), (264, 98)]
+    assert chart.levels == [(68, "target"), (8, "budget")]
+
+
 def test_a_curve_of_one_step_and_without_spread() -> None:
     chart = curve("KL", "nats", [0], [0.0])
     assert chart.line == [(44, 128)]
@@ -59,7 +65,7 @@ def test_intervals_stand_in_the_middle_of_their_places() -> None:
         (209, 128, 128, 68, False),
     ]
     assert chart.dots[0].label == "a: 0.50 [0.25, 1.00]"
-    assert chart.level == (68, "even")
+    assert chart.levels == [(68, "even")]
 
 
 def test_bars_stand_one_upon_the_other() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from server.shared.text import ESCAPE, ChatText
+from server.shared.model.text import ESCAPE, ChatText
 
 SAID = "How do I get to the sea? <b>Quickly</b>, please.\n\n1. Walk\n2. Run   fast é € 你好 🙂 system user assistant"
 LOOP = "{% for message in messages %}"

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from server.shared import dtype
-from server.shared.dtype import DtypeSetting, choose_dtype, resolve_dtype
+from server.shared.model import dtype
+from server.shared.model.dtype import DtypeSetting, choose_dtype, resolve_dtype
 
 AVX2: dict[str, Any] = {"architecture": "x86_64", "avx2": True, "fma3": True, "avx512_f": False, "avx512_bf16": False}
 SKYLAKE = {**AVX2, "avx512_f": True, "amx_bf16": False}

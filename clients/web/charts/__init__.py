@@ -1,0 +1,1 @@
+"""Charts as small SVGs, drawn by templates/chart.html.j2."""

@@ -1,0 +1,174 @@
+# Copied from clients/web/charts/chart.py by `make docs`: write there, not here.
+"""Charts as data: values become places in a small SVG, which templates/chart.html.j2 draws.
+
+Drawn in the page itself, so that they follow its light and dark, need no second request, and can be read out. The
+learner's report has copies of this file, of curves.py, of the template and of its style sheet.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil, floor, log10
+
+# Where the marks are, in the SVG's own units; templates/chart.html.j2 has the frame around them.
+LEFT, RIGHT, TOP, BOTTOM = 44, 264, 8, 128
+TICKS = 4
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range of values on a range of pixels."""
+
+    low: float
+    high: float
+    step: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        """Where a value is."""
+        return round(self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low), 1)
+
+    @property
+    def ticks(self) -> list[float]:
+        """Round values from end to end."""
+        count = round((self.high - self.low) / self.step)
+        return [round(self.low + number * self.step, 10) for number in range(count + 1)]
+
+
+def axis(values: Iterable[float], start: float, end: float, *, zero: bool = True, least: float = 0.0) -> Axis:
+    """An axis that holds all values between round ends; with `zero`, zero too. Steps are `least` or wider."""
+    known = [*values, *([0.0] if zero else [])]
+    low, high = min(known), max(known)
+    step = nice(max((high - low) / TICKS, least, 1e-6 if high > low else 0.25))
+    return Axis(floor(low / step) * step, max(ceil(high / step), floor(low / step) + 1) * step, step, start, end)
+
+
+def nice(value: float) -> float:
+    """The next 1, 2 or 5 times a power of ten."""
+    power: float = 10.0 ** floor(log10(value))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * (1 - 1e-9))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A piece of a stacked bar: its kind, its corner and its size, and what it says when one points at it."""
+
+    kind: int
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A value with its interval, as pixels; `filled` marks the ones that count."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    filled: bool
+    label: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart. Any of its marks may be missing; pixels all of them, but for the axes."""
+
+    title: str
+    unit: str
+    x_title: str
+    y: Axis
+    # (place, words) below the axis.
+    x_labels: Sequence[tuple[float, str]]
+    line: Sequence[tuple[float, float]] = ()
+    # Around the line: the upper edge, then the lower one backwards.
+    band: Sequence[tuple[float, float]] = ()
+    bars: Sequence[Bar] = ()
+    dots: Sequence[Dot] = ()
+    # Heights of values to compare with, and their words.
+    levels: Sequence[tuple[float, str]] = ()
+    # The place of what was chosen.
+    mark: float | None = None
+
+
+def curve(
+    title: str,
+    unit: str,
+    steps: Sequence[float],
+    values: Sequence[float],
+    *,
+    spread: Sequence[float] = (),
+    levels: Sequence[tuple[float, str]] = (),
+    zero: bool = True,
+    mark: float | None = None,
+) -> Chart:
+    """A line over a round's steps; `spread` is drawn on both sides of it."""
+    spread = spread or [0.0] * len(values)
+    tops = [value + around for value, around in zip(values, spread, strict=True)]
+    bottoms = [value - around for value, around in zip(values, spread, strict=True)]
+    x = axis(steps, LEFT, RIGHT, zero=False, least=1)
+    y = axis([*tops, *bottoms, *(value for value, _ in levels)], BOTTOM, TOP, zero=zero)
+    upper = [(x.at(step), y.at(top)) for step, top in zip(steps, tops, strict=True)]
+    lower = [(x.at(step), y.at(bottom)) for step, bottom in zip(steps, bottoms, strict=True)]
+    return Chart(
+        title,
+        unit,
+        "step",
+        y,
+        [(x.at(tick), f"{tick:g}") for tick in x.ticks],
+        line=[(x.at(step), y.at(value)) for step, value in zip(steps, values, strict=True)],
+        band=[*upper, *reversed(lower)] if any(spread) else (),
+        levels=[(y.at(value), words) for value, words in levels],
+        mark=None if mark is None else x.at(mark),
+    )
+
+
+def intervals(
+    title: str,
+    unit: str,
+    x_title: str,
+    values: Sequence[tuple[str, float, float, float, bool]],
+    *,
+    level: tuple[float, str],
+) -> Chart:
+    """A dot for each (name, value, low, high, filled), its interval as a bar, between 0 and 1."""
+    y = Axis(0.0, 1.0, 0.25, BOTTOM, TOP)
+    slot = (RIGHT - LEFT) / max(len(values), 1)
+    places = [round(LEFT + slot * (number + 0.5), 1) for number in range(len(values))]
+    dots = [
+        Dot(x, y.at(value), y.at(low), y.at(high), filled, f"{name}: {value:.2f} [{low:.2f}, {high:.2f}]")
+        for x, (name, value, low, high, filled) in zip(places, values, strict=True)
+    ]
+    names = [(x, name) for x, (name, *_) in zip(places, values, strict=True)]
+    return Chart(title, unit, x_title, y, _thinned(names, 4), dots=dots, levels=[(y.at(level[0]), level[1])])
+
+
+def stacks(
+    title: str, unit: str, x_title: str, kinds: Sequence[str], columns: Sequence[tuple[str, Sequence[int]]]
+) -> Chart:
+    """A bar for each (name, how many of each kind), the kinds one upon the other."""
+    y = axis([float(sum(counts)) for _, counts in columns], BOTTOM, TOP, least=1)
+    slot = (RIGHT - LEFT) / max(len(columns), 1)
+    bars: list[Bar] = []
+    names: list[tuple[float, str]] = []
+    for number, (name, counts) in enumerate(columns):
+        left, below = LEFT + slot * number, 0
+        names.append((round(left + slot / 2, 1), name))
+        for kind, count in enumerate(counts):
+            if count:
+                top, bottom = y.at(below + count), y.at(below)
+                label = f"{name}: {count} {kinds[kind]}"
+                bars.append(
+                    Bar(kind, round(left + slot * 0.1, 1), top, round(slot * 0.8, 1), round(bottom - top, 1), label)
+                )
+                below += count
+    return Chart(title, unit, x_title, y, _thinned(names, 4), bars=bars)
+
+
+def _thinned(names: list[tuple[float, str]], most: int) -> list[tuple[float, str]]:
+    """Every so many of them, the last one always."""
+    every = max(1, ceil(len(names) / most))
+    return names[(len(names) - 1) % every :: every]

@@ -1,0 +1,1 @@
+"""What server and learner both decide by about models: arithmetic, merging, text to tokens, seeds."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from learner.round.checkpoint import publish_version
+from server.store.files.manifest import new_version
 from server.store.store import Store
 
 Tensors = dict[str, Any]
@@ -17,19 +17,16 @@ Tensors = dict[str, Any]
 
 def make_version(data_dir: Path, change: Callable[[Tensors], None], *, truncated: bool = False) -> str:
     """The next version: all weights of the reference, changed in place by `change`; `truncated` cuts its file short."""
-
-    def fill(staging: Path) -> None:
-        reference = data_dir / "policies" / "v0000"
-        shutil.copytree(reference, staging, ignore=lambda *_: {"manifest.json"}, dirs_exist_ok=True)
-        tensors = load_file(staging / "model.safetensors")
-        change(tensors)
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-        if truncated:
-            os.truncate(staging / "model.safetensors", 1_000_000)
-
+    reference = data_dir / "policies" / "v0000"
     with closing(Store.open(data_dir)) as store:
         version = f"v{len(store.policies.page()):04d}"
-        publish_version(data_dir / "policies" / version, fill, kind="full", reference_version="v0000", info={})
+        with new_version(data_dir / "policies" / version, kind="full", reference_version="v0000") as new:
+            shutil.copytree(reference, new, ignore=lambda *_: {"manifest.json"}, dirs_exist_ok=True)
+            tensors = load_file(new / "model.safetensors")
+            change(tensors)
+            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+            if truncated:
+                os.truncate(new / "model.safetensors", 1_000_000)
         store.policies.register(
             version, kind="full", state="candidate", parent_version="v0000", reference_version="v0000", round_id=None,
             reward_model_version=None, metrics={},

@@ -9,6 +9,13 @@ def candidate(directory: Path, step: int) -> Path:
     return directory / f"step-{step:03d}"
 
 
+def copy_candidate(source: Path, target: Path) -> None:
+    """Copies the weights and their configuration. Raises FileNotFoundError where there are none."""
+    if not any(source.glob("*.safetensors")):
+        raise FileNotFoundError(f"{source.name} has no weights to publish.")
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
 def candidates(directory: Path) -> list[int]:
     """The steps whose weights were kept."""
     return sorted(int(path.name.removeprefix("step-")) for path in directory.glob("step-*"))

@@ -8,10 +8,10 @@ operators, or an operator and a round, never undo each other unseen.
 import getpass
 from contextlib import closing
 
-from learner.round.checkpoint import verified
 from learner.round.publish import wait_until_loaded
 from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError
+from server.store.files.manifest import verify
 from server.store.learning.records import PointerAction
 from server.store.store import Store
 
@@ -58,7 +58,7 @@ def _move(
         return f"{version} is active already; nothing was changed."
     # The store knows why a version may not be activated; what it lets pass must be whole.
     if policy.prune_time is None:
-        verified(settings.data_dir / "policies" / version)
+        verify(settings.data_dir / "policies" / version)
     store.policies.activate(version, actor=_operator(), action=action, reason=reason, expected_active_version=active)
     loaded = wait_until_loaded(store, version, settings.load_timeout_seconds)
     if store.policies.active().version != version:

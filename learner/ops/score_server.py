@@ -17,9 +17,9 @@ from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
 from learner.model.features import TokenPair, extract
 from learner.model.forward import to_tokens
 from learner.reward.linear_reward_model import LinearRewardModel
-from learner.round.checkpoint import verified
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ServiceError
 from server.shared.model.dtype import DtypeName, DtypeSetting, resolve_dtype, torch_dtype
+from server.store.files.manifest import verify
 from server.store.store import Store
 
 LOOPBACK = "127.0.0.1"
@@ -71,12 +71,14 @@ class Scorer:
         if registered is None:
             raise FailedPreconditionError("NO_REWARD_MODEL", "There is no reward model yet: run a round first.")
         if self._loaded is None or self._loaded[0] != registered.version:
-            directory, _ = verified(self._data_dir / "reward_models" / registered.version)
+            directory = self._data_dir / "reward_models" / registered.version
+            verify(directory)
             self._loaded = registered.version, LinearRewardModel.load(directory)
         if self._reference[0] != registered.reference_version:
             from transformers import AutoModelForCausalLM
 
-            directory, _ = verified(self._data_dir / "policies" / registered.reference_version)
+            directory = self._data_dir / "policies" / registered.reference_version
+            verify(directory)
             backbone: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype)
             self._reference = registered.reference_version, backbone.eval()
         return *self._loaded, self._reference[1]

@@ -23,12 +23,12 @@ from learner.model.features import FeatureCache, default_layers
 from learner.reward.dataset import Dataset, to_dataset
 from learner.reward.exact_tests import at_least, at_most, holm
 from learner.reward.voter_reliability import LEVEL, Verdicts, one_sided, scaled, verdicts, weigh_voters
-from learner.round.checkpoint import verified
 from learner.round.workspace import cache_key
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import resolve_dtype, torch_dtype
 from server.shared.model.text import ChatText
 from server.store.chats.records import Snapshot
+from server.store.files.manifest import verify
 from server.store.files.residue import cache_directory, sweep
 from server.store.learning.records import QuarantineEvent
 from server.store.store import Store
@@ -84,7 +84,8 @@ class VoterAnalysis:
     def __init__(self, settings: LearnerSettings, reference_version: str, deletions: int) -> None:
         from transformers import AutoModelForCausalLM
 
-        directory, _ = verified(settings.data_dir / "policies" / reference_version)
+        directory = settings.data_dir / "policies" / reference_version
+        verify(directory)
         self._dtype = resolve_dtype(settings.dtype).name
         self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype(self._dtype))
         self._text = ChatText.load(directory)

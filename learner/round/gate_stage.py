@@ -16,11 +16,11 @@ from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.rollout import SampledAnswer, draw_seed, to_rollout
 from learner.reward.base import RewardModel
 from learner.reward.dataset import Dataset
-from learner.round.checkpoint import verified
 from learner.round.workspace import Workspace, spread
 from learner.settings import GateSettings
 from server.shared.whole_file import whole_file
 from server.store.chats.records import Prompt
+from server.store.files.manifest import verify
 from server.store.files.residue import ANSWERS, keeping, sweep
 from server.store.learning.round_metrics import (
     AnswerHealth,
@@ -134,7 +134,8 @@ def _published_answers(
 ) -> Answers:
     from learner.model.policy import published_weights
 
-    directory, manifest = verified(work.policy_directory(version))
+    directory = work.policy_directory(version)
+    manifest = verify(directory)
     base = work.policy_directory(manifest.base_version) if manifest.kind == "adapter" else None
     work.engine.push(published_weights(directory, base, work.policy.model.dtype))
     samples = work.engine.sample(prompts, seed)

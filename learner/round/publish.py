@@ -4,10 +4,10 @@ import time
 from typing import Literal
 
 from learner.gate.rules import Verdict
-from learner.improve.candidates import candidate
-from learner.round.checkpoint import copy_weights, publish_version, with_tokenizer
+from learner.improve.candidates import candidate, copy_candidate
 from learner.round.workspace import Workspace
 from server.shared.errors import ConflictError
+from server.store.files.manifest import copy_tokenizer, new_version, verify
 from server.store.store import Store
 
 
@@ -18,20 +18,21 @@ def publish(work: Workspace, verdict: Verdict) -> str:
     version = work.round.policy_version or work.free_version("policies", "v")
     work.update(policy_version=version)
     kind: Literal["adapter", "full"] = "adapter" if work.settings.policy.train == "lora" else "full"
-    fill = copy_weights(candidate(work.directory, verdict.chosen.step))
+    directory = work.policy_directory(version)
+    info = {
+        "round_id": work.round.id,
+        "step": verdict.chosen.step,
+        "settings": work.round.settings,
+        "versions": work.round.metrics.versions,
+    }
     with work.stages.stage("publish", f"publishing {version}"):
-        publish_version(
-            work.policy_directory(version),
-            fill if kind == "adapter" else with_tokenizer(fill, work.reference_directory),
-            kind=kind,
-            reference_version=work.round.reference_version,
-            info={
-                "round_id": work.round.id,
-                "step": verdict.chosen.step,
-                "settings": work.round.settings,
-                "versions": work.round.metrics.versions,
-            },
-        )
+        # There already where the round was killed after the rename; a version never changes.
+        if not directory.exists():
+            with new_version(directory, kind=kind, reference_version=work.round.reference_version, info=info) as new:
+                copy_candidate(candidate(work.directory, verdict.chosen.step), new)
+                if kind == "full":
+                    copy_tokenizer(work.reference_directory, new)
+        verify(directory)
     work.store.policies.register(
         version,
         kind=kind,

@@ -26,7 +26,6 @@ from learner.reward import linear_reward_model as scoring
 from learner.reward import voter_reliability
 from learner.reward.dataset import Dataset, some_conversations, to_dataset
 from learner.reward.linear_reward_model import LinearRewardModel
-from learner.round.checkpoint import publish_version, verified
 from learner.round.gate_stage import judge_candidates
 from learner.round.lease import learner_lease
 from learner.round.package_versions import versions
@@ -38,6 +37,7 @@ from learner.round.workspace import Workspace, spread
 from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError
 from server.shared.model.dtype import resolve_dtype
+from server.store.files.manifest import new_version, verify
 from server.store.files.residue import cache_directory, sweep
 from server.store.learning.records import Lease, Round
 from server.store.learning.round_metrics import (
@@ -251,7 +251,8 @@ def fit_reward_model(
     work: Workspace, dataset: Dataset, features: Tensor, voters: VoterWeights | None
 ) -> LinearRewardModel:
     if work.done("reward_model"):
-        directory, _ = verified(work.reward_model_directory)
+        directory = work.reward_model_directory
+        verify(directory)
         return LinearRewardModel.load(directory)
     with work.stages.stage("reward_model", "fitting the reward model"):
         model = LinearRewardModel.fit(features, dataset.train, work.layers, work.settings.reward, work.generator(2))
@@ -264,13 +265,12 @@ def fit_reward_model(
     model = model.standardised(work.features_of(samples, model))
     version = work.round.reward_model_version or work.free_version("reward_models", "rm")
     work.update(reward_model_version=version)
-    publish_version(
-        work.reward_model_directory,
-        model.save,
-        kind="full",
-        reference_version=work.round.reference_version,
-        info={"round_id": work.round.id},
-    )
+    directory, reference = work.reward_model_directory, work.round.reference_version
+    # There already where the round was killed after the rename.
+    if not directory.exists():
+        with new_version(directory, kind="full", reference_version=reference, info={"round_id": work.round.id}) as new:
+            model.save(new)
+    verify(directory)
     figures = RewardModelMetrics(
         **asdict(held_out),
         temperature_effect=model.temperature,
@@ -281,13 +281,13 @@ def fit_reward_model(
     metrics = RoundMetrics(voters=voters, reward_model=figures)
     work.store.reward_models.register(
         version,
-        reference_version=work.round.reference_version,
+        reference_version=reference,
         round_id=work.round.id,
         metrics=metrics.to_json()["reward_model"],
         fence=work.lease,
     )
     work.record("reward_model", metrics)
-    return LinearRewardModel.load(work.reward_model_directory)
+    return LinearRewardModel.load(directory)
 
 
 def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvement:
@@ -295,7 +295,8 @@ def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvem
         return work.round.metrics.ppo
     policy, ppo = work.settings.policy, work.settings.ppo
     if policy.start_from == "active" and work.round.incumbent_version != work.round.reference_version:
-        directory, manifest = verified(work.policy_directory(work.round.incumbent_version))
+        directory = work.policy_directory(work.round.incumbent_version)
+        manifest = verify(directory)
         if (manifest.kind == "adapter") != (policy.train == "lora"):
             raise ValueError(
                 f"The active {directory.name} is of the kind {manifest.kind}, and policy.train is {policy.train}: a "

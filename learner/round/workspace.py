@@ -16,13 +16,12 @@ from learner.model.features import default_layers, extract
 from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, to_rollout
 from learner.progress import Stages
 from learner.reward.base import RewardModel
-from learner.round.checkpoint import verified
 from learner.round.prompts import Prompts, share_out, split_prompts, top_up
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import DtypeName, torch_dtype
 from server.shared.model.text import ChatText
 from server.store.chats.records import Prompt, Snapshot
-from server.store.files.manifest import read_manifest
+from server.store.files.manifest import read_manifest, verify
 from server.store.learning.records import Lease, Round
 from server.store.learning.round_metrics import RoundMetrics
 from server.store.store import Store
@@ -76,7 +75,8 @@ class Workspace:
 
     @cached_property
     def reference_directory(self) -> Path:
-        directory, manifest = verified(self.policy_directory(self.round.reference_version))
+        directory = self.policy_directory(self.round.reference_version)
+        manifest = verify(directory)
         if manifest.kind != "full":
             raise ValueError(f"The reference {directory.name} is an adapter; a reference holds all weights.")
         return directory

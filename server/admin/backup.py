@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 from server.shared.errors import DatabaseError, DataDirectoryError, ManifestError
-from server.store.files.manifest import new_staging, publish, verify
+from server.store.files.manifest import new_directory, verify
 from server.store.store import Store
 
 UNDER_WAY = "It was under way when this backup was made."
@@ -30,12 +30,8 @@ def back_up(data_dir: Path, destination: Path) -> list[str]:
         raise DataDirectoryError(f"{str(destination)!r} exists already; a backup is never written over.")
     with closing(Store.open(data_dir)) as store:
         try:
-            staging = new_staging(destination)
-            try:
+            with new_directory(destination) as staging:
                 damaged = _copy(store, data_dir, staging)
-                publish(staging, destination)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
         except (OSError, DatabaseError) as error:
             raise DataDirectoryError(f"The backup {str(destination)!r} could not be made: {error}.") from error
     return damaged
@@ -64,14 +60,12 @@ def _versions(store: Store) -> set[str]:
 
 def _copy_version(source: Path, final: Path) -> str:
     """Copies one version; what is wrong with it, in a sentence, or nothing."""
-    staging = new_staging(final)
     try:
-        shutil.copytree(source, staging, dirs_exist_ok=True)
-        publish(staging, final)
+        with new_directory(final) as staging:
+            shutil.copytree(source, staging, dirs_exist_ok=True)
         verify(final)
     except (OSError, ManifestError):
-        for half in (staging, final):
-            shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
         # Is it the version, damaged or pruned meanwhile, or the place where it goes, a full disk say?
         try:
             verify(source)

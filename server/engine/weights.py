@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from server.shared.errors import ManifestError
 from server.shared.model.dtype import DtypeName, torch_dtype
 from server.shared.model.merged import load_adapted, merged_weights
-from server.store.files.manifest import Manifest, new_staging, publish, verify, write_manifest
+from server.store.files.manifest import copy_tokenizer, new_version, verify
 from server.store.learning.policies import REFERENCE
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ MERGED = "merged"
 def engine_weights(data_dir: Path, version: str, dtype: DtypeName) -> Path:
     """A Hugging Face directory with the full weights of `version`, verified, for an engine that computes in `dtype`.
     Raises ManifestError."""
-    directory, manifest = _published(data_dir, version)
+    directory = data_dir / "policies" / version
+    manifest = verify(directory)
     base = data_dir / "policies" / manifest.base_version
     if manifest.kind == "full":
         return check_weights(directory, data_dir / "policies" / manifest.reference_version)
@@ -42,7 +43,8 @@ def engine_weights(data_dir: Path, version: str, dtype: DtypeName) -> Path:
 
 def adapter_weights(data_dir: Path, version: str) -> Path:
     """The directory of an adapter on the reference, or of the reference itself, verified. Raises ManifestError."""
-    directory, manifest = _published(data_dir, version)
+    directory = data_dir / "policies" / version
+    manifest = verify(directory)
     if manifest.kind == "full" and version != REFERENCE:
         raise ManifestError(
             f"{version} holds all weights, and this server serves adapters; merged, it could be served."
@@ -78,32 +80,14 @@ def check_weights(directory: Path, like: Path) -> Path:
     return directory
 
 
-def _published(data_dir: Path, version: str) -> tuple[Path, Manifest]:
-    directory = data_dir / "policies" / version
-    if not directory.is_dir():
-        raise ManifestError(f"{version} has no directory under policies/.")
-    return directory, verify(directory)
-
-
 def _merge(base: Path, adapter: Path, final: Path, dtype: DtypeName) -> None:
     verify(base)
     for stale in (final, final.parent.parent / final.name):
         shutil.rmtree(stale, ignore_errors=True)
-    staging = new_staging(final)
-    model = load_adapted(base, adapter, torch_dtype(dtype))
-    model.get_base_model().save_pretrained(staging, state_dict=dict(merged_weights(model)))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (base / name).exists():
-            shutil.copy2(base / name, staging / name)
-    manifest = verify(adapter)
-    write_manifest(
-        staging,
-        version=final.name,
-        kind="full",
-        base_version=manifest.base_version,
-        reference_version=manifest.reference_version,
-    )
-    publish(staging, final)
+    with new_version(final, kind="full", reference_version=base.name) as staging:
+        model = load_adapted(base, adapter, torch_dtype(dtype))
+        model.get_base_model().save_pretrained(staging, state_dict=dict(merged_weights(model)))
+        copy_tokenizer(base, staging)
 
 
 def tensor_shapes(directory: Path) -> dict[str, list[int]]:

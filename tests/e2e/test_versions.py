@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from learner.model.policy import TrainablePolicy
 from learner.settings import PolicySettings
-from server.store.files.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_version
 from server.store.store import Store
 from tests.e2e.conftest import LiveServer, live_server
 from tests.e2e.test_swap import LONG, activate, ask, spans
@@ -34,11 +34,9 @@ def make_adapter(live: LiveServer, seed: int, spoil: bool = False) -> str:
     policy = TrainablePolicy.create(policies / "v0000", PolicySettings(), torch.float32, torch.device("cpu"), seed)
     with closing(Store.open(live.data_dir)) as store:
         version = f"v{len(store.policies.page()):04d}"
-        staging = new_staging(policies / version)
-        policy.save(staging)
-        shake(staging / "adapter_model.safetensors", seed, spoil)
-        write_manifest(staging, version=version, kind="adapter", base_version="v0000", reference_version="v0000")
-        publish(staging, policies / version)
+        with new_version(policies / version, kind="adapter", reference_version="v0000") as staging:
+            policy.save(staging)
+            shake(staging / "adapter_model.safetensors", seed, spoil)
         store.policies.register(
             version, kind="adapter", state="candidate", parent_version="v0000", reference_version="v0000",
             round_id=None, reward_model_version=None, metrics={},

@@ -12,7 +12,7 @@ from learner.model.rollout import SampledAnswer
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import DtypeName
 from server.store.chats.records import Generation, Prompt, Span
-from server.store.files.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_version
 from server.store.learning.records import PointerAction
 from server.store.store import Store
 from tests.learner.conftest import EOS, PAD, WORDS
@@ -111,10 +111,8 @@ def vote(
 
 def make_reference(data_dir: Path, model_directory: Path) -> None:
     final = data_dir / "policies" / "v0000"
-    staging = new_staging(final)
-    shutil.copytree(model_directory, staging, dirs_exist_ok=True)
-    write_manifest(staging, version="v0000", kind="full", base_version="v0000", reference_version="v0000")
-    publish(staging, final)
+    with new_version(final, kind="full", reference_version="v0000") as staging:
+        shutil.copytree(model_directory, staging, dirs_exist_ok=True)
     store = Store.open(data_dir)
     store.policies.register_reference()
     store.close()
@@ -123,10 +121,8 @@ def make_reference(data_dir: Path, model_directory: Path) -> None:
 def make_version(data_dir: Path, version: str, active: PointerAction | None = None) -> None:
     """A copy of the reference under another name."""
     final = data_dir / "policies" / version
-    staging = new_staging(final)
-    shutil.copytree(data_dir / "policies" / "v0000", staging, dirs_exist_ok=True)
-    write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
-    publish(staging, final)
+    with new_version(final, kind="full", reference_version="v0000") as staging:
+        shutil.copytree(data_dir / "policies" / "v0000", staging, dirs_exist_ok=True)
     store = Store.open(data_dir)
     store.policies.register(
         version, kind="full", state="rejected", parent_version="v0000", reference_version="v0000", round_id=None,

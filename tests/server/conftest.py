@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from server.app import App
 from server.settings import ServerSettings
-from server.store.files.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_version
 from server.store.store import Store
 from server.store.store_thread import StoreThread
 from tests.server.fakes import FakeEngine
@@ -83,12 +83,10 @@ def publish_version(data_dir: Path, version: str, tensors: dict[str, Any] | None
     """A version of two small tensors, registered nowhere."""
     final = data_dir / "policies" / version
     final.parent.mkdir(exist_ok=True)
-    staging = new_staging(final)
-    save_file(
-        tensors or {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}, staging / "model.safetensors"
-    )
-    write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
-    publish(staging, final)
+    with new_version(final, kind="full", reference_version="v0000") as staging:
+        save_file(
+            tensors or {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}, staging / "model.safetensors"
+        )
     return final
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from learner.improve.ppo.adam import Adam
-from server.store.files.manifest import new_staging, publish
+from server.store.files.manifest import new_directory
 
 TENSORS, FIGURES = "optimizer.safetensors", "figures.json"
 
@@ -22,10 +22,9 @@ def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam) 
     final = directory / f"state-{len(figures):03d}"
     # There already where a learner that was stopped woke and went on to here: it computed the same.
     if not final.exists():
-        staging = new_staging(final)
-        save_file(optimizer.state(), staging / TENSORS)
-        (staging / FIGURES).write_text(json.dumps(figures), encoding="utf-8")
-        publish(staging, final)
+        with new_directory(final) as staging:
+            save_file(optimizer.state(), staging / TENSORS)
+            (staging / FIGURES).write_text(json.dumps(figures), encoding="utf-8")
     drop_states(directory, but=final)
 
 

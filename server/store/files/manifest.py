@@ -1,6 +1,6 @@
 """A version on disk: an immutable directory with a manifest, published by rename.
 
-`publish` makes a directory appear whole or not at all: the caller fills a sibling, every file and the folder are
+`new_directory` makes a directory appear whole or not at all: the caller fills a sibling, every file and the folder are
 synced, then one rename makes it visible. `verify` refuses a directory without a valid manifest, with a file that is
 missing, added or changed, and with any pickle.
 """
@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from server.shared.errors import ManifestError
 from server.shared.failpoints import failpoint
 
 MANIFEST = "manifest.json"
+WEIGHTS_JSON = {"config.json", "model.safetensors.index.json"}
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -71,6 +74,8 @@ def read_manifest(directory: Path) -> Manifest:
 
 def verify(directory: Path) -> Manifest:
     """The manifest, after every file was found to be what it says. Raises ManifestError with the first difference."""
+    if not directory.is_dir():
+        raise ManifestError(f"{directory.name} has no directory.")
     manifest = read_manifest(directory)
     if manifest.version != directory.name:
         raise ManifestError(f"{directory.name} holds the manifest of {manifest.version}.")
@@ -85,6 +90,31 @@ def verify(directory: Path) -> Manifest:
         if _sha256(directory / name) != expected:
             raise ManifestError(f"{directory.name}/{name} does not have the SHA-256 that its manifest lists.")
     return manifest
+
+
+@contextmanager
+def new_version(
+    final: Path, *, kind: Literal["adapter", "full"], reference_version: str, info: dict[str, Any] | None = None
+) -> Iterator[Path]:
+    """A `new_directory` that gets a manifest over what was put into it. An adapter's base is the reference."""
+    base = reference_version if kind == "adapter" else final.name
+    with new_directory(final) as staging:
+        yield staging
+        write_manifest(
+            staging, version=final.name, kind=kind, base_version=base, reference_version=reference_version, info=info
+        )
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A sibling of `final` to fill; at the block's end it takes its place, whole and durably. An exception leaves
+    nothing. Raises FileExistsError where there is a `final` already."""
+    staging = new_staging(final)
+    try:
+        yield staging
+        publish(staging, final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish(staging: Path, final: Path) -> None:
@@ -107,6 +137,15 @@ def new_staging(final: Path) -> Path:
     for left in final.parent.glob(f".{glob.escape(final.name)}.*partial"):
         shutil.rmtree(left, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies what a model's directory has beside its weights and their configuration, where `target` has none."""
+    for name in _files(source):
+        copy = target / name
+        if not copy.exists() and copy.suffix != ".safetensors" and name not in WEIGHTS_JSON:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, copy)
 
 
 def _files(directory: Path) -> list[str]:

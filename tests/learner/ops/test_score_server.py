@@ -18,7 +18,7 @@ from learner.model.forward import to_tokens
 from learner.ops.score_server import ScoringService
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.reward.standardiser import Standardiser
-from server.store.files.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_version
 from server.store.store import Store
 from tests.learner.conftest import HIDDEN, WORDS
 from tests.learner.rounds import make_reference
@@ -39,10 +39,8 @@ def reward_model(seed: int) -> LinearRewardModel:
 
 def register(data_dir: Path, version: str, model: LinearRewardModel) -> None:
     final = data_dir / "reward_models" / version
-    staging = new_staging(final)
-    model.save(staging)
-    write_manifest(staging, version=version, kind="full", base_version=version, reference_version="v0000")
-    publish(staging, final)
+    with new_version(final, kind="full", reference_version="v0000") as staging:
+        model.save(staging)
     store = Store.open(data_dir)
     lease: Any = store.leases.acquire("learner", "test", 60)
     store.reward_models.register(version, reference_version="v0000", round_id=None, metrics={}, fence=lease)

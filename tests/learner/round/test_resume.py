@@ -131,18 +131,18 @@ def outcome(data_dir: Path) -> dict[str, Any]:
     ("call", "count"),
     [
         slow("learner.round.workspace:Workspace.record", 2),  # before the signal's figures
-        ("learner.round.checkpoint:publish", 1),  # the reward model written, not yet renamed
+        ("server.store.files.manifest:publish", 1),  # the reward model written, not yet renamed
         slow("server.store.learning.reward_models:RewardModels.register", 1),
         slow("learner.round.workspace:Workspace.record", 3),  # before the reward model is named
         slow("learner.improve.ppo.trainer:policy_logprobs", 1),  # the first step, before any state
         ("learner.improve.ppo.trainer:ppo_update", 3),  # the third step
         slow("learner.improve.ppo.trainer:save_state", 3),  # a candidate without its state
-        ("learner.improve.ppo.state:publish", 3),  # a state written, not yet renamed
+        ("server.store.files.manifest:publish", 4),  # a state written, not yet renamed
         slow("learner.improve.ppo.state:drop_states", 3),  # two states
         slow("learner.round.workspace:Workspace.record", 4),  # before PPO is named
         ("learner.round.gate_stage:_keep_answers", 1),
         slow("learner.round.workspace:Workspace.record", 5),  # before the gate is named
-        slow("learner.round.checkpoint:publish", 2),  # the version is written, not yet renamed
+        slow("server.store.files.manifest:publish", 6),  # the version is written, not yet renamed
         slow("server.store.learning.policies:Policies.register", 1),
         slow("server.store.learning.policies:Policies.activate", 1),
         ("learner.round.publish:wait_until_loaded", 1),  # the pointer has moved

@@ -67,9 +67,9 @@ def recorded(data_dir: Path) -> list[Any]:
     ("call", "count"),
     [
         ("learner.improve.ppo.trainer:ppo_update", 3),  # the middle of a step
-        slow("learner.improve.ppo.state:publish", 3),  # a state written, not yet renamed
+        slow("server.store.files.manifest:publish", 4),  # a state written, not yet renamed
         slow("learner.round.gate_stage:_keep_answers", 1),  # about to write what was answered
-        ("learner.round.checkpoint:publish", 2),  # the version written, not yet renamed
+        ("server.store.files.manifest:publish", 6),  # the version written, not yet renamed
         slow("server.store.learning.policies:Policies.activate", 1),  # about to move the pointer
     ],
 )

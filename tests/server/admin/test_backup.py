@@ -217,7 +217,7 @@ def test_the_command(data_dir: Path, tmp_path: Path) -> None:
     status, said = run(str(tmp_path / "less"), *source)
     assert status == 1
     assert said.startswith(
-        f"backed up to {tmp_path / 'less'}\nserver: The backup lacks what is damaged. v0001 has no manifest.json"
+        f"backed up to {tmp_path / 'less'}\nserver: The backup lacks what is damaged. v0001 has no directory"
     )
     assert votes(tmp_path / "less") == votes(data_dir)
 

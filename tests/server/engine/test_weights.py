@@ -10,7 +10,7 @@ from learner.model.policy import TrainablePolicy, published_weights
 from learner.settings import PolicySettings
 from server.engine.weights import engine_weights
 from server.shared.model.dtype import DtypeName
-from server.store.files.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_version
 from tests.learner.conftest import save_tiny_model
 from tests.learner.rounds import make_reference
 
@@ -26,10 +26,8 @@ def make_adapter(data_dir: Path) -> None:
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, 0.01)
     final = data_dir / "policies" / "v0001"
-    staging = new_staging(final)
-    policy.save(staging)
-    write_manifest(staging, version="v0001", kind="adapter", base_version="v0000", reference_version="v0000")
-    publish(staging, final)
+    with new_version(final, kind="adapter", reference_version="v0000") as staging:
+        policy.save(staging)
 
 
 def weight(data_dir: Path, dtype: DtypeName) -> tuple[str, torch.Tensor]:

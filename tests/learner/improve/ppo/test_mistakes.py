@@ -25,7 +25,7 @@ from learner.model.policy import TrainablePolicy
 from learner.model.rollout import SampledAnswer, to_rollout
 from learner.round.workspace import Workspace
 from learner.settings import PolicySettings, PPOSettings
-from server.store.files.manifest import new_staging, publish, write_manifest
+from server.store.files.manifest import new_version
 from tests.learner.conftest import EOS
 
 CPU = torch.device("cpu")
@@ -69,10 +69,8 @@ def test_the_eos_is_part_of_what_is_scored(model: Any) -> None:
 
 def test_an_adapter_is_no_reference(tmp_path: Path) -> None:
     """trl #1340: with adapters off the base answers, which is the reference only where the reference has no adapter."""
-    staging = new_staging(tmp_path / "v0001")
-    (staging / "adapter_model.safetensors").write_bytes(b"")
-    write_manifest(staging, version="v0001", kind="adapter", base_version="v0000", reference_version="v0000")
-    publish(staging, tmp_path / "v0001")
+    with new_version(tmp_path / "v0001", kind="adapter", reference_version="v0000") as staging:
+        (staging / "adapter_model.safetensors").write_bytes(b"")
     work: Any = SimpleNamespace(
         round=SimpleNamespace(reference_version="v0001"), policy_directory=lambda version: tmp_path / version
     )

@@ -1,10 +1,10 @@
-"""What one account at its limits, or strangers without a key, cost the others: memory, and how long votes take.
+"""The cost of one account at its limits, or of strangers without a key, for others: memory, and the latency of votes.
 
     python benchmarks/account.py --work-dir DIR [--seconds 10] [--write]
 
-Fills a data directory with one long conversation, starts a server on it, and lets four users vote as often as they may.
-Beside them, a phase each, from a process of its own: nobody; eight readers of the long conversation; messages that are
-refused for their length; the longest demonstrations; calls that wait for each other's turn; strangers who ask for
+Fills a data directory with one long conversation, starts a server on it, and lets four users vote as often as allowed.
+At the same time a separate process runs each of these phases: nobody; eight readers of the long conversation; messages
+rejected for their length; the longest demonstrations; calls that wait for each other's turn; strangers who ask for
 health. All on loopback. `--write` puts the table into docs/benchmarks/account.md. Prints one JSON line last.
 """
 
@@ -31,9 +31,9 @@ from server.store.store import Store
 
 TURNS, MESSAGE_CHARS, ANSWER_CHARS = 900, 16_000, 2_000
 VOTERS = 4
-# Of each voter, in turns: a thumb may be changed a thousand times.
+# Answers that each voter votes on in turn, since a thumb can be changed only a thousand times.
 ANSWERS = 8
-# Of each phase what is done, and by how many at once.
+# The action of each phase, and how many perform it at once.
 PHASES = {
     "nobody": ("read", 0),
     "readers of a long conversation": ("read", 8),
@@ -52,7 +52,7 @@ def who(name: str) -> Any:
 
 
 def fill(data: Path) -> tuple[str, list[list[str]]]:
-    """One user's long conversation, and answers for each voter."""
+    """Creates one user's long conversation, and answers for each voter."""
     with closing(Store.open(data)) as store:
         conversation = store.conversations.create("busy", "hello")
         with store.group():
@@ -76,7 +76,7 @@ def answer(store: Store, user: str, conversation: str, message: str) -> str:
 
 
 class Load:
-    """What is done beside the voters, once."""
+    """The actions of the phases, each performed once per call."""
 
     def __init__(self, channel: grpc.aio.Channel, conversation: str) -> None:
         self._chat, self._feedback = (
@@ -136,7 +136,7 @@ def measure(address: str, conversation: str, responses: list[list[str]], seconds
 
 
 def load_process(address: str, conversation: str, name: str, seconds: float, sender: Any) -> None:
-    """Says when it begins, and at the end how many calls went through and how many did not."""
+    """Reports when it starts, and at the end the numbers of accepted and rejected calls."""
     sender.send("ready")
     sender.send(asyncio.run(work_beside(address, conversation, name, seconds)))
 
@@ -165,7 +165,7 @@ async def work_beside(address: str, conversation: str, name: str, seconds: float
 async def vote_beside(
     server: psutil.Process, address: str, responses: list[list[str]], seconds: float
 ) -> dict[str, float]:
-    """How long votes took, and what the server's process grew by."""
+    """The latency of votes, and the growth of the server's process."""
     before, most, ended = server.memory_info().rss, 0, time.monotonic() + seconds
     waits: list[float] = []
     async with grpc.aio.insecure_channel(address) as channel:
@@ -180,7 +180,7 @@ async def vote_beside(
                 request = feedback_pb2.SubmitThumbRequest(response_id=responses[number][turn % ANSWERS], thumb=thumb)
                 await stub.SubmitThumb(request, metadata=who(f"voter{number}"), timeout=CALL_SECONDS)
                 waits.append(time.monotonic() - started)
-                # As often as a user may: 1,200 calls a minute.
+                # As often as a user may: 1,200 calls per minute.
                 await asyncio.sleep(max(0.0, 0.06 - waits[-1]))
 
         async def watch() -> None:

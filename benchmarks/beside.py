@@ -1,11 +1,11 @@
-"""What a busy process and a round of the learner cost the people who chat, and what these cost the round.
+"""The cost of a busy process and of a learner round for users who chat, and the cost of chats for the round.
 
     python benchmarks/beside.py --work-dir DIR [--model MODEL] [--seconds 20] [--steps 2] [--write]
 
-Starts a server, casts a hundred votes, and chats without a pause: 1, 4 and 16 streams, each alone and beside one
-process that spins at the server's own priority. Then `learner run-once` on a copy of the data, alone and beside 4
-streams, with few PPO steps: it is the ratio that is looked for. `--write` puts the tables into
-docs/benchmarks/beside.md, in place of those of the same dtype. Prints one JSON line last.
+Starts a server, casts a hundred votes, and chats without a pause with 1, 4 and 16 streams, each alone and next to one
+process that spins at the server's priority. Then runs `learner run-once` on a copy of the data, alone and next to 4
+streams, with few PPO steps, since only the ratio matters. `--write` replaces the tables of the same dtype in
+docs/benchmarks/beside.md. Prints one JSON line last.
 """
 
 import argparse
@@ -39,11 +39,11 @@ REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "beside.md"
 
 
 class Chatters:
-    """Clients that chat one answer after the other; what each saw, with its time."""
+    """Clients that chat one answer after another and record their timings."""
 
     def __init__(self, address: str, count: int) -> None:
         self._first: list[tuple[float, float]] = []  # when asked, seconds to the first text
-        self._texts: list[float] = []  # when a text came: a token each, but for the few that end none
+        self._texts: list[float] = []  # when each text arrived: nearly all are one token
         self._stopping = threading.Event()
         self._chat = chat_pb2_grpc.ChatServiceStub(grpc.insecure_channel(address))
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(count)]
@@ -56,7 +56,7 @@ class Chatters:
             thread.join(CALL_SECONDS)
 
     def seen(self, began: float, ended: float) -> dict[str, float]:
-        """Figures of what happened in between."""
+        """Results for the time between `began` and `ended`."""
         first = [seconds for at, seconds in self._first if began <= at < ended]
         texts = sum(began <= at < ended for at in self._texts)
         return {
@@ -113,7 +113,7 @@ def main() -> None:
 
 @contextmanager
 def serving(data: Path, model: str) -> Iterator[str]:
-    """`server serve`, eager, on a free port; its address."""
+    """Runs `server serve`, eager, on a free port; yields its address."""
     command = [sys.executable, "-m", "server.cli", "serve", "--data-dir", str(data), "--port", "0", "--model", model]
     environment = {**os.environ, "PREFLOOP_COMPILE": "false", "PREFLOOP_METRICS_PORT": "0"}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -133,7 +133,7 @@ def serving(data: Path, model: str) -> Iterator[str]:
 
 
 def chat(address: str, streams: int, seconds: float) -> dict[str, float]:
-    """What so many clients saw for so long, once all of them had begun."""
+    """Results of `streams` clients over `seconds`, after all of them have started."""
     chatters = Chatters(address, streams)
     time.sleep(seconds / 4)
     began = time.monotonic()
@@ -154,14 +154,14 @@ def beside_spinner(address: str, streams: int, seconds: float) -> dict[str, floa
 
 
 def round_seconds(work: Path, steps: int) -> float:
-    """A round on a copy of the data, so that a second one has as much to learn."""
+    """Times a round on a copy of the data, so that a second round has as much to learn."""
     data = work / "round"
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir()
     copy = [sys.executable, "-m", "server.cli", "backup", str(data / "data"), "--data-dir", str(work / "data")]
     subprocess.run(copy, check=True, stdout=subprocess.DEVNULL)
     command = [sys.executable, "-m", "learner.cli", "run-once", "--data-dir", str(data / "data"), "--steps", str(steps)]
-    # It is timed whatever it comes to.
+    # Accept any signal, so that the whole round is timed.
     environment = {**os.environ, "PREFLOOP_GATE__SIGNAL_P": "1"}
     began = time.monotonic()
     subprocess.run(command, env=environment, check=True, timeout=ROUND_SECONDS, stdout=subprocess.DEVNULL)
@@ -169,7 +169,7 @@ def round_seconds(work: Path, steps: int) -> float:
 
 
 def section(found: dict[str, Any], seconds: float) -> str:
-    """The figures of one dtype, as Markdown under a heading."""
+    """The results of one dtype, as Markdown under a heading."""
     lines = [
         f"## {found['dtype']}",
         "",
@@ -194,7 +194,7 @@ def section(found: dict[str, Any], seconds: float) -> str:
 
 
 def with_section(page: str, dtype: str, written: str) -> str:
-    """The page with `written` in place of the dtype's section, or after the others."""
+    """The page with the dtype's section replaced by `written`, or with `written` added."""
     head, *sections = re.split(r"(?m)^(?=## )", page)
     kept = [part for part in sections if not part.startswith(f"## {dtype}\n")]
     return "\n".join(part.rstrip() + "\n" for part in [head, *sorted([*kept, written])])

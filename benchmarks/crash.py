@@ -1,12 +1,12 @@
-"""Kills a round and a server at every place where something becomes durable, and looks at what is left.
+"""Kills a round and a server at every point where something becomes durable, and checks what is left.
 
     python benchmarks/crash.py --work-dir DIR [--write]
 
-The round is a whole one on a tiny model (`tests/learner/crash.py`), the server a real one over gRPC with a stand-in for
-the engine (`tests/server/crash.py`). Each failpoint is tried the first time it is passed, the second, and so on, until
-a run ends without having been killed. After each kill: SQLite's integrity_check, every acknowledged vote, no half-made
-version; then that the next run ends the round, with each vote in it once. `--write` puts the table into
-docs/benchmarks/crash.md. Prints one JSON line last.
+The round is a whole one on a tiny model (`tests/learner/crash.py`), the server a real one over gRPC with a fake engine
+(`tests/server/crash.py`). Each failpoint is triggered the first time it is passed, the second, and so on, until a run
+ends without being killed. After each kill this checks SQLite's integrity_check, that every acknowledged vote is there,
+that no version is incomplete, and that the next run ends the round with each vote in it once. `--write` puts the table
+into docs/benchmarks/crash.md. Prints one JSON line last.
 """
 
 import argparse
@@ -37,7 +37,7 @@ TURNS = 6
 REPORT = HERE.parent / "docs" / "benchmarks" / "crash.md"
 WHAT = {"round": "a whole round", "votes": f"a server and {2 * TURNS} votes in {TURNS} chats"}
 
-# One kill: where, and what was wrong after it; None where the run was not reached by a kill.
+# Runs with a failpoint and returns what was wrong after the kill, or None if the run was not killed.
 Kill = Callable[[Path, str], list[str] | None]
 
 
@@ -72,7 +72,7 @@ def make_data(work: Path) -> None:
 
 
 def kills(work: Path, what: str, point: str, kill: Kill) -> list[list[str]]:
-    """What was wrong after each kill at `point`, the first time it is passed, the second, ..."""
+    """What was wrong after each kill at `point`: the first time it is passed, the second, and so on."""
     found: list[list[str]] = []
     for number in count(1):
         wrong = kept(work / "results" / what / f"{point}-{number}.json", partial(kill, work, f"{point}:{number}"))

@@ -1,11 +1,11 @@
-"""From how many votes on does a reward model that learns its features beat a head on frozen ones?
+"""The number of votes from which a reward model with learned features beats a head on frozen ones.
 
     python benchmarks/crossover.py MODEL --work-dir DIR [--votes 200 1000] [--tastes short to-you]
 
-Works on the pool of `benchmarks/study.py` (the same --work-dir). A round's votes are split as a round splits them.
-The frozen head is the round's own. The other begins where that ended, with LoRA below it: the adapter starts as zero,
-and both are trained on the same penalised likelihood, an epoch at a time. Measured:
-accuracy against the taste on comparisons of unseen questions, and seconds. Prints one JSON line last.
+Uses the pool of `benchmarks/study.py` (the same --work-dir). Votes are split as in a round. The frozen head is that of
+a round. The other starts from its weights, with LoRA below it: the adapter starts at zero, and both are trained on the
+same penalised likelihood, one epoch at a time. Measures accuracy against the taste on comparisons of unseen questions,
+and seconds. Prints one JSON line last.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
-    """Both models' accuracy, the adapted one's after every epoch."""
+    """Both models' accuracy; the adapted one's after every epoch."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -85,7 +85,7 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
 def epoch(
     backbone: Any, frozen: Any, head: Any, answers: Any, votes: Any, smoothing: float, optimizer: Any, generator: Any
 ) -> None:
-    """One pass over the choices, an optimiser step for every `BATCH` of them."""
+    """One pass over the choices, with an optimiser step for every `BATCH` of them."""
     import torch
 
     from learner.model.features import pool
@@ -111,7 +111,7 @@ def epoch(
             losses = votes.choice_weight[part] * choice_loss(log_probs, votes.outcome[part], smoothing)
             (losses.sum() / total).backward()
             optimizer.gather()
-        # The prior of the frozen fit, shared out over the votes: the head began at the optimum of both together.
+        # The prior of the frozen fit, divided among the votes; the head started at the optimum of likelihood and prior.
         (0.5 * frozen.l2 / len(votes) * head.square().sum()).backward()
         optimizer.step(1.0)
 

@@ -1,4 +1,4 @@
-"""A model whose answers never end by themselves, so that every answer of a measurement is as long as every other."""
+"""A model whose answers never end by themselves, so that all answers of a measurement have the same length."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def copy_without_end(source: Path, directory: Path) -> None:
-    """A copy whose end token is the tokenizer's last special one, which no answer contains."""
+    """Copies a model, with the tokenizer's last special token, which no answer contains, as end token."""
     from transformers import AutoTokenizer
 
     staging = directory.with_suffix(".new")

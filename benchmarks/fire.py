@@ -1,13 +1,12 @@
-"""Kills server, engine and learner at random moments while people chat and vote, and looks for what was lost.
+"""Kills server, engine and learner at random moments while clients chat and vote, and checks for lost data.
 
     python benchmarks/fire.py MODEL --work-dir DIR [--kills 20] [--seed 0] [--write]
 
-A server as an operator starts it, clients that chat and vote without a pause and try again, with the same request_id,
-whatever fails, and a learner that runs one small round after the other. SIGKILL hits one of the three, in turn by
-chance, some seconds after all are well again; the server and the learner are started again by us, as systemd would, the
-engine by the server. In the end the store is compared with what clients were told: every answer that was finished, with
-its text; every vote that was acknowledged; each request once. `--write` makes docs/benchmarks/fire.md. Prints one JSON
-line last.
+The server runs as an operator starts it, clients chat and vote without a pause and retry every failure with the same
+request_id, and a learner runs small rounds one after another. SIGKILL hits one of the three, chosen at random, some
+seconds after all have recovered. We restart the server and the learner, as systemd would; the server restarts the
+engine. At the end the store is compared with the responses to clients: every finished answer with its text, every
+acknowledged vote, and each request once. `--write` writes docs/benchmarks/fire.md. Prints one JSON line last.
 """
 
 import argparse
@@ -43,20 +42,20 @@ READY_SECONDS = 240
 QUIET = (5.0, 20.0)
 VICTIMS = ("server", "engine", "learner")
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "fire.md"
-# Rounds that end within a minute or two, whatever their votes say.
+# Rounds that end within a minute or two, whatever the votes.
 SMALL = {
     "PREFLOOP_MIN_VOTES": "20", "PREFLOOP_LEASE_SECONDS": "3", "PREFLOOP_PPO__STEPS": "2",
     "PREFLOOP_PPO__EPISODES": "8", "PREFLOOP_REWARD__PERMUTATIONS": "20", "PREFLOOP_REWARD__REFERENCE_ANSWERS": "16",
     "PREFLOOP_GATE__SIGNAL_P": "1", "PREFLOOP_GATE__PROMPTS": "8", "PREFLOOP_GATE__REFITS": "100",
     "PREFLOOP_MAX_RESUMES": "100",
 }  # fmt: skip
-# Short answers, many of them.
+# Many short answers.
 SERVER = {"PREFLOOP_COMPILE": "false", "PREFLOOP_MAX_TOKENS": "64", "PREFLOOP_METRICS_PORT": "0"}
 
 
 @dataclass
 class Told:
-    """What clients were told, and how often they had to ask again."""
+    """The responses that clients received, and the number of retries."""
 
     answers: dict[str, str] = field(default_factory=dict)
     votes: dict[str, str] = field(default_factory=dict)
@@ -110,7 +109,7 @@ def burn(data: Path, model: str, kills: int, draw: random.Random) -> dict[str, A
                 server.wait()
                 server.start()
             if victim != "learner":
-                # The health service may not know of a dead engine yet; a whole answer shows that it lives again.
+                # The health service may not have noticed a dead engine yet; a whole answer shows that it is back.
                 chats = chat_pb2_grpc.ChatServiceStub(grpc.insecure_channel(address))
                 while not answer(chats, "fire", "Hello.", Counter())[2]:
                     time.sleep(0.2)
@@ -135,7 +134,7 @@ def burn(data: Path, model: str, kills: int, draw: random.Random) -> dict[str, A
 
 
 class Kept:
-    """A command of ours as a process, started again and again; its output goes to `log`."""
+    """A prefloop command as a process that can be restarted; its output goes to `log`."""
 
     def __init__(self, log: Path, command: list[str], data: Path, settings: dict[str, str]) -> None:
         self.command = [sys.executable, "-m", *command, "--data-dir", str(data)]
@@ -160,7 +159,7 @@ class Kept:
 
 
 def kill(victim: str, server: Kept, learner: Kept) -> bool:
-    """SIGKILL; False where there is nobody to kill at this moment."""
+    """Sends SIGKILL; False if the process does not exist at this moment."""
     try:
         target = (server if victim != "learner" else learner).process
         assert target
@@ -182,7 +181,7 @@ def keep_learning(learner: Kept, stopping: threading.Event) -> None:
 
 
 def finish_learning(data: Path) -> dict[str, int]:
-    """The round that was cut off last ends, too; how many there were of each state."""
+    """Finishes the last interrupted round; returns the number of rounds by state."""
     command = [sys.executable, "-m", "learner.cli", "run-once", "--data-dir", str(data)]
     with (data / "learner.log").open("a") as log:
         subprocess.run(
@@ -192,11 +191,11 @@ def finish_learning(data: Path) -> dict[str, int]:
         return store.rounds.count()
 
 
-# Those who chat and vote
+# Clients that chat and vote
 
 
 def talk(address: str, number: int, told: Told, stopping: threading.Event) -> None:
-    """One user: a question, its answer, a thumb on it, and so on."""
+    """One user, who repeatedly asks a question and votes on the answer."""
     channel = grpc.insecure_channel(address, [("grpc.max_reconnect_backoff_ms", 500)])
     chats, votes = chat_pb2_grpc.ChatServiceStub(channel), feedback_pb2_grpc.FeedbackServiceStub(channel)
     user, asked = f"user{number}", questions(number)
@@ -217,7 +216,7 @@ def talk(address: str, number: int, told: Told, stopping: threading.Event) -> No
 
 
 def answer(chats: Any, user: str, question: str, again: Counter[str]) -> tuple[str, str, bool]:
-    """Response id, text, and whether it came to its own end; asked again, as the same request, until there is one."""
+    """Response id, text, and whether the answer is complete. The same request is retried until there is an answer."""
     request = chat_pb2.ChatRequest(
         message=question, sampling=chat_pb2.SamplingOptions(max_tokens=64), request_id=str(uuid.uuid4())
     )
@@ -231,7 +230,7 @@ def answer(chats: Any, user: str, question: str, again: Counter[str]) -> tuple[s
 
 
 def insist(call: Callable[[], Any], again: Counter[str]) -> Any:
-    """Calls until it goes through; anything but "try again" is an error."""
+    """Retries until the call succeeds; errors that are not retryable are raised."""
     while True:
         try:
             return call()
@@ -247,11 +246,11 @@ def metadata(user: str) -> tuple[tuple[str, str], ...]:
     return (("x-user-id", user),)
 
 
-# What was lost
+# Lost data
 
 
 def lost(data: Path, told: Told) -> list[str]:
-    """Sentences on what is not in the store as clients were told."""
+    """Sentences on differences between the store and the responses to clients."""
     with closing(Store.open(data)) as store:
         rows = store._db.rows("SELECT id, text, status FROM responses")
         kept = {row["id"]: row["text"] for row in rows}
@@ -274,7 +273,7 @@ def lost(data: Path, told: Told) -> list[str]:
 
 
 def left_behind(pids: set[int]) -> list[str]:
-    """Engines that outlived who started them by more than a few seconds."""
+    """Engines that outlived their parent process by more than a few seconds."""
     time.sleep(5)
     engines = [one for one in psutil.process_iter(["name", "ppid"]) if (one.info["name"] or "").startswith("VLLM::Eng")]
     return [f"engine {one.pid} was left behind" for one in engines if one.info["ppid"] in pids | {1}]

@@ -1,18 +1,18 @@
-"""The learner's calculations on a GPU: are they right there, and how long do they take?
+"""Correctness and speed of the learner's calculations on a GPU.
 
     python benchmarks/gpu.py [--device cuda] [--small]
 
-It needs torch, transformers and peft, no other package and no file: models have the shapes of SmolLM2-135M and
-Qwen2.5-1.5B and random weights, and every response is of random tokens. For each shape:
+Needs only torch, transformers and peft, and no files: models have the shapes of SmolLM2-135M and Qwen2.5-1.5B with
+random weights, and responses consist of random tokens. For each shape:
 
 - Check, in float32: log-probabilities and pooled features on the device against the model's own logits and hidden
-  states on the CPU, each response by itself; then a PPO update on the device against the same update on the CPU.
-- Speed, in the dtype that suits the device: an update's stages, without the sampling, at the learner's defaults but for
-  the micro-batch. Medians of three updates after one that is not counted. Nothing is compiled.
+  states on the CPU, one response at a time; then a PPO update on the device against the same update on the CPU.
+- Speed, in the dtype that suits the device: the stages of an update without sampling, at the learner's defaults except
+  for the micro-batch. Medians of three updates after a warm-up. Nothing is compiled.
 
-On a GPU with vLLM installed an engine is started, too: how long its start takes, how long a push of weights stops the
-sampling, and how far its log-probabilities are from the trainer's. `--device cpu --small` is a dry run of all but that.
-The exit status is 1 where a check fails. Prints one JSON line last.
+On a GPU with vLLM, an engine is started too, to measure its start, how long a push of weights stops sampling, and how
+far its log-probabilities are from the trainer's. `--device cpu --small` is a dry run of all but that. The exit status
+is 1 if a check fails. Prints one JSON line last.
 """
 
 import argparse
@@ -62,10 +62,10 @@ SHAPES: dict[str, Any] = {
     ),
 }  # fmt: skip
 SMALL = {"hidden_size": 144, "intermediate_size": 288, "num_hidden_layers": 3, "vocab_size": 2048}
-# Tokens that all prompts begin with, and tokens of each prompt's own.
+# The number of tokens that all prompts share, and of each prompt's own tokens.
 SHARED, OWN = 24, 16
 RESPONSES, CHECKED = 32, 8
-# Response tokens, and tokens of a micro-batch: 8, 32 and 8 answers with what each prompt has of its own.
+# Tokens per response and per micro-batch: 8, 32 and 8 answers with their prompts' own tokens.
 CASES = [(64, 640), (64, 2560), (512, 4224)]
 TEMPERATURE, TOKENS_AT_ONCE = 0.85, 2048
 # The learner's defaults; a learning rate so small that no update stops early.
@@ -74,9 +74,9 @@ SETTINGS = SimpleNamespace(
     adam_epsilon=1e-5, max_grad_norm=1.0, gamma=1.0, gae_lambda=0.95, clip_range=0.2, dual_clip=3.0, value_clip=0.2,
     vf_coef=0.1, kl_coef=0.1, approx_kl_stop=0.02, importance_cap=2.0,
 )  # fmt: skip
-# For the check a learning rate that moves the adapters, and two passes, so that the second has a KL.
+# The check uses a learning rate that moves the adapters, and two passes, so that the second has a KL.
 CHECK_SETTINGS = SimpleNamespace(**{**vars(SETTINGS), "epochs": 2, "learning_rate": 2e-5, "approx_kl_stop": 1.0})
-# What float32 on two devices may differ by: nats, the features' own unit, shares of a number on the CPU.
+# Allowed differences between float32 on two devices: nats, the features' unit, and shares of the CPU's numbers.
 LIMITS = {"logprobs": 1e-3, "ref_logprobs": 1e-3, "features": 1e-3, "statistics": 1e-2, "adapters": 2e-2}
 
 
@@ -133,11 +133,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-# Right?
+# Correctness
 
 
 def check(config: Any, device: torch.device) -> dict[str, Any]:
-    """The largest differences between the learner on `device` and the definition, or the learner, on the CPU."""
+    """The largest differences of the learner on `device` from the definition, or from the learner, on the CPU."""
     there = make_engine(config, torch.float32, device)
     here = TrainablePolicy(copy.deepcopy(there.model).to("cpu"), None)
     rollout = make_rollout([32 - 3 * row for row in range(CHECKED)], config.vocab_size)
@@ -149,7 +149,7 @@ def check(config: Any, device: torch.device) -> dict[str, Any]:
 def compare_passes(
     there: TrainablePolicy, here: TrainablePolicy, rollout: Rollout, device: torch.device
 ) -> dict[str, float]:
-    """With a prefix that the rows of a micro-batch share, and in micro-batches of one, which share nothing."""
+    """Compares in micro-batches whose rows share a prefix, and in micro-batches of one row."""
     layers = default_layers(here.model.config.num_hidden_layers)
     with here.reference() as reference:
         ref_logprobs, features = by_definition(reference, rollout, layers)
@@ -167,8 +167,8 @@ def compare_passes(
 
 @torch.no_grad()
 def by_definition(model: Any, rollout: Rollout, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(B, T) log-probabilities and (B, F) features by transformers' own whole forward pass, one unpadded row at a time,
-    with nothing of the learner's."""
+    """(B, T) log-probabilities and (B, F) features by transformers' own full forward pass, one unpadded row at a time,
+    without any code of the learner."""
     logprobs, features = torch.zeros(rollout.tokens.response_mask.shape), []
     for row, sample in enumerate(rollout.samples):
         output = model(input_ids=torch.tensor([sample.prompt + sample.token_ids]), output_hidden_states=True)
@@ -183,7 +183,7 @@ def by_definition(model: Any, rollout: Rollout, layers: tuple[int, ...]) -> tupl
 def compare_updates(
     there: TrainablePolicy, here: TrainablePolicy, rollout: Rollout, device: torch.device
 ) -> dict[str, Any]:
-    """One update of each; the differences are shares of the CPU's numbers, of the adapters' largest change."""
+    """Makes one update on each; differences are relative to the CPU's numbers and the adapters' largest change."""
     before = adapters(here)
     stats = {
         "cpu": asdict(update(here, rollout, CHECK_SETTINGS, {})),
@@ -201,8 +201,8 @@ def compare_updates(
 
 
 def bfloat16_rms(half: TrainablePolicy, here: TrainablePolicy, rollout: Rollout, device: torch.device) -> float:
-    """Root mean square of what bfloat16 on the device and float32 on the CPU differ by with the same weights, nats a
-    token."""
+    """Root mean square difference between bfloat16 on the device and float32 on the CPU with the same weights, in nats
+    per token."""
     half.model.load_state_dict(here.model.state_dict())
     expected = policy_logprobs(here, rollout.tokens, TEMPERATURE, TOKENS_AT_ONCE)
     found = policy_logprobs(half, rollout.tokens.to(device), TEMPERATURE, TOKENS_AT_ONCE).cpu()
@@ -214,15 +214,15 @@ def adapters(policy: TrainablePolicy) -> Tensor:
 
 
 def largest(differences: list[Tensor]) -> float:
-    """NaN where one is, which is below no limit."""
+    """The largest absolute difference; NaN if any is NaN, which exceeds every limit."""
     return float(torch.cat([difference.flatten() for difference in differences]).abs().max())
 
 
-# How long?
+# Speed
 
 
 def cases(name: str, config: Any, device: torch.device, dtype: str, small: bool) -> list[dict[str, Any]]:
-    """Seconds of each stage, response tokens a second and the peak of the device's memory, for every case."""
+    """Seconds of each stage, response tokens per second and peak device memory, for every case."""
     policy = make_engine(config, getattr(torch, dtype), device)
     found = []
     for length, budget in CASES:
@@ -255,9 +255,9 @@ def cases(name: str, config: Any, device: torch.device, dtype: str, small: bool)
 
 
 def update(policy: TrainablePolicy, rollout: Rollout, settings: Any, seconds: dict[str, float]) -> UpdateStats:
-    """One update as `learner.improve.ppo.trainer` makes it, without the sampling; fills in the seconds of each stage.
+    """One update as in `learner.improve.ppo.trainer`, without sampling; fills in the seconds of each stage.
 
-    There is no engine: the rollout's behavior_logprobs say how far it would be from the policy."""
+    There is no engine: the rollout's behavior_logprobs are its simulated distance from the policy."""
     device = rollout.tokens.input_ids.device
     reward_model = head_for(policy)
     critic = make_critic(reward_model).to(device)
@@ -286,7 +286,7 @@ def update(policy: TrainablePolicy, rollout: Rollout, settings: Any, seconds: di
 
 @contextmanager
 def stage(name: str, seconds: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Takes the time until the device has done what it was given."""
+    """Times the block until the device has finished its work."""
     wait(device)
     started = time.perf_counter()
     yield
@@ -299,7 +299,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# What is measured with
+# Test data
 
 
 def make_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
@@ -309,7 +309,7 @@ def make_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def make_engine(config: Any, dtype: torch.dtype, device: torch.device) -> TrainablePolicy:
-    """Adapters that already change the model, so that the policy is not its reference."""
+    """A policy whose adapters already change the model, so that it differs from its reference."""
     model = lora(make_model(config, dtype, device), 16, 32)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -323,7 +323,7 @@ def head_for(policy: TrainablePolicy) -> Any:
 
 
 def make_rollout(lengths: list[int], vocabulary: int) -> Rollout:
-    """Responses of these lengths; log-probabilities are noise of 0.1 nats, see `update`."""
+    """Responses of these lengths; their log-probabilities are noise of 0.1 nats (see `update`)."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
@@ -355,8 +355,8 @@ def try_engine(device: torch.device) -> dict[str, float] | str:
 
 
 def engine_figures(config: Any, device: torch.device) -> dict[str, float]:
-    """The learner's engine in this process, beside the trainer: seconds of its start and of a push, in which it samples
-    nothing, sampled tokens a second, and how far its log-probabilities are from the trainer's."""
+    """The learner's engine in this process with the trainer: seconds of its start and of a push, during which it does
+    not sample, sampled tokens per second, and the distance of its log-probabilities from the trainer's."""
     from learner.model.rollout import RolloutEngine
     from learner.settings import LearnerSettings
     from server.store.chats.records import Prompt
@@ -393,7 +393,7 @@ def engine_figures(config: Any, device: torch.device) -> dict[str, float]:
 
 
 def save_for_engine(model: Any, directory: Path) -> None:
-    """Weights, with a tokenizer of one word a token."""
+    """Saves the weights, with a tokenizer of one word per token."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

@@ -3,10 +3,10 @@
     python benchmarks/growth.py --work-dir DIR [--votes 1000 10000 100000 1000000] [--write]
 
 One store grows from size to size: comparisons of 64-token answers, each with a vote, written to the real tables. At
-every size a process of its own does what a round does first: count the votes, take the snapshot, make the dataset,
+every size a separate process runs the first stages of a round: count the votes, take the snapshot, build the dataset,
 read the prompts, test for a signal, fit the reward model and the judge. Features are random numbers; everything else
-is real. A round takes the newest `max_votes` votes (20,000): `--all` lifts that, to show what it saves. Each size is
-written down as it ends, and a killed benchmark goes on. Prints one JSON line last; `--write` makes
+is real. A round uses the newest `max_votes` votes (20,000); `--all` also runs without this limit, to show its effect.
+Each result is saved as it is computed, so that a killed benchmark resumes. Prints one JSON line last; `--write` writes
 docs/benchmarks/growth.md.
 """
 
@@ -75,7 +75,7 @@ def grow(data: Path, votes: int) -> None:
 
 
 def rows(table: str, numbers: range) -> Iterator[dict[str, Any]]:
-    """What one vote each leaves in a table."""
+    """The rows that one vote per number leaves in a table."""
     from server.store.packing import pack_floats, pack_ints
 
     for n in numbers:
@@ -106,7 +106,7 @@ def rows(table: str, numbers: range) -> Iterator[dict[str, Any]]:
 
 
 def measured(work: Path, mode: str, votes: int) -> dict[str, Any]:
-    """A store of so many votes, read in a process of its own, with its peak memory."""
+    """Measures a store of this many votes in a separate process, with its peak memory."""
     grow(work / "data", votes)
     command = [sys.executable, __file__, "--work-dir", str(work), "--measure", mode]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -165,7 +165,7 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
 
 
 def exponent(by_votes: dict[int, Any], figure: str) -> float:
-    """Slope of log figure over log votes, least squares."""
+    """Least-squares slope of log(figure) over log(votes)."""
     points = [(math.log(votes), math.log(max(found[figure], 0.01))) for votes, found in by_votes.items()]
     x, y = (sum(column) / len(points) for column in zip(*points, strict=True))
     return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)

@@ -1,4 +1,4 @@
-"""Results that are written down as they come, so that a killed benchmark goes on behind the last one."""
+"""Results that are saved as they are computed, so that a killed benchmark resumes after the last one."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """What is in `path`; made, said and written there, whole or not at all, where nothing is."""
+    """The JSON in `path`; if there is none, the result of `make`, which is printed and written there atomically."""
     if not path.exists():
         text = json.dumps(make())
         path.parent.mkdir(parents=True, exist_ok=True)

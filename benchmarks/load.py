@@ -1,11 +1,11 @@
-"""The client side of `benchmarks/serve.py`, in a process of its own: `python benchmarks/load.py grpc ADDRESS`.
+"""The client side of `benchmarks/serve.py`, as a separate process: `python benchmarks/load.py grpc ADDRESS`.
 
-Reads one load a line from standard input, as JSON {"streams", "waves", "tokens", "temperature", "logprobs", "seed"},
+Reads one load per line from standard input, as JSON {"streams", "waves", "tokens", "temperature", "logprobs", "seed"},
 and answers each with one JSON line: {"tokens", "answers", "deltas", "seconds", "ttft_s", "gap_p99_s", "cpu_s"}. A wave
-is `streams` questions sent at the same moment; the next one starts when all are answered. Times are in seconds.
+is `streams` questions sent at once; the next one starts when all are answered. Times are in seconds.
 
 Targets: `grpc ADDRESS` (prefloop), `openai ADDRESS` (an OpenAI-compatible server), `bare DIRECTORY` (vLLM's AsyncLLM
-in this very process, prompts tokenised beforehand: no front end at all).
+in this process with pre-tokenised prompts, so without any front end).
 """
 
 import asyncio
@@ -26,14 +26,14 @@ import uvloop
 from clients.demo.questions import questions
 
 READY = "ready"
-# Asks one question; calls `heard` at every delta and returns the answer's number of tokens.
+# Asks one question, calls `heard` at every delta, and returns the answer's number of tokens.
 Ask = Callable[[str, Callable[[], None]], Awaitable[int]]
 
 
 @dataclass(frozen=True)
 class Load:
-    """One measurement. `logprobs`: ask for those of the chosen tokens, where that is the client's to ask. `seed` picks
-    the questions; sampling has none, because a seed of its own makes each row of the engine's batch a step of its own.
+    """One measurement. `logprobs`: ask for those of the chosen tokens, if the client decides that. `seed` selects the
+    questions; sampling is not seeded, because a seed per request makes the engine sample each row separately.
     """
 
     streams: int
@@ -45,8 +45,8 @@ class Load:
 
 
 async def main(target: str, address: str) -> None:
-    """Connects, says that it is ready, and answers loads until standard input ends."""
-    # vLLM's processes print to standard output; it is theirs now, and ours goes elsewhere.
+    """Connects, reports that it is ready, and runs loads until standard input ends."""
+    # vLLM's processes print to standard output, so that is redirected to standard error and replies use a copy.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     open_target = {"grpc": grpc_target, "openai": openai_target, "bare": bare_target}[target]
@@ -96,7 +96,7 @@ Target = tuple[Callable[[Load], Ask], Callable[[], Awaitable[None]]]
 
 
 async def grpc_target(address: str) -> Target:
-    """prefloop's own API. The server always computes log-probabilities, and keeps them."""
+    """prefloop's own API. The server always computes and stores log-probabilities."""
     import grpc
     from prefloop.v1.chat_pb2 import ChatRequest, SamplingOptions
     from prefloop.v1.chat_pb2_grpc import ChatServiceStub
@@ -124,10 +124,10 @@ async def grpc_target(address: str) -> Target:
 
 
 async def openai_target(address: str) -> Target:
-    """Streamed chat completions over HTTP, read with aiohttp: a lighter client than OpenAI's own library."""
+    """Streamed chat completions over HTTP with aiohttp, a lighter client than OpenAI's own library."""
     import aiohttp
 
-    # No limit on connections, and none on a stream's time. The server drops idle connections after 5 s: do so first.
+    # No limits on connections or a stream's duration. The server drops idle connections after 5 s, so we do so first.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
     session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
     url = f"http://{address}/v1/chat/completions"
@@ -163,7 +163,7 @@ async def openai_target(address: str) -> Target:
 
 
 async def bare_target(directory: str) -> Target:
-    """The engine alone, made with the server's own arguments."""
+    """The engine alone, created with the server's own arguments."""
     from server.engine.vllm_start import set_environment, start_engine
     from server.settings import ServerSettings
 

@@ -1,12 +1,13 @@
-"""The reward model on people's votes: PandaLM's test set, held out by instruction, beside simpler rules and the people.
+"""The reward model on human votes: PandaLM's test set, held out by instruction, compared with simpler rules and humans.
 
     python benchmarks/pandalm.py MODEL_DIR pandalm_testset_v1.json --work-dir DIR [--write]
 
-999 pairs of answers to 170 instructions, three annotators each (0 a tie, 1, 2); github.com/WeOpenML/PandaLM, not part
-of this repository. Every annotator's vote is a vote. Ten folds, no instruction in two of them: the head is fitted on
-nine, its penalty chosen within them, and judged on the tenth by what most annotators said. Beside it: a head on
-length alone, the rule "longer wins", and each annotator against the other two where these agree. Intervals come from
-a bootstrap over instructions. Prints one JSON line last; `--write` makes docs/benchmarks/pandalm.md.
+The data are 999 pairs of answers to 170 instructions with three annotators each (0 a tie, 1, 2), from
+github.com/WeOpenML/PandaLM, not part of this repository. Each annotation is a vote. In ten folds that split no
+instruction, the head is fitted on nine, its penalty chosen within them, and judged on the tenth by the annotators'
+majority. Baselines: a head on length alone, the rule "longer wins", and each annotator against the other two if these
+agree. Intervals come from a bootstrap over instructions. Prints one JSON line last; `--write` writes
+docs/benchmarks/pandalm.md.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 def judge(rows: list[dict[str, Any]], model: Path, work: Path) -> dict[str, Any]:
-    """Every figure, by rule."""
+    """The results of every rule."""
     import torch
 
     from learner.reward.likelihood import preference_loss
@@ -79,13 +80,14 @@ def judge(rows: list[dict[str, Any]], model: Path, work: Path) -> dict[str, Any]
 
 
 def said(row: dict[str, Any]) -> int:
-    """What most annotators said; 0 for a tie or no majority."""
+    """The annotators' majority; 0 for a tie or no majority."""
     choice, count = Counter(row[f"annotator{n}"] for n in (1, 2, 3)).most_common(1)[0]
     return int(choice) if count > 1 else 0
 
 
 def agreement(rows: list[dict[str, Any]]) -> list[float]:
-    """1.0 or 0.0 for each annotator's winner where the other two name the same winner, 0.5 for a tie."""
+    """For each annotator, if the other two name the same winner: 1.0 for agreement, 0.0 for disagreement, 0.5 for a
+    tie."""
     found = []
     for row in rows:
         votes = [row[f"annotator{n}"] for n in (1, 2, 3)]
@@ -123,7 +125,7 @@ def votes_of(rows: list[dict[str, Any]], groups: Any, chosen: Any) -> Any:
 
 
 def length_head(lengths: Any, train: Any) -> Any:
-    """(rows,) differences of a head that sees log length alone."""
+    """(rows,) score differences of a head that sees only log length."""
     import torch
 
     from learner.reward import linear_heads as fitting
@@ -134,7 +136,7 @@ def length_head(lengths: Any, train: Any) -> Any:
 
 
 def interval(right: Any, groups: Any, count: int) -> list[float]:
-    """95 % of the mean, instructions drawn with replacement."""
+    """95 % interval of the mean, by drawing instructions with replacement."""
     import torch
 
     sums = torch.zeros(count).scatter_add_(0, groups, right)
@@ -146,7 +148,7 @@ def interval(right: Any, groups: Any, count: int) -> list[float]:
 
 
 def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -> Any:
-    """(features (2 * rows, F), layers); kept in the work directory."""
+    """(features (2 * rows, F), layers), cached in the work directory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from learner.model.features import FeatureCache, default_layers

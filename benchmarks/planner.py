@@ -1,19 +1,19 @@
-"""Is it worth choosing which answers to compare? Votes that a planner saves against random pairs, simulated.
+"""How many votes a planner saves by choosing which answers to compare, against random pairs, in simulation.
 
     python benchmarks/planner.py MODEL --work-dir DIR [--write]
 
-Works on the pool of `benchmarks/study.py` (the same --work-dir): six answers to each question, three at either of
-Compare's temperatures. Questions come in random order, as users ask them; for each, two answers of unlike temperature
-are shown and voted on by a taste, a tenth of the votes flipped. Which two:
+Uses the pool of `benchmarks/study.py` (the same --work-dir): six answers to each question, three at each of Compare's
+temperatures. Questions come in random order, as from users; for each, two answers of different temperature are shown
+and voted on by a taste, with a tenth of the votes flipped. The strategies for choosing the two:
 - random: any.
-- second: any one, and of the three others the one about which the reward model's members disagree most whether it is
-  better (the variance of their probabilities). What a server with a `scoring_address` does.
-- second, information: the same by the information that a vote is expected to give (BALD, Houlsby et al. 2011).
-- second, close: the same by how close the two scores are, which needs no members.
-- pair: of all nine pairs the one that the members disagree on most.
-The model is fitted anew every 20 votes. Measured then: accuracy against the taste on comparisons of unseen questions.
-Each run is written down as it ends, so that a killed benchmark goes on behind the last one. Prints one JSON line last;
-`--write` makes docs/benchmarks/planner.md.
+- second: any one, and of the three others the one on which the reward model's members disagree most about which is
+  better (the variance of their probabilities). This is what a server with a `scoring_address` does.
+- second, information: the same, by the expected information of a vote (BALD, Houlsby et al. 2011).
+- second, close: the same, by how close the two scores are, which needs no members.
+- pair: of all nine pairs the one on which the members disagree most.
+The model is refitted every 20 votes and measured by its accuracy against the taste on comparisons of unseen questions.
+Each run is saved as it ends, so that a killed benchmark resumes after the last one. Prints one JSON line last;
+`--write` writes docs/benchmarks/planner.md.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def answers_by_question(work: Path, pairs: list[Pair]) -> Any:
-    """([(Answer, row of features, temperature), ...] of each question, features (N, F), layers)."""
+    """([(Answer, row of features, temperature), ...] for each question, features (N, F), layers)."""
     from server.store.store import Store
 
     seen = [pair for pair in pairs if pair.seen]
@@ -109,14 +109,14 @@ def learn(
 
 
 def by_temperature(answers: Any, chance: random.Random) -> tuple[Any, Any]:
-    """The answers at one temperature and those at the other, everything in random order."""
+    """The answers at one temperature and those at the other, in random order."""
     first, other = chance.sample(sorted({temperature for *_, temperature in answers}), 2)
     mixed = chance.sample(answers, len(answers))
     return [one for one in mixed if one[2] == first], [one for one in mixed if one[2] == other]
 
 
 def most_disputed(ones: Any, others: Any, model: Any, features: Any, strategy: str) -> tuple[Any, Any]:
-    """One of `ones` and one of `others`: the two on which a vote would say most."""
+    """The pair of one of `ones` and one of `others` on which a vote would be most informative."""
     import torch
 
     rows = [row for _, row, _ in [*ones, *others]]
@@ -134,7 +134,7 @@ def most_disputed(ones: Any, others: Any, model: Any, features: Any, strategy: s
 
 
 def entropy(p: Any) -> Any:
-    """Of a coin that lands on one side with probability p, nats."""
+    """The entropy in nats of a coin with probability p."""
     import torch
 
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
@@ -157,8 +157,8 @@ def to_votes(votes: list[tuple[int, int, str, float]]) -> Any:
 
 
 def gain(random_runs: list[list[float]], planned_runs: list[list[float]]) -> tuple[float, float, float]:
-    """Accuracy above the random pairs', mean over everything after the first `BATCH` votes, which are alike, with its
-    95 % interval over pairs of runs: a run of one strategy and its twin, of the same taste and seed."""
+    """Mean gain in accuracy over random pairs after the first `BATCH` votes, which are the same, with its 95 % interval
+    over pairs of runs with the same taste and seed."""
     chance = random.Random(0)
     gains = [mean(planned[1:]) - mean(one[1:]) for one, planned in zip(random_runs, planned_runs, strict=True)]
     means = sorted(mean(chance.choices(gains, k=len(gains))) for _ in range(RESAMPLES))
@@ -166,7 +166,7 @@ def gain(random_runs: list[list[float]], planned_runs: list[list[float]]) -> tup
 
 
 def needed(planned_runs: list[list[float]], level: float) -> str:
-    """How many votes the planned runs take to `level` on average, averages of three measurements."""
+    """The number of votes after which the planned runs reach `level`, by averages of three measurements."""
     curve = smooth(planned_runs)
     return next((str((number + 2) * BATCH) for number, value in enumerate(curve) if value >= level), "never")
 

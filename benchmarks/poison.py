@@ -1,20 +1,20 @@
-"""What do poisoned votes cost, with and without the learner's defences? Simulated voters, some of them hostile.
+"""The cost of poisoned votes, with and without the learner's defences, for simulated voters of whom some are hostile.
 
     python benchmarks/poison.py MODEL --work-dir DIR [--write]
 
-Works on the pool of `benchmarks/study.py` (the same --work-dir). Voters share a taste and slip in a tenth of their
-votes; an attack replaces some of them. As in a round, votes of 40 % of the conversations judge and are not fitted on.
-Three fits of the reward model to each vote:
-- none: every vote weighs the same.
+Uses the pool of `benchmarks/study.py` (the same --work-dir). Voters share a taste and flip a tenth of their votes; an
+attack replaces some of them. As in a round, the votes of 40 % of the conversations are held out for judging. Each set
+of votes is fitted three times:
+- none: every vote has the same weight.
 - cap: no user has more than `user_share` of the weight.
 - full: the cap, and `weigh_voters` (learner/reward/voter_reliability.py).
 Measured, as points lost against honest voters without defences, on the same comparisons:
-- accuracy against the taste on comparisons that nobody voted on: those of the study's unseen questions and of HELD
-  questions that are kept out here.
-- a cheap stand-in for what PPO would make of it, not a policy's win rate: of four answers to a held question the one
-  that the reward model likes best, against another answer; the taste says who wins.
-Each result is written down as it comes, so that a killed benchmark goes on behind the last one. Prints one JSON line
-last; `--write` makes docs/benchmarks/poison.md.
+- accuracy against the taste on comparisons without votes: those of the study's unseen questions and of HELD questions
+  that are held out here.
+- a cheap proxy for the result of PPO, not a policy's win rate: of four answers to a held question the one with the
+  highest reward, against another answer; the taste decides who wins.
+Each result is saved as it is computed, so that a killed benchmark resumes after the last one. Prints one JSON line
+last; `--write` writes docs/benchmarks/poison.md.
 """
 
 import argparse
@@ -41,7 +41,7 @@ A, B, TIE = range(3)
 
 @dataclass(frozen=True)
 class Crowd:
-    """So many users with so many votes each."""
+    """A number of users, and the range of their numbers of votes."""
 
     users: int
     least: int
@@ -54,8 +54,8 @@ class Crowd:
 
 @dataclass(frozen=True)
 class Attack:
-    """The share of users that is hostile, or one of them; what they say, how many times as much as others; and
-    everybody's flips."""
+    """The share of hostile users, or a single one; their votes, and how many times as many they cast as others; and the
+    share of everybody's flips."""
 
     name: str
     share: float = 0.0
@@ -78,7 +78,7 @@ ATTACKS = (
     Attack("25% flips", flips=0.25),
     Attack("20% have another taste", 0.2, says="other"),
 )
-# With forty users one in a hundred is nobody.
+# One percent of forty users is none.
 CELLS = [(crowd, attack) for crowd in CROWDS for attack in ATTACKS if crowd.users >= 100 or "1%" not in attack.name]
 
 
@@ -97,7 +97,7 @@ def main() -> None:
         name: [liked(name, answer) for pair in seen for answer in (pair.a, pair.b)] for name in (*TASTES, "longer")
     }
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    # Seed by seed, so that one that was killed has something of everything.
+    # Seed by seed, so that a killed benchmark has results of every kind.
     for seed, (crowd, attack), taste in itertools.product(range(SEEDS), CELLS, TASTES):
         path = work / "results" / "poison" / f"{crowd.name}-{attack.name}-{taste}-{seed}.json".replace(" ", "_")
         run = partial(poisoned, features, layers, tested[taste], likes, crowd, attack, taste, seed)
@@ -116,7 +116,7 @@ def liked(taste: str, answer: Any) -> float:
 def poisoned(
     features: Any, layers: tuple[int, ...], tested: Any, likes: Any, crowd: Crowd, attack: Attack, taste: str, seed: int
 ) -> dict[str, Any]:
-    """Accuracy and stand-in of each defence, and what share of their weight the hostile and the others keep."""
+    """Accuracy and proxy of each defence, and the share of their weight that hostile and other users keep."""
     import torch
 
     from learner.reward.linear_reward_model import LinearRewardModel
@@ -146,8 +146,8 @@ def poisoned(
 
 
 def cast(likes: Any, crowd: Crowd, attack: Attack, taste: str, seed: int) -> tuple[list[int], Any, int]:
-    """The held questions, the votes, and how many users are hostile, which are the first ones. Comparisons, flips and
-    judges depend on taste and seed alone, so that attacks differ in nothing else."""
+    """The held questions, the votes, and the number of hostile users, who come first. Comparisons, flips and judges
+    depend only on taste and seed, so that attacks differ in nothing else."""
     chance = random.Random(f"{crowd.name} {taste} {seed}")
     comparisons = len(likes[taste]) // 2
     questions = comparisons // REPEATS
@@ -157,7 +157,7 @@ def cast(likes: Any, crowd: Crowd, attack: Attack, taste: str, seed: int) -> tup
     luck = {number: (chance.random(), chance.random()) for number in free}
     counts = [chance.randint(crowd.least, crowd.most) for _ in range(crowd.users)]
     hostile = 1 if attack.one else round(attack.share * crowd.users)
-    # More votes are taken from the end, so that everybody else votes on the same.
+    # Additional votes are taken from the end, so that everybody else votes on the same comparisons.
     asked = [user for user, count in enumerate(counts) for _ in range(count)]
     asked += [user for user in range(hostile) for _ in range((attack.times - 1) * counts[user])]
     said = []
@@ -217,7 +217,7 @@ def measured(model: Any, features: Any, tested: Any, held: list[int], likes: lis
     wins = []
     for question in held:
         answers = [2 * (question + repeat * questions) + slot for repeat in range(REPEATS) for slot in (0, 1)]
-        # Each answer in turn is the opponent, and the four after it are chosen from.
+        # Each answer in turn is the opponent of the best of the four after it.
         for turn in range(len(answers)):
             opponent, *four = [answers[(turn + i) % len(answers)] for i in range(5)]
             best = max(four, key=lambda row: float(scores[row]))

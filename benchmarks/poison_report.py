@@ -46,6 +46,6 @@ def page(results: Results, honest: str) -> Iterator[str]:
 
 
 def losses(base: list[dict[str, Any]], rows: list[dict[str, Any]], defence: str, figure: str) -> str:
-    """Mean and standard error of what each run lost against its twin without an attack and without a defence."""
+    """Mean and standard error of each run's loss against its twin without attack and defence."""
     lost = [100 * (twin["none"][figure] - row[defence][figure]) for twin, row in zip(base, rows, strict=True)]
     return f"{mean(lost):+.1f} ± {stdev(lost) / len(lost) ** 0.5:.1f}"

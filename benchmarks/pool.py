@@ -1,4 +1,4 @@
-"""Comparisons to vote on, sampled once by a real server, and data directories in which simulated voters voted."""
+"""Comparisons to vote on, sampled once by a real server, and data directories with simulated votes."""
 
 import json
 import os
@@ -23,16 +23,16 @@ from server.store.store import Store
 TOKENS = 64
 USERS = 20
 STREAMS = 16
-# Questions whose comparisons are never voted on: the reward model is tested on them, and the policy.
+# Questions whose comparisons get no votes: the reward model and the policy are tested on them.
 UNSEEN = 96
-# Comparisons on each of the other questions: the largest cell needs a thousand.
+# Comparisons for each of the other questions; the largest cell needs a thousand.
 REPEATS = 3
 CHOICES: dict[int, Choice] = {CHOICE_A: "A", CHOICE_B: "B", CHOICE_TIE: "TIE"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One comparison; `seen` says whether it may be voted on."""
+    """One comparison; `seen`: whether it may get votes."""
 
     comparison_id: str
     user: str
@@ -43,8 +43,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cell:
-    """A taste, how many vote by it, the share of votes that say the opposite, and a seed for all that is drawn.
-    `shuffle` above 0 deals the votes out anew: the same votes on other comparisons, which say nothing."""
+    """A taste, the number of votes, the share of flipped votes, and a seed for all random draws. `shuffle` above 0
+    assigns the same votes to other comparisons at random, which makes them uninformative."""
 
     taste: str
     votes: int
@@ -60,7 +60,7 @@ class Cell:
 
 
 def make_pool(model: str, work: Path, say: Callable[[str], None]) -> list[Pair]:
-    """Every comparison that any cell votes on or is tested by; kept in `work`."""
+    """Every comparison that any cell votes on or is tested on; cached in `work`."""
     kept = work / "pool.jsonl"
     if kept.exists():
         return [_pair(json.loads(line)) for line in kept.read_text().splitlines()]
@@ -94,7 +94,7 @@ def _pair(line: dict[str, Any]) -> Pair:
 
 
 def votes_of(cell: Cell, pairs: list[Pair]) -> list[tuple[Pair, Choice]]:
-    """What the cell's voters say, in the order they say it."""
+    """The votes of the cell, in order."""
     chance = random.Random(f"{cell.taste} {cell.votes} {cell.seed}")
     chosen = chance.sample([pair for pair in pairs if pair.seen], cell.votes)
     said = []
@@ -107,8 +107,8 @@ def votes_of(cell: Cell, pairs: list[Pair]) -> list[tuple[Pair, Choice]]:
 
 
 def make_data(work: Path, data: Path, cell: Cell, pairs: list[Pair], cast: int | None = None) -> None:
-    """A data directory in which the conversations of the cell's votes, and no others, ever happened; with the first
-    `cast` of the votes, or all."""
+    """Creates a data directory with only the conversations that the cell votes on, and the first `cast` of the votes,
+    or all."""
     votes = votes_of(cell, pairs)
     shutil.rmtree(data, ignore_errors=True)
     shutil.copytree(work / "pool", data, ignore=shutil.ignore_patterns("policies", "*.log"))
@@ -126,7 +126,7 @@ def make_data(work: Path, data: Path, cell: Cell, pairs: list[Pair], cast: int |
 
 
 def cast_rest(data: Path, cell: Cell, pairs: list[Pair], cast: int) -> None:
-    """The cell's votes after the first `cast`."""
+    """Casts the cell's votes after the first `cast`."""
     store = Store.open(data)
     with store.transaction():
         for pair, choice in votes_of(cell, pairs)[cast:]:

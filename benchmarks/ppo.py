@@ -1,17 +1,17 @@
-"""One PPO update of the learner's, by stage, beside a peer's: seconds, response tokens a second, peak memory.
+"""One PPO update of the learner, by stage, and of a peer: seconds, response tokens per second, peak memory.
 
     python benchmarks/ppo.py MODEL_DIR [--updates 3] [--readings 1] [--ablate]
         [--peer-python PYTHON --peer-script SCRIPT]
 
-An update is 32 answers of 64 tokens and four passes over them, one optimiser step a pass: sampling, the reference's
-pass, the policy's pass, training, in this machine's dtype. Every answer is as long as every other: the model's end
-token is declared to be one that it never samples. The loop that is timed is `learner.improve.ppo.trainer.PPO` itself.
+An update is 32 answers of 64 tokens and four passes over them, with one optimiser step per pass: sampling, the
+reference's pass, the policy's pass, training, in this machine's dtype. All answers have the same length, because the
+model's end token is set to one that it never samples. The timed loop is `learner.improve.ppo.trainer.PPO` itself.
 
-The peer is a program of its own environment that takes `MODEL_DIR --updates N`, does the same work and prints one JSON
-line with `seconds_per_update` and `response_tokens_per_s`; it is left out where it is not given. With several readings
-the two take turns, since a machine's speed wanders, and the quotient of their medians counts. `--ablate` runs the
-learner's update again with one trick left out at a time. Each run is a process of its own, one after the other; its
-peak memory is what the kernel says. Prints one JSON line last.
+The peer is an optional program with its own environment that takes `MODEL_DIR --updates N`, does the same work and
+prints one JSON line with `seconds_per_update` and `response_tokens_per_s`. With several readings the two take turns,
+since a machine's speed varies, and the result is the ratio of their medians. `--ablate` repeats the learner's update
+with one optimisation left out at a time. Each run is a separate process, one after another; its peak memory is the
+kernel's measurement. Prints one JSON line last.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from endless import copy_without_end
 
 EPISODES, TOKENS, EPOCHS = 32, 64, 4
 SECONDS = 900
-# What is left out, and what takes its place.
+# The optimisation that is left out, and its replacement.
 ABLATIONS = {
     "adapters": "all weights are trained",
     "shared-pass": "a trunk of its own for the critic, trained along",
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """What a program printed last, with its peak memory."""
+    """The last JSON line that a program printed, with its peak memory."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
         end = time.monotonic() + SECONDS
@@ -101,11 +101,11 @@ def show(name: str, result: dict[str, Any]) -> None:
     )
 
 
-# One run, in a process of its own
+# One run, in a separate process
 
 
 def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
-    """`count` updates; the seconds of each stage are means over them."""
+    """Makes `count` updates; the seconds of each stage are means over them."""
     from learner.process import keep_freed_memory, set_environment
     from learner.settings import LearnerSettings, PolicySettings, PPOSettings
 
@@ -115,7 +115,7 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
         episodes=EPISODES,
         epochs=EPOCHS,
         minibatches=1,
-        # Small steps, so that no pass is ended early; nothing is saved on the way.
+        # Small steps, so that no pass stops early; nothing is saved in between.
         learning_rate=1e-6,
         patience=count,
         save_every=count,
@@ -226,11 +226,11 @@ def random_head(layers: tuple[int, ...], hidden: int) -> Any:
     )  # fmt: skip
 
 
-# What a trick saves: the same update without it
+# Ablations: the same update without one optimisation
 
 
 class Generating:
-    """transformers samples instead of the engine."""
+    """Samples with transformers instead of the engine."""
 
     def __init__(self, policy: Any, temperature: float) -> None:
         self._policy, self._temperature = policy, temperature
@@ -262,7 +262,7 @@ class Generating:
 
 
 def everywhere(token_logprobs: Callable[..., Any]) -> Callable[..., Any]:
-    """Logits of every position, of which most are thrown away."""
+    """Computes logits at every position, of which most are discarded."""
     import torch
 
     def call(model: Any, hidden: Any, tokens: Any, temperature: float) -> Any:
@@ -276,7 +276,7 @@ def everywhere(token_logprobs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_critic_trunk(ppo_update: Callable[..., Any], directory: Path, budget: int) -> Callable[..., Any]:
-    """As long as an update takes that trains a critic of its own: one more model, forward and backward."""
+    """Adds the cost of a separate critic model: one more forward and backward pass."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -2,18 +2,18 @@
 
     python benchmarks/serve.py [--quick] [--part real|defaults|tiny] [--write]
 
-The client is always a process of its own (`benchmarks/load.py`; for the bare engine the client's process holds vLLM's
-AsyncLLM, and vLLM keeps its engine core in another). Parts:
-- real: the default model at 1, 8 and 32 streams of 64 tokens, all alike: the same model directory, engine arguments,
-  cores, temperature, log-probabilities of the chosen tokens, a delta per token. The OpenAI server runs twice: with the
-  model in the engine's process, as ours has it, and in the two processes that vLLM makes of it by itself.
-- defaults: what `make serve` ships against the OpenAI server at its own defaults, which neither computes
-  log-probabilities nor uses every core. Only its KV cache is set to our size: its default takes 92 % of the memory.
+The client is always a separate process (`benchmarks/load.py`). For the bare engine, the client's process runs vLLM's
+AsyncLLM, and vLLM runs its engine core in another. Parts:
+- real: the default model at 1, 8 and 32 streams of 64 tokens, under equal conditions: the same model directory, engine
+  arguments, cores, temperature, log-probabilities of the chosen tokens, and one delta per token. The OpenAI server runs
+  twice: with the model in the engine's process, as in prefloop, and in vLLM's default of two processes.
+- defaults: `make serve` as shipped against the OpenAI server with its defaults, which neither compute log-probabilities
+  nor use every core. Only its KV cache is set to prefloop's size: its default takes 92 % of the memory.
 - tiny: a random one-layer model at 64 and 256 streams, where the front end is the limit.
 
-Every answer is as long as every other: the model's end-of-turn token is declared to be one that it never samples; the
-tokens are counted all the same. Each figure is the median of 3 runs. `--write` puts the tables of every part that was
-ever run with this --work-dir into docs/benchmarks/serve.md. Prints one JSON line last.
+All answers have the same length, because the model's end-of-turn token is set to one that it never samples; the tokens
+are still counted. Each result is the median of 3 runs. `--write` puts the tables of all parts ever run with this
+--work-dir into docs/benchmarks/serve.md. Prints one JSON line last.
 """
 
 import argparse
@@ -49,7 +49,7 @@ TEMPERATURE = 0.85
 # Waves in one run: enough for a few hundred deltas and a few seconds.
 WAVES = {1: 4, 8: 3, 32: 2, 64: 4, 256: 2}
 REPEATS = 3
-# An engine's two processes keep spinning for a second after its last token; then it sleeps.
+# An engine's two processes spin for a second after its last token, then sleep.
 IDLE_SECONDS = 1.5
 HERE = Path(__file__).parent
 REPORT = HERE.parent / "docs" / "benchmarks" / "serve.md"
@@ -68,11 +68,10 @@ TITLES = {
 
 Figures = dict[str, dict[str, float]]  # by number of streams
 Results = dict[str, dict[str, Figures]]  # by part and target
-Clients = dict[str, Callable[[Any], Any]]  # what runs a load, by target
+Clients = dict[str, Callable[[Any], Any]]  # functions that run a load, by target
 
 
 async def main() -> None:
-    """Runs the parts that were asked for."""
     arguments = parse_arguments()
     work, saved = arguments.work_dir, arguments.work_dir / "results.json"
     work.mkdir(parents=True, exist_ok=True)
@@ -105,8 +104,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str, Figures]:
-    """Every target of a part: {target: {streams: figures}}. All are up at once, and asked in turn: what else the
-    machine does in these minutes meets all of them alike."""
+    """Measures every target of a part: {target: {streams: figures}}. All run at once and are measured in turn, so that
+    other load on the machine affects them equally."""
     levels = {"real": [1, 8, 32], "defaults": [1, 32], "tiny": [64, 256]}[part]
     alike = part != "defaults"
     peers = ["openai", "openai-mp"] if alike else ["openai-default"]
@@ -119,7 +118,7 @@ async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str,
         "PREFLOOP_MODEL": str(model),
     }
     if part == "tiny":
-        # Room for every stream at once; nothing else differs from the defaults.
+        # Room for every stream at once; all else is default.
         environment["PREFLOOP_MAX_STREAMS"] = str(max(levels))
 
     shutil.rmtree(data, ignore_errors=True)
@@ -127,7 +126,7 @@ async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str,
         clients: Clients = {}
         address = await stack.enter_async_context(grpc_server(environment, work))
         clients["grpc"] = await stack.enter_async_context(client("grpc", address, environment))
-        # What the server made of the model: now all read the very same files.
+        # The server's copy of the model, so that all targets read the same files.
         served = data / "policies" / "v0000"
         if alike:
             clients["bare"] = await stack.enter_async_context(client("bare", str(served), environment))
@@ -139,7 +138,7 @@ async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str,
 
 
 async def compare(clients: Clients, streams: int, quick: bool, logprobs: bool) -> dict[str, dict[str, float]]:
-    """Medians of the repeats for each target, after a wave that is not counted: {target: figures}."""
+    """Medians of the repeats for each target, after a warm-up wave: {target: figures}."""
     load = {"streams": streams, "tokens": TOKENS, "temperature": TEMPERATURE, "logprobs": logprobs}
     for run in clients.values():
         await run({**load, "waves": 1, "seed": 0})
@@ -157,7 +156,7 @@ async def compare(clients: Clients, streams: int, quick: bool, logprobs: bool) -
 
 
 def summarise(runs: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each figure over the runs; `tokens_per_answer` and `deltas_per_answer` over all of them."""
+    """Medians over the runs; `tokens_per_answer` and `deltas_per_answer` are means over all of them."""
     answers = sum(run["answers"] for run in runs)
     return {
         "tokens_per_s": round(statistics.median(run["tokens"] / run["seconds"] for run in runs), 1),
@@ -169,14 +168,14 @@ def summarise(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def others_seconds() -> float:
-    """CPU seconds so far of every process on the machine but us and what we started: they spoil the figures."""
+    """CPU seconds so far of all processes except us and our children; they distort the results."""
     machine_wide, us = psutil.cpu_times(), psutil.Process()
     ours = [process.cpu_times() for process in [us, *us.children(recursive=True)]]
     busy = machine_wide.user + machine_wide.nice + machine_wide.system
     return float(busy - sum(times.user + times.system for times in ours))
 
 
-# Processes. Each ends with its `async with`; every wait has a limit.
+# Processes. Each is stopped at the end of its `async with`; every wait has a limit.
 
 
 @asynccontextmanager
@@ -195,7 +194,7 @@ async def grpc_server(environment: dict[str, str], work: Path) -> AsyncIterator[
 
 @asynccontextmanager
 async def openai_server(peer: str, model: Path, environment: dict[str, str], work: Path) -> AsyncIterator[str]:
-    """vLLM's own server, as one of `TARGETS` describes it."""
+    """vLLM's own server in one of the variants in `TARGETS`."""
     from server.settings import ServerSettings
 
     port = free_port()
@@ -210,8 +209,8 @@ async def openai_server(peer: str, model: Path, environment: dict[str, str], wor
         extra = engine_environment(settings)
     if peer == "openai":
         command += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
-        # What vLLM gives a model's process of its own. The cores themselves cannot be given to this server's engine
-        # alone: its front end would be bound with it, and run at half the speed.
+        # The settings that vLLM gives a separate model process. The engine's cores cannot be bound here, since that
+        # would also bind the server's front end, which would run at half the speed.
         threads = len(extra["VLLM_CPU_OMP_THREADS_BIND"].split(","))
         extra |= {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
 
@@ -223,7 +222,7 @@ async def openai_server(peer: str, model: Path, environment: dict[str, str], wor
 
 
 def engine_environment(settings: Any) -> dict[str, str]:
-    """What `server serve` would set before it imports vLLM; our own environment stays as it is."""
+    """The variables that `server serve` sets before it imports vLLM, without changing our own environment."""
     from server.engine.vllm_start import set_environment
 
     before = dict(os.environ)
@@ -243,7 +242,7 @@ async def process(
     check: Callable[[], None],
     not_yet: type[Exception],
 ) -> AsyncIterator[None]:
-    """Runs a server from the moment that `check` stops raising `not_yet`; its output goes to `log`."""
+    """Runs a server; enters the block once `check` stops raising `not_yet`. Output goes to `log`."""
     with log.open("w", encoding="utf-8") as output:
         server = await asyncio.create_subprocess_exec(
             *command, env={**os.environ, **environment}, stdout=output, stderr=output
@@ -265,7 +264,7 @@ async def process(
 
 @asynccontextmanager
 async def client(target: str, address: str, environment: dict[str, str]) -> AsyncIterator[Callable[[Any], Any]]:
-    """The load process; yields what sends it one load and returns its figures."""
+    """Starts the load process; yields a function that sends it one load and returns the results."""
     command = [sys.executable, str(HERE / "load.py"), target, address]
     loader = await asyncio.create_subprocess_exec(*command, env={**os.environ, **environment}, stdin=PIPE, stdout=PIPE)
     assert loader.stdin
@@ -317,7 +316,7 @@ def free_port() -> int:
 
 
 def make_model(work: Path, model: str) -> Path:
-    """The model whose answers never end by themselves; made once."""
+    """Creates, once, the model whose answers never end by themselves."""
     directory = work / "model"
     if not directory.exists():
         if model == "smollm2":
@@ -331,9 +330,9 @@ def make_model(work: Path, model: str) -> Path:
 
 
 def make_tiny_model(work: Path) -> Path:
-    """One random layer over the printable characters; made once.
+    """Creates, once, a model of one random layer over the printable characters.
 
-    With the real model's 49,152 words the sampler alone would take longer than any front end.
+    With the real model's vocabulary of 49,152 the sampler alone would take longer than any front end.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models
@@ -342,7 +341,7 @@ def make_tiny_model(work: Path) -> Path:
     directory = work / "tiny-model"
     if directory.exists():
         return directory
-    # The end comes last: the tokenizer knows it and the model, one word smaller, cannot say it.
+    # The end token comes last: the tokenizer has it, but the model, whose vocabulary is one smaller, cannot sample it.
     words = ["\n", *map(chr, range(32, 127)), "<end>"]
     characters = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
     characters.decoder = decoders.Fuse()
@@ -375,7 +374,7 @@ def make_tiny_model(work: Path) -> Path:
 
 
 def table(part: str, figures: dict[str, Figures]) -> str:
-    """A part's figures in Markdown; the ratio is prefloop's tokens/s to the row's."""
+    """A part's results as a Markdown table; the ratio is prefloop's tokens/s to the row's."""
     lines = [
         f"## {TITLES[part]}",
         "",

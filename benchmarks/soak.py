@@ -1,11 +1,11 @@
-"""Half an hour of everything: does the server grow?
+"""Half an hour of mixed load, to see whether the server's resource use grows.
 
     python benchmarks/soak.py MODEL --work-dir DIR [--minutes 30] [--write]
 
-A server as an operator starts it, and all at once: clients that chat, compare, vote, correct, leave in the middle of an
-answer, come back over a new connection, read their history and delete it; a swap every half a minute; metrics that are
-scraped; calls that are wrong. Every ten seconds: resident memory, threads and open files of the server and of its
-engine. The first five minutes fill caches; from then on the slope of each line is fitted. `--write` makes
+The server runs as an operator starts it, under everything at once: clients that chat, compare, vote, correct, leave in
+the middle of an answer, reconnect, read their history and delete it; a swap every half minute; scrapes of metrics;
+invalid calls. Every ten seconds the resident memory, threads and open files of the server and its engine are sampled.
+The first five minutes fill caches; after that the slope of each line is fitted. `--write` writes
 docs/benchmarks/soak.md and its picture. Prints one JSON line last.
 """
 
@@ -86,7 +86,7 @@ def soak(data: Path, model: str, minutes: float) -> tuple[list[dict[str, float]]
 
 
 def sample() -> dict[str, float]:
-    """Of the server's front end, which is our one child, and of the engine's process below it."""
+    """Samples the server's front end, which is our only child, and the engine's process below it."""
     [front] = psutil.Process().children()
     [engine] = [child for child in front.children(recursive=True) if child.name().startswith("VLLM::Eng")]
     figures: dict[str, float] = {}
@@ -101,7 +101,7 @@ def sample() -> dict[str, float]:
 
 
 def live(address: str, number: int, done: Counter[str], stopping: threading.Event) -> None:
-    """One person: does the next thing, whatever it is, and comes back over a new connection now and then."""
+    """One user, who performs random actions and sometimes reconnects."""
     draw, asked = random.Random(number), questions(number)
     while not stopping.is_set():
         with Client(address, user=f"user{number}") as client:
@@ -170,11 +170,11 @@ def scrape(done: Counter[str], stopping: threading.Event) -> None:
         done["scrape"] += 1
 
 
-# What became of it
+# Results
 
 
 def line(samples: list[dict[str, float]], name: str) -> dict[str, float]:
-    """The first, the middle and the last third's median after the warm-up, and the slope an hour."""
+    """The medians of the first, middle and last third after the warm-up, and the slope per hour."""
     warm = [one for one in samples if one["minutes"] >= WARM_MINUTES] or samples
     values, third = [one[name] for one in warm], max(len(warm) // 3, 1)
     slope, _ = (

@@ -1,7 +1,7 @@
-"""Imported before the learner's modules, on a machine that has torch, transformers and peft but not the rest.
+"""Import this before the learner's modules on a machine that has only torch, transformers and peft.
 
-What those modules name at import and a calculation never calls, settings and the feature cache, is an empty stand-in
-where the package that it needs is not installed.
+Modules that the learner imports but a calculation never calls (settings, the feature cache) are replaced by mocks if
+the packages they need are not installed.
 """
 
 import importlib.util

@@ -1,21 +1,21 @@
-"""Does the learner learn what voters like? Simulated voters, whole rounds, unseen questions.
+"""Whether the learner learns what voters like: simulated voters, whole rounds, unseen questions.
 
     python benchmarks/study.py MODEL --work-dir DIR [--hours 8] [--write]
 
-A taste is a rule on an answer's text (`clients.demo.voter`); a vote follows it but for a share of flipped ones. A cell
-is a taste, a number of votes, a share of flips and a seed (`benchmarks/pool.py`). Four kinds of work, each result
-written down as it ends, so that a killed study goes on behind the last one:
-- rewards: the reward model alone, every combination: its accuracy against the taste itself, no flips, on comparisons of
-  unseen questions, beside "the longer answer wins".
-- rounds: `learner run-once` as an operator runs it, in an order that tells most first. Every candidate it kept answers
-  unseen questions; the win rate over the reference's answers is counted by the taste itself.
-- starts: half of the votes, a round, the other half, and a second round: from the reference again, or from the active
-  policy (`start_from`).
-- shuffles: votes dealt out at random among the comparisons. The signal test sees each; those that pass go through a
-  whole round. Nothing should be promoted.
+A taste is a rule on an answer's text (`clients.demo.voter`); votes follow it except for a share of flipped ones. A cell
+is a taste, a number of votes, a share of flips and a seed (`benchmarks/pool.py`). There are four kinds of experiment;
+each result is saved as it is computed, so that a killed study resumes after the last one:
+- rewards: the reward model alone, in every combination: its accuracy against the taste without flips on comparisons of
+  unseen questions, compared with "the longer answer wins".
+- rounds: `learner run-once` as an operator runs it, most informative cells first. Every candidate it kept answers
+  unseen questions; the win rate over the reference's answers is judged by the taste itself.
+- starts: half of the votes, a round, the other half, and a second round that starts from the reference again or from
+  the active policy (`start_from`).
+- shuffles: votes assigned to comparisons at random. The signal test sees each set; those that pass go through a whole
+  round. Nothing should be promoted.
 
-`--hours` ends it before a round that may not end in time. `--write` makes docs/benchmarks/study.md and its picture from
-what there is. Prints one JSON line last.
+No experiment starts after `--hours`. `--write` writes docs/benchmarks/study.md and its picture from the saved results.
+Prints one JSON line last.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def reward_cells() -> list[Cell]:
 
 
 def round_cells() -> list[Cell]:
-    """Every taste at the votes and flips that the aims are stated for, then more votes, seeds, flips, fewer votes."""
+    """Every taste at the votes and flips of the stated aims, then more votes, seeds and flips, and fewer votes."""
     order = [(200, 0.1, 0), (1000, 0.1, 0), (200, 0.1, 1), (200, 0.25, 0), (50, 0.1, 0), (200, 0.1, 2)]
     order += [(1000, 0.1, 1), (1000, 0.25, 0), (50, 0.25, 0), (1000, 0.1, 2), (50, 0.1, 1), (50, 0.1, 2)]
     return [Cell(taste, *rest) for rest in order for taste in TASTES]
@@ -112,7 +112,7 @@ def shuffle_cells() -> list[Cell]:
 
 
 def fit_rewards(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
-    """The reward model of a round on these votes; its train and judge split, its penalty, its folds."""
+    """Fits a round's reward model to these votes, with a round's train and judge split, penalty and folds."""
     import torch
 
     from learner.reward.linear_reward_model import LinearRewardModel
@@ -134,7 +134,7 @@ def fit_rewards(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def voted(work: Path, cell: Cell, pairs: list[Pair]) -> Any:
-    """(settings, dataset, features, layers) of the cell's votes, as a round would see them."""
+    """(settings, dataset, features, layers) for the cell's votes, as in a round."""
     from learner.reward.dataset import to_dataset
     from learner.settings import LearnerSettings
     from server.store.store import Store
@@ -153,7 +153,7 @@ def voted(work: Path, cell: Cell, pairs: list[Pair]) -> Any:
 
 
 def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
-    """(features, layers), every answer's computed once in the whole study."""
+    """(features, layers); each answer's features are computed once in the whole study."""
     from transformers import AutoModelForCausalLM
 
     from learner.model.features import FeatureCache, default_layers
@@ -173,7 +173,7 @@ def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
 
 
 def accuracy(scores_a: Any, scores_b: Any, outcome: Any) -> tuple[float, int]:
-    """Share of the comparisons with a winner on which the scores name it, and how many those are."""
+    """The share of comparisons with a winner in which the scores name it, and the number of those comparisons."""
     from learner.reward.evaluation import agreement
 
     right = agreement(scores_a - scores_b, outcome)
@@ -182,7 +182,7 @@ def accuracy(scores_a: Any, scores_b: Any, outcome: Any) -> tuple[float, int]:
 
 
 def unseen(work: Path, pairs: list[Pair], taste: str) -> Any:
-    """(features of a, features of b, outcome by the taste) of the comparisons that nobody voted on."""
+    """(features of a, features of b, outcome by the taste) for the comparisons without votes."""
     import torch
     from pool import CHOICES
 
@@ -211,7 +211,7 @@ def unseen_answers(work: Path, tested: list[Pair]) -> list[Any]:
 
 
 def run_cell(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
-    """One round, as an operator runs it, and what came of it on unseen questions."""
+    """Runs one round as an operator would, and evaluates it on unseen questions."""
     data = work / "cells" / cell.name
     make_data(work, data, cell, pairs)
     result = measured_round(work, data, cell)
@@ -220,7 +220,7 @@ def run_cell(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def run_starts(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
-    """A second round on twice the votes, by where it starts; nothing where the first promoted nothing."""
+    """Runs a second round on twice the votes from each start, if the first round was promoted."""
     data = work / "cells" / f"{cell.name}-first"
     make_data(work, data, cell, pairs, cast=cell.votes // 2)
     first = measured_round(work, data, cell)
@@ -238,7 +238,7 @@ def run_starts(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def measured_round(work: Path, data: Path, cell: Cell, **settings: str) -> dict[str, Any]:
-    """One round there, and what its candidates are by the taste."""
+    """Runs one round in `data` and evaluates its candidates by the taste."""
     report = run_round(data, cell.seed, **settings)
     metrics = report["metrics"]
     return {
@@ -251,13 +251,13 @@ def measured_round(work: Path, data: Path, cell: Cell, **settings: str) -> dict[
 
 
 def run_round(data: Path, seed: int, **settings: str) -> dict[str, Any]:
-    """`learner run-once`; what it printed."""
+    """Runs `learner run-once`; returns its report."""
     command = ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(seed), "--json"]
     return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true", **settings)
 
 
 def process(arguments: list[str]) -> dict[str, Any]:
-    """This program in a process of its own, which owns an engine."""
+    """Runs this program in a separate process, which owns an engine."""
     return run_json([__file__, *arguments])
 
 
@@ -273,8 +273,8 @@ def run_json(arguments: list[str], **environment: str) -> dict[str, Any]:
 
 
 def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str, Any]:
-    """The newest reward model on unseen comparisons; each candidate of the newest round against the reference on unseen
-    questions, one answer each with the same seeds, wins and half the ties."""
+    """Evaluates the newest reward model on unseen comparisons, and each candidate of the newest round against the
+    reference on unseen questions: one answer each with the same seeds; ties count as half a win."""
     from learner.process import set_environment
     from learner.settings import LearnerSettings
     from server.shared.model.dtype import resolve_dtype, torch_dtype
@@ -322,7 +322,7 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
 
 
 def run_shuffle(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
-    """The signal test on votes that say nothing, as a round makes it; a whole round where it is passed."""
+    """Runs a round's signal test on uninformative votes, and a whole round if it passes."""
     import torch
 
     from learner.reward.linear_reward_model import test_signal

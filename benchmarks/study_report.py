@@ -16,7 +16,6 @@ Results = dict[str, dict[str, Any]]
 
 
 def write_report(results: Results) -> None:
-    """Writes both files."""
     draw(results, DOCS / "study.png")
     (DOCS / "study.md").write_text("\n".join(page(results)) + "\n", encoding="utf-8")
 
@@ -122,7 +121,7 @@ def start_table(found: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def win_rate(one: dict[str, Any]) -> str:
-    """Of what a round published, with its 95 % interval."""
+    """The win rate of the version that a round published, with its 95 % interval."""
     rate, _ = published(one)
     if one["state"] != "promoted":
         return f"{rate:.2f}"
@@ -135,7 +134,7 @@ def outcome(one: dict[str, Any]) -> str:
 
 
 def published(one: dict[str, Any]) -> tuple[float, str]:
-    """(win rate, KL) of what serves after the round."""
+    """(win rate, KL) of the version that serves after the round."""
     if one["state"] != "promoted":
         return 0.5, ""
     chosen = one["metrics"]["gate"]["chosen"]
@@ -171,7 +170,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def draw_rewards(axes: Any, found: list[dict[str, Any]]) -> None:
-    """Accuracy over votes, a line a taste, from the lowest to the highest seed."""
+    """Plots accuracy over votes, with a line per taste and a band from the lowest to the highest seed."""
     for colour, taste in zip(COLOURS, TASTES, strict=True):
         by_votes: dict[int, list[float]] = defaultdict(list)
         for one in found:
@@ -190,7 +189,7 @@ def draw_rewards(axes: Any, found: list[dict[str, Any]]) -> None:
 
 
 def draw_rounds(axes: Any, found: list[dict[str, Any]]) -> None:
-    """Win rate of every candidate over the steps, a dot where it was published."""
+    """Plots the win rate of every candidate over the steps, with a dot at the published one."""
     shown = [one for one in found if (one["cell"]["votes"], one["cell"]["flips"], one["cell"]["seed"]) == (200, 0.1, 0)]
     for one in shown:
         taste, rates = one["cell"]["taste"], one.get("win_rates", {})

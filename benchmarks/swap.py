@@ -1,15 +1,15 @@
-"""What a swap costs the streams that live through it: a hundred swaps under sixteen streams.
+"""The cost of a swap for running streams: a hundred swaps under sixteen streams.
 
     python benchmarks/swap.py MODEL --work-dir DIR [--swaps 100] [--streams 16] [--keep-kv] [--write]
 
-A server as an operator starts it, compiled; three versions, the reference and two whose last norm is a little smaller.
-Sixteen clients chat without a pause while ActivatePolicy goes round among them, each time as soon as every stream has
-had some tokens since the last; with three, none is what the worker still has from the swap before. Every answer is
-looked at again in the store: it must have ended by itself, its deltas must be its text, and its spans must hold each of
-its tokens once. Measured for each swap, at the client: the longest gap between two deltas of any stream; in the
-server's log: how long staging, pause, exchange and resume took. What the gap has more is the tokens' way and the
-prefill of what was running. `--write` puts the tables of both kinds of cache into docs/benchmarks/swap.md. Prints one
-JSON line last.
+The server runs as an operator starts it, compiled, with three versions: the reference and two whose last norm is a
+little smaller. Sixteen clients chat without a pause while ActivatePolicy cycles through the versions, each time as soon
+as every stream has had some tokens since the last swap. With three versions, none is the one that the worker still has
+from the swap before. Every answer is checked in the store: it must have ended by itself, its deltas must equal its
+text, and its spans must cover each of its tokens once. For each swap this measures the longest gap between two deltas
+of any stream at the client, and in the server's log the durations of staging, pause, exchange and resume. The rest of
+the gap is the transport of tokens and the prefill of running answers. `--write` puts the tables of both kinds of cache
+into docs/benchmarks/swap.md. Prints one JSON line last.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from server.store.store import Store
 from tests.versions import make_version, scaled
 
 TOKENS = 200
-# Deltas that every stream has between two swaps.
+# The number of deltas that every stream gets between two swaps.
 BETWEEN = 10
 SECONDS = 120
 SWAPPED = re.compile(r"swapped to (\S+): (.*)")
@@ -58,7 +58,7 @@ class Stream:
 
 
 class Crowd:
-    """Clients that chat one answer after the other until told to stop."""
+    """Clients that chat one answer after another until `stop`."""
 
     def __init__(self, address: str, count: int) -> None:
         self.streams: list[Stream] = []
@@ -71,7 +71,7 @@ class Crowd:
             thread.start()
 
     def wait(self, deltas: int) -> None:
-        """Until every client has had so many more deltas."""
+        """Waits until every client has received this many more deltas."""
         with self._moved:
             goal = [count + deltas for count in self._deltas]
             done = self._moved.wait_for(lambda: all(a >= b for a, b in zip(self._deltas, goal, strict=True)), SECONDS)
@@ -178,12 +178,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def gaps(streams: list[Stream], began: float, ended: float) -> list[float]:
-    """Seconds between two deltas of one answer, of those that lie in the window in part."""
+    """Seconds between successive deltas of one answer, for gaps that overlap the window."""
     return [b - a for stream in streams for a, b in pairwise(stream.arrivals) if b > began and a < ended]
 
 
 def faults_of(stream: Stream, data: Path) -> list[str]:
-    """What is wrong with an answer: failed, cut off, restarted, or a token without exactly one version."""
+    """Faults of an answer: failed, cut off, restarted, or a token without exactly one version."""
     if stream.error or stream.finished is None:
         return [f"failed: {stream.error or 'no end'}"]
     found = []
@@ -204,7 +204,7 @@ def faults_of(stream: Stream, data: Path) -> list[str]:
 
 
 def split(line: str) -> dict[str, float]:
-    """Seconds by part, of a line of the server's log."""
+    """Seconds by part, from a line of the server's log."""
     found = SWAPPED.search(line)
     assert found
     parts = (part.split() for part in found[2].split(", "))
@@ -222,7 +222,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def resident(data: Path) -> float:
-    """MiB of the server and the processes below it."""
+    """Resident MiB of the server and its child processes."""
     total = 0.0
     for process in psutil.process_iter(["cmdline"]):
         if str(data) in (process.info["cmdline"] or []):

@@ -1,12 +1,12 @@
-"""How many votes a second are acknowledged and durable, and what that does to those who chat.
+"""How many durable votes per second are acknowledged, and their effect on users who chat.
 
     python benchmarks/votes.py MODEL --work-dir DIR [--clients 64] [--seconds 5] [--write]
 
-A server as an operator starts it, with a real engine, keys and every check; only the rate of one user is lifted. 64
-clients, each a user with a key and a connection of their own, change their thumb on an answer as fast as it is
-acknowledged. Beside it in the same run, in turns: an empty gRPC handler with the same clients and message (echo), and
-this disk's commits a second, one row each, by one writer. The store is looked at afterwards: it must have exactly the
-votes that were acknowledged. Then four clients chat, alone and while votes pour in, at full speed and at 200 votes a
+The server runs as an operator starts it, with a real engine, keys and every check; only the rate limit per user is
+lifted. 64 clients, each a user with a separate key and connection, change their thumb on an answer as fast as it is
+acknowledged. In the same run, alternating with this, two baselines are measured: an empty gRPC handler with the same
+clients and message (echo), and this disk's commits per second of one row by one writer. Afterwards the store must have
+exactly the acknowledged votes. Then four clients chat, alone and during votes at full speed and at 200 votes per
 second. Medians of three turns. Prints one JSON line last.
 """
 
@@ -39,7 +39,7 @@ from server.store.store import Store
 REPEATS = 3
 CHATTERS, TOKENS = 4, 100
 MODEST = 200
-# Of each voter, in turns.
+# Answers that each voter votes on in turn.
 ANSWERS = 8
 LIMIT_SECONDS = 300
 ECHO = "/echo/Echo"
@@ -106,7 +106,7 @@ def measure(model: str, work: Path, clients: int, seconds: float) -> dict[str, A
 
 
 def commits(directory: Path, seconds: float) -> float:
-    """Commits a second of one row each, as the store's own: WAL and FULL."""
+    """Commits per second of one row each, with the store's modes: WAL and FULL."""
     path = directory / "commits.db"
     with closing(sqlite3.connect(str(path), isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = WAL")
@@ -122,11 +122,11 @@ def commits(directory: Path, seconds: float) -> float:
     return done / seconds
 
 
-# Those who chat
+# Chatting clients
 
 
 def chat(address: str, key: str, beside: Callable[[], Any]) -> dict[str, float]:
-    """First text and tokens a second of four clients that chat, three answers each, beside something else."""
+    """Time to first text and tokens per second of four clients, three answers each, during `beside`."""
     first: list[float] = []
     tokens = 0
     counting = threading.Lock()
@@ -166,7 +166,7 @@ def nothing() -> Iterator[None]:
 
 @contextmanager
 def background(address: str, keys: list[str], rate: float) -> Iterator[None]:
-    """Votes, as many as go or `rate` a second, while the block runs."""
+    """Votes during the block, at full speed or at `rate` per second."""
     voters = start_load(address, keys, LIMIT_SECONDS, rate=rate)
     assert voters.stdout
     voters.stdout.readline()
@@ -177,7 +177,7 @@ def background(address: str, keys: list[str], rate: float) -> Iterator[None]:
         voters.wait(LIMIT_SECONDS)
 
 
-# Those who vote: a process of their own
+# Voting clients, in a separate process
 
 
 def run_load(address: str, keys: list[str], seconds: float, *, echo: bool = False) -> dict[str, float]:
@@ -195,7 +195,7 @@ def start_load(
 
 
 async def load(address: str, keys: list[str], seconds: float, echo: bool, rate: float) -> None:
-    """Each key's user calls again as soon as the last call is acknowledged, or as often as makes `rate` in all."""
+    """Each key's user calls again as soon as the last call is acknowledged, or at a total of `rate` per second."""
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
     channels = [grpc.aio.insecure_channel(address, options) for _ in keys]
     calls = await asyncio.gather(*(voter(*pair, echo) for pair in zip(channels, keys, strict=True)))
@@ -224,7 +224,7 @@ async def load(address: str, keys: list[str], seconds: float, echo: bool, rate: 
 
 
 async def voter(channel: grpc.aio.Channel, key: str, echo: bool) -> Callable[[int], Awaitable[Any]]:
-    """What casts one vote; for the echo, a call with a message of the same size."""
+    """A function that casts one vote, or calls the echo with a message of the same size."""
     metadata = (("authorization", f"Bearer {key}"),)
 
     def vote(response_id: str, number: int) -> Any:
@@ -236,14 +236,14 @@ async def voter(channel: grpc.aio.Channel, key: str, echo: bool) -> Callable[[in
         return lambda number: method(vote("resp_" + "0" * 24, number).SerializeToString(), metadata=metadata)
     chat: Any = chat_pb2_grpc.ChatServiceStub(channel)
     request = chat_pb2.ChatRequest(message="Hi", sampling=chat_pb2.SamplingOptions(max_tokens=1))
-    # Several: a thumb may be changed a thousand times.
+    # Several answers, since a thumb can be changed only a thousand times.
     answers = [[event async for event in chat.Chat(request, metadata=metadata)] for _ in range(ANSWERS)]
     ids = itertools.cycle([started.started.response_id for started, *_ in answers])
     feedback: Any = feedback_pb2_grpc.FeedbackServiceStub(channel)
     return lambda number: feedback.SubmitThumb(vote(next(ids), number), metadata=metadata)
 
 
-# The echo: a process of its own, too
+# The echo server, in a separate process
 
 
 class Echo(grpc.GenericRpcHandler):

@@ -1,6 +1,6 @@
 """Python client of a prefloop server: `from clients import Client`, or `AsyncClient` for asyncio.
 
-The two have the same methods. An `AsyncClient` belongs to the event loop that runs where it is made.
+The two have the same methods. An `AsyncClient` belongs to the event loop that is running when it is created.
 """
 
 from clients.async_client import AsyncClient

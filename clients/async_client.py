@@ -1,4 +1,4 @@
-"""`AsyncClient`: one object for everything a person or an operator does with a prefloop server.
+"""`AsyncClient`: one object for everything a user or an operator does with a prefloop server.
 
     async with AsyncClient("127.0.0.1:50051", user="ana") as client:
         async for event in client.chat("Why is the sky blue?"):
@@ -59,12 +59,12 @@ from clients.errors import (
 )
 from clients.retries import PATIENCE_SECONDS, AsyncPauses, Backoff, OnWait, log_wait
 
-# grpc.health.v1's request for the overall service and its answer SERVING, as they are on the wire: two bytes spare
-# every installation of the client a package.
+# grpc.health.v1's request for the overall service and the response SERVING, in wire format. Two bytes here save every
+# installation of the client a dependency.
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 HEALTH_REQUEST, HEALTH_SERVING = b"", b"\x08\x01"
 POLL_SECONDS = 0.2
-# Longer and longer, so that waiting for an answer does not use the server's calls a minute up.
+# The interval grows to this, so that waiting for an answer does not use up the user's calls per minute.
 LONGEST_POLL_SECONDS = 2.0
 
 Request = TypeVar("Request")
@@ -72,7 +72,7 @@ Reply = TypeVar("Reply")
 
 
 class Page(Protocol):
-    """What every List response has."""
+    """The field that every List response has."""
 
     @property
     def next_page_token(self) -> str: ...
@@ -84,13 +84,13 @@ PageT = TypeVar("PageT", bound=Page)
 class AsyncClient:
     """A connection to one prefloop server.
 
-    `address` is "host:port". `api_key` says who calls; on a loopback server without keys, `user` does. Beyond loopback
-    the connection is encrypted, by `tls` where it is given. `timeout` (seconds) bounds each attempt at a plain call,
-    `stream_timeout` (seconds) at a streamed answer.
+    `address` is "host:port". `api_key` identifies the caller; on a loopback server without keys, `user` does. Beyond
+    loopback the connection is encrypted, with `tls` if it is given. `timeout` (seconds) limits each attempt at a unary
+    call, `stream_timeout` (seconds) each attempt at a streamed answer.
 
-    `patience` (seconds) is how long a call is sent again that finds no server, from its first failure on; 0 sends each
-    once. Streams that have brought an event, and calls that would do something twice, are never sent again. `on_wait`
-    hears of a call's first failure, with the patience; by default that is a warning in the log.
+    `patience` (seconds) is how long a call that finds no server is retried, counted from its first failure; 0 means no
+    retries. A stream that has delivered an event, or a call that is not idempotent, is never retried. `on_wait` is
+    called with a call's first failure and the patience; by default it logs a warning.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; streams still open are cancelled, and nothing is sent again.
+        """Closes the connection, cancels open streams and stops retries.
 
         >>> await client.close()
         """
@@ -137,7 +137,7 @@ class AsyncClient:
             await self._channel.close()
 
     def acting_as(self, api_key: str | None = None, user: str | None = None) -> Self:
-        """Another person over the same connection. Closing this one leaves the connection open.
+        """A client for another user over the same connection. Closing it leaves the connection open.
 
         >>> ben = client.acting_as(user="ben")
         >>> (await ben.caller()).user, (await client.caller()).user
@@ -162,9 +162,8 @@ class AsyncClient:
     ) -> AsyncStream[ChatEvent]:
         """Streams the answer to one message: `ChatStarted`, any number of `ChatDelta`, `ChatFinished`.
 
-        An empty `conversation_id` starts a conversation. `max_tokens` counts tokens of the answer. A `request_id` used
-        before brings the first answer again; without one a fresh one is made, so that a message that has to be sent
-        again is answered once.
+        An empty `conversation_id` starts a conversation. `max_tokens` limits the answer. A `request_id` used before
+        returns the first answer again. By default a new one is generated, so that a retried message is answered once.
 
         >>> stream = client.chat("Where do owls live?", temperature=0)
         >>> async for event in stream:
@@ -191,9 +190,9 @@ class AsyncClient:
         seed: int | None = None,
         request_id: str = "",
     ) -> AsyncStream[CompareEvent]:
-        """Streams two answers to one message: `CompareStarted`, `CompareDelta` by slot, one `CompareFinished` a slot.
+        """Streams two answers to one message: `CompareStarted`, `CompareDelta`s and one `CompareFinished` per slot.
 
-        Choose between them with `choose`. The arguments are those of `chat`; the two temperatures are the server's.
+        Choose between them with `choose`. The arguments are as in `chat`; the server sets the two temperatures.
 
         >>> async with client.compare("How do I catch a fish?") as stream:
         ...     async for event in stream:
@@ -213,10 +212,10 @@ class AsyncClient:
         return self._stream(self._chat.Compare, request, compare_event)
 
     async def refetch(self, stream: AsyncStream[ChatEvent] | AsyncStream[CompareEvent], timeout: float = 60.0) -> Turn:
-        """What the server kept of an answer, for one whose stream broke. Waits until the answer has ended, and for the
-        server to come back, `timeout` seconds at most; raises the last PrefloopError then.
+        """The turn as the server stored it, for a stream that broke. Waits up to `timeout` seconds for the server to
+        come back and the answer to end; raises the last PrefloopError after that.
 
-        Raises NotStartedError where the stream broke before its Started event.
+        Raises NotStartedError if the stream broke before its Started event.
 
         >>> stream = client.chat("Where do owls live?")
         >>> async for event in stream:
@@ -228,14 +227,14 @@ class AsyncClient:
         answer_id = stream.response_id or stream.comparison_id
         if not answer_id:
             raise NotStartedError(
-                "The answer had not started, so nothing of it was kept; ask again.",
+                "The answer had not started, so nothing was stored; ask again.",
                 code=grpc.StatusCode.FAILED_PRECONDITION,
             )
         end, pause = time.monotonic() + timeout, POLL_SECONDS
         missing: PrefloopError
         while True:
             try:
-                # A second at least: a first look is worth it, however short the wait.
+                # At least one second, so that the first attempt can succeed however short `timeout` is.
                 left = max(1.0, min(self.timeout, end - time.monotonic()))
                 found = await self._whole(stream.conversation_id, left, patience=0.0)
             except (BusyError, TimedOutError, UnavailableError) as error:
@@ -252,8 +251,8 @@ class AsyncClient:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_POLL_SECONDS)
 
-    # Votes. Each returns once the vote is on the server's disk. Each has a `request_id` of its own unless one is given,
-    # so that it counts once however often it had to be sent; one used before brings the first answer again.
+    # Votes. Each method returns once the vote is on the server's disk. Each call generates a `request_id` unless one is
+    # given, so that a retried vote counts once. A `request_id` used before returns the first response again.
 
     async def thumb(
         self, response_id: str, thumb: Thumb.ValueType, *, comment: str = "", request_id: str = ""
@@ -271,7 +270,8 @@ class AsyncClient:
     async def choose(
         self, comparison_id: str, choice: Choice.ValueType, *, comment: str = "", request_id: str = ""
     ) -> Feedback:
-        """Sets the user's choice between two finished answers; the first one decides how the conversation goes on.
+        """Sets the user's choice between two finished answers; the first choice decides which one continues the
+        conversation.
 
         >>> (await client.choose("cmp", CHOICE_TIE)).feedback_id
         'fb'
@@ -282,7 +282,7 @@ class AsyncClient:
         return (await self._call(self._feedback.SubmitChoice, request)).feedback
 
     async def correct(self, response_id: str, text: str, *, request_id: str = "") -> Feedback:
-        """Says what the answer should have been.
+        """Sets the text that the answer should have had.
 
         >>> (await client.correct("resp", "Owls nest in hollow trees.")).correction
         'Owls nest in hollow trees.'
@@ -293,7 +293,7 @@ class AsyncClient:
         return (await self._call(self._feedback.SubmitCorrection, request)).feedback
 
     async def demonstrate(self, messages: list[Message], *, request_id: str = "") -> Feedback:
-        """Gives a whole exemplary conversation; the last message is the assistant's.
+        """Submits a whole example conversation; the last message is the assistant's.
 
         >>> question = Message(role=ROLE_USER, content="What do owls eat?")
         >>> answer = Message(role=ROLE_ASSISTANT, content="Mice.")
@@ -304,7 +304,7 @@ class AsyncClient:
         return (await self._call(self._feedback.SubmitDemonstration, request)).feedback
 
     async def retract(self, feedback_id: str) -> None:
-        """Takes one's own feedback back.
+        """Retracts the user's own feedback.
 
         >>> await client.retract("fb")
         """
@@ -313,7 +313,7 @@ class AsyncClient:
         )
 
     async def feedback(self) -> AsyncIterator[Feedback]:
-        """The user's current feedback, newest first; fetched page by page as it is read.
+        """The user's current feedback, newest first, fetched page by page on demand.
 
         >>> [vote.feedback_id async for vote in client.feedback()]
         ['late', 'early']
@@ -335,7 +335,7 @@ class AsyncClient:
         return await self._whole(conversation_id, self.timeout, self.patience)
 
     async def conversations(self) -> AsyncIterator[Conversation]:
-        """The user's conversations without their turns, newest first; fetched page by page as it is read.
+        """The user's conversations without their turns, newest first, fetched page by page on demand.
 
         >>> [conversation.title async for conversation in client.conversations()]
         ['newer', 'older']
@@ -347,17 +347,17 @@ class AsyncClient:
                 yield conversation
 
     async def delete_conversation(self, conversation_id: str) -> None:
-        """Removes a conversation from the user's history.
+        """Deletes a conversation from the user's history.
 
         >>> await client.delete_conversation("conv")
         """
         request = chat_pb2.DeleteConversationRequest(conversation_id=conversation_id)
         await self._call_once(self._chat.DeleteConversation, request)
 
-    # What is kept of a person
+    # Personal data
 
     async def caller(self) -> GetCallerResponse:
-        """Who the credentials stand for, and in which role.
+        """The user and role that the credentials belong to.
 
         >>> caller = await client.caller()
         >>> caller.user, caller.role
@@ -366,7 +366,7 @@ class AsyncClient:
         return await self._call(self._account.GetCaller, account_pb2.GetCallerRequest())
 
     def export_user(self, user: str = "") -> AsyncStream[ExportUserResponse]:
-        """Streams everything that is kept of the caller; of another `user`, for operators.
+        """Streams all data stored about the caller, or, for operators, about another `user`.
 
         >>> [part.WhichOneof("event") async for part in client.export_user()]
         ['conversation', 'key']
@@ -374,8 +374,8 @@ class AsyncClient:
         return self._stream(self._account.ExportUser, account_pb2.ExportUserRequest(user=user), lambda part: part)
 
     async def forget_user(self, user: str = "") -> ForgetUserResponse:
-        """Removes everything that is kept of the caller for good, keys included; of another `user`, for operators. The
-        response names the versions that learned from them.
+        """Permanently deletes all data stored about the caller, keys included, or, for operators, about another `user`.
+        The response names the versions that learned from it.
 
         >>> (await client.forget_user("ben")).policy_versions
         ['v0001']
@@ -386,8 +386,8 @@ class AsyncClient:
     # Policies and rounds, for operators
 
     async def active_policy(self) -> GetActivePolicyResponse:
-        """The policy that should serve (`policy`), what each server has loaded (`replicas`), what `rollback` would
-        activate (`rollback_version`), and how the votes stand where two versions are compared (`duel`).
+        """The policy that should serve (`policy`), the version each server has loaded (`replicas`), the version that
+        `rollback` would activate (`rollback_version`), and the votes if two versions are being compared (`duel`).
 
         >>> (await client.active_policy()).policy.version
         'v0001'
@@ -407,9 +407,9 @@ class AsyncClient:
                 yield policy
 
     async def activate(self, version: str, *, expected_active_version: str | None = None, reason: str = "") -> Policy:
-        """Makes `version` the active one; returns when the server serves it. `reason` is kept with the move.
+        """Makes `version` the active one; returns when the server serves it. `reason` is stored with the change.
 
-        Raises ConflictError where `expected_active_version` is given and another version is active.
+        Raises ConflictError if `expected_active_version` is given and another version is active.
 
         >>> (await client.activate("v0002", expected_active_version="v0001", reason="It reads better.")).version
         'v0002'
@@ -422,7 +422,7 @@ class AsyncClient:
     async def rollback(
         self, version: str = "", *, expected_active_version: str | None = None, reason: str = ""
     ) -> Policy:
-        """Activates a version that was active before, by default the last one that was. The rest is as in `activate`.
+        """Activates a version that was active before, by default the most recent one. Otherwise as `activate`.
 
         >>> (await client.rollback(reason="It rambles.")).version
         'v0000'
@@ -445,7 +445,7 @@ class AsyncClient:
                 yield each
 
     async def round_samples(self, round_id: str) -> AsyncIterator[RoundSample]:
-        """What held-out prompts were answered before a round and after it.
+        """The answers to held-out prompts before and after a round.
 
         >>> [(sample.before, sample.after) async for sample in client.round_samples("round_2")]
         [('In trees.', 'Owls live in hollow trees.')]
@@ -458,7 +458,7 @@ class AsyncClient:
                 yield sample
 
     async def count_votes(self, days: int = 30) -> list[VoteCount]:
-        """How many votes were cast on each of the last `days` days (UTC), by kind, oldest first.
+        """Votes per day (UTC) and kind over the last `days` days, oldest first.
 
         >>> [(count.date, count.votes) for count in await client.count_votes(days=7)]
         [('2026-03-14', 5)]
@@ -466,7 +466,7 @@ class AsyncClient:
         return list((await self._call(self._policy.CountVotes, policy_pb2.CountVotesRequest(days=days))).counts)
 
     async def learner(self) -> Learner:
-        """Whether a learner listens for requests, what it does, and what became of the last request.
+        """Whether a learner is listening for requests, its current state, and the outcome of the last request.
 
         >>> learner = await client.learner()
         >>> learner.listening, learner.new_votes
@@ -475,9 +475,9 @@ class AsyncClient:
         return (await self._call(self._policy.GetLearner, policy_pb2.GetLearnerRequest())).learner
 
     async def request_round(self) -> Learner:
-        """Asks the learner that listens for a round now, and returns before it starts.
+        """Asks the listening learner to run a round now; returns before it starts.
 
-        Raises ConflictError, its `reason` NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
+        Raises ConflictError with `reason` NO_LEARNER if no learner is listening, ROUND_RUNNING if a round is running.
 
         >>> (await client.request_round()).HasField("request_time")
         True
@@ -528,7 +528,7 @@ class AsyncClient:
                 return whole
 
     async def _call(self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Reply], request: Request) -> Reply:
-        """A call that may be sent again: it changes nothing, or has a `request_id`."""
+        """A call that may be retried, because it changes nothing or has a `request_id`."""
         return await self._attempt(method, request, self.timeout, self.patience)
 
     async def _call_once(
@@ -537,7 +537,7 @@ class AsyncClient:
         request: Request,
         timeout: float | None = None,
     ) -> Reply:
-        """A call that would do or say something else the second time, or that is part of a longer wait."""
+        """A call that is not retried, because it is not idempotent or is part of a longer wait."""
         return await self._attempt(method, request, timeout or self.timeout, patience=0.0)
 
     async def _attempt(
@@ -584,12 +584,12 @@ class AsyncClient:
 
 
 def _credentials(api_key: str | None, user: str | None) -> Metadata:
-    # gRPC fails on others in ways of its own, and only in a call.
+    # gRPC would reject other characters too, but only during a call and with unclear errors.
     if user is not None and not (user and user.isascii() and user.isprintable()):
-        raise ValueError("A user name is one or more printable ASCII characters.")
+        raise ValueError("A user name must be one or more printable ASCII characters.")
     if api_key:
         if not (api_key.isascii() and api_key.isprintable()):
-            raise ValueError("An API key has printable ASCII characters only.")
+            raise ValueError("An API key must contain only printable ASCII characters.")
         return (("authorization", f"Bearer {api_key}"),)
     return (("x-user-id", user),) if user else ()
 

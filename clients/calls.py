@@ -1,11 +1,11 @@
-"""One call to the server, for threads and for asyncio: all that gRPC's two Python interfaces do differently.
+"""One call to the server, for threads and for asyncio. All differences between gRPC's two Python interfaces are here.
 
-A call that finds no server is sent again for as long as its `Backoff` says (`clients.retries`); a stream only until its
-first event, since a second answer must not follow half of a first one.
+A call that finds no server is retried for as long as its `Backoff` allows (`clients.retries`). A stream is retried only
+until its first event, since a second answer must not follow half of the first one.
 
-A stream that was cancelled here simply ends. gRPC tells an asyncio program of that with the same CancelledError that
-cancels a task, so the two are told apart by the task: where it is being cancelled the error goes on, and takes the
-stream with it on the server.
+A stream that the client cancels simply ends. grpc.aio reports that with the same CancelledError that cancels a task, so
+the state of the task decides: if the task is being cancelled, the error is raised and the stream is cancelled on the
+server too.
 """
 
 # gRPC's classes are generic in their stubs only, so annotations must not be evaluated.
@@ -57,8 +57,8 @@ class AsyncStreamingCall(Protocol[ReplyT]):
 
 
 class Heard:
-    """What a stream has told so far. The ids are empty before the answer's Started event, and each is empty for good
-    in a stream of another kind."""
+    """The ids that a stream has delivered so far. They are empty before the Started event, and `response_id` or
+    `comparison_id` stays empty in a stream of the other kind."""
 
     conversation_id = ""
     response_id = ""
@@ -76,7 +76,7 @@ class Heard:
                 self.conversation_id, self.comparison_id = event.conversation_id, event.comparison_id
 
     def _pause_after(self, error: grpc.RpcError) -> float:
-        """Seconds until the call is made again. Raises the PrefloopError where it is not."""
+        """Seconds until the retry. Raises the PrefloopError if there is none."""
         failed = from_rpc_error(error, self._address, heard=self._anything)
         pause = None if self._anything else self._backoff.pause_after(failed)
         if pause is None:
@@ -85,8 +85,8 @@ class Heard:
 
 
 class Stream(Heard, Iterator[Event], Generic[Event]):
-    """The events of one answer, as they come. `cancel` (from any thread) or leaving a `with` block stops the answer on
-    the server too; the iterator then simply ends. A call that fails raises a `PrefloopError` from `next`.
+    """The events of one answer as they arrive. `cancel` (from any thread) or leaving a `with` block stops the answer on
+    the server too; the iterator then simply ends. A failed call raises a `PrefloopError` from `next`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Stream(Heard, Iterator[Event], Generic[Event]):
                 self._begin_again(self._pause_after(error))
                 continue
             self._anything = True
-            # None: an event kind newer than this client.
+            # None: a kind of event that this client does not know.
             if event is not None:
                 self._hear(event)
                 return event
@@ -129,11 +129,11 @@ class Stream(Heard, Iterator[Event], Generic[Event]):
             self._call = self._begin()
             self._replies = iter(self._call)
         if self._cancelled:
-            # Also where another thread cancelled the call before this one was made.
+            # Another thread may have cancelled the previous call before this one was made.
             self._call.cancel()
 
     def cancel(self) -> None:
-        """Stops the answer. Does nothing to one that has ended."""
+        """Stops the answer. Does nothing if it has ended."""
         self._cancelled = True
         self._call.cancel()
         self._pauses.wake()
@@ -146,9 +146,9 @@ class Stream(Heard, Iterator[Event], Generic[Event]):
 
 
 class AsyncStream(Heard, AsyncIterator[Event], Generic[Event]):
-    """The events of one answer, as they come. `cancel`, leaving an `async with` block or cancelling the task that
-    iterates stops the answer on the server too; the iterator ends then, and the task's cancellation goes on. A call
-    that fails raises a `PrefloopError` from `anext`.
+    """The events of one answer as they arrive. `cancel`, leaving an `async with` block or cancelling the iterating task
+    stops the answer on the server too. The iterator then ends; a cancelled task stays cancelled. A failed call raises a
+    `PrefloopError` from `anext`.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class AsyncStream(Heard, AsyncIterator[Event], Generic[Event]):
                 await self._begin_again(self._pause_after(error))
                 continue
             self._anything = True
-            # None: an event kind newer than this client.
+            # None: a kind of event that this client does not know.
             if event is not None:
                 self._hear(event)
                 return event
@@ -204,7 +204,7 @@ class AsyncStream(Heard, AsyncIterator[Event], Generic[Event]):
         self._replies = aiter(self._call)
 
     def cancel(self) -> None:
-        """Stops the answer. Does nothing to one that has ended."""
+        """Stops the answer. Does nothing if it has ended."""
         self._cancelled = True
         self._call.cancel()
         self._pauses.wake()
@@ -226,7 +226,7 @@ def reply(
     backoff: Backoff,
     pauses: Pauses,
 ) -> Reply:
-    """The answer to a plain call; raises a PrefloopError where it fails."""
+    """The response to a unary call. Raises a PrefloopError if it fails."""
     while True:
         try:
             return method(request, timeout=timeout, metadata=metadata)
@@ -250,7 +250,7 @@ async def async_reply(
     backoff: Backoff,
     pauses: AsyncPauses,
 ) -> Reply:
-    """The answer to a plain call; raises a PrefloopError where it fails."""
+    """The response to a unary call. Raises a PrefloopError if it fails."""
     while True:
         try:
             return await method(request, timeout=timeout, metadata=metadata)
@@ -269,13 +269,13 @@ async def async_reply(
 
 
 def task_is_cancelled() -> bool:
-    """Whether somebody asked the running task to stop, and not only a call of its to."""
+    """Whether the running task itself is being cancelled, not only one of its calls."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 def chat_event(reply: ChatResponse) -> ChatEvent | None:
-    """The event in a reply; None for a kind that this client does not know."""
+    """The event in a reply, or None for a kind that this client does not know."""
     match reply.WhichOneof("event"):
         case "started":
             return reply.started
@@ -288,7 +288,7 @@ def chat_event(reply: ChatResponse) -> ChatEvent | None:
 
 
 def compare_event(reply: CompareResponse) -> CompareEvent | None:
-    """The event in a reply; None for a kind that this client does not know."""
+    """The event in a reply, or None for a kind that this client does not know."""
     match reply.WhichOneof("event"):
         case "started":
             return reply.started

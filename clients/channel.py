@@ -1,6 +1,6 @@
-"""How a client connects: keepalive that a standard gRPC server accepts, and quick attempts to connect again.
+"""gRPC channels: keepalive that a standard gRPC server accepts, and quick reconnects.
 
-gRPC is given no retry policy; `clients.retries` repeats calls.
+gRPC gets no retry policy; `clients.retries` retries calls.
 """
 
 import re
@@ -10,11 +10,11 @@ import grpc
 
 from clients.loopback import is_loopback
 
-# Servers answer pings closer together than 5 minutes with GOAWAY; the 10 s on top keep clear of that edge.
+# By default a gRPC server answers pings less than 5 minutes apart with GOAWAY; the extra 10 s are a margin.
 KEEPALIVE_MILLISECONDS = 310_000
-# A server that starts has its port already and says nothing on it for a minute; gRPC would wait 20 s before it says so.
+# A starting server holds its port for a minute without responding; gRPC's default would wait 20 s to report that.
 CONNECT_MILLISECONDS = 4_000
-# A long conversation with its spans and votes comes as one message.
+# A long conversation with its spans and votes is one message.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
@@ -29,16 +29,16 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ]
     if on_loopback(address):
-        # A proxy set for the network cannot reach this machine's own loopback.
+        # A network proxy cannot reach this machine's loopback.
         options.append(("grpc.enable_http_proxy", 0))
     return options
 
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM bytes: of who signed the server's certificate (None: who this system trusts), and, for a server that asks for
-    one, of the client's own certificate and its key. Raises ValueError for what is none: gRPC would only fail to
-    connect."""
+    """PEM bytes: the issuer of the server's certificate (None: the system's trusted issuers), and the client's own
+    certificate and key for a server that requires them. Raises ValueError for anything that is not PEM, since gRPC
+    would only fail to connect."""
 
     ca: bytes | None = None
     certificate: bytes | None = None
@@ -48,12 +48,12 @@ class Tls:
         for name, kind in (("ca", b"CERTIFICATE"), ("certificate", b"CERTIFICATE"), ("key", b"PRIVATE KEY")):
             pem = getattr(self, name)
             if pem is not None and not re.search(b"-----BEGIN [A-Z ]*" + kind + b"-----", pem):
-                raise ValueError(f"{name} holds no {kind.decode().lower()} in PEM.")
+                raise ValueError(f"{name} does not contain a PEM {kind.decode().lower()}.")
 
 
 def open_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
-    """A channel to `address`; it connects with the first call. In the clear to this machine's own loopback, where no
-    `tls` is given, and never to anywhere else."""
+    """A channel to `address`, which connects on the first call. It is unencrypted only to this machine's loopback, and
+    only if no `tls` is given."""
     credentials, options = channel_credentials(address, tls), channel_options(address)
     if credentials is None:
         return grpc.insecure_channel(address, options=options)
@@ -61,7 +61,7 @@ def open_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
 
 
 def open_async_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
-    """The same for asyncio. The channel belongs to the event loop that runs now."""
+    """The same for asyncio. The channel belongs to the running event loop."""
     credentials, options = channel_credentials(address, tls), channel_options(address)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options)
@@ -69,7 +69,7 @@ def open_async_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel
 
 
 def channel_credentials(address: str, tls: Tls | None) -> grpc.ChannelCredentials | None:
-    """Of an encrypted connection; None for one in the clear."""
+    """The credentials for an encrypted connection; None for an unencrypted one."""
     if tls is None and on_loopback(address):
         return None
     tls = tls or Tls()

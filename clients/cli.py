@@ -19,18 +19,18 @@ API_KEY = "PREFLOOP_API_KEY"
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False)
 
-Host = Annotated[str, typer.Option(envvar="PREFLOOP_HOST", help="Where the server is.")]
+Host = Annotated[str, typer.Option(envvar="PREFLOOP_HOST", help="The server's host.")]
 Port = Annotated[int, typer.Option(envvar="PREFLOOP_PORT", help="The server's port.", min=1, max=65535)]
 User = Annotated[
-    str, typer.Option(envvar="PREFLOOP_USER", help="Who you are, on a server without keys. Default: your login name.")
+    str, typer.Option(envvar="PREFLOOP_USER", help="Your name on a server without keys. Default: your login name.")
 ]
 Ca = Annotated[
     Path | None,
-    typer.Option(envvar="PREFLOOP_CA", help="PEM file of who signed the server's certificate. Default: the system's."),
+    typer.Option(envvar="PREFLOOP_CA", help="PEM file of the server certificate's issuer. Default: the system's."),
 ]
 Cert = Annotated[
     Path | None,
-    typer.Option(envvar="PREFLOOP_CLIENT_CERT", help="PEM file of your own certificate, where servers ask for one."),
+    typer.Option(envvar="PREFLOOP_CLIENT_CERT", help="PEM file of your own certificate, if the server requires one."),
 ]
 Key = Annotated[
     Path | None, typer.Option(envvar="PREFLOOP_CLIENT_KEY", help="PEM file of your certificate's private key.")
@@ -39,19 +39,19 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 50051
 
 
 def _echo(text: str) -> None:
-    """A program gets an answer as it is; a terminal must not obey it."""
+    """Writes an answer unchanged to a pipe or file, and without control characters to a terminal."""
     from clients.text import printable
 
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
 
 
 def main() -> None:
-    """Runs the command line. Every expected failure is one sentence on stderr and exit code 1."""
+    """Runs the command line. Every expected failure prints one sentence to stderr and exits with code 1."""
     from clients.errors import PrefloopError
     from clients.variables import UnknownSettingError, check_variables
 
     try:
-        # Before flags are read from variables; help is there without them.
+        # Checked before typer reads flags from variables, but not for --help, which needs none.
         if "--help" not in sys.argv:
             check_variables(os.environ)
         app()
@@ -70,17 +70,17 @@ def talk(
     ca: Ca = None,
     cert: Cert = None,
     key: Key = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with your newest conversation.")] = False,
-    conversation: Annotated[str, typer.Option(help="Go on with this conversation's id.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue your newest conversation.")] = False,
+    conversation: Annotated[str, typer.Option(help="Continue the conversation with this id.")] = "",
 ) -> None:
-    """Chat with the policy that is being served. Type /help inside for the commands.
+    """Chat with the policy that is being served. Type /help in the chat for its commands.
 
     An API key is read from the variable PREFLOOP_API_KEY."""
     context.obj = {"host": host, "port": port, "user": user, "ca": ca, "cert": cert, "key": key}
     if context.invoked_subcommand:
         return
     if resume and conversation:
-        raise typer.BadParameter("give one of --resume and --conversation", param_hint="--resume")
+        raise typer.BadParameter("pass only one of --resume and --conversation", param_hint="--resume")
     with connect(**context.obj) as client:
         chat_on(client, conversation or (newest(client) if resume else ""))
 
@@ -88,17 +88,17 @@ def talk(
 @app.command()
 def send(
     context: typer.Context,
-    message: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
+    message: Annotated[str, typer.Argument(help="The message; - reads it from standard input.")],
     host: Annotated[str | None, typer.Option(help="As above.")] = None,
     port: Annotated[int | None, typer.Option(help="As above.", min=1, max=65535)] = None,
     user: Annotated[str | None, typer.Option(help="As above.")] = None,
     ca: Annotated[Path | None, typer.Option(help="As above.")] = None,
     cert: Annotated[Path | None, typer.Option(help="As above.")] = None,
     key: Annotated[Path | None, typer.Option(help="As above.")] = None,
-    conversation: Annotated[str, typer.Option(help="Go on with this conversation's id.")] = "",
+    conversation: Annotated[str, typer.Option(help="Continue the conversation with this id.")] = "",
     temperature: Annotated[float | None, typer.Option(help="0 to 2; 0 is greedy.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
-    seed: Annotated[int | None, typer.Option(help="Repeats an answer of the same policy version.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes an answer of one policy version repeatable.", min=0)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the answer has ended.")] = False,
 ) -> None:
     """Send one message and print the answer as it comes."""
@@ -109,7 +109,7 @@ def send(
             client, text, conversation, temperature, max_tokens, seed, echo=None if as_json else _echo
         )
     if as_json:
-        # A terminal would obey the control characters of an answer.
+        # On a terminal all non-ASCII is escaped, since it would obey an answer's control characters.
         print(json.dumps(answer, ensure_ascii=sys.stdout.isatty()))
 
 
@@ -117,47 +117,48 @@ def send(
 def web(
     context: typer.Context,
     web_host: Annotated[
-        str, typer.Option(envvar="PREFLOOP_WEB_HOST", help="The address that the page listens on.")
+        str, typer.Option(envvar="PREFLOOP_WEB_HOST", help="The address the page listens on.")
     ] = "127.0.0.1",
     web_port: Annotated[
-        int, typer.Option(envvar="PREFLOOP_WEB_PORT", help="Its port; 0 takes a free one.", min=0, max=65535)
+        int, typer.Option(envvar="PREFLOOP_WEB_PORT", help="The page's port; 0 picks a free one.", min=0, max=65535)
     ] = 8080,
     web_name: Annotated[
         list[str] | None,
         typer.Option(
             envvar="PREFLOOP_WEB_NAME",
-            help="A host name that browsers know the page by; may be repeated (in the variable, with spaces between).",
+            help="A host name under which browsers reach the page; may be repeated (in the variable: separated by "
+            "spaces).",
         ),
     ] = None,
     web_cert: Annotated[
         Path | None, typer.Option(envvar="PREFLOOP_WEB_CERT", help="PEM file of the page's TLS certificate.")
     ] = None,
     web_key: Annotated[
-        Path | None, typer.Option(envvar="PREFLOOP_WEB_KEY", help="PEM file of its private key.")
+        Path | None, typer.Option(envvar="PREFLOOP_WEB_KEY", help="PEM file of that certificate's private key.")
     ] = None,
     web_server: Annotated[
         str,
         typer.Option(
             envvar="PREFLOOP_WEB_SERVER",
-            help="What the server's certificate calls it, where --host is the address that it listens on.",
+            help="The server's name in its certificate, if --host is only the address it listens on.",
         ),
     ] = "",
     serve: Annotated[
-        bool, typer.Option("--serve", help="Start a server beside the page, and a learner that waits to be asked.")
+        bool, typer.Option("--serve", help="Also start a server, and a learner that runs rounds on request.")
     ] = False,
 ) -> None:
     """Serve a page to chat and vote on, with a board for operators.
 
-    Where others can reach it, by its address or by a proxy that knows its name, they need keys."""
+    If others can reach it, directly or through a proxy, they need keys."""
     outer = context.obj
     try:
         from clients.web.command import Page, run
     except ModuleNotFoundError as error:
-        sys.exit(f"chat: The page needs {error.name}, which `pip install 'prefloop[web]'` brings.")
+        sys.exit(f"chat: The page needs {error.name}; install it with `pip install 'prefloop[web]'`.")
     page = Page(web_host, web_port, tuple(web_name or ()), web_cert, web_key)
     tls = read_tls(outer["ca"], outer["cert"], outer["key"])
     address = address_of(web_server or outer["host"], outer["port"])
-    # Strangers need keys, and in a container the user may have no name.
+    # Strangers need keys, and in a container getuser() may fail.
     name = "" if page.strangers else outer["user"] or getpass.getuser()
     run(page, address, name, tls, serve=serve)
 
@@ -165,7 +166,7 @@ def web(
 def connect(
     host: str, port: int, user: str, ca: Path | None = None, cert: Path | None = None, key: Path | None = None
 ) -> "Client":
-    """A client of a server that is known to answer; raises UnavailableError without one."""
+    """A client whose server has answered a health check; raises UnavailableError otherwise."""
     from clients.client import Client
 
     tls = read_tls(ca, cert, key)
@@ -188,21 +189,21 @@ def connect(
 
 
 def say_wait(error: "PrefloopError", seconds: float) -> None:
-    """Tells a person why nothing happens."""
-    print(f"{error} Trying again for {seconds:.0f} s at most; Ctrl-C stops.", file=sys.stderr)
+    """Tells the user why nothing happens."""
+    print(f"{error} Retrying for up to {seconds:.0f} s; Ctrl-C stops.", file=sys.stderr)
 
 
 def address_of(host: str, port: int) -> str:
-    """ "host:port", with brackets around an address of IPv6."""
+    """ "host:port", with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def read_tls(ca: Path | None, cert: Path | None, key: Path | None) -> "Tls | None":
-    """What the files say; None without any."""
+    """The contents of the files; None without `ca` and `cert`."""
     from clients.channel import Tls
 
     if (cert is None) != (key is None):
-        raise typer.BadParameter("a certificate and its key go together", param_hint="--cert")
+        raise typer.BadParameter("--cert and --key must be given together", param_hint="--cert")
     try:
         given = Tls(*(path.read_bytes() if path else None for path in (ca, cert, key)))
     except (OSError, ValueError) as error:
@@ -211,12 +212,12 @@ def read_tls(ca: Path | None, cert: Path | None, key: Path | None) -> "Tls | Non
 
 
 def newest(client: "Client") -> str:
-    """The id of the newest conversation; empty where there is none."""
+    """The id of the newest conversation; empty if there is none."""
     return next((conversation.conversation_id for conversation in client.conversations()), "")
 
 
 def chat_on(client: "Client", conversation_id: str) -> None:
-    """A session in a conversation, or in a new one. With line editing on a terminal, plain lines from a pipe."""
+    """Runs a session in an existing or new conversation: line editing on a terminal, plain lines from a pipe."""
     from rich.console import Console
 
     from clients.terminal.session import Terminal
@@ -242,7 +243,7 @@ def stream_answer(
     seed: int | None,
     echo: Callable[[str], object] | None,
 ) -> dict[str, object]:
-    """Sends one message; `echo` hears the answer as it comes. Returns the whole of it with its ids, as JSON has it."""
+    """Sends one message and passes the answer to `echo` as it arrives. Returns the answer with its ids for --json."""
     from prefloop.v1.chat_pb2 import ChatDelta, ChatFinished, ChatStarted, FinishReason
 
     answer: dict[str, object] = {}

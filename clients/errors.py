@@ -1,8 +1,8 @@
-"""What a call can fail with. Every message is one sentence that may be shown to a person as it is.
+"""Exceptions for failed calls. Every message is one sentence that can be shown to a user as it is.
 
-`PrefloopError` is the base. The subclass says what the caller can do about it; `reason` is the server's constant for
-programs (for example REQUEST_ID_REUSED), `field` the part of the request that was refused. Both may be empty.
-`retry_seconds` is when the server says to try again, None where it does not, `call_id` what its log calls the call.
+`PrefloopError` is the base. The subclass tells the caller what to do about it; `reason` is the server's
+machine-readable constant (for example REQUEST_ID_REUSED), `field` the rejected part of the request. Both may be empty.
+`retry_seconds` is the delay the server asked for before a retry, or None; `call_id` is the call's id in the server log.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-# Where a server puts google.rpc.Status; gRPC itself never sets it, so its presence means that the server spoke.
+# The metadata key for google.rpc.Status. gRPC itself never sets it, so its presence means the server sent the error.
 DETAILS_KEY = "grpc-status-details-bin"
 
 
 class PrefloopError(Exception):
-    """Base of everything the client library raises for a failed call."""
+    """Base class of all exceptions that the client raises for a failed call."""
 
     def __init__(
         self,
@@ -38,12 +38,12 @@ class PrefloopError(Exception):
 
 
 class UnavailableError(PrefloopError):
-    """No server answers, it is going down, or the connection broke. The same call may work later."""
+    """No server answers, the server is shutting down, or the connection broke. The same call may work later."""
 
 
 class UntrustedError(PrefloopError):
-    """The server's certificate is not one to trust: it has expired, is for another name, or is signed by nobody known.
-    Trying again does not help before that is mended."""
+    """The server's certificate is not trusted: it has expired, is for another name, or its issuer is unknown. A retry
+    does not help until that is fixed."""
 
 
 class TimedOutError(PrefloopError):
@@ -55,23 +55,23 @@ class InvalidRequestError(PrefloopError):
 
 
 class NotFoundError(PrefloopError):
-    """No such conversation, response, comparison, feedback or policy, or it belongs to somebody else."""
+    """No such conversation, response, comparison, feedback or policy, or it belongs to another user."""
 
 
 class NotAllowedError(PrefloopError):
-    """The API key is missing, is not valid, or does not permit this."""
+    """The API key is missing, invalid, or does not permit the call."""
 
 
 class ConflictError(PrefloopError):
-    """The request is sound but does not fit the present state, for example a choice before both answers ended."""
+    """The request is valid but conflicts with the current state, for example a choice before both answers ended."""
 
 
 class BusyError(PrefloopError):
-    """The server has as much work as it takes; try again after a pause."""
+    """The server is at its limit; try again after a pause."""
 
 
 class ServerError(PrefloopError):
-    """The server failed; its log says more."""
+    """The server failed; its log has the details."""
 
 
 class NotStartedError(PrefloopError):
@@ -93,30 +93,30 @@ KINDS: dict[grpc.StatusCode, type[PrefloopError]] = {
 }
 
 
-# Of the handshakes below, those that no waiting mends.
+# The handshake failures below that a retry cannot fix.
 UNTRUSTED = ("Hostname Verification Check failed", "CERTIFICATE_VERIFY_FAILED")
-# What the transport says of a handshake that failed, the special before the general.
+# gRPC's messages for failed handshakes, specific ones before general ones.
 HANDSHAKES = {
-    "certificate has expired": "The certificate of the server at {} has expired; whoever runs it has to renew it.",
-    "certificate is not yet valid": "The certificate of the server at {} is not valid yet; is the clock right here?",
-    "Hostname Verification Check failed": "The certificate of the server at {} was made for another name; connect by "
-    "the name that it was made for.",
-    "CERTIFICATE_VERIFY_FAILED": "The certificate of the server at {} is signed by nobody who is known here; give the "
-    "certificate of who signed it with --ca.",
-    "WRONG_VERSION_NUMBER": "The server at {} was asked for TLS and speaks without.",
-    "Tls handshake failed": "The server at {} and this program agree on no encrypted connection.",
+    "certificate has expired": "The certificate of the server at {} has expired; its operator has to renew it.",
+    "certificate is not yet valid": "The certificate of the server at {} is not valid yet; check this machine's clock.",
+    "Hostname Verification Check failed": "The certificate of the server at {} is for another name; connect with "
+    "the name in the certificate.",
+    "CERTIFICATE_VERIFY_FAILED": "The certificate of the server at {} has an unknown issuer; pass the issuer's "
+    "certificate with --ca.",
+    "WRONG_VERSION_NUMBER": "The server at {} does not use TLS, but this client requires it.",
+    "Tls handshake failed": "The TLS handshake with the server at {} failed.",
 }
 
 
 def from_rpc_error(error: grpc.RpcError, address: str, *, heard: bool = False) -> PrefloopError:
-    """The exception for a failed call. `heard`: the stream had already brought something when it broke."""
-    # Every error that a call raises is one of these; gRPC's types do not say so.
+    """The exception for a failed call. `heard`: the stream had already delivered an event when it broke."""
+    # Every error that a call raises is one of these, although gRPC's type hints do not say so.
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     code = error.code() or grpc.StatusCode.UNKNOWN
     status = _rich_status(error)
     message = (status.message if status else "") or error.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE and status is None and (sentence := _handshake_sentence(message, address)):
-        # What may pass, a proxy that starts say, is waited for.
+        # Other failures may be temporary, for example while a proxy starts, so they are retried.
         untrusted = any(words in message for words in UNTRUSTED)
         return UntrustedError(sentence, code=code) if untrusted else UnavailableError(sentence, code=code)
     if code is grpc.StatusCode.UNAVAILABLE and status is None and _is_transport(message):
@@ -130,30 +130,29 @@ def from_rpc_error(error: grpc.RpcError, address: str, *, heard: bool = False) -
 
 
 def _handshake_sentence(message: str, address: str) -> str:
-    """What kept an encrypted connection from coming about, by the words of gRPC's transport; empty where it was not
-    that."""
+    """The sentence for a failed handshake, by gRPC's message; empty if the message is about something else."""
     return next((sentence.format(address) for words, sentence in HANDSHAKES.items() if words in message), "")
 
 
 def closed_here(address: str) -> UnavailableError:
-    """For a call whose connection this program closed under it."""
-    return UnavailableError(f"The connection to {address} was closed here.", code=grpc.StatusCode.CANCELLED)
+    """The exception for a call whose connection this program closed."""
+    return UnavailableError(f"This program closed the connection to {address}.", code=grpc.StatusCode.CANCELLED)
 
 
 def _is_transport(message: str) -> bool:
-    """Whether gRPC's transport wrote this message. A server's own words are sentences and end like one."""
+    """Whether the message is gRPC's own. The server's messages are sentences and end with punctuation."""
     return not message.endswith((".", "!", "?"))
 
 
 def _connection_sentence(address: str, message: str, heard: bool) -> str:
     if heard:
-        return f"The connection to {address} broke during the answer; the conversation's history has what was kept."
+        return f"The connection to {address} broke during the answer; the stored part is in the conversation's history."
     if message.startswith("failed to connect") and message.endswith("Socket closed"):
         return (
-            f"The server at {address} ends the connection at once: it may be going down, or want TLS (--ca) or a "
-            "certificate of yours (--cert)."
+            f"The server at {address} closes the connection at once: it may be shutting down, or require TLS (--ca) or "
+            "a client certificate (--cert)."
         )
-    return f"No server answers at {address}: start one with `server serve`, or give its --host and --port."
+    return f"No server answers at {address}: start one with `server serve`, or pass its --host and --port."
 
 
 def _rich_status(error: grpc.Call | grpc.aio.AioRpcError) -> Status | None:

@@ -1,7 +1,7 @@
-"""Makes client.py from async_client.py: `python clients/generate.py`. One is written by hand, so the two cannot differ.
+"""Generates client.py from async_client.py, so that the two cannot diverge: `python clients/generate.py`.
 
-Words are replaced in the whole text, docstrings and examples included. What really differs between gRPC's two
-interfaces is in calls.py and channel.py, under names that differ in a word.
+Words are replaced in the whole text, including docstrings and examples. The real differences between gRPC's two
+interfaces are in calls.py and channel.py, under matching names.
 """
 
 import re
@@ -11,8 +11,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent / "async_client.py"
 OUTPUT = Path(__file__).parent / "client.py"
-HEAD = "# Made from async_client.py by `make stubs`: write there, not here.\n"
-# In this order. `asyncio` is imported for its sleep alone.
+HEAD = "# Generated from async_client.py by `make stubs`: edit that file, not this one.\n"
+# Applied in this order. async_client.py uses `asyncio` only for `sleep`.
 WORDS = {
     r"^import asyncio\n": "",
     r"\basyncio\.sleep\b": "time.sleep",
@@ -32,7 +32,7 @@ def generate() -> str:
     text = HEAD + SOURCE.read_text(encoding="utf-8")
     for pattern, replacement in WORDS.items():
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
-    # Shorter words leave shorter lines and imports out of order.
+    # The replacements shorten lines and reorder imports.
     for command in (["check", "--fix-only", "--unsafe-fixes"], ["format"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--quiet", "--stdin-filename", str(OUTPUT), "-"]
         text = subprocess.run(ruff, input=text, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""How sure a win rate is."""
+"""Confidence interval of a win rate."""
 
 from math import sqrt
 
@@ -6,10 +6,10 @@ Z95 = 1.959964
 
 
 def wilson(wins: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share `wins / n`; a tie counts as half a win. 95 % by default.
+    """Wilson score interval of the share `wins / n`; a tie counts as half a win. 95 % by default.
 
-    Wilson, E. B. (1927), JASA 22, 209-212. Unlike the normal interval it stays within 0 to 1 and does not shrink to
-    nothing at either end. With ties it is a little too wide, never too narrow.
+    Wilson, E. B. (1927), JASA 22, 209-212. Unlike the normal interval it stays within 0 to 1 and does not collapse at
+    either end. With ties it is slightly too wide, never too narrow.
     """
     if n < 1:
         raise ValueError("An interval needs at least one comparison.")

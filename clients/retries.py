@@ -1,9 +1,9 @@
-"""When a call is sent again: the server is away, nothing of the answer was heard, and there is time left.
+"""Retries: a call is retried if the server is unavailable, no part of the answer has arrived, and there is time left.
 
-Only UNAVAILABLE counts as away, and not where certificates do not fit. Pauses grow from a fifth of a second to five
-seconds; each is shortened at random by up to a half, so that clients who lost one server do not all come back at
-once. A server that names a pause (google.rpc.RetryInfo) is not called before it is over. This is the only mechanism
-that repeats calls: gRPC is given no retry policy (docs/decisions/0028-retries.md).
+Only UNAVAILABLE is retried, except for an untrusted certificate. Pauses grow from a fifth of a second to five seconds;
+each is shortened at random by up to half, so that the clients of a server that went down do not all return at once.
+If the server gives a delay (google.rpc.RetryInfo), the pause is at least that long. This is the only retry mechanism:
+gRPC gets no retry policy (docs/decisions/0028-retries.md).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from clients.errors import PrefloopError, UntrustedError
 
 log = logging.getLogger(__name__)
 
-# By default: a server that starts again is back within a minute or two.
+# The default. A server that restarts is back within a minute or two.
 PATIENCE_SECONDS = 120.0
 FIRST_SECONDS = 0.2
 LONGEST_SECONDS = 5.0
@@ -29,12 +29,12 @@ OnWait = Callable[[PrefloopError, float], object]
 
 
 def log_wait(error: PrefloopError, seconds: float) -> None:
-    """What a client does by default when a call has to wait: a warning in the log."""
-    log.warning("%s Trying again for %.0f s at most.", error, seconds)
+    """The default `on_wait`: logs a warning."""
+    log.warning("%s Retrying for up to %.0f s.", error, seconds)
 
 
 class Backoff:
-    """The pauses of one call. Its `patience` in seconds begins with its first failure, of which `on_wait` hears."""
+    """The pauses of one call. `patience` (seconds) counts from its first failure, which is passed to `on_wait`."""
 
     def __init__(self, patience: float, on_wait: OnWait) -> None:
         self._patience = patience
@@ -43,7 +43,7 @@ class Backoff:
         self._pause = FIRST_SECONDS
 
     def pause_after(self, error: PrefloopError) -> float | None:
-        """Seconds until the call is sent again; None where it is not."""
+        """Seconds until the call is retried; None if it is not."""
         if error.code is not grpc.StatusCode.UNAVAILABLE or isinstance(error, UntrustedError):
             return None
         now = time.monotonic()
@@ -59,14 +59,14 @@ class Backoff:
 
 
 class Pauses:
-    """Where the calls of one client wait, on any thread. Closing it ends every pause."""
+    """The pauses of all calls of one client, on any thread. `close` ends every pause."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self.closed = False
 
     def wait(self, seconds: float, over: Callable[[], bool] = lambda: False) -> None:
-        """Returns after so many seconds, or once it is closed or `over`; `wake` says that this may be so."""
+        """Returns after `seconds`, on `close`, or once `over` is true; `over` is checked on `wake`."""
         with self._changed:
             self._changed.wait_for(lambda: self.closed or over(), seconds)
 
@@ -87,7 +87,7 @@ class AsyncPauses:
         self.closed = False
 
     async def wait(self, seconds: float, over: Callable[[], bool] = lambda: False) -> None:
-        """Returns after so many seconds, or once it is closed or `over`; `wake` says that this may be so."""
+        """Returns after `seconds`, on `close`, or once `over` is true; `over` is checked on `wake`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not (self.closed or over()):

@@ -1,22 +1,22 @@
-"""Model output on a terminal: no control sequences get through, and no word is cut at the right edge."""
+"""Model output on a terminal, without control sequences and wrapped between words."""
 
 import re
 from collections.abc import Callable
 
 from rich.cells import cell_len
 
-# All control characters but line feed and tab (C0, DEL, C1), and the marks that turn the writing direction: text from
-# a model must not move the cursor, retitle the window or disguise what it says.
+# All control characters except line feed and tab (C0, DEL, C1), and the marks that change the writing direction: text
+# from a model must not move the cursor, retitle the window or disguise its content.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """`text` without control characters, tabs as four spaces."""
+    """`text` without control characters, and with tabs as four spaces."""
     return CONTROLS.sub("", text).replace("\t", "    ")
 
 
 class WordWrap:
-    """Streams text through `write` in lines of at most `width` cells, breaking between words.
+    """Streams text to `write` in lines of at most `width` cells, broken between words.
 
     A word is held back until it ends, or until it fills half a line (a long address, or a language without spaces).
     """
@@ -29,7 +29,7 @@ class WordWrap:
         self._word = ""
 
     def feed(self, text: str) -> None:
-        """Takes the next piece of the stream."""
+        """Adds the next piece of the stream."""
         for character in printable(text):
             if not character.isspace():
                 self._word += character

@@ -1,4 +1,4 @@
-"""Fixtures for every test: the repository's root, and the environment that no test may leave to chance."""
+"""Fixtures and environment variables for all tests."""
 
 import os
 from pathlib import Path
@@ -13,12 +13,12 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`slow` leaves something of every file in the sample. Of two processes one runs what needs an engine, from the
-    start, and the other the rest: there is memory for one engine, and time for both."""
+    """Checks that every file has a test that is not `slow`. With two processes, groups the tests so that one process
+    runs those that need an engine and the other the rest, since there is memory for only one engine."""
     if "not slow" in config.option.markexpr:
         sampled = {item.path for item in items if not item.get_closest_marker("slow")}
         if left_out := sorted({item.path.name for item in items if item.path not in sampled}):
-            raise pytest.UsageError(f"nothing of {', '.join(left_out)} is in the sample")
+            raise pytest.UsageError(f"every test in {', '.join(left_out)} is marked slow")
     if config.getoption("dist", "no") == "loadgroup":
         items.sort(key=lambda item: not item.get_closest_marker("e2e"))
         for item in items:
@@ -33,5 +33,5 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def node_example(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the JavaScript example, installed; skips where that is not possible."""
+    """The folder of the installed JavaScript example; skips if it cannot be installed."""
     return install(root, tmp_path_factory.mktemp("node"))

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 INSTALL_SECONDS = 120
-# What npm says where no registry answers, or none that lets us in. Not E404: that would be our mistake.
+# npm's error codes if no registry answers or grants access. Not E404, which would be our mistake.
 UNREACHABLE = ("ENOTFOUND", "EAI_AGAIN", "ECONN", "ETIMEDOUT", "ERR_SOCKET", "E401", "E403", "E429", "E50")
 
 
 def install(root: Path, directory: Path) -> Path:
-    """A copy of `clients/node` with its packages, beside a copy of the protos as in the repository; its folder."""
+    """Copies `clients/node` and the protos, laid out as in the repository, and installs the packages; returns the
+    folder."""
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("needs node and npm")
     made = directory / "clients" / "node"

@@ -20,7 +20,7 @@ class Pem:
 
 
 def make_pem(directory: Path, name: str, *, host: str = "localhost", days: tuple[float, float] = (-1, 30)) -> Pem:
-    """One for `host`, good from and until so many days from now."""
+    """Creates a certificate for `host`, valid from and until `days` from now."""
     made = Pem(directory / f"{name}.crt", directory / f"{name}.key")
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])

@@ -1,4 +1,4 @@
-"""Metrics of rounds for tests: what a test says nothing of is zero."""
+"""Round metrics for tests, in which unspecified numbers are zero."""
 
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -15,12 +15,12 @@ def filled(kind: type[T], **values: Any) -> T:
 
 
 def candidate_metrics(step: int, kl: float = 0.0, rate: float = 0.5, length: float = 60.0) -> CandidateMetrics:
-    """A candidate that wins so often against both."""
+    """A candidate with win rate `rate` against both the incumbent and the reference."""
     won = WinRate(rate, rate - 0.1, rate + 0.1, prompts=64)
     health = filled(AnswerHealth, length=length)
     return filled(CandidateMetrics, step=step, kl=kl, against_incumbent=won, against_reference=won, health=health)
 
 
 def gate_metrics(chosen: CandidateMetrics, *others: CandidateMetrics) -> GateMetrics:
-    """A gate that chose this one."""
+    """Metrics of a gate that chose `chosen`."""
     return GateMetrics(chosen, [], [*others, chosen], filled(AnswerHealth, length=62.6))

@@ -1,4 +1,4 @@
-"""`need` in .ci/run, with commands that only say how they were called."""
+"""`need` in .ci/run, with commands that only print their arguments."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# Makes the package's command.
+# Installing creates the package's command.
 APT_GET = """#!/bin/sh
 echo "apt-get $*"
 if [ "$1" = install ]; then printf '#!/bin/sh' > "$HERE/owl"; chmod +x "$HERE/owl"; fi
@@ -15,7 +15,7 @@ if [ "$1" = install ]; then printf '#!/bin/sh' > "$HERE/owl"; chmod +x "$HERE/ow
 
 @pytest.fixture
 def fakes(tmp_path: Path) -> Path:
-    """A root user who has apt-get."""
+    """Fake commands of a root user with apt-get."""
     fake(tmp_path / "id", "#!/bin/sh\necho 0\n")
     fake(tmp_path / "apt-get", APT_GET)
     return tmp_path

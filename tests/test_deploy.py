@@ -1,4 +1,4 @@
-"""What `deploy/` and `docs/operations.md` say is what the code has: settings, commands, ports, patience. No docker."""
+"""Checks `deploy/` and `docs/operations.md` against the code: settings, commands, ports, timeouts. Without Docker."""
 
 import json
 import re
@@ -29,7 +29,7 @@ PROGRAMS = {"server": server, "learner": learner, "chat": chat}
 BOTH = ("prefloop-server.service", "prefloop-learner.service")
 PAGE = "prefloop-web.service"
 UNITS = (*BOTH, PAGE)
-# No flag has it, so docs/reference.md has it in a sentence.
+# It has no flag, so docs/reference.md mentions it only in a sentence.
 API_KEY = "PREFLOOP_API_KEY"
 
 
@@ -49,7 +49,7 @@ def texts(root: Path) -> dict[str, str]:
 
 
 def unit(deploy: Path, name: str) -> dict[str, list[str]]:
-    """Every key of a unit with its values."""
+    """The keys of a systemd unit with their values."""
     found: dict[str, list[str]] = {}
     for line in (deploy / "systemd" / name).read_text().splitlines():
         if "=" in line and not line.startswith("#"):
@@ -63,7 +63,7 @@ def seconds(text: str) -> int:
 
 
 def check_command(words: list[str]) -> None:
-    """Raises what the program would say of a command line that it does not know; a bare command is only looked up."""
+    """Raises the program's error for an invalid command line; a command without arguments is only looked up."""
     name, *arguments = words
     command: Any = typer.main.get_command(PROGRAMS[name])
     while arguments and arguments[0] in getattr(command, "commands", {}):
@@ -71,14 +71,14 @@ def check_command(words: list[str]) -> None:
     assert not getattr(command, "commands", None) or name == "chat", f"{words} names no command"
     if arguments:
         context = command.make_context(name, arguments)
-        # Of a command that may also stand alone: what its own flags leave is one below it.
+        # For a command that may also run alone, the arguments after its flags must name a subcommand.
         if below := getattr(command, "commands", None):
             rest = [*context._protected_args, *context.args]
             assert not rest or rest[0] in below, f"{words} names no command"
 
 
 def commands(root: Path) -> Iterator[str]:
-    """Every command line of ours: what runs in containers and units, and what operators are told."""
+    """Every prefloop command line in containers, units and the operations page."""
     [command] = re.findall(r"^CMD (\[.*\])", (root / "deploy" / "Dockerfile").read_text(), re.MULTILINE)
     yield shlex.join(json.loads(command))
     for service in yaml.safe_load((root / "deploy" / "compose.yaml").read_text())["services"].values():
@@ -103,7 +103,7 @@ def test_every_metric_is_one(root: Path) -> None:
     known = set(re.findall(r"`(prefloop_\w+)`", (root / "docs" / "reference.md").read_text()))
     used = set(re.findall(r"`(prefloop_\w+)`", (root / "docs" / "operations.md").read_text()))
     assert "prefloop_swaps_total" in used
-    # Of the same form, and tested below.
+    # The cookies have names of the same form; they are tested below.
     assert sorted(used - known - {KEY, NAME}) == []
 
 
@@ -137,11 +137,11 @@ def test_ports_are_the_defaults(deploy: Path, compose: Any) -> None:
 
 def test_who_stops_is_waited_for(deploy: Path, compose: Any) -> None:
     assert (ServerSettings.model_fields["grace_seconds"].default, STOP_SECONDS) == (30.0, 60)
-    # After the grace the engine has ten seconds to end.
+    # After the grace period the engine has ten seconds to end.
     assert seconds(compose["x-prefloop"]["stop_grace_period"]) >= 75
     for name in BOTH:
         assert seconds(unit(deploy, name)["TimeoutStopSec"][0]) >= 75
-    # Open pages, and then the calls that they made.
+    # Time for open pages, then for their calls.
     assert GRACE_SECONDS == 3
     assert compose["services"]["web"]["stop_grace_period"] == "15s"
     assert unit(deploy, PAGE)["TimeoutStopSec"] == ["15"]
@@ -152,7 +152,7 @@ def test_the_page_is_found_where_it_listens(compose: Any) -> None:
     flags = {option.name: option for option in typer.main.get_command(chat).commands["web"].params}  # type: ignore[attr-defined]
     assert flags["web_port"].default == 8080
     assert page["ports"] == ["443:8080"]
-    # One file has the settings of all three: what the container is built on does not change with it.
+    # One .env file has the settings of all three programs, so the container fixes those that it depends on.
     assert {flags[name].envvar for name in ("web_host", "web_port", "web_cert", "web_key", "web_server")} == set(
         page["environment"]
     )
@@ -167,7 +167,7 @@ def test_the_page_finds_the_server_by_the_name_in_its_certificate(compose: Any) 
     name = "${PREFLOOP_WEB_SERVER:-server}"
     assert services["web"]["environment"]["PREFLOOP_WEB_SERVER"] == name
     assert services["server"]["networks"]["default"]["aliases"] == [name]
-    # Compose puts variables of this file alone in, and the processes get the same.
+    # Compose substitutes only variables from this file, and the processes get the same file.
     assert compose["x-prefloop"]["env_file"] == [{"path": ".env", "required": False}]
     for part in ("CERT", "KEY"):
         mounted = services["server"]["environment"][f"PREFLOOP_TLS_{part}"]
@@ -177,10 +177,10 @@ def test_the_page_finds_the_server_by_the_name_in_its_certificate(compose: Any) 
 def test_the_page_has_no_data_and_little_else(compose: Any, deploy: Path) -> None:
     page = compose["services"]["web"]
     assert page["volumes"] == ["./tls:/etc/prefloop/tls:ro"]
-    # What would be volumes of its own for ever otherwise: those that the image names.
+    # Volumes declared by the image, which would otherwise become anonymous volumes that are never removed.
     [named] = re.findall(r"^VOLUME (.+)", (deploy / "Dockerfile").read_text(), re.MULTILINE)
     assert set(json.loads(named)) < set(page["tmpfs"])
-    # The image's check is the server's.
+    # The image's health check is for the server.
     assert page["healthcheck"] == {"disable": True}
     assert (page["mem_limit"], unit(deploy, PAGE)["MemoryMax"]) == ("512m", ["512M"])
     assert (page["read_only"], page["cap_drop"], page["profiles"]) == (True, ["ALL"], ["web"])
@@ -199,7 +199,7 @@ def test_both_units_are_in_the_same_sandbox(deploy: Path) -> None:
 def test_the_pages_sandbox_is_the_servers_and_closer(deploy: Path) -> None:
     server_unit, page = unit(deploy, BOTH[0]), unit(deploy, PAGE)
     own = {"Description", "After", "Wants", "ExecStart", "TimeoutStopSec"}
-    # Of an engine, or of whoever owns the data.
+    # Needed only by an engine, or by the owner of the data.
     not_needed = {"User", "Environment", "ConfigurationDirectory", "StateDirectory", "StateDirectoryMode"}
     not_needed |= {"CacheDirectory", "CacheDirectoryMode"}
     closer = {
@@ -216,9 +216,9 @@ def test_the_pages_sandbox_is_the_servers_and_closer(deploy: Path) -> None:
         **{k: v for k, v in server_unit.items() if k not in own | not_needed},
         **closer,
     }
-    # It is stopped first.
+    # `After` also makes the page stop first.
     assert page["After"] == ["network-online.target prefloop-server.service"]
-    # What it must not see is what the others write.
+    # The page must not see the directories that the others write.
     written = [
         f"/var/{kind}/{server_unit[key][0]}" for kind, key in (("lib", "StateDirectory"), ("cache", "CacheDirectory"))
     ]
@@ -231,8 +231,8 @@ def test_the_page_of_operations_knows_the_page(root: Path) -> None:
     assert (MONTH_SECONDS, EventSourceResponse.DEFAULT_PING_INTERVAL) == (30 * 86400, 15)
     assert "For 30 days, or until they sign out" in page
     assert "every 15 seconds at least" in page
-    # What is quoted is what somebody reads there.
-    assert NO_KEYS.startswith("Strangers can reach this page, and the server has no keys to tell them by")
+    # The quoted messages are those of the code.
+    assert NO_KEYS.startswith("Strangers can reach this page, but the server has no keys to identify them")
     assert AWAY.startswith("The server is away, or just starting")
     for sentence in (NO_KEYS.partition(":")[0], AWAY.partition(".")[0]):
         assert f'"{sentence}' in page
@@ -244,7 +244,7 @@ def test_the_page_of_operations_knows_the_page(root: Path) -> None:
 def test_systemd_takes_the_units(deploy: Path, tmp_path: Path, name: str) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
-    # It looks for the program; ours is not installed where it will be.
+    # It checks that the program exists, which is not at its final path here.
     text = (deploy / "systemd" / name).read_text().replace("/opt/prefloop/bin/", f"{Path(sys.executable).parent}/")
     (tmp_path / name).write_text(text)
     command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / name)]
@@ -270,7 +270,7 @@ def test_the_image_gets_what_it_copies(root: Path) -> None:
 @pytest.mark.parametrize(("serving", "code"), [(True, 0), (False, 1)])
 def test_the_health_check(deploy: Path, serving: bool, code: int) -> None:
     metrics_server = MetricsServer("127.0.0.1", 0, lambda: serving)
-    # A proxy for the network is not asked.
+    # A proxy must not be used.
     environment = {"PREFLOOP_METRICS_PORT": str(metrics_server.port), "http_proxy": "http://127.0.0.1:1"}
     command = [sys.executable, str(deploy / "healthcheck.py")]
     try:

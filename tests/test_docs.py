@@ -1,4 +1,4 @@
-"""The documents cannot drift from the code."""
+"""Checks that the documentation matches the code."""
 
 import re
 import subprocess
@@ -59,13 +59,13 @@ def test_the_architecture_names_every_room_and_files_that_there_are(root: Path) 
     assert set(re.findall(r"^\| `(\w+/\w+/)` \|", text, re.MULTILINE)) == rooms
     named = re.findall(r"`([\w/]+\.py)`", text)
     found = {name for name in named if any((root / top / name).exists() for top in ("", "server"))}
-    # In a list after a folder that was named just before.
+    # These are in a list after the name of their folder.
     assert set(named) - found == {"snapshots.py", "linear_reward_model.py"}
 
 
 @pytest.mark.parametrize("folder", ["server", "learner", "clients", "benchmarks", "deploy", "docs", "tests/e2e"])
 def test_every_variable_in_the_code_is_in_the_list(root: Path, folder: str) -> None:
-    """Whatever the code reads or sets; where one is missing, it belongs in docs/setting_names.py or is misspelled."""
+    """Every variable that the code reads or sets. A missing one belongs in docs/setting_names.py or is misspelled."""
     files = [
         path
         for path in (root / folder).rglob("*")

@@ -1,4 +1,4 @@
-"""What the documents say to those who bring no Python: each line is run, each name is held to the descriptors."""
+"""The documentation for other languages: each line is run, and each name is checked against the descriptors."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from tests.server.rpc.test_round_samples import judged
 
 ANA = (("x-user-id", "ana"),)
 WAIT_SECONDS = 30
-# Stands in where there is no grpcurl: the same lines through buf, which asks the server's reflection, too.
+# A substitute if grpcurl is missing: runs the same lines through buf, which also uses the server's reflection.
 STAND_IN = """#!/bin/sh -e
 while :; do case $1 in
   -plaintext) shift;; -H) header=$2; shift 2;; -d) data=$2; shift 2;; *) break;;
@@ -32,7 +32,7 @@ exec buf curl --protocol grpc --reflect-header '*' -H "$header" -d "$data" "http
 
 @pytest.fixture
 async def running(tmp_path: Path) -> AsyncIterator[Running]:
-    """Version v0001 is active, v0000 was before it, and a learner listens."""
+    """A server on which v0001 is active, v0000 was active before, and a learner is listening."""
     async with running_server(tmp_path / "data") as running:
         publish_version(running.data_dir, "v0001")
         await running.store(lambda store: register(store, "v0001"))
@@ -42,7 +42,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
 
 
 async def with_ids(running: Running, text: str) -> str:
-    """`text` with ids of things that are there in the place of its examples."""
+    """`text` with its example ids replaced by existing ones."""
     chat = [event async for event in running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANA)]
     compare = [event async for event in running.chat.Compare(chat_pb2.CompareRequest(message="hi"), metadata=ANA)]
     started = chat[0].started
@@ -61,7 +61,7 @@ async def with_ids(running: Running, text: str) -> str:
 
 
 def requests(root: Path) -> dict[str, str]:
-    """The reference's request of each RPC."""
+    """The example request of each RPC in the reference."""
     rows = re.findall(
         r"^\| `(prefloop\.\S+)` \| \w+ \| `(.*)` \|$", (root / "docs/reference.md").read_text(), re.MULTILINE
     )
@@ -97,7 +97,7 @@ async def test_every_request_of_the_reference_is_accepted(root: Path, running: R
         answer = message_factory.GetMessageClass(rpc.output_type).FromString
         kind: Any = running.channel.unary_stream if rpc.server_streaming else running.channel.unary_unary
         call = kind(f"/{name}", type(request).SerializeToString, answer)(request, metadata=ANA, timeout=WAIT_SECONDS)
-        # Raises where the server refuses it.
+        # Raises if the server rejects the request.
         _ = [event async for event in call] if rpc.server_streaming else await call
 
 
@@ -105,7 +105,7 @@ async def shell(running: Running, tmp_path: Path, script: str) -> str:
     stand_in = tmp_path / "grpcurl"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
-    # One that is installed comes first.
+    # An installed grpcurl comes first.
     path = os.pathsep.join([os.environ["PATH"], str(tmp_path), str(Path(sys.executable).parent)])
     process = await asyncio.create_subprocess_exec(
         "bash", "-euc", script.replace("localhost:50051", f"127.0.0.1:{running.app.port}"),
@@ -158,7 +158,7 @@ async def test_a_key_goes_where_the_section_says(root: Path, tmp_path: Path) -> 
 
 
 def documents(text: str) -> list[Any]:
-    """JSON values one after the other."""
+    """Parses a sequence of JSON values."""
     found, decoder = [], json.JSONDecoder()
     while text := text.lstrip():
         value, end = decoder.raw_decode(text)

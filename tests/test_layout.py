@@ -1,4 +1,4 @@
-"""Rules of the tree: who imports whom, where SQL is, what loads when, and that the committed stubs are the protos'."""
+"""Rules for the source tree: imports, the place of SQL, what loads when, and up-to-date generated files."""
 
 import ast
 import filecmp
@@ -16,7 +16,7 @@ TOPS = ("server", "learner", "clients")
 
 
 def modules(root: Path) -> dict[str, set[str]]:
-    """What each module of ours imports, at whatever depth: modules, where it is one that a name was taken from."""
+    """The imports of each of our modules, at any depth of its code, with candidate names of submodules."""
     found: dict[str, set[str]] = {}
     for path in (path for top in TOPS for path in (root / top).rglob("*.py")):
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
@@ -30,11 +30,11 @@ def modules(root: Path) -> dict[str, set[str]]:
 
 
 def within(name: str, *packages: str) -> bool:
-    """Whether a module is one of these or inside of one."""
+    """Whether a module is one of these packages or inside one."""
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-# (who, what they must not import, but for these of it, which modules may all the same)
+# (packages, forbidden imports, exceptions among those imports, modules that are exempt)
 RULES = [
     (["server"], ["learner", "clients"], [], []),
     (["clients"], ["server", "learner", "torch"], [], []),
@@ -46,14 +46,14 @@ RULES = [
     (["server.store"], ["torch", "transformers"], [], []),
     (["server.turns"], ["grpc", "prefloop", "google", "server.rpc"], [], []),
     (["server.versions", "server.engine"], ["grpc", "prefloop", "google", "server.rpc", "server.turns"], [], []),
-    # The learner's cache of features is a file of its own, by sqlite-utils.
+    # The learner's cache of features is a separate file, written with sqlite-utils.
     (
         ["server", "learner", "clients"],
         ["sqlite3", "pysqlite3", "sqlite_utils"],
         [],
         ["server.store.sqlite", "learner.model.features"],
     ),
-    # The one place where the store that there is is chosen; the doctor looks at the library.
+    # The store implementation is chosen in one place; the doctor checks the SQLite library.
     (
         ["server", "learner"],
         ["server.store.sqlite"],
@@ -91,12 +91,12 @@ def test_ways_to_improve_do_not_know_each_other(root: Path) -> None:
 
 
 SQL = re.compile(r"\s*(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|CREATE (TABLE|INDEX)|PRAGMA|VACUUM)\b")
-# What SQLite alone understands.
+# Syntax that only SQLite understands.
 DIALECT = re.compile(r"unixepoch|json_each|json_group_array|INSERT OR |PRAGMA|VACUUM|strftime|sqlite_master|x''|GLOB")
 
 
 def strings(path: Path) -> list[str]:
-    """Every text in the code that is no docstring; of one with values in it, the parts between them."""
+    """Every string in the code except docstrings; of an f-string, its literal parts."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs)
@@ -115,7 +115,7 @@ def test_sql_is_in_the_store_alone_and_sqlites_own_in_its_room(root: Path) -> No
 
 
 def without_encoding(path: Path) -> list[str]:
-    """Where a file is opened as text in whatever encoding the machine has."""
+    """Calls that open a file as text without naming an encoding."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
@@ -160,15 +160,15 @@ def test_nothing_shadows_the_package_proto(root: Path) -> None:
     assert not (root / "proto" / "__init__.py").exists()
 
 
-# Longer than a file may be, each with why.
+# Files above the limit, each with the reason.
 LONG_FILES = {
-    "clients/async_client.py": "one class, a method for each thing to do, with the examples that are its reference",
-    "clients/client.py": "made from async_client.py",
+    "clients/async_client.py": "one class with a method per call and the examples that are its reference",
+    "clients/client.py": "generated from async_client.py",
     "server/store/sqlite/migrations.py": "a released migration is never edited",
 }
 LONG_FUNCTIONS = {
-    "server/store/sqlite/migrations.py m001_chat": "a table after the other",
-    "server/store/sqlite/migrations.py m003_policies": "a table after the other",
+    "server/store/sqlite/migrations.py m001_chat": "one table after another",
+    "server/store/sqlite/migrations.py m003_policies": "one table after another",
 }
 MOST_LINES, MOST_FUNCTION_LINES, MOST_FILES = 350, 50, 15
 

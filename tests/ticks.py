@@ -1,4 +1,4 @@
-"""A clock and a waiting thread that a test moves on by hand, in the place of `time` and `threading.Event`."""
+"""A fake clock and a fake event, advanced by the test, that replace `time` and `threading.Event`."""
 
 import threading
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ WAIT_SECONDS = 10.0
 
 
 class Ticks:
-    """`pass_` lets so many seconds pass: whoever waits so long wakes, does what it does, and waits again."""
+    """`pass_` advances the clock: the waiting thread wakes, does its work, and waits again."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -19,10 +19,10 @@ class Ticks:
 
     @classmethod
     def of(cls, module: Any, monkeypatch: pytest.MonkeyPatch) -> "Ticks":
-        """For the threads of one module."""
+        """Replaces the clock and events of one module."""
         ticks = cls()
         monkeypatch.setattr(module, "time", ticks)
-        # Not in `threading` itself, whose threads have events of their own.
+        # Not in `threading` itself, since threads use its events internally.
         monkeypatch.setattr(module, "threading", SimpleNamespace(**{**vars(threading), "Event": lambda: Over(ticks)}))
         return ticks
 
@@ -34,7 +34,7 @@ class Ticks:
         assert seconds == self._seconds
         self.now += seconds
         self._go.release()
-        # It waits again: what it had to do is done.
+        # The thread waits again, so its work is done.
         assert self._waiting.acquire(timeout=WAIT_SECONDS)
         self._waiting.release()
 
@@ -49,7 +49,7 @@ class Ticks:
 
 
 class Over:
-    """An event whose wait ends when the test says so, or when it is set."""
+    """An event whose wait ends when the test advances the clock, or when it is set."""
 
     def __init__(self, ticks: Ticks) -> None:
         self._ticks, self._set = ticks, False

@@ -1,7 +1,7 @@
-"""Two tiers of tests: `make test` takes a sample of every kind, `make test-slow` the whole.
+"""Two tiers of tests: `make test` runs a sample of every kind, `make test-slow` runs all.
 
-What takes long is marked `slow`: parameters of a test, or a test whose kind others show. Something of every file is in
-the sample (`tests/conftest.py`).
+Long parameters, and long tests of a kind that others cover, are marked `slow`. Every file has a test in the sample
+(`tests/conftest.py`).
 """
 
 from typing import Any
@@ -10,5 +10,5 @@ import pytest
 
 
 def slow(*values: Any) -> Any:
-    """Parameters that are left to `make test-slow`."""
+    """Parameters that only `make test-slow` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)

@@ -1,4 +1,4 @@
-"""Versions made of the reference, published and registered as a learner does."""
+"""Versions derived from the reference, published and registered as a learner would."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ Tensors = dict[str, Any]
 
 
 def make_version(data_dir: Path, change: Callable[[Tensors], None], *, truncated: bool = False) -> str:
-    """The next version: all weights of the reference, changed in place by `change`; `truncated` cuts its file short."""
+    """Publishes the next version: the reference's weights, changed in place by `change`; `truncated` cuts its file."""
     reference = data_dir / "policies" / "v0000"
     with closing(Store.open(data_dir)) as store:
         version = f"v{len(store.policies.page()):04d}"
@@ -35,7 +35,7 @@ def make_version(data_dir: Path, change: Callable[[Tensors], None], *, truncated
 
 
 def scaled(factor: float) -> Callable[[Tensors], None]:
-    """Another model that talks much like the reference: its last norm times a factor."""
+    """A change to a model that answers much like the reference: its last norm times a factor."""
 
     def change(tensors: Tensors) -> None:
         tensors["model.norm.weight"] *= factor

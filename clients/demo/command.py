@@ -1,4 +1,4 @@
-"""The demo's flags, where it keeps what it does, and how it ends."""
+"""The demo's command line: flags, data directory and exit messages."""
 
 import shutil
 import sys
@@ -24,21 +24,21 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     data_dir: Annotated[
-        Path | None, typer.Option(help=f"A directory that is kept. Default: {DIRECTORY}, removed after a good end.")
+        Path | None, typer.Option(help=f"A directory to keep. Default: {DIRECTORY}, removed after success.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="A Hugging Face directory or id. Default: the server's.")] = None,
     taste: Annotated[str, typer.Option(help=f"What the voter likes: {', '.join(TASTES)}.")] = "short",
     votes: Annotated[int, typer.Option(min=1, max=250, help="Comparisons to vote on.")] = 150,
-    held_out: Annotated[int, typer.Option(min=1, max=85, help="Questions before and after.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the questions' order and of the flipped votes.")] = 0,
+    held_out: Annotated[int, typer.Option(min=1, max=85, help="Questions to ask before and after.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the questions' order and the flipped votes.")] = 0,
 ) -> None:
     """Serve, vote, learn, swap, and compare: the whole loop once, for real.
 
-    What a run that failed or was stopped has done is kept, and the next run with the same flags goes on from there."""
+    A run that failed or was stopped keeps its progress; the next run with the same flags resumes from it."""
     if taste not in TASTES:
-        raise typer.BadParameter(f"there are {', '.join(TASTES)}", param_hint="--taste")
+        raise typer.BadParameter(f"choose one of {', '.join(TASTES)}", param_hint="--taste")
     directory = (data_dir or DIRECTORY).resolve()
-    kept = f"What was done is kept in {directory}; the same command goes on from there."
+    kept = f"Progress is saved in {directory}; run the same command to resume."
     try:
         with interruptible(), Record.opened(directory, Plan(taste, votes, held_out, seed, model)) as record:
             demo(record, Console())

@@ -1,4 +1,4 @@
-"""The story: ask, vote, learn, swap, ask again. Each part goes on where the record says that it is."""
+"""The demo's sequence: ask, vote, learn, swap, ask again. Each part resumes from the record."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ from clients.demo.voter import TASTES, Answer, Voter, ask
 
 
 def demo(record: Record, console: Console) -> None:
-    """The loop once; what was done earlier is not done again."""
+    """Runs the loop once, without the parts that earlier runs have done."""
     if not record.finished:
         begin(record, console)
         with served(record, console) as server, Client(server.address, user="voter") as client:
@@ -47,7 +47,7 @@ def demo(record: Record, console: Console) -> None:
 
 
 def begin(record: Record, console: Console) -> None:
-    """Says what was found, or how long it will take."""
+    """Shows the progress of an earlier run, or the expected duration."""
     if record.refused_twice:
         raise refusal(record)
     if record.begun:
@@ -63,7 +63,6 @@ def begin(record: Record, console: Console) -> None:
 
 @contextmanager
 def served(record: Record, console: Console) -> Iterator[Server]:
-    """The server, until the block ends."""
     say(console, "1", f"a server on {record.directory}")
     with record.stage("server"), progress(console, "starting the server") as task:
         server = Server(record.directory, record.plan.model, task.say)
@@ -73,14 +72,14 @@ def served(record: Record, console: Console) -> Iterator[Server]:
 
 
 class Loop:
-    """The parts of the demo that need its server, in their order."""
+    """The parts of the demo that need its server, in order."""
 
     def __init__(self, record: Record, console: Console, server: Server, client: Client) -> None:
         self.record, self.console, self.server, self.client = record, console, server, client
         self.held_out, self.to_vote = record.plan.questions()
 
     def ask_before(self) -> None:
-        """The answers of the reference, and by the way how fast this machine is."""
+        """Asks the reference policy the held-out questions, and measures this machine's speed."""
         record, taste = self.record, TASTES[self.record.plan.taste]
         say(self.console, "2", f"the taste: {taste.sentence}; {FLIP_RATE:.0%} of the votes are flipped")
         if not record.forgotten:
@@ -88,15 +87,15 @@ class Loop:
                 if record.seconds_per_answer is None:
                     self.measure()
                 self.ask_missing("asking, before", record.before)
-                # The learner practises on what users asked; these questions, which are all so far, must stay new to it.
+                # The learner trains on users' questions. The held-out ones, which are all so far, must stay new to it.
                 forget_all(self.client)
             with record.step():
                 record.forgotten = True
-        # A long answer beside a round may take longer than usual.
+        # A long answer during a round may take longer than usual.
         self.client.stream_timeout = max(self.client.stream_timeout, record.pace.longest(STORY_ANSWERS))
 
     def measure(self) -> None:
-        """The first answers, whose time is the unit of all others."""
+        """Times the first answers; all time limits are multiples of this."""
         record = self.record
         with record.step():
             record.before.clear()
@@ -111,24 +110,24 @@ class Loop:
         show_estimate(self.console, record.plan, record.pace)
 
     def vote_and_learn(self) -> None:
-        """Votes and a round; after a refusal more votes, and once more."""
+        """Votes and runs a round; if it is rejected, adds votes and runs another."""
         record = self.record
         for number in range(ROUNDS):
             if record.promoted:
                 return
             if number:
-                say(self.console, "3", f"{MORE_VOTES} more votes, and once more")
+                say(self.console, "3", f"{MORE_VOTES} more votes and another round")
             self.vote(record.plan.votes + number * MORE_VOTES)
             if len(record.reports) == number:
-                say(self.console, "3", "one round of the learner; the server goes on serving")
+                say(self.console, "3", "one round of the learner; the server keeps serving")
                 learn(record, self.console, self.server, self.client)
             if not record.promoted:
-                self.console.print(Text(f"Refused: {record.reports[number]['sentence']}"))
+                self.console.print(Text(f"Rejected: {record.reports[number]['sentence']}"))
         if not record.promoted:
             raise refusal(record)
 
     def vote(self, votes: int) -> None:
-        """Votes on one comparison for each of the first so many questions."""
+        """Votes on one comparison for each of the first `votes` questions."""
         record, asked = self.record, self.to_vote[:votes]
         cast = {vote.comparison_id for vote in self.client.feedback()}
         left = [question for question in asked if record.compared.get(question) not in cast]
@@ -153,7 +152,6 @@ class Loop:
         self.console.print(f"{counts.a_or_b} choices ({counts.flipped} flipped), {counts.ties} ties")
 
     def swap(self) -> None:
-        """Waits until the new version serves."""
         say(self.console, "4", "the swap")
         version = self.version
         limit = self.record.pace.limit(f"Loading {version} in the server", SWAP_ANSWERS)
@@ -162,7 +160,6 @@ class Loop:
         show_swap(self.console, self.record, version)
 
     def ask_after(self) -> None:
-        """The new version's answers."""
         say(self.console, "5", "the same questions again")
         with self.record.stage("after"):
             self.ask_missing("asking, after", self.record.after)
@@ -170,7 +167,7 @@ class Loop:
             raise DemoError(f"{', '.join(sorted(others))} answered after the swap, not {self.version}.")
 
     def stop(self) -> None:
-        """The server ends well, or the demo does not."""
+        """Stops the server; the demo is finished only if that succeeds."""
         with self.record.stage("stop"), progress(self.console, "stopping the server"):
             self.server.stop()
         with self.record.step():
@@ -178,17 +175,15 @@ class Loop:
 
     @property
     def version(self) -> str:
-        """What was promoted."""
         assert self.record.promoted
         return str(self.record.promoted["policy_version"])
 
     def ask_missing(self, title: str, answers: dict[int, Answer]) -> None:
-        """Asks every question that has no answer yet."""
         if places := [place for place in range(len(self.held_out)) if place not in answers]:
             self.ask(title, places, answers, self.record.pace.limit(title.capitalize(), len(places)))
 
     def ask(self, title: str, places: Sequence[int], answers: dict[int, Answer], limit: Limit) -> None:
-        """One answer to the question at each place, which is its seed, too."""
+        """Asks the question at each index in `places`; the index is also the seed."""
 
         def one(place: int) -> tuple[int, Answer]:
             max_tokens = self.record.work.max_tokens
@@ -203,7 +198,7 @@ class Loop:
             at_once(one, places, concurrency=CONCURRENCY, on_result=keep, watch=self.watch(limit))
 
     def watch(self, limit: Limit) -> Callable[[], None]:
-        """Ends a wait whose server or whose time has ended."""
+        """A check that raises if the server has ended or the time is up."""
 
         def look() -> None:
             self.server.check()
@@ -213,8 +208,8 @@ class Loop:
 
 
 def refusal(record: Record) -> DemoError:
-    """The learner refused, and again after more votes: nothing to go on from."""
+    """The error for a learner that rejected every round; the demo cannot be resumed."""
     said = record.reports[-1]["sentence"]
     return FinalError(
-        f"The learner refused twice, the last time with: {said} Remove {record.directory} to begin again."
+        f"The learner rejected both rounds, the last one with: {said} Remove {record.directory} to start over."
     )

@@ -1,4 +1,4 @@
-"""What `server doctor` says of this machine, where it says anything: what is wrong, and how long the demo will take."""
+"""The findings of `server doctor` on this machine, if available: problems, and the expected duration of the demo."""
 
 import json
 import subprocess
@@ -17,14 +17,14 @@ OTHERS = ("port", "metrics port")
 
 @dataclass(frozen=True)
 class Machine:
-    """Sentences for the person who waits, and the seconds that one of sixteen answers should take."""
+    """Warnings for the user, and the expected seconds per answer when sixteen run at once."""
 
     warnings: list[str]
     seconds_per_answer: float | None
 
 
 def look(data_dir: Path, model: str | None) -> Machine:
-    """Asks the doctor. Where there is none, or it says nothing, nothing is known."""
+    """Runs the doctor. Returns an empty result if there is no doctor or it fails."""
     command = [sys.executable, "-m", "server.cli", "doctor", "--json", "--data-dir", str(data_dir)]
     command += ["--model", model] if model else []
     try:
@@ -35,7 +35,7 @@ def look(data_dir: Path, model: str | None) -> Machine:
 
 
 def read(report: dict[str, Any]) -> Machine:
-    """What matters here of the doctor's report."""
+    """The parts of the doctor's report that matter to the demo."""
     warnings = [report["slow_reason"]] if report["slow_reason"] else []
     warnings += [one["advice"] for one in report["findings"] if one["state"] != "ok" and one["name"] not in OTHERS]
     speed = report["tokens_per_second"]

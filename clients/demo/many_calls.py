@@ -1,4 +1,4 @@
-"""Many calls at once, watched by whoever waits for them."""
+"""Many calls at once, watched by the calling thread."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ WATCH_SECONDS = 1.0
 
 
 class _SkippedError(Exception):
-    """An item that was not begun."""
+    """An item that was not started."""
 
 
 def at_once(
@@ -23,11 +23,11 @@ def at_once(
     on_result: Callable[[Result], object] = lambda result: None,
     watch: Callable[[], object] = lambda: None,
 ) -> list[Result]:
-    """The results of `work` on every item, in their order, on so many threads.
+    """The results of `work` on every item, in order, computed on `concurrency` threads.
 
-    `on_result` hears of each as it comes, and `watch` is called every second, both in the calling thread. What these or
-    the first failing `work` raise ends it: no item more is begun. Those that were begun are not waited for; they end by
-    themselves, at the latest when the client that they use is closed.
+    `on_result` is called with each result as it arrives, and `watch` every second, both in the calling thread. The
+    first exception from any of the three is raised: no more items are started, and running items are not waited for.
+    They end by themselves, at the latest when their client is closed.
     """
     stop = threading.Event()
 
@@ -47,7 +47,7 @@ def at_once(
         while pending:
             ended, pending = wait(pending, WATCH_SECONDS, FIRST_COMPLETED)
             for future in ended:
-                # The one that failed says why.
+                # A skipped item follows a failed one, whose exception is raised instead.
                 if not isinstance(future.exception(), _SkippedError):
                     on_result(future.result())
             watch()

@@ -1,8 +1,8 @@
-"""What the demo does, how much of it this machine is asked for, and how long each part may take.
+"""The demo's plan: its parts, the amount of work for this machine, and the time limit of each part.
 
-The unit of time is measured: the seconds that one answer takes here, where sixteen are asked for at once. Expected
-times and limits are so many answers, by these factors. They come from runs on two cores: held back to AVX2 an answer
-took 0.55 s and a round 436.
+The unit of time is measured: the seconds per answer on this machine, with sixteen asked for at once. Expected times and
+limits are multiples of it, in numbers of answers. The factors come from runs on two cores: restricted to AVX2, an
+answer took 0.55 s and a round 436 s.
 """
 
 from dataclasses import dataclass
@@ -11,49 +11,49 @@ from clients.demo.questions import questions
 from clients.demo.time_limit import Limit
 
 CONCURRENCY = 16
-# Comparisons at once, each of two answers: more rows a step, and fewer calls than the server lets one user make.
+# Concurrent comparisons of two answers each: larger batches, but fewer calls than the server allows one user.
 VOTES_AT_ONCE = 24
 FLIP_RATE = 0.1
-# Rounds at most; before another one there are more votes.
+# The maximum number of rounds, and the votes added before the next one.
 ROUNDS = 2
 MORE_VOTES = 100
-# A vote is on two answers.
+# A vote needs two answers.
 VOTE_ANSWERS = 2
-# What a round takes, and the longest that it shows no progress: a step of training, or a candidate before the gate.
+# The cost of a round, and of its longest part without progress: a training step, or a candidate in the gate.
 ROUND_ANSWERS = 850
 ROUND_STEP_ANSWERS = 100
 SWAP_ANSWERS = 20
-# A long answer at the swap, alone.
+# One of the long answers during the swap.
 STORY_ANSWERS = 75
-# A wait ends after so many times what is expected, and a minute: the machine may have other things to do.
+# A wait ends after this multiple of the expected time plus a minute, since the machine may be busy.
 MARGIN = 5
 SPARE_SECONDS = 60
-# Of a step of a round, in which the learner also starts an engine of its own.
+# Extra time for a step of a round, in which the learner also starts its own engine.
 STEP_SPARE_SECONDS = 300
-# An answer takes less on a GPU, or a processor of many cores.
+# A GPU or a processor with many cores needs less per answer.
 SLOW_SECONDS = 0.05
-# Before anything was measured.
+# The limit before anything has been measured.
 FIRST_ANSWERS_SECONDS = 900
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much is asked for: the tokens of an answer at most, and the steps of PPO (None: the learner's own number)."""
+    """The amount of work: the maximum tokens of an answer, and the PPO steps (None: the learner's default)."""
 
     max_tokens: int = 64
     ppo_steps: int | None = None
 
 
 def work_for(seconds_per_answer: float) -> Work:
-    """What a machine is asked for that takes so long for an answer of `Work().max_tokens`. A slow one may be asked for
-    shorter answers and fewer steps, never for a weaker gate."""
+    """The work for a machine that needs this long for an answer of `Work().max_tokens`. A slow machine gets shorter
+    answers and fewer steps, never a weaker gate."""
     return Work() if seconds_per_answer < SLOW_SECONDS else Work(max_tokens=48, ppo_steps=8)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many votes, how many questions before and after, and whose taste. Two runs go on with each other where these
-    are the same."""
+    """The taste, the number of votes, and the number of questions before and after. A run resumes an earlier one only
+    if all of these are the same."""
 
     taste: str
     votes: int
@@ -62,31 +62,31 @@ class Plan:
     model: str | None
 
     def questions(self) -> tuple[list[str], list[str]]:
-        """Those before and after, and those to vote on."""
+        """The held-out questions, and the questions to vote on."""
         asked = questions(self.seed)
         return asked[: self.held_out], asked[self.held_out :]
 
     @property
     def answers(self) -> int:
-        """All that the demo takes, in answers; its server's start and end beside."""
+        """The cost of the whole demo in answers, without the server's start and stop."""
         return 2 * self.held_out + VOTE_ANSWERS * self.votes + ROUND_ANSWERS + SWAP_ANSWERS
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast this machine is, in seconds for one of many answers."""
+    """The speed of this machine, in seconds per answer under load."""
 
     seconds_per_answer: float
 
     def longest(self, answers: float) -> float:
-        """Seconds after which work of so many answers is given up."""
+        """The time limit in seconds for work that costs this many answers."""
         return SPARE_SECONDS + MARGIN * answers * self.seconds_per_answer
 
     def limit(self, what: str, answers: float) -> Limit:
-        """The end of a wait for `what`."""
+        """The time limit of a wait for `what`."""
         return Limit(what, self.longest(answers))
 
     def round_limit(self) -> Limit:
-        """The end of a wait for a round: of each step of it, and a far one of all."""
+        """The time limit of a round: one for each step, and a generous one for the whole."""
         silent = STEP_SPARE_SECONDS + self.longest(ROUND_STEP_ANSWERS)
         return Limit("The round", silent + self.longest(ROUND_ANSWERS), silent=silent)

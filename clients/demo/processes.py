@@ -1,7 +1,7 @@
-"""Our own commands as processes: `server serve` from its start to SIGTERM, and what any other needs, too.
+"""Runs prefloop's commands as processes: `Server` for `server serve`, `Process` for any other.
 
-Each writes its lines to a log and tells them. On Linux it is sent SIGTERM when whoever started it ends, however that
-happened.
+Each line of output is written to a log and passed to a callback. On Linux the process gets SIGTERM when its parent
+ends for any reason.
 """
 
 import os
@@ -19,32 +19,31 @@ from typing import Self
 from clients.client import Client
 from clients.demo.time_limit import Limit, OverdueError
 
-# Of a server's start: without a line, and in all. Two cores with AVX2 take 95 s, most of them without a line.
+# Limits for a server's start: without output, and in total. Two cores with AVX2 take 95 s, mostly without output.
 SILENT_SECONDS = 600.0
 START_SECONDS = 1800.0
 READY_SECONDS = 30.0
 STOP_SECONDS = 60.0
 READY = re.compile(r"^serving \S+ on (\S+:\d+)$")
-# Asks Linux for SIGTERM at the end of the parent, its first argument, and becomes the command that follows. 1 is
-# PR_SET_PDEATHSIG.
+# Asks Linux for SIGTERM when the parent (the first argument) ends, then executes the command. 1 is PR_SET_PDEATHSIG.
 END_WITH_PARENT = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     if os.getppid() != int(sys.argv[1]):
-        sys.exit("Whoever started this has ended.")
+        sys.exit("The parent process has ended.")
 os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])
 """
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the message is one sentence for the person who runs it."""
+    """The demo cannot continue; the message is one sentence for the user."""
 
 
 class Process:
-    """`python -m COMMAND` until `stop`. `on_line` hears each line that it prints, on a thread; all are in `log`.
+    """Runs `python -m COMMAND` until `stop`. A thread passes each line of output to `on_line` and writes it to `log`.
 
-    `environment` is what it gets beside our own, which goes before.
+    `environment` is added to our own environment, which takes precedence.
     """
 
     def __init__(
@@ -65,14 +64,14 @@ class Process:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # Ctrl-C in the terminal reaches us alone; we stop what we started in our order.
+            # Ctrl-C in the terminal must reach only us, so that we stop the processes in our order.
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def ended(self, seconds: float = 0.0) -> bool:
-        """Whether it ends within so many seconds."""
+        """Whether the process ends within this many seconds."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -80,20 +79,19 @@ class Process:
         return True
 
     def stop(self) -> int:
-        """SIGTERM, and SIGKILL where that does not end it; its exit status."""
+        """Sends SIGTERM, then SIGKILL if that does not end the process; returns its exit status."""
         if not self.ended():
             self._process.terminate()
         if not self.ended(STOP_SECONDS):
             self._process.kill()
             self._process.wait()
-        # A process that it left behind may hold the pipe open.
+        # An orphaned child may hold the pipe open.
         self._reader.join(STOP_SECONDS)
         return self._process.returncode
 
     def last_words(self) -> str:
-        """The last line that it printed."""
         lines = [line for line in self._log.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing."
+        return lines[-1] if lines else "it printed nothing."
 
     def _read(self) -> None:
         assert self._process.stdout
@@ -105,9 +103,9 @@ class Process:
 
 
 class Server:
-    """A server on a free loopback port, for a `with` block after `start`.
+    """A server on a free loopback port, for use in a `with` block after `start`.
 
-    `say` hears what it says of its start until it is ready; all of its lines are in DATA_DIR/server.log.
+    `say` gets its status lines until it is ready; all of its output is in DATA_DIR/server.log.
     """
 
     def __init__(self, data_dir: Path, model: str | None, say: Callable[[str], object]) -> None:
@@ -119,10 +117,10 @@ class Server:
         self._ready = threading.Event()
 
     def start(self) -> None:
-        """Returns once the server is healthy; raises DemoError with its last words otherwise."""
+        """Returns once the server is healthy; otherwise raises DemoError with its last line of output."""
         self._limit = Limit("The server's start", START_SECONDS, silent=SILENT_SECONDS)
-        # A fresh directory would be compiled for again, which takes longer than so few answers gain by it. And the port
-        # of the metrics may be another server's.
+        # Compiling for a fresh directory takes longer than it saves on so few answers. The default metrics port may be
+        # in use by another server.
         usual = {"PREFLOOP_COMPILE": "false", "PREFLOOP_METRICS_PORT": "0"}
         self._process = Process(self._command, self._log, self._hear, usual)
         try:
@@ -136,21 +134,20 @@ class Server:
         except OverdueError as error:
             words = self._process.last_words()
             self._process.stop()
-            raise DemoError(f"{error} Its last words: {words}") from None
+            raise DemoError(f"{error} Its last output: {words}") from None
         except BaseException:
             self._process.stop()
             raise
 
     def check(self) -> None:
-        """Raises DemoError where the server has ended."""
         if self._process.ended():
-            raise DemoError(f"The server ended with code {self._process.stop()}: {self._process.last_words()}")
+            raise DemoError(f"The server exited with code {self._process.stop()}: {self._process.last_words()}")
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL where that does not end it. Raises DemoError where the server did not end well."""
+        """Sends SIGTERM, then SIGKILL if needed. Raises DemoError if the exit code is not 0."""
         code = self._process.stop()
         if code and self.address:
-            raise DemoError(f"The server ended with code {code}: {self._process.last_words()}")
+            raise DemoError(f"The server exited with code {code}: {self._process.last_words()}")
 
     def __enter__(self) -> Self:
         return self
@@ -161,7 +158,7 @@ class Server:
         try:
             self.stop()
         except DemoError:
-            # What went wrong first matters more.
+            # The first error matters more.
             if error is None:
                 raise
 
@@ -171,14 +168,14 @@ class Server:
             self._ready.set()
         elif not self._ready.is_set():
             self._limit.progress()
-            # Its own words begin in lower case; log lines and what libraries say do not.
+            # The server's status lines begin in lower case; log lines and library output do not.
             if line[:1].islower():
                 self._say(line)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and the end of the terminal unwind like Ctrl-C, so that what was started is stopped."""
+    """Makes SIGTERM and SIGHUP raise KeyboardInterrupt like Ctrl-C, so that started processes are stopped."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Progress on what takes a while: a bar with the time left on a terminal, elsewhere a line every ten seconds."""
+"""Progress of long tasks: a bar with the time left on a terminal, elsewhere a line every ten seconds."""
 
 import threading
 import time
@@ -22,8 +22,8 @@ EVERY_SECONDS = 10.0
 
 
 class Task:
-    """Something that is waited for: how many of its parts are done, `before` of them earlier, and what happens just
-    now. Any thread may say so."""
+    """A long task: how many of its parts are done, `before` of them in an earlier run, and its current activity. Any
+    thread may update it."""
 
     def __init__(self, title: str, total: int | None = None, before: int = 0) -> None:
         self.title = title
@@ -35,13 +35,13 @@ class Task:
         self.on_change: Callable[[], object] = lambda: None
 
     def advance(self) -> None:
-        """One part more is done."""
+        """Counts one more part as done."""
         with self._changing:
             self.done += 1
         self.on_change()
 
     def say(self, now: str) -> None:
-        """What happens just now."""
+        """Sets the current activity."""
         self.now = now
         self.on_change()
 
@@ -56,7 +56,7 @@ class Task:
 
 @contextmanager
 def progress(console: Console, title: str, total: int | None = None, before: int = 0) -> Iterator[Task]:
-    """Shows how the block gets on, as it says by the task that it is given."""
+    """Shows the progress that the block reports through the yielded task."""
     task = Task(title, total, before)
     with _bar(console, task) if console.is_terminal else _lines(console, task):
         yield task
@@ -69,7 +69,7 @@ def _bar(console: Console, task: Task) -> Iterator[None]:
     if task.total is not None:
         columns = [TextColumn("{task.description:<16}"), BarColumn(bar_width=24), MofNCompleteColumn()]
         columns += [TimeElapsedColumn(), TimeRemainingColumn()]
-    # What has no parts leaves nothing to look at.
+    # A task without parts disappears when it ends.
     with Progress(*columns, console=console, transient=task.total is None) as bars:
         shown = bars.add_task(task.title, total=task.total, completed=task.done, now=task.now)
         task.on_change = lambda: bars.update(shown, completed=task.done, now=task.now)
@@ -96,5 +96,5 @@ def _lines(console: Console, task: Task) -> Iterator[None]:
 
 
 def _say(console: Console, line: str) -> None:
-    # As it is, and uncut: it may go to a file.
+    # Without markup or wrapping, since the output may be a file.
     console.print(Text(line), soft_wrap=True)

@@ -1,5 +1,5 @@
-"""Everyday questions that ask for advice, one sentence each: what the demo asks. None asks for a fact, on which answers
-differ little in manner.
+"""The demo's questions: everyday requests for advice, one sentence each. None asks for a fact, since answers about
+facts differ little in style.
 """
 
 import random
@@ -35,7 +35,7 @@ TEMPLATES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def questions(seed: int) -> list[str]:
-    """Every question once, in an order that depends on `seed` alone."""
+    """Every question once, in an order that depends only on `seed`."""
     asked = list(_all())
     random.Random(seed).shuffle(asked)
     return asked

@@ -1,7 +1,7 @@
-"""What the demo has done by now, in `demo.json` in its data directory: where the next run goes on.
+"""The demo's progress, stored in `demo.json` in its data directory, from which the next run resumes.
 
-The file is replaced whole at every step, so a demo may be killed anywhere. Which comparisons have a vote is not in it,
-since the server knows. One demo at a time has a directory.
+The file is replaced atomically at every step, so the demo may be killed at any point. Votes are not recorded here,
+since the server has them. Only one demo at a time can use a directory.
 """
 
 import fcntl
@@ -23,26 +23,26 @@ FORMAT = 1
 
 
 class FinalError(DemoError):
-    """There is nothing to go on from in this directory; the message says what to do."""
+    """The demo in this directory cannot be resumed; the message says what to do."""
 
 
 @dataclass
 class Record:
-    """One demo. Change it inside `with record.step():`, which writes it, on any thread."""
+    """One demo. Change it inside `with record.step():`, which writes the file; any thread may do so."""
 
     directory: Path
     plan: Plan
-    # The seconds that one of the first answers took, and what this machine is asked for since.
+    # The measured seconds per answer, and the amount of work chosen accordingly.
     seconds_per_answer: float | None = None
     work: Work = field(default_factory=Work)
-    # By the place of the question.
+    # By index of the question.
     before: dict[int, Answer] = field(default_factory=dict)
     after: dict[int, Answer] = field(default_factory=dict)
-    # The questions before are out of the server's history, so that the learner does not practise on them.
+    # Whether the held-out questions were deleted from the server, so that the learner does not train on them.
     forgotten: bool = False
-    # The newest comparison on each question; the server knows which have a vote.
+    # The id of the newest comparison for each question. The server knows which have a vote.
     compared: dict[str, str] = field(default_factory=dict)
-    # Of each round that ended: round_id, state, sentence, policy_version, metrics.
+    # For each round that ended: round_id, state, sentence, policy_version, metrics.
     reports: list[dict[str, Any]] = field(default_factory=list)
     streams: int = 0
     crossing: list[str] = field(default_factory=list)
@@ -55,14 +55,14 @@ class Record:
     @classmethod
     @contextmanager
     def opened(cls, directory: Path, plan: Plan) -> Iterator[Self]:
-        """The record in a directory, or a new one in an empty directory. Raises FinalError where another demo has it,
-        or is running in it."""
+        """Opens the record in a directory, or creates one in an empty directory. Raises FinalError if another demo owns
+        the directory or is running in it."""
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "demo.lock").open("w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise FinalError(f"Another demo runs in {directory}.") from None
+                raise FinalError(f"Another demo is running in {directory}.") from None
             yield cls._read(directory, plan)
 
     @classmethod
@@ -70,7 +70,7 @@ class Record:
         path = directory / "demo.json"
         if not path.exists():
             if any(found.name != "demo.lock" for found in directory.iterdir()):
-                raise FinalError(f"{directory} has no demo in it: remove it, or give another --data-dir.")
+                raise FinalError(f"{directory} is not a demo directory: remove it, or pass another --data-dir.")
             record = cls(directory, plan)
             record.write()
             return record
@@ -83,45 +83,44 @@ class Record:
                 kept[name] = {int(place): Answer(**answer) for place, answer in kept[name].items()}
             record = cls(**kept)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise FinalError(f"{path} cannot be read ({error}); remove {directory} to begin again.") from error
+            raise FinalError(f"{path} cannot be read ({error}); remove {directory} to start over.") from error
         if record.plan != plan:
             raise FinalError(
-                f"{directory} has a demo with {_difference(record.plan, plan)}: repeat that one, remove the directory, "
-                "or give another --data-dir."
+                f"{directory} has a demo with {_difference(record.plan, plan)}: use its flags, remove the directory, "
+                "or pass another --data-dir."
             )
         return record
 
     @property
     def begun(self) -> bool:
-        """Whether there is something to go on from."""
+        """Whether there is progress to resume from."""
         return self.seconds_per_answer is not None
 
     @property
     def pace(self) -> Pace:
-        """How fast the work goes here; call it once it was measured."""
+        """The speed of this machine; only valid after it has been measured."""
         assert self.seconds_per_answer is not None
         return Pace(self.seconds_per_answer * self.work.max_tokens / Work().max_tokens)
 
     @property
     def promoted(self) -> dict[str, Any] | None:
-        """The report of the round that was promoted."""
         return next((report for report in self.reports if report["state"] == "promoted"), None)
 
     @property
     def refused_twice(self) -> bool:
-        """Whether there is nothing more to try."""
+        """Whether all rounds were rejected, so that there is nothing more to try."""
         return len(self.reports) >= ROUNDS and not self.promoted
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Writes what the block changes."""
+        """Writes the block's changes to the file."""
         with self._writing:
             yield
             self.write()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the block's seconds to a stage's, also where it fails."""
+        """Adds the block's duration to a stage's seconds, even if the block fails."""
         started = time.monotonic()
         try:
             yield
@@ -130,7 +129,6 @@ class Record:
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
     def write(self) -> None:
-        """Replaces the file by one with what there is now."""
         kept = {name: value for name, value in asdict(self).items() if name != "directory"}
         path = self.directory / "demo.json"
         new = path.with_suffix(".new")

@@ -1,7 +1,7 @@
-"""One round of the learner, as the demo sees it: a process beside the server, and long answers around the swap.
+"""One round of the learner in the demo: a process next to the server, and long answers around the swap.
 
-How a round ended is the server's to say. So one that ended while no demo ran counts, too, and nothing that was promoted
-is learned again.
+The outcome of a round is read from the server. A round that ended while no demo was running therefore counts too, and
+no promoted round is repeated.
 """
 
 import json
@@ -25,16 +25,16 @@ from clients.demo.voter import Answer
 from clients.errors import NotFoundError
 
 POLL_SECONDS = 0.3
-# The learner's last finished stage from which on the swap is near. Streams all through its training would take the
-# learner's cores away.
+# The swap is near once the learner has finished one of these stages. Streams during its training would compete for
+# cores.
 NEAR_THE_SWAP = ("gate", "publish", "activate")
 ENDED = {ROUND_STATE_PROMOTED: "promoted", ROUND_STATE_REJECTED: "rejected"}
-# The user whose long answers are open at the swap.
+# The user of the long answers during the swap.
 LISTENER = "listener"
 
 
 def learn(record: Record, console: Console, server: Server, client: Client) -> None:
-    """Runs the learner until one round more has ended, and records how."""
+    """Runs the learner until one more round has ended, and records the outcome."""
     known = {report["round_id"] for report in record.reports}
     result = record.directory / "demo-round.json"
     if (ended := ended_round(client, known)) is None:
@@ -48,8 +48,8 @@ def learn(record: Record, console: Console, server: Server, client: Client) -> N
 
 
 def run_learner(record: Record, console: Console, server: Server, client: Client, result: Path) -> None:
-    """`learner run-once` as a process of its own, and live streams around the swap, which it records."""
-    # Their questions must not be practised on; those of a demo that was killed are still there.
+    """Runs `learner run-once` in a separate process, with live streams around the swap, and records the streams."""
+    # The learner must not train on the questions of the streams; those of a killed demo may still be there.
     listener = client.acting_as(user=LISTENER)
     forget_all(listener)
     live = LongStreams(listener)
@@ -83,14 +83,14 @@ def run_learner(record: Record, console: Console, server: Server, client: Client
 
 
 class Lines:
-    """Hears the learner's lines: shows them, and tells `limit` of those that say that something was done."""
+    """Shows the learner's output lines, and reports to `limit` those that show progress."""
 
     def __init__(self, console: Console, task: Task, limit: Limit) -> None:
         self._console, self._task, self._limit = console, task, limit
         self._newest = ""
 
     def hear(self, line: str) -> None:
-        """A running stage prints what was done, a comma, and the time so far, again and again."""
+        """Handles one line. A running stage repeatedly prints its progress, a comma, and the time so far."""
         done, comma, time_so_far = line.partition(",")
         if comma and " so far" in time_so_far:
             self._task.say(done)
@@ -102,13 +102,13 @@ class Lines:
 
 
 def ended_round(client: Client, known: set[str]) -> Round | None:
-    """The newest round, where it was promoted or refused and is not known yet."""
+    """The newest round if it was promoted or rejected and is not in `known`."""
     newest = next(client.rounds(), None)
     return newest if newest and newest.state in ENDED and newest.round_id not in known else None
 
 
 def report_of(ended: Round) -> dict[str, Any]:
-    """What the demo keeps of a round."""
+    """The part of a round that the demo records."""
     return {
         "round_id": ended.round_id,
         "state": ENDED[ended.state],
@@ -119,28 +119,27 @@ def report_of(ended: Round) -> dict[str, Any]:
 
 
 def sentence(result: Path) -> str:
-    """What the learner said in the end."""
+    """The sentence in the learner's report."""
     try:
         return str(json.loads(result.read_text(encoding="utf-8"))["sentence"])
     except (OSError, ValueError, KeyError):
-        return f"{result.parent / 'learner.log'} has what it said."
+        return f"see {result.parent / 'learner.log'}."
 
 
 def near_the_swap(client: Client) -> bool:
-    """Whether the round that runs now has only its last, short stages before it."""
+    """Whether the running round has only its last, short stages left."""
     newest = next(client.rounds(), None)
     return newest is not None and newest.state == ROUND_STATE_RUNNING and newest.stage in NEAR_THE_SWAP
 
 
 def forget_all(client: Client) -> None:
-    """Deletes the user's conversations."""
     for conversation in list(client.conversations()):
         with suppress(NotFoundError):
             client.delete_conversation(conversation.conversation_id)
 
 
 def crossing(client: Client, answer: Answer) -> str:
-    """ "v0000 for tokens 0-41, v0001 for 42-299" of an answer that two versions made; empty for any other."""
+    """ "v0000 made tokens 0-41, v0001 made tokens 42-299" for an answer by two versions; empty for any other."""
     spans = client.conversation(answer.conversation_id).turns[0].response.spans
     if len({span.policy_version for span in spans}) < 2:
         return ""

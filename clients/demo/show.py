@@ -1,4 +1,4 @@
-"""What the demo shows beside its progress."""
+"""The demo's output apart from progress."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,15 @@ from clients.interval import wilson
 from clients.text import printable
 
 SHOWN = 4
-# The server's start and end, and what does not depend on a machine's speed so much.
+# The server's start and stop, and other parts that depend little on the machine's speed.
 AROUND_SECONDS = 80
 
 
 def say(console: Console, number: str, text: str) -> None:
-    """The heading of a stage."""
     console.print(Text(f"\n[{number}/5] {text}", style="bold"))
 
 
 def show_found(console: Console, record: Record) -> None:
-    """What an earlier run has done."""
     counts = {
         f"answer{{}} of {record.plan.held_out} before": len(record.before),
         "comparison{} with their votes": len(record.compared),
@@ -31,29 +29,27 @@ def show_found(console: Console, record: Record) -> None:
         f"answer{{}} of {record.plan.held_out} after": len(record.after),
     }
     found = ", ".join(f"{count} {what.format('s' * (count > 1))}" for what, count in counts.items() if count)
-    console.print(Text(f"Going on with the demo in {record.directory}: {found}."), soft_wrap=True)
+    console.print(Text(f"Resuming the demo in {record.directory}: {found}."), soft_wrap=True)
 
 
 def show_estimate(console: Console, plan: Plan, pace: Pace) -> None:
-    """How long it will take."""
     minutes = max(1, round((AROUND_SECONDS + plan.answers * pace.seconds_per_answer) / 60))
-    words = f"about {minutes} minute{'s' * (minutes > 1)} in all"
+    words = f"about {minutes} minute{'s' * (minutes > 1)} in total"
     together = CONCURRENCY * pace.seconds_per_answer
     console.print(f"{CONCURRENCY} answers at once take {together:.1f} s here: {words}.", highlight=False)
 
 
 def show_swap(console: Console, record: Record, version: str) -> None:
-    """Who serves, and what the live streams saw of it."""
+    """Prints the serving version and the live streams' view of the swap."""
     ran = f"{record.streams} long streams ran around the swap; none failed or lost text." if record.streams else ""
-    console.print(f"{version} serves. {ran}".strip())
+    console.print(f"{version} is serving. {ran}".strip())
     for spans in record.crossing:
-        console.print(f"One stream went through it: {spans}.", highlight=False)
+        console.print(f"One stream spanned the swap: {spans}.", highlight=False)
     if not record.crossing:
-        console.print("None of them happened to be open at the swap itself." if ran else "No stream was open then.")
+        console.print("None of them was open at the swap itself." if ran else "No stream was open during the swap.")
 
 
 def show(console: Console, record: Record) -> None:
-    """The closing figures."""
     taste, n = TASTES[record.plan.taste], record.plan.held_out
     held_out, _ = record.plan.questions()
     befores, afters = ([answers[place] for place in range(n)] for answers in (record.before, record.after))
@@ -74,20 +70,20 @@ def show(console: Console, record: Record) -> None:
     figures.add_column(overflow="fold")
     figures.add_row("taste", Text(taste.sentence))
     figures.add_row(
-        "win rate by the taste",
+        "win rate by taste",
         f"{(wins + ties / 2) / n:.2f}, 95 % interval [{low:.2f}, {high:.2f}]".replace("[", r"\[")
         + f": {wins} won, {ties} tied, {n - wins - ties} lost",
     )
-    figures.add_row("KL to the reference", f"{chosen['kl']:.1f} nats an answer, as the learner measured it")
-    figures.add_row("seconds", seconds_words(record.seconds))
+    figures.add_row("KL to the reference", f"{chosen['kl']:.1f} nats per answer, measured by the learner")
+    figures.add_row("seconds by stage", seconds_words(record.seconds))
     if learner_seconds := report["metrics"].get("seconds"):
-        figures.add_row("of the last round", seconds_words(learner_seconds))
-    figures.add_row("in all", f"{sum(record.seconds.values()):.0f} s")
+        figures.add_row("in the last round", seconds_words(learner_seconds))
+    figures.add_row("total", f"{sum(record.seconds.values()):.0f} s")
     console.print(figures)
 
 
 def outcome(taste: Taste, before: Sequence[Answer], after: Sequence[Answer]) -> tuple[int, int]:
-    """(wins, ties) of the answers after, question by question."""
+    """(wins, ties) of the answers in `after`, compared question by question."""
     scores = [(taste.score(one), taste.score(other)) for one, other in zip(after, before, strict=True)]
     return sum(new > old for new, old in scores), sum(new == old for new, old in scores)
 

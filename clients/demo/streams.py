@@ -1,4 +1,4 @@
-"""Long answers, one after the other on a few threads: the traffic over which the demo swaps policies."""
+"""Long answers, one after another on a few threads: the traffic during the demo's swap."""
 
 import itertools
 import threading
@@ -12,7 +12,7 @@ STORIES = ("a lighthouse keeper", "a lost kite", "two neighbours and a wall", "a
 
 
 class LongStreams:
-    """`start` keeps STREAMS answers of up to MAX_TOKENS tokens going, `stop` lets the open ones end."""
+    """`start` keeps STREAMS answers of up to MAX_TOKENS tokens running; `stop` lets the open ones end."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -31,7 +31,7 @@ class LongStreams:
             thread.start()
 
     def stop(self) -> list[Answer]:
-        """Every answer. Raises the first error that any stream met."""
+        """Returns every answer. Raises the first error of any stream."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
@@ -40,7 +40,7 @@ class LongStreams:
         return self._answers
 
     def leave(self) -> None:
-        """Begins no answer more, and waits for none."""
+        """Starts no more answers, without waiting for the open ones."""
         self._stopping.set()
 
     def _talk(self, first: int) -> None:
@@ -51,5 +51,5 @@ class LongStreams:
                 story = f"Tell me a very long story about {STORIES[number % len(STORIES)]}."
                 self._answers.append(ask(self._client, story, max_tokens=MAX_TOKENS))
             except Exception as error:
-                # Kept for the thread that stops us: a thread's own exception would only be printed.
+                # Raised by `stop`; an exception in this thread would only be printed.
                 self._errors.append(error)

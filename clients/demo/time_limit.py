@@ -1,17 +1,17 @@
-"""The end of a wait that gets nowhere."""
+"""Time limits of waits."""
 
 import time
 from collections.abc import Callable
 
 
 class OverdueError(Exception):
-    """A wait was given up; the message is a sentence on what was waited for."""
+    """A wait exceeded its limit; the message is a sentence that names what was waited for."""
 
 
 class Limit:
     """Ends the wait for `what` after `total` seconds, or `silent` seconds after its last `progress`.
 
-    Any thread may tell of progress; whoever waits calls `check` again and again.
+    Any thread may report progress; the waiting thread calls `check` repeatedly.
     """
 
     def __init__(
@@ -24,13 +24,13 @@ class Limit:
         self._began = self._last = now()
 
     def progress(self) -> None:
-        """Something that was waited for happened."""
+        """Reports progress."""
         self._last = self._now()
 
     def check(self) -> None:
-        """Raises OverdueError once the wait is over."""
+        """Raises OverdueError once the limit is exceeded."""
         now = self._now()
         if now - self._began > self.total:
             raise OverdueError(f"{self._what} took longer than {self.total:.0f} s.")
         if now - self._last > self.silent:
-            raise OverdueError(f"{self._what} got no further for {self.silent:.0f} s.")
+            raise OverdueError(f"{self._what} made no progress for {self.silent:.0f} s.")

@@ -1,7 +1,7 @@
-"""A simulated voter: a stated taste, a share of slips, and votes cast through the API like anybody's.
+"""A simulated voter with a stated taste and a share of wrong votes, which votes through the API like any user.
 
-A taste is a rule on one answer's text; of two answers the voter prefers the one that scores higher, and calls equal
-scores a tie. A flipped vote names the answer the rule likes less; ties are never flipped.
+A taste scores one answer's text. Of two answers the voter prefers the one with the higher score; equal scores are a
+tie. A flipped vote chooses the answer with the lower score; ties are never flipped.
 """
 
 import math
@@ -38,7 +38,7 @@ FLIPPED = {CHOICE_A: CHOICE_B, CHOICE_B: CHOICE_A, CHOICE_TIE: CHOICE_TIE}
 
 
 class StreamBrokenError(Exception):
-    """A stream ended without the event that every stream ends with."""
+    """A stream ended without its Finished event."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Taste:
-    """What the voter likes: `sentence` says it to a person, `score` to a program (higher is better)."""
+    """The voter's preference: `sentence` describes it, `score` computes it (higher is better)."""
 
     sentence: str
     score: Callable[[Answer], float]
 
     def choice(self, a: Answer, b: Answer) -> Choice.ValueType:
-        """The choice of a voter who never slips."""
+        """The choice of a voter who makes no mistakes."""
         score_a, score_b = self.score(a), self.score(b)
         if score_a == score_b:
             return CHOICE_TIE
@@ -73,7 +73,7 @@ def speaks_to_reader(answer: Answer) -> float:
 
 
 def short_and_whole(answer: Answer) -> float:
-    """Minus the number of words, and 1000 more for an answer that ended by itself."""
+    """Minus the number of words, plus 1000 for an answer that ended by itself."""
     return 1000.0 * (answer.finish_reason == FINISH_REASON_STOP) - len(words(answer.text))
 
 
@@ -103,7 +103,7 @@ TASTES = {
 
 @dataclass(frozen=True)
 class Votes:
-    """How many comparisons were voted on, and how."""
+    """Numbers of votes by kind."""
 
     a_or_b: int
     ties: int
@@ -111,7 +111,7 @@ class Votes:
 
 
 class Voter:
-    """Votes with `taste`; of the votes for one answer a share `flip_rate` is flipped. `seed` fixes which."""
+    """Votes with `taste`. A share `flip_rate` of the votes that are not ties is flipped; `seed` determines which."""
 
     def __init__(self, taste: Taste, *, flip_rate: float, max_tokens: int, seed: int) -> None:
         self.taste = taste
@@ -129,11 +129,11 @@ class Voter:
         before_vote: Callable[[str, str], object] = lambda question, comparison_id: None,
         watch: Callable[[], object] = lambda: None,
     ) -> Votes:
-        """Asks for a comparison on every question, `concurrency` at a time, and chooses. `on_vote` hears of each,
-        `before_vote` of each question and its comparison, on many threads, when the choice is about to be made; `watch`
-        is as in `at_once`.
+        """Asks for a comparison on every question, `concurrency` at a time, and chooses. `on_vote` is called after each
+        vote, `before_vote` with the question and comparison id just before it, from many threads; `watch` is as in
+        `at_once`.
 
-        The first failed call ends it and is raised; what is under way then is not waited for.
+        The first failed call ends the voting and is raised, without waiting for pending calls.
         """
 
         def vote(question: str) -> tuple[Choice.ValueType, bool]:
@@ -148,7 +148,7 @@ class Voter:
     ) -> tuple[Choice.ValueType, bool]:
         comparison_id, a, b = compare(client, question, self.max_tokens)
         choice = self.taste.choice(a, b)
-        # Drawn by question, so that it does not depend on which thread is faster.
+        # Drawn per question, so that it does not depend on the order of threads.
         flip = choice != CHOICE_TIE and random.Random(f"{self.seed} {question}").random() < self.flip_rate
         before_vote(question, comparison_id)
         client.choose(comparison_id, FLIPPED[choice] if flip else choice)
@@ -156,7 +156,7 @@ class Voter:
 
 
 def compare(client: Client, question: str, max_tokens: int) -> tuple[str, Answer, Answer]:
-    """Both answers to a question, in a conversation of its own, with the comparison's id."""
+    """Asks a question in a new conversation; returns the comparison's id and both answers."""
     comparison_id = ""
     answers: dict[int, Answer] = {}
     with client.compare(question, max_tokens=max_tokens) as stream:
@@ -172,7 +172,7 @@ def compare(client: Client, question: str, max_tokens: int) -> tuple[str, Answer
 
 
 def ask(client: Client, question: str, *, max_tokens: int, seed: int | None = None) -> Answer:
-    """The whole answer to a question, in a conversation of its own."""
+    """Asks a question in a new conversation; returns the whole answer."""
     conversation_id = heard = ""
     with client.chat(question, max_tokens=max_tokens, seed=seed) as stream:
         for event in stream:
@@ -183,7 +183,7 @@ def ask(client: Client, question: str, *, max_tokens: int, seed: int | None = No
                     heard += event.text
                 case ChatFinished():
                     if event.finish_reason == FINISH_REASON_ERROR or heard != event.text:
-                        raise StreamBrokenError(f"The answer to {question!r} broke off or lost text on its way.")
+                        raise StreamBrokenError(f"The answer to {question!r} was cut off or lost text in transit.")
                     return Answer(
                         event.text,
                         event.finish_reason,

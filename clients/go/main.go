@@ -1,4 +1,4 @@
-// Asks a prefloop server something and gives the answer a thumb: go run . "Why is the sky blue?"
+// Sends a message to a prefloop server and submits a thumb for the answer: go run . "Why is the sky blue?"
 package main
 
 import (
@@ -26,7 +26,7 @@ import (
 func main() {
 	log.SetFlags(0)
 	host, port := setting("PREFLOOP_HOST", "127.0.0.1"), setting("PREFLOOP_PORT", "50051")
-	// In the clear to this machine's own loopback alone; a key is a secret.
+	// Unencrypted only to this machine's loopback; an API key must stay secret.
 	transport := credentials.NewTLS(nil)
 	if host == "127.0.0.1" || host == "::1" || host == "localhost" {
 		transport = insecure.NewCredentials()
@@ -58,7 +58,7 @@ func setting(name, usual string) string {
 	return usual
 }
 
-// Prints the answer as it comes. Ctrl-C and the deadline end the call: the server stops sampling and keeps what was said.
+// Prints the answer as it arrives. Ctrl-C or the deadline ends the call: the server stops sampling and stores the answer so far.
 func ask(ctx context.Context, chat prefloopv1.ChatServiceClient, message string) (responseID string, err error) {
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt)
 	defer stop()
@@ -98,7 +98,7 @@ func vote(ctx context.Context, feedback prefloopv1.FeedbackServiceClient, respon
 	return err
 }
 
-// What a model says must not steer the terminal: no control characters, no marks that turn the writing direction.
+// Removes control characters and marks that change the writing direction: model output must not control the terminal.
 func printable(r rune) rune {
 	if unicode.IsControl(r) && r != '\n' && r != '\t' || unicode.Is(unicode.Bidi_Control, r) {
 		return -1
@@ -106,7 +106,7 @@ func printable(r rune) rune {
 	return r
 }
 
-// One sentence for a person, with the server's constant for programs where it gave one.
+// One sentence for the user, with the server's machine-readable reason if it sent one.
 func sentence(err error) string {
 	failure := status.Convert(err)
 	for _, detail := range failure.Details() {

@@ -1,4 +1,4 @@
-// Asks a prefloop server something, asks it again for two answers, and votes as you say:
+// Sends a message to a prefloop server, sends it again for two answers, and submits your votes:
 //   node chat.js "Why is the sky blue?"
 import { createInterface } from "node:readline";
 import { connect, sentence } from "./prefloop.js";
@@ -7,7 +7,7 @@ const { PREFLOOP_HOST: host = "127.0.0.1", PREFLOOP_PORT: port = "50051", PREFLO
 const { PREFLOOP_API_KEY: key, PREFLOOP_CA: ca, PREFLOOP_SECONDS: seconds = 600 } = process.env;
 const THUMBS = { y: "THUMB_UP", n: "THUMB_DOWN" };
 const CHOICES = { a: "CHOICE_A", b: "CHOICE_B", tie: "CHOICE_TIE", bad: "CHOICE_BOTH_BAD" };
-// Control characters and marks that turn the writing direction: what a model says must not steer the terminal.
+// Control characters and marks that change the writing direction: model output must not control the terminal.
 const CONTROLS = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/g;
 
 const lines = createInterface({ input: process.stdin });
@@ -16,7 +16,7 @@ const print = (text) => process.stdout.write(text.replace(CONTROLS, ""));
 
 async function ask(question) {
   print(question);
-  return (await typed.next()).value; // Undefined where the input has ended.
+  return (await typed.next()).value; // Undefined at the end of the input.
 }
 
 async function chat(server, message) {
@@ -40,7 +40,7 @@ async function compare(server, message) {
 }
 
 let server;
-// Ctrl-C: the server stops sampling and keeps what was said until then.
+// Ctrl-C: the server stops sampling and stores the answer so far.
 process.once("SIGINT", () => server?.cancel() || process.exit(130));
 try {
   server = connect({ host, port, user, key, ca, seconds });

@@ -1,4 +1,4 @@
-// A connection to a prefloop server. Nothing is generated: the protos are read as they are, and fields have their names.
+// A connection to a prefloop server. The protos are loaded at run time, and fields keep their proto names.
 import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import grpc from "@grpc/grpc-js";
@@ -10,10 +10,10 @@ const shape = { keepCase: true, enums: String, longs: String, defaults: true, on
 const definitions = protoLoader.loadSync(files, { includeDirs, ...shape });
 const { ChatService, FeedbackService } = grpc.loadPackageDefinition(definitions).prefloop.v1;
 
-// `seconds` bounds each call. Returns `stream(rpc, request)`, an async iterable of an answer's events; `vote(rpc,
-// request)`, a promise of the reply; `cancel()`, which stops the call under way and says whether there was one; `close()`.
+// `seconds` limits each call. Returns `stream(rpc, request)`, an async iterable of an answer's events; `vote(rpc,
+// request)`, a promise of the reply; `cancel()`, which cancels the open call and returns whether there was one; `close()`.
 export function connect({ host, port, user, key, ca, seconds }) {
-  // In the clear to this machine's own loopback alone, which no proxy reaches; a key is a secret.
+  // Unencrypted only to this machine's loopback, which no proxy can reach; an API key must stay secret.
   const loopback = ["127.0.0.1", "::1", "localhost"].includes(host);
   const tls = ca || !loopback;
   const credentials = tls ? grpc.credentials.createSsl(ca ? readFileSync(ca) : null) : grpc.credentials.createInsecure();
@@ -43,7 +43,7 @@ export function connect({ host, port, user, key, ca, seconds }) {
   };
 }
 
-// One sentence for a person, with the server's constant for programs where it gave one.
+// One sentence for the user, with the server's machine-readable reason if it sent one.
 export function sentence(error) {
   const [packed] = error.metadata?.get("grpc-status-details-bin") ?? [];
   const { details } = packed ? definitions["google.rpc.Status"].deserialize(packed) : { details: [] };

@@ -1,4 +1,4 @@
-"""Line editing on a terminal: history, completion of slash commands by Tab, and longer texts to change."""
+"""Line editing on a terminal: history, Tab completion of slash commands, and editing of longer texts."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from prompt_toolkit.document import Document
 
 
 class Commands(Completer):
-    """The first word of a line that begins with a slash. `words` says what each is for."""
+    """Completes a slash command at the start of a line. `words` maps each command to its description."""
 
     def __init__(self, words: dict[str, str]) -> None:
         self._words = words
@@ -22,21 +22,20 @@ class Commands(Completer):
 
 
 class LineEditor:
-    """What a terminal chat reads from, once it is told the commands."""
+    """Reads the lines of a terminal chat; `complete` sets the commands for completion."""
 
     def __init__(self) -> None:
         self._lines: PromptSession[str] = PromptSession(complete_while_typing=False)
-        # Of its own, so that what is edited is no line to come back to.
-        self._texts: PromptSession[str] = PromptSession(multiline=True, bottom_toolbar="Esc Enter keeps it, Ctrl-C not")
+        # A separate session, so that edited texts stay out of the line history.
+        self._texts: PromptSession[str] = PromptSession(multiline=True, bottom_toolbar="Esc Enter saves, Ctrl-C aborts")
 
     def complete(self, words: dict[str, str]) -> None:
         """Completes these commands from now on."""
         self._lines.completer = Commands(words)
 
     def read(self, prompt: str) -> str:
-        """One line."""
         return self._lines.prompt(prompt)
 
     def edit(self, prompt: str, text: str) -> str:
-        """The text as the user changed it, which may have many lines."""
+        """Lets the user edit a text of any number of lines."""
         return self._texts.prompt(prompt, default=text)

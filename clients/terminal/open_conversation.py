@@ -1,7 +1,7 @@
-"""The conversation that is open in a terminal: messages and their answers, and the choice between two.
+"""The open conversation in a terminal: messages, their answers, and the choice between two answers.
 
-An answer whose stream breaks is fetched again once the server is back, and never asked for twice by itself. Ctrl-C
-stops the answer that is being streamed.
+If a stream breaks, the stored answer is fetched once the server is back; the message is never sent again automatically.
+Ctrl-C stops the answer that is being streamed.
 """
 
 import uuid
@@ -34,14 +34,14 @@ from clients.errors import PrefloopError
 from clients.terminal.screen import CHOICE_WORDS, ENDINGS, SLOT_NAMES, Screen, footer, response_words
 from clients.text import printable
 
-# An engine that died is back within a minute or two.
+# A crashed engine is back within a minute or two.
 RETURN_SECONDS = 180.0
 CHOICES: dict[str, Choice.ValueType] = {"a": CHOICE_A, "b": CHOICE_B, "t": CHOICE_TIE, "x": CHOICE_BOTH_BAD}
 
 
 class Asked:
-    """A message, and whether for two answers. Its id makes the server answer it once, however often it is sent, until
-    the answer has `started`; from then on it is another question, even in the same words."""
+    """A message, and whether it asks for two answers. Its request id makes the server answer it once, however often it
+    is sent. After the answer has `started`, asking again is a new request."""
 
     def __init__(self, message: str = "", conversation_id: str = "", *, compared: bool = False) -> None:
         self.message = message
@@ -61,43 +61,43 @@ class OpenConversation:
         self.read = read
         # Empty until the first answer starts.
         self.conversation_id = ""
-        # The answer that votes speak of: the latest that the conversation goes on with.
+        # The answer that votes refer to: the latest one that the conversation continues with.
         self.response_id = ""
         self._asked = Asked()
 
     def new(self) -> None:
-        """Leaves the conversation for one that has not begun."""
+        """Leaves the conversation; the next message starts a new one."""
         self.conversation_id = self.response_id = ""
 
     def go_on(self, conversation: Conversation) -> None:
-        """Opens a conversation, shows it, and asks for the choice that is still to be made."""
+        """Opens a conversation, shows it, and asks for a choice that is still open."""
         self.conversation_id, self.response_id = conversation.conversation_id, ""
         self._show_turns(list(conversation.turns))
 
     def turns(self) -> list[Turn]:
-        """All of it as the server keeps it."""
+        """All turns as the server stores them."""
         return list(self.client.conversation(self.conversation_id).turns) if self.conversation_id else []
 
     def last_text(self) -> str:
-        """The answer that votes speak of."""
+        """The text of the answer that votes refer to."""
         answers = [answer for turn in self.turns() for answer in (turn.response, turn.comparison.a, turn.comparison.b)]
         return next((answer.text for answer in answers if answer.response_id == self.response_id), "")
 
     def ask(self, message: str, *, compared: bool) -> None:
-        """Sends a message and shows its answer, or two."""
+        """Sends a message and shows its answer or answers."""
         self._send(Asked(message, self.conversation_id, compared=compared))
 
     def ask_again(self) -> None:
-        """Sends the last message once more."""
+        """Sends the last message again."""
         asked = self._asked
         if not asked.message:
-            self.screen.note("Nothing was asked yet.")
+            self.screen.note("No message was sent yet.")
             return
         if asked.started or asked.conversation_id != self.conversation_id:
             asked = Asked(asked.message, self.conversation_id, compared=asked.compared)
         if self._asked.broken:
-            # An engine that died takes a while to come back, and its server says when it is.
-            self.screen.note(f"Waiting until the server answers, {RETURN_SECONDS:.0f} s at most.")
+            # A crashed engine takes a while to come back; the server's health check reports when it has.
+            self.screen.note(f"Waiting up to {RETURN_SECONDS:.0f} s for the server.")
             self.client.wait_until_serving(RETURN_SECONDS)
         self.screen.say(f"> {printable(asked.message)}", "bold")
         self._send(asked)
@@ -178,16 +178,16 @@ class OpenConversation:
         if len(ended) == len(answers):
             self._ask_choice(stream.comparison_id, ended[SLOT_A].response_id)
         else:
-            self.screen.note("Stopped before both answers ended, so there is nothing to choose between.")
+            self.screen.note("Stopped before both answers ended, so there is no choice to make.")
 
     def _fetch_again(self, stream: Stream[ChatEvent] | Stream[CompareEvent], error: PrefloopError) -> Turn | None:
-        """What the server kept of an answer whose stream broke; None where the user stops waiting. Raises `error` where
-        the answer had not started."""
+        """The stored turn of an answer whose stream broke; None if the user stops waiting. Raises `error` if the answer
+        had not started."""
         self._asked.broken = True
         if not stream.conversation_id:
             raise error
         self.screen.warn(str(error))
-        self.screen.note(f"Waiting for what was kept, {RETURN_SECONDS:.0f} s at most; Ctrl-C stops waiting.")
+        self.screen.note(f"Waiting up to {RETURN_SECONDS:.0f} s for the stored answer; Ctrl-C stops waiting.")
         try:
             return self.client.refetch(stream, timeout=RETURN_SECONDS)
         except KeyboardInterrupt:
@@ -195,7 +195,7 @@ class OpenConversation:
             return None
 
     def _show_kept(self, kept: Response, heard: str) -> None:
-        """Goes on where the screen stopped, where the kept answer begins as what was heard."""
+        """Shows the rest of the stored answer if it begins with the text shown so far, otherwise all of it."""
         wrap = self.screen.stream()
         wrap.feed(kept.text.removeprefix(heard))
         wrap.close()
@@ -206,22 +206,22 @@ class OpenConversation:
             answer = self.read("better: a, b, t (tie), x (both bad), Enter to skip> ").strip().lower()
             if not answer:
                 self.response_id = response_a
-                self.screen.note("Skipped: a next message goes on with A, and /up and /down are about A.")
+                self.screen.note("Skipped: the next message continues with A, and /up and /down refer to A.")
                 return
             if answer in CHOICES:
                 break
         choice = CHOICES[answer]
         self.client.choose(comparison_id, choice)
-        # The server says how it goes on: after a tie it draws the answer.
+        # The server decides which answer continues the conversation: after a tie it draws one.
         comparison = next(turn.comparison for turn in self.turns() if turn.comparison.comparison_id == comparison_id)
         self.response_id = _continued(comparison)
         if comparison.continued_with:
-            self.screen.note(f"{CHOICE_WORDS[choice]}; going on with {SLOT_NAMES[comparison.continued_with]}")
+            self.screen.note(f"{CHOICE_WORDS[choice]}; continuing with {SLOT_NAMES[comparison.continued_with]}")
         else:
-            self.screen.note(f"{CHOICE_WORDS[choice]}; the model forgets this turn")
+            self.screen.note(f"{CHOICE_WORDS[choice]}; the model will not see this turn again")
 
     def _show_turns(self, turns: list[Turn]) -> None:
-        """The last turns of the conversation; asks for the choice that is still to be made."""
+        """Shows the last turns of the conversation and asks for a choice that is still open."""
         for turn in turns:
             self.screen.turn(turn)
         if not turns:
@@ -239,7 +239,7 @@ def _choosable(comparison: Comparison) -> bool:
 
 
 def _continued(comparison: Comparison) -> str:
-    """The response id of the answer the conversation went on with; empty without one."""
+    """The response id of the answer that the conversation continued with; empty without one."""
     answers = {SLOT_A: comparison.a, SLOT_B: comparison.b}
     answer = answers.get(comparison.continued_with)
     return answer.response_id if answer else ""

@@ -1,4 +1,4 @@
-"""What the terminal chat shows: answers as they come, turns as the server keeps them, and votes in words."""
+"""Output of the terminal chat: answers as they arrive, turns as the server stores them, and votes in words."""
 
 from collections.abc import Iterable, Mapping
 
@@ -46,12 +46,12 @@ SLOT_NAMES = {SLOT_A: "A", SLOT_B: "B"}
 ENDINGS = {
     FINISH_REASON_LENGTH: "cut at the length limit",
     FINISH_REASON_CANCELLED: "stopped",
-    FINISH_REASON_ERROR: "broken off by an error",
+    FINISH_REASON_ERROR: "cut off by an error",
 }
 
 
 class Screen:
-    """Writes to a console. Nothing of the model's or the user's gets there with control characters in it."""
+    """Writes to a console. Control characters are removed from all text of the model and the user."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -66,8 +66,8 @@ class Screen:
         self.say(text, "red")
 
     def stream(self) -> WordWrap:
-        """Takes an answer piece by piece."""
-        # soft_wrap: WordWrap has broken the lines already.
+        """A writer for an answer that arrives piece by piece."""
+        # soft_wrap: WordWrap has already broken the lines.
         return WordWrap(lambda text: self.console.print(Text(text), end="", soft_wrap=True), self.console.width)
 
     def growing(self, answers: Mapping[Slot.ValueType, str]) -> RenderableType:
@@ -81,7 +81,6 @@ class Screen:
         )
 
     def answers(self, answers: Mapping[Slot.ValueType, str], subtitles: Mapping[Slot.ValueType, str]) -> None:
-        """Both answers whole."""
         self.console.print(self._two({slot: Text(printable(text)) for slot, text in answers.items()}, subtitles))
 
     def _two(
@@ -100,7 +99,7 @@ class Screen:
         return grid
 
     def turn(self, turn: Turn) -> None:
-        """A message and what came of it, with its votes."""
+        """A message, its answer or answers, and their votes."""
         self.say(f"> {printable(turn.message)}", "bold")
         if turn.HasField("response"):
             self.console.print(Text(printable(turn.response.text)))
@@ -116,7 +115,7 @@ class Screen:
             self.note(" · ".join([comparison_words(comparison), *votes]))
 
     def conversations(self, conversations: Iterable[Conversation], here: str) -> None:
-        """A numbered list; `here` is the id of the one that is open."""
+        """A numbered list; `here` is the id of the open conversation."""
         table = Table(box=None, pad_edge=False)
         table.add_column("N", justify="right")
         table.add_column("last used", no_wrap=True)
@@ -126,10 +125,9 @@ class Screen:
             mark = " (this one)" if conversation.conversation_id == here else ""
             table.add_row(str(number), used, Text(printable(conversation.title).replace("\n", " ") + mark))
         self.console.print(table)
-        self.note("times are UTC; /open N goes on with one")
+        self.note("times are UTC; /open N continues a conversation")
 
     def help(self, rows: Iterable[tuple[str, str]]) -> None:
-        """Commands and what they do."""
         table = Table.grid(padding=(0, 2))
         for command, does in rows:
             table.add_row(Text(command), does)
@@ -137,7 +135,7 @@ class Screen:
 
 
 def footer(reason: FinishReason.ValueType, tokens: int, version: str) -> str:
-    """What an answer's last line says of how it came about."""
+    """The line below an answer: version, number of tokens, and how it ended if cut short."""
     return " · ".join(filter(None, [version, f"{tokens} tokens", ENDINGS.get(reason, "")]))
 
 
@@ -149,24 +147,23 @@ def response_words(response: Response) -> str:
 
 
 def vote_words(vote: Feedback) -> str:
-    """A vote as a person says it."""
     if vote.kind == FEEDBACK_KIND_CHOICE:
         words = CHOICE_WORDS.get(vote.choice, "a choice")
     elif vote.kind == FEEDBACK_KIND_CORRECTION:
         words = f"corrected to: {printable(vote.correction)}"
     elif vote.kind == FEEDBACK_KIND_DEMONSTRATION:
-        words = f"shown how: {printable(vote.demonstration.messages[0].content)}"
+        words = f"demonstration: {printable(vote.demonstration.messages[0].content)}"
     else:
         words = "thumb up" if vote.thumb == THUMB_UP else "thumb down"
     return f"{words} ({printable(vote.comment)})" if vote.comment else words
 
 
 def comparison_words(comparison: Comparison) -> str:
-    """What was chosen, and how the conversation went on."""
+    """The choice, and the answer that the conversation continued with."""
     if comparison.state == COMPARISON_STATE_OPEN:
         return "no choice yet"
     if comparison.state == COMPARISON_STATE_SKIPPED:
-        return "no choice made; went on with A"
-    words = vote_words(comparison.feedback) if comparison.HasField("feedback") else "choice taken back"
+        return "no choice made; continued with A"
+    words = vote_words(comparison.feedback) if comparison.HasField("feedback") else "choice retracted"
     slot = SLOT_NAMES.get(comparison.continued_with)
-    return f"{words}; went on with {slot}" if slot else f"{words}; forgotten by the model"
+    return f"{words}; continued with {slot}" if slot else f"{words}; hidden from the model"

@@ -1,7 +1,7 @@
-"""The terminal chat: lines that are messages, and slash commands.
+"""The terminal chat: messages and slash commands.
 
-Votes, undo and history ask the server for what it keeps, so two terminals of one user agree. Ctrl-C stops what is being
-done, never the program.
+Votes, undo and history read the server's record, so two terminals of one user agree. Ctrl-C stops the current action,
+never the program.
 """
 
 import itertools
@@ -29,7 +29,7 @@ class Quit(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """One slash command: what follows it, what it does, and the method that does it with the rest of the line."""
+    """One slash command: its arguments, its description, and the method to call with the rest of the line."""
 
     arguments: str
     help: str
@@ -37,8 +37,8 @@ class Command:
 
 
 class Terminal:
-    """A chat session. `read(prompt)` returns a line of the user's; EOFError from it ends the session. `edit(prompt,
-    text)` returns a text as the user changed it, where there is an editor."""
+    """A chat session. `read(prompt)` returns a line from the user; EOFError from it ends the session. `edit(prompt,
+    text)`, if there is an editor, returns the edited text."""
 
     def __init__(self, client: Client, console: Console, read: Callable[[str], str], edit: Edit | None = None) -> None:
         self.client = client
@@ -48,7 +48,7 @@ class Terminal:
         self.talk = OpenConversation(client, self.screen, read)
         self.comparing = False
         self._listed: list[str] = []
-        # They hang on no conversation, so that /undo must remember them.
+        # Demonstrations belong to no conversation, so they are recorded here for /undo.
         self._demonstrations: list[Feedback] = []
         self.commands = {
             "/compare": Command(
@@ -56,22 +56,22 @@ class Terminal:
             ),
             "/up": Command("[COMMENT]", "the last answer was good", lambda text: self._thumb(THUMB_UP, text)),
             "/down": Command("[COMMENT]", "the last answer was bad", lambda text: self._thumb(THUMB_DOWN, text)),
-            "/correct": Command("[TEXT]", "what the last answer should have been; alone, edit it", self._correct),
-            "/demonstrate": Command("QUESTION", "show how you would have a question answered", self._demonstrate),
-            "/undo": Command("", "take back your latest vote in this conversation", self._undo),
+            "/correct": Command("[TEXT]", "correct the last answer; without TEXT, edit it", self._correct),
+            "/demonstrate": Command("QUESTION", "give the best answer to a question yourself", self._demonstrate),
+            "/undo": Command("", "retract your latest vote in this conversation", self._undo),
             "/retry": Command("", "send your last message again", lambda _: self.talk.ask_again()),
             "/history": Command("", "this conversation with its votes", self._history),
             "/conversations": Command("", "your conversations, newest first", self._conversations),
-            "/open": Command("N|ID", "go on with a conversation", self._open),
+            "/open": Command("N|ID", "continue a conversation", self._open),
             "/new": Command("", "start a new conversation", self._new),
-            "/delete": Command("[N|ID]", "delete this conversation, or another, for good; asks first", self._delete),
+            "/delete": Command("[N|ID]", "permanently delete this conversation or another; asks first", self._delete),
             "/help": Command("", "this list", self._help),
             "/quit": Command("", "leave (Ctrl-D too)", self._quit),
         }
 
     def run(self, conversation: Conversation | None = None) -> None:
-        """Reads lines until the user leaves, in `conversation` where one is given. A failed call is told in one
-        sentence and the session goes on."""
+        """Reads lines until the user leaves, in `conversation` if one is given. A failed call prints one sentence and
+        the session continues."""
         self.screen.note(f"{self.client.address} · /help lists the commands, Ctrl-C stops an answer")
         while True:
             try:
@@ -104,12 +104,12 @@ class Terminal:
             self.talk.ask(message, compared=True)
             return
         self.comparing = not self.comparing
-        self.screen.note("Every message gets two answers now." if self.comparing else "Back to one answer.")
+        self.screen.note("Every message now gets two answers." if self.comparing else "Back to one answer.")
 
     def _thumb(self, thumb: Thumb.ValueType, comment: str) -> None:
         if self._has_answer():
             self.client.thumb(self.talk.response_id, thumb, comment=comment)
-            self.screen.note("thumb up, kept" if thumb == THUMB_UP else "thumb down, kept")
+            self.screen.note("thumb up, saved" if thumb == THUMB_UP else "thumb down, saved")
 
     def _correct(self, text: str) -> None:
         if not self._has_answer():
@@ -121,20 +121,20 @@ class Terminal:
             text = self._edited("better> ", self.talk.last_text())
         if text:
             self.client.correct(self.talk.response_id, text)
-            self.screen.note("correction kept")
+            self.screen.note("correction saved")
 
     def _demonstrate(self, question: str) -> None:
         if not question:
-            self.screen.warn("Write a question after /demonstrate; its best answer is asked for next.")
+            self.screen.warn("Write a question after /demonstrate; you will be asked for its best answer.")
             return
         answer = self._edited("best answer> ", "") if self.edit else self.read("best answer> ").strip()
         if answer:
             messages = [Message(role=ROLE_USER, content=question), Message(role=ROLE_ASSISTANT, content=answer)]
             self._demonstrations.append(self.client.demonstrate(messages))
-            self.screen.note("kept; /undo takes it back")
+            self.screen.note("saved; /undo retracts it")
 
     def _edited(self, prompt: str, text: str) -> str:
-        """The text as the user changed it; empty where they did not."""
+        """The edited text; empty if the user did not change it."""
         assert self.edit
         try:
             changed = self.edit(prompt, text).strip()
@@ -148,17 +148,17 @@ class Terminal:
     def _undo(self, _: str) -> None:
         votes = [vote for turn in self.talk.turns() for vote in _votes(turn)] + self._demonstrations
         if not votes:
-            self.screen.note("No vote of yours in this conversation to take back.")
+            self.screen.note("You have no votes in this conversation to retract.")
             return
         latest = max(votes, key=lambda vote: vote.create_time.ToNanoseconds())
         self.client.retract(latest.feedback_id)
         self._demonstrations = [vote for vote in self._demonstrations if vote.feedback_id != latest.feedback_id]
-        self.screen.note(f"taken back: {vote_words(latest)}")
+        self.screen.note(f"retracted: {vote_words(latest)}")
 
     def _history(self, _: str) -> None:
         turns = self.talk.turns()
         if not turns:
-            self.screen.note("Nothing said yet in this conversation.")
+            self.screen.note("This conversation is empty.")
         for turn in turns:
             self.screen.turn(turn)
 
@@ -172,26 +172,26 @@ class Terminal:
 
     def _open(self, name: str) -> None:
         if not name:
-            self.screen.warn("Give a number from /conversations or a conversation's id after /open.")
+            self.screen.warn("Write a number from /conversations or a conversation's id after /open.")
             return
         self.talk.go_on(self.client.conversation(self._named(name)))
 
     def _new(self, _: str) -> None:
         self.talk.new()
-        self.screen.note("a new conversation")
+        self.screen.note("new conversation")
 
     def _delete(self, name: str) -> None:
         conversation_id = self._named(name) if name else self.talk.conversation_id
         if not conversation_id:
-            self.screen.note("Nothing said yet in this conversation.")
+            self.screen.note("This conversation is empty.")
             return
         title = printable(self.client.conversation(conversation_id).title).replace("\n", " ")
-        if self.read(f"Delete “{title}” and its votes for good? y, or Enter to keep it> ").strip().lower() != "y":
-            self.screen.note("kept")
+        if self.read(f"Permanently delete “{title}” and its votes? y, or Enter to keep it> ").strip().lower() != "y":
+            self.screen.note("not deleted")
             return
         self.client.delete_conversation(conversation_id)
         self.screen.note("deleted")
-        # The numbers that were listed no longer fit what there is.
+        # The listed numbers are no longer valid.
         self._listed = []
         if conversation_id == self.talk.conversation_id:
             self._new("")
@@ -205,7 +205,7 @@ class Terminal:
         raise Quit
 
     def _named(self, name: str) -> str:
-        """The id of a conversation that the user gave by its number in the list, or by its id."""
+        """The id of a conversation given by its number in the list or by its id."""
         listed = name.isdecimal() and 1 <= int(name) <= len(self._listed)
         return self._listed[int(name) - 1] if listed else name
 
@@ -216,7 +216,7 @@ class Terminal:
 
 
 def _votes(turn: Turn) -> list[Feedback]:
-    """The user's current votes on a turn: the choice, and thumbs and corrections of each answer."""
+    """The user's current votes on a turn: the choice, and each answer's thumbs and corrections."""
     if turn.HasField("response"):
         return list(turn.response.feedback)
     choice = [turn.comparison.feedback] if turn.comparison.HasField("feedback") else []

@@ -1,4 +1,4 @@
-"""Signing in and out, and what is kept of a person."""
+"""Signing in and out."""
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -9,7 +9,7 @@ from clients.web.site import Site, form_of
 
 
 async def sign_in(request: Request) -> Response:
-    """Asks for a key, or for a name on a server without keys."""
+    """Asks for an API key, or for a name on a server without keys."""
     site: Site = request.app.state.site
     if request.method == "GET":
         return await _ask(request, "")
@@ -23,7 +23,7 @@ async def sign_in(request: Request) -> Response:
 
 
 async def sign_out(request: Request) -> Response:
-    """Forgets who it was."""
+    """Deletes the sign-in cookies."""
     site: Site = request.app.state.site
     response = RedirectResponse("/sign-in", 303)
     site.doorkeeper.sign_out(response)

@@ -1,4 +1,4 @@
-"""The ASGI application: routes, and what all of them share."""
+"""The ASGI application: routes, middleware and shared state."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,13 +25,13 @@ def make_app(
 ) -> Starlette:
     """The pages of the server at `address`.
 
-    `hosts` are the names that a browser may know them by: another one is somebody else's, made to point here.
-    `default_name` is who comes without a cookie to a server without keys; None where strangers can come.
+    `hosts` are the accepted host names; any other name could belong to an attacker who points it here. `default_name`
+    is the user without a cookie on a server without keys; None if strangers can reach the page.
     """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        # A page that is only looked at is not held up: it says that the server is away, and asks again by itself.
+        # Pages are not delayed by retries: they report an unavailable server at once and reload themselves.
         async with AsyncClient(address, tls=tls, patience=0.0) as client:
             app.state.site = site = Site(Doorkeeper(client, default_name, secure))
             try:

@@ -1,7 +1,7 @@
-"""The operator's board: what is served, what people voted, what rounds came to, and the three levers.
+"""The operator's board: the served version, votes, rounds, and three actions.
 
-Each lever says beforehand what it will do, and is pulled against the version that the page showed: where another one is
-active by then, nothing happens and the page says so.
+Each action says beforehand what it will do. Promote and roll back name the version that the page showed as active; if
+another one has become active since, nothing happens and the page says so.
 """
 
 import asyncio
@@ -53,7 +53,6 @@ STATES = {
 
 
 async def show(request: Request) -> Response:
-    """The whole board."""
     site, person = await enter_operator(request)
     client = person.client
     active, learner, counts, rounds, versions = await asyncio.gather(
@@ -83,7 +82,7 @@ async def show(request: Request) -> Response:
 
 
 async def show_round(request: Request) -> Response:
-    """One round: its figures, its curves, and answers before and after."""
+    """Shows one round: its metrics, its curves, and answers before and after."""
     site, person = await enter_operator(request)
     round_id = request.path_params["round_id"]
     found = await first(1, (one async for one in person.client.rounds() if one.round_id == round_id))
@@ -94,14 +93,12 @@ async def show_round(request: Request) -> Response:
 
 
 async def request_round(request: Request) -> Response:
-    """Asks the learner for a round now."""
     _, person = await enter(request)
     await person.client.request_round()
     return to_board()
 
 
 async def promote(request: Request) -> Response:
-    """Makes a version the active one."""
     _, person = await enter(request)
     form = await form_of(request)
     await person.client.activate(form["version"], expected_active_version=form["expected"], reason=form["reason"])
@@ -109,7 +106,6 @@ async def promote(request: Request) -> Response:
 
 
 async def rollback(request: Request) -> Response:
-    """Goes back to the version before."""
     _, person = await enter(request)
     form = await form_of(request)
     await person.client.rollback(form["version"], expected_active_version=form["expected"], reason=form["reason"])
@@ -117,7 +113,7 @@ async def rollback(request: Request) -> Response:
 
 
 async def enter_operator(request: Request) -> tuple[Site, SignedIn]:
-    """The site, and who asks; the server checks each call all the same."""
+    """The site and the signed-in operator. The server checks each call as well."""
     site, person = await enter(request)
     if not person.is_operator:
         raise HTTPException(403, "The board is for operators.")
@@ -125,7 +121,6 @@ async def enter_operator(request: Request) -> tuple[Site, SignedIn]:
 
 
 def to_board() -> Response:
-    """What every lever ends with."""
     return RedirectResponse("/board", 303)
 
 
@@ -137,14 +132,14 @@ def votes_by_day(counts: list[VoteCount], now: datetime) -> list[tuple[str, list
 
 
 def votes_chart(columns: list[tuple[str, list[int]]]) -> Chart:
-    """The votes of each day, one kind upon the other."""
+    """A chart of each day's votes, stacked by kind."""
     return stacks(
         "Votes by day", "votes", "day (UTC)", list(KINDS.values()), [(day[5:], counts) for day, counts in columns]
     )
 
 
 def duel_share(duel: Duel) -> Interval | None:
-    """Which share of the choices between two versions the newer one won; None before there are any."""
+    """The share of the choices between two versions that the newer one won; None if there are no choices yet."""
     decided = duel.wins + duel.losses
     return Interval(duel.wins / decided, *wilson(duel.wins, decided)) if decided else None
 

@@ -1,6 +1,6 @@
-"""The page's certificate, which may be renewed while the page runs: the next connection gets the new one.
+"""The page's certificate. It may be renewed while the page runs; the next connection then gets the new one.
 
-A pair that cannot be used, such as a certificate whose key is not there yet, is not taken: the one before goes on.
+A pair that cannot be loaded, such as a new certificate with the old key, is ignored and the previous pair stays in use.
 """
 
 import logging
@@ -13,17 +13,18 @@ Stamp = tuple[tuple[int, int, int], ...]
 
 
 def serving_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """TLS with what the two PEM files hold whenever somebody connects. Raises OSError where that is of no use now."""
+    """A TLS context that uses the current contents of the two PEM files for each connection. Raises OSError if they
+    cannot be loaded now."""
     read, newest = _stamp(certificate, key), _load(certificate, key)
 
     def choose(connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
-        # Called by every handshake, also by one that names no host.
+        # Called in every handshake, even without a host name.
         nonlocal read, newest
         try:
             if (found := _stamp(certificate, key)) != read:
                 read, newest = found, _load(certificate, key)
         except OSError as error:
-            log.warning("the page's new certificate cannot be used, the one before it stays: %s", error)
+            log.warning("the page's new certificate cannot be loaded, the previous one stays in use: %s", error)
         connection.context = newest
 
     context = _load(certificate, key)
@@ -33,11 +34,11 @@ def serving_context(certificate: Path, key: Path) -> ssl.SSLContext:
 
 def _load(certificate: Path, key: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    # Without a password of ours, OpenSSL would ask the terminal for one.
+    # Without a password argument, OpenSSL would prompt for one on the terminal.
     context.load_cert_chain(certificate, key, password="")
     return context
 
 
 def _stamp(*paths: Path) -> Stamp:
-    """Another one when a file was written or replaced."""
+    """A value that changes when a file is written or replaced."""
     return tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in (path.stat() for path in paths))

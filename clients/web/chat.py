@@ -1,4 +1,4 @@
-"""The chat: conversations, messages, votes. Each action ends by showing the conversation as the server has it."""
+"""The chat: conversations, messages, votes. Each action ends by showing the conversation as the server stores it."""
 
 import asyncio
 import uuid
@@ -31,14 +31,14 @@ from clients.web.turns_under_way import TurnUnderWay
 
 SIDEBAR_CONVERSATIONS = 30
 LISTED_CONVERSATIONS = 1000
-# An answer that another program asked for is looked at so often until it has ended.
+# How often an answer that another program asked for is fetched until it has ended.
 LOOK_SECONDS = 1.0
 THUMBS = {"up": THUMB_UP, "down": THUMB_DOWN}
 CHOICES = {"a": CHOICE_A, "b": CHOICE_B, "tie": CHOICE_TIE, "both-bad": CHOICE_BOTH_BAD}
 
 
 async def show(request: Request) -> Response:
-    """A conversation, or the beginning of one."""
+    """Shows a conversation, or an empty new one."""
     site, person = await enter(request)
     conversation_id = request.path_params.get("conversation_id", "")
     conversation = await person.client.conversation(conversation_id) if conversation_id else Conversation()
@@ -55,7 +55,7 @@ async def show(request: Request) -> Response:
         conversation=conversation,
         turns=turns,
         notices=notices,
-        # What another program asked for is that program's to stop.
+        # Only the program that asked for an answer can stop it.
         stoppable=live is not None,
         conversations=await first(SIDEBAR_CONVERSATIONS, person.client.conversations()),
         request_id=str(uuid.uuid4()),
@@ -63,19 +63,18 @@ async def show(request: Request) -> Response:
 
 
 async def listing(request: Request) -> Response:
-    """Every conversation."""
     site, person = await enter(request)
     conversations = await first(LISTED_CONVERSATIONS, person.client.conversations())
     return await site.page(request, person, "conversations.html.j2", conversations=conversations)
 
 
 async def send(request: Request) -> Response:
-    """A message. Its answer is written while the page shows it."""
+    """Sends a message and shows its conversation while the answer is written."""
     site, person = await enter(request)
     form = await form_of(request)
     message, conversation_id = form["message"], form["conversation_id"]
     if site.turns.find(person, conversation_id):
-        raise HTTPException(409, "The answer before is still being written: wait for it, or stop it.")
+        raise HTTPException(409, "The previous answer is still being written: wait for it, or stop it.")
     ask = person.client.compare if form["mode"] == "compare" else person.client.chat
     stream = ask(message, conversation_id=conversation_id, request_id=form["request_id"])
     live = await site.turns.begin(person, message, stream)
@@ -83,7 +82,7 @@ async def send(request: Request) -> Response:
 
 
 async def follow(request: Request) -> Response:
-    """The turn that is being answered, as HTML, whenever it has grown. 204 where nothing is being written."""
+    """Streams the turn that is being answered, as HTML, whenever it grows. 204 if no answer is being written."""
     site, person = await enter(request)
     conversation_id = request.path_params["conversation_id"]
     if live := site.turns.find(person, conversation_id):
@@ -95,7 +94,6 @@ async def follow(request: Request) -> Response:
 
 
 async def stop(request: Request) -> Response:
-    """Ends the answer that is being written where it is."""
     site, person = await enter(request)
     conversation_id = request.path_params["conversation_id"]
     if live := site.turns.find(person, conversation_id):
@@ -104,10 +102,9 @@ async def stop(request: Request) -> Response:
 
 
 async def delete(request: Request) -> Response:
-    """Removes a conversation for good."""
     site, person = await enter(request)
     conversation_id = request.path_params["conversation_id"]
-    # The server waits for an answer that is being written there.
+    # The server would wait for an answer that is being written.
     if live := site.turns.find(person, conversation_id):
         live.stop()
     await person.client.delete_conversation(conversation_id)
@@ -115,7 +112,7 @@ async def delete(request: Request) -> Response:
 
 
 async def set_thumb(request: Request) -> Response:
-    """Good or bad; pressed again, with another comment perhaps."""
+    """Sets a thumb, possibly with a comment."""
     _, person = await enter(request)
     form = await form_of(request)
     await person.client.thumb(
@@ -125,7 +122,6 @@ async def set_thumb(request: Request) -> Response:
 
 
 async def choose(request: Request) -> Response:
-    """Which of two answers is better."""
     _, person = await enter(request)
     form = await form_of(request)
     await person.client.choose(
@@ -135,7 +131,6 @@ async def choose(request: Request) -> Response:
 
 
 async def correct(request: Request) -> Response:
-    """What an answer should have been."""
     _, person = await enter(request)
     form = await form_of(request)
     await person.client.correct(form["response_id"], form["text"])
@@ -143,7 +138,6 @@ async def correct(request: Request) -> Response:
 
 
 async def retract(request: Request) -> Response:
-    """Takes any of the three back."""
     _, person = await enter(request)
     form = await form_of(request)
     await person.client.retract(form["feedback_id"])
@@ -151,7 +145,6 @@ async def retract(request: Request) -> Response:
 
 
 def to_conversation(conversation_id: str) -> Response:
-    """What every action ends with."""
     return RedirectResponse(f"/c/{conversation_id}", 303)
 
 
@@ -163,7 +156,7 @@ async def _grow(site: Site, conversation_id: str, live: TurnUnderWay) -> AsyncIt
 
 
 async def _look(site: Site, person: SignedIn, conversation: Conversation) -> AsyncIterator[ServerSentEvent]:
-    # Whatever is wrong, the page says when it is drawn again.
+    # On an error the page reloads itself and shows it.
     with suppress(PrefloopError):
         while unfinished(conversation.turns[-1]):
             await asyncio.sleep(LOOK_SECONDS)

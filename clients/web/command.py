@@ -1,7 +1,7 @@
-"""`chat web`: the page's process, and with `--serve` a server and a learner beside it.
+"""`chat web`: the page's process and, with `--serve`, a server and a learner.
 
-SIGTERM, Ctrl-C and the end of the terminal end it alike: first the page, then the learner, then the server. The exit
-code is 0 then; where one of the processes ended by itself, all end, with its exit code.
+SIGTERM, Ctrl-C and the end of the terminal all stop first the page, then the learner, then the server, with exit code
+0. If one of the processes ends by itself, all are stopped, and its exit code is used.
 """
 
 import os
@@ -25,35 +25,35 @@ from clients.web.certificate import serving_context
 from clients.web.connections import BoundedProtocol
 
 LEARNER = ["learner.cli", "schedule", "--on-request"]
-# Longer than a server's grace (PREFLOOP_GRACE_SECONDS, 30) and than a learner waits for its round (60).
+# Longer than a server's grace period (PREFLOOP_GRACE_SECONDS, 30) and a learner's wait for its round (60).
 STOP_SECONDS = 75
-# Open pages follow their answers for ever.
+# Needed because open pages follow their answers indefinitely.
 GRACE_SECONDS = 3
 HEADER_BYTES = 64 * 1024
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
-# Every address of a machine: to be listened on, not to be found at.
+# Wildcard addresses: for listening, not for connecting.
 ANYWHERE = ("0.0.0.0", "[::]")
 
 
 @dataclass(frozen=True)
 class Page:
-    """Where browsers find the page."""
+    """The address, names and certificate of the page."""
 
     host: str
     port: int
-    # Names beside the loopback's.
+    # Names in addition to those of the loopback.
     names: tuple[str, ...] = ()
     cert: Path | None = None
     key: Path | None = None
 
     @property
     def strangers(self) -> bool:
-        """Whether it can be reached from elsewhere."""
+        """Whether the page can be reached from other machines."""
         return bool(self.names) or not is_loopback(self.host)
 
 
 def run(page: Page, address: str, default_name: str, tls: Tls | None, *, serve: bool) -> None:
-    """Serves the page until it is told to end. What cannot work ends with one sentence and exit code 1."""
+    """Serves the page until it is stopped. An invalid setup ends with one sentence and exit code 1."""
     check(page, address)
     app = make_app(
         address,
@@ -68,15 +68,15 @@ def run(page: Page, address: str, default_name: str, tls: Tls | None, *, serve: 
         try:
             config.ssl = serving_context(page.cert, page.key)
         except OSError as error:
-            sys.exit(f"chat: {page.cert} and {page.key} are no certificate with its key ({error.strerror}).")
+            sys.exit(f"chat: {page.cert} and {page.key} are not a certificate and its key ({error.strerror}).")
     server = uvicorn.Server(config)
     listening = listen(page)
 
     def leave(*_: object) -> None:
         server.should_exit = True
 
-    # Before there is a process to leave behind. uvicorn has handlers of its own while it runs, and raises again
-    # afterwards what they caught: with the default ones that would be the end of us, but not of the processes.
+    # Set before any process is started. uvicorn installs its own handlers while it runs and raises the caught signals
+    # again afterwards; the default handlers would then kill this process, but not the ones it started.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, leave)
@@ -87,10 +87,9 @@ def run(page: Page, address: str, default_name: str, tls: Tls | None, *, serve: 
 
 
 def server_config(app: Starlette) -> uvicorn.Config:
-    """How the page is served."""
     return uvicorn.Config(
         app,
-        # uvicorn's other parser keeps whatever is sent as headers, a GiB of it.
+        # uvicorn's other parser has no limit on headers and would buffer a GiB of them.
         http=BoundedProtocol,
         h11_max_incomplete_event_size=HEADER_BYTES,
         log_level="warning",
@@ -101,45 +100,44 @@ def server_config(app: Starlette) -> uvicorn.Config:
 
 
 def check(page: Page, address: str) -> None:
-    """Ends with a sentence where the page would be open to others without what that needs."""
+    """Exits with a sentence if the page would be open to others without a name or a certificate."""
     if page.strangers and not page.names:
-        sys.exit(f"chat: --web-host {page.host} lets strangers in: say with --web-name what they call this page.")
+        sys.exit(f"chat: --web-host {page.host} admits strangers: pass the host name they use with --web-name.")
     if (page.cert is None) != (page.key is None):
-        sys.exit("chat: --web-cert and --web-key go together.")
+        sys.exit("chat: --web-cert and --web-key must be given together.")
     if not is_loopback(page.host) and not page.cert:
-        sys.exit(f"chat: --web-host {page.host} lets strangers in, which needs --web-cert and --web-key.")
+        sys.exit(f"chat: --web-host {page.host} admits strangers, which requires --web-cert and --web-key.")
     if address.rpartition(":")[0] in ANYWHERE:
-        sys.exit(f"chat: {address} is where a server listens: say with --web-server what its certificate calls it.")
+        sys.exit(f"chat: {address} is only for listening: pass the name in the server's certificate with --web-server.")
 
 
 def listen(page: Page) -> socket.socket:
-    """The page's socket: what comes from now on waits until it is served."""
+    """The page's listening socket. Connections wait in it until they are served."""
     family = socket.AF_INET6 if ":" in page.host else socket.AF_INET
     try:
-        # "::" is every address of this machine, as it is to the server.
+        # "::" means all IPv4 and IPv6 addresses, as for the server.
         return socket.create_server((page.host, page.port), family=family, dualstack_ipv6=page.host == "::")
     except OSError as error:
-        # What follows the reason there repeats the address.
+        # Python appends the address after the reason.
         reason = str(error.strerror).partition(" (while")[0]
-        sys.exit(f"chat: {page.host}:{page.port} cannot be listened on ({reason}); choose another --web-port.")
+        sys.exit(f"chat: {page.host}:{page.port} cannot be used ({reason}); choose another --web-port.")
 
 
 def url(page: Page, port: int) -> str:
-    """Where the page is, as a browser takes it."""
     host = f"[{page.host}]" if ":" in page.host else page.host
     return f"{'https' if page.cert else 'http'}://{host}:{port}"
 
 
 def server_and_learner(address: str) -> list[list[str]]:
-    """The two commands that `--serve` adds."""
+    """The commands that `--serve` runs."""
     host, _, port = address.rpartition(":")
     return [["server.cli", "serve", "--host", host.strip("[]"), "--port", port], LEARNER]
 
 
 @contextmanager
 def beside(commands: list[list[str]], on_end: Callable[[], None]) -> Iterator[list[int]]:
-    """Runs our own commands as processes while the block runs; the first that ends by itself calls `on_end`. The list
-    has the exit status of each that did, as a shell counts it."""
+    """Runs prefloop commands as processes during the block, and calls `on_end` when one ends by itself. The yielded
+    list collects the exit statuses of those that did, numbered as in a shell."""
     ended: list[int] = []
     stopping = threading.Event()
 
@@ -152,7 +150,7 @@ def beside(commands: list[list[str]], on_end: Callable[[], None]) -> Iterator[li
     running: list[tuple[subprocess.Popen[bytes], threading.Thread]] = []
     try:
         for command in commands:
-            # In sessions of their own: Ctrl-C reaches them through us, once and in order.
+            # In separate sessions, so that Ctrl-C reaches them only through us, once and in order.
             process = subprocess.Popen(
                 [sys.executable, "-m", *command], stdin=subprocess.DEVNULL, start_new_session=True
             )
@@ -161,11 +159,11 @@ def beside(commands: list[list[str]], on_end: Callable[[], None]) -> Iterator[li
         yield ended
     finally:
         stopping.set()
-        # The learner before the server, which it writes to; each after its own grace.
+        # The learner is stopped before the server that it writes to; each gets its grace period.
         for process, watcher in reversed(running):
             process.terminate()
             watcher.join(STOP_SECONDS)
             if watcher.is_alive():
-                # With its engine, or its round.
+                # Kills its engine or its round too.
                 os.killpg(process.pid, signal.SIGKILL)
                 watcher.join()

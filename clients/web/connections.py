@@ -1,16 +1,16 @@
-"""What uvicorn does not bound: how many connections there are, and how long one may take over a request's headers."""
+"""Limits that uvicorn lacks: on the number of connections, and on the time to send a request's headers."""
 
 import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Browsers open six at most. A process may have 1,024 files open unless it is told otherwise.
+# A browser opens at most six. By default a process may have 1,024 open files.
 CONNECTIONS = 800
 HEADERS_SECONDS = 20.0
 
 
 class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 that hangs up on a connection too many, and on one whose request does not come in time."""
+    """HTTP/1.1 that closes connections above the limit, and those whose request does not arrive in time."""
 
     _late: asyncio.TimerHandle | None = None
 
@@ -30,7 +30,7 @@ class BoundedProtocol(H11Protocol):
         self._stop_waiting()
 
     def _wait(self) -> None:
-        """Counts from when a request could have begun; what is being answered has its time."""
+        """Starts the timer when a request could begin; a request that is being answered has no limit."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
         elif self._late is None:

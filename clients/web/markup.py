@@ -1,20 +1,20 @@
-"""Model output as HTML: Markdown is rendered, and what comes out is sanitised before anybody sees it."""
+"""Model output as HTML: Markdown is rendered, and the result is sanitised."""
 
 import nh3
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline, escape
 from markupsafe import Markup
 
-# What models put around formulas: to Markdown the backslash of each would be an escape, and vanish.
+# The delimiters that models put around formulas. Markdown would treat their backslashes as escapes and drop them.
 MATH = (r"\(", r"\)", r"\[", r"\]")
 
 
 def escape_but_math(state: StateInline, silent: bool) -> bool:
-    """Markdown's rule for backslashes, less those of MATH."""
+    """Markdown's rule for backslash escapes, except those in MATH."""
     return state.src[state.pos : state.pos + 2] not in MATH and escape(state, silent)
 
 
-# No images: they would be fetched from wherever the text says. People and models end lines where they mean it.
+# No images, since browsers would fetch them from any host. Line ends become line breaks, as users and models mean them.
 MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"]).disable("image")
 MARKDOWN.inline.ruler.at("escape", escape_but_math)
 TAGS = {"a", "blockquote", "br", "code", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre"} | {
@@ -25,7 +25,7 @@ SCHEMES = {"http", "https", "mailto"}
 
 
 def safe_html(text: str) -> Markup:
-    """`text`, Markdown of whatever origin, as HTML that can neither run nor fetch anything."""
+    """Untrusted Markdown as HTML that can neither run scripts nor fetch anything."""
     html = nh3.clean(
         MARKDOWN.render(text),
         tags=TAGS,
@@ -39,5 +39,5 @@ def safe_html(text: str) -> Markup:
 
 
 def _away(tag: str, name: str, value: str) -> str | None:
-    # A path or a fragment would be one of this page's own, which no model has seen; following it loses what one writes.
+    # A relative link would lead within this page, which no model knows, and following it would discard unsent text.
     return value if name != "href" or value.partition(":")[0].lower() in SCHEMES else None

@@ -1,11 +1,11 @@
-"""What every response and request goes through: who may embed or script us, and which forms we take."""
+"""Security middleware: response headers against embedding and scripting, and checks of submitted forms."""
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Nothing but our own files; no inline script or style, and HTML is placed by one named policy in static/page.js.
+# Only our own files, no inline scripts or styles; HTML is inserted only through one named policy in static/page.js.
 CONTENT_SECURITY_POLICY = "; ".join(
     [
         "default-src 'none'",
@@ -27,12 +27,12 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
-# Forms are read before anybody is asked for a key. A message of 16,000 characters, all of them emoji, takes 192 kB.
+# Forms are read before the API key is checked. A message of 16,000 characters, all of them emoji, takes 192 kB.
 MAX_FORM_BYTES = 2**20
 
 
 class Protection:
-    """Sets HEADERS on every response, and refuses what another site makes a browser send, and what is too long."""
+    """Sets HEADERS on every response, and rejects cross-site forms and requests that are too long."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -47,7 +47,7 @@ class Protection:
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
-                # Conversations stay out of caches; our own files are asked about each time, and seldom sent again.
+                # Conversations are never cached; our own files are cached but revalidated.
                 headers.setdefault("cache-control", "no-cache" if scope["path"].startswith("/static/") else "no-store")
             await send(message)
 
@@ -58,7 +58,7 @@ class Protection:
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
-                raise HTTPException(413, "That is more than this page takes at once.")
+                raise HTTPException(413, "The request is too large.")
             return message
 
         changes = scope["method"] not in ("GET", "HEAD")
@@ -70,8 +70,8 @@ class Protection:
 
 
 def from_this_site(headers: Headers) -> bool:
-    """Whether a request comes from our own page, or from no page at all. Browsers say so; other programs hold no
-    cookie that somebody else could borrow."""
+    """Whether a request comes from our own page, or from no page at all. Browsers send headers that tell; other
+    programs have no cookie that another site could misuse."""
     if site := headers.get("sec-fetch-site"):
         return site in ("same-origin", "none")
     origin = headers.get("origin")

@@ -1,4 +1,4 @@
-"""Templates, and what they say of a turn in words."""
+"""The template environment, and the functions that templates use to describe a turn."""
 
 from datetime import UTC
 from pathlib import Path
@@ -23,7 +23,7 @@ from clients.web.markup import safe_html
 ENDINGS = {
     FINISH_REASON_LENGTH: "cut at the length limit",
     FINISH_REASON_CANCELLED: "stopped",
-    FINISH_REASON_ERROR: "broken off",
+    FINISH_REASON_ERROR: "cut off by an error",
 }
 WHOLE = (FINISH_REASON_STOP, FINISH_REASON_LENGTH)
 
@@ -45,39 +45,38 @@ def environment() -> jinja2.Environment:
 
 
 def answers(turn: Turn) -> list[tuple[str, Response]]:
-    """A turn's answers by the name they are shown under: one without a name, or A and B."""
+    """A turn's answers with their displayed names: A and B, or one without a name."""
     if turn.HasField("comparison"):
         return [("A", turn.comparison.a), ("B", turn.comparison.b)]
     return [("", turn.response)]
 
 
 def unfinished(turn: Turn) -> bool:
-    """Whether an answer is still being written."""
     return any(answer.finish_reason == FINISH_REASON_UNSPECIFIED for _, answer in answers(turn))
 
 
 def cut(turn: Turn) -> bool:
-    """Whether an answer ended before its end."""
+    """Whether an answer was stopped or cut off by an error."""
     return any(answer.finish_reason in (FINISH_REASON_CANCELLED, FINISH_REASON_ERROR) for _, answer in answers(turn))
 
 
 def choosable(turn: Turn) -> bool:
-    """Whether both answers are there to choose from."""
+    """Whether there are two complete answers to choose from."""
     return turn.HasField("comparison") and all(answer.finish_reason in WHOLE for _, answer in answers(turn))
 
 
 def vote(answer: Response, kind: FeedbackKind.ValueType) -> Feedback | None:
-    """The reader's current thumb on an answer, or their correction."""
+    """The user's current thumb on an answer, or their correction."""
     return next((found for found in answer.feedback if found.kind == kind), None)
 
 
 def turn_id(turn: Turn) -> str:
-    """What the page calls a turn."""
+    """The id of a turn's HTML element."""
     return "turn-" + (turn.comparison.comparison_id or turn.response.response_id)
 
 
 def footer(answer: Response) -> str:
-    """What made an answer, as "v0001 -> v0002 · 60 tokens · stopped"; only what may be known yet."""
+    """An answer's metadata, as in "v0001 -> v0002 · 60 tokens · stopped", without what is not disclosed yet."""
     versions = " -> ".join(dict.fromkeys(span.policy_version for span in answer.spans))
     count = answer.usage.completion_tokens
     tokens = f"{count} token{'s' if count > 1 else ''}" if count else ""
@@ -85,7 +84,7 @@ def footer(answer: Response) -> str:
 
 
 def when(time: Timestamp) -> Markup:
-    """A moment in UTC, which the page's script turns into the reader's own time."""
+    """A time in UTC, which the page's script converts to the user's time zone."""
     moment = time.ToDatetime(UTC)
     return Markup('<time datetime="{}">{}</time>').format(
         moment.isoformat(timespec="seconds"), moment.strftime("%Y-%m-%d %H:%M UTC")

@@ -1,4 +1,4 @@
-"""A round's figures, read from what the learner says of it; a figure that a round never got to is None."""
+"""A round's metrics as the learner reported them; metrics that a round never reached are None."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from clients.web.charts.chart import Chart, intervals
 from clients.web.charts.curves import step_curves
 
 STATES = {
-    ROUND_STATE_RUNNING: "at work",
+    ROUND_STATE_RUNNING: "running",
     ROUND_STATE_PROMOTED: "promoted",
     ROUND_STATE_REJECTED: "rejected",
     ROUND_STATE_FAILED: "failed",
@@ -36,7 +36,7 @@ class Interval:
 
 
 class RoundFigures:
-    """What a round came to."""
+    """The metrics of a round."""
 
     def __init__(self, round_: Round) -> None:
         self.id = round_.round_id
@@ -49,7 +49,7 @@ class RoundFigures:
         self.promoted = round_.state == ROUND_STATE_PROMOTED
 
     def figure(self, *path: str) -> Any:
-        """A figure by where it stands; None where it is missing."""
+        """A metric by its path; None if it is missing."""
         found: Any = self.metrics
         for name in path:
             if not isinstance(found, dict) or name not in found:
@@ -87,7 +87,7 @@ class RoundFigures:
 
     @property
     def seconds(self) -> list[tuple[str, float]]:
-        """Of each stage, the longest first."""
+        """The seconds of each stage, longest first."""
         return sorted((self.figure("seconds") or {}).items(), key=lambda stage: -stage[1])
 
     @property
@@ -107,17 +107,17 @@ class RoundFigures:
 
     @property
     def curves(self) -> list[Chart]:
-        """How training went, step by step, the chosen one marked."""
+        """Training curves by step, with the chosen step marked."""
         return step_curves(self.figure("ppo") or {}, self.figure("gate", "chosen", "step"))
 
 
 def interval(found: dict[str, float] | None) -> Interval | None:
-    """A win rate as the learner writes it."""
+    """An Interval from the learner's metrics."""
     return None if found is None else Interval(found["rate"], found["low"], found["high"])
 
 
 def win_rates(rounds: list[RoundFigures]) -> Chart:
-    """Every judged round's win rate against what it would have replaced, oldest first."""
+    """A chart of every judged round's win rate against the version before it, oldest first."""
     judged = [(round_, rate) for round_ in reversed(rounds) if (rate := round_.win_rate)]
     return intervals(
         "Win rate against the version before",

@@ -1,7 +1,7 @@
-"""Who sits before the browser: a cookie holds their API key or, on a server without keys, their name.
+"""The user's identity: a cookie holds their API key or, on a server without keys, their name.
 
-A key in a cookie is what a key in the terminal's environment is. No script can read it, and no other site can send it
-along with a form.
+A key in the cookie serves the same purpose as one in the terminal's environment. No script can read it, and no other
+site can send it with a form.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from clients.async_client import AsyncClient
 from clients.errors import NotAllowedError
 
 KEY, NAME = "prefloop_key", "prefloop_name"
-# How long a message or a vote waits for a server that is away, before the page says so.
+# How long a message or a vote waits for an unavailable server before the page reports it.
 ACTION_SECONDS = 3.0
 MONTH_SECONDS = 30 * 24 * 3600
 NO_KEYS = (
-    "Strangers can reach this page, and the server has no keys to tell them by: make one with "
+    "Strangers can reach this page, but the server has no keys to identify them: create one with "
     "`server keys create --user NAME`."
 )
 
 
 @dataclass(frozen=True)
 class SignedIn:
-    """Somebody whom the server let in."""
+    """A user whom the server has accepted."""
 
     client: AsyncClient
     name: str
@@ -35,8 +35,8 @@ class SignedIn:
 
 @dataclass(frozen=True)
 class Doorkeeper:
-    """Tells people apart. `default_name` is who comes without a cookie; None where strangers can come, who all need a
-    key. `secure`: cookies go over TLS alone."""
+    """Identifies users. `default_name` is the user without a cookie; None if strangers can reach the page, who all need
+    a key. `secure`: cookies are sent only over TLS."""
 
     client: AsyncClient
     default_name: str | None
@@ -44,24 +44,24 @@ class Doorkeeper:
 
     @property
     def _key(self) -> str:
-        # With this prefix no page of a sibling's name can set it, and sign the reader in as somebody else.
+        # With this prefix no sibling domain can set the cookie and so sign the user in as somebody else.
         return f"__Host-{KEY}" if self.secure else KEY
 
     async def enter(self, request: Request) -> SignedIn:
-        """Whoever sent this. Raises NotAllowedError where the server does not know them."""
+        """The user who sent a request. Raises NotAllowedError if the server does not accept them."""
         key = request.cookies.get(self._key)
         name = None if key else request.cookies.get(NAME) or self.default_name
         try:
             client = self.client.acting_as(api_key=key, user=name)
         except ValueError as error:
-            # A cookie that we did not set.
+            # Not a cookie that we set.
             raise NotAllowedError(str(error), code=grpc.StatusCode.UNAUTHENTICATED) from error
         if request.method == "POST":
             client.patience = ACTION_SECONDS
         return await self._known(client)
 
     async def needs_key(self) -> bool:
-        """Whether the server tells people by keys."""
+        """Whether the server identifies users by keys."""
         try:
             await self._known(self.client.acting_as())
         except NotAllowedError:
@@ -69,7 +69,7 @@ class Doorkeeper:
         return False
 
     async def sign_in(self, response: Response, *, key: str = "", name: str = "") -> None:
-        """Remembers a key or a name in `response`. Raises NotAllowedError, and ValueError for what cannot be a name."""
+        """Sets the cookie for a key or name on `response`. Raises NotAllowedError, or ValueError for an invalid one."""
         await self._known(self.client.acting_as(api_key=key) if key else self.client.acting_as(user=name))
         self.sign_out(response)
         response.set_cookie(
@@ -77,8 +77,8 @@ class Doorkeeper:
         )
 
     def sign_out(self, response: Response) -> None:
-        """Forgets whoever it was."""
-        # KEY itself may be there from an earlier release.
+        """Deletes the cookies."""
+        # KEY without the prefix may remain from an earlier release.
         for cookie in {self._key, KEY, NAME}:
             response.delete_cookie(cookie, secure=self.secure, httponly=True, samesite="lax")
 

@@ -1,4 +1,4 @@
-"""What every handler works with, and how an error becomes a page."""
+"""State and helpers shared by all handlers, and error pages."""
 
 import asyncio
 from collections import defaultdict
@@ -33,7 +33,7 @@ AWAY = "The server is away, or just starting. Nothing that was said or voted is 
 
 @dataclass
 class Site:
-    """The page's own state: who is who, and what is being answered."""
+    """The page's own state: sign-in and the turns that are being answered."""
 
     doorkeeper: Doorkeeper
     turns: TurnsUnderWay = field(default_factory=TurnsUnderWay)
@@ -42,35 +42,35 @@ class Site:
     async def page(
         self, request: Request, person: SignedIn | None, template: str, *, status: int = 200, **context: Any
     ) -> Response:
-        """A whole page, for whoever looks at it. A long conversation takes a while, in which others' answers go on."""
+        """Renders a whole page, in a thread, since a long conversation would hold up other users' answers."""
         return await asyncio.to_thread(
             self.templates.TemplateResponse, request, template, {"person": person, **context}, status_code=status
         )
 
     def fragment(self, template: str, **context: Any) -> str:
-        """A part of one."""
+        """Renders a part of a page."""
         return self.templates.get_template(template).render(**context)
 
 
 async def enter(request: Request) -> tuple[Site, SignedIn]:
-    """The site, and who asks for something on it. Raises NotAllowedError."""
+    """The site and the signed-in user of a request. Raises NotAllowedError."""
     site: Site = request.app.state.site
     return site, await site.doorkeeper.enter(request)
 
 
 async def form_of(request: Request) -> defaultdict[str, str]:
-    """The fields of a form; one that was not sent is empty. Browsers send every line's end as CRLF."""
+    """The fields of a form; missing ones are empty. Browsers send line endings as CRLF, which become LF."""
     try:
         async with request.form() as form:
             texts = {name: value.replace("\r\n", "\n") for name, value in form.items() if isinstance(value, str)}
     except (LookupError, UnicodeError) as error:
-        # A charset that nobody knows, or bytes that are of another one.
-        raise HTTPException(415, "The form says that its texts are in an encoding that they are not in.") from error
+        # The charset is unknown, or the bytes do not match it.
+        raise HTTPException(415, "The form's text does not match its declared encoding.") from error
     return defaultdict(str, texts)
 
 
 async def first(count: int, items: AsyncIterator[T]) -> list[T]:
-    """At most so many of what comes."""
+    """At most `count` of the items."""
     found: list[T] = []
     async for item in items:
         found.append(item)
@@ -80,19 +80,19 @@ async def first(count: int, items: AsyncIterator[T]) -> list[T]:
 
 
 async def on_call_error(request: Request, error: Exception) -> Response:
-    """A call to the server failed: say so, or ask who it is."""
+    """Turns a failed call to the server into an error page or a redirect to sign-in."""
     assert isinstance(error, PrefloopError)
     if isinstance(error, NotAllowedError) and error.code is grpc.StatusCode.UNAUTHENTICATED and request.method == "GET":
         return RedirectResponse("/sign-in", 303)
     if isinstance(error, UnavailableError):
-        # One that the server is away for is asked for again by itself.
+        # The error page reloads itself until the server is back.
         retry = request.url.path if request.method == "GET" else ""
         return await _error_page(request, 503, AWAY, retry=retry, detail=str(error))
     return await _error_page(request, STATUSES.get(error.code, 502), str(error))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Our own refusal, or a page that is not there."""
+    """Turns the page's own rejections, and missing pages, into error pages."""
     assert isinstance(error, HTTPException)
     sentence = "There is no such page." if error.status_code == 404 else str(error.detail)
     return await _error_page(request, error.status_code, sentence)

@@ -1,7 +1,7 @@
-"""Turns that are being answered: each runs to its end whoever looks, and any number of readers follow it.
+"""Turns that are being answered. Each runs to its end independently of its readers, of which there may be any number.
 
-A reload, a second tab or a lost connection therefore costs nothing. When the stream ends, however it does, the turn
-becomes what the server has kept of it.
+A reload, a second tab or a lost connection therefore does no harm. When the stream ends for any reason, the turn is
+replaced by the one that the server has stored.
 """
 
 import asyncio
@@ -26,22 +26,22 @@ from clients.web.sign_in import SignedIn
 
 AnswerStream = AsyncStream[ChatEvent] | AsyncStream[CompareEvent]
 
-# Readers hear of changes at most so often, all at once: the turn is drawn again each time, once for all of them.
+# The shortest time between updates. Each update renders the turn once for all its readers.
 PAUSE_SECONDS = 0.1
-# How long the server may be away in the middle of an answer.
+# How long the server may be unavailable in the middle of an answer.
 AWAY_SECONDS = 600.0
 KEPT_NOTICES = 1000
-AWAY = "The server went away in the middle of this answer. It goes on as soon as the server is back."
-CAME_BACK = "The server went away in the middle of this answer. This is what it has kept."
+AWAY = "The server went away in the middle of this answer. The page continues as soon as the server is back."
+CAME_BACK = "The server went away in the middle of this answer. This is the part that it stored."
 
 
 class TurnUnderWay:
-    """One message and its answer or answers, as far as they have come."""
+    """One message and its answer or answers so far."""
 
     def __init__(self, message: str) -> None:
         self.turn = Turn(message=message)
         self.conversation_id = ""
-        # What a reader should know beside the text.
+        # A sentence for the reader in addition to the text.
         self.notice = ""
         self.over = False
         self._changed = asyncio.Event()
@@ -50,15 +50,15 @@ class TurnUnderWay:
         self._started = asyncio.get_running_loop().create_future()
 
     async def started(self) -> None:
-        """Returns once the turn is on the server's disk. Raises the PrefloopError that kept it from there."""
+        """Returns once the turn is on the server's disk. Raises a PrefloopError if it never gets there."""
         await asyncio.shield(self._started)
 
     def stop(self) -> None:
-        """Ends the answer where it is; what there is of it is kept."""
+        """Stops the answer; the part so far is stored."""
         self._stream.cancel()
 
     async def changes(self) -> AsyncIterator[None]:
-        """Comes at once and then whenever there is something new, the last time when it is over."""
+        """Yields at once, then after every change, and for the last time when the turn is over."""
         while True:
             changed, over = self._changed, self.over
             yield
@@ -67,13 +67,13 @@ class TurnUnderWay:
             await changed.wait()
 
     def drawn(self, draw: Callable[[Turn, str], str]) -> str:
-        """What `draw` makes of the turn and its notice as they are; called once for all who ask until they change."""
+        """The result of `draw` for the current turn and notice, cached until they change."""
         if self._drawn is None:
             self._drawn = draw(self.turn, self.notice)
         return self._drawn
 
     async def run(self, client: AsyncClient, stream: AnswerStream) -> None:
-        """Follows the stream to its end, and further to what the server kept of it."""
+        """Follows the stream to its end, then fetches the stored turn."""
         self._stream = stream
         try:
             broken = await self._follow(stream)
@@ -84,13 +84,13 @@ class TurnUnderWay:
             if not self._started.done():
                 self._started.set_exception(error)
         finally:
-            # Whatever else went wrong: nobody waits for ever.
+            # After any other error too, so that nobody waits for ever.
             self._started.cancel()
             self.over = True
             self._tell()
 
     async def _follow(self, stream: AnswerStream) -> PrefloopError | None:
-        """What the stream broke with, None where it did not. Raises it where nothing had started."""
+        """The error that broke the stream, or None. Raises it if the answer had not started."""
         try:
             async for event in stream:
                 self._take(event)
@@ -104,7 +104,7 @@ class TurnUnderWay:
         return None
 
     def _take(self, event: ChatEvent | CompareEvent) -> None:
-        # That an answer is finished is taken from the server's record, with all that it says of it.
+        # Finished events are ignored, since the stored turn has everything they say.
         match event:
             case ChatStarted():
                 self.turn.response.response_id = event.response_id
@@ -140,16 +140,16 @@ class TurnUnderWay:
 
 
 class TurnsUnderWay:
-    """The turns that are being answered, by whose they are and the conversation they are in."""
+    """The turns that are being answered, by user and conversation."""
 
     def __init__(self) -> None:
         self._turns: dict[tuple[str, str], TurnUnderWay] = {}
-        # What went wrong with turns that are over, by the ids of theirs; the server's record does not say.
+        # Errors of turns that are over, by turn id; the server does not store them.
         self._notices: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, person: SignedIn, message: str, stream: AnswerStream) -> TurnUnderWay:
-        """Follows a stream just opened. Returns once the turn is on the server's disk; raises what kept it off it."""
+        """Follows a new stream. Returns once the turn is on the server's disk; raises if it never gets there."""
         live = TurnUnderWay(message)
         task = asyncio.create_task(self._run(live, person, stream))
         self._tasks.add(task)
@@ -160,15 +160,15 @@ class TurnsUnderWay:
         return live
 
     def find(self, person: SignedIn, conversation_id: str) -> TurnUnderWay | None:
-        """The turn that is being answered in a conversation."""
+        """The turn that is being answered in a conversation, or None."""
         return self._turns.get((person.name, conversation_id))
 
     def notice(self, turn: Turn) -> str:
-        """What went wrong with a turn that was lately answered here; mostly nothing."""
+        """The error of a turn that was recently answered here; empty without one."""
         return self._notices.get(turn_id(turn), "")
 
     async def close(self) -> None:
-        """Stops every answer; the server keeps what there is."""
+        """Stops every answer; the server stores the parts so far."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -177,7 +177,7 @@ class TurnsUnderWay:
         try:
             await live.run(person.client, stream)
         finally:
-            # The next turn may have its place by now: the server begins it while we read what it kept of this one.
+            # The next turn may have replaced this one, since the server starts it while we fetch this one.
             if self.find(person, live.conversation_id) is live:
                 del self._turns[person.name, live.conversation_id]
             if live.notice:

@@ -1,9 +1,9 @@
-"""A newer x86 processor that passes for one with AVX2 only: no AVX-512, no AMX, no bfloat16 arithmetic.
+"""Makes a newer x86 processor look like one with only AVX2: no AVX-512, no AMX, no bfloat16 arithmetic.
 
 Put this folder first on PYTHONPATH (`make test-avx2`): Python runs this file before anything else, in child processes
-too. What reads the environment is held back by it; `torch.cpu` answers accordingly, and vLLM loads the library that
-it built for AVX2. What stays: cores, clock and caches are this machine's, so seconds are not those of an older one,
-and PyTorch outside vLLM still takes bfloat16 products to oneDNN, which has no fast ones there, either.
+too. It restricts libraries through their environment variables and patches `torch.cpu`, so that vLLM loads its AVX2
+build. Cores, clock and caches remain this machine's, so timings are not those of an older one. PyTorch outside vLLM
+still uses oneDNN for bfloat16 products, which has no fast ones on AVX2 either.
 """
 
 import os
@@ -24,7 +24,7 @@ NEWER = ("avx512", "avx10", "avx_vnni", "avx_ne_convert", "amx")
 
 
 class AVX2Only:
-    """Finds `torch.cpu` and changes what it says of the processor; torch itself is imported when someone needs it."""
+    """Patches the capabilities that `torch.cpu` reports when it is imported, without importing torch itself."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -34,7 +34,7 @@ class AVX2Only:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            # Every other question in torch.cpu asks this one.
+            # All other queries in torch.cpu use this function.
             module.get_capabilities = without_newer(module.get_capabilities)  # type: ignore[attr-defined]
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -53,7 +53,7 @@ def without_newer(get_capabilities: Any) -> Any:
 os.environ.update(HELD_BACK)
 sys.meta_path.insert(0, AVX2Only)  # type: ignore[arg-type]
 
-# The one that this file stands before, if there is one.
+# The sitecustomize that this file shadows, if there is one.
 elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 if (next_one := PathFinder.find_spec("sitecustomize", elsewhere)) and next_one.loader:
     next_one.loader.exec_module(util.module_from_spec(next_one))

@@ -1,4 +1,4 @@
-"""A small server for the client under test: real gRPC on port 0, answers from a script."""
+"""A small server for the client under test: real gRPC on port 0 with scripted answers."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,10 +29,10 @@ from prefloop.v1.feedback_pb2 import FEEDBACK_KIND_DEMONSTRATION, FEEDBACK_KIND_
 from clients import Client
 
 WAIT_SECONDS = 10
-# Longer, so that a call that nobody ended is told from one that was.
+# Longer, so that tests can distinguish a call that was ended from one that was not.
 HOLD_SECONDS = 2 * WAIT_SECONDS
 ANSWER = ["Owls ", "live in ", "trees."]
-# The same as the history has it.
+# The same answer in the conversation's history.
 ANSWERED = chat_pb2.Turn(
     message="Where do owls live?",
     response=chat_pb2.Response(response_id="resp", text="".join(ANSWER), finish_reason=FINISH_REASON_STOP),
@@ -45,8 +45,8 @@ class FakeService(
     feedback_pb2_grpc.FeedbackServiceServicer,
     policy_pb2_grpc.PolicyServiceServicer,
 ):
-    """Remembers what it was sent. `fail` holds errors for the next calls of an RPC. Without `hold` streams stop midway,
-    and conversations and thumbs wait; `breaking` ends them there with an error."""
+    """Records its requests. `fail` holds errors for the next calls of an RPC. While `hold` is clear, streams pause
+    midway and GetConversation and SubmitThumb wait; `breaking` ends streams midway with an error."""
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
@@ -86,7 +86,7 @@ class FakeService(
         yield chat_pb2.ChatResponse(
             started=chat_pb2.ChatStarted(conversation_id="conv", response_id="resp", policy_version="v0000")
         )
-        # An event kind that this client does not know yet.
+        # An event of a kind that this client does not know.
         yield chat_pb2.ChatResponse()
         for piece in ANSWER:
             yield chat_pb2.ChatResponse(delta=chat_pb2.ChatDelta(text=piece))
@@ -240,7 +240,7 @@ class FakeService(
 
 
 def status(code: grpc.StatusCode, message: str, *, reason: str = "", field: str = "") -> Status:
-    """A google.rpc.Status with the details that the server gives."""
+    """A google.rpc.Status with the details that the server sends."""
     details = []
     if reason:
         details.append(AnyMessage())
@@ -270,7 +270,7 @@ def serving(
     port: int = 0,
     options: Sequence[tuple[str, Any]] = (),
 ) -> Iterator[int]:
-    """The service on a port, in the clear or with TLS."""
+    """Runs the service on a port, with or without TLS."""
     server = grpc.server(ThreadPoolExecutor(8), options=list(options))
     account_pb2_grpc.add_AccountServiceServicer_to_server(service, server)
     chat_pb2_grpc.add_ChatServiceServicer_to_server(service, server)

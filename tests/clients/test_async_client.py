@@ -1,4 +1,4 @@
-"""What asyncio adds: two ways to be cancelled, and a connection that may close under a call."""
+"""The asyncio client: two kinds of cancellation, and a connection that is closed during a call."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -20,7 +20,7 @@ async def client(address: str) -> AsyncIterator[AsyncClient]:
 
 
 async def half_heard(client: AsyncClient) -> AsyncStream[ChatEvent]:
-    """A stream of which the service sends no more than was read here."""
+    """A stream from which all events sent so far have been read."""
     stream = client.chat("hi")
     assert isinstance(await anext(stream), ChatStarted)
     assert isinstance(await anext(stream), ChatDelta)
@@ -99,7 +99,7 @@ async def test_a_connection_closed_under_a_call_is_an_error_and_cancels_no_task(
     assert await asyncio.to_thread(service.begun.acquire, timeout=WAIT_SECONDS)
     await client.close()
     for call in (listener, vote):
-        with pytest.raises(UnavailableError, match="was closed here"):
+        with pytest.raises(UnavailableError, match="This program closed the connection"):
             await call
 
 

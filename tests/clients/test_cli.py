@@ -22,7 +22,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Calls `chat` in this process: (exit code, standard output, standard error)."""
+    """Calls `chat` in this process; returns (exit code, standard output, standard error)."""
 
     def call(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["chat", *arguments])
@@ -89,7 +89,7 @@ def test_a_session_from_a_pipe(run: Run, port: str) -> None:
     code, out, _ = run("--port", port, stdin="Where do owls live?\n/up\n")
     assert code == 0
     assert "Owls live in trees." in out
-    assert "thumb up, kept" in out
+    assert "thumb up, saved" in out
 
 
 @pytest.mark.parametrize(("arguments", "asked"), [(("--resume",), "newer"), (("--conversation", "older"), "older")])
@@ -135,7 +135,7 @@ def test_a_server_may_ask_for_a_certificate(
         assert run(*send)[0] == 1
         code, _, err = run(*send, *flags[:2])
         assert code == 2
-        assert "go together" in err
+        assert "must be given together" in err
         monkeypatch.setenv("PREFLOOP_CLIENT_CERT", str(mine.certificate))
         monkeypatch.setenv("PREFLOOP_CLIENT_KEY", str(mine.key))
         assert run(*send)[0] == 0
@@ -146,7 +146,7 @@ def test_without_a_server_it_says_what_to_do(run: Run, arguments: tuple[str, ...
     code, out, err = run("--port", "1", *arguments)
     assert (code, out) == (1, "")
     assert err.strip() == (
-        "chat: No server answers at 127.0.0.1:1: start one with `server serve`, or give its --host and --port."
+        "chat: No server answers at 127.0.0.1:1: start one with `server serve`, or pass its --host and --port."
     )
 
 
@@ -162,5 +162,5 @@ def test_help_comes_at_once() -> None:
     )
     took = time.monotonic() - started
     assert re.search(r"--host\b", shown.stdout)
-    # Alone it takes half a second; the rest is room for a busy machine.
+    # It takes half a second on an idle machine.
     assert took < 5

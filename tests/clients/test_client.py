@@ -34,7 +34,7 @@ def test_a_chat_is_started_deltas_and_finished(client: Client) -> None:
     assert [event.text for event in events if isinstance(event, ChatDelta)] == ["Owls ", "live in ", "trees."]
     assert isinstance(events[-1], ChatFinished)
     assert events[-1].text == "Owls live in trees."
-    # The event that the client does not know is left out, not handed on as something else.
+    # The event that the client does not know is left out.
     assert len(events) == 5
 
 
@@ -144,7 +144,7 @@ def test_no_server_is_one_sentence_that_says_what_to_do() -> None:
     with Client("127.0.0.1:1", user="ana") as client, pytest.raises(UnavailableError) as caught:
         client.check()
     assert str(caught.value) == (
-        "No server answers at 127.0.0.1:1: start one with `server serve`, or give its --host and --port."
+        "No server answers at 127.0.0.1:1: start one with `server serve`, or pass its --host and --port."
     )
 
 
@@ -203,10 +203,10 @@ def test_a_server_with_tls_is_known_by_its_certificate(tmp_path: Path, service: 
         address = f"localhost:{port}"
         with Client(address, tls=Tls(pair[1], certificate, key)) as client:
             client.check()
-        # No certificate of one's own, and no TLS at all: the server hangs up, as one that goes down may.
+        # Without a client certificate or without TLS the server hangs up, as a server that is shutting down may.
         hung_up = (
-            f"The server at {address} ends the connection at once: it may be going down, or want TLS (--ca) or a "
-            "certificate of yours (--cert)."
+            f"The server at {address} closes the connection at once: it may be shutting down, or require TLS (--ca) or "
+            "a client certificate (--cert)."
         )
         for tls in (Tls(pair[1]), Tls(pair[1], other.certificate.read_bytes(), other.key.read_bytes()), None):
             with Client(address, tls=tls, timeout=WAIT_SECONDS) as client, pytest.raises(UnavailableError) as error:
@@ -217,19 +217,19 @@ def test_a_server_with_tls_is_known_by_its_certificate(tmp_path: Path, service: 
 @pytest.mark.parametrize(
     ("name", "made", "trusted", "said"),
     [
-        ("expired", {"days": (-9, -1)}, "expired", "has expired; whoever runs it has to renew it."),
-        ("early", {"days": (1, 9)}, "early", "is not valid yet; is the clock right here?"),
+        ("expired", {"days": (-9, -1)}, "expired", "has expired; its operator has to renew it."),
+        ("early", {"days": (1, 9)}, "early", "is not valid yet; check this machine's clock."),
         (
             "elsewhere",
             {"host": "elsewhere.example"},
             "elsewhere",
-            "was made for another name; connect by the name that it was made for.",
+            "is for another name; connect with the name in the certificate.",
         ),
         (
             "own",
             {},
             "other",
-            "is signed by nobody who is known here; give the certificate of who signed it with --ca.",
+            "has an unknown issuer; pass the issuer's certificate with --ca.",
         ),
     ],
 )
@@ -251,11 +251,11 @@ def test_a_server_without_tls_is_a_sentence(tmp_path: Path, service: FakeService
         pytest.raises(UnavailableError) as error,
     ):
         client.caller()
-    assert str(error.value) == f"The server at localhost:{port} was asked for TLS and speaks without."
+    assert str(error.value) == f"The server at localhost:{port} does not use TLS, but this client requires it."
 
 
 def untrusted(port: int, authority: Pem) -> str:
-    """What a call says, which would wait for minutes for a server that is away."""
+    """The error message of a call, which would wait minutes for an unavailable server."""
     waits: list[Any] = []
     tls = Tls(authority.certificate.read_bytes())
     with Client(f"localhost:{port}", tls=tls, user="ana", on_wait=lambda *wait: waits.append(wait)) as client:
@@ -270,10 +270,10 @@ def untrusted(port: int, authority: Pem) -> str:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"ca": b"rubbish"}, "ca holds no certificate in PEM."),
-        ({"ca": b"-----BEGIN PRIVATE KEY-----"}, "ca holds no certificate in PEM."),
-        ({"certificate": b"", "key": b""}, "certificate holds no certificate in PEM."),
-        ({"key": b"-----BEGIN CERTIFICATE-----"}, "key holds no private key in PEM."),
+        ({"ca": b"rubbish"}, "ca does not contain a PEM certificate."),
+        ({"ca": b"-----BEGIN PRIVATE KEY-----"}, "ca does not contain a PEM certificate."),
+        ({"certificate": b"", "key": b""}, "certificate does not contain a PEM certificate."),
+        ({"key": b"-----BEGIN CERTIFICATE-----"}, "key does not contain a PEM private key."),
     ],
 )
 def test_what_is_no_pem_is_refused(given: dict[str, bytes], sentence: str) -> None:

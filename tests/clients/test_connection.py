@@ -1,4 +1,4 @@
-"""What a connection lives through: restarts, deadlines, pings, several people and many threads."""
+"""Connections under restarts, deadlines, pings, several users and many threads."""
 
 import socket
 import time
@@ -28,7 +28,7 @@ KEPT = Turn(message="hi", response=Response(response_id="resp", text="Owls ", fi
 
 
 class Restartable:
-    """The service on one port, up and down as the test says."""
+    """The service on a fixed port, which a test can stop and start."""
 
     def __init__(self, service: FakeService) -> None:
         self.service = service
@@ -109,7 +109,7 @@ def test_a_half_heard_stream_is_not_sent_again_and_what_was_kept_is_fetched(
     sleep, met = time.sleep, []
 
     def pause(seconds: float) -> None:
-        """The server comes back in the first pause, and stores the answer's end once it was asked in vain."""
+        """The server comes back in the first pause, and stores the answer's end after one early request for it."""
         if not met:
             met.append("no server")
             server.start()
@@ -170,7 +170,7 @@ def test_closing_the_connection_ends_its_streams(client: Client, service: FakeSe
     assert isinstance(next(stream), ChatStarted)
     assert isinstance(next(stream), ChatDelta)
     client.close()
-    with pytest.raises(UnavailableError, match=r"^The connection to 127\.0\.0\.1:\d+ was closed here\.$"):
+    with pytest.raises(UnavailableError, match=r"^This program closed the connection to 127\.0\.0\.1:\d+\.$"):
         next(stream)
     assert service.cancelled.wait(WAIT_SECONDS)
 
@@ -203,13 +203,13 @@ def test_many_threads_share_a_client(client: Client, service: FakeService) -> No
 
 
 def test_a_server_takes_the_clients_pings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two clients ping every second, 310 times as often as clients do. Our server's patience is 310 times as long for
-    one; the other server has gRPC's own, and the end of that says that enough pings were sent."""
+    """Two clients ping every second, 310 times as often as by default. The first server has our limit on pings, scaled
+    by the same factor. The second has gRPC's default limit and hangs up, which shows that enough pings were sent."""
     faster = KEEPALIVE_MILLISECONDS / 1000
     least = "grpc.http2.min_ping_interval_without_data_ms"
     ours = {**dict(OPTIONS), least: int(dict(OPTIONS)[least] / faster)}
     monkeypatch.setattr("clients.channel.KEEPALIVE_MILLISECONDS", 1000)
-    # Without data between, gRPC sends two and then one a minute.
+    # Without data in between, gRPC sends two pings and then one per minute.
     more = ("grpc.http2.max_pings_without_data", 0)
     monkeypatch.setattr("clients.channel.channel_options", lambda address: [*channel_options(address), more])
     strict, service = FakeService(), FakeService()

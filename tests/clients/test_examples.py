@@ -1,4 +1,4 @@
-"""The examples in the docstrings run, with and without asyncio, and print what they say."""
+"""The examples in the docstrings run, with and without asyncio, and print the output shown."""
 
 import ast
 import doctest
@@ -26,7 +26,7 @@ def examples(client: type, method: str) -> list[doctest.Example]:
 
 
 def names(client: object) -> dict[str, Any]:
-    """What an example may speak of without importing it."""
+    """The names that an example may use without importing them."""
     return {**vars(clients), **vars(chat_pb2), **vars(feedback_pb2), "client": client}
 
 
@@ -36,7 +36,7 @@ async def check(example: doctest.Example, known: dict[str, Any]) -> None:
         result = eval(code, known)
         if inspect.isawaitable(result):
             await result
-    # As in the standard library's runner, but that an answer's last line need not end.
+    # As in the standard library's runner, except that the output need not end with a newline.
     assert printed.getvalue().removesuffix("\n") == example.want.removesuffix("\n"), example.source
 
 
@@ -47,7 +47,7 @@ def answered(service: FakeService) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_an_async_methods_example(method: str, address: str) -> None:
-    assert examples(AsyncClient, method), "Every public method has an example."
+    assert examples(AsyncClient, method), "Every public method needs an example."
     async with AsyncClient(address, user="ana", timeout=WAIT_SECONDS) as client:
         known = names(client)
         for example in examples(AsyncClient, method):

@@ -1,5 +1,5 @@
-"""The Go example is compiled by nobody here: every name that it takes from the protos is held to their descriptors, and
-`buf` runs its template with plugins that only say what they were asked."""
+"""The Go example, which these tests do not compile: every name it uses from the protos is checked against their
+descriptors, and `buf` runs its template with plugins that only record their request."""
 
 import os
 import re
@@ -15,7 +15,7 @@ PACKAGE = "example.com/chat/gen/prefloop/v1"
 FILES: list[FileDescriptor] = [chat_pb2.DESCRIPTOR, feedback_pb2.DESCRIPTOR]
 MESSAGES = {name: message for file in FILES for name, message in file.message_types_by_name.items()}
 SERVICES = {name: service for file in FILES for name, service in file.services_by_name.items()}
-# Answers with one file: what it was asked.
+# Responds with one file that lists the request.
 PLUGIN = """#!{python}
 import sys
 from google.protobuf.compiler.plugin_pb2 import CodeGeneratorRequest, CodeGeneratorResponse
@@ -34,7 +34,7 @@ def code(root: Path) -> str:
 
 
 def camel(name: str) -> str:
-    """protoc-gen-go's name of a field, for names in lower case with single underscores, as buf's lint wants them."""
+    """protoc-gen-go's name of a field, for lower-case names with single underscores, which buf's lint requires."""
     return "".join(part.capitalize() for part in name.split("_"))
 
 
@@ -86,7 +86,7 @@ def test_bufs_template_gives_the_protos_the_package_that_it_imports(root: Path, 
         packages = dict(line.split(" ") for line in files)
         assert packages["prefloop/v1/chat.proto"] == f"{PACKAGE};prefloopv1"
         assert packages["prefloop/v1/feedback.proto"] == f"{PACKAGE};prefloopv1"
-        # What Google ships keeps its own.
+        # Google's own protos keep their packages.
         assert packages["google/protobuf/timestamp.proto"] == "google.golang.org/protobuf/types/known/timestamppb"
     assert f'prefloopv1 "{PACKAGE}"' in code
     assert PACKAGE in (root / "clients" / "go" / "README.md").read_text()

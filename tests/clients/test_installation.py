@@ -1,4 +1,4 @@
-"""What `pip install prefloop` brings is all that the client needs, with the extra `web` all that the page does."""
+"""`pip install prefloop` installs everything the client needs; the extra `web` adds everything the page needs."""
 
 import ast
 import re
@@ -11,14 +11,14 @@ import pytest
 
 
 def closure(root: Path, *extras: str) -> set[str]:
-    """The distributions that the project's dependencies come to."""
+    """All distributions that the project depends on, directly or not."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [name for extra in extras for name in project["optional-dependencies"][extra]]
     found: set[str] = set()
     while wanted:
         requirement = wanted.pop()
         [name] = re.findall(r"^[\w.-]+", requirement)
-        # What only an extra or another system asks for.
+        # Skip requirements of extras or of other platforms.
         if "extra ==" in requirement or not any(Distribution.discover(name=name)):
             continue
         if (name := distribution(name).name) not in found:

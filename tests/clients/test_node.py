@@ -1,4 +1,4 @@
-"""The JavaScript example against the real server: what somebody gets who has nothing but the protos."""
+"""The JavaScript example, which uses nothing but the protos, against the real server."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
 
 @asynccontextmanager
 async def talking(example: Path, port: int, *arguments: str, **environment: str) -> AsyncIterator[Process]:
-    """`node chat.js`, with a proxy set that reaches nothing."""
+    """Runs `node chat.js` with a proxy variable that leads nowhere."""
     usual = {"PATH": os.environ["PATH"], "http_proxy": "http://127.0.0.1:1", "PREFLOOP_PORT": str(port)}
     process = await asyncio.create_subprocess_exec(
         "node", "chat.js", *arguments, cwd=example, stdin=PIPE, stdout=PIPE, stderr=PIPE, env={**usual, **environment}
@@ -65,7 +65,7 @@ async def test_it_chats_compares_and_votes(node_example: Path, running: Running)
     code, out, err = await talk(node_example, running.app.port, "Why?", typed="y\nb\n")
     assert (code, err) == (0, "")
     first, second = re.findall(r"SLOT_[AB]: (.*)\n", out)
-    # Which answer is A is drawn; control characters are gone from both.
+    # Slots are drawn at random; control characters are removed from both answers.
     assert {first, second} == {"One [2Jway. ", "Another way. "}
     assert out.replace(first, "1").replace(second, "2") == (
         "Air scatters blue. \nGood? y or n: \nSLOT_A: 1\n\nSLOT_B: 2\nBetter? a, b, tie or bad: "
@@ -122,13 +122,13 @@ async def test_beyond_loopback_nothing_is_sent_in_the_clear(node_example: Path) 
         begun.put_nowait(await reader.read(3))
         writer.close()
 
-    # Linux answers on all of 127.0.0.0/8; the example calls only three names its own.
+    # Linux has all of 127.0.0.0/8 on loopback; the example treats only three names as loopback.
     async with await asyncio.start_server(listen, "127.0.0.2", 0) as stranger:
         port = stranger.sockets[0].getsockname()[1]
         environment = {"PREFLOOP_HOST": "127.0.0.2", "PREFLOOP_API_KEY": "key_1.secret", "http_proxy": ""}
         code, out, _ = await talk(node_example, port, **environment)
     assert (code, out) == (1, "")
-    # A TLS record: handshake, version 3.
+    # A TLS handshake record, version 3.
     assert (await begun.get())[:2] == b"\x16\x03"
 
 

@@ -1,4 +1,4 @@
-"""What is sent again, how often and when, against a real server that refuses first."""
+"""Which calls are retried, how often and when, against a real server that rejects the first attempts."""
 
 import asyncio
 import itertools
@@ -28,7 +28,7 @@ AWAY = grpc.StatusCode.UNAVAILABLE
 
 
 def stopping(seconds: float | None = None) -> Status:
-    """What a server that stops says of a call, and perhaps when to come back."""
+    """The error of a server that is shutting down, optionally with a retry delay."""
     refusal = status(AWAY, "Stopping.")
     if seconds is not None:
         refusal.details.add().Pack(RetryInfo(retry_delay=Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))))
@@ -36,7 +36,7 @@ def stopping(seconds: float | None = None) -> Status:
 
 
 class Clock:
-    """Time that passes in pauses alone."""
+    """A clock that advances only in pauses."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -99,7 +99,7 @@ def test_every_kind_of_vote_and_every_question_is_sent_again(
     for rpc, call in calls.items():
         service.fail[rpc] = [stopping(), stopping()]
         assert call()
-    # Two more than without: lists have two pages, the others one answer.
+    # Two more than without failures: lists have two pages, the others one response.
     sent = {rpc: len(service.sent(rpc)) for rpc in calls}
     assert sent == dict.fromkeys(calls, 3) | {"ListConversations": 4, "ListFeedback": 4}
 
@@ -199,7 +199,7 @@ def test_patience_ends(address: str, service: FakeService, clock: Clock) -> None
             service.fail[rpc] = [stopping()] * 20
             with pytest.raises(UnavailableError, match=r"^Stopping\.$"):
                 call()
-            # After 0.2 + 0.4 + 0.8 + 1.6 s, a pause of 3.2 would end too late.
+            # After 0.2 + 0.4 + 0.8 + 1.6 s, a pause of 3.2 s would exceed the patience.
             assert (len(service.sent(rpc)), clock.pauses) == (5, [0.2, 0.4, 0.8, 1.6])
             clock.pauses.clear()
     assert heard == [("Stopping.", 4.0)] * 2
@@ -221,7 +221,7 @@ def test_a_wait_is_told_in_the_log(
 ) -> None:
     service.fail["SubmitThumb"] = [stopping()] * 3
     client.thumb("resp", THUMB_UP)
-    assert caplog.messages == ["Stopping. Trying again for 120 s at most."]
+    assert caplog.messages == ["Stopping. Retrying for up to 120 s."]
 
 
 def test_the_servers_own_pause_is_kept(client: Client, service: FakeService, clock: Clock) -> None:
@@ -264,12 +264,12 @@ def test_a_message_to_a_server_that_is_down_is_answered_when_it_is_up(service: F
     assert len(service.sent("Chat")) == 1
 
 
-# Waits that somebody ends. A pause would take a minute.
+# Interrupted waits. Without the interruption each pause would take a minute.
 
 
 @pytest.fixture
 def paused(monkeypatch: pytest.MonkeyPatch, service: FakeService) -> Iterator[threading.Event]:
-    """Set as soon as a call waits to be sent again; fails where the pause was not cut short."""
+    """Set when a call starts to wait for its retry. Fails if the pause was not cut short."""
     for name in ("FIRST_SECONDS", "LONGEST_SECONDS"):
         monkeypatch.setattr(retries, name, 60.0)
     for rpc in ("Chat", "SubmitThumb"):
@@ -305,12 +305,12 @@ def test_closing_the_client_ends_its_waits(waiting: Client, paused: threading.Ev
         waits = pool.submit(wait)
         assert paused.wait(WAIT_SECONDS)
         waiting.close()
-        with pytest.raises(UnavailableError, match="was closed here"):
+        with pytest.raises(UnavailableError, match="This program closed the connection"):
             waits.result(WAIT_SECONDS)
 
 
 async def begun(client: AsyncClient, paused: threading.Event) -> tuple[AsyncStream[ChatEvent], asyncio.Task[Any]]:
-    """A stream that waits to be sent again, and the task that reads it."""
+    """A stream that waits for its retry, and the task that reads it."""
     stream = client.chat("hi")
     task = asyncio.create_task(collect(stream))
     assert await asyncio.to_thread(paused.wait, WAIT_SECONDS)
@@ -358,7 +358,7 @@ async def test_a_timeout_around_a_wait_is_a_timeout(async_waiting: AsyncClient, 
 async def test_closing_the_async_client_ends_its_waits(async_waiting: AsyncClient, paused: threading.Event) -> None:
     _, task = await begun(async_waiting, paused)
     await async_waiting.close()
-    with pytest.raises(UnavailableError, match="was closed here"):
+    with pytest.raises(UnavailableError, match="This program closed the connection"):
         await task
 
 

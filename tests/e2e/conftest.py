@@ -1,7 +1,7 @@
 """Real servers, each with a real vLLM engine.
 
-Most tests do not care what is said and use one server with a tiny model for all of them; with `slow`, they run again
-with the default model. A test that needs settings of its own starts a server of its own.
+Most tests do not depend on the text and share one server with a tiny model; with `slow`, they run again with the
+default model. A test that needs its own settings starts its own server.
 """
 
 import os
@@ -30,7 +30,7 @@ STOP_SECONDS = 60
 class LiveServer:
     """`server serve` as an operator runs it, with `model` and other settings as environment variables.
 
-    Stop and start it as often as a test likes; the data and the model stay."""
+    It can be stopped and started any number of times; the data and the model stay."""
 
     def __init__(self, data_dir: Path, model: Path | str = DEFAULT_MODEL, **settings: str) -> None:
         self.data_dir = data_dir
@@ -41,7 +41,7 @@ class LiveServer:
     def start(self, **settings: str) -> None:
         usual = {
             "PREFLOOP_MODEL": self.model,
-            # Eager: compiling takes a minute and changes nothing that is tested here.
+            # Compiling takes a minute and changes nothing that is tested here.
             "PREFLOOP_COMPILE": "false",
             "PREFLOOP_POLL_SECONDS": "0.1",
             "PREFLOOP_METRICS_PORT": "0",
@@ -60,18 +60,18 @@ class LiveServer:
         self.policies = policy_pb2_grpc.PolicyServiceStub(self.channel)
 
     def stop(self) -> int:
-        """SIGTERM; the exit status."""
+        """Sends SIGTERM; returns the exit status."""
         self.channel.close()
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_SECONDS)
 
     def hear(self, part: str) -> None:
-        """Returns once it says a line with `part`, which it did not before it served."""
+        """Waits for a line of output with `part`, after those of the start."""
         while part not in self._lines.get(timeout=START_SECONDS):
             pass
 
     def kill(self) -> list[int]:
-        """SIGKILL; the processes below it as descriptors, which turn readable when they end."""
+        """Sends SIGKILL; returns descriptors of the child processes, which become readable when they end."""
         below = [os.pidfd_open(pid) for pid in children(self.process.pid)]
         self.channel.close()
         self.process.kill()
@@ -101,7 +101,7 @@ class LiveServer:
 
 @contextmanager
 def live_server(data_dir: Path, model: Path | str = DEFAULT_MODEL, **settings: str) -> Iterator[LiveServer]:
-    """A server for as long as the block, which may have ended it already."""
+    """Runs a server during the block, which may itself stop it."""
     server = LiveServer(data_dir, model, **settings)
     try:
         yield server
@@ -111,7 +111,7 @@ def live_server(data_dir: Path, model: Path | str = DEFAULT_MODEL, **settings: s
 
 
 def children(pid: int) -> set[int]:
-    """Every process below `pid`."""
+    """All descendants of process `pid`."""
     found: set[int] = set()
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in task.read_text().split():
@@ -120,7 +120,7 @@ def children(pid: int) -> set[int]:
 
 
 def engine(server: LiveServer) -> int:
-    """Its engine's process."""
+    """The pid of the server's engine."""
     [pid] = [
         pid
         for pid in children(server.process.pid)
@@ -138,23 +138,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=["tiny", slow("default")])
 def model(request: pytest.FixtureRequest) -> str:
-    """What `--model` takes."""
+    """The value for `--model`."""
     return DEFAULT_MODEL if request.param == "default" else str(request.getfixturevalue("tiny_model"))
 
 
 @pytest.fixture(scope="session")
 def default(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """One server with the default model, for tests whose answers must make sense or take their time."""
+    """One server with the default model, for tests whose answers must make sense or take long."""
     data_dir = tmp_path_factory.mktemp("default")
     with live_server(data_dir) as server:
         yield server
-    # A version of this model has 269 MB.
+    # Each version of this model takes 269 MB.
     shutil.rmtree(data_dir)
 
 
 @pytest.fixture(scope="session")
 def live(request: pytest.FixtureRequest, model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """One server for all tests that need no other."""
+    """The shared server for tests that need no other."""
     if model == DEFAULT_MODEL:
         yield request.getfixturevalue("default")
         return

@@ -1,6 +1,6 @@
-"""Votes in, a new policy out: a small round of the real learner against the real server.
+"""From votes to a new policy: a small round of the real learner against the real server.
 
-The gate is opened wide (a handful of votes proves nothing); that it closes is tested in tests/learner.
+The gate is set to accept almost anything, since a few votes prove nothing; its rejections are tested in tests/learner.
 """
 
 import json
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.e2e
 
 COMPARISONS = 150
 SMALL = {
-    # A learner that is killed keeps the next one waiting this long.
+    # How long a killed learner keeps the next one waiting.
     "PREFLOOP_LEASE_SECONDS": "3",
-    # Large steps and no brakes: a shift that sixteen prompts can show.
+    # Large, unrestrained steps, for a shift that sixteen prompts can show.
     "PREFLOOP_PPO__STEPS": "5",
     "PREFLOOP_PPO__EPISODES": "16",
     "PREFLOOP_PPO__SAVE_EVERY": "5",
@@ -85,11 +85,11 @@ def test_votes_become_a_policy_that_serves(default: LiveServer) -> None:
         report = learner(live, "run-once")
         assert report["state"] == "promoted", report["sentence"]
         assert [step["step"] for step in report["metrics"]["ppo"]["steps"]] == [0, 1, 2, 3, 4]
-        # The engine drew from the trainer's weights at every step, at the service temperature, from the whole
-        # distribution and over no keys and values of old weights: each mistake would show in these.
+        # The engine must sample from the trainer's current weights at every step, at the service temperature, from the
+        # whole distribution, and without cached keys and values of old weights. Any mistake would show here.
         assert max(step["mismatch_rms"] for step in report["metrics"]["ppo"]["steps"]) < 0.2
         assert report["metrics"]["ppo"]["steps"][0]["mismatch_rms"] < 0.1
-        # Before its first update the trainer gives what it gave: in bfloat16, where pi_old is its own, to the last bit.
+        # Before its first update the trainer must reproduce pi_old; in bfloat16, where pi_old is its own, bit by bit.
         assert max(step["first_ratio_error"] for step in report["metrics"]["ppo"]["steps"]) < 1e-3
         version = report["policy_version"]
         active = client.active_policy()
@@ -112,7 +112,7 @@ def test_votes_become_a_policy_that_serves(default: LiveServer) -> None:
 
 @contextmanager
 def scores(live: LiveServer) -> Iterator[str]:
-    """`learner serve-scores`; where it listens."""
+    """Runs `learner serve-scores`; yields its address."""
     arguments = ["serve-scores", "--data-dir", str(live.data_dir), "--port", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "learner.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -131,7 +131,7 @@ def scores(live: LiveServer) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_the_newest_reward_model_chooses_what_is_compared(default: LiveServer) -> None:
-    """After the test above, which leaves a reward model."""
+    """Needs the reward model that the test above leaves."""
     live = default
     store = Store.open(live.data_dir)
     newest = store.reward_models.newest()
@@ -139,7 +139,7 @@ def test_the_newest_reward_model_chooses_what_is_compared(default: LiveServer) -
         pytest.skip("there is no reward model: no round has run")
     with (
         scores(live) as address,
-        # Another replica on the same data.
+        # A second replica on the same data.
         live_server(
             live.data_dir, live.model, PREFLOOP_SCORING_ADDRESS=address, PREFLOOP_SCORING_SECONDS="60"
         ) as replica,

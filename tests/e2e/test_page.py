@@ -1,4 +1,4 @@
-"""`make serve` as a newcomer runs it: one command, a page in a real browser, a real engine and a learner behind it."""
+"""`make serve` as a newcomer runs it: one command, with a real browser, engine and learner."""
 
 import os
 import re
@@ -43,7 +43,7 @@ async def test_one_command_chats_votes_and_asks_for_a_round(model: str, tmp_path
         url = next(found[1] for line in process.stdout if (found := re.match(r"chat on (\S+)", line)))
         async with browsing() as browser:
             page = await browser.new_page()
-            # The page is there at once, and waits for the server by itself.
+            # The page is there at once and waits for the server.
             await page.goto(url)
             await expect(page.get_by_label("Message", exact=True)).to_be_visible(timeout=START_SECONDS * 1000)
             below = [os.pidfd_open(pid) for pid in children(process.pid)]
@@ -62,7 +62,7 @@ async def test_one_command_chats_votes_and_asks_for_a_round(model: str, tmp_path
             await expect(page.locator("#learner")).to_contain_text("2 votes wait to be learned from.")
             await page.locator("#run-round").click()
             await page.get_by_role("button", name="Run the round").click()
-            await expect(page.locator("#learner")).to_contain_text("The last one that was asked for", timeout=ANSWER_MS)
+            await expect(page.locator("#learner")).to_contain_text("Last requested round", timeout=ANSWER_MS)
             await expect(page.locator("#learner")).to_contain_text("few")
     finally:
         process.send_signal(signal.SIGTERM)

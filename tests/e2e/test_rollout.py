@@ -1,4 +1,4 @@
-"""The learner's own engine: prompts that no step takes whole, each answer with its seed."""
+"""The learner's own engine: prompts too long for one step, and a seed for each answer."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ print("found", together[0].token_ids == alone[0].token_ids, len(together), len({
 
 
 def test_long_prompts_are_read_in_parts_and_keep_their_seeds(tiny_model: Path) -> None:
-    # 43,000 tokens at once are more than vLLM reads in a step.
+    # 43,000 tokens are more than vLLM processes in one step.
     done = subprocess.run(
         [sys.executable, "-c", SAMPLE, str(tiny_model)], capture_output=True, text=True, timeout=300, check=False
     )

@@ -1,4 +1,4 @@
-"""The README's way to let others in: a key, a certificate, an open address, and `chat` with both."""
+"""The README's setup for other users: a key, a certificate, an open address, and `chat` with key and certificate."""
 
 import os
 import select
@@ -40,7 +40,7 @@ def test_who_has_a_key_gets_in_and_nobody_else(model: str, tmp_path: Path) -> No
         assert "user      olga" in listed
         assert run("server.cli", "keys", "revoke", key.partition(".")[0], "--data-dir", str(data_dir)).returncode == 0
         assert "not valid here" in run(*send, PREFLOOP_API_KEY=key).stderr
-        # A server that is killed does not leave its engine behind.
+        # A killed server does not leave its engine behind.
         for process in server.kill():
             assert select.select([process], [], [], 20)[0]
             os.close(process)

@@ -32,7 +32,7 @@ def scale_norm(tensors: Tensors) -> None:
 
 
 def negate_norm(tensors: Tensors) -> None:
-    # Turns every logit around, so that even greedy answers differ.
+    # Negates every logit, so that even greedy answers differ.
     tensors["model.norm.weight"] *= -1
 
 
@@ -69,7 +69,7 @@ def activate(live: LiveServer, version: str) -> None:
 def test_a_default_server_answers(default: LiveServer) -> None:
     started, streamed, finished = ask(default, "What is the capital of Japan?", temperature=0, max_tokens=24)
     assert streamed == finished.text
-    # Its first words are far from a tie: the same in bfloat16, whose rounding differs from one processor to the next.
+    # The first words are far from a tie, so they survive bfloat16 rounding, which differs between processors.
     assert "The capital of Japan is Tokyo" in finished.text
     assert spans(default, started) == [(0, finished.usage.completion_tokens, "v0000", False)]
 
@@ -90,7 +90,7 @@ def test_a_cancelled_answer_keeps_its_tokens_and_spans(live: LiveServer) -> None
     for _ in range(5):
         next(call)
     call.cancel()
-    # The next call in the same conversation waits until the cancelled answer is settled.
+    # The next call in the same conversation waits until the cancelled answer is stored.
     follow_up = chat_pb2.ChatRequest(
         conversation_id=started.conversation_id, message="Go on.", sampling={"max_tokens": 1}
     )
@@ -163,7 +163,7 @@ def test_swapping_there_and_back_restores_the_answers(live: LiveServer) -> None:
     activate(live, make_version(live.data_dir, negate_norm))
     assert ask(live, "Why is the sky blue?", temperature=0, max_tokens=24)[1] != before
     activate(live, "v0000")
-    # Not from the prefix cache of the other weights either.
+    # The prefix cache of the other weights must not be used either.
     assert ask(live, "Why is the sky blue?", temperature=0, max_tokens=24)[1] == before
 
 
@@ -274,13 +274,13 @@ def test_a_stop_ends_streams_in_the_grace_and_every_process(live: LiveServer) ->
     *_, last = list(call)
     assert last.finished.usage.completion_tokens > 0
     assert live.stop() == 0
-    # A descriptor of a process turns readable when it ends; the last one to go is Python's own resource tracker.
+    # A process descriptor becomes readable when the process ends; the last one is Python's own resource tracker.
     for process in below:
         assert select.select([process], [], [], 10)[0]
         os.close(process)
-    # Nor did the engine complain about its own end.
+    # The engine logged no exception when it ended.
     assert "Exception ignored" not in "".join(live.log)
-    # While it is down the pointer moves; at its start it serves what the pointer says.
+    # The pointer moves while the server is down; at its start the server follows the pointer.
     store = Store.open(live.data_dir)
     assert load_responses(store._db, [started.response_id])[started.response_id].status == "finished"
     assert store.replicas.alive() == []

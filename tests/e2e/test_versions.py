@@ -1,4 +1,4 @@
-"""Versions side by side on the real engine: pinned answers, a flip without a pause, a comparison, a way back."""
+"""Versions side by side on the real engine: pinned answers, a switch without a pause, a comparison, a rollback."""
 
 import time
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def adapters(model: str, tmp_path: Path) -> Iterator[LiveServer]:
 
 
 def make_adapter(live: LiveServer, seed: int, spoil: bool = False) -> str:
-    """An adapter on the reference that changes what it says, published and registered as a learner does."""
+    """Publishes and registers, as a learner would, an adapter that changes the reference's answers."""
     policies = live.data_dir / "policies"
     policy = TrainablePolicy.create(policies / "v0000", PolicySettings(), torch.float32, torch.device("cpu"), seed)
     with closing(Store.open(live.data_dir)) as store:
@@ -56,7 +56,7 @@ def shake(path: Path, seed: int, spoil: bool) -> None:
 
 
 def choose_against(live: LiveServer, loser: str, user: str) -> set[str]:
-    """One comparison, and a vote for the answer that is not the loser's; the versions that were shown."""
+    """Runs one comparison and votes for the answer that is not from `loser`; returns the versions shown."""
     who: Any = (("x-user-id", user),)
     request = chat_pb2.CompareRequest(message="Name a colour.", sampling={"max_tokens": 8})
     comparison_id = next(iter(list(live.chat.Compare(request, timeout=120, metadata=who)))).started.comparison_id
@@ -75,7 +75,7 @@ def test_versions_live_side_by_side_and_the_loser_goes(adapters: LiveServer) -> 
     before = ask(live, "Name three colours.", **asked)[1]
     version = make_adapter(live, seed=1)
 
-    # Pinned: an answer that was begun before the flip ends as it began.
+    # Pinned: an answer that began before the switch ends with the version it began with.
     call = live.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 100}), timeout=120)
     opening = next(call).started
     next(call)
@@ -87,13 +87,14 @@ def test_versions_live_side_by_side_and_the_loser_goes(adapters: LiveServer) -> 
     assert after != before
     assert spans(live, started) == [(0, finished.usage.completion_tokens, version, False)]
 
-    # Nothing of a broken one serves.
+    # A broken version never serves.
     broken = make_adapter(live, seed=2, spoil=True)
     with pytest.raises(grpc.RpcError) as error:
         activate(live, broken)
     assert "not finite" in error.value.details()
 
-    # The pointer came back to `version`: taken back, not won. Activated anew, it is put beside what was before it.
+    # The failed activation moved the pointer back to `version`, which starts no comparison. Activating it again does,
+    # with the version before it.
     activate(live, "v0000")
     activate(live, version)
     shown = choose_against(live, version, "user0")

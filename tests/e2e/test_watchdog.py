@@ -1,6 +1,6 @@
-"""An engine whose step spins or blocks is noticed and started again; one that is only slow is left alone.
+"""An engine whose step spins or blocks is detected and restarted; one that is only slow is left alone.
 
-Engines that are killed or stopped are in test_swap.py."""
+Killed and stopped engines are tested in test_swap.py."""
 
 import multiprocessing
 import threading
@@ -24,7 +24,7 @@ LONG = "Tell me a very long story about a lighthouse keeper."
 
 
 def seconds_until_noticed(server: LiveServer) -> float:
-    """From when a stream stops to NOT_SERVING; returns once the server serves again."""
+    """Seconds from the end of a stream's events to NOT_SERVING; returns once the server is serving again."""
     health = health_pb2_grpc.HealthStub(server.channel).Watch(health_pb2.HealthCheckRequest(), timeout=300)
     assert next(health).status == SERVING
     call = server.chat.Chat(chat_pb2.ChatRequest(message=LONG, sampling={"max_tokens": 400}), timeout=240)
@@ -63,7 +63,7 @@ def test_a_step_that_never_ends_is_noticed_whatever_it_does(
 
 @contextmanager
 def busy() -> Iterator[None]:
-    """A process that wants a core and gives nothing way."""
+    """Runs a process that keeps a core busy."""
     process = multiprocessing.get_context("spawn").Process(target=spin, daemon=True)
     process.start()
     try:
@@ -82,7 +82,7 @@ def spin() -> None:
 def test_a_slow_engine_is_left_alone_and_its_long_prompts_do_not_hold_up_others(
     default: LiveServer, prompts: int
 ) -> None:
-    """Prompts near the context's limit at once, seeded, beside a busy process: sixteen have more than 24,000 tokens."""
+    """Concurrent, seeded prompts near the context limit next to a busy process; sixteen have over 24,000 tokens."""
     before = engine(default)
     words = " ".join(f"{number} owls" for number in range(400))
     short = chat_pb2.ChatRequest(message="Count to a hundred.", sampling={"max_tokens": 200})
@@ -111,5 +111,5 @@ def test_a_slow_engine_is_left_alone_and_its_long_prompts_do_not_hold_up_others(
             assert last.finished.usage.prompt_tokens > 1500
         reader.join()
     assert engine(default) == before
-    # A step computes about a second's worth of tokens; beside a busy process it takes some times as long.
+    # A step computes about a second's worth of tokens; next to a busy process it takes a few times as long.
     assert max(gaps[1:]) < 10

@@ -1,7 +1,7 @@
-"""A model for tests that do not care what is said: made in a second, and quick to answer.
+"""A model for tests that do not depend on the text: created in a second, and quick to answer.
 
-Four small layers of seeded weights, large enough that its answers are far from uniform. Its tokens are the printable
-characters of ASCII, so that any text is a prompt and any answer can be read. It hardly ever ends an answer by itself.
+It has four small layers of seeded weights, large enough that its answers are far from uniform. Its tokens are the
+printable ASCII characters, so any text is a prompt and any answer is readable. It rarely ends an answer by itself.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_model(directory: Path) -> None:
-    """A Hugging Face directory, as `--model` takes it."""
+    """Writes a Hugging Face directory for `--model`."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders
     from tokenizers.models import WordLevel

@@ -1,26 +1,26 @@
-// The server renders, this places: forms are sent without leaving the page, and what comes back replaces what changed.
-// Everything also works without it, a reload at a time.
+// Submits forms without leaving the page and replaces the changed parts by the server's HTML. Without this script
+// everything still works, with reloads.
 
-const AWAY = "This page's own server does not answer. It is tried again; nothing that was said or voted is lost.";
+const AWAY = "This page's own server does not answer. The page keeps trying; no messages or votes are lost.";
 const RETRY_MS = 2000;
-// Where the reader is at the end, the end stays in sight; less than a wheel's notch up is not the end any more.
+// A reader this close to the end stays at the end as the page grows. Less than one notch of a mouse wheel.
 const NEAR_END_PX = 8;
 
 const policy = window.trustedTypes?.createPolicy("prefloop", { createHTML: (html) => html }) ?? {
   createHTML: (html) => html,
 };
 const byId = (id) => document.getElementById(id);
-// What the server sent of each live element: one is replaced only where that has changed, so that what a person has
-// opened or begun to write stays.
+// The HTML that the server sent for each live element. An element is replaced only if it has changed, so that opened
+// sections and unsent text stay.
 const sent = new WeakMap();
 let following = null;
 let retry = null;
-// What was sent so far: a page that was asked for before shows less.
+// The number of actions sent so far. A page that was requested before the last one is out of date.
 let actions = 0;
-// Whether the notice is about what is out of reach, and goes when that is back. What an action was answered stays until
-// the next one.
+// Whether the notice is about an unreachable server and disappears when it is back. The error of an action stays until
+// the next action.
 let passing = false;
-// A message that was sent without an answer.
+// A message that was sent but got no response.
 let unanswered = null;
 
 function parse(html) {
@@ -43,12 +43,12 @@ function place(page) {
     receive(live, html);
     if (focused !== null) (byId(focused) ?? live).focus({ preventScroll: true });
   }
-  // A turn by itself has none.
+  // A single turn has no title.
   if (page.title) document.title = page.title;
   if (atEnd) scrollTo(0, document.body.scrollHeight);
 }
 
-// What a person has begun to write stays when something else in its turn changes.
+// Keeps unsent text when something else in its turn changes.
 function keep(old, live) {
   for (const field of old.querySelectorAll("details :is(input, textarea)[id]")) {
     const fresh = live.querySelector(`#${CSS.escape(field.id)}`);
@@ -78,8 +78,8 @@ function say(text) {
   byId("status").textContent = text;
 }
 
-// The page that a request ends at. Where it fails the notice says why, and there is no `page`; null comes back, and the
-// page is asked for again, where that may pass.
+// Requests a page. On failure shows a notice and returns no `page`; if the failure may be temporary, returns null and
+// schedules a refresh.
 async function load(url, options) {
   clearTimeout(retry);
   try {
@@ -100,7 +100,7 @@ async function refresh() {
   const before = actions;
   const loaded = await load(location.href);
   if (!loaded?.page || actions !== before) return;
-  // Who was signed in is not any more.
+  // The user has been signed out.
   if (new URL(loaded.url).pathname !== location.pathname) return location.assign(loaded.url);
   if (passing) notice("");
   place(loaded.page);
@@ -108,7 +108,7 @@ async function refresh() {
 }
 
 async function submit(form, button) {
-  // Until the first press is answered, a second one is the same press.
+  // Ignore further presses until the first one is answered.
   if (form.dataset.sending) return;
   form.dataset.sending = "true";
   const composing = form.id === "composer";
@@ -117,16 +117,16 @@ async function submit(form, button) {
   const body = new URLSearchParams(new FormData(form, button));
   actions += 1;
   const loaded = await load(form.action, { method: "POST", body });
-  // Sent again as it is, a message that nobody answered is the same message.
+  // If a message that got no response is sent again unchanged, it keeps its request id.
   if (composing) unanswered = loaded ? null : message;
   if (!loaded?.page) {
     delete form.dataset.sending;
-    // Refused: here is what there is.
+    // Rejected: show the current state.
     return loaded && refresh();
   }
   notice("");
   if (composing) {
-    // What was written meanwhile is the next message.
+    // Text written in the meantime is the next message.
     if (byId("message").value === message) form.reset();
     if (form.contains(document.activeElement) || document.activeElement === document.body) byId("message").focus();
   }
@@ -137,7 +137,7 @@ async function submit(form, button) {
   follow();
 }
 
-// Answers are followed while they are written; each event is the whole turn, so a lost one costs nothing.
+// Follows answers while they are written. Each event is the whole turn, so a lost event does no harm.
 function follow() {
   if (following || !document.querySelector("[aria-busy=true]")) return;
   say("The answer is being written.");
@@ -165,7 +165,7 @@ document.addEventListener("submit", (event) => {
   submit(event.target, event.submitter);
 });
 
-// The second click of a double click is no second vote.
+// The second click of a double click is not a second vote.
 document.addEventListener(
   "click",
   (event) => {
@@ -177,9 +177,9 @@ document.addEventListener(
 document.addEventListener("keydown", (event) => {
   const { key, target } = event;
   if (event.repeat && key === "Enter" && target.matches("button")) return event.preventDefault();
-  // 229: an input method's key, by which Safari tells the Enter that ends a composition.
+  // 229: Safari's key code for the Enter that ends an input method's composition.
   if (event.isComposing || event.keyCode === 229 || event.ctrlKey || event.altKey || event.metaKey) return;
-  // A phone's keyboard has no Shift+Enter; there Enter begins a line, and the button sends.
+  // Phone keyboards have no Shift+Enter, so there Enter starts a new line and the button sends.
   if (target.id === "message" && key === "Enter" && !event.shiftKey && !matchMedia("(pointer: coarse)").matches) {
     event.preventDefault();
     if (!event.repeat && target.value.trim()) byId("composer").requestSubmit(byId("send"));
@@ -187,7 +187,7 @@ document.addEventListener("keydown", (event) => {
     target.closest(".pair")?.querySelector(`[aria-keyshortcuts="${CSS.escape(key)}"]`)?.click();
 });
 
-// Another window of the same person may have voted.
+// The same user may have voted in another window.
 document.addEventListener("visibilitychange", () => document.hidden || refresh());
 addEventListener("popstate", () => location.reload());
 

@@ -1,22 +1,22 @@
 # Copied from clients/web/charts/chart.py by `make docs`: write there, not here.
-"""Charts as data: values become places in a small SVG, which templates/chart.html.j2 draws.
+"""Charts as data: values become coordinates in a small SVG, which templates/chart.html.j2 draws.
 
-Drawn in the page itself, so that they follow its light and dark, need no second request, and can be read out. The
-learner's report has copies of this file, of curves.py, of the template and of its style sheet.
+The SVG is part of the page, so that it follows the light and dark themes, needs no second request, and works with
+screen readers. The learner's report has copies of this file, curves.py, the template and its style sheet.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-# Where the marks are, in the SVG's own units; templates/chart.html.j2 has the frame around them.
+# The plot area in SVG units; templates/chart.html.j2 has the frame around it.
 LEFT, RIGHT, TOP, BOTTOM = 44, 264, 8, 128
 TICKS = 4
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values on a range of pixels."""
+    """A linear scale from values to pixels."""
 
     low: float
     high: float
@@ -25,18 +25,18 @@ class Axis:
     end: float
 
     def at(self, value: float) -> float:
-        """Where a value is."""
+        """The position of a value."""
         return round(self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low), 1)
 
     @property
     def ticks(self) -> list[float]:
-        """Round values from end to end."""
+        """Round values from one end to the other."""
         count = round((self.high - self.low) / self.step)
         return [round(self.low + number * self.step, 10) for number in range(count + 1)]
 
 
 def axis(values: Iterable[float], start: float, end: float, *, zero: bool = True, least: float = 0.0) -> Axis:
-    """An axis that holds all values between round ends; with `zero`, zero too. Steps are `least` or wider."""
+    """An axis with round ends that includes all values and, with `zero`, zero. Steps are at least `least`."""
     known = [*values, *([0.0] if zero else [])]
     low, high = min(known), max(known)
     step = nice(max((high - low) / TICKS, least, 1e-6 if high > low else 0.25))
@@ -44,14 +44,14 @@ def axis(values: Iterable[float], start: float, end: float, *, zero: bool = True
 
 
 def nice(value: float) -> float:
-    """The next 1, 2 or 5 times a power of ten."""
+    """The smallest 1, 2 or 5 times a power of ten that is not below `value`."""
     power: float = 10.0 ** floor(log10(value))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * (1 - 1e-9))
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A piece of a stacked bar: its kind, its corner and its size, and what it says when one points at it."""
+    """A segment of a stacked bar: its kind, corner, size, and tooltip."""
 
     kind: int
     x: float
@@ -63,7 +63,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Dot:
-    """A value with its interval, as pixels; `filled` marks the ones that count."""
+    """A value with its interval, in pixels; `filled` draws a filled dot."""
 
     x: float
     y: float
@@ -75,22 +75,22 @@ class Dot:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart. Any of its marks may be missing; pixels all of them, but for the axes."""
+    """One chart. Any of its marks may be missing. All positions except those in `y` are pixels."""
 
     title: str
     unit: str
     x_title: str
     y: Axis
-    # (place, words) below the axis.
+    # (position, text) below the axis.
     x_labels: Sequence[tuple[float, str]]
     line: Sequence[tuple[float, float]] = ()
-    # Around the line: the upper edge, then the lower one backwards.
+    # A band around the line: the upper edge, then the lower edge in reverse.
     band: Sequence[tuple[float, float]] = ()
     bars: Sequence[Bar] = ()
     dots: Sequence[Dot] = ()
-    # Heights of values to compare with, and their words.
+    # (height, label) of reference lines.
     levels: Sequence[tuple[float, str]] = ()
-    # The place of what was chosen.
+    # The position of the chosen step.
     mark: float | None = None
 
 
@@ -105,7 +105,7 @@ def curve(
     zero: bool = True,
     mark: float | None = None,
 ) -> Chart:
-    """A line over a round's steps; `spread` is drawn on both sides of it."""
+    """A line over a round's steps, with a band of `spread` on both sides."""
     spread = spread or [0.0] * len(values)
     tops = [value + around for value, around in zip(values, spread, strict=True)]
     bottoms = [value - around for value, around in zip(values, spread, strict=True)]
@@ -134,7 +134,7 @@ def intervals(
     *,
     level: tuple[float, str],
 ) -> Chart:
-    """A dot for each (name, value, low, high, filled), its interval as a bar, between 0 and 1."""
+    """A dot with its interval for each (name, value, low, high, filled), on an axis from 0 to 1."""
     y = Axis(0.0, 1.0, 0.25, BOTTOM, TOP)
     slot = (RIGHT - LEFT) / max(len(values), 1)
     places = [round(LEFT + slot * (number + 0.5), 1) for number in range(len(values))]
@@ -149,7 +149,7 @@ def intervals(
 def stacks(
     title: str, unit: str, x_title: str, kinds: Sequence[str], columns: Sequence[tuple[str, Sequence[int]]]
 ) -> Chart:
-    """A bar for each (name, how many of each kind), the kinds one upon the other."""
+    """A stacked bar for each (name, counts by kind)."""
     y = axis([float(sum(counts)) for _, counts in columns], BOTTOM, TOP, least=1)
     slot = (RIGHT - LEFT) / max(len(columns), 1)
     bars: list[Bar] = []
@@ -169,6 +169,6 @@ def stacks(
 
 
 def _thinned(names: list[tuple[float, str]], most: int) -> list[tuple[float, str]]:
-    """Every so many of them, the last one always."""
+    """At most `most` evenly spaced names, always including the last."""
     every = max(1, ceil(len(names) / most))
     return names[(len(names) - 1) % every :: every]

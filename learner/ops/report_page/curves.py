@@ -1,27 +1,27 @@
 # Copied from clients/web/charts/curves.py by `make docs`: write there, not here.
-"""How a round's training went: a chart for each figure of its steps."""
+"""Training curves of a round: a chart for each metric of its steps."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from learner.ops.report_page.chart import Chart, curve
 
-# (figure of a step, title, unit)
+# (metric of a step, title, unit)
 FIGURES = (
-    ("score", "Score, and its uncertainty", "sd of reference answers"),
-    ("kl", "KL to the reference", "nats an answer"),
+    ("score", "Score and its uncertainty", "sd of reference answers"),
+    ("kl", "KL to the reference", "nats per answer"),
     ("length", "Answer length", "tokens"),
-    ("entropy", "Entropy", "nats a token"),
+    ("entropy", "Entropy", "nats per token"),
     ("clipfrac", "Clipped ratios", "share of tokens"),
     ("value_loss", "Value loss", "squared score"),
-    ("mismatch_rms", "Trainer against engine", "rms of log-ratio"),
-    ("kl_coef", "KL penalty's weight", ""),
+    ("mismatch_rms", "Trainer vs. engine", "rms of log-ratio"),
+    ("kl_coef", "KL penalty weight", ""),
 )
 KL_LEVELS = (("kl_target", "target"), ("kl_budget", "budget"))
 
 
 def step_curves(improvement: Mapping[str, Any], chosen: float | None) -> list[Chart]:
-    """A chart for each figure that every step has, from a round's `ppo` metrics; the step `chosen` is marked."""
+    """A chart for each metric that every step has, from a round's `ppo` metrics; the step `chosen` is marked."""
     steps = improvement.get("steps", [])
     levels = [(level, words) for name, words in KL_LEVELS if (level := improvement.get(name))]
     return [
@@ -32,7 +32,7 @@ def step_curves(improvement: Mapping[str, Any], chosen: float | None) -> list[Ch
             [step[name] for step in steps],
             spread=[step.get("uncertainty", 0.0) for step in steps] if name == "score" else (),
             levels=levels if name == "kl" else (),
-            # Of every other figure zero means something, and shown, it keeps noise from looking like a trend.
+            # For all other metrics zero is meaningful, and including it keeps noise from looking like a trend.
             zero=name != "score",
             mark=chosen,
         )

@@ -1,4 +1,4 @@
-"""The demo as a process, between a server and a learner that are fakes in processes of their own."""
+"""Runs the demo as a process, with a fake server and a fake learner in separate processes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def make_fakes(work: Path) -> Path:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run of the demo ended, and what it said."""
+    """The exit code and output of a demo run."""
 
     code: int
     said: str
@@ -40,7 +40,7 @@ class Ended:
 
 
 class Demo:
-    """Runs the demo in one directory, again and again."""
+    """Runs the demo, possibly several times, in one directory."""
 
     def __init__(self, root: Path, work: Path) -> None:
         self.root, self.work = root, work
@@ -49,13 +49,13 @@ class Demo:
         self.fakes = make_fakes(work)
 
     def run(self, *flags: str, **environment: str) -> Ended:
-        """To its end."""
+        """Runs the demo to its end."""
         process = self._start(flags, environment)
         said, complained = process.communicate(timeout=12 * WAIT_SECONDS)
         return Ended(process.returncode, said, complained)
 
     def interrupt(self, where: str, number: signal.Signals, *flags: str, **environment: str) -> Ended:
-        """Until one of the fakes has reached a place; then the signal. Returns when that process has ended, too."""
+        """Runs the demo until a fake reaches `where`, then sends the signal. Returns once the fake has ended too."""
         path = self.work / "pause"
         path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX) as listening:
@@ -81,7 +81,7 @@ class Demo:
         return subprocess.Popen(
             [sys.executable, "-m", "clients.demo", *plan, *flags],
             cwd=self.work,
-            # gRPC's own log has a line on a server that ends under its client.
+            # gRPC would log a line if a server ends before its client.
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(path),
@@ -97,6 +97,6 @@ class Demo:
 
 @pytest.fixture
 def run(root: Path, tmp_path: Path) -> Iterator[Demo]:
-    # A socket's path may not be long.
+    # A short path, since the length of a socket's path is limited.
     yield Demo(root, tmp_path)
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a slow machine is asked for, once there is less to ask for."""
+"""Reduced work on a slow machine."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tests.clients.conftest import FakeService
 
 
 class RunningServer:
-    """A server that has not ended."""
+    """A server that never ends."""
 
     def check(self) -> None:
         return
@@ -50,7 +50,7 @@ def test_a_machine_that_is_asked_for_less_is_asked_again_from_the_first_question
     assert len(measured) == 1
     assert (record.seconds_per_answer, record.work) == (measured[0], Work(32, 4))
     assert sorted(record.before) == list(range(20))
-    # Both kinds of answers are out of the history; the scripted server has two pages of a conversation each.
+    # All answers are deleted from the history; the scripted server lists two pages of one conversation each.
     assert [request.conversation_id for request in service.sent("DeleteConversation")] == ["newer", "older"]
 
 

@@ -1,4 +1,4 @@
-"""A server as a process: a fake one, whose start can be held up."""
+"""Servers as processes, with a fake whose start can be delayed."""
 
 import os
 import select
@@ -18,7 +18,7 @@ from tests.clients.demo.conftest import make_fakes
 
 @pytest.fixture
 def fakes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The working directory goes before all others.
+    # The working directory comes first on Python's path.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(make_fakes(tmp_path)), str(root), str(root / "proto")]))
 
@@ -35,7 +35,7 @@ def test_each_line_of_a_start_puts_its_end_off(tmp_path: Path, monkeypatch: pyte
     server = Server(tmp_path, None, told.append)
     server.start()
     with server:
-        # What a library says is in the log alone.
+        # Library output is only in the log.
         assert told == ["progress", "progress", "starting the engine"]
     log = (tmp_path / "server.log").read_text()
     assert log.startswith("Loading shards: 100%\nstarting the engine\nserving v0000 on 127.0.0.1:")
@@ -45,7 +45,7 @@ def test_each_line_of_a_start_puts_its_end_off(tmp_path: Path, monkeypatch: pyte
 def test_a_start_that_gets_nowhere_ends_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SILENT", "yes")
     monkeypatch.setattr(processes, "SILENT_SECONDS", 0.0)
-    said = r"^The server's start got no further for 0 s\. Its last words: starting the engine$"
+    said = r"^The server's start made no progress for 0 s\. Its last output: starting the engine$"
     with pytest.raises(DemoError, match=said):
         Server(tmp_path, None, lambda line: None).start()
 
@@ -58,7 +58,7 @@ def test_a_server_that_ends_while_it_starts_says_why(tmp_path: Path, monkeypatch
 
 
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> list[str]:
-    """A command of so much code."""
+    """The command for a module with this code."""
     (tmp_path / "child_under_test.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return ["child_under_test"]

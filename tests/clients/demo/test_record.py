@@ -71,7 +71,7 @@ def test_a_stages_seconds_add_up_over_runs_and_failures(tmp_path: Path, monkeypa
 def test_two_demos_cannot_have_one_directory(tmp_path: Path) -> None:
     with (
         Record.opened(tmp_path, PLAN),
-        pytest.raises(FinalError, match=rf"^Another demo runs in {tmp_path}\.$"),
+        pytest.raises(FinalError, match=rf"^Another demo is running in {tmp_path}\.$"),
         Record.opened(tmp_path, PLAN),
     ):
         pass
@@ -87,5 +87,5 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     opened(tmp_path)
     kept = json.loads((tmp_path / "demo.json").read_text())
     (tmp_path / "demo.json").write_text(json.dumps({**kept, "format": 2}))
-    with pytest.raises(FinalError, match=rf"demo\.json cannot be read \(another format\); remove {tmp_path} to begin"):
+    with pytest.raises(FinalError, match=rf"demo\.json cannot be read \(another format\); remove {tmp_path} to start"):
         opened(tmp_path)

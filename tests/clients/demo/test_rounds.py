@@ -34,7 +34,7 @@ def test_an_answer_that_two_versions_made_is_told_in_words(client: Client, servi
 
 
 def test_the_new_version_must_be_active_and_loaded(client: Client, service: FakeService) -> None:
-    # The scripted server says that v0001 is active.
+    # The scripted server reports v0001 as active.
     service.replicas = [Replica(loaded_version="v0001")]
     wait_until_served(client, "v0001", Limit("The swap", WAIT_SECONDS))
     with pytest.raises(DemoError, match="v0001 is active after the round, not v0002"):
@@ -54,7 +54,7 @@ def test_live_streams_go_on_until_they_are_stopped_and_end_whole(client: Client,
     live = LongStreams(client)
     assert not live.running
     live.start()
-    # All of them are open at once.
+    # All streams are open at once.
     assert all(service.begun.acquire(timeout=WAIT_SECONDS) for _ in range(STREAMS))
     service.hold.set()
     answers = live.stop()
@@ -77,7 +77,7 @@ def test_a_broken_live_stream_is_raised(client: Client, service: FakeService) ->
         (ROUND_STATE_RUNNING, "ppo", False),
         (ROUND_STATE_RUNNING, "gate", True),
         (ROUND_STATE_RUNNING, "publish", True),
-        # An earlier round, while the new one has not begun.
+        # An earlier round; the new one has not begun.
         (ROUND_STATE_FAILED, "gate", False),
         (ROUND_STATE_REJECTED, "activate", False),
     ],

@@ -42,5 +42,5 @@ def test_a_wait_without_progress_ends_early(clock: Clock) -> None:
     clock.now += 200.0
     limit.progress()
     clock.now += 301.0
-    with pytest.raises(OverdueError, match=r"^The round got no further for 300 s\.$"):
+    with pytest.raises(OverdueError, match=r"^The round made no progress for 300 s\.$"):
         limit.check()

@@ -82,7 +82,7 @@ def test_the_voter_chooses_by_taste_and_flips_its_share(client: Client, service:
     flipped = sum(choice == CHOICE_B for choice in sent.values())
     assert set(sent) == {f"cmp {question}" for question in asked}
     assert (votes.a_or_b, votes.ties, votes.flipped) == (200, 0, flipped)
-    # 10 % of 200, give or take three standard deviations.
+    # 10 % of 200, plus or minus three standard deviations.
     assert 8 <= flipped <= 33
     assert len(heard) == 200
     assert {request.sampling.max_tokens for request in service.sent("Compare")} == {64}

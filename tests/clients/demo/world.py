@@ -1,7 +1,7 @@
-"""A server and a learner for the demo under test: real processes that share a directory, and gRPC between them.
+"""A fake server and learner for the demo under test: real processes that share a directory and use gRPC.
 
-Where FAKE_PAUSE names a call and its number ("Chat 20"), whoever reaches it connects to the socket FAKE_SOCKET and
-waits there for ever. All that was said and voted is in files, and is still there when they are started again.
+If FAKE_PAUSE names a call and its number ("Chat 20"), the process that reaches it connects to the socket FAKE_SOCKET
+and waits there for ever. All conversations and votes are in files, so they survive a restart.
 """
 
 import itertools
@@ -53,7 +53,7 @@ class File:
 
 
 class World:
-    """What is on disk. `calls` has the calls of each process of the server, `learner` a line for each thing it did."""
+    """The files on disk. `calls` counts the calls of each server process; `learner` has a line for each action."""
 
     def __init__(self, data_dir: Path) -> None:
         self.conversations = File(data_dir / "fake-conversations.json", {})
@@ -64,7 +64,7 @@ class World:
 
 
 class Pauses:
-    """Counts what happens in this process, and stops it where FAKE_PAUSE says."""
+    """Counts events in this process, and pauses it at the one that FAKE_PAUSE names."""
 
     def __init__(self) -> None:
         name, _, number = os.environ.get("FAKE_PAUSE", "").partition(" ")
@@ -76,14 +76,14 @@ class Pauses:
         with self._lock:
             self._happened[name] += 1
             if (name, self._happened[name]) == self._where:
-                # With the lock: nobody else goes on either.
+                # Holding the lock stops all other threads too.
                 with socket.socket(socket.AF_UNIX) as waiting:
                     waiting.connect(os.environ["FAKE_SOCKET"])
                     waiting.recv(1)
 
 
 class Service(FakeService):
-    """Answers by the version that the learner promoted last: short ones once there is one."""
+    """Answers as the last promoted version would: short answers once there is one."""
 
     def __init__(self, world: World, pauses: Pauses) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Service(FakeService):
         world.calls.write([*world.calls.read(), {}])
 
     def enter(self, context: Any, name: str) -> str:
-        """Counts the call; whose it is."""
+        """Counts the call and returns its user."""
         self.pauses.pass_by(name)
         with self.lock:
             calls = self.world.calls.read()
@@ -188,8 +188,8 @@ class Service(FakeService):
 
 
 def serve(data_dir: Path) -> None:
-    """`server serve`. With FAKE_REFUSAL it ends with that while it starts, with FAKE_SILENT it starts for ever, and
-    FAKE_END is its exit status."""
+    """Fakes `server serve`. FAKE_REFUSAL makes its start fail with that message, FAKE_SILENT makes it start for ever,
+    and FAKE_END sets its exit status."""
     pauses = Pauses()
     print("Loading shards: 100%", flush=True)
     print("starting the engine", flush=True)
@@ -207,8 +207,8 @@ def serve(data_dir: Path) -> None:
 
 
 def learn(data_dir: Path, report: Path) -> None:
-    """`learner run-once`: a round goes on where it was stopped, and without new votes nothing is done. FAKE_ROUNDS says
-    how each ends."""
+    """Fakes `learner run-once`: resumes a round that was stopped, and does nothing without new votes. FAKE_ROUNDS gives
+    the outcome of each round."""
     world, pauses = World(data_dir), Pauses()
 
     def note(what: str) -> None:
@@ -223,8 +223,8 @@ def learn(data_dir: Path, report: Path) -> None:
     pauses.pass_by("learner")
     if rounds and rounds[-1]["state"] == "running":
         current = rounds.pop()
-        print(f"going on with {current['round_id']} after its stage {current['stage']}", flush=True)
-        note(f"went on with {current['round_id']}")
+        print(f"resuming {current['round_id']} after its stage {current['stage']}", flush=True)
+        note(f"resumed {current['round_id']}")
     elif rounds and rounds[-1].get("reward_model_version") == str(votes):
         end("nothing", "There are no new votes.")
     else:
@@ -254,7 +254,7 @@ def main() -> None:
     flags = dict(itertools.pairwise(sys.argv[2:]))
     data_dir = Path(flags["--data-dir"])
     if sys.argv[1] == "serve":
-        # One that waits for ever ends at once; another one in its order.
+        # A server that pauses for ever must end at once on SIGTERM; any other ends in order.
         signal.pthread_sigmask(signal.SIG_BLOCK, [] if os.environ.get("FAKE_PAUSE") else [signal.SIGTERM])
         serve(data_dir)
     elif sys.argv[1] == "doctor":

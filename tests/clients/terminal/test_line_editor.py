@@ -43,7 +43,7 @@ def test_tab_completes_a_command() -> None:
                 keys.send_text(" fish?\r")
 
         editor._lines.default_buffer.on_text_changed += enter
-        # Where Tab does nothing, the line ends all the same.
+        # Ends the line even if Tab does nothing.
         late = threading.Timer(WAIT_SECONDS, keys.send_text, ["\r"])
         late.start()
         keys.send_text("/com\t")

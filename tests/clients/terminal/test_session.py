@@ -39,7 +39,7 @@ Session = Callable[..., str]
 
 @pytest.fixture
 def session(client: Client) -> Session:
-    """Types lines into a terminal chat and returns what the screen showed."""
+    """Types lines into a terminal chat and returns its output."""
 
     def run(*lines: str, width: int = 80, edit: Edit | None = None) -> str:
         typed = iter(lines)
@@ -97,7 +97,7 @@ def test_after_a_choice_votes_are_about_the_answer_that_goes_on(session: Session
     )
     service.conversation.turns.append(Turn(message="fish?", comparison=comparison))
     screen = session("/compare fish?", "what?", "t", "/up")
-    assert "equally good; going on with B" in screen
+    assert "equally good; continuing with B" in screen
     assert service.sent("SubmitChoice")[0].choice == CHOICE_TIE
     assert service.sent("SubmitThumb")[0].response_id == "resp2"
 
@@ -123,7 +123,7 @@ def test_undo_takes_back_the_latest_vote_the_server_knows(session: Session, serv
     ]
     service.conversation.turns.append(Turn(response=Response(feedback=[votes[1]])))
     service.conversation.turns.append(Turn(response=Response(feedback=[votes[0]])))
-    assert "taken back: thumb up" in session("hi", "/undo")
+    assert "retracted: thumb up" in session("hi", "/undo")
     assert [request.feedback_id for request in service.sent("RetractFeedback")] == ["late"]
 
 
@@ -144,7 +144,7 @@ def test_history_shows_votes_versions_and_endings(session: Session, service: Fak
     service.conversation.turns.extend([Turn(message="Owls?", response=response), Turn(comparison=comparison)])
     screen = session("hi", "/history")
     assert "> Owls?\nTrees.\nv0000 -> v0001 · 9 tokens · cut at the length limit · thumb up (right)\n" in screen
-    assert "equally good; went on with B · B: corrected to: Hollow trees.\n" in screen
+    assert "equally good; continued with B · B: corrected to: Hollow trees.\n" in screen
 
 
 def test_a_listed_conversation_is_opened_by_its_number(session: Session, service: FakeService) -> None:
@@ -184,7 +184,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(
         patch.setattr("clients.text.WordWrap.feed", interrupted)
         screen = session("hi", "/up")
     assert "stopped" in screen
-    assert "thumb up, kept" in screen
+    assert "thumb up, saved" in screen
 
 
 def test_an_answer_that_broke_off_is_fetched_again_and_goes_on_where_it_stopped(
@@ -197,9 +197,9 @@ def test_an_answer_that_broke_off_is_fetched_again_and_goes_on_where_it_stopped(
     service.conversation.turns.append(Turn(message="hi", response=kept))
     screen = session("hi", "/up")
     assert screen.count("Owls") == 1
-    assert "The engine died.\nWaiting for what was kept, 180 s at most; Ctrl-C stops waiting.\nlive\n" in screen
-    assert "2 tokens · broken off by an error · /retry asks again\n" in screen
-    assert "thumb up, kept" in screen
+    assert "The engine died.\nWaiting up to 180 s for the stored answer; Ctrl-C stops waiting.\nlive\n" in screen
+    assert "2 tokens · cut off by an error · /retry asks again\n" in screen
+    assert "thumb up, saved" in screen
     assert len(service.sent("Chat")) == 1
 
 
@@ -240,7 +240,7 @@ def test_a_comparison_that_was_decided_or_has_no_two_whole_answers_is_not_chosen
 
 
 def test_asking_again_is_another_question_once_an_answer_had_started(session: Session, service: FakeService) -> None:
-    assert "Nothing was asked yet." in session("/retry")
+    assert "No message was sent yet." in session("/retry")
     session("hi", "/retry", "/retry", "/compare fish?", "", "/retry", "")
     chats, compares = service.sent("Chat"), service.sent("Compare")
     assert [(chat.message, chat.conversation_id) for chat in chats] == [("hi", ""), ("hi", "conv"), ("hi", "conv")]
@@ -264,16 +264,16 @@ def test_asking_again_before_an_answer_started_waits_and_is_the_same_request(
     waited: list[int] = []
     monkeypatch.setattr(Client, "wait_until_serving", lambda client, timeout: waited.append(len(service.sent("Chat"))))
     screen = session("hi", "/retry", "/open conv", "/retry", "/retry")
-    # Before each but the last, which follows an answer that was whole.
+    # Before each call except the last, which follows a complete answer.
     assert waited == [1, 2]
     assert screen.count("Stopping.") == 2
-    assert "Waiting for what was kept" not in screen
+    assert "for the stored answer" not in screen
     first, again, elsewhere, _ = service.sent("Chat")
     assert first == again
     service.fail["Chat"] = [gone]
     session("hi", "/retry", "/retry")
     assert waited == [1, 2, 5]
-    # In another conversation it is another request, which the same id would make a mistake.
+    # In another conversation it is a different request and must not reuse the id.
     assert (elsewhere.message, elsewhere.conversation_id) == ("hi", "conv")
     assert elsewhere.request_id != first.request_id
 
@@ -283,11 +283,11 @@ def test_deleting_asks_first(session: Session, service: FakeService) -> None:
     screen = session(
         "/delete", "hi", "/delete", "", "again", "/delete", "y", "new", "/conversations", "/delete 2", "y", "/open 2"
     )
-    assert "Nothing said yet in this conversation." in screen
-    assert "kept\n" in screen
+    assert "This conversation is empty." in screen
+    assert "not deleted\n" in screen
     assert [request.conversation_id for request in service.sent("DeleteConversation")] == ["conv", "older"]
     assert [request.conversation_id for request in service.sent("Chat")] == ["", "conv", ""]
-    # The list of before no longer says what 2 is.
+    # The earlier list no longer applies, so 2 is read as an id.
     assert service.sent("GetConversation")[-1].conversation_id == "2"
 
 
@@ -299,7 +299,7 @@ def test_the_last_answer_is_corrected_by_editing_it(session: Session, service: F
         edited.append(text)
         return text.replace("trees", "hollow trees")
 
-    assert "correction kept" in session("hi", "/correct", edit=edit)
+    assert "correction saved" in session("hi", "/correct", edit=edit)
     assert edited == ["Owls live in trees."]
     (correction,) = service.sent("SubmitCorrection")
     assert (correction.response_id, correction.text) == ("resp", "Owls live in hollow trees.")
@@ -321,7 +321,7 @@ def test_leaving_the_editor_keeps_the_session(session: Session, service: FakeSer
 
     service.conversation.turns.append(ANSWERED)
     screen = session("hi", "/correct", "/up", edit=leave)
-    assert "Nothing was changed, so nothing was sent.\nthumb up, kept" in screen
+    assert "Nothing was changed, so nothing was sent.\nthumb up, saved" in screen
     assert "Write the better answer after /correct." in session("hi", "/correct")
 
 
@@ -332,7 +332,7 @@ def test_a_demonstration_is_a_question_and_its_best_answer_and_can_be_undone(
     (given,) = service.sent("SubmitDemonstration")
     assert [message.content for message in given.messages] == ["What do owls eat?", "Mice."]
     assert [request.feedback_id for request in service.sent("RetractFeedback")] == ["fb"]
-    assert "taken back: shown how: What do owls eat?\nNo vote of yours" in screen
+    assert "retracted: demonstration: What do owls eat?\nYou have no votes" in screen
     assert "Write a question after /demonstrate" in screen
     session("/demonstrate What do owls eat?", edit=lambda prompt, text: "Mice\nand voles.")
     assert service.sent("SubmitDemonstration")[1].messages[1].content == "Mice\nand voles."

@@ -1,7 +1,7 @@
 """The page over a real server (only its policy is a fake), in a real browser.
 
-Whatever a test does, the browser must have nothing to complain of: no error in a script, nothing that the content
-security policy had to stop, no request to anywhere else.
+Every test also checks that the browser reports no script error, no violation of the content security policy, and no
+request to another host.
 """
 
 import asyncio
@@ -26,13 +26,13 @@ from tests.server.conftest import Running, running_server
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WAIT_MS = 20_000
 expect.set_options(timeout=WAIT_MS)
-# A refused form is an answer like any other; the browser notes it all the same.
+# The browser logs this for a rejected form, which is not an error.
 REFUSED = "Failed to load resource"
 
 
 @dataclass
 class Site:
-    """The page's address, the server behind it, and browsers to look at it with."""
+    """The page's URL, the server behind it, and the browsers that visit it."""
 
     url: str
     running: Running
@@ -50,7 +50,7 @@ class Site:
         dark: bool = False,
         script: bool = True,
     ) -> Page:
-        """A new browser of somebody's, on a page."""
+        """Opens a page in a new browser context of a user."""
         context = await self.browser.new_context(
             viewport={"width": width, "height": 800},
             color_scheme="dark" if dark else "light",
@@ -78,7 +78,7 @@ class Site:
 
 @asynccontextmanager
 async def serving_page(address: str, port: int = 0, **options: Any) -> AsyncIterator[int]:
-    """The page's own server, until the block ends."""
+    """Runs the page's own server during the block."""
     listening = socket.create_server(("127.0.0.1", port))
     app = make_app(address, **{"hosts": ["127.0.0.1"], "default_name": "ann", **options})
     config = server_config(app)
@@ -105,7 +105,7 @@ async def browsing() -> AsyncIterator[Browser]:
         await browser.close()
 
 
-# One Chromium for all; so its tests share a loop, too.
+# All tests share one Chromium, and therefore one event loop.
 together = pytest.mark.asyncio(loop_scope="session")
 
 

@@ -1,4 +1,4 @@
-"""Who gets in, whose forms are taken, and what every response forbids."""
+"""Sign-in, acceptance of forms, limits, and the security headers of every response."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -44,7 +44,7 @@ def asking(port: int) -> httpx.AsyncClient:
 
 
 async def give_key(running: Running, user: str, role: Any = "user") -> str:
-    """A key that the running server knows."""
+    """Creates a key and waits until the running server accepts it."""
     key: str = await running.store(lambda store: store.keys.create(user, role))
     request, metadata = account_pb2.GetCallerRequest(), [("authorization", f"Bearer {key}")]
     while not (await running.account.GetCaller(request, metadata=metadata, timeout=10)).has_key:
@@ -131,7 +131,7 @@ async def test_headers_have_a_size(running: Running, size: int, end: bytes, stat
 async def test_nobody_fills_the_memory_with_a_form(http: httpx.AsyncClient, kind: str) -> None:
     for path in ("/sign-in", "/messages"):
         response = await http.post(path, **{kind: {"message": "x" * 2**20}})  # type: ignore[arg-type]
-        assert (response.status_code, "more than this page takes" in response.text) == (413, True), path
+        assert (response.status_code, "The request is too large." in response.text) == (413, True), path
     response = await http.post("/messages", data={"message": "😀" * 500})
     assert response.status_code == 303
 
@@ -157,7 +157,7 @@ async def test_a_form_in_an_odd_encoding_is_refused_or_read(http: httpx.AsyncCli
 
 
 async def test_every_action_refuses_what_is_no_form_of_ours(http: httpx.AsyncClient) -> None:
-    """Empty fields, and values that no button has: a sentence each time, never a failure of ours."""
+    """Empty fields and values that no button sends get a sentence each, never an internal error."""
     found = {path: (await http.post(path, data={"choice": "c", "thumb": "?"})).status_code for path in ACTIONS}
     assert found == {
         "/messages": 400,
@@ -178,10 +178,10 @@ async def test_every_action_refuses_what_is_no_form_of_ours(http: httpx.AsyncCli
 async def test_a_name_signs_in_on_a_server_without_keys(site: Site) -> None:
     page = await site.visit("/sign-in", name="nobody")
     await page.get_by_label("Name").fill("Zoë")
-    await page.get_by_role("button", name="Go on").click()
+    await page.get_by_role("button", name="Sign in").click()
     await expect(page.get_by_role("alert").filter(has_text="printable ASCII")).to_be_visible()
     await page.get_by_label("Name").fill("zoe")
-    await page.get_by_role("button", name="Go on").click()
+    await page.get_by_role("button", name="Sign in").click()
     await expect(page.locator(".who .name")).to_have_text("zoe")
     [cookie] = await page.context.cookies()
     assert (cookie["name"], cookie["value"]) == ("prefloop_name", "zoe")
@@ -202,14 +202,14 @@ async def test_a_key_signs_in_and_out_and_a_revoked_one_is_asked_for_again(site:
     page = await site.visit()
     await page.wait_for_url("**/sign-in")
     await page.get_by_label("API key").fill("key_wrong.guess")
-    await page.get_by_role("button", name="Go on").click()
+    await page.get_by_role("button", name="Sign in").click()
     await expect(page.get_by_text("This API key is not valid here, or no longer.")).to_be_visible()
     await page.get_by_label("API key").fill(key)
-    await page.get_by_role("button", name="Go on").click()
+    await page.get_by_role("button", name="Sign in").click()
     await expect(page.locator(".who .name")).to_have_text("ann")
     assert [cookie["name"] for cookie in await page.context.cookies()] == ["prefloop_key"]
     assert await page.evaluate("document.cookie") == ""
-    # Users have no board, not by its address either.
+    # Users cannot open the board, even by its URL.
     await expect(page.get_by_role("link", name="Board")).to_have_count(0)
     response = await page.goto(f"{site.url}/board")
     assert response
@@ -235,7 +235,7 @@ async def test_signing_out_forgets_the_key(site: Site) -> None:
 
 
 async def test_where_strangers_can_come_nobody_enters_without_a_key(running: Running) -> None:
-    """The server behind believes everybody on its own machine, and so it would believe us."""
+    """Without keys, the server trusts every caller on its own machine, and so would trust the page."""
     address = f"127.0.0.1:{running.app.port}"
     async with serving_page(address, default_name=None, secure=True) as port, asking(port) as http:
         for cookies in ({}, {"prefloop_name": "ann"}, {f"__Host-{KEY}": "key_any.thing"}, {KEY: "key_any.thing"}):
@@ -243,7 +243,7 @@ async def test_where_strangers_can_come_nobody_enters_without_a_key(running: Run
             http.cookies.update(cookies)
             answers = [(await http.get("/")), (await http.post("/messages", data={"message": "hello"}))]
             assert [answer.status_code for answer in answers] == [403, 403], cookies
-            assert "the server has no keys to tell them by" in answers[0].text
+            assert "the server has no keys to identify them" in answers[0].text
         http.cookies.clear()
         key = await give_key(running, "ann")
         response = await http.post("/sign-in", data={"key": key})

@@ -1,4 +1,4 @@
-"""The operator's board in a browser, over rounds and versions that are really in the store."""
+"""The operator's board in a browser, with rounds and versions in a real store."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ METRICS = RoundMetrics(
 
 
 async def run_a_round(running: Running) -> str:
-    """A promoted round and its version, v0001, as a learner leaves them; its id."""
+    """Writes a promoted round and its version v0001 as a learner would; returns the round's id."""
     publish_version(running.data_dir, "v0001")
 
     def write(store: Store) -> str:
@@ -104,7 +104,7 @@ async def test_a_fresh_server_says_what_there_is_not(site: Site) -> None:
     await expect(page.locator("#served")).to_contain_text(
         "Nothing was active before, so there is nothing to roll back to."
     )
-    await expect(page.locator("#learner")).to_contain_text("No learner listens.")
+    await expect(page.locator("#learner")).to_contain_text("No learner is listening.")
     await expect(page.locator("#rounds")).to_contain_text("None yet.")
     await expect(page.locator("#rates")).to_contain_text("No round has been judged yet.")
 
@@ -154,13 +154,13 @@ async def test_promote_and_roll_back_say_what_they_will_do_and_do_it(site: Site)
     await run_a_round(site.running)
     page = await board(site)
     await page.locator("#promote-v0001").click()
-    await expect(page.get_by_text("v0001 answers in place of v0000 within seconds.")).to_be_visible()
+    await expect(page.get_by_text("v0001 replaces v0000 within seconds.")).to_be_visible()
     await page.get_by_label("Reason").fill("read it myself")
     await page.get_by_role("button", name="Promote v0001").click()
     await expect(page.locator("#served .big")).to_have_text("v0001")
     assert site.running.engine.version == "v0001"
     await page.locator("#rollback").click()
-    await expect(page.locator("#served").get_by_text("v0000 answers in place of v0001 within seconds.")).to_be_visible()
+    await expect(page.locator("#served").get_by_text("v0000 replaces v0001 within seconds.")).to_be_visible()
     await page.get_by_label("Reason").first.fill("too terse")
     await page.get_by_role("button", name="Roll back").click()
     await expect(page.locator("#served .big")).to_have_text("v0000")
@@ -193,13 +193,13 @@ async def test_a_round_is_asked_for_and_followed(site: Site) -> None:
     await running.store(lambda store: store.round_requests.listen("here", None))
     page = await board(site)
     await page.locator("#run-round").click()
-    await expect(page.get_by_text("What they find better is activated by itself")).to_be_visible()
+    await expect(page.get_by_text("A better version is activated automatically")).to_be_visible()
     await page.get_by_role("button", name="Run the round").click()
     await expect(page.locator("#learner")).to_contain_text("is about to start")
     taken = await running.store(lambda store: store.round_requests.take("here"))
     assert taken is not None
     await running.store(lambda store: store.round_requests.end(taken, "here", "Nothing to learn: there are no votes."))
-    # As it does by itself every ten seconds.
+    # The same refresh happens automatically every ten seconds.
     await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     await expect(page.locator("#learner")).to_contain_text("Nothing to learn: there are no votes.")
 
@@ -212,10 +212,10 @@ async def test_versions_side_by_side_show_how_they_stand(tmp_path: Path, browser
         async with serving_page(f"127.0.0.1:{running.app.port}") as port:
             page = await Site(f"http://127.0.0.1:{port}", running, browser).visit("/board")
             duel = page.locator("#duel")
-            await expect(duel.get_by_role("heading")).to_have_text("v0001 beside v0000")
+            await expect(duel.get_by_role("heading")).to_have_text("v0001 against v0000")
             await expect(duel).to_contain_text("v0001 won 0.67 [0.21, 0.94] of the choices between them")
-            await expect(duel).to_contain_text("2 won, 1 lost, 0 without a winner")
-            # It is over when one of the two is taken back.
+            await expect(duel).to_contain_text("2 won, 1 lost, 0 drawn")
+            # The comparison ends when one of the two is rolled back.
             await page.locator("#rollback").click()
             await page.get_by_role("button", name="Roll back").click()
             await expect(page.locator("#served .big")).to_have_text("v0000")

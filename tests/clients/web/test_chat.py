@@ -1,4 +1,4 @@
-"""Chatting and voting in a browser. What the page shows is asked of the server each time; the tests ask it too."""
+"""Chatting and voting in a browser. The page shows the server's state each time; the tests check that state too."""
 
 import asyncio
 from typing import Any
@@ -28,14 +28,14 @@ async def ask(page: Page, message: str, *, compare: bool = False) -> None:
 
 
 async def turns(site: Site, page: Page, name: str = "ann") -> list[Turn]:
-    """The conversation that a page shows, as the server has it."""
+    """The turns of the conversation that a page shows, as the server has them."""
     request = chat_pb2.GetConversationRequest(conversation_id=page.url.rpartition("/c/")[2])
     response = await site.running.chat.GetConversation(request, metadata=[("x-user-id", name)], timeout=10)
     return list(response.conversation.turns)
 
 
 async def events(site: Site) -> int:
-    """How many times anybody voted, changed a vote or took one back."""
+    """How many votes have been cast, changed or retracted."""
     return int(await site.running.store(lambda store: store._db.row("SELECT count(*) AS n FROM feedback_events")["n"]))
 
 
@@ -58,7 +58,7 @@ async def test_an_answer_grows_while_it_is_written(site: Site) -> None:
     await expect(page.get_by_text("v0000 · 4 tokens")).to_be_visible()
     await expect(page.get_by_role("status")).to_have_text("The answer has ended.")
     await expect(page.get_by_role("button", name="Stop")).to_have_count(0)
-    # The conversation has a name, a place in the list and in the address bar.
+    # The conversation has a title, an entry in the list, and a URL.
     await expect(page.get_by_role("heading", level=1)).to_have_text("Where do owls live?")
     await expect(page.locator("#conversations [aria-current=page]")).to_have_text("Where do owls live?")
     assert page.url.startswith(f"{site.url}/c/conv_")
@@ -84,7 +84,7 @@ async def test_stop_is_pressed_at_leisure_while_the_answer_grows(site: Site, by:
     page = await site.visit()
     await ask(page, "Count.")
     await expect(page.locator(".text")).to_contain_text("word word")
-    # From pressing to letting go is longer than from one drawing to the next.
+    # The press lasts longer than the time between two updates.
     if by == "mouse":
         await page.get_by_role("button", name="Stop").click(delay=250)
     else:
@@ -159,7 +159,7 @@ async def test_a_double_click_is_one_vote(site: Site) -> None:
     await ask(page, "Hello.")
     await good(page).dblclick()
     await expect(good(page)).to_have_attribute("aria-pressed", "true")
-    # Its second click, where the first was answered in between.
+    # The second click of a double click, after the first one was answered.
     await good(page).hover()
     await page.mouse.down(click_count=2)
     await page.mouse.up(click_count=2)
@@ -233,7 +233,7 @@ async def test_a_choice_shows_the_versions_and_can_be_changed_and_taken_back(sit
     await ask(page, "Which?", compare=True)
     better = page.get_by_role("button", name="B is better")
     await expect(better).to_be_visible()
-    # Until the choice nothing says what made an answer.
+    # Versions are not shown before the choice.
     await expect(page.locator(".answer .quiet")).to_have_text(["4 tokens", "4 tokens"])
     await expect(page.get_by_role("button", name="Good: answer A")).to_have_count(0)
     await better.click()
@@ -241,7 +241,7 @@ async def test_a_choice_shows_the_versions_and_can_be_changed_and_taken_back(sit
     await expect(page.locator(".answer.chosen h2")).to_have_text("B")
     await page.get_by_role("button", name="A is better").click()
     await expect(page.get_by_role("button", name="A is better", pressed=True)).to_be_visible()
-    # The vote changes, the history does not.
+    # The vote changes, but not the history.
     await expect(page.locator(".answer.chosen h2")).to_have_text("B")
     await page.get_by_role("button", name="Good: answer A").click()
     await expect(page.get_by_role("button", name="Good: answer A", pressed=True)).to_be_visible()
@@ -300,7 +300,7 @@ async def test_everything_by_keyboard_alone(site: Site) -> None:
     await expect(page.get_by_role("button", name="Both bad", pressed=True)).to_be_visible()
     await tab_to("Delete", back=True)
     await keys.press("Enter")
-    await tab_to("Delete for good")
+    await tab_to("Delete permanently")
     deleted = page.url
     first, second = await turns(site, page)
     assert (len(first.response.feedback), second.message, second.dropped) == (2, "Two\nlines", True)
@@ -322,7 +322,7 @@ async def test_a_reload_shows_the_same(site: Site) -> None:
     shown = await page.locator("article").evaluate_all(everything)
     await page.reload()
     assert await page.locator("article").evaluate_all(everything) == shown
-    # In the middle of an answer it goes on.
+    # A reload in the middle of an answer continues with it.
     engine.hold_after = 2
     await ask(page, "More.")
     await expect(page.locator(".text").last).to_have_text("one two")
@@ -398,7 +398,7 @@ async def test_a_vote_in_one_tab_is_seen_in_the_other(site: Site) -> None:
     await other.goto(page.url)
     await good(other).click()
     await expect(good(other)).to_have_attribute("aria-pressed", "true")
-    # As the browser tells a page that comes to the front.
+    # The event that the browser sends to a page that becomes visible.
     await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     await expect(good(page)).to_have_attribute("aria-pressed", "true")
 
@@ -423,7 +423,7 @@ async def test_what_one_has_begun_to_write_stays_when_its_own_turn_changes(site:
     await expect(good(page)).to_have_attribute("aria-pressed", "true")
     await expect(box).to_be_visible()
     await expect(box).to_have_value("half a correct")
-    # Until it is sent.
+    # The box is closed once the text is sent.
     await page.get_by_role("button", name="Save correction").click()
     await expect(page.locator(".said")).to_have_text("half a correct")
     await expect(box).to_be_hidden()
@@ -453,8 +453,8 @@ async def test_a_conversation_is_deleted_after_a_question(site: Site) -> None:
     await ask(page, "Forget this.")
     await expect(good(page)).to_be_visible()
     await page.get_by_text("Delete", exact=True).click()
-    await expect(page.get_by_text("This removes the conversation")).to_be_visible()
-    await page.get_by_role("button", name="Delete for good").click()
+    await expect(page.get_by_text("This permanently deletes the conversation")).to_be_visible()
+    await page.get_by_role("button", name="Delete permanently").click()
     await page.wait_for_url(f"{site.url}/")
     await expect(page.locator("#conversations")).to_contain_text("None yet.")
     listed = await site.running.chat.ListConversations(
@@ -469,13 +469,13 @@ async def test_a_conversation_is_deleted_in_the_middle_of_an_answer(site: Site) 
     await ask(page, "Forget this.")
     await expect(page.locator(".text")).to_have_text("one two")
     await page.get_by_text("Delete", exact=True).click()
-    await page.get_by_role("button", name="Delete for good").click()
+    await page.get_by_role("button", name="Delete permanently").click()
     await page.wait_for_url(f"{site.url}/")
     await expect(page.locator("#conversations")).to_contain_text("None yet.")
 
 
 async def reload_until(page: Page, shown: Locator) -> None:
-    """What a reader without scripts does."""
+    """Reloads until `shown` is there, as a user without scripts would."""
     async with asyncio.timeout(10):
         while not await shown.count():
             await page.reload()
@@ -485,7 +485,7 @@ async def test_without_scripts_the_page_does_the_same(site: Site) -> None:
     page = await site.visit(script=False)
     async with page.expect_navigation(url="**/c/conv_*"):
         await ask(page, "Hello,\nyou.")
-    # A browser's own forms end lines as no text does that a model learns from.
+    # Browsers send CRLF in forms; the stored message has LF.
     assert [turn.message for turn in await turns(site, page)] == ["Hello,\nyou."]
     await reload_until(page, good(page))
     await good(page).click()
@@ -498,7 +498,7 @@ async def test_without_scripts_the_page_does_the_same(site: Site) -> None:
     await reload_until(page, both_bad)
     await both_bad.click()
     await expect(page.get_by_text("The model does not see this turn again.")).to_be_visible()
-    # A page in the middle of an answer has what there is of it.
+    # A page loaded in the middle of an answer shows the part so far.
     engine = site.running.engine
     engine.hold_after = 2
     async with page.expect_navigation():

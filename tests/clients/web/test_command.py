@@ -1,4 +1,4 @@
-"""The page's process: what it refuses, how it is reached and ended, and the processes beside it."""
+"""The page's process: rejected setups, reaching and stopping it, and the processes it runs."""
 
 import os
 import re
@@ -29,12 +29,12 @@ from tests.clients.conftest import FakeService, serving
 from tests.pem import Pem, make_pem
 
 WAIT_SECONDS = 20
-# An open event stream is given three.
+# An open event stream gets three seconds.
 FEW_SECONDS = 8
 SERVER = "127.0.0.1:50051"
 PEM = {"cert": Path("tls.crt"), "key": Path("tls.key")}
 
-# Says to a FIFO what happens to it; nothing beside the standard library, so that it starts at once.
+# Reports its events to a FIFO; only the standard library is used, so that it starts fast.
 STAND_IN = """
 import os, signal, sys, time
 
@@ -45,7 +45,7 @@ def say(word):
 def hear(number, frame):
     say(signal.Signals(number).name)
     if does != "ignore":
-        # Whoever is not waited for is heard in between.
+        # If a process is not waited for, another one's lines appear in between.
         time.sleep(0.3)
         say("ends")
         os._exit(0)
@@ -68,7 +68,7 @@ if does == "die":
 while True:
     signal.pause()
 """
-# What `--serve` starts, in the place of our own.
+# Stands in for the programs that `--serve` starts.
 PROGRAM = """
 import os, runpy, sys
 arguments = sys.argv[1:]
@@ -80,10 +80,10 @@ runpy.run_module("stand_in", run_name="__main__")
 
 @pytest.fixture(autouse=True)
 def heeded() -> Iterator[None]:
-    """Whoever runs the tests in the background may have made us deaf to these, and with us what we start."""
+    """A shell that runs the tests in the background may have set these signals to be ignored, also in children."""
     deaf = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
     for number in deaf:
-        # A handler of ours is none of theirs.
+        # Children do not inherit a handler, only SIG_IGN.
         signal.signal(number, lambda *_: None)
     yield
     for number in deaf:
@@ -91,16 +91,16 @@ def heeded() -> Iterator[None]:
 
 
 class Heard:
-    """What stand-ins said so far, line by line; a read waits for the next."""
+    """The lines that stand-ins have reported; a read waits for the next one."""
 
     def __init__(self, path: Path) -> None:
         os.mkfifo(path)
-        # With a writer of its own it never ends by itself.
+        # Opened for writing too, so that it never reaches its end.
         self._file = os.fdopen(os.open(path, os.O_RDWR), "r+b", buffering=0)
         self._rest = b""
 
     def lines(self, count: int) -> list[str]:
-        """The next so many."""
+        """The next `count` lines."""
         while self._rest.count(b"\n") < count:
             assert has_more(self._file), self._rest
             self._rest += self._file.read(4096)
@@ -108,7 +108,7 @@ class Heard:
         return [line.decode() for line in lines]
 
     def all(self) -> list[str]:
-        """Everything that is there, once nobody writes any more."""
+        """All remaining lines, once nothing writes any more."""
         self._file.write(b".\n")
         found: list[str] = []
         while not found or found[-1] != ".":
@@ -120,7 +120,7 @@ class Heard:
 
 
 def has_more(file: IO[Any]) -> bool:
-    """Whether something comes, or the end of it."""
+    """Waits for more data or the end of the file."""
     return bool(select.select([file], [], [], WAIT_SECONDS)[0])
 
 
@@ -128,7 +128,7 @@ def has_more(file: IO[Any]) -> bool:
 def heard(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     for name, arguments in (
-        # Where the page looks for it, whatever the server's own settings say.
+        # The address that the page connects to, regardless of the server's own settings.
         ("server", ["serve", "--host", "127.0.0.1", "--port", "1"]),
         ("learner", ["schedule", "--on-request"]),
     ):
@@ -137,7 +137,7 @@ def heard(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         (tmp_path / name / "cli.py").write_text(PROGRAM.format(name=name, arguments=arguments))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tmp_path, root, root / "proto"))))
     monkeypatch.setenv("HEARD", str(tmp_path / "heard"))
-    # `python -m` looks where it stands first.
+    # `python -m` searches the working directory first.
     monkeypatch.chdir(tmp_path)
     heard = Heard(tmp_path / "heard")
     yield heard
@@ -146,7 +146,7 @@ def heard(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @dataclass
 class Started:
-    """`chat web` as a process of its own."""
+    """`chat web` as a separate process."""
 
     process: "subprocess.Popen[str]"
     url: str
@@ -162,7 +162,7 @@ class Started:
 
 @contextmanager
 def started(*arguments: str, server: str = "127.0.0.1:1", terminal: bool = False) -> Iterator[Started]:
-    """`chat web` on a free port, once it takes connections."""
+    """Starts `chat web` on a free port; yields once it accepts connections."""
     host, _, port = server.partition(":")
     process = subprocess.Popen(
         [sys.executable, "-m", "clients.cli", "--host", host, "--port", port, "web", "--web-port", "0", *arguments],
@@ -186,7 +186,7 @@ def started(*arguments: str, server: str = "127.0.0.1:1", terminal: bool = False
 
 
 class Keyed(FakeService):
-    """A server that knows one key."""
+    """A server whose callers all have a key."""
 
     def GetCaller(self, request: Any, context: Any) -> account_pb2.GetCallerResponse:
         self._enter(request, context)
@@ -199,34 +199,38 @@ class Keyed(FakeService):
         (
             Page("0.0.0.0", 8080, **PEM),
             SERVER,
-            "chat: --web-host 0.0.0.0 lets strangers in: say with --web-name what they call this page.",
+            "chat: --web-host 0.0.0.0 admits strangers: pass the host name they use with --web-name.",
         ),
         (
             Page("0.0.0.0", 8080, ("chat.example.org",)),
             SERVER,
-            "chat: --web-host 0.0.0.0 lets strangers in, which needs --web-cert and --web-key.",
+            "chat: --web-host 0.0.0.0 admits strangers, which requires --web-cert and --web-key.",
         ),
         (
             Page("::", 8080, ("chat.example.org",)),
             SERVER,
-            "chat: --web-host :: lets strangers in, which needs --web-cert and --web-key.",
+            "chat: --web-host :: admits strangers, which requires --web-cert and --web-key.",
         ),
-        (Page("0.0.0.0", 8080, ("x",), PEM["cert"]), SERVER, "chat: --web-cert and --web-key go together."),
-        (Page("127.0.0.1", 8080, (), None, PEM["key"]), SERVER, "chat: --web-cert and --web-key go together."),
+        (Page("0.0.0.0", 8080, ("x",), PEM["cert"]), SERVER, "chat: --web-cert and --web-key must be given together."),
+        (
+            Page("127.0.0.1", 8080, (), None, PEM["key"]),
+            SERVER,
+            "chat: --web-cert and --web-key must be given together.",
+        ),
         (
             Page("127.0.0.1", 8080, **PEM),
             SERVER,
-            "chat: tls.crt and tls.key are no certificate with its key (No such file or directory).",
+            "chat: tls.crt and tls.key are not a certificate and its key (No such file or directory).",
         ),
         (
             Page("127.0.0.1", 8080),
             "0.0.0.0:50051",
-            "chat: 0.0.0.0:50051 is where a server listens: say with --web-server what its certificate calls it.",
+            "chat: 0.0.0.0:50051 is only for listening: pass the name in the server's certificate with --web-server.",
         ),
         (
             Page("127.0.0.1", 8080),
             "[::]:50051",
-            "chat: [::]:50051 is where a server listens: say with --web-server what its certificate calls it.",
+            "chat: [::]:50051 is only for listening: pass the name in the server's certificate with --web-server.",
         ),
     ],
 )
@@ -245,13 +249,13 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
         with pytest.raises(SystemExit) as refused:
             run(Page("127.0.0.1", port), SERVER, "ann", None, serve=False)
     assert refused.value.code == (
-        f"chat: 127.0.0.1:{port} cannot be listened on (Address already in use); choose another --web-port."
+        f"chat: 127.0.0.1:{port} cannot be used (Address already in use); choose another --web-port."
     )
 
 
 def test_a_key_that_is_not_the_certificates_is_one_sentence(tmp_path: Path) -> None:
     pem, other = make_pem(tmp_path, "one"), make_pem(tmp_path, "other")
-    with pytest.raises(SystemExit, match=r"other\.key are no certificate with its key \(.+\)\.$"):
+    with pytest.raises(SystemExit, match=r"other\.key are not a certificate and its key \(.+\)\.$"):
         run(Page("127.0.0.1", 0, (), pem.certificate, other.key), SERVER, "ann", None, serve=False)
 
 
@@ -261,7 +265,7 @@ def test_nobody_is_asked_for_the_password_of_a_key(tmp_path: Path) -> None:
     subprocess.run(lock, check=True, capture_output=True, timeout=WAIT_SECONDS)
     process = subprocess.Popen(
         [sys.executable, "-m", "clients.cli", "web", "--web-cert", pem.certificate, "--web-key", key],
-        # Without a terminal OpenSSL would ask there, and nobody answers.
+        # Without a terminal OpenSSL would prompt on standard input, which stays silent.
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -270,13 +274,13 @@ def test_nobody_is_asked_for_the_password_of_a_key(tmp_path: Path) -> None:
         try:
             assert process.wait(WAIT_SECONDS) == 1
             assert process.stderr
-            assert b"locked.key are no certificate with its key (" in process.stderr.read()
+            assert b"locked.key are not a certificate and its key (" in process.stderr.read()
         finally:
             process.kill()
 
 
 def told(monkeypatch: pytest.MonkeyPatch, *arguments: str, **environment: str) -> tuple[Any, ...]:
-    """What `chat web` asks for."""
+    """The arguments that `chat web` passes to `run`."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(command, "run", lambda *arguments, serve: calls.append(arguments))
     for name in [name for name in os.environ if name.startswith("PREFLOOP_")]:
@@ -291,7 +295,7 @@ def test_alone_it_is_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_environment_is_for_the_server_and_for_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PREFLOOP_HOST is what the server listens on."""
+    """PREFLOOP_HOST is the address that the server listens on."""
     page, address, name, _ = told(
         monkeypatch,
         PREFLOOP_HOST="0.0.0.0",
@@ -306,7 +310,7 @@ def test_one_environment_is_for_the_server_and_for_the_page(monkeypatch: pytest.
     )
     assert address == "chat.example.org:50061"
     assert page == Page("0.0.0.0", 8443, ("chat.example.org", "www.example.org"), Path("tls.crt"), Path("tls.key"))
-    # Strangers have no name but the one of their key.
+    # Strangers have only the name that belongs to their key.
     assert name == ""
 
 
@@ -315,7 +319,7 @@ def test_the_port_that_it_got_is_printed_and_served() -> None:
         port = int(page.url.removeprefix("http://127.0.0.1:"))
         assert port > 0
         assert http.get("/static/page.css").status_code == 200
-        # No server is there.
+        # There is no server.
         assert http.get("/").status_code == 503
 
 
@@ -339,7 +343,7 @@ def test_headers_without_end_are_not_kept(line: bytes) -> None:
         port = int(page.url.removeprefix("http://127.0.0.1:"))
         with socket.create_connection(("127.0.0.1", port), timeout=WAIT_SECONDS) as connection:
             connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"[: 0 if line == b"\r\n" else None])
-            # Far more than it keeps; it closes the connection long before the end.
+            # Far above the limit; the page closes the connection long before the end.
             with pytest.raises(ConnectionError):
                 connection.sendall(line * (64 * 2**20 // len(line)))
         assert http.get("/static/page.css").status_code == 200
@@ -357,7 +361,7 @@ def test_a_cookie_of_strangers_is_for_tls_alone(names: list[str]) -> None:
         assert response.status_code == 303
         [cookie] = [value for value in response.headers.get_list("set-cookie") if "key_1.secret" in value]
         assert cookie.startswith("__Host-prefloop_key=" if names else "prefloop_key=")
-        # As that prefix asks for, and sent back.
+        # The attributes that the prefix requires.
         assert "; Path=/" in cookie
         assert "domain" not in cookie.lower()
         assert ("; Secure" in cookie) == bool(names)
@@ -374,7 +378,7 @@ def test_a_server_without_keys_is_refused_to_strangers() -> None:
         response = http.post("/sign-in", data={"name": "ann"})
         assert response.status_code == 403
         assert (
-            "Strangers can reach this page, and the server has no keys to tell them by: make one with "
+            "Strangers can reach this page, but the server has no keys to identify them: create one with "
             "`server keys create --user NAME`."
         ) in response.text
         assert "set-cookie" not in response.headers
@@ -397,7 +401,7 @@ def test_its_certificate_is_renewed_while_it_runs(tmp_path: Path) -> None:
 
         assert status(first) == 200
         second.certificate.rename(pem.certificate)
-        # Its key is not there yet.
+        # The new key is not there yet.
         assert status(first) == 200
         second.key.rename(pem.key)
         assert status(new) == 200
@@ -409,7 +413,7 @@ def test_its_certificate_is_renewed_while_it_runs(tmp_path: Path) -> None:
         assert page.ends() == 0
         assert page.process.stderr
         said = page.process.stderr.read().splitlines()
-    before = "the page's new certificate cannot be used, the one before it stays: "
+    before = "the page's new certificate cannot be loaded, the previous one stays in use: "
     assert [line.startswith(before) for line in said] == [True, True], said
 
 
@@ -420,7 +424,7 @@ def test_it_ends_within_a_few_seconds_while_a_page_follows_an_answer(number: sig
     with serving(service) as port, started(server=f"127.0.0.1:{port}") as page, page.client() as http:
         assert http.post("/messages", data={"message": "Where do owls live?"}).headers["location"] == "/c/conv"
         with http.stream("GET", "/c/conv/answer") as answer:
-            # How a proxy in front is told not to hold it back.
+            # Tells a proxy in front not to buffer the stream.
             assert answer.headers["x-accel-buffering"] == "no"
             assert answer.headers["cache-control"] == "no-store"
             lines = answer.iter_lines()
@@ -447,7 +451,7 @@ def test_what_runs_beside_it_is_ended_one_after_the_other(heard: Heard) -> None:
     with beside(commands, lambda: None) as ended:
         assert sorted(heard.lines(2)) == ["first starts", "second starts"]
     assert heard.all() == ["second SIGTERM", "second ends", "first SIGTERM", "first ends"]
-    # None of them by itself.
+    # None of them ended by itself.
     assert ended == []
 
 
@@ -475,7 +479,7 @@ def test_one_that_does_not_end_is_killed_with_its_own_processes(
         child = int(held.readline())
     assert heard.all() == ["first SIGTERM"]
     try:
-        # It ends with the last that holds it.
+        # The pipe reaches its end when the last process that holds it ends.
         assert has_more(held)
         assert held.read() == b""
     finally:
@@ -487,7 +491,7 @@ def test_one_that_does_not_end_is_killed_with_its_own_processes(
 def test_where_one_cannot_be_started_none_is_left(heard: Heard) -> None:
     def not_started() -> None:
         with beside((["stand_in", "first", "stay"], ["no\0name"]), lambda: None):
-            pytest.fail("nothing runs beside it")
+            pytest.fail("the block must not run")
 
     before = {thread.ident for thread in threading.enumerate()}
     with pytest.raises(ValueError, match="null byte"):
@@ -509,7 +513,7 @@ def test_what_a_terminal_sends_reaches_them_once_and_in_order(heard: Heard, numb
         assert sorted(heard.lines(2)) == ["learner starts", "server starts"]
         os.killpg(page.process.pid, number)
         assert heard.lines(1) == ["learner SIGTERM"]
-        # While the learner still ends: neither does it leave the server behind, nor hurry.
+        # While the learner is still stopping: the page must neither abandon the server nor hurry.
         os.killpg(page.process.pid, number)
         assert page.ends() == 0
     assert heard.all() == ["learner ends", "server SIGTERM", "server ends"]
@@ -526,7 +530,7 @@ def test_where_one_of_them_fails_all_end_with_its_status(
         assert page.process.stderr.read() == ""
     found = heard.all()
     assert f"{name} starts" in found
-    # Or it was ended before it could hear of it.
+    # The list is empty if it was stopped before it had installed its handlers.
     assert [line for line in found if line.startswith(other) and "starts" not in line] in (
         [f"{other} SIGTERM", f"{other} ends"],
         [],
@@ -538,5 +542,5 @@ def test_they_are_waited_for_longer_than_they_take() -> None:
     from server.settings import ServerSettings
 
     assert command.STOP_SECONDS > STOP_SECONDS
-    # After the grace the engine has ten seconds to end.
+    # After the grace period the engine has ten seconds to end.
     assert ServerSettings.model_fields["grace_seconds"].default + 10 <= command.STOP_SECONDS

@@ -1,4 +1,4 @@
-"""A hostile page in the reader's own browser: whatever it tries, it reads nothing of ours and changes nothing."""
+"""A hostile page in the user's own browser can neither read nor change anything."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ from tests.clients.web.test_chat import ask
 
 pytestmark = together
 
-# Each tries one way and says what came of it: what it read, or that it was kept out.
+# Each attempt reports the content that it read, or that it was kept out.
 ATTEMPTS = """
 async ([url, conversation]) => {
     const limit = (promise) => Promise.race([promise, new Promise((done) => setTimeout(done, 3000, "silence"))]);
@@ -75,7 +75,7 @@ async ([url, conversation]) => {
 
 @asynccontextmanager
 async def elsewhere() -> AsyncIterator[int]:
-    """An empty page on a port of its own."""
+    """Serves an empty page on another port."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -90,7 +90,7 @@ async def elsewhere() -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-# The loopback by another name is another site; another port is only another origin, which has our cookies.
+# Another name for the loopback is another site. Another port is only another origin, so it gets our cookies.
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"], ids=["another site", "another port"])
 async def test_a_hostile_page_is_kept_out(site: Site, host: str) -> None:
     page = await site.visit()
@@ -107,7 +107,7 @@ async def test_a_hostile_page_is_kept_out(site: Site, host: str) -> None:
     assert found == dict.fromkeys(found, "kept out")
     assert len(found) == 10
     assert await kept(site) == before
-    # Still signed in, and not to anybody else's account.
+    # The user is still signed in to the same account.
     await page.reload()
     assert "What is private?" in await page.locator("main").inner_text()
 

@@ -1,6 +1,6 @@
-"""How the pages look: nothing lies over anything else, nothing is cut off, everything has a name that can be read out.
+"""Layout of the pages: nothing overlaps, nothing is cut off, and every control has an accessible name.
 
-With PREFLOOP_SCREENSHOTS the pictures are kept in that folder.
+If PREFLOOP_SCREENSHOTS is set, screenshots are saved in that folder.
 """
 
 import os
@@ -19,8 +19,8 @@ pytestmark = together
 
 WIDTHS = (320, 768, 1280)
 LONG = "Wordwithoutanyspace" * 12
-# What a person reads or presses, pairwise disjoint unless one holds the other. The composer stays in sight over the
-# rest, so it is looked at where it comes to lie at the end.
+# Text and controls that overlap, unless one contains the other. The composer is sticky, so it is checked in its final
+# position at the end of the page.
 OVERLAPS = """() => {
   const which = "button, a, summary, input:not([type=hidden]), textarea, .text, .message, h1, h2, td, th, svg";
   const shown = [...document.querySelectorAll(which)]
@@ -35,13 +35,13 @@ OVERLAPS = """() => {
   }
   return found;
 }"""
-# Only what scrolls by itself may be wider than its place.
+# Elements wider than the window. Only those that scroll by themselves may be.
 CUT = """() => [...document.querySelectorAll("body *")]
   .filter(element => element.checkVisibility() && !element.closest(".scroll, pre, table, .unseen, svg"))
   .filter(element => element.getBoundingClientRect().right > innerWidth + 1)
   .map(element => element.outerHTML.slice(0, 80))"""
 
-# Words of a chart that reach out of it.
+# Text of a chart that extends beyond it.
 CLIPPED = """() => [...document.querySelectorAll("svg text")]
   .filter(text => {
     const words = text.getBoundingClientRect(), all = text.ownerSVGElement.getBoundingClientRect();
@@ -50,7 +50,7 @@ CLIPPED = """() => [...document.querySelectorAll("svg text")]
   })
   .map(text => text.textContent)"""
 
-# Words of a chart that lie over others, as what the eye reads: their ink, without the line's height.
+# Text of a chart that overlaps other text. The boxes are inset to allow for the line height around the glyphs.
 COLLIDING = """() => [...document.querySelectorAll("svg")].flatMap(svg => {
   const words = [...svg.querySelectorAll("text")].filter(text => text.textContent.trim());
   const boxes = words.map(text => text.getBoundingClientRect());
@@ -67,9 +67,9 @@ COLLIDING = """() => [...document.querySelectorAll("svg")].flatMap(svg => {
 
 
 async def look(page: Page, name: str) -> None:
-    """Takes the picture and finds what is wrong with it."""
+    """Takes a screenshot and checks the layout."""
     width = page.viewport_size["width"] if page.viewport_size else 0
-    # As high as the page is, so that nothing scrolls.
+    # As high as the page, so that nothing scrolls.
     await page.set_viewport_size({"width": width, "height": 300})
     height = await page.evaluate("document.documentElement.scrollHeight")
     await page.set_viewport_size({"width": width, "height": max(height, 700)})
@@ -85,7 +85,6 @@ async def look(page: Page, name: str) -> None:
 
 
 async def nameless(page: Page) -> list[str]:
-    """Controls that a screen reader could not name."""
     session = await page.context.new_cdp_session(page)
     tree: Any = await session.send("Accessibility.getFullAXTree")
     controls = {"button", "link", "textbox", "checkbox", "combobox", "searchbox", "DisclosureTriangle"}
@@ -99,7 +98,7 @@ async def nameless(page: Page) -> list[str]:
 
 
 async def long_conversation(site: Site) -> str:
-    """A conversation with everything in it; its address."""
+    """Creates a conversation with every kind of content; returns its path."""
     engine = site.running.engine
     engine.answers = [f"# Heading {LONG} | a | b |", f"`{LONG}` and some more words to fill a line or two", "B", "last"]
     page = await site.visit()
@@ -118,7 +117,7 @@ async def long_conversation(site: Site) -> str:
     return page.url.removeprefix(site.url)
 
 
-# The narrowest and the widest, one in each colour; and the rest.
+# The narrowest in light and the widest in dark, then the rest.
 @pytest.mark.parametrize(
     "looks",
     [[(320, False), (1280, True)], slow([(320, True), (768, False), (768, True), (1280, False)])],
@@ -157,7 +156,7 @@ async def test_two_answers_that_are_being_written(site: Site) -> None:
     site.running.engine.go_on.set()
 
 
-# Of a colour on what lies behind it, as WCAG 2 counts.
+# The contrast ratio of a colour and its background, as defined by WCAG 2.
 CONTRAST = """([selector, pseudo, property]) => {
   const luminance = colour => {
     const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(Number)
@@ -193,7 +192,7 @@ async def test_contrasts(site: Site, dark: bool) -> None:
         assert await page.evaluate(CONTRAST, [selector, "", "color"]) >= 4.5, selector
     assert await page.evaluate(CONTRAST, ["[aria-pressed=true]", "", "color"]) >= 4.5
     assert await page.evaluate(CONTRAST, ["#message", "::placeholder", "color"]) >= 4.5
-    # What shows where one writes.
+    # The border of the text field.
     assert await page.evaluate(CONTRAST, ["#message", "", "borderTopColor"]) >= 3
 
 

@@ -24,7 +24,7 @@ from clients.web.markup import safe_html
             "[x](https://example.org 'title')",
             '<p><a href="https://example.org" rel="noopener noreferrer nofollow">x</a></p>\n',
         ),
-        # A picture would be fetched from wherever the text says.
+        # A picture could be fetched from any host.
         (
             "![x](https://example.org/a.png)",
             '<p>!<a href="https://example.org/a.png" rel="noopener noreferrer nofollow">x</a></p>\n',

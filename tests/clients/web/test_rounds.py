@@ -26,14 +26,14 @@ def test_a_rounds_figures() -> None:
         (5, 2.18, True),
     ]
     assert [chart.title for chart in figures.curves] == [
-        "Score, and its uncertainty",
+        "Score and its uncertainty",
         "KL to the reference",
         "Answer length",
         "Entropy",
         "Clipped ratios",
         "Value loss",
-        "Trainer against engine",
-        "KL penalty's weight",
+        "Trainer vs. engine",
+        "KL penalty weight",
     ]
 
 
@@ -50,7 +50,7 @@ def test_a_figure_that_an_older_learner_did_not_write_leaves_its_curve_out() -> 
         {"ppo": {"steps": [{"step": 0, "kl": 0.0, "score": 0.1}, {"step": 1, "kl": 0.4, "score": 0.2}]}}
     )
     charts = RoundFigures(round_).curves
-    assert [chart.title for chart in charts] == ["Score, and its uncertainty", "KL to the reference"]
+    assert [chart.title for chart in charts] == ["Score and its uncertainty", "KL to the reference"]
     assert charts[0].band == ()
 
 

@@ -1,4 +1,4 @@
-"""What a reader sees when something is wrong: servers that go and come back, refusals, and hostile text."""
+"""The page when something is wrong: restarting servers, rejected requests, and hostile text."""
 
 import asyncio
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.server.fakes import FakeEngine
 
 pytestmark = together
 
-# Each would run, fetch, navigate or cover the page if it came through.
+# Each of these would run, fetch, navigate or cover the page if it were not sanitised.
 HOSTILE = """
 <script>window.pwned = "script"</script>
 <img src=x onerror='window.pwned = "img"'> <svg onload='window.pwned = "svg"'></svg>
@@ -31,7 +31,7 @@ HOSTILE = """
 
 
 async def restart(site: Site, policy: FakeEngine) -> None:
-    """The server goes, streams and all, and another one takes its port and its data."""
+    """Starts another server on the port and data of the stopped one."""
     running = site.running
     settings = running.app._settings.model_copy(update={"port": running.app.port})
     running.app = App(settings, running.store)
@@ -50,9 +50,9 @@ async def test_a_restart_in_the_middle_of_an_answer_is_explained_and_healed(site
     await expect(page.get_by_text("The server went away in the middle of this answer.")).to_be_visible()
     await expect(page.locator(".text")).to_have_text("Owls live")
     await restart(site, FakeEngine())
-    await expect(page.get_by_text("This is what it has kept.")).to_be_visible()
+    await expect(page.get_by_text("This is the part that it stored.")).to_be_visible()
     await expect(page.locator(".text")).to_have_text("Owls live")
-    # The page was never left, and the conversation goes on.
+    # The conversation continues without leaving the page.
     await ask(page, "Again, please.")
     await expect(page.locator(".text").last).to_have_text("one two three four")
     assert [turn.message for turn in await turns(site, page)] == ["Where do owls live?", "Again, please."]
@@ -66,7 +66,7 @@ async def test_an_answer_that_broke_off_can_be_asked_for_again(site: Site) -> No
     await expect(page.locator(".text")).to_have_text("one two")
     engine.dies = True
     engine.go_on.set()
-    await expect(page.get_by_text("broken off")).to_be_visible()
+    await expect(page.get_by_text("cut off by an error")).to_be_visible()
     engine.may_revive.set()
     while engine.dies:
         await asyncio.sleep(0.01)
@@ -89,7 +89,7 @@ async def test_a_restart_while_the_page_looks_at_another_programs_answer(
     await expect(page.get_by_role("alert")).to_contain_text("The server is away")
     await restart(site, FakeEngine())
     await expect(page.get_by_text("2 tokens · stopped")).to_be_visible()
-    # It is nothing that whoever runs the page should be told of.
+    # This is not an error of the page, so nothing is logged.
     assert "Traceback" not in caplog.text
 
 
@@ -108,7 +108,7 @@ async def test_a_message_that_cannot_be_sent_stays_in_its_box(site: Site) -> Non
 
 
 async def lose(route: Route) -> None:
-    """The request arrives, its answer does not."""
+    """Lets the request through but drops the response."""
     await route.fetch()
     await route.abort()
 
@@ -118,7 +118,7 @@ async def test_a_message_whose_answer_got_lost_is_sent_once(site: Site) -> None:
 
     await page.route("**/messages", lose, times=1)
     await ask(page, "Once.")
-    # It is tried again, and finds the conversation.
+    # The page is fetched again and shows the conversation.
     await expect(page.locator("#conversations a", has_text="Once.")).to_be_visible()
     await page.get_by_role("button", name="Send").click()
     await expect(good(page)).to_be_visible()
@@ -136,7 +136,7 @@ async def test_a_message_whose_answer_got_lost_can_be_written_anew(site: Site) -
     used = await form_id.input_value()
     await ask(page, "Once more.")
     await expect(page.get_by_role("alert")).to_contain_text("was used with another body")
-    # By then it is another message.
+    # The edited message gets another request id.
     await expect(form_id).not_to_have_value(used)
     await page.get_by_role("button", name="Send").click()
     await expect(good(page)).to_be_visible()
@@ -153,7 +153,7 @@ async def test_a_message_that_is_refused_says_why(site: Site) -> None:
 async def test_a_page_that_the_server_is_away_for_comes_by_itself(site: Site) -> None:
     await site.running.app.stop(0)
     page = await site.visit()
-    await expect(page.get_by_text("This page tries again every three seconds.")).to_be_visible()
+    await expect(page.get_by_text("This page retries every three seconds.")).to_be_visible()
     await restart(site, FakeEngine())
     await expect(page.get_by_label("Message", exact=True)).to_be_visible()
 
@@ -248,7 +248,7 @@ async def test_hostile_text_stays_text(site: Site) -> None:
         assert await page.locator(part).locator(forbidden).count() == 0, part
     assert await page.locator(".text form, .text button, .text [id]").count() == 0
     links = await page.locator(".text a").evaluate_all("all => all.map(a => [a.getAttribute('href'), a.rel])")
-    # A picture is a link to it at most.
+    # A picture becomes a link at most.
     rel = "noopener noreferrer nofollow"
     assert links == [["http://127.0.0.1:1/picture.png", rel], ["https://example.org/", rel]] * 3
     assert await page.evaluate("window.pwned") is None
@@ -256,7 +256,7 @@ async def test_hostile_text_stays_text(site: Site) -> None:
 
 
 async def test_the_policy_would_stop_what_got_through(site: Site) -> None:
-    """The second line of defence, by itself: markup in the page that nobody sanitised."""
+    """Tests the second line of defence alone, with unsanitised markup in the page."""
     page = await site.visit()
     await page.evaluate(
         """() => {

@@ -1,4 +1,4 @@
-"""Answers that are being written, as the page's server holds them, over a real gRPC server."""
+"""Turns that are being answered, in the page's process, over a real gRPC server."""
 
 import asyncio
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.server.conftest import running_server
 
 
 async def test_the_end_of_one_turn_leaves_the_next_one_its_place(tmp_path: Path) -> None:
-    """Two tabs send at once; the second answer begins while the page still reads what was kept of the first."""
+    """Two tabs send at once; the second answer begins while the page still fetches the first stored turn."""
     may_read = asyncio.Event()
 
     class Slow(AsyncClient):
@@ -77,7 +77,7 @@ async def test_a_growing_answer_is_drawn_once_for_all_who_read_it(
             await asyncio.sleep(0)
         running.engine.go_on.set()
         seen = await asyncio.gather(*readers)
-        # All saw the same, to the end, and of twenty readers none made it drawn again.
+        # All twenty readers saw the same turns to the end, and each was drawn once.
         assert len({tuple(texts) for texts in seen}) == 1
         assert seen[0] == drawn
         assert drawn[-1] == "one two three four "

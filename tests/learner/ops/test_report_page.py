@@ -69,13 +69,13 @@ def test_the_curves_are_in_the_page_itself() -> None:
     titles = re.findall(r'<svg class="chart" viewBox="-14 0 294 168" role="img" aria-label="([^"]+)">', page)
     # The mismatch could not be taken.
     assert titles == [
-        "Score, and its uncertainty",
+        "Score and its uncertainty",
         "KL to the reference",
         "Answer length",
         "Entropy",
         "Clipped ratios",
         "Value loss",
-        "KL penalty&#39;s weight",
+        "KL penalty weight",
     ]
     # From 0 to 2 nats of 4, and 44 to 264 across.
     assert '<polyline class="line" points="44.0,128.0 264.0,68.0 "/>' in page

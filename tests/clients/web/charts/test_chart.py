@@ -1,4 +1,4 @@
-"""Places in the picture, as literal numbers: 44 to 264 across, 128 (low) to 8 (high) up."""
+"""Positions in the chart, as literal numbers: x from 44 to 264, y from 128 (low) to 8 (high)."""
 
 import pytest
 

@@ -201,11 +201,11 @@ async def vote_beside(
 
 def report(found: dict[str, dict[str, float]], seconds: float) -> str:
     lines = [
-        "# What one account at its limits costs the others",
+        "# What one account at its limits costs other users",
         "",
         "Made by [`benchmarks/account.py`](../../benchmarks/account.py) on two cores: four users vote as often as they",
-        f"may, {seconds:.0f} s beside each of these, all on loopback, one reading each. The long conversation has",
-        f"{TURNS} messages of {MESSAGE_CHARS} characters. Memory is the server's own process, its engine's left out.",
+        f"may for {seconds:.0f} s, alongside each of these loads, all on loopback, one reading each. The long",
+        f"conversation has {TURNS} messages of {MESSAGE_CHARS} characters. Memory is the server's, without its engine.",
         "",
         "| beside | a vote, median, ms | 99 % | more memory, MiB | calls done | refused |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -173,7 +173,7 @@ def section(found: dict[str, Any], seconds: float) -> str:
     lines = [
         f"## {found['dtype']}",
         "",
-        f"{seconds:.0f} s a phase, one reading each.",
+        f"{seconds:.0f} s per phase, one reading each.",
         "",
         "| streams | | tokens/s | of alone | first token, median, s |",
         "| ---: | --- | ---: | ---: | ---: |",
@@ -187,7 +187,7 @@ def section(found: dict[str, Any], seconds: float) -> str:
     ratio = found["round_beside"] / found["round_alone"]
     lines += [
         "",
-        f"The round took {found['round_alone']:.0f} s alone and {found['round_beside']:.0f} s beside {BESIDE_ROUND} "
+        f"The round took {found['round_alone']:.0f} s alone and {found['round_beside']:.0f} s with {BESIDE_ROUND} "
         f"streams: {ratio:.2f} times as long.",
     ]
     return "\n".join(lines) + "\n"

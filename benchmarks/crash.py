@@ -119,10 +119,10 @@ def kill_server(work: Path, failpoint: str) -> list[str] | None:
 
 def report(results: dict[str, dict[str, list[list[str]]]]) -> str:
     lines = [
-        "# Killed where something becomes durable",
+        "# Kills at every point of durability",
         "",
-        "Made by [`benchmarks/crash.py`](../../benchmarks/crash.py), which says what is killed and what is looked at.",
-        "Each failpoint was tried every time that it is passed.",
+        "Made by [`benchmarks/crash.py`](../../benchmarks/crash.py), whose docstring says what is killed and checked.",
+        "Each failpoint was tried at every pass.",
         "",
         "| killed | failpoint | kills | with something wrong after |",
         "|---|---|---:|---:|",
@@ -132,7 +132,7 @@ def report(results: dict[str, dict[str, list[list[str]]]]) -> str:
             wrong = sum(bool(reasons) for reasons in found)
             lines.append(f"| {WHAT[what]} | {point} | {len(found)} | {wrong} |")
     everything = [reasons for points in results.values() for found in points.values() for reasons in found]
-    lines += ["", f"In all {len(everything)} kills, {sum(map(bool, everything))} with something wrong after."]
+    lines += ["", f"{len(everything)} kills in total, {sum(map(bool, everything))} with something wrong afterwards."]
     lines += [f"- {reason}" for reasons in everything for reason in reasons]
     return "\n".join(lines) + "\n"
 

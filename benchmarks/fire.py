@@ -301,11 +301,11 @@ def report(result: dict[str, Any]) -> str:
     kills = ", ".join(f"{name} {count}" for name, count in result["kills"].items())
     again = ", ".join(f"{name} {count}" for name, count in result["asked_again"].items())
     rounds = ", ".join(f"{count} {state}" for state, count in result["rounds"].items())
-    return f"""# Under fire
+    return f"""# Random kills under load
 
 Made by [`benchmarks/fire.py`](../../benchmarks/fire.py) on a machine of two cores without a GPU: SmolLM2-135M-Instruct,
-{CLIENTS} clients that chat and vote without a pause and ask again with the same request_id whatever fails, a learner
-that runs small rounds all the while, and SIGKILL at random moments.
+{CLIENTS} clients that chat and vote without pauses and retry every failure with the same request_id, a learner that
+runs small rounds throughout, and SIGKILL at random moments.
 
 | | |
 | --- | --- |

@@ -173,8 +173,8 @@ def exponent(by_votes: dict[int, Any], figure: str) -> float:
 
 def page(results: dict[str, dict[int, Any]]) -> str:
     lines = ["# What a round costs as votes grow", ""]
-    lines.append(f"`python benchmarks/growth.py --write`, {datetime.now(UTC):%Y-%m-%d}. Seconds, and GiB at the peak.")
-    for mode, title in (("limited", "As a round does it: the newest 20,000 votes"), ("all", "Without that limit")):
+    lines.append(f"`python benchmarks/growth.py --write`, {datetime.now(UTC):%Y-%m-%d}. Seconds, and peak GiB.")
+    for mode, title in (("limited", "With a round's limit: the newest 20,000 votes"), ("all", "Without that limit")):
         if len(by_votes := results[mode]) < 2:
             continue
         lines += ["", f"## {title}", "", "| votes | " + " | ".join(STAGES) + " | peak, GiB |"]

@@ -183,7 +183,7 @@ def page(curves: Any) -> str:
         "",
         f"`python benchmarks/planner.py --write`, {datetime.now(UTC):%Y-%m-%d}. Accuracy against the taste on",
         f"comparisons of unseen questions, means of {SEEDS} seeds, a tenth of the votes flipped. Six answers to each",
-        "question, three at either temperature; the strategies are those of the program's docstring.",
+        "question, three at each temperature; the program's docstring describes the strategies.",
         "",
     ]
     at = [2, 4, 7, 10, 14]
@@ -194,12 +194,13 @@ def page(curves: Any) -> str:
         for strategy, runs in by_strategy.items():
             means = [mean(column) for column in zip(*runs, strict=True)]
             lines.append(f"| {taste} | {strategy} | " + " | ".join(f"{means[i]:.3f}" for i in at) + " |")
+    levels = [100, 180, 260]
     lines += [
         "",
-        "Points of accuracy above the random pairs, mean over all measurements, 95 % over tastes and seeds; and the",
+        "Points of accuracy above the random pairs (mean over all measurements, 95 % interval over tastes and seeds),",
+        "and the votes needed to match the random pairs after 100, 180 and 260 votes:",
+        "",
     ]
-    lines += ["votes it takes to be where the random pairs are after so many:", ""]
-    levels = [100, 180, 260]
     lines.append("| pairs | gain | " + " | ".join(str(votes) for votes in levels) + " |")
     lines.append("|---|---:|" + "---:|" * len(levels))
     for strategy in STRATEGIES[1:]:

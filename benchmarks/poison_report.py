@@ -10,7 +10,7 @@ REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "poison.md"
 DEFENCES = ("none", "cap", "full")
 HEADINGS = {
     "accuracy": "Points of accuracy lost",
-    "best of four": "Points lost in the win rate of the best of four answers, a cheap stand-in for PPO",
+    "best of four": "Points lost in the win rate of the best of four answers, a cheap substitute for PPO",
 }
 Results = dict[str, dict[str, list[dict[str, Any]]]]
 
@@ -24,12 +24,12 @@ def page(results: Results, honest: str) -> Iterator[str]:
     yield "# What poisoned votes cost"
     yield ""
     yield f"`python benchmarks/poison.py --write`, {datetime.now(UTC):%Y-%m-%d}. Mean and standard error over {runs}"
-    yield "runs, four tastes by four seeds, each beside its twin of honest voters on the same comparisons. Voters slip"
-    yield "in a tenth of their votes unless it says otherwise; 60 % of the votes are fitted on. A minus is a gain."
+    yield "runs, four tastes by four seeds, each compared with honest voters on the same comparisons. Voters err"
+    yield "in a tenth of their votes unless noted; the fit uses 60 % of the votes. Negative numbers are gains."
     yield ""
     yield "Columns: *none*, every vote weighs the same; *cap*, no user has more than a twentieth of the weight; *full*,"
-    yield "the cap, and voters weighed by whether others foresee them (`reward.weigh_voters`), which is a round's way."
-    yield "The last two are the weight that *full* leaves to the voters whom the line is about, and to all others."
+    yield "the cap, and voters weighted by how well others predict them (`reward.weigh_voters`), as in a round."
+    yield "The last two columns are the remaining weight under *full* of the row's voters, and of all others."
     for crowd, by_attack in results.items():
         base = by_attack[honest]
         yield from ("", f"## {crowd}")

@@ -61,9 +61,9 @@ TARGETS = {
     "openai-default": "vLLM OpenAI server",
 }
 TITLES = {
-    "real": "SmolLM2-135M-Instruct, all alike",
-    "defaults": "What `make serve` ships, against the OpenAI server at its defaults",
-    "tiny": "A random one-layer model, all alike",
+    "real": "SmolLM2-135M-Instruct, same settings for all",
+    "defaults": "`make serve` compared with the OpenAI server, both at their defaults",
+    "tiny": "A random one-layer model, same settings for all",
 }
 
 Figures = dict[str, dict[str, float]]  # by number of streams
@@ -403,8 +403,8 @@ def report(results: Results) -> str:
             f"`python benchmarks/serve.py --write`, {datetime.now(UTC):%Y-%m-%d}, {machine()}.",
             "",
             f"Answers of {TOKENS} tokens (counted: {min(counted):g} to {max(counted):g} on average), temperature "
-            f"{TEMPERATURE}, medians of {REPEATS} runs, the servers asked in turn, the client a process of its own on "
-            "the same machine. A gap is the time between two deltas of one answer. While it ran, other work on the "
+            f"{TEMPERATURE}, medians of {REPEATS} runs, the servers measured in turn, the client a separate process on "
+            "the same machine. A gap is the time between two deltas of one answer. Meanwhile, other work on the "
             f"machine took {max(row['others_cores'] for row in rows):g} cores at most.",
             "",
             *(table(part, results[part]) for part in TITLES if part in results),

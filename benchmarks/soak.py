@@ -216,15 +216,15 @@ def report(lines: dict[str, dict[str, float]], done: dict[str, int], minutes: fl
         f"| {name} | {one['first']:.0f} | {one['middle']:.0f} | {one['last']:.0f} | {one['per_hour']:+.1f} |"
         for name, one in lines.items()
     )
-    return f"""# Half an hour of everything
+    return f"""# Half an hour of mixed load
 
 Made by [`benchmarks/soak.py`](../../benchmarks/soak.py) on a machine of two cores without a GPU: SmolLM2-135M-Instruct,
-{PEOPLE} people who do whatever the API offers, a swap every {SWAP_SECONDS:.0f} s, {minutes:.0f} minutes. Done: {went}.
+{PEOPLE} simulated users who use the whole API, a swap every {SWAP_SECONDS:.0f} s, {minutes:.0f} minutes. Done: {went}.
 Failed: {sum(failed.values())}.
 
-Medians of the three thirds after the first {WARM_MINUTES} minutes, and the slope of the line through all of them:
+Medians of the three thirds after the first {WARM_MINUTES} minutes, and the slope of a line through all samples:
 
-| | first | middle | last | an hour |
+| | first | middle | last | per hour |
 | --- | --- | --- | --- | --- |
 {rows}
 

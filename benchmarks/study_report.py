@@ -21,7 +21,7 @@ def write_report(results: Results) -> None:
 
 
 def page(results: Results) -> Iterator[str]:
-    yield "# What simulated voters get from a round"
+    yield "# What a round learns from simulated voters"
     yield ""
     yield f"`python benchmarks/study.py --write`, {datetime.now(UTC):%Y-%m-%d}; answers of 64 tokens."
     yield "Tastes: " + "; ".join(f"*{name}*: {taste.sentence}" for name, taste in TASTES.items()) + "."
@@ -39,7 +39,7 @@ def reward_table(found: list[dict[str, Any]]) -> Iterator[str]:
     yield from ("", "## The reward model alone", "")
     yield (
         "Accuracy against the taste without flips, on comparisons of unseen questions: mean of the seeds (lowest to "
-        "highest). A round trains on some 60 % of the votes; the rest judges."
+        "highest). A round trains on some 60 % of the votes and judges with the rest."
     )
     yield ""
     by_cell: dict[tuple[str, int, float], list[dict[str, Any]]] = defaultdict(list)
@@ -70,8 +70,9 @@ def round_table(found: list[dict[str, Any]]) -> Iterator[str]:
         return
     yield from ("", "## Whole rounds", "")
     yield (
-        "Win rate by the taste over the reference's answers to unseen questions, ties half, with its 95 % interval. "
-        "*Best* is the best candidate of the run in hindsight. A refusal changes nothing: it counts 0.50 in the means."
+        "Win rate by the taste over the reference's answers to unseen questions, ties counted half, with its 95 % "
+        "interval. *Best* is the best candidate of the run in hindsight. A refusal changes nothing and counts as 0.50 "
+        "in the means."
     )
     yield ""
     yield "| taste | votes | flipped | seed | reward model | outcome | win rate | best | KL, nats | minutes |"
@@ -103,8 +104,8 @@ def start_table(found: list[dict[str, Any]]) -> Iterator[str]:
         return
     yield from ("", "## Where a second round starts", "")
     yield (
-        "200 votes, a round, 200 more, and a second round on all of them (a tenth flipped): PPO from the reference "
-        "again or from the active policy. Win rates over the reference, of what serves after the round."
+        "200 votes, a round, 200 more, and a second round on all of them (a tenth flipped): PPO again from the "
+        "reference, or from the active policy. Win rates over the reference, of the version served after the round."
     )
     yield ""
     yield "| taste | seed | first round | KL, nats | second from | outcome | win rate | KL, nats | minutes |"
@@ -146,10 +147,10 @@ def shuffle_lines(found: list[dict[str, Any]]) -> Iterator[str]:
         return
     at_5, at_2 = (sum(one["p_value"] < level for one in found) for level in (0.05, 0.02))
     promoted = sum(one["state"] == "promoted" for one in found)
-    yield from ("", "## Votes that say nothing", "")
+    yield from ("", "## Votes without a signal", "")
     low, high = wilson(promoted, len(found))
     yield (
-        f"{len(found)} times 200 votes were dealt out at random among their comparisons. {at_5} passed the signal "
+        f"{len(found)} times, 200 votes were shuffled at random among their comparisons. {at_5} passed the signal "
         f"test at 5 %, {at_2} at the gate's 2 %; {promoted} ended in a promotion (95 % interval of the rate "
         f"{max(low, 0.0):.3f} to {high:.3f})."
     )

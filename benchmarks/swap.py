@@ -233,7 +233,7 @@ def resident(data: Path) -> float:
 
 def report(results: list[dict[str, Any]]) -> str:
     lines = [
-        "# What a swap costs the streams that live through it",
+        "# What a swap costs open streams",
         "",
         "Made by [`benchmarks/swap.py`](../../benchmarks/swap.py) on a machine of two cores without a GPU,",
         "SmolLM2-135M-Instruct, compiled. Seconds: median, 95th percentile, longest.",

@@ -288,19 +288,19 @@ def report(figures: dict[str, Any]) -> str:
     return f"""# Votes
 
 `python benchmarks/votes.py MODEL --work-dir DIR --write` on two cores: 64 clients with a key and a connection each
-change their thumb as fast as it is acknowledged, in turns with an empty handler and with this disk's commits. Medians
-of three turns of 5 s. Server, clients and SQLite share the two cores. {f["acknowledged"]} votes were acknowledged, and
-the store has {f["in_the_store"]}.
+change their thumb as fast as it is acknowledged, alternating with an empty handler and with this disk's commits.
+Medians of three turns of 5 s. Server, clients and SQLite share the cores. {f["acknowledged"]} votes were acknowledged,
+and the store has {f["in_the_store"]}.
 
-| | a second | 50 % ms | 99 % ms |
+| | per second | 50 % ms | 99 % ms |
 | --- | --- | --- | --- |
 | durable votes | {f["votes_per_s"]:.0f} | {f["votes_p50_ms"]:.1f} | {f["votes_p99_ms"]:.1f} |
 | empty handler | {f["echo_per_s"]:.0f} | | {f["echo_p99_ms"]:.1f} |
 | commits of one row, one writer | {f["commits_per_s"]:.0f} | | |
 
-Votes reach {f["of_echo"]:.2f} of the empty handler.
+Votes reach {f["of_echo"]:.2f} of the empty handler's rate.
 
-Four clients that chat ({TOKENS} tokens an answer):
+Four clients that chat ({TOKENS} tokens per answer):
 
 | | first text ms | slowest ms | tokens/s |
 | --- | --- | --- | --- |

@@ -230,7 +230,7 @@ def test_the_page_of_operations_knows_the_page(root: Path) -> None:
     assert re.findall(r"^\| `(prefloop_\w+)` \| (?:the API key|on a server)", page, re.MULTILINE) == [KEY, NAME]
     assert (MONTH_SECONDS, EventSourceResponse.DEFAULT_PING_INTERVAL) == (30 * 86400, 15)
     assert "For 30 days, or until they sign out" in page
-    assert "every 15 seconds at least" in page
+    assert "at least every 15 seconds" in page
     # The quoted messages are those of the code.
     assert NO_KEYS.startswith("Strangers can reach this page, but the server has no keys to identify them")
     assert AWAY.startswith("The server is away, or just starting")

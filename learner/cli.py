@@ -1,4 +1,7 @@
-"""The command `learner`: flags to settings to a call. Heavy imports wait until a command runs."""
+"""The `learner` command line: each command builds its settings from flags and calls its function.
+
+Heavy imports are deferred until a command runs.
+"""
 
 import json
 import signal
@@ -21,8 +24,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Turns votes into a better policy."
 )
 
-DataDir = Annotated[Optional[Path], typer.Option(help="Everything that is kept. Default: ./data.")]
-Reason = Annotated[str, typer.Option(help="Kept with the version's history.")]
+DataDir = Annotated[Optional[Path], typer.Option(help="The data directory. Default: ./data.")]
+Reason = Annotated[str, typer.Option(help="Stored with the version's history.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -31,17 +34,17 @@ def run_once(
     data_dir: DataDir = None,
     as_json: Json = False,
     train: Annotated[Optional[str], typer.Option(help="`lora` (default) or `full`.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="PPO steps at most.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of every random draw. Default: 0.")] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait while another learner is at work.")] = False,
+    steps: Annotated[Optional[int], typer.Option(help="Maximum number of PPO steps.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of every random draw. Default: 0.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait while another learner is running.")] = False,
     report_file: Annotated[
-        Optional[Path], typer.Option("--report", help="Write the result as JSON to this file, a failure's too.")
+        Optional[Path], typer.Option("--report", help="Write the result as JSON to this file, also if the round fails.")
     ] = None,
 ) -> None:
-    """Run one round, or go on with one that was stopped: fit, improve, judge, publish, activate.
+    """Run one round, or resume one that was stopped: fit, improve, judge, publish, activate.
 
-    Every setting is also a PREFLOOP_* variable or in prefloop.toml. Ends with 0 where there was nothing to learn.
-    SIGTERM and Ctrl-C stop it where the next run goes on."""
+    Every setting is also a PREFLOOP_* variable or in prefloop.toml. Exits with 0 if there was nothing to learn. SIGTERM
+    and Ctrl-C stop the round; the next run resumes it."""
     policy = None if train is None else {"train": train}
     ppo = None if steps is None else {"steps": steps}
     settings = _settings(data_dir=data_dir, policy=policy, ppo=ppo, seed=seed)
@@ -61,7 +64,7 @@ def run_once(
 
 
 def _run_round(settings: "LearnerSettings", wait: bool, report_file: Path | None) -> "Report":
-    """The round in this process, made ready for it; what it came to is also written to the file."""
+    """Prepares this process and runs the round; writes the result to the file, too."""
     from learner.progress import Stages
 
     stages = Stages()
@@ -83,7 +86,7 @@ def _run_round(settings: "LearnerSettings", wait: bool, report_file: Path | None
     try:
         report = run(settings, stages, wait=wait)
     except KeyboardInterrupt:
-        typer.echo("learner: Stopped. The next `learner run-once` goes on from here.", err=True)
+        typer.echo("learner: Stopped. The next `learner run-once` resumes the round.", err=True)
         raise SystemExit(STOPPED) from None
     except Exception as error:
         keep(Report("failed", str(error) or type(error).__name__))
@@ -98,11 +101,11 @@ def _run_round(settings: "LearnerSettings", wait: bool, report_file: Path | None
 
 @app.command()
 def promote(
-    version: Annotated[str, typer.Argument(help="As v0007; a rejected one may be promoted, too.")],
+    version: Annotated[str, typer.Argument(help="For example v0007. A rejected version can be promoted too.")],
     data_dir: DataDir = None,
     reason: Reason = "",
 ) -> None:
-    """Make a version the active one, whatever the gate said of it; who did it and when is kept."""
+    """Make a version the active one, whatever the gate decided. Who did it and when is recorded."""
     settings = _settings_with_data(data_dir)
     from learner.ops.manual_decisions import promote as move
 
@@ -111,11 +114,11 @@ def promote(
 
 @app.command()
 def rollback(
-    version: Annotated[Optional[str], typer.Argument(help="Default: the one that was active before.")] = None,
+    version: Annotated[Optional[str], typer.Argument(help="Default: the previously active version.")] = None,
     data_dir: DataDir = None,
     reason: Reason = "",
 ) -> None:
-    """Go back to a version that was active before; who did it and when is kept."""
+    """Go back to a version that was active before. Who did it and when is recorded."""
     settings = _settings_with_data(data_dir)
     from learner.ops.manual_decisions import rollback as move
 
@@ -124,8 +127,8 @@ def rollback(
 
 @app.command()
 def trace(
-    version: Annotated[Optional[str], typer.Argument(help="As v0007.")] = None,
-    vote: Annotated[Optional[str], typer.Option(help="A feedback id instead: which versions it went into.")] = None,
+    version: Annotated[Optional[str], typer.Argument(help="For example v0007.")] = None,
+    vote: Annotated[Optional[str], typer.Option(help="A feedback id, instead of a version.")] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
@@ -144,7 +147,7 @@ def trace(
 
 @app.command()
 def status(data_dir: DataDir = None, as_json: Json = False) -> None:
-    """Show what is served, what was learned from, and what waits."""
+    """Show the served version, the last round and how many votes are new."""
     settings = _settings(data_dir=data_dir)
     from learner.ops.status import status as read
 
@@ -158,9 +161,10 @@ def status(data_dir: DataDir = None, as_json: Json = False) -> None:
 
 @app.command()
 def users(data_dir: DataDir = None, as_json: Json = False) -> None:
-    """Show who votes how: how many, how fast, which slot, whether as the others do; suspicious ones first.
+    """Show how each user votes: how many, how fast, which slot, and agreement with others; suspicious users first.
 
-    A test of many users at once, at 5 %: of crowds in which nobody cheats, one in twenty has somebody accused."""
+    Each test is corrected for the number of users, at 5 %: if nobody cheats, the chance that it suspects anybody is one
+    in twenty."""
     settings = _settings_with_data(data_dir)
     from dataclasses import asdict
 
@@ -184,12 +188,12 @@ def users(data_dir: DataDir = None, as_json: Json = False) -> None:
 
 @app.command()
 def quarantine(
-    user: Annotated[str, typer.Argument(help="As `learner users` shows it.")],
+    user: Annotated[str, typer.Argument(help="The user's id, as shown by `learner users`.")],
     lift: Annotated[bool, typer.Option("--lift", help="Let the user's votes count again.")] = False,
     data_dir: DataDir = None,
-    reason: Annotated[str, typer.Option(help="Kept with the user's history.")] = "",
+    reason: Annotated[str, typer.Option(help="Stored with the user's history.")] = "",
 ) -> None:
-    """Leave a user's votes out of the rounds to come; who did it, when and why is kept. The votes stay."""
+    """Leave a user's votes out of future rounds. Who did it, when and why is recorded. No votes are deleted."""
     settings = _settings_with_data(data_dir)
     from learner.ops.manual_decisions import quarantine as set_apart
 
@@ -198,10 +202,10 @@ def quarantine(
 
 @app.command("report")
 def report_round(
-    round_id: Annotated[Optional[str], typer.Argument(metavar="ROUND", help="Default: the newest.")] = None,
+    round_id: Annotated[Optional[str], typer.Argument(metavar="ROUND", help="Default: the newest round.")] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Write a round's page (HTML): its metrics, its curves, answers before and after."""
+    """Write a round's HTML report: its metrics, its curves, answers before and after."""
     settings = _settings_with_data(data_dir)
     from learner.ops.report_page.report_page import write_report
 
@@ -211,7 +215,7 @@ def report_round(
 @app.command("serve-scores")
 def serve_scores(
     data_dir: DataDir = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="On loopback; 0 picks a free one.")] = 50052,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on loopback; 0 picks a free one.")] = 50052,
 ) -> None:
     """Serve the newest reward model's scores over gRPC, for servers that choose which answers to compare."""
     settings = _settings_with_data(data_dir)
@@ -225,7 +229,7 @@ def serve_scores(
     try:
         asyncio.run(serve(settings.data_dir, settings.dtype, settings.max_model_len, port, typer.echo))
     except RuntimeError as error:
-        _fail(f"The port {port} cannot be used: {error}.")
+        _fail(f"Port {port} cannot be used: {error}.")
 
 
 @app.command()
@@ -237,12 +241,12 @@ def schedule(
     ] = None,
     every: Annotated[Optional[float], typer.Option(help="Minutes between rounds, instead of --cron.")] = None,
     on_request: Annotated[
-        bool, typer.Option("--on-request", help="No clock: rounds start only when RequestRound asks for one.")
+        bool, typer.Option("--on-request", help="Start rounds only when RequestRound asks for one.")
     ] = False,
 ) -> None:
-    """Run a round whenever the clock says so or RequestRound asks, each in a process of its own, until stopped."""
+    """Run rounds by the clock or when RequestRound asks for one, each in a separate process, until stopped."""
     when = {name: value for name, value in {"cron": cron, "interval_minutes": every}.items() if value is not None}
-    # A time that is given counts more than a setting that says there is none.
+    # A time given as a flag overrides `on_request` from the settings.
     clock = {"on_request": on_request} if on_request or when else {}
     settings = _settings(data_dir=data_dir, schedule={**when, **clock} or None)
     from learner.ops.schedule import RoundScheduler
@@ -265,7 +269,7 @@ def _settings(**flags: Any) -> "LearnerSettings":
 
 
 def _settings_with_data(data_dir: Path | None) -> "LearnerSettings":
-    """For commands that have nothing to say where no server has started yet."""
+    """Loads settings for commands that need data. Fails if no server has started yet."""
     from server.store.store import Store
 
     settings = _settings(data_dir=data_dir)

@@ -1,4 +1,4 @@
-"""How a process behaves beside others: its name, what it takes from the kernel, and to whom it gives way."""
+"""Setup of the learner's process: its environment, memory allocation, priority and a unique name."""
 
 import ctypes
 import os
@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from learner.settings import LearnerSettings
 
-# The exit status of a round that was asked to stop; a shell says it of what Ctrl-C ended.
+# Exit status of a round that was asked to stop, the same as a shell reports after Ctrl-C.
 STOPPED = 130
-# Turns of its loop for which a thread of OpenMP waits before it sleeps, some microseconds. By default it waits
-# for milliseconds on a core that the server's engine needs (docs/decisions/0026-every-cpu.md).
+# How often an idle OpenMP thread spins before it sleeps: some microseconds. By default it spins for milliseconds on a
+# core that the server's engine needs (docs/decisions/0026-every-cpu.md).
 SPIN = "100"
-# Of mallopt(3).
+# Parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def unique_name() -> str:
-    """Of this process, and never of another one."""
+    """A name that no other process ever has."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
 def set_environment(settings: "LearnerSettings") -> None:
-    """vLLM reads these once, at import, and so does OpenMP, which comes with torch: call it before either is imported.
-    What the operator set stays."""
+    """Sets variables that vLLM and OpenMP (which comes with torch) read once, at import: call it before either is
+    imported. Variables that the operator has set are left alone."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -35,7 +35,7 @@ def set_environment(settings: "LearnerSettings") -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TOKENIZERS_PARALLELISM": "false",
-        # Bars and warnings of libraries that an operator can do nothing about; the round has its own.
+        # Progress bars and warnings of libraries do not help an operator; the round shows its own progress.
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TQDM_DISABLE": "1",
@@ -48,10 +48,10 @@ def set_environment(settings: "LearnerSettings") -> None:
 
 
 def keep_freed_memory() -> None:
-    """Freed blocks stay with the process, where its C library is glibc.
+    """Makes the process keep freed blocks, if its C library is glibc.
 
-    Training makes and drops tensors of many megabytes in every pass. By default each is mapped and unmapped again, and
-    the kernel's clearing of the pages took a fifth of an update's time (docs/decisions/0009)."""
+    Training allocates and frees tensors of many megabytes in every pass. By default each is mapped and unmapped again,
+    and the kernel's clearing of the pages took a fifth of an update's time (docs/decisions/0009)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
@@ -59,12 +59,12 @@ def keep_freed_memory() -> None:
 
 
 def give_way(nice: int, threads: int) -> None:
-    """The server goes first where both want the processor; `threads` of computing at most, 0 for one on each core.
+    """Yields the processor to the server, and limits torch to `threads` threads; 0 means one per core.
 
-    Call it before torch computes: a pool of threads keeps its size."""
+    Call it before torch computes: a thread pool keeps its size."""
     import torch
 
-    # What the process was started with counts too: `nice learner run-once` is not made less nice.
+    # Never below the niceness that the process was started with, as by `nice learner run-once`.
     os.nice(max(0, nice - os.nice(0)))
     if threads:
         torch.set_num_threads(threads)

@@ -1,8 +1,8 @@
-"""Progress on stderr: a bar with the time left on a terminal, elsewhere a line every ten seconds; a line for each stage
-that ended.
+"""Progress on stderr: a bar with the time left on a terminal, otherwise a line every ten seconds; and a line for each
+finished stage.
 
-A line that comes while a stage runs says before its first comma what was done, and after it the time. So whoever waits
-for a round sees by the first part whether it goes on.
+In a line about a running stage, the part before the first comma says what was done and the rest is the time. If the
+first part changes, the round is making progress.
 """
 
 import threading
@@ -19,7 +19,7 @@ Advance = Callable[[int], None]
 
 
 class Stages:
-    """Shows stages and keeps how long each took, in `seconds`."""
+    """Shows stages and records how long each took, in `seconds`."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -27,7 +27,8 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, title: str, total: int | None = None) -> Iterator[Advance]:
-        """Times the block under `name` (blocks of one name add up); the block calls what it is given to advance."""
+        """Times the block under `name` (times of the same name add up). The block calls the yielded function to
+        advance."""
         started = time.monotonic()
         shown = self._bar if self.console.is_terminal else self._lines
         with shown(title, total) as advance:
@@ -69,12 +70,12 @@ class Stages:
             teller.join()
 
     def _say(self, line: str) -> None:
-        # Uncut, since a program may read it.
+        # Not wrapped, since a program may read it.
         self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def so_far(title: str, done: int, total: int | None, seconds: float) -> str:
-    """ "judging candidates: 2 of 5, 160 s so far, about 240 s left"."""
+    """A line such as "judging candidates: 2 of 5, 160 s so far, about 240 s left"."""
     if total is None:
         return f"{title}, {seconds:.0f} s so far"
     left = f", about {seconds / done * (total - done):.0f} s left" if done else ""

@@ -1,4 +1,4 @@
-"""How answers look, whoever likes them."""
+"""Properties of answers that do not depend on a judge."""
 
 from learner.model.rollout import SampledAnswer
 from server.store.learning.round_metrics import AnswerHealth

@@ -1,4 +1,4 @@
-"""May this candidate be promoted? Every rule that fails says so in a sentence."""
+"""The rules for promoting a candidate. Each broken rule is reported in a sentence."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics, 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The candidate that was chosen, and every rule that it broke."""
+    """The chosen candidate, and a sentence for every rule that it broke."""
 
     chosen: CandidateMetrics
     reasons: list[str] = field(default_factory=list)
@@ -21,7 +21,7 @@ class Verdict:
 def broken_rules(
     figures: CandidateMetrics, incumbent: AnswerHealth, kl_budget: float, settings: GateSettings
 ) -> list[str]:
-    """The candidate's own rules, a sentence for each that is broken."""
+    """The rules about one candidate: a sentence for each that it breaks."""
     reasons = []
     for name, rate in (("the incumbent", figures.against_incumbent), ("the reference", figures.against_reference)):
         if not rate.low > 0.5:
@@ -42,15 +42,15 @@ def broken_rules(
 
 
 def over_optimised(figures: CandidateMetrics, candidates: list[CandidateMetrics], margin: float) -> list[str]:
-    """A sentence where, since an earlier candidate, the trained reward model's opinion rose and the judge's fell: what
-    was gained is what only the one that was trained on sees (Gao et al. 2022)."""
+    """A sentence if, since an earlier candidate, the trained reward model's win rate rose and the judge's fell: the
+    gain is then only visible to the model that was trained on (Gao et al. 2022)."""
     judged = figures.against_incumbent.rate
     for earlier in candidates:
         before = earlier.against_incumbent.rate
         rose = earlier.step < figures.step and figures.trained_rate > earlier.trained_rate
         if rose and before - judged > margin:
             return [
-                f"From step {earlier.step} on the trained reward model's win rate rose to {figures.trained_rate:.2f} "
+                f"Since step {earlier.step} the trained reward model's win rate rose to {figures.trained_rate:.2f} "
                 f"and the judge's fell from {before:.2f} to {judged:.2f}."
             ]
     return []
@@ -63,8 +63,8 @@ def decide(
     kl_budget: float,
     settings: GateSettings,
 ) -> Verdict:
-    """The best candidate by its weaker lower bound, among those that break the fewest rules, and what still stands
-    against it."""
+    """Chooses the candidate with the best lower bound, the weaker of its two, among those that break the fewest rules.
+    The reasons are the rules that it breaks."""
     rules = {
         figures.step: broken_rules(figures, incumbent, kl_budget, settings)
         + over_optimised(figures, candidates, settings.gap_margin)

@@ -1,9 +1,9 @@
-"""How often a candidate wins, and how sure that is.
+"""How often a candidate wins, and how certain that is.
 
-The judge is a head fitted on judge votes alone. A win on a prompt is the candidate's answer scoring above its
-opponent's (a draw is half). The interval is a bootstrap over prompts and over the judge's votes at once: each refit
-of the judge sees its own draw of conversations, and its win rate is taken over its own draw of prompts. An interval
-over prompts alone would take the judge's word for the truth.
+The judge is a head fitted on judge votes alone. A candidate wins on a prompt if its answer scores above its opponent's
+(a draw is half). The interval is a bootstrap over prompts and over the judge's votes at once: each refit of the judge
+sees its own draw of conversations, and its win rate is taken over its own draw of prompts. An interval over prompts
+alone would ignore that the judge may be wrong.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from learner.reward.standardiser import Standardiser
 from learner.settings import GateSettings
 from server.store.learning.round_metrics import WinRate
 
-# A first look at fewer prompts could hardly be clear.
+# A first look at fewer prompts would rarely be clear.
 FIRST_PROMPTS = 16
 
 
 @dataclass(frozen=True)
 class Look:
-    """The held-out prompts, so many of them, and the confidence of the win rates' two-sided intervals there."""
+    """A look at the held-out prompts: how many, and the confidence of the win rates' two-sided intervals."""
 
     prompts: int
     confidence: float
@@ -32,8 +32,8 @@ class Look:
 def looks(prompts: int, settings: GateSettings) -> list[Look]:
     """When to judge: at half of the prompts, where a clear case ends the gate, and at all of them.
 
-    The error that one look would be allowed is divided between the two, so that both together err no more often than it
-    would, however they depend on each other (the union bound)."""
+    The error allowed to a single look is divided between the two, so that together they err no more often than it,
+    however they depend on each other (the union bound)."""
     error = 1 - settings.confidence
     early = settings.early_share * error
     first, rest = Look(prompts // 2, 1 - early), Look(prompts, 1 - (error - early))
@@ -64,7 +64,7 @@ def fit_judge(
     refits: int,
     generator: torch.Generator,
 ) -> Judge:
-    """From judge votes on answers with features (N, F)."""
+    """Fits the judge to judge votes on answers with features (N, F)."""
     voted, votes = votes.voted(features)
     standard = standardise(voted)
     basis = span_basis(standard)
@@ -82,8 +82,8 @@ def wins(delta: Tensor) -> Tensor:
 def win_rate(
     judge: Judge, ours: Tensor, theirs: Tensor, prompts: int, confidence: float, generator: torch.Generator
 ) -> WinRate:
-    """Of answers `ours` over `theirs`, features (N * M, F): M answers to each of N prompts, a prompt's own in a row.
-    Each of our answers meets each of theirs to the same prompt; prompts are drawn with their answers."""
+    """Win rate of answers `ours` over `theirs`, features (N * M, F): M answers to each of N prompts, grouped by prompt.
+    Each of our answers is compared with each of theirs to the same prompt; prompts are drawn with their answers."""
     point, refits = (by_prompt(a, b, prompts) for a, b in zip(judge.scores(ours), judge.scores(theirs), strict=True))
     k = len(refits)
     drawn = torch.randint(prompts, (k, prompts), generator=generator)
@@ -100,8 +100,8 @@ def by_prompt(ours: Tensor, theirs: Tensor, prompts: int) -> Tensor:
 
 
 def length_matched(judge: Judge, ours: Tensor, theirs: Tensor) -> tuple[float, int]:
-    """The point win rate over answers whose opponent's length is alike (the features' last entry is log length), and
-    how many those are; NaN for none. Answers meet in order."""
+    """The point win rate over answers of similar length to their opponent's (the last feature is log length), and their
+    number; NaN if there are none. Answers are compared in order."""
     delta = judge.scores(ours)[0] - judge.scores(theirs)[0]
     alike = (ours[:, -1] - theirs[:, -1]).abs() <= LIKE_LENGTH
     return float(wins(delta)[0, alike].mean()), int(alike.sum())

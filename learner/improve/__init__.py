@@ -1,1 +1,1 @@
-"""Ways to improve a policy by a reward model, one to a folder."""
+"""Ways to improve a policy with a reward model, one per folder."""

@@ -1,4 +1,4 @@
-"""What every way to improve a policy is given, and what it gives back."""
+"""The interface of all ways to improve a policy: their inputs and their result."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from server.store.learning.round_metrics import Improvement, StepMetrics
 
 @dataclass(frozen=True)
 class ExperienceSource:
-    """Where answers come from: an engine, and what it is asked. `seed` is the round's."""
+    """A source of answers: an engine and the prompts for it. `seed` is the round's."""
 
     engine: RolloutEngine
     prompts: list[Prompt]
@@ -24,7 +24,7 @@ class ExperienceSource:
     seed: int
 
     def batches(self, size: int) -> Iterator[list[Prompt]]:
-        """Endless batches of prompts, every prompt once before any is repeated; the same for the same seed."""
+        """Endless batches of prompts; each prompt comes once before any is repeated. The seed decides the order."""
         generator = torch.Generator().manual_seed(self.seed)
         waiting: list[Prompt] = []
         while True:
@@ -35,7 +35,7 @@ class ExperienceSource:
             waiting = waiting[size:]
 
     def rollout(self, policy: TrainablePolicy, prompts: list[Prompt], draw: int) -> Rollout:
-        """Answers of the policy as it is now, by the round's random numbers of this draw."""
+        """Answers of the current policy, sampled with the round's random numbers for this draw."""
         self.engine.push(policy.engine_weights())
         return to_rollout(self.engine.sample(prompts, draw_seed(self.seed, draw)))
 
@@ -48,7 +48,7 @@ class Budget:
 
 
 class Improver(Protocol):
-    """Improves a policy by a reward model, within a budget."""
+    """Improves a policy with a reward model, within a budget."""
 
     def improve(
         self,
@@ -61,6 +61,6 @@ class Improver(Protocol):
     ) -> Improvement:
         """Trains `policy` and leaves candidates in `directory` (`learner.improve.candidates`).
 
-        A call that was killed goes on from what it left there, to the same end, and calls `on_step` for the steps that
-        were done, too."""
+        If a call was killed, the next one resumes from what it left there, with the same result. It calls `on_step` for
+        the steps that were done, too."""
         ...

@@ -1,4 +1,4 @@
-"""What a linear head sees of an answer: frozen reference states, averaged over the answer's tokens, and its length.
+"""Features of an answer for a linear head: frozen reference states, averaged over the answer's tokens, and its length.
 
 A linear head on a mean over tokens is a mean of per-token scores, so the same head gives an answer's score and, on the
 tokens so far, a value. Features are cached on disk by reference, version of this file's recipe, layers, dtype and
@@ -18,13 +18,13 @@ from learner.model.forward import Tokens, micro_batches, response_states, run_tr
 from server.shared.model.dtype import DtypeName
 
 RECIPE = 1
-# Answers that are computed between two writes.
+# Answers computed between two writes to the cache.
 CHUNK = 256
 TokenPair = tuple[list[int], list[int]]
 
 
 def default_layers(hidden_layers: int) -> tuple[int, ...]:
-    """Five indices into transformers' `hidden_states`, evenly spaced, the last layer among them."""
+    """Five indices into transformers' `hidden_states`, evenly spaced, including the last layer."""
     return tuple(sorted({max(1, round(hidden_layers * k / 5)) for k in range(1, 6)}))
 
 
@@ -43,8 +43,8 @@ def pool_prefixes(states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FeatureCache:
-    """Pooled features by token ids, an SQLite file per reference and recipe: a round reads the rows that it needs and
-    computes those that are new, and one that was killed keeps what it had computed."""
+    """Pooled features by token ids, in one SQLite file per reference and recipe. A round reads the rows it needs and
+    computes the missing ones; what a killed round computed is kept."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,8 @@ class FeatureCache:
         budget: int,
         advance: Callable[[int], None],
     ) -> Tensor:
-        """(N, F + 1) of each (prompt, response); what is missing is computed with the reference `model` and kept."""
+        """Features (N, F + 1) of each (prompt, response). Missing ones are computed with the reference `model` and
+        stored."""
         keys = [_key(pair) for pair in pairs]
         known = self._read(keys)
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}

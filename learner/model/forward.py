@@ -1,10 +1,10 @@
 """Teacher-forced passes over sampled responses: log-probabilities and features, for any decoder-only model.
 
 Sequences are prompt + response, padded on the right. A causal model never looks to the right, so padding needs no
-attention mask and position ids are those of the unpadded row: the left-padding mistakes cannot be made. Response
-token t of a row stands at column `prompt_lengths + t` and is predicted one column before.
+attention mask and position ids are those of the unpadded row: the usual mistakes with left padding cannot happen.
+Response token t of a row is at column `prompt_lengths + t` and is predicted one column before.
 
-Letters: B responses, L columns, T response tokens, D hidden size, V words.
+Letters: B responses, L columns, T response tokens, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-# Shared tokens from which on a pass of their own pays.
+# Minimum number of shared tokens for which a separate pass pays off.
 MIN_SHARED = 8
-# A shared token's part in the memory of a row of its own: keys and values alone, of all that a layer keeps.
+# A shared token takes 1 / this of the memory of a row's own token: only its keys and values, of all that a layer
+# stores.
 SHARED_COST = 10
-# Columns up to which attention is made of plain products on a CPU.
+# Maximum number of columns for eager attention on a CPU.
 EAGER_COLUMNS = 256
 
 
@@ -35,7 +36,7 @@ class Tokens:
         return len(self.input_ids)
 
     def __getitem__(self, rows: Tensor) -> "Tokens":
-        """The rows, with columns that no row needs cut off."""
+        """The given rows, without columns that none of them needs."""
         lengths = self.response_mask[rows].sum(dim=1)
         t, columns = int(lengths.max()), int((self.prompt_lengths[rows] + lengths).max())
         return Tokens(
@@ -56,7 +57,7 @@ class Tokens:
 
 
 def to_tokens(prompts: list[list[int]], responses: list[list[int]]) -> Tokens:
-    """Pads to a batch. The pad id is 0 and means nothing: the mask comes from lengths, so EOS may equal any pad id."""
+    """Pads to a batch. The pad id is 0 and has no meaning: the mask comes from lengths, so EOS may equal any pad id."""
     columns = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     width = max(len(r) for r in responses)
     input_ids = torch.zeros(len(prompts), columns, dtype=torch.long)
@@ -70,10 +71,10 @@ def to_tokens(prompts: list[list[int]], responses: list[list[int]]) -> Tokens:
 
 
 def micro_batches(tokens: Tokens, budget: int, groups: list[Tensor] | None = None) -> list[Tensor]:
-    """Row indices in micro-batches of like length, so that little is padded: each of `budget` tokens at most, or of one
-    row. Padding counts, and what rows share counts a tenth: its keys and values are every row's own.
+    """Row indices in micro-batches of similar length, to keep padding small: each has at most `budget` tokens, or one
+    row. Padding counts. A shared token counts a tenth, since its keys and values are copied to every row.
 
-    With `groups` of rows, those rows alone, and no micro-batch with rows of two groups."""
+    With `groups` of rows, only those rows are used, and no micro-batch has rows of two groups."""
     if groups is not None:
         return [group[rows] for group in groups for rows in micro_batches(tokens[group], budget)]
     shared = shared_prefix(tokens)
@@ -91,7 +92,7 @@ def micro_batches(tokens: Tokens, budget: int, groups: list[Tensor] | None = Non
 def run_trunk(model: nn.Module, tokens: Tokens, layers: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
     """Last hidden states (B, L, D), and those of `layers` (indices into transformers' `hidden_states`).
 
-    What all rows begin with (the template's system message, at least) is computed once, with its gradient."""
+    The prefix that all rows share (at least the template's system message) is computed once, with its gradient."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     trunk = getattr(base, base.base_model_prefix)
     choose_attention(trunk, tokens)
@@ -122,7 +123,7 @@ def shared_prefix(tokens: Tokens) -> int:
 def token_logprobs(model: nn.Module, hidden: Tensor, tokens: Tokens, temperature: float) -> Tensor:
     """(B, T) log pi of the sampled tokens at the sampling temperature, in fp32; zero where masked.
 
-    Logits are made only where a response token needs them."""
+    Logits are computed only where a response token needs them."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     rows, steps = tokens.response_mask.nonzero(as_tuple=True)
     predicting = hidden[rows, tokens.prompt_lengths[rows] + steps - 1]
@@ -132,8 +133,8 @@ def token_logprobs(model: nn.Module, hidden: Tensor, tokens: Tokens, temperature
 
 
 def choose_attention(trunk: Any, tokens: Tokens) -> None:
-    """Plain products for short rows on a CPU, else PyTorch's fused attention: it needs no L x L matrix, but up to some
-    hundred columns its backward pass takes twice as long (docs/decisions/0009)."""
+    """Chooses eager attention for short rows on a CPU, otherwise PyTorch's fused attention. That needs no L x L matrix,
+    but up to a few hundred columns its backward pass takes twice as long (docs/decisions/0009)."""
     short = tokens.input_ids.device.type == "cpu" and tokens.input_ids.shape[1] <= EAGER_COLUMNS
     wanted = "eager" if short else "sdpa"
     if trunk.config._attn_implementation != wanted:

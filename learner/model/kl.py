@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the True positions; what stands at the others, NaN included, does not count."""
+    """Sum over the True positions; values at the others, including NaN, do not count."""
     return torch.where(mask, x, 0.0).sum()
 
 

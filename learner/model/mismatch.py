@@ -1,4 +1,4 @@
-"""How far the engine that samples (mu) is from the trainer (pi_old), and whether a push of weights landed."""
+"""How far the engine that samples (mu) is from the trainer (pi_old), and whether a push of weights reached it."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 from learner.model.kl import kl_k3
 
-# Root mean square of log pi_old / mu, several times what was measured where the weights are the same
+# Limits of the root mean square of log pi_old / mu: several times what was measured with the same weights
 # (docs/decisions/0026-every-cpu.md).
 MISMATCH_LIMITS = {torch.bfloat16: 0.35, torch.float32: 0.005}
-# Answers that show whether a push landed.
+# Number of answers for checking a push.
 PUSH_ANSWERS = 8
 
 
@@ -38,8 +38,8 @@ def mismatch(old_logprobs: Tensor, behavior_logprobs: Tensor, response_mask: Ten
 
 
 def check_push(gap: Mismatch, limit: float | None, dtype: torch.dtype) -> None:
-    """Raises where the engine cannot have sampled from the trainer's weights: a push that did not land trains silently
-    on old ones. Without a `limit`, what rounding in `dtype` can explain."""
+    """Raises RuntimeError if the engine cannot have sampled from the trainer's weights: after a push that failed,
+    training would silently use answers of old weights. Without `limit`, it is what rounding in `dtype` can explain."""
     limit = limit or MISMATCH_LIMITS[dtype]
     if gap.rms > limit:
         raise RuntimeError(

@@ -1,10 +1,10 @@
 """Passes over a rollout without gradients: the reference's, and the policy's own.
 
-The reference's pass gives the log-probabilities for the KL and, from the same hidden states, the features that the
-reward model scores and a critic values: neither needs a pass of its own.
+The reference's pass gives the log-probabilities for the KL and, from the same hidden states, the features for the
+reward model and a critic: neither needs a separate pass.
 
-A pass computes where its tokens are, and what it gives for each token stays there. What stands for a whole response,
-its features, is on the CPU, where the reward model is.
+A pass runs on the device of its tokens, and its results per token stay there. The features of whole responses are on
+the CPU, where the reward model is.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from learner.model.policy import TrainablePolicy
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """A rollout seen by the reference: ref_logprobs (B, T), pooled features (B, F) on the CPU, and what was asked for
-    of each prefix (B, T, P)."""
+    """The reference's results for a rollout: ref_logprobs (B, T), pooled features (B, F) on the CPU, and the requested
+    features of each prefix (B, T, P)."""
 
     ref_logprobs: Tensor
     features: Tensor
@@ -38,8 +38,8 @@ def reference_pass(
     groups: list[Tensor] | None = None,
     prefix: Callable[[Tensor], Tensor] | None = None,
 ) -> ReferencePass:
-    """The pass, cut as `micro_batches` says. `prefix` makes (b, t, P) of the states (b, t, F) of `layers`; without it P
-    is 0."""
+    """The reference's pass, split by `micro_batches`. `prefix` turns the states (b, t, F) of `layers` into (b, t, P);
+    without it P is 0."""
     shape, device = tokens.response_mask.shape, tokens.response_mask.device
     ref_logprobs = torch.zeros(shape, device=device)
     features, prefix_features = torch.empty(0), torch.zeros(*shape, 0, device=device)
@@ -66,8 +66,8 @@ def reference_pass(
 def policy_logprobs(
     policy: TrainablePolicy, tokens: Tokens, temperature: float, budget: int, groups: list[Tensor] | None = None
 ) -> Tensor:
-    """(B, T) log-probabilities of the sampled tokens under the policy as it is, cut as `micro_batches` says; zero where
-    no group has the row."""
+    """(B, T) log-probabilities of the sampled tokens under the current policy, split by `micro_batches`; zero for rows
+    in no group."""
     logprobs = torch.zeros(tokens.response_mask.shape, device=tokens.response_mask.device)
     for rows in micro_batches(tokens, budget, groups):
         part = tokens[rows]

@@ -1,7 +1,7 @@
-"""The policy in training, its frozen reference, and the weights an engine gets of it.
+"""The policy in training, its frozen reference, and the weights to push to an engine.
 
-LoRA: adapters on the reference, so the reference is "adapters off"; the base must therefore be the reference itself.
-Full: two copies. Trainable parameters in bfloat16 are stepped through float32 masters
+LoRA: adapters on the reference, so turning the adapters off gives the reference; the base must therefore be the
+reference itself. Full: two copies. Trainable parameters in bfloat16 are stepped through float32 masters
 (`learner.improve.ppo.adam.Adam`).
 """
 
@@ -28,7 +28,7 @@ class TrainablePolicy:
     def create(
         cls, reference: Path, settings: PolicySettings, dtype: torch.dtype, device: torch.device, seed: int = 0
     ) -> "TrainablePolicy":
-        """A policy equal to the reference in `reference`, a Hugging Face directory; adapters begin as `seed` says."""
+        """A policy equal to the reference in `reference`, a Hugging Face directory; `seed` initialises the adapters."""
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
@@ -40,7 +40,7 @@ class TrainablePolicy:
             return cls(lora(base, settings.lora_rank, settings.lora_alpha), None)
 
     def load(self, directory: Path) -> None:
-        """Takes the weights of a saved version: an adapter for LoRA, all weights for full."""
+        """Loads the weights of a saved version: an adapter for LoRA, all weights for full."""
         from safetensors.torch import load_file
 
         if self._reference is None:
@@ -56,9 +56,9 @@ class TrainablePolicy:
             raise ValueError(f"{directory.name} does not hold the weights of this model.")
 
     def save(self, directory: Path) -> None:
-        """PEFT or Hugging Face layout, safetensors."""
+        """Writes safetensors in PEFT or Hugging Face layout."""
         if self._reference is None:
-            # An adapter is found by its manifest's base version; a path would name this machine's.
+            # The manifest has the adapter's base version; a path here would be this machine's.
             self.model.peft_config["default"].base_model_name_or_path = None
             self.model.save_pretrained(directory)
             (directory / "README.md").unlink(missing_ok=True)
@@ -71,7 +71,7 @@ class TrainablePolicy:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def reference(self) -> AbstractContextManager[Any]:
-        """The frozen reference, for the time of the context."""
+        """The frozen reference, as a context manager."""
         if self._reference is not None:
             return nullcontext(self._reference)
         return _AdaptersOff(self.model)
@@ -81,7 +81,7 @@ class TrainablePolicy:
         return merged_weights(self.model)
 
     def reference_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """As `engine_weights`, of the reference."""
+        """Like `engine_weights`, for the reference."""
         return merged_weights(self._reference if self._reference is not None else self.model, adapters=False)
 
 
@@ -98,8 +98,8 @@ class _AdaptersOff(AbstractContextManager[Any]):
 
 
 def lora(base: Any, rank: int, alpha: int) -> Any:
-    """`base` with fresh adapters on every linear layer but the output's, in the base's precision: a float32 adapter
-    would cast every activation back and forth. Small steps are not lost, since Adam steps float32 masters."""
+    """`base` with new adapters on every linear layer except the output layer, in the base's precision: a float32
+    adapter would cast every activation back and forth. Small steps are not lost, since Adam steps float32 masters."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")

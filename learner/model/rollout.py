@@ -1,9 +1,9 @@
 """Rollouts: responses sampled by vLLM in the learner's own process, from weights pushed in memory.
 
-What was sampled is trained on: token ids as vLLM drew them (never text tokenised again), with the log-probabilities it
-drew them by (`processed_logprobs`: at the service temperature; the default is raw, at temperature 1). top_p is 1 and
-top_k off, since either would make the ratios wrong. `push` empties the prefix cache: its keys and values belong to
-the old weights.
+Training uses exactly what was sampled: the token ids that vLLM drew (never text tokenised again), with the
+log-probabilities of that draw (`processed_logprobs`: at the service temperature; the default is raw, at temperature 1).
+top_p is 1 and top_k off, since either would make the ratios wrong. `push` empties the prefix cache: its keys and values
+belong to the old weights.
 """
 
 import gc
@@ -56,7 +56,7 @@ def draw_seed(seed: int, draw: int) -> int:
 
 
 def draw_generator(seed: int, draw: int) -> torch.Generator:
-    """What a round's numbered draw is made with: the same however often the round is resumed."""
+    """The generator of a round's numbered draw: the same however often the round is resumed."""
     return torch.Generator().manual_seed(draw_seed(seed, draw))
 
 
@@ -84,7 +84,7 @@ class RolloutEngine:
             max_model_len=max_model_len,
             max_num_seqs=64,
             gpu_memory_utilization=settings.learner_gpu_memory_share,
-            # A round samples some dozens of batches: compiling would cost more than it saves.
+            # A round samples a few dozen batches: compiling would cost more than it saves.
             enforce_eager=True,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
@@ -96,13 +96,13 @@ class RolloutEngine:
         self._llm.collective_rpc(lambda worker: keep_seeds(worker.model_runner))
 
     def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Replaces all weights, by their checkpoint names, and forgets every cached prefix."""
+        """Replaces all weights, by their checkpoint names, and clears the prefix cache."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("The engine kept cached prefixes of the old weights.")
 
     def sample(self, prompts: list[Prompt], seed: int) -> list[SampledAnswer]:
-        """One response to each prompt, as long as people were shown (the prompt's logged max_tokens)."""
+        """One response to each prompt, up to the length that users were shown (the prompt's logged max_tokens)."""
         from vllm import SamplingParams
 
         outputs = self._llm.generate(

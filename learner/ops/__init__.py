@@ -1,1 +1,1 @@
-"""What an operator runs beside rounds: schedule, status, reports, decisions by hand."""
+"""What an operator runs besides rounds: schedule, status, reports, manual decisions."""

@@ -1,8 +1,8 @@
-"""What an operator does by hand: promote a version, go back to one, leave a user's votes out. Reads and writes the
-store; servers follow.
+"""Manual decisions: promote a version, roll back to one, leave a user's votes out. Reads and writes the store; servers
+follow.
 
 Each move of the pointer is a compare-and-set from the version that was active when the command began, so that two
-operators, or an operator and a round, never undo each other unseen.
+operators, or an operator and a round, never undo each other's move without noticing.
 """
 
 import getpass
@@ -17,7 +17,7 @@ from server.store.store import Store
 
 
 def promote(settings: LearnerSettings, version: str, reason: str = "") -> str:
-    """Makes `version` the active one; a sentence on how it went. Raises ServiceError with nothing changed."""
+    """Makes `version` the active one; returns a sentence about it. If it raises ServiceError, nothing was changed."""
     with closing(Store.open(settings.data_dir)) as store:
         active = store.policies.active().version
         return _move(store, settings, active, version, "promote", reason or "promoted by hand")
@@ -43,7 +43,7 @@ def quarantine(settings: LearnerSettings, user: str, reason: str = "", *, lift: 
     if not changed:
         return f"{user} is in quarantine already; nothing was changed."
     sentence = f"{user} is in quarantine: rounds that begin from now on leave {votes} votes out."
-    return sentence + (f" {running.id} began before and keeps them." if running else "")
+    return sentence + (f" {running.id} began earlier and still uses them." if running else "")
 
 
 def _operator() -> str:
@@ -56,11 +56,11 @@ def _move(
     policy = store.policies.get(version)
     if version == active:
         return f"{version} is active already; nothing was changed."
-    # The store knows why a version may not be activated; what it lets pass must be whole.
+    # The store checks whether a version may be activated; the files of one that may must be complete.
     if policy.prune_time is None:
         verify(settings.data_dir / "policies" / version)
     store.policies.activate(version, actor=_operator(), action=action, reason=reason, expected_active_version=active)
     loaded = wait_until_loaded(store, version, settings.load_timeout_seconds)
     if store.policies.active().version != version:
-        raise FailedPreconditionError("POLICY_UNLOADABLE", f"{version} was activated and taken back: {loaded}")
-    return f"{version} is active in place of {active}; {loaded}"
+        raise FailedPreconditionError("POLICY_UNLOADABLE", f"{version} was activated and then reverted: {loaded}")
+    return f"{version} is active instead of {active}; {loaded}"

@@ -1,7 +1,7 @@
-"""The ear of `learner schedule`: says that it listens, and notices requests for a round. A thread of its own.
+"""The thread with which `learner schedule` polls for requested rounds and reports that it is listening.
 
-It waits for a data directory that no server has made yet. What keeps it from the store, a full disk say, is said once
-and tried again: a scheduler that nobody hears should not end, and one that ends should not be taken to listen.
+It waits if no server has created the data directory yet. An error of the store, such as a full disk, is reported once
+and retried: it should not end the scheduler. When the scheduler ends, it is no longer listed as listening.
 """
 
 import threading
@@ -14,13 +14,13 @@ from learner.process import unique_name
 from server.shared.errors import DatabaseError, ServiceError
 from server.store.store import Store
 
-# A request waits so long at most before it is noticed, and a heartbeat is written as often as a server's.
+# Maximum delay before a request is noticed, and the interval of heartbeats, the same as a server's.
 LOOK_SECONDS, HEARTBEAT_SECONDS = 2.0, 5.0
 
 
 class RequestPoller:
-    """`start` it, and `stop` it when nothing is at work any more. `request` is called, again and again, while one
-    waits; `next_time` tells when the clock starts a round."""
+    """Call `start`, and `stop` when no round is running any more. `request` is called repeatedly while a request waits;
+    `next_time` returns when the clock starts a round."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class RequestPoller:
         self.name = unique_name()
         self._data_dir, self._request, self._next_time, self._say = data_dir, request, next_time, say
         self._look = look
-        # What keeps it from the store.
+        # The last error that was reported.
         self._said = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="listener", daemon=True)
@@ -42,7 +42,7 @@ class RequestPoller:
         self._thread.start()
 
     def stop(self) -> None:
-        """What was taken and not ended waits for the next learner."""
+        """Stops the thread. A request that was accepted and not finished waits for the next learner."""
         self._stop.set()
         self._thread.join()
 
@@ -54,7 +54,7 @@ class RequestPoller:
             except (ServiceError, DatabaseError, OSError) as error:
                 if str(error) != self._said:
                     self._said = str(error)
-                    self._say(f"requests cannot be heard: {error}")
+                    self._say(f"requests cannot be read: {error}")
             self._pause()
 
     def _listen(self) -> None:

@@ -1,12 +1,12 @@
-"""Starts rounds when the clock says so, or RequestRound. Wiring only: each round is a process of its own; the lease
-keeps rounds apart.
+"""Starts rounds by the clock or when RequestRound asks for one. Each round is a separate process; the lease keeps
+rounds apart.
 
 - A round that was missed while no scheduler ran starts at once: the first time is counted from the last round in the
   store. A round that was killed is resumed.
 - A round that is due in quiet hours waits for their end. Times that pass meanwhile become one.
 - A failed round is retried with growing delays. It does not delay the next regular round.
 - A request starts a round at once, at any hour and with any number of votes. If the clock starts a round first, that
-  round answers the request. The outcome is stored. A failed request is not retried: whoever asked can ask again.
+  round answers the request. The outcome is stored. A failed request is not retried: the user can ask again.
 - SIGTERM and SIGINT are passed on to the running round, which stops where the next one resumes. That one also answers
   the request.
 """
@@ -47,13 +47,14 @@ class RoundScheduler:
 
     def __init__(self, settings: ScheduleSettings, data_dir: Path, say: Callable[[str], None]) -> None:
         self._settings, self._data_dir, self._say = settings, data_dir, say
-        # One thread: a regular time that comes while a round runs, or waits to be retried, starts when that is over.
+        # One thread: if a regular time comes while a round is running or waits for a retry, its round starts
+        # afterwards.
         self._zone = local_zone()
         self._scheduler = BlockingScheduler(executors={"default": ThreadPoolExecutor(1)}, timezone=self._zone)
         self._trigger = trigger(settings, self._zone)
         self._listener = RequestPoller(data_dir, self._asked, self._next_time, self._look_at_clock, say)
         self._round: subprocess.Popen[bytes] | None = None
-        # Held from before a round to after what is written down of it.
+        # Held from before a round starts until its outcome is stored.
         self._at_work = threading.Lock()
         self._failures = 0
         self._stopping = False
@@ -76,7 +77,7 @@ class RoundScheduler:
             self._listener.stop()
 
     def due(self) -> None:
-        """A time has come: starts a round, or says why not."""
+        """Starts the round that is due, or reports why not."""
         now = datetime.now(self._zone)
         if self._stopping:
             return
@@ -91,11 +92,11 @@ class RoundScheduler:
             self._failures = 0
 
     def asked(self) -> None:
-        """Somebody asked for a round, and nobody else is at work on it."""
+        """Starts a requested round, unless another round has answered the request."""
         self._work(only_asked=True)
 
     def _work(self, *, only_asked: bool = False) -> int:
-        """Runs a round, and says to whoever asked for one what came of it; its exit status."""
+        """Runs a round and stores its outcome for the user who requested it; returns its exit status."""
         with self._at_work:
             if self._stopping:
                 return 0
@@ -106,7 +107,7 @@ class RoundScheduler:
                 status, report = self._run_round()
             except OSError as error:
                 status, report = 1, Report("failed", f"its process could not be started: {error}")
-            # Of one that was stopped with us nothing is said: the next learner takes the request again.
+            # If it was stopped together with this process, the next learner accepts the request again.
             if request is not None and not (self._stopping and report is None):
                 self._end(request, outcome(report) if report else abrupt_end(status))
             return status
@@ -114,18 +115,18 @@ class RoundScheduler:
     def _failed(self, status: int, now: datetime) -> None:
         self._failures += 1
         if self._failures > self._settings.retries:
-            self._say(f"the round failed (exit status {status}); next at its regular time")
+            self._say(f"the round failed (exit status {status}); the next one starts at its regular time")
             self._failures = 0
             return
         wait = now + backoff(self._settings.retry_minutes, self._failures)
-        self._say(f"the round failed (exit status {status}); again at {wait:%H:%M}")
+        self._say(f"the round failed (exit status {status}); retrying at {wait:%H:%M}")
         self._again(wait)
 
     def _run_round(self) -> tuple[int, Report | None]:
-        """Its exit status, and what it came to, if it could say."""
+        """Runs a round; returns its exit status and its report, if it wrote one."""
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "report.json"
-            # In a session of its own: Ctrl-C reaches it through us, once.
+            # In a separate session, so that Ctrl-C reaches it only through this process, once.
             self._round = round_ = subprocess.Popen(round_command(self._data_dir, file), start_new_session=True)
             if self._stopping:
                 round_.terminate()  # The stop came while it was being started.
@@ -135,13 +136,13 @@ class RoundScheduler:
                 self._round = None
 
     def _asked(self) -> None:
-        """From the listener's thread."""
+        """Called from the listener's thread."""
         if not self._at_work.locked():
             self._add("asked", self.asked, None)
 
     def _look_at_clock(self) -> None:
-        """From the listener's thread, every other second. The scheduler sleeps until its next time by a clock that
-        nobody sets; where somebody sets the time of day, it has to look again."""
+        """Called from the listener's thread, every other second. The scheduler sleeps until its next time by the
+        monotonic clock; if somebody changes the time of day, it has to look again."""
         if self._scheduler.running:
             self._scheduler.wakeup()
 
@@ -152,8 +153,8 @@ class RoundScheduler:
             return store.round_requests.take(self._listener.name)
 
     def _end(self, request: int, sentence: str) -> None:
-        self._say(f"the round that was asked for: {sentence}")
-        # Until it is: who asked waits for it, and asks for nothing else before.
+        self._say(f"requested round: {sentence}")
+        # Retried until it is stored: until then the user waits, and no other round can be requested.
         while True:
             try:
                 with closing(Store.open(self._data_dir)) as store:
@@ -162,7 +163,7 @@ class RoundScheduler:
             except (ServiceError, DatabaseError) as error:
                 if self._stopping:
                     return
-                self._say(f"that cannot be written down yet: {error}")
+                self._say(f"the outcome cannot be stored yet: {error}")
             time.sleep(WRITE_SECONDS)
 
     def _next_time(self) -> float | None:
@@ -183,7 +184,7 @@ class RoundScheduler:
     def _add(self, name: str, work: Callable[[], None], trigger: BaseTrigger | str | None, **options: Any) -> None:
         self._scheduler.add_job(
             work, trigger, id=name, replace_existing=True,
-            # Missed times become one; one may wait while another runs.
+            # Missed times become one; one may wait while another is running.
             coalesce=True, max_instances=2, misfire_grace_time=None, **options,
         )  # fmt: skip
 
@@ -192,7 +193,7 @@ class RoundScheduler:
             return 0
         with closing(Store.open(self._data_dir)) as store:
             if store.rounds.running():
-                return sys.maxsize  # It was stopped: go on with it, whatever came since.
+                return sys.maxsize  # It was stopped: resume it, however few votes are new.
             return store.snapshots.count_new_votes()
 
     def _last_round(self) -> tuple[datetime | None, bool]:
@@ -207,7 +208,7 @@ class RoundScheduler:
 
 
 def trigger(settings: ScheduleSettings, zone: tzinfo) -> BaseTrigger | None:
-    """The clock's times; None where there is no clock. Raises ValueError."""
+    """The trigger for the clock's times; None if there is no clock. Raises ValueError."""
     if settings.on_request:
         return None
     if settings.interval_minutes:
@@ -222,7 +223,7 @@ def round_command(data_dir: Path, report: Path) -> list[str]:
 
 
 def read_report(file: Path) -> Report | None:
-    """What a round wrote; None where it was killed first."""
+    """The report that a round wrote; None if it was killed first."""
     try:
         return Report.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -230,16 +231,16 @@ def read_report(file: Path) -> Report | None:
 
 
 def abrupt_end(status: int) -> str:
-    """What became of a round that could not say it itself."""
+    """The outcome of a round that wrote no report."""
     if status == STOPPED:
-        return "the round was stopped; the next one goes on with it"
+        return "the round was stopped; the next one resumes it"
     if status < 0:
-        return f"the round failed: its process was ended by signal {-status}; the next one goes on with it"
-    return f"the round failed: its process ended with status {status}, and the learner's output says why"
+        return f"the round failed: its process was killed by signal {-status}; the next one resumes it"
+    return f"the round failed: its process exited with status {status}; see the learner's output"
 
 
 def first_time(trigger: BaseTrigger, last: datetime | None, stopped: bool, now: datetime) -> datetime:
-    """When the first round starts: now, where its time came while no scheduler ran."""
+    """When the first round starts: now, if its time came while no scheduler ran."""
     if stopped:
         return now
     # A clock that was wrong may have put the last round into the future.
@@ -249,12 +250,12 @@ def first_time(trigger: BaseTrigger, last: datetime | None, stopped: bool, now: 
 
 
 def backoff(minutes: float, failures: int) -> timedelta:
-    """The wait after so many failures in a row."""
+    """The delay after so many failures in a row."""
     return timedelta(minutes=minutes * 2 ** (failures - 1))
 
 
 def quiet_until(hours: str, now: datetime) -> datetime | None:
-    """When the quiet hours that `now` lies in end; None outside them."""
+    """The end of the quiet hours that `now` is in; None outside them."""
     if not quiet(hours, now.time()):
         return None
     _, end = quiet_hours(hours)

@@ -1,7 +1,7 @@
 """`learner serve-scores`: the newest reward model over gRPC, for servers that choose which answers to compare.
 
-One thread computes, so that calls queue instead of fighting for the cores. Every call looks for a newer reward model; a
-round that registers one is followed without a restart. Listens on loopback alone: there are no keys yet.
+One thread computes, so that calls queue instead of competing for the cores. Every call checks for a newer reward model,
+so a new one is used without a restart. Listens only on loopback: there are no keys yet.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ STATUS = {
 
 
 class Scorer:
-    """Scores by the newest registered reward model. Belongs to one thread."""
+    """Scores with the newest registered reward model. Used by a single thread."""
 
     def __init__(self, data_dir: Path, dtype: DtypeName, max_model_len: int) -> None:
         self._data_dir = data_dir
@@ -49,9 +49,9 @@ class Scorer:
         words = backbone.config.vocab_size
         for prompt, response in pairs:
             if len(prompt) + len(response) > self._max_model_len:
-                raise InvalidArgumentError("candidates", f"A candidate is longer than {self._max_model_len} tokens.")
+                raise InvalidArgumentError("candidates", f"Prompt and candidate exceed {self._max_model_len} tokens.")
             if max(*prompt, *response) >= words:
-                raise InvalidArgumentError("candidates", f"A token id is not among the model's {words}.")
+                raise InvalidArgumentError("candidates", f"A token id is not in the model's vocabulary of {words}.")
         tokens = to_tokens([prompt for prompt, _ in pairs], [response for _, response in pairs])
         features = extract(backbone, tokens, model.layers, TOKENS_AT_ONCE, lambda n: None)
         scores, members = model.scores(features), model.member_scores(features)
@@ -85,7 +85,7 @@ class Scorer:
 
 
 class ScoringService(scoring_pb2_grpc.ScoringServiceServicer):
-    """ScoreCandidates over a Scorer in a thread of its own."""
+    """Serves ScoreCandidates with a Scorer in a separate thread."""
 
     def __init__(self, data_dir: Path, dtype: DtypeName, max_model_len: int) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scores")
@@ -120,7 +120,7 @@ def to_pairs(request: scoring_pb2.ScoreCandidatesRequest) -> list[TokenPair]:
 async def serve_scores(
     data_dir: Path, dtype: DtypeSetting, max_model_len: int, port: int, say: Callable[[str], None]
 ) -> None:
-    """Serves until SIGTERM or SIGINT; `say` hears the address. Raises RuntimeError where the port is taken."""
+    """Serves until SIGTERM or SIGINT; `say` gets dtype and address. Raises RuntimeError if the port is taken."""
     resolved = resolve_dtype(dtype)
     say(f"computing in {resolved}")
     service = ScoringService(data_dir, resolved.name, max_model_len)

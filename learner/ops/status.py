@@ -1,4 +1,4 @@
-"""What is served, what was learned from, what waits. Reads the store alone: no torch."""
+"""The served version, the last round, and how many votes are new. Reads only the store: no torch."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,7 +24,7 @@ def status(data_dir: Path, ab_test_user_votes: int) -> dict[str, Any]:
 
 
 def _side_by_side(store: Store, ab_test_user_votes: int) -> Iterator[tuple[str, str]]:
-    """What users say of the active version and of the one before it."""
+    """How users judge the active version and the one before it."""
     duel = store.lineage.duel(ab_test_user_votes)
     if duel and (duel.wins or duel.losses or duel.draws):
         evidence = f"evidence that it is better {duel.won:.3g}, worse {duel.lost:.3g}"
@@ -33,19 +33,19 @@ def _side_by_side(store: Store, ab_test_user_votes: int) -> Iterator[tuple[str, 
     rates = {version: store.lineage.thumb_rate(version) for version in (active, before) if version}
     if any(thumbs for _, thumbs in rates.values()):
         counts = "; ".join(f"{version}: {up} of {thumbs} up" for version, (up, thumbs) in rates.items())
-        yield "thumbs", f"{counts}. Of different users and questions, not blind: a hint, not a test"
+        yield "thumbs", f"{counts}. From different users and questions, not blind: a hint, not a test"
 
 
 def _learner(learner: Learner) -> Iterator[tuple[str, str]]:
-    """Who hears requests for a round, and what became of the last one."""
+    """Which learner listens for requests, and the outcome of the last one."""
     if not learner.listening:
         yield "listening", "no learner; `learner schedule` starts rounds by the clock or on request"
     elif learner.next_time is None:
         yield "listening", "a learner that starts rounds on request"
     else:
-        yield "listening", f"a learner; its clock starts a round {_when(learner.next_time)}"
+        yield "listening", f"a learner; its next round starts {_when(learner.next_time)}"
     if request := learner.request:
-        yield "asked for", f"{_when(request.create_time)}: {request.outcome or 'not over yet'}"
+        yield "requested", f"{_when(request.create_time)}: {request.outcome or 'not finished yet'}"
 
 
 def _when(seconds: float) -> str:
@@ -95,11 +95,11 @@ def _status(store: Store, ab_test_user_votes: int) -> dict[str, Any]:
     lines += list(_side_by_side(store, ab_test_user_votes))
     lines += list(_moves(store))
     if running:
-        what = f"{running.id}, done: {running.stage}; `learner run-once` goes on with it if it was stopped"
-        lines.append(("at work", what))
+        what = f"{running.id}, done: {running.stage}; `learner run-once` resumes it if it was stopped"
+        lines.append(("running", what))
     lines += list(_learner(learner))
     since = f" of {votes} votes are new since then" if learned else " votes"
-    lines.append(("waiting", f"{learner.new_votes}{since}"))
+    lines.append(("new votes", f"{learner.new_votes}{since}"))
     return {
         "active_version": active.version,
         "replicas": [{"id": r.id, "loaded_version": r.loaded_version, "error": r.error} for r in replicas],

@@ -1,7 +1,7 @@
-"""Lineage both ways: what made a version, and where a vote went. Reads the store alone: no torch.
+"""Lineage both ways: what made a version, and which versions a vote went into. Reads only the store: no torch.
 
-A round learns afresh from all votes, so a version carries the votes of its own round; one whose round started from the
-active policy carries those of its ancestors, too.
+A round learns from all votes from scratch, so a version depends on the votes of its own round. If that round started
+from the active policy, it also depends on the votes of its ancestors.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def trace_version(data_dir: Path, version: str) -> Trace:
 
 
 def trace_vote(data_dir: Path, feedback_id: str) -> Trace:
-    """Which rounds learned from a vote, and which versions came of them. Raises NotFoundError."""
+    """Which rounds learned from a vote, and which versions they made. Raises NotFoundError."""
     with closing(Store.open(data_dir)) as store:
         events = store.lineage.events(feedback_id)
         if not events:
@@ -78,19 +78,19 @@ def trace_vote(data_dir: Path, feedback_id: str) -> Trace:
     ]
     record = {"feedback_id": feedback_id, "events": [vars(event) for event in events], "rounds": carried}
     first = events[0]
-    who = first.user or "somebody who was forgotten"
+    who = first.user or "a deleted user"
     lines = [f"{feedback_id}  {first.kind} of {who} on {first.comparison_id or first.response_id or 'its own'}"]
     for event in events:
         content = "" if event.action != "submit" else f" {'(deleted)' if event.value is None else event.value[:60]}"
         lines.append(f"       {_time(event.create_time)}  {event.action}{content}")
     for step in carried:
         model = (
-            f"{'taught' if step['side'] == 'train' else 'judged'} {step['reward_model_version'] or 'no reward model'}"
+            f"{'trained' if step['side'] == 'train' else 'judged'} {step['reward_model_version'] or 'no reward model'}"
         )
         versions = ", ".join(f"{version} ({state})" for version, state in step["versions"].items()) or "no version"
         lines.append(f"       {step['round_id']}  {model}: {versions}")
     if not carried:
-        lines.append("       went into no round")
+        lines.append("       used by no round")
     return Trace(record, lines)
 
 
@@ -124,7 +124,7 @@ def _made_lines(step: dict[str, Any]) -> Iterator[str]:
 
 
 def _with_ancestors(store: Store, policy: PolicyVersion) -> Iterator[PolicyVersion]:
-    """The version and, as long as rounds started from the active policy, what they started from."""
+    """The version and, if its round started from the active policy, its ancestors for as long as theirs did too."""
     while True:
         yield policy
         if policy.round_id is None or policy.parent_version is None:

@@ -1,12 +1,13 @@
-"""Who votes how: what an operator reads before putting somebody in quarantine. Ids and figures, no texts.
+"""How each user votes: what an operator reads before putting somebody in quarantine. Ids and numbers, no texts.
 
 Three tests, each corrected for the number of users (Holm), each at 5 %:
-- too fast: most votes within a minute, against a Poisson count whose mean is the median user's fastest minute, or four,
-  for in a quarter of a minute two answers can be read.
+- too fast: most votes within a minute, against a Poisson count. Its mean is the median user's fastest minute, or four
+  if that is more: two answers can be read in a quarter of a minute.
 - one slot: the share of A among choices that name a winner, against a fair coin (exact, two-sided).
 - against the others: held-out verdicts (`learner.reward.voter_reliability`) that a model fitted without this user's
-  votes gets right, against a fair coin (exact, one-sided): who likes something else is right about half of the time.
-The last two also weigh in a round's fit, which pools what it knows of all users and so suspects sooner.
+  votes gets right, against a fair coin (exact, one-sided). For a user whose taste
+  differs it is right about half of the time.
+The last two also reduce weights in a round's fit, which uses evidence from all users at once and so suspects sooner.
 """
 
 from collections import Counter, defaultdict
@@ -39,7 +40,7 @@ KINDS = ("choices", "thumbs", "corrections", "demonstrations")
 
 @dataclass(frozen=True)
 class UserFigures:
-    """One user's votes. Shares are None where there is nothing to take them of."""
+    """One user's votes. Shares are None if there are no votes to compute them from."""
 
     user: str
     votes: dict[str, int]
@@ -58,7 +59,7 @@ class UserFigures:
 
 
 def read_users(settings: LearnerSettings) -> list[UserFigures]:
-    """Everybody with a current vote, suspicious ones first. Raises ServiceError where no server has started yet."""
+    """All users with a current vote, suspicious ones first. Raises ServiceError if no server has started yet."""
     with closing(Store.open(settings.data_dir)) as store:
         reference = store.policies.active().reference_version
         quarantined = store.quarantine.current()
@@ -68,7 +69,7 @@ def read_users(settings: LearnerSettings) -> list[UserFigures]:
         return []
     reader = VoterAnalysis(settings, reference, everything.deletions)
     dataset = reader.dataset(everything)
-    # Those in quarantine are compared with the others, who are not compared with them.
+    # Users in quarantine are compared with the others, but not the others with them.
     heard = torch.tensor([float(user not in quarantined) for user in dataset.users])
     votes = scaled(dataset.votes, heard[dataset.voters])
     found = verdicts(
@@ -79,7 +80,7 @@ def read_users(settings: LearnerSettings) -> list[UserFigures]:
 
 
 class VoterAnalysis:
-    """The reference, which reads voted answers that no round has read yet."""
+    """Reads voted answers with the reference, if no round has read them yet."""
 
     def __init__(self, settings: LearnerSettings, reference_version: str, deletions: int) -> None:
         from transformers import AutoModelForCausalLM
@@ -106,12 +107,12 @@ class VoterAnalysis:
         budget = self._settings.policy.at(self._dtype).micro_batch_tokens
         with closing(FeatureCache.open(self._cache, self._cache_key, self.layers, self._dtype)) as cache:
             features = cache.get(dataset.answers, self._model, self.layers, budget, lambda n: None)
-        # One of them may have been deleted meanwhile.
+        # An answer may have been deleted in the meantime.
         sweep(self._settings.data_dir)
         return features
 
     def weights(self, dataset: Dataset) -> dict[str, float]:
-        """Each user's share of all votes' weight, as a round would have it."""
+        """Each user's share of the weight of all votes, as in a round."""
         reward, generator = self._settings.reward, torch.Generator().manual_seed(self._settings.seed)
         if reward.weigh_voters:
             dataset, _ = weigh_voters(dataset, self.features(dataset), self.layers, reward, generator)
@@ -127,7 +128,7 @@ def figures(
     weights: dict[str, float],
     quarantined: dict[str, QuarantineEvent],
 ) -> list[UserFigures]:
-    """Everybody's figures, those who fail a test first, by p-value, then those with the most votes."""
+    """All users' figures: users who fail a test first, by p-value, then those with the most votes."""
     counts, times = counts_and_times(snapshot)
     number = {user: row for row, user in enumerate(dataset.users)}
     users = list(counts)
@@ -149,7 +150,7 @@ def figures(
         return {
             "too fast": f"too fast: {fastest[i]} votes in a minute",
             "one slot": f"one slot: A in {named_a[i]} of {sided[i]} choices",
-            "against the others": f"against the others: they foresee {right[i]} of {heard[i]}",
+            "against the others": f"against the others: they predict {right[i]} of {heard[i]}",
         }
 
     rows = [
@@ -171,7 +172,7 @@ def figures(
 
 
 def counts_and_times(snapshot: Snapshot) -> tuple[dict[str, Counter[str]], dict[str, list[float]]]:
-    """Of each user, how many votes of each kind there are, and when all of them were given."""
+    """For each user, the number of votes of each kind, and the times of all of them."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     times: dict[str, list[float]] = defaultdict(list)
     for kind in KINDS:
@@ -182,7 +183,7 @@ def counts_and_times(snapshot: Snapshot) -> tuple[dict[str, Counter[str]], dict[
 
 
 def fastest_minute(times: list[float]) -> int:
-    """Most of these times, in seconds, that lie within any 60 seconds."""
+    """The highest number of these times, in seconds, within any 60 seconds."""
     most, first, times = 0, 0, sorted(times)
     for last, time_ in enumerate(times):
         while time_ - times[first] >= 60:

@@ -1,4 +1,4 @@
-"""What `learner users` shows a person."""
+"""The table that `learner users` prints."""
 
 from datetime import datetime
 
@@ -9,7 +9,7 @@ from rich.table import Table
 from learner.ops.users import KINDS, UserFigures
 from server.shared.printable import printable
 
-# Beyond these, users whom no test stopped at are only counted.
+# After this many rows, users without a suspicion are only counted.
 ROWS = 40
 
 
@@ -22,7 +22,7 @@ def print_users(users: list[UserFigures], console: Console) -> None:
     table = Table(title=f"{len(users)} users, {sum(bool(user.suspicions) for user in users)} suspicious")
     for name in ("user", "votes"):
         table.add_column(name, overflow="fold")
-    for name in ("a minute", "A", "foreseen", "weight"):
+    for name in ("per minute", "A", "predicted", "weight"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why")
     for user in shown:
@@ -37,11 +37,11 @@ def print_users(users: list[UserFigures], console: Console) -> None:
         )
     console.print(table, highlight=False)
     if len(shown) < len(users):
-        console.print(f"{len(users) - len(shown)} more; --json has them.", highlight=False)
+        console.print(f"{len(users) - len(shown)} more; use --json to list them.", highlight=False)
 
 
 def why(user: UserFigures) -> str:
-    """What stands against a user: the tests, and the quarantine with its reason."""
+    """The evidence against a user: failed tests, and the quarantine with its reason."""
     sentences = list(user.suspicions)
     if word := user.quarantined:
         since = f"{datetime.fromtimestamp(word.create_time).astimezone():%Y-%m-%d %H:%M}"

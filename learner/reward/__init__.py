@@ -1,1 +1,1 @@
-"""Votes to a reward model."""
+"""From votes to a reward model."""

@@ -1,4 +1,4 @@
-"""What a round needs of a reward model."""
+"""The interface of a reward model, as a round needs it."""
 
 from pathlib import Path
 from typing import Protocol, Self
@@ -22,12 +22,12 @@ class RewardModel(Protocol):
 
     @property
     def standardiser(self) -> Standardiser:
-        """What brings features to comparable size."""
+        """Scales features to comparable size."""
         ...
 
     @property
     def l2(self) -> float:
-        """The penalty that the votes chose; the judge is fitted with it, too."""
+        """The L2 penalty chosen on the votes; the judge is fitted with it, too."""
         ...
 
     @classmethod
@@ -39,11 +39,11 @@ class RewardModel(Protocol):
         settings: RewardSettings,
         generator: torch.Generator,
     ) -> Self:
-        """From votes on answers with features (N, F); its scores have no unit yet."""
+        """Fits votes on answers with features (N, F); its scores have no unit yet."""
         ...
 
     def standardised(self, reference_features: Tensor) -> Self:
-        """The same with scores of mean 0 and sd 1 over the reference's answers, features (N, F)."""
+        """The same model with scores of mean 0 and sd 1 over the reference's answers, features (N, F)."""
         ...
 
     def scores(self, features: Tensor) -> Tensor:
@@ -51,22 +51,22 @@ class RewardModel(Protocol):
         ...
 
     def uncertainty(self, features: Tensor) -> float:
-        """How far the mean score of these answers, features (N, F), is unsure: a standard deviation."""
+        """How uncertain the mean score of these answers, features (N, F), is: a standard deviation."""
         ...
 
     def clipped(self, scores: Tensor) -> Tensor:
-        """Scores within the range that votes covered."""
+        """Scores clipped to the range that votes covered."""
         ...
 
     def linear_head(self) -> tuple[Tensor, float]:
-        """(F,) weights and a bias on standardised features, which a critic begins as."""
+        """(F,) weights and a bias on standardised features, from which a critic starts."""
         ...
 
     def save(self, directory: Path) -> None:
-        """Writes everything into a directory that is there."""
+        """Writes everything into an existing directory."""
         ...
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """What `save` wrote."""
+        """Reads what `save` wrote."""
         ...

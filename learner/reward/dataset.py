@@ -1,6 +1,6 @@
-"""Rows of the store become votes over a list of answers; each conversation trains or judges, for good.
+"""Turns rows of the store into votes over a list of answers.
 
-The side is a hash of the conversation's id, so it never changes as votes come in.
+Each conversation either trains or judges. A hash of its id decides, so its side never changes as votes come in.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ OUTCOMES = {"A": A, "B": B, "TIE": TIE, "BOTH_BAD": BOTH_BAD}
 @dataclass(frozen=True)
 class Dataset:
     """All votes of a snapshot over `answers`; `judges` (groups,) is True for conversations that judge. `feedback_ids`
-    are the votes' own, choices and corrections first, then thumbs; so are `voters` (C + M,), indices into `users`."""
+    are the ids of the votes, choices and corrections first, then thumbs; in the same order, `voters` (C + M,) are
+    indices into `users`."""
 
     answers: list[TokenPair]
     votes: VoteTensors
@@ -34,9 +35,9 @@ class Dataset:
     feedback_ids: list[str]
     users: list[str]
     voters: Tensor
-    # (C,) whether a choice was between two answers that were shown; corrections are not.
+    # (C,) whether a choice was between two answers that were shown; False for corrections.
     compared: Tensor
-    # Votes on what cannot be read: an answer without a token, or one that is too long with its prompt.
+    # Votes on answers without tokens, or too long with their prompt.
     left_out: int = 0
 
     @property
@@ -46,7 +47,7 @@ class Dataset:
 
     @property
     def judge(self) -> VoteTensors:
-        """The votes that only ever judge."""
+        """The votes that are only used to judge."""
         return select(self.votes, self.judges)
 
     @property
@@ -68,7 +69,7 @@ def is_judge(conversation_id: str, judge_share: float) -> bool:
 
 
 def select(votes: VoteTensors, groups: Tensor) -> VoteTensors:
-    """The votes of conversations where `groups` (G,) is True, conversations numbered again without gaps."""
+    """The votes of conversations for which `groups` (G,) is True, with conversations renumbered without gaps."""
     c, m = groups[votes.choice_group], groups[votes.thumb_group]
     number = groups.cumsum(0) - 1
     return VoteTensors(
@@ -88,7 +89,7 @@ def select(votes: VoteTensors, groups: Tensor) -> VoteTensors:
 
 
 def some_conversations(votes: VoteTensors, limit: int, generator: torch.Generator) -> VoteTensors:
-    """Votes of conversations drawn at random, about `limit` of them; all where they are no more."""
+    """About `limit` votes, of conversations drawn at random; all votes if there are no more."""
     if len(votes) <= limit:
         return votes
     chosen = torch.zeros(votes.groups, dtype=torch.bool)
@@ -97,12 +98,12 @@ def some_conversations(votes: VoteTensors, limit: int, generator: torch.Generato
 
 
 class ChoiceRow(NamedTuple):
-    """One choice between two answers, `a` and `b`; a correction is one that its writer's text won."""
+    """One choice between two answers, `a` and `b`. A correction is a choice that the corrected text won."""
 
     a: int
     b: int
     outcome: int
-    # Of a minus that of b.
+    # Temperature of a minus that of b.
     temperature_difference: float
     conversation: int
     user: int
@@ -129,8 +130,9 @@ def to_dataset(
     encode: Callable[[str], list[int]],
     longest: float = math.inf,
 ) -> Dataset:
-    """`now` in seconds since 1970; `encode` gives the token ids of a corrected text, EOS included. Answers without a
-    token, and those that have more than `longest` with their prompt, are left out with their votes."""
+    """The dataset of a snapshot. `now` is in seconds since 1970; `encode` returns the token ids of a corrected text,
+    EOS included. Answers without tokens, or with more than `longest` including their prompt, are left out with their
+    votes."""
     rows = _Rows(encode, longest)
     choices = [row for choice in snapshot.choices if (row := rows.of_choice(choice))]
     compared = len(choices)
@@ -156,7 +158,7 @@ def to_dataset(
 
 
 def count_sides(snapshot: Snapshot, judge_share: float) -> tuple[int, int]:
-    """How many votes a dataset would have to train on and to judge by, nothing too long, without making one."""
+    """How many votes a dataset would have to train on and to judge by, without building it or checking lengths."""
     answers = [vote.a for vote in snapshot.choices if vote.a.token_ids and vote.b.token_ids]
     answers += [vote.response for vote in snapshot.corrections if vote.response.token_ids]
     answers += [vote.response for vote in snapshot.thumbs if vote.response.token_ids]
@@ -165,7 +167,7 @@ def count_sides(snapshot: Snapshot, judge_share: float) -> tuple[int, int]:
 
 
 class _Rows:
-    """Numbers answers, conversations and users as they come, and makes rows of what can be read."""
+    """Numbers answers, conversations and users in order of appearance, and makes rows of usable votes."""
 
     def __init__(self, encode: Callable[[str], list[int]], longest: float) -> None:
         self._encode = encode
@@ -195,7 +197,7 @@ class _Rows:
         return ThumbRow(self._response(vote.response), float(vote.value), *self._said_by(vote, vote.response))
 
     def _said_by(self, vote: ChoiceVote | Correction | ThumbVote, on: Response) -> tuple[int, int, float, str]:
-        """The conversation, the user, when, and the vote's id."""
+        """The conversation, the user, the time, and the vote's id."""
         conversation = self.conversations.setdefault(on.conversation_id, len(self.conversations))
         return conversation, self.users.setdefault(vote.user, len(self.users)), vote.create_time, vote.feedback_id
 

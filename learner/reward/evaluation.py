@@ -17,7 +17,7 @@ LIKE_LENGTH = math.log1p(0.25)
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """Of K heads, by vote: negative log-likelihood and agreement where the vote was held out."""
+    """Held-out negative log-likelihood and accuracy of K heads."""
 
     nll: Tensor  # (K,) mean over votes
     accuracy: Tensor  # (K,) mean over votes that name a winner, thumbs included
@@ -32,7 +32,7 @@ def cross_validate(
     outcome: Tensor | None = None,
     thumb: Tensor | None = None,
 ) -> CrossValidation:
-    """Held-out figures for each entry of `l2` (K,); `outcome` (K, C) and `thumb` (K, M) as in `fit`."""
+    """Held-out metrics for each entry of `l2` (K,); `outcome` (K, C) and `thumb` (K, M) as in `fit`."""
     folds, k = int(fold.max()) + 1, len(l2)
     outcome = votes.outcome.expand(k, -1) if outcome is None else outcome
     thumb = votes.thumb.expand(k, -1) if thumb is None else thumb
@@ -66,7 +66,7 @@ def cross_validate(
 
 
 def fold_of(votes: VoteTensors, folds: int, generator: torch.Generator) -> Tensor:
-    """(groups,) the fold of every conversation, the folds of equal size."""
+    """(groups,) the fold of every conversation; folds have equal size."""
     return torch.randperm(votes.groups, generator=generator) % folds
 
 
@@ -106,8 +106,8 @@ def signal_test(
 ) -> SignalTest:
     """Permutation test of the cross-validated accuracy, averaged over `repeats` ways to make folds.
 
-    Each permutation shuffles the outcomes among the comparisons and each user's thumbs among that user's. The penalty
-    is given, not chosen from these votes, so there is no choice to be paid for."""
+    Each permutation shuffles the outcomes among the comparisons, and each user's thumbs among themselves. The penalty
+    is given, not chosen from these votes, so the test needs no correction for a choice."""
     n = permutations + 1
     outcomes, thumbs = [votes.outcome], [votes.thumb]
     for _ in range(permutations):
@@ -122,7 +122,7 @@ def signal_test(
         )
         accuracy += result.accuracy / repeats
     if accuracy[0].isnan():
-        # Ties and both-bad alone: no vote names a winner that could be told.
+        # Only ties and both-bad: no vote names a winner.
         return SignalTest(math.nan, math.nan, 1.0)
     # The real votes count as one of the permutations, so p is never 0 (Phipson & Smyth 2010).
     at_least = int((accuracy[1:] >= accuracy[0] - 1e-6).sum())
@@ -130,7 +130,7 @@ def signal_test(
 
 
 def _shuffle(within: Tensor, generator: torch.Generator) -> Tensor:
-    """A permutation of the indices of `within` that moves each only among those of equal value."""
+    """A permutation of the indices of `within` that moves each only among indices of equal value."""
     order = torch.randperm(len(within), generator=generator)
     # Sorting a shuffle by group gives, group by group, the same slots as sorting the identity does.
     result = torch.empty_like(order)
@@ -139,7 +139,7 @@ def _shuffle(within: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def held_out(heads: Heads, features: Tensor, votes: VoteTensors, log_lengths: Tensor) -> HeldOut:
-    """Figures of a single head (K = 1) on choices that name a winner; `log_lengths` (N,). NaN without any."""
+    """Metrics of a single head (K = 1) on choices that name a winner; `log_lengths` (N,). NaN if there are none."""
     decisive = (votes.outcome == A) | (votes.outcome == B)
     outcome = votes.outcome[decisive]
     scores = heads.scores(features)[0]
@@ -161,7 +161,7 @@ def held_out(heads: Heads, features: Tensor, votes: VoteTensors, log_lengths: Te
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 10) -> float:
-    """Mean of |confidence - accuracy| of a prediction's bin, equal widths on [0.5, 1] (Guo et al. 2017)."""
+    """Mean over predictions of their bin's |confidence - accuracy|, equal widths on [0.5, 1] (Guo et al. 2017)."""
     if not len(confidence):
         return float("nan")
     index = ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1)

@@ -1,10 +1,10 @@
 """One likelihood for every kind of vote: pairs, ties, both-bad and thumbs. Pure torch.
 
-A response's score is r; a comparison is judged by Delta = r_a - r_b. Pairs are Bradley-Terry (Bradley & Terry 1952);
-ties are Rao & Kupper (1967): a tie is said when neither answer leads by more than eta; of the undecided rest, both-bad
-takes the share q = sigmoid(b_bad - (r_a + r_b) / 2), so that the four outcomes sum to one. A thumb is a comparison with
-the user's own bar b_u, so one score serves all. Everything goes through softplus and logsigmoid: log(1 + exp(x))
-overflows where these are exact.
+A response's score is r; a comparison depends on Delta = r_a - r_b. Pairs are Bradley-Terry (Bradley & Terry 1952). Ties
+are Rao & Kupper (1967): neither answer leads by more than eta. Of the undecided rest, both-bad takes the share
+q = sigmoid(b_bad - (r_a + r_b) / 2), so that the four outcomes sum to one. A thumb is a comparison with the user's own
+bar b_u, so one score serves all. Everything goes through softplus and logsigmoid, which are exact where
+log(1 + exp(x)) overflows.
 """
 
 import torch
@@ -16,8 +16,8 @@ A, B, TIE, BOTH_BAD = range(4)
 
 
 def preference_loss(delta: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid(delta) for delta = r_chosen - r_rejected, any shape; the share `label_smoothing` of the
-    votes is taken to say the opposite of what was meant (Chowdhury et al. 2024, eq. 12)."""
+    """-log sigmoid(delta) for delta = r_chosen - r_rejected, any shape; the share `label_smoothing` of the votes is
+    assumed to say the opposite of what was meant (Chowdhury et al. 2024, eq. 12)."""
     return (1 - label_smoothing) * softplus(-delta) + label_smoothing * softplus(delta)
 
 
@@ -25,7 +25,7 @@ def rao_kupper_log_probs(delta: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Te
     """log P(a), log P(b), log P(neither) for eta > 0; broadcastable shapes.
 
     The rest 1 - s(delta - eta) - s(-delta - eta) equals (exp(2 eta) - 1) s(delta - eta) s(-delta - eta), which does not
-    cancel to zero far out."""
+    cancel to zero in the far tails."""
     log_a, log_b = logsigmoid(delta - eta), logsigmoid(-delta - eta)
     return log_a, log_b, torch.log(torch.expm1(2 * eta)) + log_a + log_b
 
@@ -33,8 +33,8 @@ def rao_kupper_log_probs(delta: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Te
 def choice_log_probs(score_a: Tensor, score_b: Tensor, nuisance: Tensor, eta: Tensor, bad_bar: Tensor) -> Tensor:
     """Log-probabilities (..., 4) of A, B, TIE and BOTH_BAD.
 
-    `nuisance` is added to the difference (it stands for what a vote saw besides quality), not to the mean score that
-    both-bad is judged by."""
+    `nuisance`, the influence on a vote of anything besides quality, is added to the difference, but not to the mean
+    score that decides both-bad."""
     log_a, log_b, log_rest = rao_kupper_log_probs(score_a - score_b + nuisance, eta)
     bad = bad_bar - (score_a + score_b) / 2
     return torch.stack([log_a, log_b, log_rest + logsigmoid(-bad), log_rest + logsigmoid(bad)], dim=-1)

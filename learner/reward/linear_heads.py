@@ -1,12 +1,12 @@
-"""Linear heads on frozen features: fit many at once. Pure torch.
+"""Linear heads on frozen features, many fitted at once. Pure torch.
 
-A head is fitted by penalised maximum likelihood (`learner.reward.likelihood`). It lives in the span of the answers it
+A head is fitted by penalised maximum likelihood (`learner.reward.likelihood`). It lies in the span of the answers it
 was fitted on, so fits run in that span's coordinates (`span_basis`): a few hundred numbers instead of thousands, and
 exactly the same optimum. Folds, penalties, permutations and bootstraps are independent rows of one problem, and L-BFGS
 on their sum costs little more than on one.
 
-The temperature difference of the two answers is a nuisance covariate: the fit may explain votes by it, scores leave it
-out.
+The temperature difference of the two answers is a nuisance covariate: the fit may explain votes by it, but scores
+exclude it.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class VoteTensors:
     outcome: Tensor
     temperature_difference: Tensor
     choice_weight: Tensor
-    # Conversations as integers: what cross-validation and bootstrap hold together.
+    # Conversations as integers: cross-validation and bootstrap keep their votes together.
     choice_group: Tensor
     # Thumbs, all (M,): row of the response, +1.0 or -1.0, user as an integer.
     response: Tensor
@@ -41,8 +41,8 @@ class VoteTensors:
         return len(self.a) + len(self.thumb)
 
     def voted(self, features: Tensor) -> tuple[Tensor, "VoteTensors"]:
-        """(D, F) features, out of (N, F), of the responses that were voted on, each once, and these votes as indices
-        into them. A fit scores every response that it is given; the others would cost as much as these."""
+        """Features (D, F), out of (N, F), of each response that was voted on, and these votes as indices into them. A
+        fit scores every response that it is given, so the others would only cost time."""
         rows = torch.cat([self.a, self.b, self.response]).unique()
         a, b, response = (torch.searchsorted(rows, index) for index in (self.a, self.b, self.response))
         return features[rows], replace(self, a=a, b=b, response=response)
@@ -55,7 +55,7 @@ class VoteTensors:
 
 @dataclass(frozen=True)
 class Heads:
-    """K heads over F features, and what else the likelihood needs: first axis K everywhere."""
+    """K heads over F features, and the other parameters of the likelihood. The first axis is K everywhere."""
 
     weights: Tensor  # (K, F)
     temperature: Tensor  # (K,) effect of one unit of temperature difference on a choice
@@ -65,7 +65,7 @@ class Heads:
     user_bars: Tensor  # (K, U) offsets from thumb_bar
 
     def eta(self) -> Tensor:
-        """(K,) bounded, so that a line search that tries a far step gets a number back."""
+        """(K,) bounded, so that it stays finite if a line search tries a far step."""
         return self.log_eta.clamp(-6.0, 3.0).exp()
 
     def scores(self, features: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Heads:
         return self.thumb_bar[:, None] + self.user_bars[:, votes.user]
 
     def choice_log_probs(self, scores: Tensor, votes: VoteTensors) -> Tensor:
-        """(K, C, 4) log-probabilities of what each choice can be, from scores (K, N)."""
+        """(K, C, 4) log-probabilities of each choice's possible outcomes, from scores (K, N)."""
         return likelihood.choice_log_probs(
             scores[:, votes.a],
             scores[:, votes.b],
@@ -137,9 +137,8 @@ def fit(
 ) -> Heads:
     """K heads at the minimum of `objective`, one per entry of `l2` (K,).
 
-    `features` (N, F). The other arguments, (K, C) or (K, M), give each head its own weights (a fold or a bootstrap is
-    a weight) or its own outcomes (a permutation); left out, they are those of `votes`. Weights multiply the
-    votes' own."""
+    `features` (N, F). The other arguments, (K, C) or (K, M), give each head its own weights (a fold or a bootstrap is a
+    weight) or its own outcomes (a permutation); the default is those of `votes`. Weights multiply the votes' own."""
     k, dtype = len(l2), features.dtype
     l2 = l2.to(dtype)
     ones_c, ones_m = features.new_ones(k, len(votes.a)), features.new_ones(k, len(votes.thumb))

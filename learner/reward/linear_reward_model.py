@@ -1,9 +1,9 @@
 """The reward model: one linear head on frozen reference features, standardised on reference answers.
 
-Few votes cannot teach a network, but they can teach a head; so each round refits `weights` from nothing, on all
-training votes, and the backbone stays the reference. The score of an answer is ((features - mean) * scale) @ weights
-+ bias, mean 0 and sd 1 over reference answers; `low` and `high` bound the scores that voted answers reached, beyond
-which nobody said anything. The thumb bars move along with every shift, so a thumb's probability stays what it was.
+Few votes cannot train a network, but they can train a head. So each round refits `weights` from scratch on all training
+votes, and the backbone stays the reference. The score of an answer is ((features - mean) * scale) @ weights + bias,
+mean 0 and sd 1 over reference answers. `low` and `high` bound the scores of voted answers; beyond them there is no
+evidence. The thumb bar shifts with the scores, so a thumb's probability stays the same.
 """
 
 import json
@@ -21,7 +21,7 @@ from learner.reward.standardiser import Standardiser, standardiser
 from learner.settings import RewardSettings
 from server.store.learning.round_metrics import HeldOut, SignalTest
 
-# The share of voted answers below `low`, and above `high`: one odd answer must not open the range.
+# The share of voted answers below `low`, and above `high`: one outlier must not widen the range.
 TAIL = 0.02
 WEIGHTS, DESCRIPTION = "head.safetensors", "reward_model.json"
 
@@ -33,7 +33,7 @@ class LinearRewardModel:
     layers: tuple[int, ...]
     standardiser: Standardiser
     weights: Tensor  # (F,)
-    # The same fit on other draws of the conversations; where they disagree the score is a guess.
+    # Fits on other draws of the conversations; where they disagree, the score is uncertain.
     members: Tensor  # (K, F)
     member_bias: Tensor  # (K,)
     bias: float
@@ -42,7 +42,7 @@ class LinearRewardModel:
     thumb_bar: float
     bad_bar: float
     eta: float
-    # What one unit of temperature more did to a vote, on the score's scale; scores leave it out.
+    # Effect of one unit of temperature on a vote, on the score's scale; scores exclude it.
     temperature: float
     l2: float
 
@@ -55,7 +55,7 @@ class LinearRewardModel:
         settings: RewardSettings,
         generator: torch.Generator,
     ) -> "LinearRewardModel":
-        """The score that `votes` ask for, on features (N, F) of the answers; its penalty chosen by cross-validation."""
+        """Fits the score to `votes` on features (N, F) of the answers; its penalty is chosen by cross-validation."""
         voted, votes = votes.voted(features)
         scaling = standardiser(voted, len(layers))
         standard = scaling(voted)
@@ -83,8 +83,8 @@ class LinearRewardModel:
         )
 
     def standardised(self, reference_features: Tensor) -> "LinearRewardModel":
-        """The same model with scores of mean 0 and sd 1 over `reference_features` (N, F); everything on the
-        score's scale moves along."""
+        """The same model with scores of mean 0 and sd 1 over `reference_features` (N, F); everything on the score's
+        scale is converted."""
         scores = self.scores(reference_features)
         mean, sd = float(scores.mean()), float(scores.std())
         if not sd > 0:
@@ -98,7 +98,7 @@ class LinearRewardModel:
             self,
             weights=self.weights / sd,
             members=members,
-            # Each member's own zero: how far answers are above the reference's is what members may differ in.
+            # Each member is centred on the reference's answers: members may differ in how far answers are above these.
             member_bias=-(members @ self.standardiser(reference_features).mT).mean(dim=1),
             bias=moved(self.bias),
             low=moved(self.low),
@@ -118,11 +118,11 @@ class LinearRewardModel:
         return self.members @ self.standardiser(features).mT + self.member_bias[:, None]
 
     def uncertainty(self, features: Tensor) -> float:
-        """How far the mean score of these answers, features (N, F), is unsure: the members' standard deviation."""
+        """How uncertain the mean score of these answers, features (N, F), is: the members' standard deviation."""
         return float(self.member_scores(features).mean(dim=1).std())
 
     def clipped(self, scores: Tensor) -> Tensor:
-        """Scores within the range that votes covered."""
+        """Scores clipped to the range that votes covered."""
         return scores.clamp(self.low, self.high)
 
     def linear_head(self) -> tuple[Tensor, float]:
@@ -163,7 +163,7 @@ class LinearRewardModel:
 def test_signal(
     features: Tensor, votes: VoteTensors, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
 ) -> SignalTest:
-    """Whether `votes` say anything that features (N, F) of the answers can predict, before a model is fitted."""
+    """Whether features (N, F) of the answers predict `votes` at all, before a model is fitted."""
     voted, votes = votes.voted(features)
     standard = standardiser(voted, len(layers))(voted)
     return evaluation.signal_test(
@@ -179,7 +179,7 @@ def test_signal(
 
 
 def choose_l2(features: Tensor, votes: VoteTensors, settings: RewardSettings, generator: torch.Generator) -> float:
-    """The penalty of the lowest cross-validated NLL, averaged over several ways to make folds."""
+    """The penalty with the lowest cross-validated NLL, averaged over several ways to make folds."""
     grid = torch.tensor(settings.l2_grid)
     folds = min(settings.folds, votes.groups)
     nll = torch.stack(
@@ -194,7 +194,7 @@ def choose_l2(features: Tensor, votes: VoteTensors, settings: RewardSettings, ge
 
 
 def evaluate(model: LinearRewardModel, features: Tensor, votes: VoteTensors) -> HeldOut:
-    """How the model's unstandardised head does on votes it was not fitted on; the last feature is log length."""
+    """Metrics of the model's unstandardised head on votes it was not fitted on; the last feature is log length."""
     nothing = torch.zeros(1)
     as_head = Heads(model.weights[None], nothing, nothing, nothing, nothing, torch.zeros(1, votes.users))
     return evaluation.held_out(as_head, model.standardiser(features), votes, features[:, -1])

@@ -1,35 +1,36 @@
-"""Features brought to comparable size. Pure torch."""
+"""Scales features to comparable size. Pure torch."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Standard deviations of log length beyond which an answer is no longer or shorter.
+# Standard deviations from the mean at which log length is clamped.
 MAX_LENGTH = 2.0
 
 
 @dataclass(frozen=True)
 class Standardiser:
-    """(F,) mean and scale that bring features to comparable size: each layer and the length have variance 1 in sum."""
+    """(F,) mean and scale that bring features to comparable size: all layers together, and the length, each have
+    variance 1."""
 
     mean: Tensor
     scale: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
         standard = (features - self.mean) * self.scale
-        # Where nearly every answer is cut at one length, a short one lies ten standard deviations out, and a linear
-        # head would see nothing else.
+        # If nearly every answer is cut at one length, a short one is ten standard deviations out and would dominate a
+        # linear head.
         return torch.cat([standard[..., :-1], standard[..., -1:].clamp(-MAX_LENGTH, MAX_LENGTH)], dim=-1)
 
 
 def standardiser(features: Tensor, layers: int) -> Standardiser:
-    """From features (N, F) of answers: `layers` blocks of equal width, then the length as a block of its own.
+    """Fitted on features (N, F) of answers: `layers` blocks of equal width, then the length as a separate block.
 
     All layers together weigh as much as the length alone, which is the one feature that never needs many votes."""
     mean, sd = features.mean(dim=0), features.std(dim=0)
     scale = 1 / (sd + 1e-4 * sd.mean())
     scale[:-1] /= (len(scale) - 1) ** 0.5
-    # A set of answers that all have one length says nothing about length.
+    # If all answers have one length, length says nothing.
     scale[-1] = 1 / sd[-1] if sd[-1] > 1e-3 else 0.0
     return Standardiser(mean, scale)

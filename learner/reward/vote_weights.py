@@ -1,13 +1,13 @@
-"""How much a vote counts for its age and for how much its user says. Pure torch."""
+"""How much a vote counts by its age and by how many votes its user has. Pure torch."""
 
 import torch
 from torch import Tensor
 
 
 def vote_weights(ages_days: Tensor, users: Tensor, half_life_days: float, floor: float, user_share: float) -> Tensor:
-    """(V,) weight of each vote: halved every `half_life_days`, never below `floor`; then no user (U integers) has more
-    than `user_share` of the sum, or twice an equal share where that is more. A few users, whose equal shares are above
-    `user_share`, are not capped at all."""
+    """(V,) weight of each vote: halved every `half_life_days`, never below `floor`. Then no user (U integers) has more
+    than `user_share` of the sum, or twice an equal share if that is more. If there are so few users that equal shares
+    are above `user_share`, none is capped."""
     weights = torch.clamp(0.5 ** (ages_days / half_life_days), min=floor)
     if not len(weights):
         return weights
@@ -16,8 +16,8 @@ def vote_weights(ages_days: Tensor, users: Tensor, half_life_days: float, floor:
 
 
 def cap_shares(totals: Tensor, user_share: float) -> Tensor:
-    """Factors <= 1 after which no user's total exceeds `user_share` of the sum, or two equal shares where that is more:
-    the highest cap that satisfies itself. A few users are not capped."""
+    """Factors <= 1 after which no user's total exceeds `user_share` of the sum, or two equal shares if that is more:
+    the highest cap that satisfies itself. Few users are not capped."""
     voters = int((totals > 0).sum())
     if voters * user_share < 1:
         return torch.ones_like(totals)

@@ -1,19 +1,19 @@
-"""How much each voter's word counts in a fit: less for those who answer against the others.
+"""How much each voter's votes count in a fit: less for those who vote against the others.
 
-Nobody is asked who is honest; votes are compared with what everybody else's votes predict. A voter's held-out verdicts
-are the choices, and pairs of an up and a down thumb, that a reward model fitted without this voter's votes (folds of
-voters, not of conversations) gets right or wrong. Three kinds of voters are told apart by how often it is right:
+Votes are compared with what everybody else's votes predict. A voter's held-out verdicts are the choices, and pairs of
+an up and a down thumb, that a reward model fitted without this voter's votes (folds of voters, not of conversations)
+gets right or wrong. Three kinds of voters are distinguished by how often it is right:
 - with the others: at a rate q above a half, one for all of them, estimated;
-- aside: at a half, whose taste is another, or who do not care;
+- aside: at a half; their taste differs, or they do not care;
 - against the others: at 1 - q. Only these count less, by the probability that they are of this kind.
-Shares and q are fitted by EM (Dempster, Laird & Rubin 1977), twice: the second time the model hardly hears whom the
-first suspects. Where three kinds then do not explain the verdicts significantly better than the first two, everybody
-counts in full: so it is with few voters, with few votes each, and with honest ones. A taste that is merely another
-lands at a half and stays.
+Shares and q are fitted by EM (Dempster, Laird & Rubin 1977), twice: in the second fit, voters suspected in the first
+hardly count. If three kinds then do not explain the verdicts significantly better than the first two, everybody counts
+in full: so it is with few voters, with few votes each, and with honest voters. A voter whose taste merely differs is
+fitted at a half and keeps full weight.
 
-A voter who names one slot more often than a fair coin would (exact, corrected for the number of voters) does not count:
-the order of the slots is random, so such votes say nothing of the answers. With few voters this is not asked either:
-one who is dropped by chance must be one of many.
+A voter who names one slot more often than a fair coin would (exact test, corrected for the number of voters) does not
+count: the order of the slots is random, so such votes say nothing about the answers. With few voters there is no such
+test either: a voter who is dropped by chance must be one of many.
 """
 
 from dataclasses import dataclass, replace
@@ -29,10 +29,11 @@ from learner.reward.linear_heads import VoteTensors
 from learner.reward.standardiser import standardiser
 from learner.settings import RewardSettings
 
-# Fewer voters have no others to be compared with, and on fewer votes nothing is fitted.
+# Fewer voters cannot be compared with others, and fewer votes cannot be fitted.
 MIN_VOTERS = MIN_VOTES = 10
-# 2 log likelihood ratio at the 10 % level: half of a chi-square with one degree, for a share of zero is at the edge of
-# what shares may be (Self & Liang 1987). With few votes each it is kept with room: docs/decisions/0019 has how often.
+# 2 log likelihood ratio at the 10 % level: half of a chi-square with one degree, since a share of zero is on the edge
+# of the possible shares (Self & Liang 1987). With few votes each the test is conservative: docs/decisions/0019 has its
+# rates.
 SIGNIFICANT = 1.642
 LEVEL = 0.05
 EM_STEPS = 200
@@ -40,8 +41,8 @@ EM_STEPS = 200
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Of U voters, how many held-out verdicts there are and how many of them the others' model gets right; and of the
-    choices that name a winner, how many there are and how many name A. All (U,), whole numbers."""
+    """Counts of U voters: held-out verdicts, and those that the others' model gets right; choices that name a winner,
+    and those that name A. All (U,), integers."""
 
     heard: Tensor
     right: Tensor
@@ -51,11 +52,11 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class VoteKinds:
-    """What `kinds` made of the voters."""
+    """The result of `kinds`."""
 
-    # (U,) probability of being against the others; zero for all where that kind is not needed.
+    # (U,) probability of being against the others; zero for all if that kind is not needed.
     against: Tensor
-    # Share of the voters that is with, aside and against, and how often the first kind is right.
+    # Shares of voters who are with the others, aside and against, and how often the first kind is right.
     shares: Tensor
     rate: float
     # 2 log likelihood ratio of three kinds to two.
@@ -65,8 +66,8 @@ class VoteKinds:
 def weigh_voters(
     dataset: Dataset, features: Tensor, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
 ) -> tuple[Dataset, Tensor]:
-    """The dataset with every vote's weight times its voter's, and these factors (U,), 1 for most. They come of training
-    votes alone: judges stay out of the fit, though they are weighed by it."""
+    """The dataset with every vote's weight multiplied by its voter's factor, and these factors (U,), 1 for most. They
+    are computed from training votes alone: judge votes stay out of the fit, but are weighted by it."""
     train, trains, count = dataset.train, ~dataset.judging, len(dataset.users)
     voters, compared = dataset.voters[trains], dataset.compared[trains[: len(dataset.compared)]]
     factors = torch.ones(count)
@@ -92,14 +93,14 @@ def one_sided(found: Verdicts) -> list[float]:
 
 
 def scaled(votes: VoteTensors, factors: Tensor) -> VoteTensors:
-    """The votes with weights times factors (C + M,)."""
+    """The votes with weights multiplied by `factors` (C + M,)."""
     c, m = factors.split([len(votes.a), len(votes.thumb)])
     return replace(votes, choice_weight=votes.choice_weight * c, thumb_weight=votes.thumb_weight * m)
 
 
 def kinds(right: Tensor, heard: Tensor, significant: float = SIGNIFICANT) -> VoteKinds:
-    """From (U,) held-out verdicts of each voter that were right, and how many there were. Binomial mixture of the rates
-    q, a half and 1 - q; nobody is against the others where the evidence for that kind is not above `significant`."""
+    """Fits a binomial mixture of the rates q, a half and 1 - q to each voter's right verdicts out of those heard, both
+    (U,). Nobody is against the others if the evidence for that kind is not above `significant`."""
     right, heard = right.double(), heard.double()
     *_, least = mixture(right, heard, torch.tensor([0.8, 0.2, 0.0]))
     three, shares, rate, most = mixture(right, heard, torch.tensor([0.8, 0.1, 0.1]))
@@ -110,7 +111,7 @@ def kinds(right: Tensor, heard: Tensor, significant: float = SIGNIFICANT) -> Vot
 
 def mixture(right: Tensor, heard: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, float, float]:
     """(U, 3) probabilities of each voter's kind, (3,) shares, the rate q and the log-likelihood at the end of EM from
-    `shares` and q = 0.7; a share of zero stays zero. q stays within 0.55 and 0.95, or the kinds would be one."""
+    `shares` and q = 0.7; a share of zero stays zero. q stays within 0.55 and 0.95, or the kinds would merge."""
     shares, rate = shares.double(), 0.7
 
     def log_joint() -> Tensor:
@@ -137,8 +138,8 @@ def verdicts(
     settings: RewardSettings,
     generator: torch.Generator,
 ) -> Verdicts:
-    """Of `count` voters: `voters` (C + M,) cast the votes, `compared` (C,) says which choices were between two answers
-    that were shown. A correction is not: its writer named no slot, and nobody else writes such answers."""
+    """The verdicts of `count` voters: `voters` (C + M,) cast the votes, `compared` (C,) says which choices were between
+    two answers that were shown. A correction was not: its writer named no slot, and nobody else writes such answers."""
     if len(votes) < MIN_VOTES:
         return Verdicts(*torch.zeros(4, count, dtype=torch.long))
     chooser, thumber = voters.split([len(votes.a), len(votes.thumb)])
@@ -167,7 +168,7 @@ def verdicts(
         return torch.bincount(user, minlength=count)
 
     return Verdicts(
-        # Where the others said nothing, their model does not either.
+        # If the others said nothing, neither does their model.
         heard=per_voter(user[delta != 0]),
         right=per_voter(user[delta > 0]),
         sided=per_voter(chooser[decisive]),
@@ -177,7 +178,7 @@ def verdicts(
 
 def thumb_pairs(thumb: Tensor, user: Tensor) -> tuple[Tensor, Tensor]:
     """(P,) positions of thumbs up and of thumbs down: each voter's first up with the first down, and so on, each thumb
-    once. In pairs it does not matter how high a voter's bar is: who is hard to please contradicts nobody."""
+    once. In pairs a voter's bar does not matter: a voter who is hard to please contradicts nobody."""
     waiting: dict[tuple[int, bool], list[int]] = {}
     pairs: list[tuple[int, int]] = []
     for number, (one, who) in enumerate(zip((thumb > 0).tolist(), user.tolist(), strict=True)):

@@ -1,4 +1,6 @@
-"""The gate stage: candidates, incumbent and reference answer the held-out prompts, and the judge's votes decide."""
+"""The gate stage: candidates, incumbent and reference answer the held-out prompts, and a judge fitted on judge votes
+compares them.
+"""
 
 import json
 import math
@@ -31,15 +33,14 @@ from server.store.learning.round_metrics import (
     SignalTest,
 )
 
-# All versions answer with the same random numbers, which no step of the training had: this draw's, the one before it at
-# a second look.
+# Number of the random draw that all versions answer with; a second look uses the one before it. Training uses neither.
 GATE_DRAW = 999
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one version answered: M answers to each of N prompts, a prompt's own in a row. features (N * M, F), and of a
-    candidate kl (N * M,), nats to the reference."""
+    """One version's answers, M to each of N prompts, grouped by prompt: features (N * M, F), and for a candidate kl (N
+    * M,), nats to the reference."""
 
     samples: list[SampledAnswer]
     features: Tensor
@@ -58,9 +59,9 @@ def judge_candidates(
     signal: SignalTest,
     improvement: Improvement,
 ) -> Verdict:
-    """Which candidate may serve, if any; every answer that was judged is kept beside it.
+    """Decides which candidate is promoted, if any, and stores every judged answer.
 
-    A first look at half of the prompts ends the gate where it is clear already (`learner.gate.win_rate.looks`)."""
+    A first look at half of the prompts ends the gate if the case is already clear (`learner.gate.win_rate.looks`)."""
     if work.done("gate") and (stored := work.round.metrics.gate):
         return Verdict(stored.chosen, stored.reasons)
     gate, prompts = work.settings.gate, spread(work.prompts.held_out, work.settings.gate.prompts)
@@ -68,7 +69,7 @@ def judge_candidates(
     steps = promising(improvement, gate)
     incumbent, reference = work.round.incumbent_version, work.round.reference_version
     planned = looks(len(prompts), gate)
-    # In the first round incumbent and reference are one version: its answers are sampled and read once.
+    # In the first round incumbent and reference are the same version, which answers only once.
     versions = list(dict.fromkeys([reference, incumbent]))
     answers: dict[str, Answers] = {}
     measured: dict[int, CandidateMetrics] = {}
@@ -118,7 +119,7 @@ def _record(
     measured: list[CandidateMetrics],
     baseline: AnswerHealth,
 ) -> None:
-    """Every answer to a file, the figures to TensorBoard and to the store, which names the stage as done."""
+    """Writes every answer to a file, and the metrics to TensorBoard and the store, which marks the stage as done."""
     _keep_answers(work, prompts, {name: each.samples for name, each in answers.items()})
     _log_gate(work, verdict)
     gate = GateMetrics(verdict.chosen, verdict.reasons, measured, baseline)
@@ -151,7 +152,7 @@ def _candidate_answers(
     rollout = to_rollout(work.engine.sample(prompts, seed))
     budget = settings.micro_batch_tokens
     judged = reference_pass(work.policy, rollout.tokens, reward_model.layers, temperature, budget)
-    # The served policy is the trained one: some answers are enough to see it.
+    # Some answers are enough to check that the engine has the trained weights.
     some = torch.arange(min(PUSH_ANSWERS, len(rollout.tokens)))
     part = rollout.tokens[some]
     logprobs = policy_logprobs(work.policy, part, temperature, budget)
@@ -191,11 +192,12 @@ def _figures(
 
 
 def promising(improvement: Improvement, gate: GateSettings) -> list[int]:
-    """Candidates worth judging, out of a training: the last, the one before, and others twice as far back
-    each time. The KL budget mostly ends training before it goes wrong, so the best is near the end, and where it is
-    not, an early one is at hand. One whose KL is close to that of the next one kept is left out: it answers alike."""
+    """The steps of candidates worth judging: the last, the one before, then each twice as far back.
+
+    The KL budget usually ends training before it goes wrong, so the best is near the end; if it is not, an early one is
+    included. A candidate whose KL is close to that of the next one kept is left out: their answers are alike."""
     steps = improvement.candidates
-    # A step's figures are of the weights that it began with: what the last update came to is where the line leads.
+    # A step's metrics describe the weights that it started with. The KL after the last update is extrapolated.
     kl = [step.kl for step in improvement.steps]
     kl.append(2 * kl[-1] - kl[-2] if len(kl) > 1 else math.inf)
     kept = [steps[-1]]
@@ -207,18 +209,18 @@ def promising(improvement: Improvement, gate: GateSettings) -> list[int]:
 
 
 def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, list[SampledAnswer]]) -> None:
-    """Every answer that was judged, side by side, for whoever wants to read what changed: the first to each prompt,
-    then the second to each; less what was asked in conversations that were deleted since the round began."""
+    """Writes every judged answer, versions side by side: the first answer to each prompt, then the second to each.
+    Prompts of conversations that were deleted since the round began are left out."""
     data_dir, each = work.settings.data_dir, work.settings.gate.answers
     places = [prompt * each + answer for answer in range(each) for prompt in range(len(prompts))]
     with keeping(data_dir), whole_file(work.directory / ANSWERS) as file:
         for row, place in enumerate(places):
             prompt = prompts[place // each]
-            # A candidate that was dropped at the first look has answered no more.
+            # A candidate that was dropped at the first look has no more answers.
             line = {name: asdict(samples[place]) for name, samples in answers.items() if place < len(samples)}
             for answer in line.values():
                 del answer["prompt"], answer["logprobs"]
-            # Its conversation first: by that a line goes when the conversation does.
+            # The conversation comes first: `sweep` reads it there to delete the lines of deleted conversations.
             asked = {
                 "conversation_id": prompt.conversation_id,
                 "row": row,

@@ -1,8 +1,8 @@
 """One learner at a time: the lease `learner`, renewed by a thread until the block ends.
 
-A learner that was killed keeps others out for `seconds` at most, so the next one waits that long before it gives up.
-One that was stopped for longer and comes back finds its writes to the database fenced off, and is interrupted: it
-must not go on to write files where another learner works.
+A killed learner keeps others out for at most `seconds`, so the next one waits that long before it gives up. If a
+learner is suspended for longer, its writes to the database are fenced off when it wakes up, and it is interrupted: it
+must not go on writing files while another learner is running.
 """
 
 import _thread
@@ -20,13 +20,13 @@ from server.store.learning.leases import LEARNER
 from server.store.learning.records import Lease
 from server.store.store import Store
 
-# After a renewal that failed.
+# Delay after a failed renewal.
 AGAIN_SECONDS = 1.0
 
 
 @contextmanager
 def learner_lease(store: Store, data_dir: Path, seconds: float, *, wait: bool = False) -> Iterator[Lease | None]:
-    """The lease, or None where another learner holds it; with `wait`, as soon as none does."""
+    """Yields the lease, or None if another learner holds it; with `wait`, waits until it is free."""
     lease = _acquire(store, unique_name(), seconds, wait)
     if lease is None:
         yield None
@@ -41,7 +41,7 @@ def learner_lease(store: Store, data_dir: Path, seconds: float, *, wait: bool = 
             stop.set()
             thread.join()
     except KeyboardInterrupt:
-        # Wherever the interruption found it.
+        # The renewing thread caused the interruption.
         if lost:
             raise lost[0] from None
         raise
@@ -67,7 +67,7 @@ def _renew(data_dir: Path, lease: Lease, seconds: float, stop: threading.Event, 
                 store.leases.renew(lease, seconds)
                 wait = seconds / 3
             except DatabaseError:
-                # Locked for long, say by a rewrite, or a full disk: the lease may hold until that is over.
+                # Locked for long, for example by a rewrite, or the disk is full. The lease may outlast that.
                 wait = min(AGAIN_SECONDS, seconds / 3)
     except ServiceError as error:
         lost.append(error)

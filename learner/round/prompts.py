@@ -1,8 +1,8 @@
-"""What rollouts answer and the gate judges by: what users asked, topped up by our own questions where that is little.
+"""The prompts of rollouts and the gate: what users asked, topped up with built-in questions if that is too little.
 
-A prompt trains or is held out as the first conversation that asked it, among those that a round reads; a question of
-ours goes by its text. So the two sides of a round never share one. Ours ask for what people ask of a chat: advice,
-explanations, drafts, ideas.
+A user's prompt trains or is held out by the first conversation that asked it, among those that a round reads; a
+built-in question by its text. So the two sides of a round never share a prompt. Built-in questions are typical of a
+chat: advice, explanations, drafts, ideas.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from learner.reward.dataset import is_judge
 from learner.reward.vote_weights import cap_shares
 from server.store.chats.records import Prompt
 
-# How long an answer to our question is where no user's says it.
+# Length limit of answers to built-in questions if there are no users' prompts to take it from.
 ANSWER_TOKENS = 256
 
 Encode = Callable[[list[dict[str, str]]], list[int]]
@@ -91,7 +91,7 @@ What is a fair way to split the rent of a shared flat?
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts to train on and prompts held out; `own` of them are not users'."""
+    """Prompts to train on and prompts held out; `own` is how many of them are built-in."""
 
     train: list[Prompt]
     held_out: list[Prompt]
@@ -99,7 +99,7 @@ class Prompts:
 
 
 def split_prompts(prompts: list[Prompt], judge_share: float, max_model_len: int) -> Prompts:
-    """By conversation; prompts that leave no room for an answer are left out."""
+    """Splits prompts by conversation. Prompts that leave no room for an answer are left out."""
     fitting = [p for p in prompts if len(p.token_ids) + p.max_tokens <= max_model_len]
     train = [p for p in fitting if not is_judge(p.opened_by or p.conversation_id, judge_share)]
     held_out = [p for p in fitting if is_judge(p.opened_by or p.conversation_id, judge_share)]
@@ -107,7 +107,8 @@ def split_prompts(prompts: list[Prompt], judge_share: float, max_model_len: int)
 
 
 def share_out(prompts: list[Prompt], user_share: float) -> list[Prompt]:
-    """The newest of each user, so that nobody has more of them than of the votes' weight (`vote_weights`)."""
+    """The newest prompts of each user, capped so that no user has a larger share of them than of the votes' weight
+    (`vote_weights`)."""
     counts = Counter(prompt.user for prompt in prompts)
     totals = torch.tensor(list(counts.values()), dtype=torch.float64)
     capped = (totals * cap_shares(totals, user_share)).round().int().tolist()
@@ -121,7 +122,8 @@ def share_out(prompts: list[Prompt], user_share: float) -> list[Prompt]:
 
 
 def top_up(asked: Prompts, minimum: int, judge_share: float, max_model_len: int, encode: Encode) -> Prompts:
-    """Fills either side up to `minimum` with questions of ours, as far as they go; answers are as long as users'."""
+    """Fills each side up to `minimum` with built-in questions, as far as they go. Their length limit is the median of
+    the users' prompts."""
     if min(len(asked.train), len(asked.held_out)) >= minimum:
         return asked
     users = asked.train + asked.held_out

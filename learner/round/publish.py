@@ -12,7 +12,7 @@ from server.store.store import Store
 
 
 def publish(work: Workspace, verdict: Verdict) -> str:
-    """The new version, on disk and registered."""
+    """Writes and registers the new version; returns its name."""
     if work.done("publish") and work.round.policy_version:
         return work.round.policy_version
     version = work.round.policy_version or work.free_version("policies", "v")
@@ -26,7 +26,7 @@ def publish(work: Workspace, verdict: Verdict) -> str:
         "versions": work.round.metrics.versions,
     }
     with work.stages.stage("publish", f"publishing {version}"):
-        # There already where the round was killed after the rename; a version never changes.
+        # It already exists if the round was killed after the rename; a version never changes.
         if not directory.exists():
             with new_version(directory, kind=kind, reference_version=work.round.reference_version, info=info) as new:
                 copy_candidate(candidate(work.directory, verdict.chosen.step), new)
@@ -50,7 +50,8 @@ def publish(work: Workspace, verdict: Verdict) -> str:
 
 
 def activate(work: Workspace, version: str, verdict: Verdict) -> tuple[Literal["promoted", "rejected"], str]:
-    """Moves the pointer, unless the gate or an operator says otherwise; how the round ended, and a sentence on it."""
+    """Activates the version, unless the gate rejected it or an operator changed the policy. Returns the round's state
+    and a sentence about it."""
     if not verdict.promoted:
         return "rejected", f"{version} was not promoted: {' '.join(verdict.reasons)}"
     incumbent = work.round.incumbent_version
@@ -64,26 +65,26 @@ def activate(work: Workspace, version: str, verdict: Verdict) -> tuple[Literal["
                 fence=work.lease,
             )
     except ConflictError as error:
-        return "rejected", f"{version} was not activated, since the policy was changed meanwhile: {error}"
+        return "rejected", f"{version} was not activated because the policy was changed in the meantime: {error}"
     with work.stages.stage("activate", f"waiting for servers to load {version}"):
         loaded = wait_until_loaded(work.store, version, work.settings.load_timeout_seconds)
-    # A server that could not load the version has given the pointer back.
+    # A server that could not load the version has moved the pointer back.
     if work.store.policies.active().version != version:
-        return "rejected", f"{version} was activated and taken back: {loaded}"
-    return "promoted", f"{version} is active in place of {incumbent}; {loaded}"
+        return "rejected", f"{version} was activated and then reverted: {loaded}"
+    return "promoted", f"{version} is active instead of {incumbent}; {loaded}"
 
 
 def wait_until_loaded(store: Store, version: str, timeout: float) -> str:
-    """What live servers say of `version`, in a clause; returns at once where none is live."""
+    """Waits until live servers have loaded `version`; returns a clause about it, at once if no server is live."""
     deadline = time.monotonic() + timeout
     while True:
         replicas = store.replicas.alive()
         if not replicas:
-            return "no server is running, the next one to start will load it."
+            return "no server is running, so the next one to start will load it."
         if all(r.loaded_version == version for r in replicas):
             return f"{len(replicas)} running server{'s' * (len(replicas) > 1)} loaded it."
         if failed := [r for r in replicas if r.error.startswith(f"{version}:")]:
-            return f"a server could not load it and went on with {failed[0].loaded_version}: {failed[0].error}"
+            return f"a server could not load it and kept {failed[0].loaded_version}: {failed[0].error}"
         if time.monotonic() > deadline:
             waiting = sum(r.loaded_version != version for r in replicas)
             return f"{waiting} of {len(replicas)} running servers had not loaded it after {timeout:.0f} s."

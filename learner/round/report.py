@@ -1,4 +1,4 @@
-"""What a round came to, and the table that shows it."""
+"""The result of a round, and the table that shows it."""
 
 import math
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from rich.table import Table
 from server.shared.printable import printable
 from server.store.learning.round_metrics import RoundMetrics
 
-# What a training that ended before its last step adds.
-ENDED = {"steps": "", "kl_budget": ", stopped at the KL budget", "uncertainty": ", stopped as it grew uncertain"}
+# Added to the table if training ended before its last step.
+ENDED = {"steps": "", "kl_budget": ", stopped at the KL budget", "uncertainty": ", stopped as the score grew uncertain"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a call of `run_once` ended: what the closing table shows and `--json` prints. One that raised has failed."""
+    """The result of `run_once`, as shown by the closing table and `--json`. If the call raised, the state is failed."""
 
     state: Literal["nothing", "promoted", "rejected", "failed"]
     sentence: str
@@ -33,12 +33,12 @@ class Report:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Report":
-        """The way back."""
+        """The inverse of `to_json`."""
         return cls(**{**values, "metrics": RoundMetrics.from_json(values.get("metrics", {}))})
 
 
 def rows(report: Report) -> Iterator[tuple[str, str]]:
-    """(figure, value), in the order of the stages; only what the round got to."""
+    """(name, value) rows in the order of the stages, up to where the round got."""
     m = report.metrics
     if votes := m.votes:
         kinds = f"{votes.choices} choices, {votes.thumbs} thumbs, {votes.corrections} corrections"
@@ -46,17 +46,17 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
         if votes.quarantined:
             yield "left out", f"{votes.quarantined} votes of users in quarantine"
     if m.voters and m.voters.doubted:
-        yield "voters", f"{m.voters.doubted} of {m.voters.voters} weigh less than half: see `learner users`"
+        yield "voters", f"{m.voters.doubted} of {m.voters.voters} count less than half: see `learner users`"
     if signal := m.signal:
         accuracy, null = _two(signal.accuracy), _two(signal.null_accuracy)
-        yield "signal", f"accuracy {accuracy}, of shuffled votes {null}, p = {signal.p_value:.3f}"
+        yield "signal", f"accuracy {accuracy}, on shuffled votes {null}, p = {signal.p_value:.3f}"
     if model := m.reward_model:
         yield "reward model, held out", f"accuracy {_two(model.accuracy)} on {model.votes} choices"
         yield "", f"NLL {_two(model.nll)}, ECE {_two(model.ece)}"
         yield "simpler rules", f"longer wins {_two(model.longer_wins)}, hotter wins {_two(model.hotter_wins)}"
         yield (
             "controls",
-            f"of like length {_two(model.matched_accuracy)} on {model.matched_votes}, correlation with length "
+            f"similar length {_two(model.matched_accuracy)} on {model.matched_votes}, correlation with length "
             f"{_two(model.length_correlation)}, temperature effect {_two(model.temperature_effect)}",
         )
     if m.ppo and (steps := m.ppo.steps):
@@ -64,17 +64,17 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
     if gate := m.gate:
         chosen = gate.chosen
         yield "candidate", f"step {chosen.step} of {[candidate.step for candidate in gate.candidates]}"
-        yield "KL", f"{chosen.kl:.1f} nats a response to the reference"
+        yield "KL", f"{chosen.kl:.1f} nats per response to the reference"
         yield "win rate", f"{chosen.against_incumbent} against the incumbent, {report.incumbent_version}"
         yield "", f"{chosen.against_reference} against the reference"
         yield "answer length", f"{gate.incumbent_health.length:.0f} -> {chosen.health.length:.0f} tokens"
     if m.seconds:
         yield "seconds", ", ".join(f"{name} {value:.0f}" for name, value in m.seconds.items())
-        yield "in all", f"{sum(m.seconds.values()):.0f} s"
+        yield "total", f"{sum(m.seconds.values()):.0f} s"
 
 
 def outcome(report: Report) -> str:
-    """How it ended, in a sentence for whoever asked for it."""
+    """The outcome in a sentence, for the user who requested the round."""
     match report.state:
         case "promoted":
             return f"{report.policy_version} is promoted: {report.sentence}"
@@ -82,7 +82,7 @@ def outcome(report: Report) -> str:
             return f"the round failed: {report.sentence}"
         case "nothing":
             return f"nothing to learn: {report.sentence}"
-    # What was not promoted says so itself.
+    # The sentence of a rejected version already says so.
     return report.sentence if report.policy_version else f"no new version: {report.sentence}"
 
 

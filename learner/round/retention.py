@@ -1,8 +1,8 @@
-"""Old versions go: their weights, never their record.
+"""Deletes the weights of old versions; their records stay.
 
-Kept are the reference, what is active or loaded anywhere, the version before it, and the newest `keep_versions` others.
-A version is marked first and removed second: from the mark on it cannot be activated, and a learner that is killed
-between the two leaves a directory that the next one removes.
+Kept are the reference, versions that are active or loaded anywhere, the version before the active one, and the newest
+`keep_versions` others. A version is first marked, then deleted. Once marked it cannot be activated, and if a learner is
+killed in between, the next one deletes the directory.
 """
 
 import shutil
@@ -12,12 +12,12 @@ from server.shared.failpoints import failpoint
 from server.store.learning.records import Lease
 from server.store.store import Store
 
-# A version's own directory, and what a server derived from it, now and in the first releases.
+# Folders of a version's weights and of what a server derived from them, now and in the first releases.
 FOLDERS = ("policies", "merged/bfloat16", "merged/float32", "merged")
 
 
 def prune(store: Store, data_dir: Path, keep_versions: int, *, fence: Lease) -> list[str]:
-    """Removes what need not be kept; the versions whose weights went."""
+    """Deletes weights that need not be kept; returns the versions that were pruned now."""
     previous = store.policies.previous_version()
     whole = [policy for policy in store.policies.page() if policy.prune_time is None]
     spare = [p.version for p in whole if p.state != "active" and p.version not in (previous, p.reference_version)]

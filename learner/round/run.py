@@ -1,9 +1,9 @@
 """One round: snapshot -> reward model -> PPO -> gate -> publish -> activate.
 
-Each stage ends by one fenced write that names it; `run_once` goes on behind the last stage that was written, so a round
-may be killed anywhere. What a stage makes is on disk before it is named: the reward model under `reward_models/`,
+Each stage ends with one fenced write that records it. `run_once` resumes after the last recorded stage, so a round may
+be killed anywhere. A stage's output is on disk before the stage is recorded: the reward model under `reward_models/`,
 candidates and TensorBoard files under `rounds/<id>/`, the version under `policies/`. A round that raises is recorded as
-failed and the served policy stays what it was.
+failed, and the served policy is unchanged.
 """
 
 import json
@@ -54,14 +54,14 @@ from server.store.store import Store
 
 
 def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False) -> Report:
-    """Runs or resumes one round; with `wait`, after another learner that is at work."""
+    """Runs or resumes one round; with `wait`, waits while another learner is running."""
     if not Store.exists(settings.data_dir):
         return Report("nothing", f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` and vote.")
     store = Store.open(settings.data_dir)
     try:
         with learner_lease(store, settings.data_dir, settings.lease_seconds, wait=wait) as lease:
             if lease is None:
-                return Report("nothing", "Another learner is at work on this data directory; nothing was done.")
+                return Report("nothing", "Another learner is running on this data directory; nothing was done.")
             report = _run_or_resume(store, lease, settings, stages)
             prune(store, settings.data_dir, settings.keep_versions, fence=lease)
             return report
@@ -74,14 +74,14 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
     settings = settings.model_copy(update={"dtype": dtype.name})
     current = resumable(store, lease, settings.max_resumes, stages)
     if current:
-        stages.console.print(f"going on with {current.id} after its stage {current.stage}", highlight=False)
-        # The settings the round began with, but where its data are and what this machine computes in.
+        stages.console.print(f"resuming {current.id} after its stage {current.stage}", highlight=False)
+        # The settings that the round began with, except for the data directory and this machine's dtype.
         here = {"data_dir": settings.data_dir, "dtype": dtype.name}
         began_in = current.settings["dtype"]
         settings = began_with(current, here)
         if began_in != dtype.name:
             current = change_dtype(store, lease, current, settings, stages)
-    # Whoever was in quarantine when the round began is left out to its end, whatever an operator says meanwhile.
+    # Users in quarantine when the round began are left out to its end, even if that changes in the meantime.
     quarantined = current.quarantined if current else sorted(store.quarantine.current())
     snapshot = store.snapshots.take(current.watermark if current else None, settings.max_votes, quarantined)
     if settings.skip_rolled_back:
@@ -102,11 +102,11 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
     try:
         return run(work)
     except KeyboardInterrupt:
-        # Asked to stop: what is on disk is where the next run goes on.
+        # Asked to stop: the next run resumes from what is on disk.
         store.rounds.stop(current.id, fence=lease)
         raise
     except Exception as error:
-        # The job's boundary: recorded, the served policy untouched, and raised for whoever started it.
+        # Boundary of the job: the failure is recorded, the served policy is unchanged, and the caller gets the error.
         store.rounds.finish(current.id, "failed", reason=f"{type(error).__name__}: {error}", fence=lease)
         work.clean()
         raise
@@ -115,7 +115,7 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
 
 
 def resumable(store: Store, lease: Lease, max_resumes: int, stages: Stages) -> Round | None:
-    """The round to go on with. One that was killed too often is given up, so that others may run."""
+    """The round to resume, if any. A round that was killed too often is marked as failed, so that others can run."""
     current = store.rounds.running()
     if current is None:
         return None
@@ -128,28 +128,29 @@ def resumable(store: Store, lease: Lease, max_resumes: int, stages: Stages) -> R
 
 
 def began_with(current: Round, here: dict[str, Any]) -> LearnerSettings:
-    """The settings that the round began with, and those of `here`; today's variables and prefloop.toml do not count."""
+    """The settings that the round began with, with the values of `here`. Current variables and prefloop.toml are
+    ignored."""
     try:
         return LearnerSettings.from_values({**current.settings, **here})
     except ValidationError as error:
         names = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
         raise FailedPreconditionError(
             "OTHER_VERSION",
-            f"{current.id} was begun by another version of prefloop with settings that this one cannot use ({names}): "
-            "let that version finish it.",
+            f"{current.id} was started by another version of prefloop with settings that this one cannot use "
+            f"({names}): finish it with that version.",
         ) from error
 
 
 def change_dtype(store: Store, lease: Lease, current: Round, settings: LearnerSettings, stages: Stages) -> Round:
-    """Goes on in another dtype than the round began in: steps of PPO that were taken in the old one are dropped, since
-    no step may follow on one that was rounded otherwise. Finished stages stand."""
+    """Switches the round to another dtype than it began in. PPO steps in the old dtype are dropped, since no step may
+    follow one with different rounding. Finished stages are kept."""
     directory = settings.data_dir / "rounds" / current.id
     starts_over = current.stage == "reward_model" and any(directory.glob("state-*"))
     if starts_over:
         drop_states(directory)
         drop_candidates(directory, after=0)
     stages.console.print(
-        f"it began in {current.settings['dtype']} and goes on in {settings.dtype}"
+        f"it began in {current.settings['dtype']} and continues in {settings.dtype}"
         + ("; PPO starts over" if starts_over else ""),
         highlight=False,
     )
@@ -158,7 +159,7 @@ def change_dtype(store: Store, lease: Lease, current: Round, settings: LearnerSe
 
 
 def run(work: Workspace) -> Report:
-    """The story."""
+    """Runs the stages in order."""
     work.directory.mkdir(parents=True, exist_ok=True)
     dataset = load_feedback(work)
     if reason := too_few_votes(len(dataset.train), len(dataset.judge)) or too_few_prompts(work.prompts):
@@ -167,7 +168,7 @@ def run(work: Workspace) -> Report:
     signal = test_signal(work, dataset, features)
     if not signal.p_value < work.settings.gate.signal_p:
         return finish(work, "rejected", too_little(signal))
-    # Not before the test: weights that were chosen so that votes agree would pass it on votes that say nothing.
+    # Only after the test: weights chosen so that votes agree would let meaningless votes pass it.
     dataset, voters = weigh_voters(work, dataset, features)
     reward_model = fit_reward_model(work, dataset, features, voters)
     improvement = improve_policy(work, reward_model)
@@ -189,8 +190,8 @@ def load_feedback(work: Workspace) -> Dataset:
     )
     if dataset.left_out:
         work.stages.console.print(
-            f"left out: {dataset.left_out} votes on answers without a token, or of more than {work.longest} with their "
-            "prompt",
+            f"left out: {dataset.left_out} votes on answers without tokens, or with more than {work.longest} including "
+            "the prompt",
             highlight=False,
         )
     if not work.done("reward_model"):
@@ -210,7 +211,7 @@ def load_feedback(work: Workspace) -> Dataset:
 
 
 def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
-    """(N, F) of every voted answer, from the cache or the reference."""
+    """Features (N, F) of every voted answer, from the cache or the reference."""
     directory = cache_directory(work.settings.data_dir, work.snapshot.deletions)
     with (
         closing(FeatureCache.open(directory, work.reference_sha256, work.layers, work.dtype)) as cache,
@@ -218,7 +219,7 @@ def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
         work.stages.stage("features", "reading the voted answers", len(dataset.answers)) as advance,
     ):
         features = cache.get(dataset.answers, reference, work.layers, work.settings.policy.micro_batch_tokens, advance)
-    # One of them may have been deleted meanwhile.
+    # An answer may have been deleted in the meantime.
     sweep(work.settings.data_dir)
     return features
 
@@ -266,7 +267,7 @@ def fit_reward_model(
     version = work.round.reward_model_version or work.free_version("reward_models", "rm")
     work.update(reward_model_version=version)
     directory, reference = work.reward_model_directory, work.round.reference_version
-    # There already where the round was killed after the rename.
+    # It already exists if the round was killed after the rename.
     if not directory.exists():
         with new_version(directory, kind="full", reference_version=reference, info={"round_id": work.round.id}) as new:
             model.save(new)
@@ -299,8 +300,8 @@ def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvem
         manifest = verify(directory)
         if (manifest.kind == "adapter") != (policy.train == "lora"):
             raise ValueError(
-                f"The active {directory.name} is of the kind {manifest.kind}, and policy.train is {policy.train}: a "
-                "round that starts from it trains what it is made of. Start from the reference, or change policy.train."
+                f"The active {directory.name} is of the kind {manifest.kind}, but policy.train is {policy.train}. A "
+                "round that starts from it must train the same kind: start from the reference, or change policy.train."
             )
         work.policy.load(directory)
     with (

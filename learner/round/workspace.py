@@ -35,7 +35,7 @@ STAGES = ("snapshot", "reward_model", "ppo", "gate", "publish", "activate")
 
 
 class Workspace:
-    """One round in progress. Models and the engine are made when a stage first needs them."""
+    """One round in progress. Models and the engine are created when a stage first needs them."""
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class Workspace:
     ) -> None:
         assert settings.dtype != "auto", "a round's dtype is resolved before it begins"
         self.dtype: DtypeName = settings.dtype
-        """What engine and trainer compute in."""
+        """The dtype of the engine and the trainer."""
         self.settings = settings.model_copy(update={"policy": settings.policy.at(self.dtype)})
         self.store, self.lease, self.stages = store, lease, stages
         self.round, self.snapshot = round_, snapshot
         self.directory = settings.data_dir / "rounds" / round_.id
-        # As they were when the round began, also when it is resumed among new ones.
+        # As of when the round began, even if newer prompts exist when it is resumed.
         asked = store.snapshots.prompts(round_.create_time, settings.max_prompts, round_.quarantined)
         self._asked = share_out(asked, settings.reward.user_share)
 
@@ -61,7 +61,7 @@ class Workspace:
         return STAGES.index(self.round.stage) >= STAGES.index(stage)
 
     def record(self, stage: str, metrics: RoundMetrics | None = None) -> None:
-        """Names the stage as finished, with its figures and the seconds so far."""
+        """Records the stage as finished, with its metrics and the seconds so far."""
         now = {name: round(value, 2) for name, value in self.stages.seconds.items()}
         timed = RoundMetrics(seconds={**self.round.metrics.seconds, **now})
         self.update(stage=stage, metrics=(metrics or RoundMetrics()) | timed)
@@ -70,7 +70,7 @@ class Workspace:
         self.round = self.store.rounds.update(self.round.id, fence=self.lease, **changes)
 
     def generator(self, stream: int) -> torch.Generator:
-        """Random draws of one purpose, the same when a round is resumed."""
+        """The random generator for one purpose. A resumed round gets the same draws."""
         return draw_generator(self.settings.seed, stream)
 
     @cached_property
@@ -78,7 +78,7 @@ class Workspace:
         directory = self.policy_directory(self.round.reference_version)
         manifest = verify(directory)
         if manifest.kind != "full":
-            raise ValueError(f"The reference {directory.name} is an adapter; a reference holds all weights.")
+            raise ValueError(f"The reference {directory.name} is an adapter; a reference must have all weights.")
         return directory
 
     @property
@@ -109,13 +109,13 @@ class Workspace:
         return self.settings.reward.layers or default_layers(self.policy.model.config.num_hidden_layers)
 
     def features_of(self, samples: list[SampledAnswer], model: RewardModel) -> Tensor:
-        """(N, F) of sampled answers."""
+        """Features (N, F) of sampled answers."""
         tokens = to_rollout(samples).tokens
         with self.policy.reference() as reference:
             return extract(reference, tokens, model.layers, self.settings.policy.micro_batch_tokens, lambda n: None)
 
     def clean(self) -> None:
-        """Removes what only a running round needs: the state to go on from, and candidates that are not to be kept."""
+        """Deletes what only a running round needs: the state to resume from, and candidates that are not to be kept."""
         drop_states(self.directory)
         if not self.settings.gate.keep_candidates:
             drop_candidates(self.directory, after=0)
@@ -136,14 +136,14 @@ class Workspace:
 
     @cached_property
     def prompts(self) -> Prompts:
-        """What to train on and what is held out: what users asked, topped up where that is little."""
+        """Prompts to train on and prompts held out: what users asked, topped up if that is too little."""
         settings = self.settings
         asked = split_prompts(self._asked, settings.gate.judge_share, self.longest)
         return top_up(asked, settings.min_prompts, settings.gate.judge_share, self.longest, self.encode_chat)
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of a prompt and its answer together, at most: as set, and what the model has positions for."""
+        """Maximum tokens of a prompt and its answer together: the setting, or the model's positions if fewer."""
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.reference_directory).get_text_config()
@@ -155,19 +155,19 @@ class Workspace:
         return ChatText.load(self.reference_directory)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation in the chat template, ready for the answer, as if it began with the round."""
+        """Token ids of a conversation in the chat template, up to its next answer, as if it began with the round."""
         return self.text.prompt(messages, self.round.create_time)
 
     @cached_property
     def _template_ends(self) -> tuple[list[int], list[int]]:
-        """What stands before and after a conversation of one message, whatever it says."""
+        """What the template puts before and after a single message, whatever the message is."""
         one, other = (self.encode_chat([{"role": "user", "content": text}]) for text in ("Why?", "No."))
         head = shared(one, other)
         tail = shared(one[head:][::-1], other[head:][::-1])
         return one[:head], one[len(one) - tail :]
 
     def decode(self, token_ids: list[int]) -> str:
-        """A prompt as text for people: without what the chat template puts before and after a first message."""
+        """A prompt as readable text, without what the chat template puts before and after a first message."""
         head, tail = self._template_ends
         more = len(head) + len(tail) < len(token_ids)
         if more and token_ids[: len(head)] == head and token_ids[len(token_ids) - len(tail) :] == tail:
@@ -182,7 +182,7 @@ class Workspace:
         return self.settings.data_dir / "reward_models" / str(self.round.reward_model_version)
 
     def free_version(self, folder: str, prefix: str) -> str:
-        """The version after the highest that is registered or on disk."""
+        """The next version after the highest one registered or on disk."""
         registered = (
             [p.version for p in self.store.policies.page()]
             if folder == "policies"
@@ -194,7 +194,7 @@ class Workspace:
 
 
 def cache_key(reference_directory: Path) -> str:
-    """What features that were computed with this reference are kept under: its files' sums."""
+    """The cache key of features computed with this reference: its files' checksums."""
     return json.dumps(read_manifest(reference_directory).files, sort_keys=True)
 
 
@@ -204,6 +204,6 @@ def shared(one: list[int], other: list[int]) -> int:
 
 
 def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
-    """At most `count` prompts, evenly over the list."""
+    """At most `count` prompts, evenly spaced over the list."""
     n = min(count, len(prompts))
     return [prompts[i * len(prompts) // n] for i in range(n)]

@@ -11,7 +11,7 @@ import torch
 from learner.reward.linear_heads import VoteTensors
 
 WORDS, HIDDEN, LAYERS = 40, 16, 3
-# As in the default model: padding and end of sequence are one word.
+# As in the default model: padding and end of sequence are the same token.
 EOS = PAD = 2
 
 
@@ -43,7 +43,7 @@ def model() -> Any:
 
 
 def save_tiny_model(directory: Path) -> None:
-    """The tiny model with a tokenizer of one token a word."""
+    """The tiny model with a tokenizer of one token per word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -72,7 +72,7 @@ def make_votes() -> Callable[..., VoteTensors]:
         users: int = 1,
         temperature_difference: list[float] | None = None,
     ) -> VoteTensors:
-        """`choices` (a, b, outcome), `thumbs` (response, +-1, user); every vote in a conversation of its own."""
+        """`choices` (a, b, outcome), `thumbs` (response, +-1, user); every vote in a separate conversation."""
         c, m = len(choices), len(thumbs)
 
         def column(rows: list[tuple[int, int, int]], index: int) -> torch.Tensor:

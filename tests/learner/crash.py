@@ -1,4 +1,4 @@
-"""A round, and a stream of votes, in a process that kills itself at a failpoint; and what must hold after it.
+"""A round, and a stream of votes, in a process that kills itself at a failpoint; and what must be true afterwards.
 
 Used by the tests, for some of the places, and by `benchmarks/crash.py`, for all.
 """
@@ -40,7 +40,7 @@ def round_with(data_dir: Path, failpoint: str) -> None:
 
 
 def run_round(data_dir: Path, failpoint: str = "") -> bool:
-    """Whether the round ran to its end in a process of its own; False where the failpoint killed it."""
+    """Whether the round finished in a separate process; False if the failpoint killed it."""
     process = PROCESSES.Process(target=round_with, args=(data_dir, failpoint))
     process.start()
     process.join(SECONDS)

@@ -1,4 +1,4 @@
-"""What a whole round needs besides the learner: a store with votes, a reference, and an engine without vLLM."""
+"""What a whole round needs apart from the learner: a store with votes, a reference, and an engine without vLLM."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ LENGTH = 12
 
 
 class TinyEngine:
-    """What `learner.model.rollout.RolloutEngine` promises, without vLLM."""
+    """The interface of `learner.model.rollout.RolloutEngine`, without vLLM."""
 
     pushes = 0
 
@@ -69,7 +69,7 @@ def draw(
 
 
 def to_sample(prompt: list[int], tokens: list[int], logprobs: list[float], max_tokens: int) -> SampledAnswer:
-    """Cut after its EOS, or where it is as long as it may be."""
+    """Cut after its EOS, or at its maximum length."""
     tokens = tokens[:max_tokens]
     ended = EOS in tokens
     length = tokens.index(EOS) + 1 if ended else max_tokens
@@ -143,7 +143,7 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "dtype": "float32",
         "policy": {"lora_rank": 4},
         "ppo": {"steps": 2, "episodes": 16, "learning_rate": 3e-3},
-        # Eighty votes on a model that knows nothing: what a round does is tested here, not whether it should.
+        # Eighty votes on a random model: tests check what a round does, not whether it should.
         "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.3},
     }
     return LearnerSettings(**{**values, **changes})

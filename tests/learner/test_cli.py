@@ -1,4 +1,4 @@
-"""The command: fast to ask, sentences instead of stack traces, JSON for programs."""
+"""The `learner` command: fast help, sentences instead of stack traces, JSON for programs."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def test_help_is_fast() -> None:
     assert time.monotonic() - started < 5
 
 
-def test_run_once_without_data_ends_well(tmp_path: Path) -> None:
+def test_run_once_without_data_exits_with_zero(tmp_path: Path) -> None:
     result = runner.invoke(app, ["run-once", "--data-dir", str(tmp_path / "none"), "--json"])
     assert result.exit_code == 0
     report = json.loads(result.stdout)
@@ -45,7 +45,7 @@ def test_report_without_data_or_rounds(tmp_path: Path) -> None:
     assert (result.exit_code, "There is no data" in result.stderr) == (1, True)
     Store.open(tmp_path).close()
     result = runner.invoke(app, ["report", "--data-dir", str(tmp_path)])
-    assert (result.exit_code, "No round was run here yet." in result.stderr) == (1, True)
+    assert (result.exit_code, "No round has run here yet." in result.stderr) == (1, True)
 
 
 def test_a_bad_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -56,11 +56,11 @@ def test_a_bad_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "Traceback" not in result.output
 
 
-def test_a_level_that_no_p_value_reaches_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_signal_level_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PREFLOOP_REWARD__PERMUTATIONS", "49")
     result = runner.invoke(app, ["status", "--data-dir", str(tmp_path)])
     assert result.exit_code == 1
-    assert "signal_p 0.02 cannot be undercut with 49 permutations" in result.output
+    assert "signal_p 0.02 is too small for 49 reward.permutations" in result.output
 
 
 def test_a_bad_cron_line_is_one_sentence(tmp_path: Path) -> None:
@@ -69,14 +69,14 @@ def test_a_bad_cron_line_is_one_sentence(tmp_path: Path) -> None:
     assert "'now and then' is not a cron line: Wrong number of fields." in result.output
 
 
-def test_a_time_zone_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+def test_an_invalid_time_zone_is_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "learner.cli", "schedule", "--data-dir", str(tmp_path)]
     result = subprocess.run(
         command, env={**os.environ, "TZ": "Mars/Olympus"}, capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.returncode, result.stderr) == (
         1,
-        "learner: TZ='Mars/Olympus' names no time zone; give one such as Europe/Berlin.\n",
+        "learner: TZ='Mars/Olympus' is not a time zone; use one such as Europe/Berlin.\n",
     )
 
 
@@ -89,7 +89,7 @@ def test_settings_flags_over_variables_over_file(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PREFLOOP_PPO__STEPS", "4")
     settings = LearnerSettings.load(data_dir=Path("x"), policy={"train": "full"}, min_votes=None)
     assert (settings.min_votes, settings.seed, settings.gate.prompts) == (7, 2, 20)
-    # A table is merged, key by key.
+    # Tables are merged, key by key.
     assert (settings.ppo.steps, settings.ppo.episodes, settings.policy.train) == (4, 16, "full")
 
 
@@ -99,7 +99,7 @@ def test_settings_survive_a_round_trip_through_the_store() -> None:
     assert LearnerSettings(**stored, data_dir=settings.data_dir) == settings
 
 
-def test_each_setting_says_what_it_is() -> None:
+def test_each_setting_has_a_description() -> None:
     for model in (LearnerSettings, *(f.annotation for f in LearnerSettings.model_fields.values())):
         for name, field in getattr(model, "model_fields", {}).items():
             assert field.description, f"{model} {name}"
@@ -117,7 +117,7 @@ def test_a_rollout_pads_what_was_sampled() -> None:
     assert rollout.ended.tolist() == [True, False]
 
 
-def test_openmp_is_told_how_to_wait_before_torch_brings_it() -> None:
+def test_openmp_settings_are_set_before_torch_is_imported() -> None:
     code = (
         "import os, sys\n"
         "import learner.cli\n"

@@ -17,7 +17,7 @@ from tests.ticks import Ticks
         (5, 5, 400.0, "gate: 5 of 5, 400 s so far, about 0 s left"),
     ],
 )
-def test_a_line_says_what_was_done_before_its_first_comma_and_the_time_after_it(
+def test_a_line_has_progress_before_its_first_comma_and_time_after_it(
     done: int, total: int | None, seconds: float, line: str
 ) -> None:
     assert so_far("gate", done, total, seconds) == line
@@ -35,7 +35,7 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds_and_one_at_the_end
         advance(2)
     with stages.stage("ppo", "starting the engine"):
         ticks.pass_(10.0)
-    # Uncut, though the console is narrow: whoever waits for the round reads them.
+    # Not wrapped, although the console is narrow: a program that waits for the round reads them.
     assert screen.getvalue().splitlines() == [
         "improving the policy (PPO): 0 of 9, 10 s so far",
         "improving the policy (PPO): 1 of 9, 20 s so far, about 160 s left",

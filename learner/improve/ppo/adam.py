@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 
 class Adam:
-    """torch's Adam over parameter groups, each parameter below float32 through a float32 master copy: a bfloat16
-    weight would round most steps away."""
+    """torch's Adam over parameter groups. Each parameter below float32 is stepped through a float32 master copy: a
+    bfloat16 weight would round most steps away."""
 
     def __init__(self, groups: list[tuple[list[nn.Parameter], float]], epsilon: float) -> None:
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -18,14 +18,14 @@ class Adam:
         self._adam = torch.optim.Adam(masters, eps=epsilon)
 
     def gather(self) -> None:
-        """Adds the gradients of one micro-batch to the masters': their sum is kept in float32, too."""
+        """Adds the gradients of one micro-batch to the masters', so that they are summed in float32, too."""
         for parameter, master in self._pairs:
             if master is not parameter and parameter.grad is not None:
                 gradient, parameter.grad = parameter.grad.float(), None
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     def step(self, max_grad_norm: float) -> float:
-        """Clips by the global norm, steps, clears the gradients; returns the norm before the clip."""
+        """Clips by the global norm, steps and clears the gradients; returns the norm before the clip."""
         self.gather()
         norm = nn.utils.clip_grad_norm_([master for _, master in self._pairs], max_grad_norm)
         if not torch.isfinite(norm):
@@ -39,7 +39,7 @@ class Adam:
         return float(norm)
 
     def clear(self) -> None:
-        """Drops gradients that were not stepped."""
+        """Drops gradients without a step."""
         for parameter, master in self._pairs:
             parameter.grad = master.grad = None
 
@@ -52,7 +52,7 @@ class Adam:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes what `state` gave back; the parameters follow their masters. Raises KeyError for another model's."""
+        """Restores what `state` returned; the parameters follow their masters. Raises KeyError for another model's."""
         for number, (parameter, master) in enumerate(self._pairs):
             master.copy_(state[f"{number}.weight"])
             parameter.copy_(master)

@@ -1,7 +1,7 @@
-"""From scores to advantages: per-token rewards, GAE, whitening, the penalty's controller. Pure torch, no gradients.
+"""From scores to advantages: per-token rewards, GAE, whitening, adaptive KL penalty. Pure torch, no gradients.
 
 Shapes: B responses, T response tokens, padded on the right; `response_mask` (B, T) is True where a token counts.
-Values at masked positions never matter: they are replaced, not multiplied away, so a NaN there stays there.
+Values at masked positions never matter: they are replaced, not multiplied by zero, so a NaN there does not spread.
 """
 
 import torch
@@ -49,7 +49,7 @@ def gae(
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x - mean) / sd over the True positions of the whole rollout batch, zero elsewhere. Never call it on a
-    micro-batch: each would get its own zero."""
+    micro-batch: each would get its own mean."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean).square(), mask)
     return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0.0)

@@ -1,4 +1,4 @@
-"""From a rollout to what an update needs: what the critic sees, rewards, advantages."""
+"""From a rollout to the data of an update: the critic's features, rewards and advantages."""
 
 from functools import partial
 
@@ -14,9 +14,9 @@ from learner.model.rollout import Rollout
 from learner.reward.base import RewardModel
 from learner.settings import PPOSettings
 
-# Tokens of prior belief that a prefix is average: a mean over few tokens says little.
+# Weight, in tokens, of the prior that a prefix is average: a mean over few tokens says little.
 PREFIX_PRIOR = 8.0
-# Log of a long answer's tokens, about; brings the position's feature to the size of the others.
+# About the log of a long answer's number of tokens; scales the position feature to the size of the others.
 LONG = 5.0
 
 
@@ -28,24 +28,24 @@ def judge_rollout(
     budget: int,
     groups: list[Tensor] | None = None,
 ) -> ReferencePass:
-    """The reference's pass over a rollout, with the features of every prefix that the critic values."""
+    """The reference's pass over a rollout, with the critic's features of every prefix."""
     prefix = partial(critic_features, reward_model=reward_model)
     return reference_pass(policy, rollout.tokens, reward_model.layers, temperature, budget, groups, prefix)
 
 
 def critic_features(states: Tensor, reward_model: RewardModel) -> Tensor:
-    """(B, T, F) standardised features of the tokens before each position, shrunk to the average (zero) while they are
-    few. Their length is no prediction of the answer's, so that feature starts from the mean, too."""
+    """Standardised features (B, T, F) of the tokens before each position, shrunk towards the average (zero) while they
+    are few. A prefix's length does not predict the answer's, so the last feature is the position instead, from zero."""
     prefix, counts = pool_prefixes(states)
     mean, scale = reward_model.standardiser.mean.to(states), reward_model.standardiser.scale.to(states)
     standard = (prefix - mean[:-1]) * scale[:-1] * (counts / (counts + PREFIX_PRIOR))[None, :, None]
-    # A function of the position alone: a row's company in a micro-batch must not show in its values.
+    # A function of the position alone: the other rows of a micro-batch must not affect a row's values.
     position = (counts.log1p() / LONG).expand(len(states), -1).unsqueeze(-1)
     return torch.cat([standard, position], dim=2)
 
 
 def make_critic(reward_model: RewardModel) -> Critic:
-    """The reward head on the prefix's features; it knows nothing of position yet."""
+    """The reward head on the prefix's features, with weight zero on the position."""
     weights, bias = reward_model.linear_head()
     weights = weights.clone()
     weights[-1] = 0.0
@@ -62,7 +62,7 @@ def to_experience(
     kl_coef: float,
     ppo: PPOSettings,
 ) -> Experience:
-    """`scores` (B,), one per response, already within the range that votes covered."""
+    """The experience of an update. `scores` (B,), one per response, are already within the range that votes covered."""
     mask = rollout.tokens.response_mask
     values = critic(judged.prefix_features)
     rewards = shape_rewards(scores.to(mask.device), old_logprobs, judged.ref_logprobs, mask, kl_coef)

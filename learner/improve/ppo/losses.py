@@ -4,7 +4,7 @@ Departures from Schulman et al. 2017: dual clip (Ye et al. 2020), and truncated 
 the engine that sampled (mu) and the trainer (pi_old). The entropy bonus is left out.
 
 Shapes: B responses, T response tokens. Every loss is a sum over tokens divided by `token_count`, the valid tokens of
-the whole minibatch: micro-batches may be split anyhow and add up to the same gradient.
+the whole minibatch: however it is split into micro-batches, they add up to the same gradient.
 """
 
 import torch
@@ -24,7 +24,7 @@ def policy_loss(
     importance_weights: Tensor | None = None,
 ) -> Tensor:
     """Clipped surrogate, to be minimised; all (B, T). For negative advantages it is bounded by dual_clip * |A|, so one
-    token that became far likelier cannot rule the batch."""
+    token that became far more likely cannot dominate the batch."""
     # Replaced before the exponential, so that a NaN or an infinity at a masked position has no gradient either.
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
@@ -44,7 +44,7 @@ def value_loss(
     token_count: int | Tensor,
     value_clip: float,
 ) -> Tensor:
-    """Half the squared error, the worse of the free and the clipped value; all (B, T)."""
+    """Half the squared error, the worse of the unclipped and the clipped value; all (B, T)."""
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     losses = torch.maximum((values - returns).square(), (clipped - returns).square())
     return 0.5 * masked_sum(losses, response_mask) / token_count

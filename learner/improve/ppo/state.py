@@ -1,7 +1,8 @@
-"""What PPO needs to go on as if it had not been killed: weights, Adam's moments, and the figures of the steps so far.
+"""What PPO needs to resume as if it had not been killed: weights, Adam's moments, and the metrics of the steps so far.
 
-Everything else follows from these: draws from the seed and the step's number, kl_coef from the figures. A state is a
-directory `state-NNN`, safetensors and JSON, that appears whole by one rename; the one before it is removed after.
+Everything else follows from these: draws from the seed and the step's number, kl_coef from the metrics. A state is a
+directory `state-NNN` of safetensors and JSON. One rename makes the complete directory visible; the state before it is
+deleted afterwards.
 """
 
 import json
@@ -20,7 +21,7 @@ TENSORS, FIGURES = "optimizer.safetensors", "figures.json"
 def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam) -> None:
     """Writes the state after `len(figures)` steps."""
     final = directory / f"state-{len(figures):03d}"
-    # There already where a learner that was stopped woke and went on to here: it computed the same.
+    # It already exists if a suspended learner woke up and got this far; it computed the same.
     if not final.exists():
         with new_directory(final) as staging:
             save_file(optimizer.state(), staging / TENSORS)
@@ -29,7 +30,7 @@ def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam) 
 
 
 def load_state(directory: Path, optimizer: Adam) -> list[dict[str, Any]]:
-    """The figures of the last state, its weights and moments put back; [] where there is none."""
+    """Restores the weights and moments of the last state and returns its metrics; [] if there is none."""
     states = sorted(directory.glob("state-*"))
     if not states:
         return []
@@ -39,7 +40,7 @@ def load_state(directory: Path, optimizer: Adam) -> list[dict[str, Any]]:
 
 
 def drop_states(directory: Path, but: Path | None = None) -> None:
-    """Removes states, whole ones and what a killed process left."""
+    """Deletes all states except `but`, including partial ones from a killed process."""
     for path in (*directory.glob("state-*"), *directory.glob(".state-*.partial")):
         if path != but:
             shutil.rmtree(path)

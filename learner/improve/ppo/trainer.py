@@ -1,9 +1,9 @@
-"""The PPO loop: push, sample, score, advantages, update; candidates along the way, and a state to go on from.
+"""The PPO loop: push, sample, score, advantages, update; it saves candidates and a state to resume from.
 
-Three policies meet in a step: mu, the engine that sampled; pi_old, the trainer before its update; pi_theta, while it
-steps. Every step proves that the weights pushed are the weights sampled from. What a step draws follows from the seed
-and its number alone, so a loop that was killed goes on from its last state (`learner.improve.ppo.state`) as if it had
-not been.
+A step involves three policies: mu, the engine that sampled; pi_old, the trainer before its update; pi_theta, the
+trainer during its update. Every step checks that the weights pushed are the weights sampled from. A step's draws depend
+only on the seed and its number, so a killed loop resumes from its last state (`learner.improve.ppo.state`) as if it had
+not been killed.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,8 @@ class SampledBatch:
 class PPO:
     """An `Improver`: proximal policy optimisation (Schulman et al. 2017) with a KL penalty in the reward.
 
-    It ends when `steps` are done, the sequence KL exceeds its budget or the score's uncertainty outgrows its gain."""
+    Training ends when `steps` are done, the sequence KL exceeds its budget or the score's uncertainty outgrows its
+    gain."""
 
     def __init__(self, settings: PPOSettings, policy_settings: PolicySettings) -> None:
         self._settings = settings
@@ -84,7 +85,7 @@ class PPO:
                 break
             batch = self._sample(policy, source, reward_model, next(batches), number)
             if batch.kl > budget.kl:
-                # The weights that were just sampled from are over the budget: no candidate.
+                # The weights that were just sampled from exceed the budget: they are no candidate.
                 drop_candidates(directory, after=number - 1)
                 ended_by = "kl_budget"
                 break
@@ -102,16 +103,16 @@ class PPO:
         prompts: list[Prompt],
         number: int,
     ) -> SampledBatch:
-        """Answers of the policy as it is, seen by the reference and by the trainer. Raises RuntimeError where the
-        engine cannot have had these weights."""
+        """Samples answers of the current policy and passes them through the reference and the trainer. Raises
+        RuntimeError if the engine cannot have had these weights."""
         rollout = source.rollout(policy, prompts, number + 1)
         tokens, budget, exact = rollout.tokens, self._policy_settings.micro_batch_tokens, _exact(policy)
-        # Every pass over the rollout is cut into the micro-batches of the update's first: in bfloat16 a row's
-        # log-probabilities depend on its company, and pi_theta must begin as pi_old.
+        # Every pass over the rollout is split into the micro-batches of the update's first pass: in bfloat16 a row's
+        # log-probabilities depend on the other rows of its micro-batch, and pi_theta must start as pi_old.
         passes = draw_minibatches(tokens, self._settings, draw_generator(source.seed, number))
         judged = judge_rollout(policy, reward_model, rollout, source.temperature, budget, passes[0])
-        # In float32 engine and trainer agree to less than any step of PPO notices: pi_old is mu, and a pass over some
-        # answers is enough to see that the push landed.
+        # In float32 the engine and the trainer differ too little to matter to PPO: pi_old is mu, and a pass over some
+        # answers is enough to check the push.
         rows = torch.arange(PUSH_ANSWERS if exact else len(tokens))[: len(tokens)]
         seen = policy_logprobs(policy, tokens, source.temperature, budget, [rows] if exact else passes[0])
         gap = mismatch(seen[rows], rollout.behavior_logprobs[rows], tokens.response_mask[rows])
@@ -133,7 +134,7 @@ class PPO:
         source: ExperienceSource,
         number: int,
     ) -> StepMetrics:
-        """One update on the batch, and what is to be said of the step."""
+        """Makes one update on the batch; returns the step's metrics."""
 
         def logprobs_of(part: Tokens) -> Tensor:
             hidden, _ = run_trunk(policy.model, part)
@@ -148,14 +149,14 @@ class PPO:
         stats = ppo_update(logprobs_of, critic, optimizer, experience, self._settings, batch.passes, budget)
         if stats.first_ratio_error > MAX_FIRST_RATIO_ERROR:
             raise RuntimeError(
-                f"pi_theta differed from pi_old by {stats.first_ratio_error:.3f} nats a token before its first update."
+                f"pi_theta differed from pi_old by {stats.first_ratio_error:.3f} nats per token before its update."
             )
         mask = batch.rollout.tokens.response_mask
         variance = explained_variance(experience.values, experience.returns, mask)
         return step_metrics(number, batch, raw, reward_model, kl_coef, variance, stats)
 
     def _keep(self, policy: TrainablePolicy, optimizer: Adam, steps: list[StepMetrics], directory: Path) -> None:
-        """The candidate and the state after these steps, where it is their time."""
+        """Saves the candidate and the state after these steps, if they are due."""
         settings, done = self._settings, len(steps)
         if done % settings.save_every == 0 or done == settings.steps:
             policy.save(candidate(directory, done))
@@ -172,7 +173,7 @@ def step_metrics(
     variance: float,
     stats: UpdateStats,
 ) -> StepMetrics:
-    """Of a step whose answers scored `raw` (B,): a score that was replaced or clipped would say nothing of them."""
+    """The metrics of a step whose answers scored `raw` (B,), before any score was replaced or clipped."""
     mask = batch.rollout.tokens.response_mask
     return StepMetrics(
         step=number,
@@ -182,7 +183,7 @@ def step_metrics(
         clipped_share=float((raw != reward_model.clipped(raw)).float().mean()),
         kl=batch.kl,
         kl_coef=kl_coef,
-        # Of the sampled tokens: an estimate without bias that needs no other word's probability.
+        # Over the sampled tokens: an unbiased estimate that needs no other token's probability.
         entropy=float(masked_mean(-batch.old_logprobs, mask)),
         length=float(mask.sum(dim=1).float().mean()),
         ended=float(batch.rollout.ended.float().mean()),
@@ -201,26 +202,26 @@ def next_kl_coef(steps: list[StepMetrics], settings: PPOSettings) -> float:
 
 
 def outgrown(steps: list[StepMetrics], patience: int) -> bool:
-    """Whether score minus uncertainty had its best more than `patience` steps ago: since then the members of the reward
-    model came to differ by more than the score gained."""
+    """Whether score minus uncertainty was best more than `patience` steps ago: since then the disagreement between the
+    members of the reward model has grown by more than the score."""
     sure = [step.score - step.uncertainty for step in steps]
     return len(sure) - sure.index(max(sure)) > patience + 1 if sure else False
 
 
 def replace_cut(scores: Tensor, rollout: Rollout, missing_eos_score: float | None) -> Tensor:
-    """Scores (B,) with those of answers that the length limit cut replaced, where a replacement is set."""
+    """Scores (B,), with a replacement for answers that the length limit cut, if one is set."""
     return scores if missing_eos_score is None else torch.where(rollout.ended, scores, missing_eos_score)
 
 
 def check_start(old_logprobs: Tensor, ref_logprobs: Tensor) -> None:
-    """Raises unless the policy that starts from the reference is the reference."""
+    """Raises RuntimeError if the policy, which starts from the reference, differs from it."""
     difference = float((old_logprobs - ref_logprobs).abs().max())
     if difference > 1e-3:
         raise RuntimeError(f"The policy differs from its reference by {difference:.4f} nats before its first update.")
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var[returns - values] / Var[returns] over the valid tokens: 0 says the critic knows nothing."""
+    """1 - Var[returns - values] / Var[returns] over the valid tokens: 0 means that the critic predicts nothing."""
 
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, mask)).square(), mask)

@@ -1,7 +1,7 @@
-"""One update of the policy on one rollout batch, and what it needs of the batch.
+"""One update of the policy on one rollout batch, and the data it needs.
 
-The value head is on frozen features and has an optimiser group of its own; an update stops once the policy has moved
-too far. Shapes: B responses, T response tokens, F features.
+The value head works on frozen features and has its own optimiser group. An update stops once the policy has moved too
+far. Shapes: B responses, T response tokens, F features.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Critic(nn.Module):
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with everything an update needs; (B, T) but for `tokens` and `prefix_features` (B, T, F)."""
+    """A rollout with everything an update needs; (B, T) except for `tokens` and `prefix_features` (B, T, F)."""
 
     tokens: Tokens
     old_logprobs: Tensor
@@ -56,7 +56,7 @@ class UpdateStats:
 
 
 def draw_minibatches(tokens: Tokens, settings: PPOSettings, generator: torch.Generator) -> list[list[Tensor]]:
-    """The rows of each minibatch of each pass, ascending."""
+    """For each pass, the rows of each minibatch, ascending."""
     passes = []
     for _ in range(settings.epochs):
         order = torch.randperm(len(tokens), generator=generator, device=generator.device).to(tokens.input_ids.device)
@@ -73,10 +73,10 @@ def ppo_update(
     passes: list[list[Tensor]],
     budget: int,
 ) -> UpdateStats:
-    """A step for each minibatch of `passes`, until they are done or approx_kl exceeds its bound; `logprobs_of` is
-    pi_theta, `budget` the tokens of a micro-batch.
+    """Makes a step for each minibatch of `passes`, until they are done or approx_kl exceeds its bound. `logprobs_of` is
+    pi_theta; `budget` is the number of tokens in a micro-batch.
 
-    `first_ratio_error`, the mean |log ratio| of the first minibatch, must be about 0: nothing has been stepped yet.
+    `first_ratio_error`, the mean |log ratio| of the first minibatch, must be about 0: no step has been made yet.
     """
     importance = truncated_importance_weights(batch.old_logprobs, batch.behavior_logprobs, settings.importance_cap)
     steps: list[tuple[float, float, float, float, float]] = []
@@ -108,8 +108,8 @@ def _backward(
     minibatch: Tensor,
     budget: int,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of a minibatch, micro-batch by micro-batch; its rows' new log-probabilities (b, T), and the policy
-    and value losses (2,)."""
+    """Adds up the gradients of a minibatch, one micro-batch at a time. Returns its rows' new log-probabilities (b, T),
+    and the policy and value losses (2,)."""
     token_count = batch.tokens.response_mask[minibatch].sum()
     losses = torch.zeros(2, device=batch.old_logprobs.device)
     new_logprobs = torch.zeros_like(batch.old_logprobs)

@@ -1,4 +1,4 @@
-"""`report.html` of a round: what it came to, its curves, answers before and after. One file, no script, no request."""
+"""`report.html` of a round: its metrics, its curves, answers before and after. One file, no scripts, no requests."""
 
 import json
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from server.store.files.round_samples import read_samples
 from server.store.learning.records import Round
 from server.store.store import Store
 
-# Questions whose answers are shown side by side.
+# Number of questions whose answers are shown side by side.
 SHOWN = 12
 
 
@@ -27,20 +27,20 @@ def write_report(data_dir: Path, round_id: str | None = None) -> Path:
     finally:
         store.close()
     if round_ is None:
-        raise FailedPreconditionError("NO_ROUND", "No round was run here yet.")
+        raise FailedPreconditionError("NO_ROUND", "No round has run here yet.")
     page = data_dir / "rounds" / round_.id / REPORT
     page.parent.mkdir(parents=True, exist_ok=True)
     with keeping(data_dir):
         answers = [asdict(sample) for sample in islice(read_samples(data_dir, round_), SHOWN)]
         with whole_file(page) as file:
             file.write(render(round_, answers))
-    # What it quotes may have been deleted meanwhile, and with that the whole page goes.
+    # If a quoted conversation was deleted in the meantime, this deletes the whole page.
     sweep(data_dir)
     return page
 
 
 def render(round_: Round, answers: list[dict[str, Any]]) -> str:
-    """The page. Answers are `conversation_id`, `prompt`, `before`, `after`; whatever they hold stays text."""
+    """The page. Answers are `conversation_id`, `prompt`, `before`, `after`; their content is escaped."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -1,4 +1,4 @@
-"""The gate: the interval knows the judge's own error, and every rule can fail."""
+"""The gate: the interval includes the judge's own error, and every rule can fail."""
 
 from collections.abc import Callable
 
@@ -39,7 +39,7 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def test_a_candidate_that_holds_every_rule_is_promoted() -> None:
+def test_a_candidate_that_passes_every_rule_is_promoted() -> None:
     verdict = decide([figures()], SIGNAL, INCUMBENT, 6.0, SETTINGS)
     assert verdict.promoted
     assert verdict.reasons == []
@@ -71,7 +71,7 @@ def test_a_gap_that_widens_is_over_optimisation() -> None:
 
     early, late = rated(4, 0.7, 0.75), rated(8, 0.9, 0.69)
     assert over_optimised(late, [early, late], 0.05) == [
-        "From step 4 on the trained reward model's win rate rose to 0.90 and the judge's fell from 0.75 to 0.69."
+        "Since step 4 the trained reward model's win rate rose to 0.90 and the judge's fell from 0.75 to 0.69."
     ]
     verdict = decide([early, late], SIGNAL, INCUMBENT, 6.0, SETTINGS)
     assert (verdict.chosen.step, verdict.promoted) == (4, True)
@@ -109,15 +109,15 @@ def test_win_rate_by_hand() -> None:
     assert mirrored.rate == 0.375
 
 
-def test_every_answer_meets_every_answer_to_its_own_prompt() -> None:
+def test_answers_are_compared_with_all_answers_to_the_same_prompt() -> None:
     # Two prompts with two answers each. Prompt 0: 3 and 1 against 2 and 0 wins 3 of 4; prompt 1: 0 and 0 against 5 and
     # 0 draws two and loses two.
     ours, theirs = torch.tensor([[3.0, 1.0, 0.0, 0.0]]), torch.tensor([[2.0, 0.0, 5.0, 0.0]])
     assert by_prompt(ours, theirs, 2).tolist() == [[0.75, 0.25]]
 
 
-def test_a_judge_that_does_not_know_widens_the_interval() -> None:
-    # 60 wins of 60 by the point fit, but half of the refits see it the other way round.
+def test_an_uncertain_judge_widens_the_interval() -> None:
+    # 60 wins of 60 by the point fit, but half of the refits say the opposite.
     ours = torch.tensor([[1.0, 0]]).expand(60, 2)
     sure = win_rate(judge_of([[1.0, 0]] * 200), ours, torch.zeros(60, 2), 60, 0.95, seeded())
     unsure = win_rate(judge_of([[1.0, 0], [-1.0, 0]] * 100), ours, torch.zeros(60, 2), 60, 0.95, seeded())
@@ -145,7 +145,7 @@ def test_length_matched_counts_only_answers_alike_in_length() -> None:
     assert (rate, prompts) == (0.5, 2)
 
 
-def test_a_judge_of_votes_knows_a_taste(make_votes: Callable[..., VoteTensors]) -> None:
+def test_a_judge_learns_a_taste_from_votes(make_votes: Callable[..., VoteTensors]) -> None:
     generator = seeded()
     features = torch.randn(160, 6, generator=generator)
     better = (features[::2, 0] > features[1::2, 0]).tolist()

@@ -1,4 +1,4 @@
-"""Teacher-forced passes: the right token at the right place, whatever stands beside it in the batch."""
+"""Teacher-forced passes: the right token at the right place, whatever else is in the batch."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def logprobs(
 
 
 def one_by_one(model: Any, prompt: list[int], response: list[int], temperature: float) -> list[float]:
-    """The definition: at each step the whole model on what came before, unpadded."""
+    """The definition: at each step the whole model runs on the tokens so far, unpadded."""
     found = []
     for step, token in enumerate(response):
         with torch.no_grad():
@@ -49,7 +49,7 @@ def test_a_real_eos_counts_though_it_equals_the_pad_id(model: Any) -> None:
     assert logprobs(model, PROMPTS, RESPONSES)[0, 2] < 0
 
 
-def test_order_and_company_do_not_matter(model: Any) -> None:
+def test_order_and_other_rows_do_not_matter(model: Any) -> None:
     together = logprobs(model, PROMPTS, RESPONSES)
     order = [2, 0, 1]
     shuffled = logprobs(model, [PROMPTS[i] for i in order], [RESPONSES[i] for i in order])
@@ -114,7 +114,7 @@ def test_prefix_features_end_where_the_whole_answers_begin() -> None:
     assert pooled[0].tolist() == pytest.approx([4.0, 1.098612], abs=1e-6)
 
 
-def test_response_states_stand_at_the_token_itself(model: Any) -> None:
+def test_response_states_are_those_of_the_token_itself(model: Any) -> None:
     tokens = to_tokens([[5, 6]], [[7, 8]])
     hidden = torch.arange(4.0).view(1, 4, 1)
     assert response_states([hidden], tokens).flatten().tolist() == [2.0, 3.0]
@@ -130,7 +130,7 @@ def test_response_states_stand_at_the_token_itself(model: Any) -> None:
         ([[5, 6]], 0),  # a single row
     ],
 )
-def test_what_prompts_share(prompts: list[list[int]], expected: int) -> None:
+def test_shared_prefix(prompts: list[list[int]], expected: int) -> None:
     assert shared_prefix(to_tokens(prompts, [[9, 9]] * len(prompts))) == expected
 
 
@@ -180,7 +180,7 @@ def test_the_cache_computes_an_answer_once(model: Any, tmp_path: Any, monkeypatc
 
     monkeypatch.setattr(features, "extract", counting)
     first = FeatureCache.open(tmp_path, "sha", (1, 3), "float32").get(pairs[:2], model, (1, 3), 2, read.append)
-    # A second process finds what the first computed, and computes the rest, an answer that comes twice once.
+    # A second process finds what the first computed and computes the rest. An answer that comes twice is computed once.
     asked = [*pairs[::-1], pairs[-1]]
     again = FeatureCache.open(tmp_path, "sha", (1, 3), "float32").get(asked, model, (1, 3), 2, read.append)
     assert torch.equal(again[-3:-1].flip(0), first)
@@ -191,7 +191,7 @@ def test_the_cache_computes_an_answer_once(model: Any, tmp_path: Any, monkeypatc
     assert extracted == [2, len(pairs) - 2, 1]
 
 
-def test_an_interrupted_extraction_keeps_what_it_had(
+def test_an_interrupted_extraction_keeps_its_results(
     model: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "CHUNK", 2)

@@ -1,4 +1,4 @@
-"""The policy in training: it starts as its reference, PPO moves it the right way, and what an engine gets is it."""
+"""The policy in training: it starts as its reference, PPO moves it the right way, and the engine gets its weights."""
 
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def test_an_updates_loss_is_the_mean_over_its_tokens(model_directory: Path) -> N
     assert stats.value_loss == pytest.approx(0.5, abs=1e-6)
 
 
-def test_liked_tokens_become_likelier_and_disliked_ones_less(model_directory: Path) -> None:
+def test_good_tokens_become_more_likely_and_bad_ones_less(model_directory: Path) -> None:
     policy = new_policy(model_directory)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None].expand(4, 4)
     batch = experience(policy, advantages)
@@ -152,7 +152,7 @@ def test_what_was_saved_loads_again(model_directory: Path, tmp_path: Path, train
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors"}
 
 
-def test_saving_does_not_change_what_trains_on(model_directory: Path, tmp_path: Path) -> None:
+def test_saving_does_not_change_the_policy_in_training(model_directory: Path, tmp_path: Path) -> None:
     policy = new_policy(model_directory, "full")
     before = [p.dtype for p in policy.parameters]
     policy.save(tmp_path / "saved")
@@ -201,20 +201,20 @@ def test_other_weights_are_refused(model_directory: Path, tmp_path: Path) -> Non
         policy.load(tmp_path)
 
 
-def test_a_push_that_did_not_land_is_noticed() -> None:
+def test_a_failed_push_is_noticed() -> None:
     def gap(rms: float) -> Mismatch:
         return Mismatch(rms, kl=0.0, effective_share=1.0, outside=0.0)
 
     check_push(gap(0.3), None, torch.bfloat16)
     check_push(gap(0.004), None, torch.float32)
-    # What is set counts, whatever the dtype.
+    # A limit that is set counts, whatever the dtype.
     check_push(gap(0.4), 0.5, torch.float32)
     for rms, limit, dtype in ((0.4, None, torch.bfloat16), (0.01, None, torch.float32), (0.1, 0.05, torch.bfloat16)):
         with pytest.raises(RuntimeError, match="does not sample from the weights"):
             check_push(gap(rms), limit, dtype)
 
 
-def test_adapters_begin_as_the_seed_says_whatever_was_drawn_before(model_directory: Path) -> None:
+def test_the_seed_alone_decides_how_adapters_start(model_directory: Path) -> None:
     def first_adapter(drawn: int, seed: int) -> torch.Tensor:
         torch.manual_seed(drawn)
         policy = TrainablePolicy.create(model_directory, PolicySettings(), torch.float32, CPU, seed)

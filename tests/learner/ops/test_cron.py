@@ -1,4 +1,4 @@
-"""Debian cron's rules, in its words: what a line means, and the nights when clocks change."""
+"""Debian cron's rules: what a line means, and the nights when clocks change."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -29,7 +29,7 @@ def times(line: str, after: datetime, count: int) -> list[str]:
         ("0 3 * * sun", "Sun 2026-11-29 03:00", "Sun 2026-12-06 03:00"),
         ("0 3 * * 1", "Mon 2026-11-30 03:00", "Mon 2026-12-07 03:00"),
         ("0 3 * * 1-5", "Fri 2026-11-27 03:00", "Mon 2026-11-30 03:00"),
-        # Both days are restricted: either will do.
+        # Both days are restricted: either matches.
         ("0 3 1 * 1", "Mon 2026-11-30 03:00", "Tue 2026-12-01 03:00"),
         # One is a star with a step: both must hold.
         ("0 3 */2 * 1", "Mon 2026-12-07 03:00", "Mon 2026-12-21 03:00"),
@@ -57,7 +57,7 @@ def test_the_night_with_two_o_clock_twice_has_one_round() -> None:
     assert times("30 2 * * *", saturday, 2) == ["Sun 2026-10-25 02:30+0200", "Mon 2026-10-26 02:30+0100"]
 
 
-def test_an_interval_of_hours_goes_on_through_both_nights() -> None:
+def test_an_interval_of_hours_continues_through_both_nights() -> None:
     before = datetime(2026, 10, 25, 1, 30, tzinfo=BERLIN)
     found = times("0 * * * *", before, 3)
     assert found == ["Sun 2026-10-25 02:00+0200", "Sun 2026-10-25 02:00+0100", "Sun 2026-10-25 03:00+0100"]
@@ -75,7 +75,7 @@ def test_an_interval_of_hours_goes_on_through_both_nights() -> None:
         ("0 3 30 2 *", "is not a cron line: Bad day-of-month"),
     ],
 )
-def test_what_is_no_line_is_refused(line: str, why: str) -> None:
+def test_an_invalid_line_is_refused(line: str, why: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(repr(line))} {why}$"):
         Cron(line, UTC)
 
@@ -83,5 +83,5 @@ def test_what_is_no_line_is_refused(line: str, why: str) -> None:
 def test_a_time_is_never_given_twice() -> None:
     trigger = Cron("0 3 * * *", UTC)
     fired = datetime(2026, 11, 26, 3, 0, tzinfo=UTC)
-    # The clock was set back meanwhile.
+    # The clock was set back in the meantime.
     assert trigger.get_next_fire_time(fired, fired - timedelta(hours=1)) == fired + timedelta(days=1)

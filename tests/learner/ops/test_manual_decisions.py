@@ -1,4 +1,4 @@
-"""What an operator does by hand, and what happens to old versions."""
+"""Manual decisions of an operator, and the removal of old versions."""
 
 from pathlib import Path
 
@@ -23,11 +23,11 @@ def active(data_dir: Path) -> str:
         store.close()
 
 
-def test_an_operator_promotes_what_the_gate_refused_and_goes_back(data_dir: Path) -> None:
+def test_an_operator_promotes_a_rejected_version_and_rolls_back(data_dir: Path) -> None:
     make_version(data_dir, "v0001")
     result = runner.invoke(app, ["promote", "v0001", "--data-dir", str(data_dir), "--reason", "I read its answers"])
     assert (result.exit_code, active(data_dir)) == (0, "v0001")
-    assert "v0001 is active in place of v0000; no server is running" in result.stdout
+    assert "v0001 is active instead of v0000; no server is running" in result.stdout
     result = runner.invoke(app, ["promote", "v0001", "--data-dir", str(data_dir)])
     assert "active already; nothing was changed" in result.stdout
     result = runner.invoke(app, ["rollback", "--data-dir", str(data_dir)])
@@ -40,7 +40,7 @@ def test_an_operator_promotes_what_the_gate_refused_and_goes_back(data_dir: Path
     assert there.actor.startswith("operator ")
 
 
-def test_what_cannot_be_done_by_hand_is_one_sentence(data_dir: Path) -> None:
+def test_a_refused_manual_decision_is_one_sentence(data_dir: Path) -> None:
     def refused(*arguments: str) -> str:
         result = runner.invoke(app, [*arguments, "--data-dir", str(data_dir)])
         assert result.exit_code == 1
@@ -57,7 +57,7 @@ def test_what_cannot_be_done_by_hand_is_one_sentence(data_dir: Path) -> None:
     assert active(data_dir) == "v0000"
 
 
-def test_old_weights_go_and_their_record_stays(data_dir: Path) -> None:
+def test_old_weights_are_deleted_and_their_records_stay(data_dir: Path) -> None:
     for number in range(1, 7):
         make_version(data_dir, f"v000{number}", "activate" if number in (1, 3) else None)
     derived = [data_dir / "merged" / folder / "v0002" for folder in ("bfloat16", "float32", ".")]
@@ -68,7 +68,7 @@ def test_old_weights_go_and_their_record_stays(data_dir: Path) -> None:
         assert lease
         # Active v0003, before it v0001, the reference v0000; of the other four the newest two.
         assert prune(store, data_dir, 2, fence=lease) == ["v0004", "v0002"]
-        # A learner that was killed between the mark and the removal.
+        # A learner that was killed between the mark and the deletion.
         (data_dir / "policies" / "v0002").mkdir()
         assert prune(store, data_dir, 2, fence=lease) == []
     kept = sorted(path.name for path in (data_dir / "policies").iterdir())
@@ -80,7 +80,7 @@ def test_old_weights_go_and_their_record_stays(data_dir: Path) -> None:
     assert "v0002 was pruned: its weights are gone." in result.output
 
 
-def test_an_operator_leaves_a_users_votes_out_and_lets_them_in_again(data_dir: Path) -> None:
+def test_an_operator_sets_and_lifts_a_quarantine(data_dir: Path) -> None:
     def said(*arguments: str) -> str:
         result = runner.invoke(app, ["quarantine", *arguments, "--data-dir", str(data_dir)])
         assert "Traceback" not in result.output
@@ -103,12 +103,12 @@ def test_an_operator_leaves_a_users_votes_out_and_lets_them_in_again(data_dir: P
 
 
 @pytest.mark.parametrize("arguments", [[], ["v0001", "--vote", "fb"]])
-def test_trace_asks_for_one_thing(data_dir: Path, arguments: list[str]) -> None:
+def test_trace_needs_a_version_or_a_vote(data_dir: Path, arguments: list[str]) -> None:
     result = runner.invoke(app, ["trace", *arguments, "--data-dir", str(data_dir)])
     assert (result.exit_code, "Give a version, or --vote" in result.output) == (1, True)
 
 
-def test_status_says_how_versions_fare_and_how_the_pointer_moved(data_dir: Path) -> None:
+def test_status_shows_votes_on_versions_and_moves_of_the_pointer(data_dir: Path) -> None:
     make_version(data_dir, "v0001")
     runner.invoke(app, ["promote", "v0001", "--data-dir", str(data_dir), "--reason", "I read its answers"])
     store = Store.open(data_dir)
@@ -128,6 +128,6 @@ def test_status_says_how_versions_fare_and_how_the_pointer_moved(data_dir: Path)
     assert (
         "v0001 has 2 wins, 1 losses and 0 draws against v0000; evidence that it is better 0.917, worse 0.417" in shown
     )
-    assert "v0001: 2 of 3 up; v0000: 0 of 0 up. Of different users and questions, not blind" in shown
+    assert "v0001: 2 of 3 up; v0000: 0 of 0 up. From different users and questions, not blind" in shown
     assert "v0001 for v0000 by operator" in shown
     assert "I read its answers" in shown

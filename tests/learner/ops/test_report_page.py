@@ -1,4 +1,4 @@
-"""A round's page: everything in one file, and whatever users wrote stays text."""
+"""A round's report page: everything in one file, with users' text escaped."""
 
 import re
 from dataclasses import replace
@@ -35,7 +35,7 @@ def finished(**changes: object) -> Round:
     return Round(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def test_what_users_and_models_wrote_stays_text() -> None:
+def test_text_of_users_and_models_is_escaped() -> None:
     answer = dict.fromkeys(("conversation_id", "prompt", "before", "after"), HOSTILE)
     page = render(finished(reason=HOSTILE), [answer])
     assert "<script" not in page
@@ -44,7 +44,7 @@ def test_what_users_and_models_wrote_stays_text() -> None:
     assert "default-src 'none'" in page
 
 
-def test_the_page_says_what_and_how() -> None:
+def test_the_page_shows_results_and_settings() -> None:
     answers = [{"conversation_id": "conv_1", "prompt": "Why?", "before": "long", "after": "short"}]
     page = render(finished(), answers)
     for said in (
@@ -67,7 +67,7 @@ def test_the_curves_are_in_the_page_itself() -> None:
     steps = [replace(step, step=0, kl=0.0), replace(step, step=1, kl=2.0)]
     page = render(finished(metrics=RoundMetrics(ppo=Improvement(steps, [1], "steps", 3.5, 4.0))), [])
     titles = re.findall(r'<svg class="chart" viewBox="-14 0 294 168" role="img" aria-label="([^"]+)">', page)
-    # The mismatch could not be taken.
+    # The mismatch could not be measured.
     assert titles == [
         "Score and its uncertainty",
         "KL to the reference",
@@ -84,9 +84,9 @@ def test_the_curves_are_in_the_page_itself() -> None:
     assert not re.findall(r"(?:src|href)=", page)
 
 
-def test_rounds_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_rounds_are_refused(tmp_path: Path) -> None:
     Store.open(tmp_path).close()
-    with pytest.raises(FailedPreconditionError, match="No round was run here yet"):
+    with pytest.raises(FailedPreconditionError, match="No round has run here yet"):
         write_report(tmp_path)
     with pytest.raises(NotFoundError, match="round_x"):
         write_report(tmp_path, "round_x")

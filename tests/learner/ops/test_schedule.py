@@ -1,4 +1,4 @@
-"""When rounds start, wait, and start again. Nothing here waits for a clock."""
+"""When rounds start, wait, and are retried. No test waits for real time to pass."""
 
 import json
 import os
@@ -57,28 +57,28 @@ def test_quiet_hours_end_today_or_tomorrow(at: str, until: datetime | None) -> N
     assert quiet_until(at, NOON) == until
 
 
-def test_hours_that_are_none_are_refused() -> None:
-    with pytest.raises(ValidationError, match="'noon' are no hours; 22:00-07:00 are"):
+def test_invalid_hours_are_refused() -> None:
+    with pytest.raises(ValidationError, match="'noon' is not a range of hours such as 22:00-07:00"):
         ScheduleSettings(quiet_hours="noon")
 
 
-def test_what_was_missed_while_no_scheduler_ran_starts_now() -> None:
+def test_a_round_missed_while_no_scheduler_ran_starts_now() -> None:
     nightly, hourly = Cron("0 3 * * *", NOON.tzinfo or UTC), IntervalTrigger(minutes=60)
     assert first_time(nightly, None, False, NOON) == NOON + hours(15)
     assert first_time(nightly, NOON - hours(1), False, NOON) == NOON + hours(15)
     assert first_time(nightly, NOON - hours(24), False, NOON) == NOON
     assert first_time(hourly, NOON - hours(3), False, NOON) == NOON
-    assert first_time(nightly, NOON - hours(1), True, NOON) == NOON  # A round was stopped: go on with it.
-    # The last round began by a clock that was a year ahead.
+    assert first_time(nightly, NOON - hours(1), True, NOON) == NOON  # A round was stopped: resume it.
+    # The last round began when the clock was a year ahead.
     assert first_time(nightly, NOON + hours(365 * 24), False, NOON) == NOON + hours(15)
 
 
-def test_each_wait_is_twice_the_one_before() -> None:
+def test_each_delay_is_twice_the_one_before() -> None:
     assert [backoff(5, failures) for failures in (1, 2, 3)] == [hours(1 / 12), hours(1 / 6), hours(1 / 3)]
 
 
 class Scheduled:
-    """A scheduler whose rounds end as it is told, and the times it asked for."""
+    """A scheduler whose rounds end as the test sets, and the times it planned."""
 
     def __init__(self, data_dir: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
         self.said: list[str] = []
@@ -91,7 +91,7 @@ class Scheduled:
         self.scheduler.due()
 
 
-def test_a_failed_round_is_tried_again_ever_later_and_blocks_nothing(
+def test_a_failed_round_is_retried_with_growing_delays_and_blocks_nothing(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduled = Scheduled(data_dir, monkeypatch, retries=2, retry_minutes=10)
@@ -100,8 +100,8 @@ def test_a_failed_round_is_tried_again_ever_later_and_blocks_nothing(
         scheduled.ends(monkeypatch, 1)
     waits = [round((when - started).total_seconds() / 60) for when in scheduled.times]
     assert waits == [10, 20]
-    assert scheduled.said[-1] == "the round failed (exit status 1); next at its regular time"
-    # A round that ends well starts the count anew.
+    assert scheduled.said[-1] == "the round failed (exit status 1); the next one starts at its regular time"
+    # A round that succeeds resets the count.
     scheduled.ends(monkeypatch, 1)
     scheduled.ends(monkeypatch, 0)
     scheduled.ends(monkeypatch, 1)
@@ -116,7 +116,7 @@ def test_too_few_new_votes_start_no_round(data_dir: Path, monkeypatch: pytest.Mo
     store = Store.open(data_dir)
     fence = store.leases.acquire("learner", "here", 60)
     assert fence
-    # One that was stopped is gone on with, whatever came since.
+    # A stopped round is resumed, however few votes are new.
     store.rounds.create(store.snapshots.watermark(), {}, reference_version="v0000", fence=fence)
     started: list[int] = []
     monkeypatch.setattr(scheduled.scheduler, "_run_round", lambda: started.append(1) or (0, None))
@@ -124,7 +124,7 @@ def test_too_few_new_votes_start_no_round(data_dir: Path, monkeypatch: pytest.Mo
     assert started == [1]
 
 
-def test_quiet_hours_put_a_round_off(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_hours_postpone_a_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = datetime.now().astimezone()
     around = f"{now - hours(1):%H:%M}-{now + hours(1):%H:%M}"
     scheduled = Scheduled(data_dir, monkeypatch, quiet_hours=around)
@@ -133,7 +133,7 @@ def test_quiet_hours_put_a_round_off(data_dir: Path, monkeypatch: pytest.MonkeyP
     assert [f"{when:%H:%M}" for when in scheduled.times] == [f"{now + hours(1):%H:%M}"]
 
 
-def test_a_round_is_a_process_of_its_own() -> None:
+def test_a_round_is_a_separate_process() -> None:
     command = [sys.executable, "-m", "learner.cli", "run-once", "--data-dir", "here", "--report", "said.json"]
     assert round_command(Path("here"), Path("said.json")) == command
 
@@ -193,7 +193,7 @@ def test_the_command_waits_until_it_is_stopped(data_dir: Path) -> None:
 
 
 class Asked(Scheduled):
-    """A scheduler with a store that it is heard to listen on, and how its rounds end."""
+    """A scheduler that listens on a store, and how its rounds end."""
 
     def __init__(self, data_dir: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
         super().__init__(data_dir, monkeypatch, **settings)
@@ -212,7 +212,7 @@ class Asked(Scheduled):
 
     @property
     def outcome(self) -> str | None:
-        """What the last request came to; None while it is open."""
+        """The outcome of the last request; None while it is open."""
         last = self.store.round_requests.last()
         assert last
         assert (last.end_time is None) == (last.outcome == "")
@@ -230,37 +230,35 @@ def test_a_request_is_answered_whatever_the_hour_and_however_few_the_votes(
     asked.store.round_requests.ask()
     asked.scheduler.asked()
     assert (asked.ran, asked.outcome) == (1, "nothing to learn: There are no votes yet; nothing was changed.")
-    assert asked.said == [
-        "the round that was asked for: nothing to learn: There are no votes yet; nothing was changed."
-    ]
+    assert asked.said == ["requested round: nothing to learn: There are no votes yet; nothing was changed."]
     asked.scheduler.asked()
     assert asked.ran == 1
 
 
-def test_a_round_that_the_clock_starts_answers_the_request_that_waits(
+def test_a_round_that_the_clock_starts_answers_a_waiting_request(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = Asked(data_dir, monkeypatch)
     asked.store.round_requests.ask()
-    asked.end = (0, Report("promoted", "v0001 is active in place of v0000; no server.", "round_1", "v0001"))
+    asked.end = (0, Report("promoted", "v0001 is active instead of v0000; no server.", "round_1", "v0001"))
     asked.scheduler.due()
-    assert asked.outcome == "v0001 is promoted: v0001 is active in place of v0000; no server."
+    assert asked.outcome == "v0001 is promoted: v0001 is active instead of v0000; no server."
     asked.scheduler.asked()
     assert asked.ran == 1
-    # By the clock alone: what was said of the last request stays.
+    # Started by the clock alone: the last request's outcome stays.
     asked.end = (0, Report("nothing", "There are no new votes."))
     asked.scheduler.due()
     assert asked.ran == 2
-    assert asked.outcome == "v0001 is promoted: v0001 is active in place of v0000; no server."
+    assert asked.outcome == "v0001 is promoted: v0001 is active instead of v0000; no server."
 
 
-def test_a_requested_round_that_fails_says_so_and_is_not_tried_again(
+def test_a_requested_round_that_fails_is_reported_and_not_retried(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = Asked(data_dir, monkeypatch)
     for end, said in (
         ((1, Report("failed", "no space")), "the round failed: no space"),
-        ((-9, None), "the round failed: its process was ended by signal 9; the next one goes on with it"),
+        ((-9, None), "the round failed: its process was killed by signal 9; the next one resumes it"),
         (OSError(28, "No space left"), "the round failed: its process could not be started: [Errno 28] No space left"),
     ):
         asked.end = end
@@ -270,7 +268,7 @@ def test_a_requested_round_that_fails_says_so_and_is_not_tried_again(
     assert (asked.ran, asked.times) == (3, [])
 
 
-def test_a_request_waits_while_another_learner_is_at_work(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_waits_while_another_learner_is_running(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(data_dir, monkeypatch)
     asked.store.round_requests.ask()
     by_hand = asked.store.leases.acquire("learner", "by hand", 60)
@@ -283,7 +281,7 @@ def test_a_request_waits_while_another_learner_is_at_work(data_dir: Path, monkey
     assert asked.outcome
 
 
-def test_what_cannot_be_written_down_at_once_is_written_down_later(
+def test_an_outcome_that_cannot_be_stored_at_once_is_stored_later(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = Asked(data_dir, monkeypatch)
@@ -300,14 +298,14 @@ def test_what_cannot_be_written_down_at_once_is_written_down_later(
     asked.store.round_requests.ask()
     asked.scheduler.asked()
     assert asked.outcome == "nothing to learn: There are no votes yet; nothing was changed."
-    assert asked.said[-1] == "that cannot be written down yet: database or disk is full"
+    assert asked.said[-1] == "the outcome cannot be stored yet: database or disk is full"
 
 
 @pytest.mark.parametrize(
     ("report", "said"),
     [
-        (Report("promoted", "v0003 is active in place of v0002; so.", "r", "v0003"),
-         "v0003 is promoted: v0003 is active in place of v0002; so."),
+        (Report("promoted", "v0003 is active instead of v0002; so.", "r", "v0003"),
+         "v0003 is promoted: v0003 is active instead of v0002; so."),
         (Report("rejected", "v0003 was not promoted: It is worse.", "r", "v0003"),
          "v0003 was not promoted: It is worse."),
         (Report("rejected", "The votes carry too little signal.", "r"),
@@ -316,43 +314,43 @@ def test_what_cannot_be_written_down_at_once_is_written_down_later(
         (Report("failed", "no space"), "the round failed: no space"),
     ],
 )  # fmt: skip
-def test_how_a_round_ended_is_a_sentence(report: Report, said: str) -> None:
+def test_the_outcome_of_a_round_is_a_sentence(report: Report, said: str) -> None:
     assert outcome(report) == said
 
 
-def test_a_round_that_said_nothing_is_told_by_its_status(tmp_path: Path) -> None:
-    assert abrupt_end(130) == "the round was stopped; the next one goes on with it"
-    assert abrupt_end(-15) == "the round failed: its process was ended by signal 15; the next one goes on with it"
-    assert abrupt_end(2) == "the round failed: its process ended with status 2, and the learner's output says why"
+def test_a_round_without_a_report_is_described_by_its_exit_status(tmp_path: Path) -> None:
+    assert abrupt_end(130) == "the round was stopped; the next one resumes it"
+    assert abrupt_end(-15) == "the round failed: its process was killed by signal 15; the next one resumes it"
+    assert abrupt_end(2) == "the round failed: its process exited with status 2; see the learner's output"
     for text in (None, "", '{"state": "prom', "[]", '{"other": 1}'):
         if text is not None:
             (tmp_path / "said").write_text(text)
         assert read_report(tmp_path / "said") is None
 
 
-def test_the_last_request_and_who_listens_are_in_the_status(data_dir: Path) -> None:
+def test_status_shows_the_last_request_and_the_listener(data_dir: Path) -> None:
     def shown() -> str:
         return CliRunner().invoke(app, ["status", "--data-dir", str(data_dir)]).stdout
 
     assert "listening  no learner; `learner schedule` starts rounds by the clock or on request" in shown()
-    assert "asked for" not in shown()
+    assert "requested" not in shown()
     with closing(Store.open(data_dir)) as store:
         store.round_requests.listen("one", None)
         assert "listening  a learner that starts rounds on request" in shown()
         store.round_requests.listen("two", datetime(2026, 11, 24, 3, 0).timestamp())
-        assert "listening  a learner; its clock starts a round 2026-11-24 03:00" in shown()
+        assert "listening  a learner; its next round starts 2026-11-24 03:00" in shown()
         when = datetime.fromtimestamp(store.round_requests.ask().create_time).strftime("%Y-%m-%d %H:%M")
-        assert f"asked for  {when}: not over yet" in shown()
+        assert f"requested  {when}: not finished yet" in shown()
         request = store.round_requests.take("one")
         assert request
         store.round_requests.end(request, "one", "nothing to learn: so")
-        assert f"asked for  {when}: nothing to learn: so" in shown()
+        assert f"requested  {when}: nothing to learn: so" in shown()
         found = json.loads(CliRunner().invoke(app, ["status", "--json", "--data-dir", str(data_dir)]).stdout)
     assert (found["listening"], found["request"]["outcome"]) == (True, "nothing to learn: so")
 
 
 class Listening:
-    """`learner schedule` on request as a process, whose rounds are a program of ours."""
+    """`learner schedule --on-request` as a process, whose rounds run a program of the test."""
 
     def __init__(self, data_dir: Path, program: str, mark: Path) -> None:
         command = [sys.executable, "-c", SCHEDULER, str(data_dir), program, str(mark), "on request"]
@@ -394,7 +392,7 @@ def test_a_request_that_was_stopped_with_its_learner_is_answered_by_the_next(dat
         assert store.learner().listening is False
         assert store.round_requests.last() == asked
         second = Listening(data_dir, ENDS, tmp_path / "mark")
-        assert second.says() == "the round that was asked for: nothing to learn: No."
+        assert second.says() == "requested round: nothing to learn: No."
         last = until(lambda: (found := store.round_requests.last()) and found.end_time and found)
         assert (last.create_time, last.outcome) == (asked.create_time, "nothing to learn: No.")
         assert second.stop() == 0
@@ -414,11 +412,11 @@ def test_a_request_whose_learner_was_killed_is_answered_by_the_next(data_dir: Pa
         # Half a minute later.
         store._db.execute("UPDATE listeners SET uptime = uptime - 31")
         second = Listening(data_dir, ENDS, tmp_path / "mark")
-        assert second.says() == "the round that was asked for: nothing to learn: No."
+        assert second.says() == "requested round: nothing to learn: No."
         assert second.stop() == 0
 
 
-def test_on_request_waits_for_its_data_directory_and_runs_what_is_asked(tmp_path: Path) -> None:
+def test_on_request_waits_for_its_data_directory_and_runs_requested_rounds(tmp_path: Path) -> None:
     """The command itself, and the round that it starts."""
     data_dir = tmp_path / "none" / "yet"
     command = [sys.executable, "-m", "learner.cli", "schedule", "--on-request", "--data-dir", str(data_dir)]
@@ -433,16 +431,16 @@ def test_on_request_waits_for_its_data_directory_and_runs_what_is_asked(tmp_path
         store.policies.register_reference()
         store.round_requests.ask()
         for line in process.stdout:
-            if line.startswith("the round that was asked for"):
+            if line.startswith("requested round"):
                 break
-        assert line == "the round that was asked for: nothing to learn: There are no votes yet; nothing was changed.\n"
+        assert line == "requested round: nothing to learn: There are no votes yet; nothing was changed.\n"
         until(lambda: (last := store.round_requests.last()) and last.end_time)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert not store.learner().listening
 
 
-def test_who_waits_for_a_data_directory_does_not_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_data_directory_does_not_create_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     listener = RequestPoller(tmp_path / "none", lambda: None, lambda: None, lambda: None, said.append)
     monkeypatch.setattr(listener._stop, "wait", lambda seconds: listener._stop.set())
@@ -450,9 +448,7 @@ def test_who_waits_for_a_data_directory_does_not_make_it(tmp_path: Path, monkeyp
     assert (list(tmp_path.iterdir()), said) == ([], [])
 
 
-def test_what_keeps_a_learner_from_hearing_is_said_once_and_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_while_polling_is_reported_once_and_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     Store.open(tmp_path).close()
     listener = RequestPoller(tmp_path, lambda: None, lambda: None, lambda: None, said.append)
@@ -469,16 +465,16 @@ def test_what_keeps_a_learner_from_hearing_is_said_once_and_tried_again(
     monkeypatch.setattr(RoundRequests, "waits", lambda requests: len(tries) == 3 and requests._db.rows("none"))
     monkeypatch.setattr(listener._stop, "wait", lambda seconds: None)
     listener._run()
-    # Twice the same, then heard again, then another trouble, and the first one anew.
+    # The same error twice, then none, then another error, and the first one again.
     assert said == [
-        "requests cannot be heard: database or disk is full",
-        'requests cannot be heard: near "none": syntax error',
-        "requests cannot be heard: database or disk is full",
+        "requests cannot be read: database or disk is full",
+        'requests cannot be read: near "none": syntax error',
+        "requests cannot be read: database or disk is full",
     ]
     assert len(tries) == 5
 
 
-def test_the_clock_tells_when_it_starts_the_next_round(data_dir: Path) -> None:
+def test_the_time_of_the_next_round_is_recorded(data_dir: Path) -> None:
     command = [sys.executable, "-m", "learner.cli", "schedule", "--data-dir", str(data_dir), "--cron", "0 3 * * *"]
     process = subprocess.Popen(command, env={**os.environ, "PREFLOOP_SCHEDULE__ON_REQUEST": "true"})
     with closing(Store.open(data_dir)) as store:

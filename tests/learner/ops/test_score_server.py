@@ -1,4 +1,4 @@
-"""Scores over real gRPC: those of the newest reward model, followed without a restart, and refusals in sentences."""
+"""Scores over real gRPC: the newest reward model is used without a restart, and refusals are sentences."""
 
 import shutil
 import subprocess
@@ -98,8 +98,8 @@ async def test_the_newest_reward_model_scores_and_a_newer_one_takes_over(data_di
         ([[8]] * 17, PROMPT, "1 to 16 candidates"),
         ([[8], []], PROMPT, "at least one token"),
         ([[8]], [], "at least one token"),
-        ([[8] * 62], PROMPT, "longer than 64 tokens"),
-        ([[WORDS]], PROMPT, f"not among the model's {WORDS}"),
+        ([[8] * 62], PROMPT, "exceed 64 tokens"),
+        ([[WORDS]], PROMPT, f"not in the model's vocabulary of {WORDS}"),
     ],
 )
 async def test_what_cannot_be_scored_is_refused(
@@ -127,7 +127,7 @@ async def test_before_the_first_round_and_without_its_files(data_dir: Path) -> N
         assert error.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
-def test_the_command_serves_until_it_is_told_to_stop(data_dir: Path) -> None:
+def test_the_command_serves_until_it_is_stopped(data_dir: Path) -> None:
     register(data_dir, "rm0001", reward_model(1))
     command = [sys.executable, "-m", "learner.cli", "serve-scores", "--data-dir", str(data_dir), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

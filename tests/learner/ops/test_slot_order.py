@@ -1,4 +1,4 @@
-"""A biased order of answers is seen, a random one is not."""
+"""A biased order of answers is detected, a random one is not."""
 
 import random
 
@@ -8,7 +8,7 @@ from learner.ops.slot_order import order_warnings
 def test_a_biased_order_is_named_and_a_random_one_is_not() -> None:
     assert list(order_warnings({"hotter": (512, 1000), "newer": (9, 20), "chosen": (0, 0)})) == []
     [warning] = order_warnings({"hotter": (512, 1000), "newer": (0, 20), "chosen": (0, 0)})
-    # Two that were asked, two sides, 2^20 ways.
+    # Two tests, two sides, 2^20 ways.
     assert warning == (
         "The order of answers is not random: the newer version's answer was A in 0 of 20 comparisons (p = 4e-06)."
     )

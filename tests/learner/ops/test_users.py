@@ -1,4 +1,4 @@
-"""Who votes how, and who is named for it."""
+"""How each user votes, and which users are suspicious."""
 
 import io
 import json
@@ -32,7 +32,8 @@ def test_the_fastest_minute() -> None:
 
 
 def crowd() -> Snapshot:
-    """Ten users of ten choices, one a minute; user0 makes them within ten seconds, eve has a word of each kind."""
+    """Ten users with ten choices each, one per minute; user0 makes them within ten seconds, eve has a vote of each
+    kind."""
     choices: list[ChoiceVote] = []
     for number in range(10):
         for vote in range(10):
@@ -52,11 +53,11 @@ def read(snapshot: Snapshot, right: list[int]) -> list[UserFigures]:
     return figures(snapshot, dataset, found, {"user2": 0.25}, {"user3": word})
 
 
-def test_suspicious_users_come_first_and_with_the_reason() -> None:
+def test_suspicious_users_come_first_with_the_reason() -> None:
     rows = read(crowd(), [8, 8, 0] + [8] * 7)
     assert [row.user for row in rows[:3]] == ["user2", "user1", "user0"]
     # Ten users with verdicts; 2^10 ways to be wrong or on one side.
-    assert rows[0].suspicions == ["against the others: they foresee 0 of 10 (p = 0.01)"]
+    assert rows[0].suspicions == ["against the others: they predict 0 of 10 (p = 0.01)"]
     assert rows[0].p_value == pytest.approx(10 / 1024)
     assert rows[1].suspicions == ["one slot: A in 10 of 10 choices (p = 0.02)"]
     assert rows[1].p_value == pytest.approx(20 / 1024)
@@ -78,7 +79,7 @@ def test_too_fast_is_faster_than_the_others_and_than_reading() -> None:
     assert [row.suspicions for row in rows if row.user == "user0"] == [["too fast: 12 votes in a minute (p = 0.01)"]]
 
 
-def test_every_kind_of_vote_counts_and_what_there_is_nothing_of_is_none() -> None:
+def test_every_kind_of_vote_counts_and_shares_without_votes_are_none() -> None:
     by_user = {row.user: row for row in read(crowd(), [8] * 10)}
     assert by_user["eve"].votes == {"choices": 0, "thumbs": 1, "corrections": 1, "demonstrations": 0}
     assert by_user["mallory"].votes["demonstrations"] == 1
@@ -98,12 +99,12 @@ def test_the_table_names_ids_and_reasons_and_counts_the_rest() -> None:
     assert "25.0%" in shown
     assert "in quarantine since" in shown
     assert "a script" in shown
-    assert "12 more; --json has them." in shown
+    assert "12 more; use --json to list them." in shown
     print_users([], Console(file=text))
     assert "Nobody has voted yet." in text.getvalue()
 
 
-def test_the_command_reads_what_no_round_has_read(data_dir: Path) -> None:
+def test_the_command_reads_answers_that_no_round_has_read(data_dir: Path) -> None:
     store = Store.open(data_dir)
     store.quarantine.set("ann", actor="operator", reason="a test")
     store.close()
@@ -111,10 +112,10 @@ def test_the_command_reads_what_no_round_has_read(data_dir: Path) -> None:
     assert result.exit_code == 0, result.output
     [ann] = json.loads(result.stdout)
     assert (ann["user"], ann["votes"]["choices"], ann["quarantined"]["reason"]) == ("ann", 80, "a test")
-    # Nobody else voted, so nothing foresees her votes; and the next round has none of them.
+    # Nobody else voted, so nothing predicts her votes, and the next round has none of them.
     assert (ann["agreement"], ann["verdicts"], ann["weight_share"]) == (None, 0, 0.0)
     assert "ann" in runner.invoke(app, ["users", "--data-dir", str(data_dir)]).stdout
-    # What was read is kept where deletions find it.
+    # Features are cached where deletions find them.
     assert [path.name for path in (data_dir / "cache").iterdir()] == ["1"]
 
 

@@ -71,7 +71,7 @@ def test_a_correction_beats_the_original() -> None:
     assert found.votes.temperature_difference.tolist() == [0.0]
 
 
-def test_an_answer_without_a_token_is_left_out_with_its_votes() -> None:
+def test_an_answer_without_tokens_is_left_out_with_its_votes() -> None:
     assert len(dataset([choice("c1", "A", tokens_a=[])]).votes) == 0
 
 
@@ -79,7 +79,7 @@ def test_an_answer_without_a_token_is_left_out_with_its_votes() -> None:
 PINNED = [False, True, False, True, False, True, True, False]
 
 
-def test_a_conversation_is_on_one_side_for_good() -> None:
+def test_a_conversation_stays_on_one_side() -> None:
     sides = [is_judge(f"conv_{i}", 0.4) for i in range(2000)]
     assert 0.37 < sum(sides) / 2000 < 0.43
     assert [is_judge(f"conv_{i}", 0.4) for i in range(8)] == PINNED

@@ -1,4 +1,4 @@
-"""Tails against numbers worked out by hand."""
+"""Tail probabilities against numbers worked out by hand."""
 
 import pytest
 
@@ -20,13 +20,13 @@ def test_tails_of_a_poisson_count() -> None:
     # 1 - (1 + 1 + 1/2) / e.
     assert at_least(3, 1.0) == pytest.approx(0.0803014, abs=1e-7)
     assert at_least(0, 4.0) == pytest.approx(1.0)
-    # Far out, where one less the rest would be nothing: hardly more than its first term, 4^60 / 60! / e^4.
+    # In the far tail, where one minus the rest would be zero: hardly more than its first term, 4^60 / 60! / e^4.
     assert at_least(60, 4.0) == pytest.approx(4.0**60 * 0.01831564 / 8.320987e81 * 1.0701, rel=1e-3)
 
 
-def test_asking_many_times_is_paid_for() -> None:
+def test_p_values_are_corrected_for_their_number() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
-    # What was not asked costs nothing.
+    # A test that was not made costs nothing.
     assert holm([None, 0.01, None, 0.04]) == pytest.approx([1, 0.02, 1, 0.04])

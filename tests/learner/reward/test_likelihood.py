@@ -49,7 +49,7 @@ def test_rao_kupper_literals() -> None:
     assert probabilities == pytest.approx([0.524979, 0.249740, 0.225281], abs=1e-6)
 
 
-def test_rao_kupper_is_finite_far_out() -> None:
+def test_rao_kupper_is_finite_in_the_tails() -> None:
     for log_prob in rao_kupper_log_probs(t(-800, 800), t(0.5, 0.5)):
         assert torch.isfinite(log_prob).all()
 

@@ -1,4 +1,4 @@
-"""Fitting heads: the optimum, folds and permutations, and what no vote says."""
+"""Fitting heads: the optimum, folds and permutations, and what votes cannot change."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +52,7 @@ def test_a_thumb_up_raises_and_a_thumb_down_lowers(make_votes: MakeVotes) -> Non
 
 
 def test_a_harsh_user_is_a_bar_not_a_bad_answer(make_votes: MakeVotes) -> None:
-    # User 1 says down to everything, user 0 up to everything, on answers of the same features.
+    # User 1 gives only thumbs down, user 0 only thumbs up, on answers with the same features.
     features = torch.ones(1, 1)
     votes = make_votes(thumbs=[(0, 1, 0)] * 8 + [(0, -1, 1)] * 8, users=2)
     head = fit(features, votes, torch.tensor([1.0]), 0.0)
@@ -72,7 +72,7 @@ def test_ties_widen_and_both_bad_raises_its_bar(make_votes: MakeVotes) -> None:
     assert bad.bad_bar.item() > 1 > -1 > tied.bad_bar.item()
 
 
-def test_the_temperature_takes_the_blame_and_the_score_leaves_it_out(make_votes: MakeVotes) -> None:
+def test_the_temperature_explains_votes_and_the_score_excludes_it(make_votes: MakeVotes) -> None:
     # The cooler answer always wins; the feature says nothing.
     features = torch.randn(80, 3, generator=seeded())
     votes = make_votes([(2 * i, 2 * i + 1, A) for i in range(40)], temperature_difference=[-0.3] * 40)
@@ -131,7 +131,7 @@ def test_exchanging_the_slots_changes_nothing(make_votes: MakeVotes) -> None:
     assert torch.allclose(first, second, atol=1e-3)
 
 
-def test_a_signal_is_found_and_none_is_not(make_votes: MakeVotes) -> None:
+def test_a_signal_is_found_only_if_there_is_one(make_votes: MakeVotes) -> None:
     features, votes = taste(make_votes)
     found = signal_test(features, votes, 1.0, 0.05, 5, 1, 39, seeded())
     assert found.p_value == pytest.approx(1 / 40)
@@ -159,7 +159,7 @@ def test_held_out_figures(make_votes: MakeVotes) -> None:
     features = torch.tensor([[2.0], [0.0], [1.0], [0.0]])
     head = fit(features, make_votes([(0, 1, A)]), torch.tensor([1.0]), 0.0)
     head = replace(head, weights=torch.tensor([[1.0]]))
-    # Right by 2, wrong by 1, and a tie that does not count. Longer wins once in two.
+    # Right by 2, wrong by 1, and a tie that does not count. The longer one wins once out of twice.
     votes = make_votes([(0, 1, A), (2, 3, B), (0, 2, TIE)])
     votes = replace(votes, temperature_difference=torch.tensor([0.3, -0.3, 0.3]))
     # Lengths e^1.2 and e^1 are alike (a fifth apart), e^3 and e^1 are not.
@@ -170,7 +170,7 @@ def test_held_out_figures(make_votes: MakeVotes) -> None:
     assert (figures.matched_votes, figures.matched_accuracy) == (1, 0.0)
     assert figures.length_correlation == pytest.approx(1.0)
     assert figures.nll == pytest.approx((0.126928 + 1.313262) / 2, abs=1e-5)
-    # Confidence .880797 and right, .731059 and wrong, in bins of their own.
+    # Confidence .880797 and right, .731059 and wrong, in separate bins.
     assert figures.ece == pytest.approx((0.119203 + 0.731059) / 2, abs=1e-5)
 
 
@@ -186,17 +186,17 @@ def test_agreement() -> None:
     assert found[3].isnan()
 
 
-def test_old_votes_count_less_but_never_nothing() -> None:
+def test_old_votes_count_less_but_not_zero() -> None:
     weights = vote_weights(torch.tensor([0.0, 90, 180, 9000]), torch.zeros(4, dtype=torch.long), 90, 0.1, 0.05)
     assert weights.tolist() == pytest.approx([1, 0.5, 0.25, 0.1], abs=1e-6)
 
 
-def test_one_users_share_is_capped_where_there_are_enough_users() -> None:
+def test_a_users_share_is_capped_if_there_are_enough_users() -> None:
     users = torch.tensor([0] * 61 + list(range(1, 40)))
     weights = vote_weights(torch.zeros(100), users, 90, 0.1, 0.05)
     assert weights[users == 0].sum().item() / weights.sum().item() == pytest.approx(0.05, abs=1e-4)
     assert weights[users == 1].item() == pytest.approx(1.0, abs=1e-4)
-    # Twenty users who vote alike are at the cap, but nobody is twice above the others.
+    # Twenty users with similar numbers of votes are at the cap, but nobody has twice an equal share.
     users = torch.tensor([0] * 11 + list(range(1, 19)) * 10 + [19])
     assert vote_weights(torch.zeros(192), users, 90, 0.1, 0.05).tolist() == [1.0] * 192
     # One of them with half of all votes is held to a tenth.

@@ -48,13 +48,13 @@ def test_members_agree_on_the_reference_and_keep_their_differences() -> None:
     features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     after = model().standardised(features)
     assert after.member_scores(features).mean(dim=1).tolist() == pytest.approx([0, 0], abs=1e-5)
-    # One unit for all: a member that says more keeps saying more.
+    # They share one unit: a member with larger differences keeps them.
     sd = model().scores(features).std()
     assert torch.allclose(after.member_scores(features).std(dim=1) * sd, model().member_scores(features).std(dim=1))
 
 
 def test_members_differ_where_votes_say_little(make_votes: Callable[..., VoteTensors]) -> None:
-    """Along a direction that no voted answer took, only their noise speaks; along the voted one they agree."""
+    """Members differ by noise along a direction that no voted answer took; along the voted one they agree."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 3, generator=generator) * torch.tensor([1.0, 0.02, 0.0])
     pairs = [(2 * i, 2 * i + 1, A if features[2 * i, 0] > features[2 * i + 1, 0] else B) for i in range(100)]

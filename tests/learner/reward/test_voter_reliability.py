@@ -1,4 +1,4 @@
-"""Voters who answer against the others count less; those who merely like something else do not."""
+"""Voters who vote against the others count less; those whose taste merely differs do not."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def voters(*groups: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     return right, heard
 
 
-def test_those_against_the_others_are_told_apart() -> None:
+def test_voters_against_the_others_are_found() -> None:
     found = kinds(*voters((30, 8, 10), (5, 2, 10)))
     assert found.shares.tolist() == pytest.approx([6 / 7, 0, 1 / 7], abs=0.02)
     assert found.rate == pytest.approx(0.8, abs=0.01)
@@ -44,14 +44,14 @@ def test_a_voter_between_the_kinds_counts_by_what_is_known() -> None:
         [(32, 8, 10), (8, 5, 10)],  # A fifth with another taste.
         [(40, 2, 3), (4, 1, 3)],  # Few votes each.
         [(7, 10, 10), (2, 0, 10)],  # Few voters.
-        [(10, 8, 10), (30, 2, 10)],  # More against than with: nobody can say who is right.
+        [(10, 8, 10), (30, 2, 10)],  # More against than with: nobody can tell who is right.
     ],
 )
 def test_otherwise_everybody_counts_in_full(groups: list[tuple[int, int, int]]) -> None:
     assert kinds(*voters(*groups)).against.tolist() == [0.0] * sum(count for count, _, _ in groups)
 
 
-def test_whoever_always_names_one_slot_does_not_count_among_many() -> None:
+def test_a_voter_who_always_names_one_slot_among_many_does_not_count() -> None:
     nothing = torch.zeros(12)
     found = Verdicts(nothing, nothing, torch.tensor([12] * 12), torch.tensor([6] * 11 + [12]))
     # Twelve voters, two sides, 2^12 ways.
@@ -62,7 +62,7 @@ def test_whoever_always_names_one_slot_does_not_count_among_many() -> None:
     assert trust(alone).tolist() == [1.0]
 
 
-def test_thumbs_meet_in_pairs_of_one_voter_each_once() -> None:
+def test_thumbs_are_paired_per_voter_each_once() -> None:
     up, down = thumb_pairs(torch.tensor([1.0, 1, -1, -1, 1, -1, 1]), torch.tensor([0, 1, 0, 0, 1, 2, 2]))
     # Voter 0: the first up with the first down, the second down alone. Voter 1 has no down. Voter 2: down, then up.
     assert (up.tolist(), down.tolist()) == ([0, 6], [2, 5])
@@ -90,7 +90,7 @@ def weigh(dataset: Dataset, features: torch.Tensor) -> tuple[Dataset, list[float
     return weighed, factors.tolist()
 
 
-def test_votes_weigh_what_their_voter_does_on_both_sides() -> None:
+def test_votes_have_their_voters_weight_on_both_sides() -> None:
     dataset, features = crowd()
     weighed, factors = weigh(dataset, features)
     assert factors[0] < 0.01
@@ -100,14 +100,14 @@ def test_votes_weigh_what_their_voter_does_on_both_sides() -> None:
     assert weigh(*crowd(hostile=0))[1] == [1.0] * 12
 
 
-def test_judges_have_no_say_in_what_voters_weigh() -> None:
+def test_judge_votes_do_not_affect_voters_weights() -> None:
     dataset, features = crowd()
     turned = torch.where(dataset.judging, 1 - dataset.votes.outcome, dataset.votes.outcome)
     other = replace(dataset, votes=replace(dataset.votes, outcome=turned))
     assert weigh(other, features)[1] == weigh(dataset, features)[1]
 
 
-def test_verdicts_are_of_comparisons_and_by_a_model_without_the_voter() -> None:
+def test_verdicts_are_on_comparisons_by_a_model_without_the_voter() -> None:
     dataset, features = crowd(each=20)
     compared = torch.arange(240) >= 12  # Everybody's first choice is a correction.
     found = verdicts(
@@ -116,7 +116,7 @@ def test_verdicts_are_of_comparisons_and_by_a_model_without_the_voter() -> None:
     assert found.heard.tolist() == found.sided.tolist() == [19] * 12
     assert found.right[0] <= 3
     assert found.right[1:].min() >= 14
-    # Twenty votes of one voter alone: without them there is nothing to foresee them by.
+    # Twenty votes of one voter alone: without them nothing predicts them.
     alone = replace(dataset.votes, choice_weight=(dataset.voters == 0).float())
     found = verdicts(
         features, alone, dataset.voters, compared, 12, (1,), RewardSettings(), torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""A round that is killed where something becomes durable: nothing is lost, nothing is half-made, and the round ends.
+"""A round is killed where something becomes durable: nothing is lost or left incomplete, and the round finishes.
 
 Some of the places; `benchmarks/crash.py` kills at all of them. That the end is the same as without the kill is what
 test_resume.py shows.

@@ -1,4 +1,4 @@
-"""A data directory that commit a51ccdf left: opened, served, its round gone on with, rolled back.
+"""A data directory that commit a51ccdf left: it is opened and served, its round is resumed, and it is rolled back.
 
 tests/fixtures/a51ccdf.tar.gz was made by that commit with its tests' helpers: a tiny model, 80 votes, a round that they
 promoted, 20 votes more and a round that was killed (SIGKILL) in the second step of PPO, and an answer that its server
@@ -33,7 +33,7 @@ def a51ccdf(root: Path, tmp_path: Path) -> Path:
     return tmp_path / "a51ccdf"
 
 
-def test_it_opens_and_its_rounds_say_what_they_measured(a51ccdf: Path) -> None:
+def test_it_opens_and_its_rounds_keep_their_metrics(a51ccdf: Path) -> None:
     store = Store.open(a51ccdf)
     running, promoted = store.rounds.page()
     assert (promoted.state, promoted.policy_version, promoted.reward_model_version) == ("promoted", "v0001", "rm0001")
@@ -55,13 +55,13 @@ def test_it_opens_and_its_rounds_say_what_they_measured(a51ccdf: Path) -> None:
     store.close()
 
 
-async def test_it_is_served_and_what_was_cut_off_is_marked(a51ccdf: Path) -> None:
+async def test_it_is_served_and_interrupted_answers_are_marked(a51ccdf: Path) -> None:
     store, engine = StoreThread(a51ccdf), FakeEngine()
     app = App(ServerSettings.load(data_dir=a51ccdf, port=0, poll_seconds=0.01), store)
     await app.start(engine)
     try:
         assert engine.version == "v0001"
-        # An engine's weights are made of the adapter anew.
+        # The engine's weights are made from the adapter again.
         assert (engine_weights(a51ccdf, "v0001", "float32") / "model.safetensors").exists()
         [turn] = await store(lambda store: store.conversations.turns("bob", store.conversations.page("bob")[0].id))
         assert turn.response
@@ -71,14 +71,14 @@ async def test_it_is_served_and_what_was_cut_off_is_marked(a51ccdf: Path) -> Non
         await store.close()
 
 
-def test_the_round_that_was_killed_goes_on_and_rolls_back(a51ccdf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_killed_round_resumes_and_rolls_back(a51ccdf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "RolloutEngine", TinyEngine)
     monkeypatch.setattr(gate_stage, "decide", passing)
     begun = Store.open(a51ccdf).rounds.running()
     assert begun
     report = rounds.run_once(settings(a51ccdf), Stages(Console(quiet=True)))
     assert (report.state, report.round_id, report.policy_version) == ("promoted", begun.id, "v0002"), report.sentence
-    # The first step is the one that the earlier commit took; only the second was taken again.
+    # The first step is the one that the earlier commit made; only the second was made now.
     assert report.metrics.ppo
     assert [step.step for step in report.metrics.ppo.steps] == [0, 1]
     store = Store.open(a51ccdf)

@@ -1,4 +1,4 @@
-"""A person who is forgotten while a round runs: the round ends, and what it writes down later has nothing of them."""
+"""A user is deleted while a round runs: the round ends, and nothing that it writes later has their data."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from tests.learner.rounds import TinyEngine, passing, settings
 
 
 @pytest.mark.parametrize("forgets_later", [False, True])
-def test_a_round_writes_nothing_of_who_was_forgotten_meanwhile(
+def test_a_round_writes_nothing_of_a_user_deleted_meanwhile(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, forgets_later: bool
 ) -> None:
     monkeypatch.setattr(workspace, "RolloutEngine", TinyEngine)
@@ -37,8 +37,8 @@ def test_a_round_writes_nothing_of_who_was_forgotten_meanwhile(
         store.close()
         assert erase(data_dir)
 
-    # All votes are this person's. The learner has read them, and makes its cache after some are gone; the rest go, and
-    # the cache with them, while it is open.
+    # All votes are this user's. The learner has read them, and creates its cache after some are deleted. The rest are
+    # deleted while the cache is open, and the cache with them.
     def forget_and_open(*arguments: Any) -> FeatureCache:
         forget(last=False)
         return opening(*arguments)
@@ -63,7 +63,7 @@ def test_a_round_writes_nothing_of_who_was_forgotten_meanwhile(
     there = Store.open(data_dir)
     left = {conversation.id for conversation in there.conversations.page("ann", 99)}
     there.close()
-    # Of the twelve held-out prompts those are left that are still there, and our own.
+    # Of the twelve held-out prompts only the remaining ones are left, and the built-in ones.
     assert len(left) == (0 if forgets_later else 60)
     assert set(asked) <= {"", *left}
     assert len(asked) < 12 or not forgets_later
@@ -71,12 +71,12 @@ def test_a_round_writes_nothing_of_who_was_forgotten_meanwhile(
     quoted = re.search('<meta name="conversations" content="(.*)">', (directory / "report.html").read_text())
     assert quoted
     assert quoted[1].split() == [name for name in asked if name]
-    # And yet it says what the version was made of.
+    # It still records what the version was made from.
     [made] = trace_version(data_dir, str(report.policy_version)).record["made_by"]
     assert made["since"] == {"changed": 0, "retracted": 0, "deleted": 80 if forgets_later else 20}
     assert seen[0] in made["votes"]["train"] + made["votes"]["judge"]
     assert (
         trace_vote(data_dir, seen[0])
         .lines[0]
-        .startswith(f"{seen[0]}  choice of {'somebody who was forgotten' if forgets_later else 'ann'} on cmp_")
+        .startswith(f"{seen[0]}  choice of {'a deleted user' if forgets_later else 'ann'} on cmp_")
     )

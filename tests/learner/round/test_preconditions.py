@@ -1,4 +1,4 @@
-"""The sentences of rounds that come to nothing say what is missing, in numbers."""
+"""The sentences of rounds without a result say what is missing, in numbers."""
 
 import math
 

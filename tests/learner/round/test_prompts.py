@@ -1,4 +1,4 @@
-"""Which prompts there are: users' own, each on its side for good, and ours where theirs are few."""
+"""A round's prompts: users' own, each always on the same side, and built-in ones if there are few."""
 
 from collections import Counter
 
@@ -37,7 +37,7 @@ def of_users(counts: dict[str, int]) -> list[Prompt]:
         ({f"u{n}": 10 for n in range(40)}, {f"u{n}": 10 for n in range(40)}),
     ],
 )
-def test_nobody_owns_the_prompts_of_a_round(counts: dict[str, int], kept: dict[str, int]) -> None:
+def test_no_user_dominates_the_prompts_of_a_round(counts: dict[str, int], kept: dict[str, int]) -> None:
     assert Counter(prompt.user for prompt in share_out(of_users(counts), 0.05)) == kept
 
 
@@ -46,8 +46,8 @@ def test_a_users_newest_prompts_are_kept_in_order() -> None:
     assert [prompt.token_ids[0] for prompt in prompts if prompt.user == "ann"] == list(range(979, 1000))
 
 
-def test_one_question_of_two_days_is_on_one_side() -> None:
-    # A template that writes the date: other tokens, and conversations that fall on both sides by themselves.
+def test_a_question_asked_on_two_days_is_on_one_side() -> None:
+    # A template with the date: the tokens differ, and the conversations alone would be on both sides.
     asked = [Prompt(f"conv_{n}", [n, 7], 8, "ann", "conv_0") for n in range(40)]
     found = split_prompts(asked, 0.4, max_model_len=64)
     assert sorted((len(found.train), len(found.held_out))) == [0, 40]
@@ -66,7 +66,7 @@ def test_few_prompts_are_topped_up_and_no_question_is_on_both_sides() -> None:
     assert all(is_judge(text, 0.4) for text in texts[8:])
 
 
-def test_a_question_that_a_user_asked_is_theirs() -> None:
+def test_a_built_in_question_that_a_user_asked_is_not_added() -> None:
     asked = Prompts([Prompt("a", encode([{"role": "user", "content": text}]), 8) for text in OWN], [])
     found = top_up(asked, 1_000, 0.4, 2048, encode)
     assert found == asked
@@ -79,12 +79,12 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_left_out() -> None:
     assert max(len(prompt.token_ids) for prompt in found.train + found.held_out) <= 40
 
 
-def test_enough_prompts_are_left_alone() -> None:
+def test_enough_prompts_are_not_topped_up() -> None:
     users = Prompts([Prompt("a", [1], 40)], [Prompt("c", [3], 64)])
     assert top_up(users, 1, 0.4, 2048, encode) is users
 
 
-def test_our_questions_are_distinct_and_fill_the_default_on_both_sides() -> None:
+def test_built_in_questions_are_distinct_and_fill_the_default_on_both_sides() -> None:
     assert len(set(OWN)) == len(OWN) == 64
     held_out = sum(is_judge(text, 0.4) for text in OWN)
     assert held_out >= 24

@@ -1,4 +1,4 @@
-"""A learner that is killed (SIGKILL, no cleanup) goes on and ends with the same bytes as one that was left alone.
+"""A learner that is killed (SIGKILL, no cleanup) is resumed and ends with the same bytes as one that was not killed.
 
 Each case is a process of its own that kills itself as it is about to make a named call: before a stage is recorded, in
 the middle of a PPO step, between a candidate and the state, between a directory's writing and its rename, after the
@@ -50,7 +50,7 @@ def run(data_dir: Path, dtype: str = "float32", said: Path | None = None) -> Rep
 
 
 def before_call(call: str, count: int, act: Callable[[], object]) -> None:
-    """Has this process `act` as it makes `call` (`module:name`) for the `count`th time."""
+    """Makes this process call `act` just before its `count`th `call` (`module:name`)."""
     module, _, path = call.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
@@ -68,7 +68,7 @@ def before_call(call: str, count: int, act: Callable[[], object]) -> None:
 
 
 def run_until(data_dir: Path, call: str, count: int) -> None:
-    """Runs a round in this process and kills it there."""
+    """Runs a round in this process and kills the process there."""
     before_call(call, count, lambda: os.kill(os.getpid(), signal.SIGKILL))
     run(data_dir)
 
@@ -130,18 +130,18 @@ def outcome(data_dir: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("call", "count"),
     [
-        slow("learner.round.workspace:Workspace.record", 2),  # before the signal's figures
+        slow("learner.round.workspace:Workspace.record", 2),  # before the signal's metrics
         ("server.store.files.manifest:publish", 1),  # the reward model written, not yet renamed
         slow("server.store.learning.reward_models:RewardModels.register", 1),
-        slow("learner.round.workspace:Workspace.record", 3),  # before the reward model is named
+        slow("learner.round.workspace:Workspace.record", 3),  # before the reward model is recorded
         slow("learner.improve.ppo.trainer:policy_logprobs", 1),  # the first step, before any state
         ("learner.improve.ppo.trainer:ppo_update", 3),  # the third step
         slow("learner.improve.ppo.trainer:save_state", 3),  # a candidate without its state
         ("server.store.files.manifest:publish", 4),  # a state written, not yet renamed
         slow("learner.improve.ppo.state:drop_states", 3),  # two states
-        slow("learner.round.workspace:Workspace.record", 4),  # before PPO is named
+        slow("learner.round.workspace:Workspace.record", 4),  # before PPO is recorded
         ("learner.round.gate_stage:_keep_answers", 1),
-        slow("learner.round.workspace:Workspace.record", 5),  # before the gate is named
+        slow("learner.round.workspace:Workspace.record", 5),  # before the gate is recorded
         slow("server.store.files.manifest:publish", 6),  # the version is written, not yet renamed
         slow("server.store.learning.policies:Policies.register", 1),
         slow("server.store.learning.policies:Policies.activate", 1),
@@ -165,8 +165,8 @@ def test_a_killed_round_ends_as_an_unbroken_one(
     assert unbroken["left"] == []
 
 
-def test_a_round_that_goes_on_in_another_dtype_starts_ppo_over(begun: Path, tmp_path: Path) -> None:
-    """As on another machine: no step in the one may follow on a step in the other."""
+def test_a_round_that_continues_in_another_dtype_restarts_ppo(begun: Path, tmp_path: Path) -> None:
+    """As on another machine: no step in one dtype may follow a step in the other."""
     data_dir, said = tmp_path / "data", tmp_path / "said"
     shutil.copytree(begun, data_dir)
     killed(data_dir, "learner.improve.ppo.trainer:ppo_update", 3)
@@ -175,12 +175,12 @@ def test_a_round_that_goes_on_in_another_dtype_starts_ppo_over(begun: Path, tmp_
     process.start()
     process.join(SECONDS)
     assert process.exitcode == 0
-    assert "it began in float32 and goes on in bfloat16; PPO starts over\n" in said.read_text()
+    assert "it began in float32 and continues in bfloat16; PPO starts over\n" in said.read_text()
     store = Store.open(data_dir)
     [round_] = store.rounds.page()
     store.close()
     assert (round_.state, round_.settings["dtype"]) == ("promoted", "bfloat16")
-    # The first step's log-probabilities are rounded: it was not taken from the state in float32.
+    # The first step's log-probabilities are rounded, so it was not taken from the float32 state.
     assert [step.step for step in round_.metrics.ppo.steps] == [0, 1, 2, 3]
     assert round_.metrics.ppo.steps[0].mismatch_rms > 1e-3
     weights = load_file(data_dir / "policies" / "v0001" / "adapter_model.safetensors")
@@ -192,10 +192,10 @@ def run_with(environment: dict[str, str], data_dir: Path) -> None:
     run(data_dir)
 
 
-def test_a_round_that_an_earlier_version_began_goes_on_as_it_began(
+def test_a_round_from_an_earlier_version_keeps_its_settings(
     begun: Path, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
-    """As commit a51ccdf stores settings and metrics, with other settings in the environment by now."""
+    """With settings and metrics as commit a51ccdf stores them, and other settings in the environment."""
     data_dir = tmp_path / "data"
     shutil.copytree(begun, data_dir)
     killed(data_dir, "learner.improve.ppo.trainer:ppo_update", 3)

@@ -49,7 +49,7 @@ def opened(data_dir: Path) -> Store:
     return Store.open(data_dir)
 
 
-def test_nothing_to_learn_from_is_a_sentence_and_changes_nothing(tmp_path: Path, model_directory: Path) -> None:
+def test_nothing_to_learn_is_a_sentence_and_changes_nothing(tmp_path: Path, model_directory: Path) -> None:
     assert "no data" in run(tmp_path / "nowhere").sentence
     assert not (tmp_path / "nowhere").exists()
     data_dir = tmp_path / "data"
@@ -68,10 +68,10 @@ def test_nothing_to_learn_from_is_a_sentence_and_changes_nothing(tmp_path: Path,
     assert [p.version for p in store.policies.page()] == ["v0000"]
 
 
-def test_pi_theta_begins_as_pi_old_where_a_rows_figures_depend_on_its_company(
+def test_pi_theta_starts_as_pi_old_even_if_other_rows_affect_a_row(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As large matrices in bfloat16 do, which a tiny model's are too small for.
+    # Large matrices do this in bfloat16; a tiny model's are too small.
     def rounded(model: Any, hidden: Tensor, tokens: Tokens, temperature: float) -> Tensor:
         return token_logprobs(model, hidden, tokens, temperature) + 1e-3 * len(tokens) * tokens.response_mask
 
@@ -88,7 +88,7 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     report = run(data_dir)
     assert report.state == "promoted"
     assert report.policy_version == "v0001"
-    assert "v0001 is active in place of v0000; no server is running" in report.sentence
+    assert "v0001 is active instead of v0000; no server is running" in report.sentence
     manifest = verify(data_dir / "policies" / "v0001")
     assert (manifest.kind, manifest.base_version, manifest.reference_version) == ("adapter", "v0000", "v0000")
     assert verify(data_dir / "reward_models" / "rm0001")
@@ -98,7 +98,7 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (policy.parent_version, policy.reward_model_version, policy.round_id) == ("v0000", "rm0001", report.round_id)
     stages = {"votes", "prompts", "versions", "signal", "voters", "reward_model", "ppo", "gate", "seconds"}
     assert set(report.metrics.to_json()) == stages
-    # One voter has no others to be compared with.
+    # One voter cannot be compared with others.
     assert report.metrics.voters == VoterWeights(voters=1, doubted=0, mean_weight=1.0)
     first = report.metrics.ppo.steps[0]
     assert first.kl == pytest.approx(0, abs=1e-5)
@@ -112,7 +112,7 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     text = page.read_text()
     assert text.count('<svg class="chart"') == 8
     assert "Held-out prompts, before and after" in text
-    # The prompts as people read them, and the incumbent's answers beside the chosen candidate's.
+    # The prompts as readable text, and the incumbent's answers beside the chosen candidate's.
     line = json.loads((page.parent / "answers.jsonl").read_text().splitlines()[0])
     assert line["prompt"] == " ".join(f"w{token}" for token in line["prompt_token_ids"])
     for said in (line["prompt"], line["incumbent"]["text"], line["step 2"]["text"]):
@@ -161,9 +161,9 @@ def test_the_next_round_may_start_from_the_active_version(
     active = settings(data_dir).policy.model_copy(update={"start_from": "active"})
     report = run(data_dir, policy=active)
     assert report.state == "promoted"
-    # It begins where the active version is, away from the reference.
+    # It starts at the active version, away from the reference.
     assert report.metrics.ppo.steps[0].kl > 1e-4
-    # All weights cannot start from an adapter; nothing is pretended.
+    # Training of all weights cannot start from an adapter; this is an error.
     full = active.model_copy(update={"train": "full"})
     with pytest.raises(ValueError, match="v0001 is of the kind adapter"):
         run(data_dir.with_name("other"), policy=full)
@@ -181,7 +181,7 @@ def test_answers_that_never_end_do_not_break_the_figures(data_dir: Path, monkeyp
     assert write_report(data_dir).read_text().count('<svg class="chart"') == 8
 
 
-def test_what_a_failed_round_left_is_removed(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_failed_round_are_removed(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("disk full")
 
@@ -192,7 +192,7 @@ def test_what_a_failed_round_left_is_removed(data_dir: Path, monkeypatch: pytest
     assert [path.name for path in directory.iterdir() if path.is_dir()] == []
 
 
-def test_a_seed_is_another_round(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_seed_gives_another_round(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "decide", passing)
     shutil.copytree(data_dir, tmp_path / "other")
     gate = settings(data_dir).gate.model_copy(update={"signal_p": 1.0})
@@ -202,7 +202,7 @@ def test_a_seed_is_another_round(data_dir: Path, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("keep", "left"), [(False, []), (True, ["step-001", "step-002"])])
-def test_candidates_are_kept_where_that_is_asked(
+def test_candidates_are_kept_if_that_is_set(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, left: list[str]
 ) -> None:
     monkeypatch.setattr(judging, "decide", passing)
@@ -211,7 +211,7 @@ def test_candidates_are_kept_where_that_is_asked(
     assert sorted(path.name for path in found if path.is_dir()) == left
 
 
-def test_few_prompts_are_topped_up_by_our_own(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_prompts_are_topped_up_with_built_in_ones(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "decide", passing)
     report = run(data_dir, min_prompts=48)
     assert report.state == "promoted"
@@ -219,14 +219,14 @@ def test_few_prompts_are_topped_up_by_our_own(data_dir: Path, monkeypatch: pytes
     assert prompts.own == prompts.train + prompts.held_out - 80 > 0
 
 
-def test_two_opponents_that_are_one_version_are_judged_alike(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_opponents_that_are_one_version_get_one_result(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "decide", passing)
     chosen = run(data_dir).metrics.gate.chosen
     assert chosen.against_incumbent == chosen.against_reference
 
 
 def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir: Path) -> None:
-    # A step so long that a KL estimated on sixteen answers is sure to be above nought.
+    # A step so large that a KL estimated on sixteen answers is certain to be positive.
     began = settings(data_dir)
     report = run(
         data_dir,
@@ -234,7 +234,7 @@ def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir
         ppo=began.ppo.model_copy(update={"learning_rate": 3e-2}),
     )
     assert report.state == "rejected"
-    assert "ended at step 1 without a candidate: the KL went over its budget" in report.sentence
+    assert "ended at step 1 without a candidate: the KL exceeded its budget" in report.sentence
     assert report.policy_version is None
 
 
@@ -254,7 +254,7 @@ def test_full_fine_tuning_publishes_all_weights(data_dir: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("stage", STAGES[:-1])
-def test_a_round_killed_after_any_stage_goes_on(data_dir: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_killed_after_any_stage_resumes(data_dir: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "decide", passing)
     record = Workspace.record
 
@@ -281,13 +281,13 @@ def test_a_round_killed_after_any_stage_goes_on(data_dir: Path, stage: str, monk
 @pytest.mark.parametrize(
     ("reasons", "low", "answers"),
     [
-        # Clear at half of the twelve prompts; unclear there; surely lost there.
+        # Clear at half of the twelve prompts; unclear; certain to lose.
         ([], 0.6, [6]),
         (["It may be chance."], 0.6, [6, 12]),
         (["It is worse."], 0.1, [6]),
     ],
 )
-def test_the_gate_stops_at_half_of_the_prompts_where_the_case_is_clear(
+def test_the_gate_stops_at_half_of_the_prompts_if_the_case_is_clear(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, reasons: list[str], low: float, answers: list[int]
 ) -> None:
     seen: list[list[tuple[int, int]]] = []
@@ -356,7 +356,7 @@ def test_an_operators_rollback_meanwhile_is_not_overwritten(data_dir: Path, monk
     monkeypatch.setattr(judging, "decide", moved)
     report = run(data_dir)
     assert report.state == "rejected"
-    assert "changed meanwhile" in report.sentence
+    assert "was changed in the meantime" in report.sentence
     assert opened(data_dir).policies.active().version == "v0009"
 
 
@@ -377,7 +377,7 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_round_that_is_asked_to_stop_is_gone_on_with(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_that_is_asked_to_stop_is_resumed(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as stopped:
         stopped.setattr(PPO, "improve", interrupt)
         for _ in range(3):
@@ -385,15 +385,15 @@ def test_a_round_that_is_asked_to_stop_is_gone_on_with(data_dir: Path, monkeypat
                 run(data_dir, max_resumes=1)
     store = opened(data_dir)
     (running,) = store.rounds.page()
-    # Being asked is no crash, however often.
+    # A requested stop does not count as a crash, however often.
     assert (running.state, running.stage, running.attempts) == ("running", "reward_model", 0)
     monkeypatch.setattr(judging, "decide", passing)
     assert run(data_dir).round_id == running.id
 
 
-def test_a_round_that_is_killed_again_and_again_is_given_up(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_that_is_killed_too_often_is_given_up(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any) -> None:
-        raise SystemExit  # As a kill: nothing of ours is told.
+        raise SystemExit  # Like a kill: no handler runs.
 
     with monkeypatch.context() as killing:
         killing.setattr(PPO, "improve", killed)
@@ -436,10 +436,10 @@ def test_votes_are_traced_to_versions_and_back(
         (first.round_id, ["v0001", "v0002"]),  # v0002 started from v0001.
         (second.round_id, ["v0002"]),
     ]
-    assert any("taught rm0001: v0001 (retired), v0002 (active)" in line for line in carried.lines)
+    assert any("trained rm0001: v0001 (retired), v0002 (active)" in line for line in carried.lines)
     assert [step["round_id"] for step in trace_vote(data_dir, newest.id).record["rounds"]] == [second.round_id]
 
-    # What is taken back is not learned from again, and the trace says so.
+    # A withdrawn vote is not learned from again, and the trace says so.
     store.feedback.retract("ann", old)
     third = run(data_dir)
     assert third.metrics.votes.choices == 99
@@ -450,7 +450,7 @@ def test_votes_are_traced_to_versions_and_back(
     assert any("of these votes, since then: 1 retracted" in line for line in trace_version(data_dir, "v0001").lines)
 
 
-def test_votes_on_what_was_rolled_back_can_be_left_out(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_votes_on_rolled_back_versions_can_be_left_out(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(data_dir)
     for response in store.snapshots.take().choices[:30]:
         store._db.execute("UPDATE spans SET policy_version = 'v0009' WHERE response_id = ?", [response.a.id])
@@ -467,7 +467,7 @@ def test_votes_on_what_was_rolled_back_can_be_left_out(data_dir: Path, monkeypat
     assert run(data_dir.with_name("other")).metrics.votes.choices == 80
 
 
-def test_whoever_was_in_quarantine_when_a_round_began_is_left_out(
+def test_users_in_quarantine_when_a_round_began_are_left_out(
     data_dir: Path, model_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -498,7 +498,7 @@ def test_whoever_was_in_quarantine_when_a_round_began_is_left_out(
     assert dict(status(data_dir, 10)["lines"])["quarantine"] == (
         f"ann (the next round leaves their votes out); 30 votes were left out of {report.round_id}"
     )
-    # Others in quarantine are other votes: no vote is new, and there is something to learn all the same.
+    # A changed quarantine changes the votes: no vote is new, but there is something to learn.
     store.quarantine.lift("ann", actor="operator", reason="")
     again = run(data_dir)
     assert (again.metrics.votes.choices, again.metrics.votes.quarantined) == (110, 0)
@@ -510,7 +510,7 @@ def test_one_learner_at_a_time(data_dir: Path) -> None:
     assert store.leases.acquire("learner", "another", 60)
     report = run(data_dir)
     assert (report.state, report.round_id) == ("nothing", None)
-    assert "Another learner is at work" in report.sentence
+    assert "Another learner is running" in report.sentence
 
 
 def test_a_learner_that_waits_starts_when_the_other_is_done(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,7 +525,7 @@ def test_a_learner_that_waits_starts_when_the_other_is_done(data_dir: Path, monk
             store.leases.release(other)
 
     monkeypatch.setattr(learner.round.lease, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
-    assert "Another learner is at work" in run(data_dir).sentence
+    assert "Another learner is running" in run(data_dir).sentence
     monkeypatch.setattr(rounds, "failed_precondition", lambda *_: "Its turn.")
     assert run_once(settings(data_dir), Stages(Console(quiet=True)), wait=True).sentence == "Its turn."
     assert now[0] > 3600
@@ -549,7 +549,7 @@ def test_a_learner_that_was_stopped_past_its_lease_publishes_nothing(
     store = opened(data_dir)
     assert [policy.version for policy in store.policies.page()] == ["v0000"]
     assert store.policies.active().version == "v0000"
-    # The round is the other learner's to go on with.
+    # The other learner resumes the round.
     (round_,) = store.rounds.page()
     assert (round_.state, round_.stage) == ("running", "gate")
 
@@ -561,7 +561,7 @@ def test_waiting_for_servers(data_dir: Path) -> None:
     store.replicas.report("r2", "v0000")
     assert wait_until_loaded(store, "v0001", 0) == "1 of 2 running servers had not loaded it after 0 s."
     store.replicas.report("r2", "v0000", "bad tensor")
-    # What it says of another version is of before.
+    # Its error about another version is from before.
     assert wait_until_loaded(store, "v0001", 0) == "1 of 2 running servers had not loaded it after 0 s."
     store.replicas.report("r2", "v0000", "v0001: bad tensor")
-    assert "could not load it and went on with v0000: v0001: bad tensor" in wait_until_loaded(store, "v0001", 0)
+    assert "could not load it and kept v0000: v0001: bad tensor" in wait_until_loaded(store, "v0001", 0)

@@ -1,5 +1,6 @@
-"""A learner that is stopped (SIGSTOP) for longer than its lease, and goes on (SIGCONT) after another one took over: it
-ends with one sentence, and changes neither the database nor a file."""
+"""A learner is stopped (SIGSTOP) for longer than its lease, and continues (SIGCONT) after another one took over: it
+ends with one sentence, and changes neither the database nor a file.
+"""
 
 import hashlib
 import os
@@ -29,7 +30,7 @@ def run(data_dir: Path) -> None:
 
     learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
     learner.round.gate_stage.decide = passing
-    # As `learner run-once` has it.
+    # As in `learner run-once`.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ppo = settings(data_dir).ppo.model_copy(update={"steps": 4, "epochs": 2})
     run_once(settings(data_dir, ppo=ppo, lease_seconds=LEASE_SECONDS), Stages(Console(quiet=True)))
@@ -50,7 +51,7 @@ def run_and_stop(data_dir: Path, call: str, count: int, stopped: Any, said: Any)
 
 
 def contents(data_dir: Path) -> dict[str, str]:
-    """Every file's sum, but for databases, locks and TensorBoard's, of which each process has its own."""
+    """Every file's checksum, except for databases, locks and TensorBoard's files, which differ by process."""
     return {
         str(path.relative_to(data_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(data_dir.rglob("*"))
@@ -68,12 +69,12 @@ def recorded(data_dir: Path) -> list[Any]:
     [
         ("learner.improve.ppo.trainer:ppo_update", 3),  # the middle of a step
         slow("server.store.files.manifest:publish", 4),  # a state written, not yet renamed
-        slow("learner.round.gate_stage:_keep_answers", 1),  # about to write what was answered
+        slow("learner.round.gate_stage:_keep_answers", 1),  # about to write the answers
         ("server.store.files.manifest:publish", 6),  # the version written, not yet renamed
         slow("server.store.learning.policies:Policies.activate", 1),  # about to move the pointer
     ],
 )
-def test_a_learner_that_wakes_after_another_took_over_changes_nothing(
+def test_a_learner_that_continues_after_another_took_over_changes_nothing(
     voted: Path, tmp_path: Path, call: str, count: int
 ) -> None:
     data_dir = tmp_path / "data"

@@ -1,4 +1,4 @@
-"""Rounds that earlier versions began go on with the settings that they began with."""
+"""Rounds that earlier versions began are resumed with the settings that they began with."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from server.shared.tables import flatten
 from server.store.learning.records import Round
 from server.store.learning.round_metrics import RoundMetrics
 
-# What commit a51ccdf stores of a round with its defaults.
+# The settings that commit a51ccdf stores for a round with its defaults.
 A51CCDF: dict[str, Any] = {
     "service_temperature": 0.85,
     "max_model_len": 2048,
@@ -119,7 +119,7 @@ def begun(stored: dict[str, Any]) -> Round:
 
 def test_settings_that_a51ccdf_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    # What is said today is for rounds that begin today.
+    # Current settings are for rounds that begin now.
     (tmp_path / "prefloop.toml").write_text("min_votes = 7\n[ppo]\nsteps = 3\n")
     monkeypatch.setenv("PREFLOOP_SEED", "5")
     monkeypatch.setenv("PREFLOOP_LEARNER_GPU_MEMORY_SHARE", "0.9")
@@ -127,9 +127,9 @@ def test_settings_that_a51ccdf_stored(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (settings.dtype, settings.learner_gpu_memory_share) == ("bfloat16", 0.3)
     assert (settings.seed, settings.min_votes, settings.ppo.steps) == (0, 40, 12)
     assert (settings.policy.mismatch_limit, settings.data_dir) == (0.35, tmp_path)
-    # Eight answers at once, then; as many tokens now.
+    # It was eight answers at a time then; it is as many tokens now.
     assert settings.policy.micro_batch_tokens == 1024
-    # The rest as it was.
+    # The others are unchanged.
     kept, stored = flatten(settings.model_dump(mode="json")), flatten(A51CCDF)
     del stored["gpu_memory_share"], stored["ppo.dtype"], stored["ppo.micro_batch"]
     of_policy = {"train", "start_from", "lora_rank", "lora_alpha", "mismatch_limit", "kl_budget"}
@@ -155,11 +155,11 @@ def test_settings_of_another_version_are_refused_in_a_sentence(stored: dict[str,
     with pytest.raises(FailedPreconditionError) as error:
         began_with(begun(stored), {})
     assert str(error.value) == (
-        f"round_1 was begun by another version of prefloop with settings that this one cannot use ({names}): "
-        "let that version finish it."
+        f"round_1 was started by another version of prefloop with settings that this one cannot use ({names}): "
+        "finish it with that version."
     )
 
 
-def test_todays_settings_are_not_asked_about_an_old_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_current_settings_do_not_affect_an_old_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFLOOP_PROT", "1")
     assert LearnerSettings.from_values({"seed": 3}).seed == 3

@@ -1,4 +1,4 @@
-"""Whatever the server took in: a round that meets it ends well or with a sentence, and counts what it left out."""
+"""Whatever the server accepted: a round either works or ends with a sentence, and counts what it left out."""
 
 import shutil
 from pathlib import Path
@@ -18,12 +18,12 @@ from server.store.store import Store
 from tests.learner import rounds
 from tests.learner.rounds import TinyEngine, passing
 
-# What the tiny model has positions for.
+# The number of positions of the tiny model.
 POSITIONS = 128
 
 given_things = st.fixed_dictionaries(
     {
-        # Tokens of the prompt and of the answer; some fill the context to the last token, some had more than there is.
+        # Tokens of the prompt and of the answer; some fill the context to the last token, some exceed it.
         "prompt": st.sampled_from([1, 6, 64, POSITIONS - 1, POSITIONS, POSITIONS + 1, 3 * POSITIONS]),
         "answer": st.sampled_from([0, 1, 12, POSITIONS - 64, POSITIONS]),
         "max_tokens": st.sampled_from([1, 12, POSITIONS - 64, POSITIONS, 512]),
@@ -54,7 +54,7 @@ def give(store: Store, number: int, thing: dict[str, Any]) -> None:
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(things=st.lists(given_things, min_size=1, max_size=40))
-def test_a_round_ends_well_or_with_a_sentence(
+def test_a_round_works_or_ends_with_a_sentence(
     voted: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, things: list[dict[str, Any]]
 ) -> None:
     monkeypatch.setattr(workspace, "RolloutEngine", TinyEngine)
@@ -71,5 +71,5 @@ def test_a_round_ends_well_or_with_a_sentence(
     assert report.state in ("promoted", "rejected")
     assert "\n" not in report.sentence
     unread = sum(not thing["answer"] or thing["prompt"] + thing["answer"] > POSITIONS for thing in things)
-    # Of each such answer the thumb and the correction; of others the correction, where it is too long.
+    # Left out are the thumb and the correction on each such answer, and other corrections that are too long.
     assert report.metrics.votes.left_out >= 2 * unread

@@ -1,4 +1,4 @@
-"""Texts and tokens of a round: what people read of a prompt, and what the model reads of a text."""
+"""Texts and tokens of a round: prompts as readable text, and texts as tokens."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from tests.round_metrics import filled
 
 @pytest.fixture
 def work(model_directory: Path) -> Any:
-    """A workspace as far as its tokenizer; the chat template is `w1 CONTENT ... w3`."""
+    """A workspace with only a tokenizer; the chat template is `w1 CONTENT ... w3`."""
     made: Any = SimpleNamespace(text=ChatText.load(model_directory), round=SimpleNamespace(create_time=0.0))
     made.encode_chat = lambda messages: Workspace.encode_chat(made, messages)
     return made
@@ -37,7 +37,7 @@ def test_a_conversation_is_encoded_in_the_chat_template(work: Any) -> None:
     ]
 
 
-def test_people_read_a_prompt_without_the_templates_ends(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_readable_prompt_has_no_template_ends(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two words that the small vocabulary has, so that the two probes differ.
     work.encode_chat = lambda messages: {"Why?": [1, 20, 3], "No.": [1, 21, 3]}[messages[0]["content"]]
     work._template_ends = Workspace._template_ends.func(work)  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def test_people_read_a_prompt_without_the_templates_ends(work: Any, monkeypatch:
         ([1, 2, 3, 4, 5], [0, 2.0, 3.0, 4.2, 5.0], [1, 2, 5]),
         # One update, of which nothing is known.
         ([1], [0.0], [1]),
-        # Where the penalty holds the KL, all that is near the end is the same.
+        # If the penalty holds the KL, all candidates near the end are the same.
         ([1, 2, 3, 4, 5, 6, 7, 8], [0, 1.5, 2.9, 3.4, 3.5, 3.6, 3.5, 3.5, 3.6], [1, 8]),
     ],
 )

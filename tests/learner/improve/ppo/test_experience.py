@@ -1,5 +1,6 @@
-"""Values of a rollout: the critic begins as the reward model, and a row's company does not show in its values. Every
-tensor is made on the device of the tokens."""
+"""Values of a rollout: the critic starts as the reward model, and other rows of a micro-batch do not affect a row's
+values. Every tensor is created on the device of the tokens.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_the_critic_begins_as_the_reward_head_without_its_length() -> None:
     assert critic(first).item() == 0.75 + reward_model().weights[0].item()
 
 
-def test_a_rows_company_does_not_show_in_its_prefix_features(model_directory: Path) -> None:
+def test_other_rows_do_not_affect_a_rows_prefix_features(model_directory: Path) -> None:
     policy = TrainablePolicy.create(model_directory, PolicySettings(lora_rank=4), torch.float32, torch.device("cpu"))
     rollout = to_rollout([sample([7, 8, 9]), sample([10, 11, 12, 13, 14, 15, 16, 17])])
     alone = judge_rollout(policy, reward_model(), rollout, 0.85, 1)
@@ -66,8 +67,8 @@ def test_without_prefixes_the_rest_is_the_same(model_directory: Path) -> None:
     assert bare.prefix_features.shape == (2, 3, 0)
 
 
-def test_an_update_makes_every_tensor_where_its_tokens_are(model_directory: Path) -> None:
-    # Stands in for a GPU: what is made without a device is made on `meta`, which mixes with no other.
+def test_an_update_creates_every_tensor_on_the_device_of_its_tokens(model_directory: Path) -> None:
+    # Stands in for a GPU: a tensor created without a device is on `meta`, which cannot be mixed with another.
     ppo = PPOSettings(learning_rate=1e-9, critic_learning_rate=1e-9)
     policy = TrainablePolicy.create(model_directory, PolicySettings(lora_rank=4), torch.float32, torch.device("cpu"))
     shared = [5, 6, 7, 8, 9, 10, 11, 12]
@@ -86,7 +87,7 @@ def test_an_update_makes_every_tensor_where_its_tokens_are(model_directory: Path
         passes = draw_minibatches(rollout.tokens, ppo, torch.Generator().manual_seed(0))
         return ppo_update(logprobs_of, critic, optimizer, batch, ppo, passes, 2)
 
-    # The first makes Adam's state, which is torch's own affair.
+    # The first update creates Adam's state, which is up to torch.
     expected = update()
     with torch.device("meta"):
         found = update()

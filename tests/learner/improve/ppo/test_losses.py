@@ -63,7 +63,7 @@ def test_micro_batches_add_up_to_the_token_mean() -> None:
     assert total == pytest.approx(3.0, abs=1e-6)
 
 
-def test_value_loss_takes_the_worse_of_free_and_clipped() -> None:
+def test_value_loss_takes_the_worse_of_unclipped_and_clipped() -> None:
     mask = torch.ones(1, 1, dtype=torch.bool)
 
     def loss(value: float, old: float, target: float) -> float:
@@ -72,7 +72,7 @@ def test_value_loss_takes_the_worse_of_free_and_clipped() -> None:
 
     assert loss(1.0, 0.9, 2.0) == pytest.approx(0.5, abs=1e-6)  # inside the clip: (1 - 2)^2 / 2
     assert loss(1.5, 0.0, 2.0) == pytest.approx(1.62, abs=1e-6)  # clipped to 0.2: (0.2 - 2)^2 / 2
-    assert loss(-1.0, 0.0, 2.0) == pytest.approx(4.5, abs=1e-6)  # the free one is worse
+    assert loss(-1.0, 0.0, 2.0) == pytest.approx(4.5, abs=1e-6)  # the unclipped one is worse
 
 
 def test_mismatch_figures() -> None:

@@ -47,7 +47,7 @@ def test_dropout_is_off_while_logprobs_are_taken(model_directory: Path, tmp_path
     assert torch.equal(policy_logprobs(policy, tokens, 1.0, 1), first)
 
 
-def test_an_eos_in_the_prompt_ends_nothing() -> None:
+def test_an_eos_in_the_prompt_does_not_end_the_answer() -> None:
     """trl #6805."""
     rollout = to_rollout([sample([5, EOS, 6], [7, 8], "length"), sample([5], [7, EOS], "stop")])
     assert rollout.ended.tolist() == [False, True]
@@ -67,7 +67,7 @@ def test_the_eos_is_part_of_what_is_scored(model: Any) -> None:
     assert with_eos[0, -1].item() == pytest.approx(1.098612, abs=1e-6)  # log 3: it counts in the length, too
 
 
-def test_an_adapter_is_no_reference(tmp_path: Path) -> None:
+def test_an_adapter_is_refused_as_the_reference(tmp_path: Path) -> None:
     """trl #1340: with adapters off the base answers, which is the reference only where the reference has no adapter."""
     with new_version(tmp_path / "v0001", kind="adapter", reference_version="v0000") as staging:
         (staging / "adapter_model.safetensors").write_bytes(b"")

@@ -57,7 +57,7 @@ def test_training_ends_when_uncertainty_grows_faster_than_the_score() -> None:
     assert not outgrown(steps, 2)
 
 
-def test_a_cut_answers_score_is_replaced_only_where_that_is_set() -> None:
+def test_a_cut_answers_score_is_replaced_only_if_that_is_set() -> None:
     rollout = to_rollout(
         [SampledAnswer([1], [5, 2], [0.0, 0.0], "a", "stop"), SampledAnswer([1], [5, 6], [0.0, 0.0], "b", "length")]
     )

@@ -1,11 +1,11 @@
 # Copied from server/shared/loopback.py by `make docs`: write there, not here.
-"""Whether a host is this machine alone."""
+"""Recognises loopback addresses."""
 
 import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host`, a name or an IP address without brackets, is this machine's loopback. No name is looked up."""
+    """Whether `host`, a name or an IP address without brackets, is this machine's loopback. Names are not resolved."""
     if host == "localhost":
         return True
     try:

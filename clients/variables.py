@@ -1,7 +1,7 @@
 # Copied from server/shared/variables.py by `make docs`: write there, not here.
-"""`PREFLOOP_*` variables by the settings that they set; one that no program reads is an error, with the nearest name.
+"""`PREFLOOP_*` variables by setting. One that no program reads is an error, which suggests the nearest name.
 
-Server, learner and clients share one environment, so each knows the names of all. Letter case does not count.
+Server, learner and clients share one environment, so each knows the names of all. Case is ignored.
 """
 
 import re
@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from clients.setting_names import OLD, SETTINGS, VARIABLES
 
 PREFIX, NESTED = "PREFLOOP_", "__"
-# What Kubernetes tells a pod about a Service named prefloop or prefloop-*. One more, PREFLOOP_PORT or PREFLOOP_*_PORT,
-# is an address there and may be a port of ours.
+# Variables that Kubernetes sets in a pod for a Service named prefloop or prefloop-*. It also sets PREFLOOP_PORT or
+# PREFLOOP_*_PORT to an address; as a number, these may be ports of ours.
 SERVICE = re.compile(
     r"PREFLOOP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)", re.ASCII
 )
@@ -19,16 +19,16 @@ ADDRESS = re.compile("(tcp|udp|sctp)://")
 
 
 class UnknownSettingError(ValueError):
-    """Something is set that no program reads. The message is one sentence for the operator."""
+    """A setting that no program reads. The message is one sentence for the operator."""
 
 
 def check_variables(environ: Mapping[str, str]) -> None:
-    """Raises UnknownSettingError where a variable is nobody's."""
+    """Raise UnknownSettingError if a variable is unknown."""
     refuse(unknown(read_variables(environ)))
 
 
 def read_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Texts by setting, as `ppo.steps` for PREFLOOP_PPO__STEPS. Raises UnknownSettingError for those of Kubernetes."""
+    """Values by setting, as `ppo.steps` for PREFLOOP_PPO__STEPS. Raises UnknownSettingError for those of Kubernetes."""
     ours = {name.upper(): text for name, text in environ.items() if name.upper().startswith(PREFIX)}
     services = [
         name
@@ -45,14 +45,14 @@ def read_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def unknown(variables: Iterable[str]) -> Iterator[str]:
-    """Each of these settings that is nobody's, as a variable, with a hint."""
+    """Yield each unknown setting, as a variable, with a hint."""
     for name in sorted(set(variables) - SETTINGS - VARIABLES - OLD):
         near = nearest(name, SETTINGS | VARIABLES)
         yield hint(as_variable(name), near and as_variable(near))
 
 
 def refuse(found: Iterable[str]) -> None:
-    """Raises UnknownSettingError where anything was found."""
+    """Raise UnknownSettingError if anything was found."""
     if names := list(found):
         raise UnknownSettingError(f"Unknown setting{'s' * (len(names) > 1)}: {', '.join(names)}.")
 
@@ -62,7 +62,7 @@ def hint(name: str, near: str | None) -> str:
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """The setting that was probably meant: of the same name in another table, or of one that is spelled alike."""
+    """The setting that was probably meant: of the same name in another table, or with a similar spelling."""
     from difflib import get_close_matches
 
     last = name.rpartition(".")[2]

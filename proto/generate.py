@@ -1,4 +1,4 @@
-"""Regenerates the committed stubs: `python proto/generate.py [OUTPUT]`. Default output: this folder."""
+"""Regenerate the committed stubs: `python proto/generate.py [OUTPUT]`. Default output: this folder."""
 
 import sys
 from importlib.resources import files
@@ -11,9 +11,9 @@ PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
 
 
 def generate(output: Path) -> None:
-    """Writes `prefloop/v1/*_pb2{,_grpc}.py{,i}` below `output`; raises RuntimeError where protoc refuses."""
+    """Write `prefloop/v1/*_pb2{,_grpc}.py{,i}` below `output`. Raises RuntimeError if protoc fails."""
     includes = [f"-I{ROOT}", f"-I{files('grpc_tools') / '_proto'}"]
-    # The plugins of this environment, whether or not it is activated.
+    # Use this environment's plugins, whether or not it is activated.
     plugins = [f"--plugin={name}={Path(sys.executable).parent / name}" for name in PLUGINS]
     kinds = ["--python_out", "--mypy_out", "--grpc_python_out", "--mypy_grpc_out"]
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("prefloop/v1/*.proto"))

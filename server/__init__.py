@@ -1,1 +1,1 @@
-"""The chat service: gRPC in front, vLLM behind, SQLite beside."""
+"""The chat service: a gRPC server over vLLM and SQLite."""

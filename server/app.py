@@ -1,7 +1,7 @@
-"""The gRPC server: its services over a store and a policy, and what it does beside its calls.
+"""The gRPC server: its services over a store and a policy, and its background tasks.
 
-Stopping is the reverse of starting: new calls are refused while open streams run on within the grace, then the answers
-that were cut off are stored. The engine and the store outlive it (`server.process`).
+Stopping reverses starting: new calls are refused, open streams may finish within the grace period, and interrupted
+answers are stored. The engine and the store outlive the server (`server.process`).
 """
 
 import asyncio
@@ -68,19 +68,19 @@ OPTIONS = [
     # Clients may ping an idle connection every 30 seconds; gRPC's default is 5 minutes.
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Strangers: how long they may take to say hello, stay without a call, and what they may send in one.
+    # Limits for any peer: the time for the handshake, the time without a call, and the size of a call.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 15 * 60_000),
     ("grpc.max_concurrent_streams", 1_000),
     ("grpc.max_metadata_size", 8 * 1024),
     ("grpc.absolute_max_metadata_size", 16 * 1024),
-    # A demonstration of the longest messages.
+    # Fits a demonstration with the longest messages.
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),
 ]
 
 
 class App:
-    """The gRPC server over a store and, once started, a policy. Raises ServiceError where the port is taken."""
+    """The gRPC server over a store and, once started, a policy. Raises ServiceError if the port is in use."""
 
     def __init__(self, settings: ServerSettings, store: StoreThread) -> None:
         self._settings = settings
@@ -101,7 +101,7 @@ class App:
             ],
         )
         metrics.ANSWERS_LIMIT.set(settings.max_streams)
-        # Before the engine starts, which takes a minute: a port in use should be known at once.
+        # Bind before the engine starts, which takes a minute, so that a port in use is reported at once.
         self.port = self._bind()
         # Not the address: in containers every server may listen on 0.0.0.0 and the same port.
         self._replica_id = f"{socket.gethostname()}:{self.port}"
@@ -109,7 +109,7 @@ class App:
         self._told: bool | None = None
 
     async def start(self, engine: ServingEngine) -> None:
-        """Serves the active version; health turns SERVING last."""
+        """Start to serve the active version; health becomes SERVING last."""
         settings, replica_id = self._settings, self._replica_id
         self._follower = Follower(engine, self._store, settings.data_dir, replica_id, settings.hang_seconds)
         self._chooser = (
@@ -136,25 +136,25 @@ class App:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         await self._store(lambda store: store.responses.fail_interrupted(replica_id, starting=True))
-        # Before the first user: a version that was activated while no server ran takes effect now.
+        # Before the first call: load a version that was activated while no server ran.
         await self._follower.converge()
         await self._access.refresh()
         poll = settings.poll_seconds
         self._repeat(self._follower.follow, poll, "following the active policy failed")
         self._repeat(self._follower.report, HEARTBEAT_SECONDS, "the heartbeat could not be written")
         self._repeat(self._access.refresh, poll, "the keys could not be read")
-        self._repeat(partial(self._store, show_rounds), SELDOM_SECONDS, "the rounds' figures could not be read")
-        self._repeat(self._fail_interrupted, SELDOM_SECONDS, "answers of servers that ended could not be marked")
+        self._repeat(partial(self._store, show_rounds), SELDOM_SECONDS, "the rounds' metrics could not be read")
+        self._repeat(self._fail_interrupted, SELDOM_SECONDS, "answers of stopped servers could not be marked as failed")
         if settings.hang_seconds != 0:
-            self._repeat(self._follower.probe, PROBE_SECONDS, "the engine's pulse could not be read")
-        self._repeat(self._retention.tidy, TIDY_SECONDS, "what was deleted could not be tidied up")
+            self._repeat(self._follower.probe, PROBE_SECONDS, "the engine could not be probed")
+        self._repeat(self._retention.tidy, TIDY_SECONDS, "cleaning up after deletions failed")
         if self._ab_test:
-            self._repeat(self._ab_test.look, poll, "the votes on two versions could not be looked at")
+            self._repeat(self._ab_test.look, poll, "the A/B test could not be evaluated")
         await self._server.start()
-        self._repeat(partial(self._tell_health, engine), poll, "health could not be told")
+        self._repeat(partial(self._tell_health, engine), poll, "health could not be reported")
 
     async def stop(self, grace: float) -> None:
-        """Refuses new calls, lets open streams run on for `grace` seconds, stores what was cut off."""
+        """Refuse new calls, give open streams `grace` seconds to finish, and store interrupted answers."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
         await self._turns.drain()
@@ -168,7 +168,7 @@ class App:
 
     @property
     def serving(self) -> bool:
-        """What the health service says."""
+        """Whether the health service reports SERVING."""
         return bool(self._told)
 
     async def _fail_interrupted(self) -> None:
@@ -178,7 +178,7 @@ class App:
         self._tasks.append(asyncio.create_task(repeat_until_cancelled(work, seconds, complaint)))
 
     async def _tell_health(self, engine: ServingEngine) -> None:
-        """SERVING for as long as the engine is alive."""
+        """Report SERVING while the engine is alive."""
         alive = engine.alive
         if alive != self._told:
             for service in ["", *SERVICES]:
@@ -197,6 +197,6 @@ class App:
                 port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ServiceError(
-                f"{address} cannot be listened on, perhaps because another server does; choose another --port."
+                f"Cannot listen on {address}; another server may be using it. Choose another --port."
             ) from error
         return int(port)

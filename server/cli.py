@@ -1,4 +1,4 @@
-"""The command `server`: flags to settings to a call. Heavy imports wait until a command runs."""
+"""The `server` command line. Each command imports heavy modules only when it runs."""
 
 import asyncio
 import codecs
@@ -25,10 +25,10 @@ app = typer.Typer(
 )
 
 
-keys_app = typer.Typer(no_args_is_help=True, help="API keys: who may call, and as what.")
+keys_app = typer.Typer(no_args_is_help=True, help="Create, list and revoke API keys.")
 app.add_typer(keys_app, name="keys")
 
-DataDir = Annotated[Optional[Path], typer.Option(help="Everything that is kept. Default: ./data.")]
+DataDir = Annotated[Optional[Path], typer.Option(help="The data directory. Default: ./data.")]
 
 
 @app.command()
@@ -38,7 +38,7 @@ def serve(
     host: Annotated[Optional[str], typer.Option(help="The address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[Optional[int], typer.Option(help="The port to listen on. Default: 50051.")] = None,
 ) -> None:
-    """Serve chats and record votes until SIGTERM. Every setting is also a PREFLOOP_* variable or in prefloop.toml."""
+    """Serve chats and record votes until SIGTERM. Settings also come from PREFLOOP_* variables and prefloop.toml."""
     settings = _settings(data_dir=data_dir, model=model, host=host, port=port)
     import uvloop
 
@@ -58,11 +58,11 @@ def serve(
 def doctor(
     data_dir: DataDir = None,
     model: Annotated[Optional[str], typer.Option(help="As for `serve`.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Findings and figures as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print findings and measurements as JSON.")] = False,
 ) -> None:
-    """Say what this machine and this set-up are good for, and what is wrong with them; no server need run.
+    """Check this machine and this setup, and report problems; the server need not be running.
 
-    Takes some seconds. Ends with 1 where something is wrong; a warning alone is no such thing."""
+    Takes some seconds. Exits with 1 if something is wrong; a warning alone does not count."""
     try:
         from server.doctor.examine import examine
     except ImportError as error:
@@ -79,10 +79,10 @@ def doctor(
 
 @app.command()
 def backup(
-    destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet; it becomes a data directory.")],
+    destination: Annotated[Path, typer.Argument(help="A new folder, which becomes a data directory.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Copy the database and all versions while server and learner run. Ends with 1 where a version is damaged."""
+    """Copy the database and all versions while server and learner run. Exits with 1 if a version is damaged."""
     settings = _settings(data_dir=data_dir)
     from server.admin.backup import back_up
 
@@ -92,28 +92,28 @@ def backup(
         _fail(str(error))
     _say(f"backed up to {destination}")
     if damaged:
-        _fail(f"The backup lacks what is damaged. {' '.join(damaged)}")
+        _fail(f"The backup is incomplete: damaged versions were left out. {' '.join(damaged)}")
 
 
 @keys_app.command()
 def create(
-    user: Annotated[str, typer.Option(help="Whose key it is; the same user may have several.")],
-    role: Annotated[Role, typer.Option(help="`user`: chat and vote. `operator`: policies and rounds, too.")] = "user",
+    user: Annotated[str, typer.Option(help="The key's user; a user may have several keys.")],
+    role: Annotated[Role, typer.Option(help="`user`: chat and vote. `operator`: also policies and rounds.")] = "user",
     data_dir: DataDir = None,
 ) -> None:
-    """Make a key and show it, this once. A running server takes it at once."""
+    """Create a key and print it once. A running server accepts it at once."""
     with _store(data_dir) as store:
         typer.echo(store.keys.create(user, role))
 
 
 @keys_app.command("list")
 def list_keys(data_dir: DataDir = None) -> None:
-    """List every key there ever was: its id, user and role, and since when it is good or revoked."""
+    """List every key ever created: id, user, role, and when it was created and revoked."""
     with _store(data_dir) as store:
         for key in store.keys.all():
             revoked = f"revoked {_date(key.revoke_time)}" if key.revoke_time else ""
-            user = key.user or "(forgotten)"
-            typer.echo(f"{key.id}  {key.role:8}  {user:20}  made {_date(key.create_time)}  {revoked}".rstrip())
+            user = key.user or "(deleted)"
+            typer.echo(f"{key.id}  {key.role:8}  {user:20}  created {_date(key.create_time)}  {revoked}".rstrip())
 
 
 @keys_app.command()
@@ -121,7 +121,7 @@ def revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="The part of the key before the dot.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Make a key useless. A running server refuses it at once."""
+    """Revoke a key. A running server refuses it at once."""
     with _store(data_dir) as store:
         store.keys.revoke(key_id)
 
@@ -129,12 +129,12 @@ def revoke(
 @app.command("forget-user")
 def forget_user(
     user: Annotated[str, typer.Argument(help="The user's name.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Remove everything that is kept of a user for good, also while a server runs, and rewrite the database.
+    """Permanently delete all data of a user, also while a server runs, and rewrite the database.
 
-    Weights that learned from them stay as they are; it says which."""
+    Weights trained on the user's data stay unchanged; the command lists them."""
     from server.admin.forget_user import forget
 
     settings = _settings(data_dir=data_dir)
@@ -142,7 +142,7 @@ def forget_user(
         kept = store.deletion.look(user)
         typer.echo(f"{user}: {kept.conversations} conversations, {kept.votes} votes, and their keys.")
         if not yes:
-            typer.confirm("Remove them for good?", abort=True)
+            typer.confirm("Delete them permanently?", abort=True)
         for line in forget(store, settings.data_dir, user, settings.poll_seconds):
             _say(line)
 
@@ -150,15 +150,15 @@ def forget_user(
 @app.command("export-user")
 def export_user(
     user: Annotated[str, typer.Argument(help="The user's name.")],
-    out: Annotated[Optional[Path], typer.Option(help="A file instead of stdout.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Write to this file instead of stdout.")] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Write everything that is kept of a user as JSON lines, each an ExportUserResponse."""
+    """Write all stored data of a user as JSON lines, each an ExportUserResponse."""
     from google.protobuf.json_format import MessageToJson
 
     from server.rpc.export import export
 
-    # What a terminal cannot say, or would obey, is escaped, not lost.
+    # Escape characters that a terminal cannot encode or would execute.
     plain = not out and (sys.stdout.isatty() or codecs.lookup(sys.stdout.encoding).name != "utf-8")
     opened = whole_file(out) if out else nullcontext(sys.stdout)
     with _store(data_dir) as store, opened as file:
@@ -169,7 +169,7 @@ def export_user(
 
 @app.command("compact")
 def compact_data(data_dir: DataDir = None) -> None:
-    """Rewrite the database, which drops what deleted rows left in its file. Writes wait meanwhile."""
+    """Rewrite the database to drop what deleted rows left in its file. Writes wait in the meantime."""
     from server.admin.forget_user import compact
 
     with _store(data_dir):
@@ -188,7 +188,7 @@ def _settings(**flags: Any) -> "ServerSettings":
 
 @contextmanager
 def _store(data_dir: Path | None) -> "Iterator[Store]":
-    """The store of the data directory; what goes wrong with it is one sentence."""
+    """The store of the data directory; a ServiceError ends the command with its message."""
     from server.store.store import Store
 
     try:

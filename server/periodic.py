@@ -1,4 +1,4 @@
-"""What a server does again and again beside its calls."""
+"""Repeats background work."""
 
 import asyncio
 import logging
@@ -9,8 +9,8 @@ log = logging.getLogger(__name__)
 
 
 async def repeat_until_cancelled(work: Callable[[], Awaitable[object]], seconds: float, complaint: str) -> NoReturn:
-    """Does `work`, and again after `seconds`, until cancelled. The second boundary where errors end: work that stopped
-    for one would be missed for good."""
+    """Call `work` repeatedly, `seconds` apart, until cancelled. Errors are logged, so that one failure does not end the
+    repetition."""
     while True:
         try:
             await work()

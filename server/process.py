@@ -1,4 +1,4 @@
-"""The server's process: what is prepared before anybody is served, and put away after the last answer."""
+"""The server process: preparation before serving, and cleanup after the last answer."""
 
 import asyncio
 import gc
@@ -22,14 +22,14 @@ from server.shared.open_files import allow_open_files
 from server.store.store_thread import StoreThread
 from server.telemetry.metrics_http import MetricsServer
 
-# Seconds; Python's own are 5 ms, for which a statement of the store may wait while calls are parsed.
+# Python's default is 5 ms; a statement of the store may wait that long while calls are parsed.
 SWITCH_SECONDS = 0.0005
-# Open files beside connections: it has 45 with nobody connected, and answers that are sampled have none.
+# Open files besides connections: there are 45 without connections, and sampling answers adds none.
 OWN_FILES = 200
 
 
 async def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
-    """Runs until SIGTERM or SIGINT. Raises ServiceError with what to do where it cannot start."""
+    """Run until SIGTERM or SIGINT. Raises ServiceError with advice if it cannot start."""
     sys.setswitchinterval(SWITCH_SECONDS)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -45,21 +45,21 @@ async def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
 
 
 def check_exposure(settings: ServerSettings, *, has_key: bool) -> None:
-    """Raises ServiceError where strangers could reach this server without TLS or without a key."""
+    """Raise ServiceError if other machines could reach this server without TLS or without a key."""
     missing = [] if settings.tls_cert else ["a certificate with PREFLOOP_TLS_CERT and PREFLOOP_TLS_KEY"]
-    missing += [] if has_key else ["a key, made by `server keys create --user NAME --role operator`"]
+    missing += [] if has_key else ["a key, created with `server keys create --user NAME --role operator`"]
     if missing:
         raise ServiceError(
-            f"--host {settings.host} lets strangers in, which needs TLS and keys. Missing: {' and '.join(missing)}. "
-            "Or listen on 127.0.0.1."
+            f"--host {settings.host} accepts connections from other machines, which requires TLS and keys. "
+            f"Missing: {' and '.join(missing)}. Or listen on 127.0.0.1."
         )
 
 
 def connections_that_fit(wanted: int) -> int:
-    """How many connections may be open at once, `wanted` at most. Raises ServiceError where it is none."""
+    """How many connections may be open at once, at most `wanted`. Raises ServiceError if there can be none."""
     files = allow_open_files(wanted + OWN_FILES)
     if files <= OWN_FILES:
-        raise ServiceError(f"This process may have {files} files open (`ulimit -Hn`), and needs more than {OWN_FILES}.")
+        raise ServiceError(f"This process may open {files} files (`ulimit -Hn`), but needs more than {OWN_FILES}.")
     return files - OWN_FILES
 
 
@@ -68,7 +68,7 @@ async def _serve(
 ) -> None:
     connections = connections_that_fit(settings.max_connections)
     if connections < settings.max_connections:
-        say(f"at most {connections} connections: this process may have no more files open (`ulimit -Hn`)")
+        say(f"accepting at most {connections} connections because of the limit on open files (`ulimit -Hn`)")
         settings = settings.model_copy(update={"max_connections": connections})
     app = App(settings, store)
     set_environment(settings)
@@ -76,12 +76,12 @@ async def _serve(
     await store(lambda store: store.policies.register_reference())
     dtype = await asyncio.to_thread(resolve_dtype, settings.dtype)
     say(f"starting the engine, which computes in {dtype}")
-    # Always from the reference: compiled code is cached by the model's path. The active version is swapped in.
+    # Always start with the reference: compiled code is cached by the model's path. The active version is swapped in.
     engine = make_engine(settings, dtype.name, directory)
     try:
         await engine.start()
         await app.start(engine)
-        # A quarter of a million objects of the libraries that never die: no collection need look at them again.
+        # The libraries hold a quarter of a million permanent objects; exclude them from garbage collection.
         gc.collect()
         gc.freeze()
         with exposed(app, settings, say):
@@ -91,19 +91,19 @@ async def _serve(
         await app.stop(settings.grace_seconds)
     finally:
         await engine.close()
-        # The engine stands in reference cycles; collected as late as the interpreter's end, it complains.
+        # The engine is in reference cycles, and complains if it is collected only at interpreter exit.
         gc.unfreeze()
         gc.collect()
 
 
 @contextmanager
 def exposed(app: App, settings: ServerSettings, say: Callable[[str], None]) -> Iterator[None]:
-    """Metrics and health over HTTP while the block runs. Chats matter more: a port in use is said, and no more."""
+    """Serve metrics and health over HTTP while the block runs. A port in use is reported but is no error."""
     host, port = settings.metrics_host, settings.metrics_port
     try:
         metrics_server = MetricsServer(host, port, lambda: app.serving)
     except OSError as error:
-        say(f"no metrics: {host}:{port} cannot be listened on ({error.strerror}); choose another PREFLOOP_METRICS_PORT")
+        say(f"no metrics: cannot listen on {host}:{port} ({error.strerror}); choose another PREFLOOP_METRICS_PORT")
         yield
         return
     say(f"metrics on http://{host}:{metrics_server.port}/metrics")
@@ -114,8 +114,8 @@ def exposed(app: App, settings: ServerSettings, say: Callable[[str], None]) -> I
 
 
 def make_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> VllmEngine:
-    """An engine with the reference in `directory`, and what swaps versions in it. Raises ServiceError where the engine
-    cannot start; vLLM writes why to standard error."""
+    """An engine with the reference in `directory` that can swap versions. Raises ServiceError if the engine cannot
+    start; vLLM writes the cause to standard error."""
     start = partial(start_engine, settings, dtype, directory)
     try:
         if settings.serve_adapters:
@@ -123,8 +123,8 @@ def make_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> 
         return VllmEngine(start, directory, dtype, keep_kv=settings.keep_kv_on_swap)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         raise ServiceError(
-            f"The engine could not start ({error or type(error).__name__}); what vLLM said of it is above. Where it is "
-            f"memory: PREFLOOP_KV_CACHE_GIB is {settings.kv_cache_gib}, and `server doctor` says what this machine has."
+            f"The engine could not start ({error or type(error).__name__}); vLLM's messages are above. If memory ran "
+            f"out: PREFLOOP_KV_CACHE_GIB is {settings.kv_cache_gib}; `server doctor` shows what this machine has."
         ) from error
 
 

@@ -1,1 +1,1 @@
-"""What an operator does to a data directory."""
+"""An operator's work on a data directory."""

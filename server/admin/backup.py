@@ -1,12 +1,12 @@
-"""A copy of a data directory, made while server and learner run. It is a data directory itself.
+"""Copies a data directory while server and learner run. The copy is a data directory itself.
 
-The order makes it whole. A version is published before it is registered, and marked as pruned before it is removed. So
-versions are copied first and the database last, and again, until every version that the copied database calls whole was
-copied. A version that was pruned meanwhile may be in the copy, too; the next round there removes it.
+The order makes it complete. A version is published before it is registered, and marked as pruned before it is removed.
+So versions are copied first and the database last, repeatedly, until every unpruned version in the copied database was
+copied. A version that was pruned in the meantime may be in the copy, too; the next round there removes it.
 
-Versions are copied, not linked: a backup that shares its blocks with the original is damaged with it. What can be made
-again (`merged/`, `cache/`) and what rounds wrote for people to read (`rounds/`) is left out. With `rounds/` goes
-what a round under way would go on from, so in the copy it has failed, and the next one begins.
+Versions are copied, not linked: a backup that shares its blocks with the original is damaged with it. Directories that
+can be created again (`merged/`, `cache/`) and the files of rounds (`rounds/`) are left out. A running round would
+resume from `rounds/`, so in the copy it is marked as failed, and the next one begins.
 """
 
 import shutil
@@ -17,17 +17,17 @@ from server.shared.errors import DatabaseError, DataDirectoryError, ManifestErro
 from server.store.files.manifest import new_directory, verify
 from server.store.store import Store
 
-UNDER_WAY = "It was under way when this backup was made."
+UNDER_WAY = "It was in progress when this backup was made."
 
 
 def back_up(data_dir: Path, destination: Path) -> list[str]:
-    """Makes `destination`, whole or not at all; a sentence on each version that is damaged and was left out.
+    """Create `destination`, whole or not at all. Returns a sentence for each damaged version, which is left out.
 
-    Raises DataDirectoryError where there is nothing to copy, or the copy cannot be made."""
+    Raises DataDirectoryError if there is nothing to copy, or the copy fails."""
     if not Store.exists(data_dir):
         raise DataDirectoryError(f"There is no data in {str(data_dir)!r} to back up.")
     if destination.exists():
-        raise DataDirectoryError(f"{str(destination)!r} exists already; a backup is never written over.")
+        raise DataDirectoryError(f"{str(destination)!r} exists already; a backup never overwrites anything.")
     with closing(Store.open(data_dir)) as store:
         try:
             with new_directory(destination) as staging:
@@ -53,20 +53,20 @@ def _copy(store: Store, data_dir: Path, staging: Path) -> list[str]:
 
 
 def _versions(store: Store) -> set[str]:
-    """The directories, below the data directory, of all that was published and not pruned."""
+    """The directories, relative to the data directory, of everything published and not pruned."""
     policies = {f"policies/{policy.version}" for policy in store.policies.page() if policy.prune_time is None}
     return policies | {f"reward_models/{model.version}" for model in store.reward_models.all()}
 
 
 def _copy_version(source: Path, final: Path) -> str:
-    """Copies one version; what is wrong with it, in a sentence, or nothing."""
+    """Copy one version. Returns a sentence if it is damaged, else an empty string."""
     try:
         with new_directory(final) as staging:
             shutil.copytree(source, staging, dirs_exist_ok=True)
         verify(final)
     except (OSError, ManifestError):
         shutil.rmtree(final, ignore_errors=True)
-        # Is it the version, damaged or pruned meanwhile, or the place where it goes, a full disk say?
+        # Is the version damaged or now pruned, or did its destination fail, for example with a full disk?
         try:
             verify(source)
         except ManifestError as error:

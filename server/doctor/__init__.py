@@ -1,5 +1,5 @@
-"""`server doctor`: what this machine and this set-up are, what is wrong with them, and what to do about it.
+"""`server doctor`: reports on this machine and setup, what is wrong with them, and what to do about it.
 
-`readings` asks the machine, `machine_checks` and `setup_checks` judge what was read without asking anything themselves,
-`examine` is the whole of it.
+`readings` reads the machine, `machine_checks` and `setup_checks` judge the readings without reading anything
+themselves, and `examine` combines them.
 """

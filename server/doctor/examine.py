@@ -1,4 +1,4 @@
-"""The whole of `server doctor`: every check on what was read, and what programs want to know beside it."""
+"""Runs all checks of `server doctor`, and collects measurements for programs."""
 
 import os
 import platform
@@ -27,18 +27,18 @@ from server.shared.stored_round import ANSWER_TOKENS
 from server.shared.variables import PREFIX
 from server.store.sqlite.database import sqlite_version
 
-# What the speed's measurement takes at most, with room for torch itself.
+# The most memory that measuring the speed takes, with room for torch itself.
 MEASURE_BYTES = GIB
 
 
 class LearnerShare(BaseModel):
-    """Of the learner's settings for the policy, what its memory follows from."""
+    """The learner's policy settings that determine its memory."""
 
     micro_batch_tokens: Annotated[int, Field(ge=0)] = 0
 
 
 class DoctorSettings(ServerSettings):
-    """The server's, and those of the learner's that disk and memory have to have room for."""
+    """The server's settings, and those of the learner that determine disk and memory."""
 
     renamed: ClassVar = {
         **ServerSettings.renamed,
@@ -53,25 +53,24 @@ class DoctorSettings(ServerSettings):
 
 @dataclass(frozen=True)
 class Report:
-    """All findings, and figures by name."""
+    """All findings, and measurements by name."""
 
     findings: list[Finding]
     figures: dict[str, Any]
 
     @property
     def state(self) -> State:
-        """The worst of the findings'."""
+        """The worst state of the findings."""
         return max((finding.state for finding in self.findings), key=["ok", "warning", "wrong"].index)
 
 
 def examine(**flags: Any) -> Report:
-    """Asks and judges everything; takes some seconds, most of them to import torch. A flag that is None was not
-    given."""
+    """Run all checks; takes some seconds, most of them to import torch. Flags that are None are ignored."""
     return Examination(*load_settings(**flags)).report()
 
 
 def load_settings(**flags: Any) -> tuple[DoctorSettings, str]:
-    """The settings, and an empty sentence; or the defaults, and what is wrong with the settings."""
+    """The settings and an empty string, or the defaults and a sentence about what is wrong with the settings."""
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return DoctorSettings(**given), ""
@@ -80,7 +79,7 @@ def load_settings(**flags: Any) -> tuple[DoctorSettings, str]:
 
 
 class Examination:
-    """Readings are taken once, when a check first needs them."""
+    """All checks on some settings. Readings are taken once, when a check first needs them."""
 
     def __init__(self, settings: DoctorSettings, settings_problem: str) -> None:
         self.settings, self.settings_problem = settings, settings_problem
@@ -89,7 +88,7 @@ class Examination:
         return Report([attempt(name, check) for name, check in self.checks()], self.figures())
 
     def checks(self) -> Iterator[tuple[str, Callable[[], Finding]]]:
-        """In the order of the table."""
+        """Yield the checks by name, in the order of the table."""
         yield "python", lambda: machine_checks.check_python(sys.version_info[:3])
         yield "system", lambda: machine_checks.check_system(platform.system(), platform.machine())
         yield "system packages", self.check_system_packages
@@ -130,7 +129,7 @@ class Examination:
         return check(host, port, readings.port_problem(host, port), self.health)
 
     def figures(self) -> dict[str, Any]:
-        """For programs that wait on this machine, and can say why it takes long."""
+        """Measurements for programs that wait on this machine, to explain why it takes long."""
         return {
             "cores": or_none(lambda: self.machine.cores),
             "memory_bytes": or_none(lambda: self.machine.memory),
@@ -171,7 +170,7 @@ class Examination:
 
     @cached_property
     def needs(self) -> Needs | None:
-        """None where the model's shape is not known, or its memory is a GPU's."""
+        """None if the model's shape is unknown, or it uses a GPU's memory."""
         settings, shape, dtype = self.settings, self.model.shape, self.torch.dtype
         if self.on_gpu or not shape or not dtype:
             return None
@@ -180,21 +179,21 @@ class Examination:
 
     @cached_property
     def speed(self) -> tuple[Speed | None, str]:
-        """With the reason, where it cannot be estimated."""
+        """The speed, or None and the reason why it cannot be estimated."""
         shape, dtype = self.model.shape, self.torch.dtype
         if self.on_gpu:
             return None, "no GPU has been measured yet"
         if not dtype:
             return None, "torch cannot be imported"
         if not shape:
-            return None, "the model's files are not here, or no safetensors"
+            return None, "the model's files are missing, or not safetensors"
         if self.machine.available < MEASURE_BYTES:
             return None, "too little memory is free"
         return measure(shape, dtype.name, max(1, int(self.machine.cores))), ""
 
 
 def or_none(read: Callable[[], Any]) -> Any:
-    """A figure, or None where it cannot be read: then a finding says so."""
+    """A measurement, or None if it cannot be read; a finding then says so."""
     try:
         return read()
     except Exception:
@@ -202,7 +201,7 @@ def or_none(read: Callable[[], Any]) -> Any:
 
 
 def attempt(name: str, check: Callable[[], Finding]) -> Finding:
-    """What the check finds. On a broken machine reading may fail as nobody foresaw; the other checks go on."""
+    """The check's finding. On a broken machine a reading may fail unexpectedly; the other checks continue."""
     try:
         return check()
     except Exception as error:

@@ -1,15 +1,15 @@
-"""What a check found."""
+"""The result of a check."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-# `wrong`: the server does not start, or loses something. `warning`: it runs, and not as it should.
+# `wrong`: the server does not start, or loses data. `warning`: it runs, but not as it should.
 State = Literal["ok", "warning", "wrong"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The value that was found and, unless it is ok, a sentence or two with what to do."""
+    """The value that was found and, unless it is ok, a sentence or two of advice."""
 
     name: str
     state: State

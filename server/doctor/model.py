@@ -1,6 +1,6 @@
-"""The model that would be served, by its matrices: what its memory, its disk and its speed follow from.
+"""The matrices of the model to serve, which determine its memory, disk space and speed.
 
-Read from headers, never from weights.
+They are read from headers, never from weights.
 """
 
 import math
@@ -21,7 +21,7 @@ Matrix = tuple[int, int]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """`matrices`: how many there are of each shape (outputs, inputs), without `head`, which makes the logits."""
+    """`matrices`: how many there are of each shape (outputs, inputs), without `head`, which computes the logits."""
 
     parameters: int
     head: Matrix
@@ -30,21 +30,21 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Model:
-    """`problem`: why it cannot be served, in a sentence. `shape` is None where no header says it."""
+    """`problem`: why it cannot be served, as a sentence. `shape` is None if no header has it."""
 
     shape: ModelShape | None = None
     problem: str = ""
     fetched: bool = True
 
 
-# The packaged default's, whose file takes seconds to read.
+# The shape of the packaged default, whose file takes seconds to read.
 SMOLLM2 = ModelShape(
     134_515_008, (49_152, 576), {(576, 576): 60, (192, 576): 60, (1536, 576): 60, (576, 1536): 30}
 )  # fmt: skip
 
 
 def read_model(data_dir: Path, model: str) -> Model:
-    """The reference that was made of it, or what it would be made of."""
+    """The existing reference of this model, or the files it would be created from."""
     reference = data_dir / "policies" / REFERENCE
     try:
         if reference.exists():
@@ -62,7 +62,7 @@ def read_model(data_dir: Path, model: str) -> Model:
 
 
 def shape_of(tensors: Mapping[str, list[int]]) -> ModelShape:
-    """From the shapes of a checkpoint's tensors. Embedding and head are those with the most rows, a row a word."""
+    """The shape from a checkpoint's tensors. Embedding and head have the most rows, one per word."""
     plain = [(shape[0], shape[1]) for shape in tensors.values() if len(shape) == 2]
     head = max(plain)
     return ModelShape(
@@ -73,7 +73,7 @@ def shape_of(tensors: Mapping[str, list[int]]) -> ModelShape:
 
 
 def _cached(model: str) -> Path | None:
-    """Where an id's files are, if they were fetched before. Raises DataDirectoryError for what is no id."""
+    """The directory of an id's files, if they were fetched before. Raises DataDirectoryError for an invalid id."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

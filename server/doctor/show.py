@@ -1,4 +1,4 @@
-"""A report for people, and for programs."""
+"""Prints a report, for people or as JSON."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ STYLES = {"ok": "green", "warning": "yellow", "wrong": "bold red"}
 
 
 def show(report: Report, console: Console | None = None) -> None:
-    """The table, then a line of advice for all that is not ok."""
+    """Print the table, then a line of advice for each finding that is not ok."""
     console = console or Console()
     table = Table(box=None, pad_edge=False)
     for heading in ("check", "", "found"):
@@ -25,7 +25,7 @@ def show(report: Report, console: Console | None = None) -> None:
         if finding.advice:
             console.print()
             headed = Text.assemble((f"{finding.state}, {finding.name}: ", STYLES[finding.state]), finding.advice)
-            # A line each, however narrow: a terminal wraps it, a log is searched in it.
+            # One line each: a terminal wraps it, and a log can be searched.
             console.print(headed, soft_wrap=True)
 
 

@@ -1,1 +1,1 @@
-"""The serving engine, and vLLM behind it: start, steps, swaps, streams, weights."""
+"""The serving engine over vLLM: start, steps, swaps, streams and weights."""

@@ -1,8 +1,8 @@
-"""The policy where the engine serves adapters on the reference: several versions are live, and a swap moves no weights.
+"""An engine that serves adapters on the reference: several versions are live, and a swap moves no weights.
 
-Each answer is pinned to one version from its first token to its last, whatever is activated meanwhile. Activating a
-version, or going back to one, changes which one new answers get. vLLM finds an adapter's cache by its number, so that
-no answer reads keys and values of another version; a version never changes, so its number never means something else.
+Each answer is pinned to one version from its first token to its last, whatever is activated in the meantime. An
+activation or rollback only changes the version of new answers. vLLM keys an adapter's cache by its number, so no answer
+reads keys and values of another version; a version never changes, and neither does its number.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class AdapterEngine(VllmEngine):
-    """Policy over an AsyncLLM that was started with the reference and `enable_lora`."""
+    """Engine over an AsyncLLM that was started with the reference and `enable_lora`."""
 
     def __init__(self, start_engine: Callable[[], Any], directory: Path, dtype: DtypeName) -> None:
         super().__init__(start_engine, directory, dtype)
@@ -42,7 +42,7 @@ class AdapterEngine(VllmEngine):
             await asyncio.to_thread(lambda: deque(finite_tensors(directory), maxlen=0))
         except ValueError as error:
             raise SwapError(f"{version}: {error}") from error
-        # Where the engine later makes room for others, it reads it again by itself.
+        # If the engine later evicts it for others, it reloads it by itself.
         try:
             await self._ask(self._engine.add_lora(request(version, directory)))
         except Exception as error:
@@ -58,12 +58,12 @@ class AdapterEngine(VllmEngine):
         log.info("new answers come from %s", version)
 
     async def _make_spare(self) -> None:
-        """No weights are exchanged. Adapters that answered before are checked again."""
+        """Check the loaded adapters again. No spare is needed, since no weights are exchanged."""
         for version, directory in list(self._directories.items()):
             try:
                 await asyncio.to_thread(verify, directory)
             except ManifestError as error:
-                log.error("%s answers no more: %s", version, error)
+                log.error("%s is no longer served: %s", version, error)
                 del self._directories[version]
 
     def _adapter(self, version: str) -> Any:
@@ -74,7 +74,7 @@ class AdapterEngine(VllmEngine):
         return request(version, self._directories[version])
 
     def _labels(self, version: str) -> Labels:
-        """One span, of the version that the answer was pinned to; vLLM knows the reference's label alone."""
+        """One span, of the version that the answer was pinned to; vLLM only knows the reference's label."""
 
         def pinned(labelled: list[Span]) -> list[Span]:
             return [Span(labelled[0].start, labelled[-1].end, version)] if labelled else []
@@ -83,7 +83,7 @@ class AdapterEngine(VllmEngine):
 
 
 def request(version: str, directory: Path) -> Any:
-    """An adapter as vLLM wants it named."""
+    """The vLLM request for an adapter."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(version, int(version[1:]), str(directory))

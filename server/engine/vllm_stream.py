@@ -1,4 +1,4 @@
-"""One answer from vLLM, as text, token ids and log-probabilities, whichever way it ends."""
+"""One answer from vLLM, as text, token ids and log-probabilities, however it ends."""
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "
 
 @dataclass(frozen=True)
 class Labels:
-    """Which version made which token: what is `loaded` now, and what vLLM's own spans mean."""
+    """Which version sampled which token: `loaded` returns the current version, `settle` corrects vLLM's own spans."""
 
     loaded: Callable[[], str]
     settle: Callable[[list[Span]], list[Span]]
 
 
 class VllmAnswerStream:
-    """One answer from an AsyncLLM. A cancelled reader loses nothing: what was sampled waits in vLLM's queue."""
+    """One answer from an AsyncLLM. A cancelled reader loses nothing: sampled tokens wait in vLLM's queue."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class VllmAnswerStream:
     ) -> None:
         self._engine = engine
         self._labels = labels
-        # From which token on which version was loaded when it came here.
+        # (token, version): the version that was loaded when tokens from this one on arrived here.
         self._arrived: list[tuple[int, str]] = []
         self._request_id = request_id
         self._queue = queue
@@ -45,7 +45,7 @@ class VllmAnswerStream:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while self._last is None:
-            # A reader that is slower than the engine gets several tokens at once: vLLM merges what waits.
+            # A reader slower than the engine gets several tokens at once: vLLM merges waiting outputs.
             try:
                 output = self._queue.get_nowait() or await self._queue.get()
             except Exception:
@@ -66,7 +66,7 @@ class VllmAnswerStream:
 
     async def finish(self) -> Generation:
         if self._died:
-            # vLLM would take the abort of a dead engine's answer for its caller's.
+            # After an abort, vLLM would report a dead engine's answer as cancelled by its caller.
             return self.fail()
         if self._last is None:
             # Through the engine, not by closing the queue: the last output then carries the spans.
@@ -78,7 +78,7 @@ class VllmAnswerStream:
         return self._generation(FINISH_REASONS.get(self._last.finish_reason, "error"), self._labels.settle(spans))
 
     def fail(self) -> Generation:
-        """What there is of an answer whose engine died, labelled by what was loaded when its tokens came here."""
+        """The answer so far of a dead engine, labelled with the versions loaded when its tokens arrived here."""
         return self._generation("error", self._labels.settle(to_spans(self._arrived, len(self._token_ids))))
 
     def _generation(self, finish_reason: FinishReason, spans: list[Span]) -> Generation:
@@ -86,7 +86,7 @@ class VllmAnswerStream:
 
 
 def to_spans(changes: list[tuple[int, str]], end: int) -> list[Span]:
-    """Spans up to token `end` of versions that each began at a token; those of no token are left out."""
+    """Spans up to token `end`, from pairs of a version's first token and the version; empty spans are left out."""
     return [
         Span(start, stop, version) for (start, version), (stop, _) in pairwise([*changes, (end, "")]) if start < stop
     ]

@@ -1,10 +1,10 @@
-"""What runs inside vLLM's worker for a swap: two sets of weights, one that answers and one to read into.
+"""The part of a swap that runs inside vLLM's worker: a live model that answers, and a spare one to read weights into.
 
 vLLM calls these methods through `collective_rpc` on its worker (`worker_extension_cls`). The engine does not step while
-one of them runs, so reading happens on a thread, into the spare model, and `prefloop_staged` only asks how far it is.
-Applying exchanges the two: on a CPU the packed matrices change hands as objects; everything else, and all of it on a
-GPU, where captured graphs hold on to addresses, is copied. The spare then has the old weights, so that going back is
-the same exchange again. What landed is compared with digests that were taken of the spare.
+one of them runs, so weights are read on a thread, into the spare model, and `prefloop_staged` only polls the progress.
+A swap exchanges the two models' weights. On a CPU the packed matrices are exchanged as objects; everything else, and
+all weights on a GPU, where captured graphs hold on to addresses, are copied. The spare then has the old weights, so
+that a rollback is the same exchange again. The result is compared with digests that were taken of the spare.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch
 from server.engine.weights import finite_tensors
 from server.shared.failpoints import failpoint
 
-# Where vLLM keeps a layer's packed matrix on a CPU: a function that holds it.
+# The layer attribute in which vLLM keeps a packed matrix on a CPU: a function that holds it.
 PACKED = "cpu_linear"
 
 
@@ -32,13 +32,13 @@ class SwapExtension:
     _prefloop_thread: threading.Thread | None = None
 
     def prefloop_prepare(self) -> None:
-        """Makes the spare model. Call it once, before the first request: building a model changes torch's defaults."""
+        """Build the spare model. Call it once, before the first request: this changes torch's defaults."""
         self._prefloop_spare = second_model(self.model_runner.get_model(), self.vllm_config)
         self._prefloop_digests = digests(self._prefloop_spare)
         self._prefloop_live_digests = digests(self.model_runner.get_model())
 
     def prefloop_stage(self, directory: str) -> bool:
-        """Begins to read the weights in `directory` into the spare model; False while it is still being read into."""
+        """Start reading the weights in `directory` into the spare model; False if an earlier read is still running."""
         if self._prefloop_reading():
             return False
         self._prefloop_error = ""
@@ -47,13 +47,13 @@ class SwapExtension:
         return True
 
     def prefloop_staged(self) -> str | None:
-        """None while reading; then why the weights cannot be used, or an empty string."""
+        """None while reading; then the reason why the weights cannot be used, or an empty string."""
         return None if self._prefloop_reading() else self._prefloop_error
 
     def prefloop_exchange(self) -> str:
-        """The spare's weights answer, and the other way round. Call it only while the engine is paused.
+        """Exchange the weights of the live and the spare model. Call it only while the engine is paused.
 
-        Returns what landed wrong, or an empty string; the old weights answer again then."""
+        Returns an empty string, or the reason for a failure, after which the old weights are live again."""
         live, spare = self.model_runner.get_model(), self._prefloop_spare
         exchange(live, spare)
         failpoint("exchange")
@@ -64,9 +64,9 @@ class SwapExtension:
             raise
         if wrong:
             exchange(live, spare)
-            reason = f"{wrong} has another checksum than the weights that were read"
+            reason = f"the checksum of {wrong} differs from that of the weights that were read"
             still = differing(digests(live), self._prefloop_live_digests)
-            return f"{reason}; going back, {still} has another one than before" if still else reason
+            return f"{reason}; after going back, the checksum of {still} differs from before" if still else reason
         self._prefloop_digests, self._prefloop_live_digests = self._prefloop_live_digests, self._prefloop_digests
         return ""
 
@@ -75,17 +75,17 @@ class SwapExtension:
 
     def _prefloop_read(self, directory: str) -> None:
         try:
-            # A thread of its own, and one core of those that answer.
+            # Use only one of the cores that answers need.
             torch.set_num_threads(1)
             load(self._prefloop_spare, self.vllm_config, Path(directory))
             self._prefloop_digests = digests(self._prefloop_spare)
-        # A thread has nobody to raise to: the caller of prefloop_staged gets the reason.
+        # Nothing catches a thread's exception: report the reason through prefloop_staged.
         except Exception as error:
             self._prefloop_error = f"{Path(directory).name}: {error}"
 
 
 def load(model: torch.nn.Module, config: Any, directory: Path) -> None:
-    """Reads all of a model's weights as vLLM would at its start. Raises ValueError for one that is missing or not
+    """Read all of a model's weights as vLLM does at its start. Raises ValueError for one that is missing or not
     finite."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -94,14 +94,14 @@ def load(model: torch.nn.Module, config: Any, directory: Path) -> None:
     try:
         loaded = model.load_weights(finite_tensors(directory))  # type: ignore[operator]
     finally:
-        # Also after a failure: the layers then have what they had before, and the next version can be read.
+        # Also after a failure: this restores the layers' old weights, so that the next version can be read.
         finalize_layerwise_reload(model, config.model_config)
     if missing := sorted(expected - set(loaded)):
         raise ValueError(f"there are no weights for {missing[0]}")
 
 
 def exchange(live: torch.nn.Module, spare: torch.nn.Module) -> None:
-    """Each model's weights become the other's; where that fails half-way, everything is as it was."""
+    """Exchange the weights of two models; a failure half-way is undone."""
     done: list[Callable[[], None]] = []
     try:
         for step in exchanges(live, spare):
@@ -114,8 +114,8 @@ def exchange(live: torch.nn.Module, spare: torch.nn.Module) -> None:
 
 
 def exchanges(live: torch.nn.Module, spare: torch.nn.Module) -> Iterator[Callable[[], None]]:
-    """Steps that are each their own inverse, one for every tensor and every packed matrix."""
-    # By model and not by layer: tied weights come once.
+    """Yield steps that are each their own inverse, one for every tensor and every packed matrix."""
+    # By model and not by layer, so that tied weights come once.
     ours, theirs = (chain(model.parameters(), model.buffers()) for model in (live, spare))
     for one, other in zip(ours, theirs, strict=True):
         yield partial(exchange_tensors, one.data, other.data)
@@ -154,11 +154,11 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def second_model(first: torch.nn.Module, config: Any) -> torch.nn.Module:
-    """The model once more, with the weights that the engine started with, and sharing nothing with `first`."""
+    """A second model, with the weights that the engine started with, that shares nothing with `first`."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
-    # Layers register themselves by name: in a register of their own.
+    # Layers register themselves by name, so give this model its own register.
     config = copy.copy(config)
     config.compilation_config = copy.copy(config.compilation_config)
     config.compilation_config.static_forward_context = {}
@@ -169,8 +169,8 @@ def second_model(first: torch.nn.Module, config: Any) -> torch.nn.Module:
 
 
 def unshare(model: torch.nn.Module, first: torch.nn.Module) -> None:
-    """Gives `model` its own copy of every module that it has in common with `first`: vLLM keeps one of each rotary
-    embedding for all models, and reading weights takes a model's modules apart."""
+    """Give `model` its own copy of every module that it shares with `first`: vLLM shares rotary embeddings among all
+    models, and reading weights takes a model's modules apart."""
     from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
     common = set(first.modules())

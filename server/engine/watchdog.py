@@ -1,30 +1,30 @@
-"""What an engine's process shows of itself without being asked: a page of memory that it and the server share.
+"""Health of an engine's process: a page of memory that the process writes and the server reads.
 
-A question that travels through vLLM's queue waits behind the very step that may never end, and a spinning step uses its
-cores like a working one. So the engine's process writes, and the server reads: a beat from a thread of its own, and the
-end of each step. Times are CLOCK_MONOTONIC's, which is one clock for all processes. Each field is one aligned double,
-written by one thread, so no reader sees half of it.
+A request through vLLM's queue would wait behind the very step that may never end, and a spinning step uses its cores
+like a working one. So the engine's process writes a heartbeat from a separate thread, and the end of each step. Times
+are CLOCK_MONOTONIC's, which is one clock for all processes. Each field is one aligned double, written by one thread, so
+no reader sees half of it.
 """
 
 import mmap
 import os
 from dataclasses import dataclass
 
-# Where the engine's process finds the page; its name says whose it is.
+# The variable that tells the engine's process where the page is.
 VARIABLE = "ENGINE_PULSE"
 FIELDS = 8
-# A process without a beat for so long is stopped; its thread beats twice a second.
+# The thread beats twice per second; a process without a beat for STOPPED_SECONDS counts as stopped.
 BEAT_SECONDS = 0.5
 STOPPED_SECONDS = 10.0
-# A step may take ten times as long as any before it, and this long at least.
+# A step may take ten times as long as any before it, and at least this long.
 STUCK_SECONDS = 30.0
 STUCK_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
 class Vitals:
-    """The page, read at one moment. `steps` were finished, the last at `step_time`; it took `step_seconds` for
-    `step_tokens`, and no step but the first took longer than `slowest_seconds`."""
+    """The page's contents. `steps` were finished, the last at `step_time`; it took `step_seconds` for `step_tokens`. No
+    step but the first took longer than `slowest_seconds`."""
 
     beat_time: float
     steps: int
@@ -35,7 +35,7 @@ class Vitals:
 
 
 class Pulse:
-    """One engine's page: made by the server, found by the engine's process in its environment."""
+    """One engine's page: created by the server, found by the engine's process through its environment."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -44,7 +44,7 @@ class Pulse:
 
     @classmethod
     def create(cls) -> "Pulse":
-        """A page that belongs to no file, and where children started from now on find it."""
+        """Create a page without a file, and set the variable through which later child processes find it."""
         descriptor = os.memfd_create("engine-pulse")
         os.truncate(descriptor, mmap.PAGESIZE)
         os.environ[VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor}"
@@ -52,7 +52,7 @@ class Pulse:
 
     @classmethod
     def find(cls) -> "Pulse | None":
-        """The page that this process's server made, or None where there is none."""
+        """The page that this process's server created, or None."""
         path = os.environ.get(VARIABLE)
         return cls(os.open(path, os.O_RDWR)) if path else None
 
@@ -65,10 +65,11 @@ class Pulse:
         self._fields[0] = now
 
     def step(self, began: float, now: float, tokens: int) -> None:
-        """A step ended. The times come last: who sees them sees what they belong to."""
+        """Record the end of a step. The time and the count are written last, so that a reader who sees them also sees
+        the other fields."""
         seconds = now - began
         self._fields[3], self._fields[4] = seconds, tokens
-        # The first step of all has more to do than any that follows.
+        # The very first step has more to do than any later one.
         if self._fields[1]:
             self._fields[5] = max(self._fields[5], seconds)
         self._fields[2] = now
@@ -80,10 +81,10 @@ class Pulse:
 
 
 def complaint(vitals: Vitals, now: float, working_since: float | None, hang_seconds: float | None) -> str | None:
-    """Why the engine has to be given up, in a sentence; None while it is well.
+    """Why the engine counts as hung, as a sentence; None while it is healthy.
 
-    `working_since` is when the server last began to wait for a step, None while it waits for none. `hang_seconds`
-    replaces both limits."""
+    `working_since` is when the server began to wait for a step, None while it waits for none. `hang_seconds` replaces
+    both limits."""
     stopped = hang_seconds or STOPPED_SECONDS
     if now - vitals.beat_time > stopped:
         return f"the engine's process has not run for {stopped:.0f} s"

@@ -1,8 +1,8 @@
-"""From a version to weights an engine can load.
+"""Prepares the weights of a version for an engine.
 
 A full version is served as it is. An adapter is merged into its base in the engine's dtype and saved under
-`merged/<dtype>/`, again whenever that is missing; an engine that serves adapters takes it as it is.
-`check_weights` compares headers alone, so it costs milliseconds.
+`merged/<dtype>/`, again whenever that is missing; an engine that serves adapters loads it as it is.
+`check_weights` only compares headers, so it takes milliseconds.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from server.store.learning.policies import REFERENCE
 if TYPE_CHECKING:
     import torch
 
-# Holds a folder for each dtype; the versions of the first releases stood in it directly, in bfloat16.
+# Has a folder per dtype; the first releases put versions directly into it, in bfloat16.
 MERGED = "merged"
 
 
@@ -46,16 +46,14 @@ def adapter_weights(data_dir: Path, version: str) -> Path:
     directory = data_dir / "policies" / version
     manifest = verify(directory)
     if manifest.kind == "full" and version != REFERENCE:
-        raise ManifestError(
-            f"{version} holds all weights, and this server serves adapters; merged, it could be served."
-        )
+        raise ManifestError(f"{version} has full weights, but this server serves adapters (PREFLOOP_SERVE_ADAPTERS).")
     if manifest.kind == "adapter" and manifest.base_version != REFERENCE:
-        raise ManifestError(f"{version} is an adapter on {manifest.base_version}, and the engine has {REFERENCE}.")
+        raise ManifestError(f"{version} is an adapter on {manifest.base_version}, but the engine has {REFERENCE}.")
     return directory
 
 
 def finite_tensors(directory: Path) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Every tensor in `directory`, by name. Raises ValueError for one with a value that is not finite."""
+    """Yield every tensor in `directory` with its name. Raises ValueError for one with a value that is not finite."""
     import torch
 
     for path in sorted(directory.glob("*.safetensors")):
@@ -73,10 +71,10 @@ def check_weights(directory: Path, like: Path) -> Path:
     if missing := sorted(expected.keys() - found.keys()):
         raise ManifestError(f"{directory.name} lacks the tensor {missing[0]}.")
     if added := sorted(found.keys() - expected.keys()):
-        raise ManifestError(f"{directory.name} has the tensor {added[0]}, which the engine does not know.")
+        raise ManifestError(f"{directory.name} has the tensor {added[0]}, which the engine does not expect.")
     for name, shape in sorted(found.items()):
         if shape != expected[name]:
-            raise ManifestError(f"{directory.name}: {name} has the shape {shape}, the engine needs {expected[name]}.")
+            raise ManifestError(f"{directory.name}: {name} has shape {shape}, but the engine needs {expected[name]}.")
     return directory
 
 
@@ -91,14 +89,14 @@ def _merge(base: Path, adapter: Path, final: Path, dtype: DtypeName) -> None:
 
 
 def tensor_shapes(directory: Path) -> dict[str, list[int]]:
-    """Of every tensor in `directory`, by name, from the files' headers. Raises ManifestError."""
+    """The shape of every tensor in `directory` by name, from the files' headers. Raises ManifestError."""
     shapes: dict[str, list[int]] = {}
     for path in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(path, framework="np") as file:
                 shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
         except SafetensorError as error:
-            raise ManifestError(f"{directory.name}/{path.name} is not a whole safetensors file ({error}).") from error
+            raise ManifestError(f"{directory.name}/{path.name} is not a valid safetensors file ({error}).") from error
     if not shapes:
         raise ManifestError(f"{directory.name} has no weights (*.safetensors).")
     return shapes

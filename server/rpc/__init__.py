@@ -1,1 +1,1 @@
-"""gRPC: the services, the interceptor before them, who may call, how much, what is valid, records to messages."""
+"""The gRPC layer: services, interceptor, access, limits, validation, and conversion of records to messages."""

@@ -1,7 +1,7 @@
-"""Which role each RPC needs, and which caller a call's metadata stands for.
+"""The role that each RPC requires, and the caller that a call's metadata identifies.
 
-Once there is a key, the metadata `authorization: Bearer KEY` names the user, and nothing else does. Before that, which
-a server on loopback alone allows, `x-user-id` does, and everybody is operator.
+Once a key exists, only the metadata `authorization: Bearer KEY` identifies the user. Without keys, which only a server
+on loopback allows, `x-user-id` does, and every caller is an operator.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from server.store.store_thread import StoreThread
 DEFAULT_USER = "local"
 BEARER = "Bearer "
 
-# None: anybody, also without a key. What is not listed here cannot be called.
+# None: no key needed. An RPC that is not listed here cannot be called.
 ROLES: dict[str, Role | None] = {
     "/prefloop.v1.ChatService/Chat": "user",
     "/prefloop.v1.ChatService/Compare": "user",
@@ -38,7 +38,7 @@ ROLES: dict[str, Role | None] = {
     "/prefloop.v1.PolicyService/CountVotes": "operator",
     "/prefloop.v1.PolicyService/GetLearner": "operator",
     "/prefloop.v1.PolicyService/RequestRound": "operator",
-    # Load balancers ask without a key. Watching is for those who have one: a stranger could open any number of streams.
+    # Load balancers check without a key. Watch requires one: otherwise anybody could open any number of streams.
     "/grpc.health.v1.Health/Check": None,
     "/grpc.health.v1.Health/List": None,
     "/grpc.health.v1.Health/Watch": "user",
@@ -47,27 +47,27 @@ ROLES: dict[str, Role | None] = {
 
 
 class Access:
-    """Tells callers by their keys, which it reads from the store again and again."""
+    """Identifies callers by their keys, which it rereads from the store."""
 
     def __init__(self, store: StoreThread, *, keys_needed: bool) -> None:
         self._store = store
         self._keys_needed = keys_needed
-        # Closed until they were read.
+        # Closed until the keys have been read.
         self._credentials = Credentials({}, closed=True, mark=(-1, -1))
 
     async def refresh(self) -> None:
-        """Takes over keys that were made or revoked since."""
+        """Pick up keys that were created or revoked since the last call."""
         self._credentials = await self._store(lambda store: store.keys.credentials(self._credentials))
 
     def caller(self, method: str, metadata: Any) -> Caller | None:
-        """Who calls `method` ("/package.Service/Method"); None where anybody may. Raises UnauthenticatedError,
+        """The caller of `method` ("/package.Service/Method"); None if it needs no key. Raises UnauthenticatedError,
         PermissionDeniedError, and InvalidArgumentError for an x-user-id that cannot be a name."""
         needed = ROLES[method]
         if needed is None:
             return None
         caller = self._identify(dict(metadata or ()))
         if not caller.may(needed):
-            raise PermissionDeniedError(f"{method.rpartition('/')[2]} needs a key of the role {needed}.")
+            raise PermissionDeniedError(f"{method.rpartition('/')[2]} requires a key with the role {needed}.")
         return caller
 
     def _identify(self, metadata: dict[str, Any]) -> Caller:
@@ -80,5 +80,5 @@ class Access:
             raise UnauthenticatedError("Send an API key in the metadata: `authorization: Bearer KEY`.")
         caller = self._credentials.caller(given.removeprefix(BEARER))
         if caller is None:
-            raise UnauthenticatedError("This API key is not valid here, or no longer.")
+            raise UnauthenticatedError("This API key is unknown or was revoked.")
         return caller

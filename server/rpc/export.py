@@ -1,4 +1,4 @@
-"""Everything that is kept of a person, as messages. The token ids that the model read are left out: the same text."""
+"""All stored data of a user, as messages. Token ids that the model read are left out: they hold the same text."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ from server.shared.errors import NotFoundError
 from server.store.chats.records import Conversation
 from server.store.store import Store
 
-# Turns of a conversation in one message: gRPC's clients take 4 MB.
+# Turns of a conversation per message: gRPC clients accept 4 MB.
 PART_TURNS = 10
 
 
 def export(store: Store, user: str) -> Iterator[account_pb2.ExportUserResponse]:
-    """One part after the other, each read when it is asked for."""
+    """Yield one part after another, each read on demand."""
     for record in store.conversations.page(user):
         yield from _conversation(store, record)
     for vote in in_chunks(lambda last: store.feedback.page(user, CHUNK, last.event_seq if last else None)):

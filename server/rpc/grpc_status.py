@@ -1,7 +1,7 @@
-"""What an error is called in gRPC's words.
+"""Maps errors to gRPC statuses.
 
-Each status carries google.rpc details: ErrorInfo with a constant reason, BadRequest with every field that breaks a
-rule, RetryInfo where trying again makes sense, RequestInfo with the id that the log has.
+Each status carries google.rpc details: ErrorInfo with a constant reason, BadRequest with every invalid field, RetryInfo
+if a retry makes sense, and RequestInfo with the call id that is in the log.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ RETRY_SECONDS = 1.0
 
 
 def to_status(error: Exception, call_id: str) -> status_pb2.Status:
-    """The google.rpc.Status of an error. What is not a ServiceError tells nothing of the inside."""
+    """The google.rpc.Status of an error. Errors other than ServiceError reveal no internals."""
     status = _known(error)
     status.details.append(_packed(error_details_pb2.RequestInfo(request_id=call_id)))
     return status
@@ -64,18 +64,18 @@ def _known(error: Exception) -> status_pb2.Status:
         case UnavailableError() | DataDirectoryError():
             return _status(code_pb2.UNAVAILABLE, str(error), [_info("UNAVAILABLE"), _retry()])
         case DatabaseError(kind="damaged"):
-            message = "The database is damaged; nothing of this call was kept, and trying again will not help."
+            message = "The database is damaged. Nothing from this call was stored; retrying will not help."
             return _status(code_pb2.DATA_LOSS, message, [_info("STORE_DAMAGED")])
         case DatabaseError(kind="full"):
-            message = "The server's disk is full: its operator has to free some space. Nothing of this call was kept."
+            message = "The server's disk is full; its operator must free some space. Nothing from this call was stored."
             return _status(code_pb2.UNAVAILABLE, message, [_info("STORE_FULL"), _retry()])
         case DatabaseError():
-            message = "The data directory could not be written; nothing of this call was kept."
+            message = "The data directory could not be written. Nothing from this call was stored."
             return _status(code_pb2.UNAVAILABLE, message, [_info("STORE_UNAVAILABLE"), _retry()])
         case _ if type(error).__name__ == "EngineDeadError":
             return _status(code_pb2.UNAVAILABLE, "The engine stopped.", [_info("ENGINE_DEAD"), _retry()])
         case _:
-            return _status(code_pb2.INTERNAL, "Something went wrong in the server; its log says what.", [])
+            return _status(code_pb2.INTERNAL, "Internal error; the server's log has the cause.", [])
 
 
 def _status(code: code_pb2.Code.ValueType, message: str, details: list[Message]) -> status_pb2.Status:

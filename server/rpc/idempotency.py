@@ -1,4 +1,4 @@
-"""What a repeated request is recognised by, besides its request_id."""
+"""The hash that identifies a repeated request, in addition to its request_id."""
 
 import hashlib
 
@@ -6,5 +6,5 @@ from google.protobuf.message import Message
 
 
 def body_sha256(request: Message) -> bytes:
-    """The same for the same request, whoever serialised it."""
+    """Hash of a request, independent of which client serialised it."""
     return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()

@@ -1,4 +1,4 @@
-"""Who calls: set once for each call at the RPC edge, read by whatever runs on its behalf."""
+"""The current caller: set once per call at the RPC edge, and read by code that runs on its behalf."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ _caller: ContextVar[Caller] = ContextVar("caller")
 
 @contextmanager
 def calling(caller: Caller) -> Iterator[None]:
-    """Everything inside, tasks that it starts included, is done for `caller`."""
+    """Run the block, and tasks that it starts, on behalf of `caller`."""
     token = _caller.set(caller)
     try:
         yield
@@ -20,7 +20,7 @@ def calling(caller: Caller) -> Iterator[None]:
 
 
 def current_caller() -> Caller:
-    """Who calls. Raises LookupError outside of a call."""
+    """The current caller. Raises LookupError outside of a call."""
     return _caller.get()
 
 

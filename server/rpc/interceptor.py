@@ -1,9 +1,9 @@
-"""The RPC edge: who calls, may they, is it too much, is the request sound, and what does an error tell.
+"""The RPC edge: access, limits, validation and error mapping.
 
-One interceptor does all of it for every RPC, so that handlers hold none of it. A caller without the right key is
-refused before the message is read. The message itself is awaited here and not by gRPC, which would wait for it forever
-and would tell a caller of a malformed one how our code is built. A call counts against its caller's limits until its
-status is out: a client that reads nothing holds up its own share alone.
+One interceptor does all of this for every RPC, so handlers contain none of it. A caller without the right key is
+refused before the message is read. The message is awaited here and not by gRPC, which would wait for it forever and
+would reveal internals of our code to the caller of a malformed one. A call counts against its caller's limits until its
+status is sent: a client that does not read only uses up its own share.
 """
 
 import asyncio
@@ -29,18 +29,18 @@ from server.telemetry.safe_traceback import safe_traceback
 log = logging.getLogger(__name__)
 
 Call = Callable[[AsyncIterator[bytes], Any], Awaitable[Any]]
-# The same, told by when it must end.
+# The same, with the timeout of the call.
 Answer = Callable[[AsyncIterator[bytes], Any, asyncio.Timeout], Awaitable[Any]]
 
-# From a call's headers to its message.
+# Maximum time between a call's headers and its message.
 MESSAGE_SECONDS = 10.0
-# A caller without a key, who may ask for health only.
+# A caller without a key, who may only check health.
 NOBODY = Caller("", "user", has_key=False)
 
 
 class HandlerContext:
-    """The call's context as handlers see it. A write to a caller who has gone raises CancelledError, as the
-    cancellation that gRPC sends a moment later would."""
+    """The call's context as handlers see it. A write to a disconnected caller raises CancelledError, as gRPC's own
+    cancellation would a moment later."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
@@ -59,7 +59,7 @@ class HandlerContext:
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Admits calls, hands them to their handlers, and turns exceptions into statuses."""
+    """Admits calls, passes them to their handlers, and turns exceptions into statuses."""
 
     def __init__(
         self, access: Access, limits: Limits, calls: OpenCalls, validate: Callable[[Message], None], call_seconds: float
@@ -88,7 +88,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         return grpc.stream_unary_rpc_method_handler(call, None, handler.response_serializer)
 
     def _admitted(self, answer: Answer, method: str, caller: Caller) -> Call:
-        """`answer` for a caller within their limits, and with its error as a status."""
+        """Wrap `answer` so that the caller's limits apply and its error becomes a status."""
 
         async def call(requests: AsyncIterator[bytes], context: Any) -> Any:
             with observed(method, dict(context.invocation_metadata() or ())) as seen:
@@ -100,13 +100,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
                         except Exception as error:
                             await _tell(error, context, seen)
                 except ServiceError as error:
-                    # Not admitted, or ended because its user is forgotten.
+                    # Not admitted, or ended because its user is being deleted.
                     await _tell(error, context, seen)
 
         return call
 
     def _one_message(self, handler: Any, details: grpc.HandlerCallDetails) -> Answer:
-        # Streaming handlers write to their context, so one way serves both kinds.
+        # Streaming handlers write to their context, so both kinds are called in the same way.
         behaviour = handler.unary_stream or handler.unary_unary
 
         async def answer(requests: AsyncIterator[bytes], context: Any, limit: asyncio.Timeout) -> Any:
@@ -114,7 +114,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             if raw is None:
                 raise InvalidArgumentError("request", "The call has no message.")
             request = _parsed(raw, handler.request_deserializer)
-            # The message may come long after the call; a key that was revoked meanwhile is one.
+            # Check again: the key may have been revoked before the message arrived.
             self._access.caller(details.method, details.invocation_metadata)
             self._validate(request)
             self._go_on(limit)
@@ -151,7 +151,7 @@ def _parsed(raw: bytes, parse: Callable[[bytes], Message]) -> Message:
     try:
         return parse(raw)
     except DecodeError as error:
-        raise InvalidArgumentError("request", "The message is not what its protobuf definition says.") from error
+        raise InvalidArgumentError("request", "The message does not match its protobuf definition.") from error
 
 
 def _refusal(method: str, error: ServiceError) -> Any:
@@ -159,14 +159,14 @@ def _refusal(method: str, error: ServiceError) -> Any:
         with observed(method, dict(context.invocation_metadata() or ())) as seen:
             await _tell(error, context, seen)
 
-    # Of this kind whatever was called: it alone does not wait for a message first.
+    # stream_stream for every method: only this kind does not wait for a message first.
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 async def _tell(error: Exception, context: Any, seen: Observation) -> None:
-    """Ends the call with the error's status."""
+    """End the call with the error's status."""
     if isinstance(error, grpc.aio.AbortError):
-        # A handler of gRPC's own told it already.
+        # One of gRPC's own handlers has already set the status.
         seen.code = getattr(context.code(), "name", "UNKNOWN")
         raise error
     status = to_status(error, seen.call_id)
@@ -179,5 +179,5 @@ async def _tell(error: Exception, context: Any, seen: Observation) -> None:
     except grpc.aio.AbortError:
         raise
     except Exception:
-        # The caller is gone; gRPC would log the transport's error as ours, with a traceback.
+        # The caller has disconnected; gRPC would log the transport error as ours, with a traceback.
         raise asyncio.CancelledError from None

@@ -1,7 +1,7 @@
-"""The calls that are open, by user, so that they can be ended when the user is forgotten.
+"""Open calls by user, so that they can be ended when the user is deleted.
 
-A call that was let in earlier may still have its message to send, or wait its turn in a conversation: without this it
-would write afterwards what was just removed.
+A call admitted earlier may still wait for its message, or for its turn in a conversation: without this it could write
+again what was just deleted.
 """
 
 import asyncio
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 from server.shared.errors import FailedPreconditionError
 
-# An engine may take its time to abort an answer; nothing that begins anything comes after the cancellation itself.
+# How long to wait. An engine may be slow to abort an answer, but a cancelled call starts nothing new.
 END_SECONDS = 5.0
 
 
 class OpenCalls:
-    """Who has which calls open."""
+    """The open calls of each user."""
 
     def __init__(self) -> None:
         self._open: dict[str, dict[asyncio.Task[object], asyncio.Event]] = defaultdict(dict)
@@ -24,7 +24,7 @@ class OpenCalls:
 
     @contextmanager
     def open(self, user: str) -> Iterator[None]:
-        """The calling task works for `user`. Raises FailedPreconditionError once it is ended."""
+        """Register the current task as a call of `user`. Raises FailedPreconditionError if `end` ends it."""
         task, left = asyncio.current_task(), asyncio.Event()
         assert task is not None
         self._open[user][task] = left
@@ -35,7 +35,7 @@ class OpenCalls:
                 raise
             task.uncancel()
             raise FailedPreconditionError(
-                "USER_FORGOTTEN", "This user was forgotten; nothing of this call was kept."
+                "USER_FORGOTTEN", "This user was deleted; nothing from this call was stored."
             ) from None
         finally:
             self._ended.discard(task)
@@ -45,7 +45,7 @@ class OpenCalls:
                 del self._open[user]
 
     async def end(self, user: str, but: Set[asyncio.Task[object]]) -> None:
-        """Ends the user's calls `but` these; returns when they have let go."""
+        """End the user's calls except `but`, and wait at most END_SECONDS for them to finish."""
         others = {task: left for task, left in self._open.get(user, {}).items() if task not in but}
         self._ended |= set(others)
         for task in others:

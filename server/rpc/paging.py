@@ -1,6 +1,6 @@
-"""Pages of what there is: as much as was asked for, and no more bytes than any client takes.
+"""Pages that hold at most the requested number of entries, and no more bytes than any client accepts.
 
-gRPC's clients take messages of 4 MiB unless they are told otherwise.
+gRPC clients accept messages of 4 MiB by default.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from server.rpc.to_proto import page_token
 
 PAGE_BYTES = 2 * 2**20
-# Records that are read at once: a page may be full after few of them.
+# Records per read: a page may be full after a few of them.
 CHUNK = 20
 
 M = TypeVar("M", bound=Message)
@@ -19,8 +19,8 @@ R = TypeVar("R")
 
 
 def fill(entries: Iterable[tuple[list[Any], M]], size: int) -> tuple[list[M], str]:
-    """The messages of a page, one at least where there is one, and the token of the next page, empty at the end. Each
-    entry is a message with the key of its place."""
+    """The messages of a page, at least one if any are left, and the token of the next page, empty at the end. An entry
+    is the key of a position and a message."""
     page: list[M] = []
     taken, last = 0, list[Any]()
     for key, message in entries:
@@ -33,7 +33,7 @@ def fill(entries: Iterable[tuple[list[Any], M]], size: int) -> tuple[list[M], st
 
 
 def in_chunks(read: Callable[[R | None], list[R]]) -> Iterator[R]:
-    """All records, where `read` gives some that follow one, or the first; none at the end."""
+    """Yield all records. `read` returns some that follow the given one, or the first ones; none at the end."""
     last: R | None = None
     while records := read(last):
         yield from records

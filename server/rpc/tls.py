@@ -1,7 +1,7 @@
-"""TLS for the server: certificates that may be renewed while it runs.
+"""TLS for the server, with certificates that may be renewed while it runs.
 
-Every handshake looks whether the files changed. A certificate without its key, which renewing leaves for a moment, or
-one that is out of its time is not taken: the pair before serves on.
+Every handshake checks whether the files changed. A certificate that does not match its key, as for a moment during a
+renewal, or that is outside its validity period is not accepted: the previous pair stays in use.
 """
 
 import logging
@@ -18,24 +18,24 @@ from server.shared.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
-# When to say that a certificate ends.
+# When to start warning that a certificate expires.
 SOON = timedelta(days=7)
 
 
 class Certificates:
-    """The PEM files of a certificate chain, its private key and, where clients must show a certificate of their own,
-    of the authorities that sign those."""
+    """The PEM files of a certificate chain, its private key and, if clients must show a certificate, of the authorities
+    that sign those."""
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
         self._paths = [path for path in (certificate, key, client_ca) if path]
         self._client_ca = client_ca
         self._read: Sequence[tuple[int, int, int]] = ()
-        # Of what is served; and on which day that was last said.
+        # When the served certificate expires, and the day of the last warning.
         self._ends = datetime.max.replace(tzinfo=UTC)
         self._said: date | None = None
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Raises ServiceError where the files are no certificate and its key."""
+        """Credentials that follow the files. Raises ServiceError if they are not a certificate and its key."""
         try:
             first = self._load()
         except (OSError, ValueError) as error:
@@ -45,16 +45,16 @@ class Certificates:
         )
 
     def _renewed(self) -> Any:
-        """The new configuration; None, which keeps the present one, where nothing changed."""
+        """The new configuration; None, which keeps the current one, if nothing changed."""
         self._say_when_it_ends()
         try:
             return self._load() if self._state() != self._read else None
         except (OSError, ValueError) as error:
-            log.warning("the new TLS certificate cannot be used, the one before it stays: %s", error)
+            log.warning("the new TLS certificate cannot be used; keeping the previous one: %s", error)
             return None
 
     def _say_when_it_ends(self) -> None:
-        """Once a day in its last days; each handshake asks."""
+        """Log a warning once per day in the last days; every handshake calls this."""
         now = datetime.now(UTC)
         if self._ends - now < SOON and self._said != now.date():
             self._said = now.date()
@@ -63,7 +63,7 @@ class Certificates:
     def _load(self) -> Any:
         state = self._state()
         certificate, key, *client_ca = self._paths
-        # gRPC would take a pair that does not match, and refuse every client.
+        # gRPC would accept a pair that does not match, and then refuse every client.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
         for path in client_ca:
@@ -80,7 +80,7 @@ class Certificates:
 
 
 def _check_time(certificate: Path) -> datetime:
-    """When it expires. Raises ValueError where no client would take it today."""
+    """When the certificate expires. Raises ValueError if no client would accept it today."""
     first = x509.load_pem_x509_certificate(certificate.read_bytes())
     now = datetime.now(UTC)
     if now > first.not_valid_after_utc:

@@ -1,4 +1,4 @@
-"""Domain records to protobuf messages and page tokens, and nothing else."""
+"""Converts domain records to protobuf messages and page tokens."""
 
 import base64
 import json
@@ -62,12 +62,12 @@ def page_key(token: str, types: tuple[type, ...]) -> list[Any] | None:
         if [type(part) for part in key] != list(types) or not all(_sound(part) for part in key):
             raise ValueError(token)
     except (ValueError, TypeError) as error:
-        raise InvalidArgumentError("page_token", "page_token is not one that this RPC gave.") from error
+        raise InvalidArgumentError("page_token", "page_token was not issued by this RPC.") from error
     return list(key)
 
 
 def _sound(part: Any) -> bool:
-    """Whether SQLite takes it: whole numbers of 64 bits, finite ones, and texts that can be written down."""
+    """Whether SQLite accepts it: 64-bit integers, finite floats, and text that can be encoded."""
     if isinstance(part, str):
         part.encode()  # Raises UnicodeEncodeError, a ValueError.
         return True
@@ -104,7 +104,7 @@ def feedback(record: records.Feedback) -> feedback_pb2.Feedback:
 
 
 def response(record: records.Response, votes: list[records.Feedback], *, blind: bool = False) -> chat_pb2.Response:
-    """`blind` leaves out what would tell two compared answers apart."""
+    """The message of an answer. `blind` leaves out what would tell two compared answers apart."""
     message = chat_pb2.Response(
         response_id=record.id,
         text=record.text,

@@ -1,4 +1,4 @@
-"""Every rule for every field, readable as a table. Raises InvalidArgumentError that names the fields."""
+"""Validation rules for every request field, as a table. InvalidArgumentError names the invalid fields."""
 
 import math
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from server.shared.errors import InvalidArgumentError
 MAX_ID_CHARS = 128
 MAX_PAGE_SIZE = 200
 MAX_DEMONSTRATION_MESSAGES = 64
-# As long as so many of the longest messages.
+# A demonstration may be as long as this many of the longest messages.
 DEMONSTRATION_MESSAGES = 4
 MAX_DAYS = 366
 
 
-# What is wrong with a value, as the end of "FIELD ...", or None.
+# Returns what is wrong with a value, as the end of "FIELD ...", or None.
 Rule = Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
 class Field:
-    """The rules of one field; a field with presence is looked at only where it is set."""
+    """The rule of one field; a field with presence is checked only if it is set."""
 
     name: str
     rule: Rule
@@ -53,7 +53,7 @@ def between(low: float, high: float) -> Rule:
 
 
 def one_of(allowed: Any) -> Rule:
-    """A named value of an enum, not its zero."""
+    """A named value of an enum other than zero."""
 
     named, names = set(allowed.values()) - {0}, ", ".join(allowed.keys()[1:])
 
@@ -68,7 +68,7 @@ def unset(why: str) -> Rule:
 
 
 def demonstration(max_chars: int) -> Rule:
-    """A conversation that somebody could learn from."""
+    """A conversation with roles and text that ends with the assistant's message."""
 
     def rule(messages: Any) -> str | None:
         if not 2 <= len(messages) <= MAX_DEMONSTRATION_MESSAGES:
@@ -79,7 +79,7 @@ def demonstration(max_chars: int) -> Rule:
             return "must end with the assistant's message"
         problems = (text(max_chars)(message.content) for message in messages)
         if problem := next(filter(None, problems), None):
-            return f"must each be sound: content {problem}"
+            return f"must each be valid: content {problem}"
         total = sum(len(message.content) for message in messages)
         most = DEMONSTRATION_MESSAGES * max_chars
         return f"must have at most {most} characters together, not {total}" if total > most else None
@@ -88,7 +88,7 @@ def demonstration(max_chars: int) -> Rule:
 
 
 def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
-    """From request to its fields' rules."""
+    """Map each request type to the rules of its fields."""
     page = [Field("page_size", between(0, MAX_PAGE_SIZE)), Field("page_token", text(512, empty=True))]
     return {**_chat_rules(settings, page), **_feedback_rules(settings, page), **_operators_rules(settings, page)}
 
@@ -102,7 +102,7 @@ def _chat_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Messag
     temperature = Field("sampling.temperature", between(0, 2))
     server_temperature = Field("sampling.temperature", unset("the server chooses Compare's two temperatures"))
     max_tokens = Field("sampling.max_tokens", between(1, settings.max_tokens))
-    # vLLM takes seeds as signed 64-bit numbers.
+    # vLLM accepts seeds as signed 64-bit numbers.
     seed = Field("sampling.seed", between(0, 2**63 - 1))
     return {
         chat_pb2.ChatRequest: [maybe_conversation, message, temperature, max_tokens, seed, request_id],
@@ -135,7 +135,7 @@ def _feedback_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Me
 
 
 def _operators_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Message], list[Field]]:
-    """Of what is about users, versions and rounds, and of health."""
+    """Rules for requests about users, versions, rounds and health."""
     reason = Field("reason", text(settings.max_message_chars, empty=True))
     user, expected = Field("user", identifier(empty=True)), Field("expected_active_version", identifier())
     return {
@@ -157,7 +157,7 @@ def _operators_rules(settings: ServerSettings, page: list[Field]) -> dict[type[M
 
 
 def validator(settings: ServerSettings) -> Callable[[Message], None]:
-    """A function that raises InvalidArgumentError with every field that breaks its rule."""
+    """A function that raises InvalidArgumentError with every invalid field of a request."""
     table = rules(settings)
 
     def validate(request: Message) -> None:

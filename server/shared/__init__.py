@@ -1,1 +1,1 @@
-"""What server and learner both decide by. It imports neither of them, and torch only inside functions."""
+"""Code shared by server and learner. It imports neither of them, and torch only inside functions."""

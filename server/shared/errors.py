@@ -1,4 +1,4 @@
-"""What can go wrong, in the domain's words. `server.rpc.grpc_status` maps each to a gRPC status at the RPC edge."""
+"""The domain's errors. `server.rpc.grpc_status` maps each to a gRPC status at the RPC edge."""
 
 import errno
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from typing import Literal
 
 
 class ServiceError(Exception):
-    """Base of every error that a caller may be told. The message is one sentence, fit for the caller to read."""
+    """Base of every error that may be reported to a caller. The message is one sentence for the caller."""
 
 
 class InvalidArgumentError(ServiceError):
-    """Fields of the request break rules; `violations` are all of them, each with its sentence, `field` the first."""
+    """Fields of the request are invalid; `violations` has all of them, each with its sentence, `field` is the first."""
 
     def __init__(
         self, field: str, message: str, reason: str = "INVALID_FIELD", others: Sequence[tuple[str, str]] = ()
@@ -22,7 +22,7 @@ class InvalidArgumentError(ServiceError):
 
 
 class NotFoundError(ServiceError):
-    """No such thing, or not this user's: the two are never told apart."""
+    """Not found, or not this user's: callers cannot tell the two apart."""
 
     def __init__(self, kind: str, name: str) -> None:
         super().__init__(f"There is no {kind} {name!r}.")
@@ -31,15 +31,15 @@ class NotFoundError(ServiceError):
 
 
 class UnauthenticatedError(ServiceError):
-    """Nobody knows who calls."""
+    """The caller is unknown."""
 
 
 class PermissionDeniedError(ServiceError):
-    """It is known who calls, and that they may not."""
+    """The caller is known but lacks permission."""
 
 
 class FailedPreconditionError(ServiceError):
-    """The request is sound but not in this state; `reason` is a constant for programs."""
+    """The request is valid but not possible in the current state; `reason` is a constant for programs."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -51,8 +51,8 @@ class ConflictError(ServiceError):
 
 
 class ResourceExhaustedError(ServiceError):
-    """More than the caller, or everybody, may have; `reason` says which limit, `retry_seconds` when to try again, None
-    where time alone does not help."""
+    """A limit of the caller, or of all callers, was reached. `reason` says which; `retry_seconds` says when to try
+    again, and is None if waiting alone does not help."""
 
     def __init__(self, reason: str, message: str, retry_seconds: float | None = None) -> None:
         super().__init__(message)
@@ -61,11 +61,11 @@ class ResourceExhaustedError(ServiceError):
 
 
 class DeadlineExceededError(ServiceError):
-    """It took too long."""
+    """The call took too long."""
 
 
 class UnavailableError(ServiceError):
-    """Not now; the same call may go through later."""
+    """Temporarily unavailable; the same call may succeed later."""
 
 
 class DataDirectoryError(ServiceError):
@@ -73,12 +73,12 @@ class DataDirectoryError(ServiceError):
 
 
 class ManifestError(ServiceError):
-    """A policy directory is not what its manifest says, or has none."""
+    """A policy directory does not match its manifest, or has none."""
 
 
 class DatabaseError(Exception):
-    """The database failed, and nothing of the transaction was kept. `kind`: its disk is full, its files are damaged,
-    another process holds it, or something else."""
+    """The database failed, and nothing from the transaction was stored. `kind`: its disk is full, its files are
+    damaged, another process has locked it, or something else."""
 
     def __init__(self, message: str, kind: Literal["full", "damaged", "busy", "other"] = "other") -> None:
         super().__init__(message)
@@ -86,7 +86,7 @@ class DatabaseError(Exception):
 
 
 def advice(error: OSError | DatabaseError) -> str:
-    """What may help against an error of the file system or the database, as the end of a sentence."""
+    """Advice for an error of the file system or the database, as the end of a sentence."""
     if isinstance(error, OSError):
         kind = "full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "other"
     else:
@@ -94,6 +94,6 @@ def advice(error: OSError | DatabaseError) -> str:
     return {
         "full": "free some space on its disk",
         "damaged": "restore it from a backup",
-        "busy": "another process holds it; try again when that has ended",
+        "busy": "another process has locked it; try again when that has ended",
         "other": "give --data-dir a folder that you may write to",
     }[kind]

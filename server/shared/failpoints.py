@@ -1,8 +1,7 @@
-"""Places where a test ends the process as a power cut would: before and after what makes something durable.
+"""Places where a test kills the process as a power cut would: before and after operations that make data durable.
 
-`PREFLOOP_FAILPOINT=rename:3` ends it (SIGKILL, no cleanup) as it is about to make its third rename; `step:3:spin` and
-`step:3:block` leave the thread that is about to make the engine's third step at work, or waiting, for ever. Off where
-the variable is not set, as it should be wherever data matter.
+`PREFLOOP_FAILPOINT=rename:3` kills it (SIGKILL, no cleanup) before its third rename; `step:3:spin` and `step:3:block`
+make the thread before the engine's third step spin, or wait, forever. Do not set the variable where data matters.
 """
 
 import os
@@ -20,7 +19,7 @@ _passed = 0
 
 
 def failpoint(name: Failpoint) -> None:
-    """Ends the process here, or holds its thread, if it was asked for and this is the time."""
+    """Kill the process here, or hang its thread, if the variable names this failpoint and this pass."""
     global _passed
     asked, time, how = [*os.environ.get(VARIABLE, "").split(":"), "", ""][:3]
     if asked != name:

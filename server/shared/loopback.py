@@ -1,10 +1,10 @@
-"""Whether a host is this machine alone."""
+"""Recognises loopback addresses."""
 
 import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host`, a name or an IP address without brackets, is this machine's loopback. No name is looked up."""
+    """Whether `host`, a name or an IP address without brackets, is this machine's loopback. Names are not resolved."""
     if host == "localhost":
         return True
     try:

@@ -1,6 +1,6 @@
-"""What this machine lets a process use: its cores and memory, less what a container or a service unit takes away.
+"""The cores and memory that a process may use on this machine, within the limits of a container or service unit.
 
-Limits are read from control groups of either version; the tightest one on the way up counts. Imports no torch.
+Limits are read from cgroups v1 and v2; the tightest one up to the root counts. Does not import torch.
 """
 
 import os
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GIB = 2**30
-# What a server and a round beside it need with the default model (docs/operations.md).
+# What a server and a concurrent round need with the default model (docs/operations.md).
 COMFORTABLE_MEMORY = 8 * GIB
 COMFORTABLE_CORES = 2
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`cpus` are the numbers of the cores that a thread may run on; `cores` how many it gets the time of: fewer, and
-    perhaps a fraction, where a quota is set. Memory in bytes, `available` what is free now."""
+    """`cpus` are the numbers of the cores that a thread may run on; `cores` is the CPU time in cores: less, and perhaps
+    a fraction, under a quota. Memory is in bytes, `available` is free now."""
 
     cpus: frozenset[int]
     cores: float
@@ -26,7 +26,7 @@ class Machine:
 
 
 def read_machine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Machine:
-    """This machine as this process may use it."""
+    """The machine's resources available to this process."""
     cpus = frozenset(os.sched_getaffinity(0))
     cores = min([float(len(cpus)), *_quotas(proc, cgroups)])
     total, available = _meminfo(proc)
@@ -35,22 +35,22 @@ def read_machine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
 
 
 def slow_reason(machine: Machine, needed: int = COMFORTABLE_MEMORY) -> str | None:
-    """Why a round takes long on this machine, in a sentence; None where it has what a round needs."""
+    """Why a round takes long on this machine, as a sentence; None if it has what a round needs."""
     if machine.cores < COMFORTABLE_CORES:
         return (
-            f"prefloop has {machine.cores:.2g} of the {COMFORTABLE_CORES} cores that it is made for: answers and "
+            f"prefloop has {machine.cores:.2g} of the {COMFORTABLE_CORES} cores that it is designed for: answers and "
             "rounds take at least twice as long."
         )
     if machine.memory < needed:
         return (
-            f"prefloop has {machine.memory / GIB:.1f} GiB of memory, and a round beside the server needs about "
-            f"{needed / GIB:.1f}: it may be slow, or be killed."
+            f"prefloop has {machine.memory / GIB:.1f} GiB of memory, but the server and a round need about "
+            f"{needed / GIB:.1f}: a round may be slow, or be killed."
         )
     return None
 
 
 def _meminfo(proc: Path) -> tuple[int, int]:
-    """Bytes: all, and free or easily freed."""
+    """Total and available memory in bytes."""
     kib = {}
     for line in (proc / "meminfo").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
@@ -59,7 +59,7 @@ def _meminfo(proc: Path) -> tuple[int, int]:
 
 
 def _quotas(proc: Path, cgroups: Path) -> Iterator[float]:
-    """Cores' worth of time for each limit."""
+    """Each quota of CPU time, in cores."""
     for folder in _groups(proc, cgroups, "cpu"):
         for text in _texts(folder / "cpu.max"):
             quota, period = text.split()
@@ -74,16 +74,16 @@ def _quotas(proc: Path, cgroups: Path) -> Iterator[float]:
 
 def _memory_limits(proc: Path, cgroups: Path) -> Iterator[int]:
     for folder in _groups(proc, cgroups, "memory"):
-        # Version 1 has a number beyond any memory where there is no limit.
+        # cgroup v1 has a number beyond any memory if there is no limit.
         for name in ("memory.max", "memory.limit_in_bytes"):
             yield from (int(text) for text in _texts(folder / name) if text != "max")
 
 
 def _groups(proc: Path, cgroups: Path, controller: str) -> Iterator[Path]:
-    """The folders of the groups that this process is in, from its own to the root."""
+    """The folders of this process's groups, from its own to the root."""
     for line in _texts(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
-        # A line without controllers is version 2's, which has one tree for all.
+        # A line without controllers is from cgroup v2, which has one tree for all.
         if not controllers or controller in controllers.split(","):
             root = cgroups / controller if controllers else cgroups
             own = root / path.lstrip("/")
@@ -91,7 +91,7 @@ def _groups(proc: Path, cgroups: Path, controller: str) -> Iterator[Path]:
 
 
 def _texts(path: Path) -> list[str]:
-    """The file's lines; none where there is no such file."""
+    """The file's lines; none if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,10 +1,10 @@
-"""How many files, connections among them, a process may have open."""
+"""The limit on a process's open files, which include connections."""
 
 import resource
 
 
 def allow_open_files(most: int) -> int:
-    """Raises this process's limit to `most` files, or as far as its hard limit goes; how many it is now, of `most`."""
+    """Raise this process's limit to `most` files, or to its hard limit; return how many of `most` it may open now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     possible = min(limit for limit in (most, hard) if limit != resource.RLIM_INFINITY)
     if soft != resource.RLIM_INFINITY and soft < possible:

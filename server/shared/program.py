@@ -1,4 +1,4 @@
-"""How a command of server and learner begins, and how it ends where the machine fails it."""
+"""Start of a server or learner command, and its end after errors and signals."""
 
 import getpass
 import io
@@ -11,8 +11,8 @@ from server.shared.errors import DatabaseError, ServiceError, advice
 
 
 def run(name: str, command: Callable[[], object]) -> None:
-    """Runs the command. What goes wrong with its surroundings is one sentence, and exit status 1; told to end, it takes
-    away what it has half made."""
+    """Run the command. Errors of its environment are one sentence and exit status 1; SIGTERM exits after cleaning up
+    half-made files."""
     begin()
     signal.signal(signal.SIGTERM, _leave)
     try:
@@ -25,13 +25,13 @@ def run(name: str, command: Callable[[], object]) -> None:
 
 
 def begin() -> None:
-    """Settles what a process inherits: files that it makes are its user's alone, its user has a name, and it can say
-    anything to a terminal of any encoding."""
+    """Set up the process: its files are private to its user, the user has a name, and any text can be printed on a
+    terminal of any encoding."""
     os.umask(0o077)
     try:
         getpass.getuser()
     except (KeyError, OSError):
-        # In a container a user's number may have no name; torch asks for one, too.
+        # In a container a user id may have no name, which torch needs.
         os.environ["LOGNAME"] = str(os.getuid())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -39,13 +39,13 @@ def begin() -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    # A second one would interrupt what the first one has tidied up.
+    # A second signal would interrupt the cleanup after the first one.
     signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
 def sentence(error: Exception) -> str | None:
-    """What happened, and what may help; None of an error of ours."""
+    """The error and what may help, as a sentence; None for a bug."""
     match error:
         case ServiceError():
             return str(error)

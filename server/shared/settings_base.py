@@ -1,8 +1,8 @@
-"""Where settings come from: flags over `PREFLOOP_*` variables over prefloop.toml over defaults.
+"""Sources of settings: flags override `PREFLOOP_*` variables, which override prefloop.toml, then defaults.
 
-Variables, and the file in the working directory, are shared by server, learner and clients. Each program takes its own
-settings, leaves the others' to them, and refuses a name that none of them has. A setting is accepted under its old name
-for one version, with a line on standard error; where its new name is set too, wherever that is, the old one is ignored.
+Variables, and the file in the working directory, are shared by server, learner and clients. Each program reads its own
+settings, ignores those of the others, and refuses unknown names. A setting is accepted under its old name for one
+version, with a line on standard error; if its new name is set anywhere, the old one is ignored.
 """
 
 import os
@@ -31,23 +31,23 @@ CONFIG_FILE = "prefloop.toml"
 
 
 class SettingsBase(BaseSettings):
-    """Validated once, at start. What is wrong raises a ValueError or OSError, of which `explain` makes a sentence."""
+    """Settings, validated once at start. Errors are ValueError or OSError, which `explain` turns into a sentence."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter=NESTED, extra="forbid", frozen=True)
 
-    # From old name to new, as `ppo.dtype`. An entry stays for one version.
+    # Old name to new name, as `ppo.dtype`. An entry stays for one version.
     renamed: ClassVar[Mapping[str, str]] = {}
-    # What a number under an old name is multiplied by, where the new one has another unit.
+    # The factor for a number under an old name, if the new name has another unit.
     rescaled: ClassVar[Mapping[str, int]] = {}
 
     @classmethod
     def load(cls, **flags: Any) -> Self:
-        """The settings; a flag that is None was not given."""
+        """Load the settings; flags that are None are ignored."""
         return cls(**{name: value for name, value in flags.items() if value is not None})
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Self:
-        """These values over the defaults, whatever variables and prefloop.toml say."""
+        """Settings from these values and the defaults, without variables and prefloop.toml."""
         return cls(_build_sources=((InitSettingsSource(cls, values),), values))
 
     @classmethod
@@ -80,7 +80,7 @@ class SettingsBase(BaseSettings):
 
     @classmethod
     def _renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What is set by old names, under the new ones."""
+        """The values of settings under old names, by new name."""
         return {new: cls._rescale(old, values[old]) for old, new in cls.renamed.items() if old in values}
 
     @classmethod
@@ -88,12 +88,12 @@ class SettingsBase(BaseSettings):
         if old not in cls.rescaled:
             return value
         if not str(value).isdecimal() or not int(value):
-            raise ValueError(f"The setting {old} is not valid: {value!r} is no whole number above zero.")
+            raise ValueError(f"The setting {old} is not valid: {value!r} is not a whole number above zero.")
         return str(int(value) * cls.rescaled[old])
 
     @classmethod
     def _say_renamed(cls, flags: Iterable[str], variables: Iterable[str], file: Iterable[str]) -> None:
-        """A line for each setting under its old name."""
+        """Print a line for each setting under its old name."""
         given = {*flags, *variables, *file}
         for names, where, spell in ((variables, "", as_variable), (file, f"{CONFIG_FILE}: ", _as_key)):
             for old in sorted(cls.renamed.keys() & set(names)):
@@ -106,14 +106,14 @@ class SettingsBase(BaseSettings):
 
 
 def explain(error: Exception) -> str:
-    """What is wrong with the settings, in a sentence."""
+    """What is wrong with the settings, as a sentence."""
     match error:
         case ValidationError():
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
                 return f"Unknown setting: {hint(where, nearest(where, SETTINGS))}."
-            return f"The setting {where} is not valid: {first['msg']}." if where else f"The settings: {first['msg']}."
+            return f"{f'The setting {where} is' if where else 'The settings are'} not valid: {first['msg']}."
         case TOMLDecodeError():
             return f"{CONFIG_FILE} is not TOML: {error}."
         case UnicodeDecodeError():
@@ -121,12 +121,12 @@ def explain(error: Exception) -> str:
         case OSError():
             return f"{CONFIG_FILE} cannot be read ({error.strerror})."
         case SettingsError():
-            return f"The settings: {error}."
+            return f"The settings are not valid: {error}."
     return str(error)
 
 
 def _unknown_keys(file: Iterable[str]) -> Iterator[str]:
-    """Each key of the file that is nobody's, with a hint: some settings are variables alone."""
+    """Each unknown key of the file, with a hint. Some settings can only be set as variables."""
     for name in sorted(set(file) - SETTINGS - OLD):
         near = nearest(name, SETTINGS)
         meant = f"the variable {as_variable(name)}" if name in VARIABLES else near and _as_key(near)
@@ -144,7 +144,7 @@ def _lower(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _variables_source(cls: type[BaseSettings], variables: Mapping[str, str]) -> EnvSettingsSource:
-    """Reads these variables, as texts by setting, and no others."""
+    """A source that only reads these variables, given by setting name."""
     source = EnvSettingsSource(cls)
     source.env_vars = {as_variable(name).lower(): text for name, text in variables.items()}
     return source
@@ -152,5 +152,5 @@ def _variables_source(cls: type[BaseSettings], variables: Mapping[str, str]) -> 
 
 @cache
 def _say(line: str) -> None:
-    """Once in a process, which may read its settings more than once."""
+    """Print a line once per process, which may load its settings several times."""
     print(line, file=sys.stderr)

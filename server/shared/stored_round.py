@@ -1,12 +1,11 @@
-"""A round's settings and metrics in the store, as JSON, and how those that earlier versions wrote are read.
+"""A round's settings and metrics in the store, as JSON, and upgrades from earlier formats.
 
-With them stands the number of the format that they are in; where none does, it is 0, which is all that commits up to
-a51ccdf wrote. Reading takes what is stored through every upgrade since its format, so that whoever reads a round knows
-one format alone. An upgrade is not changed once it is released: the next one mends it. It must bear with what is not
-there, since a round has its metrics stage by stage.
+The JSON has the number of its format; without one it is format 0, which commits up to a51ccdf wrote. Loading applies
+every upgrade since that format, so that readers only know the current one. A released upgrade is never changed; a later
+one corrects it. Upgrades must accept missing keys, since a round gets its metrics stage by stage.
 
-What a newer version wrote is read as it is, with its number left in it as `format`. It can be shown; a round does not
-resume on settings that it does not know.
+JSON from a newer version is loaded unchanged, with its number left in it as `format`. It can be shown, but a round does
+not resume with settings that it does not know.
 """
 
 import json
@@ -17,14 +16,14 @@ from typing import Any
 from server.shared.tables import flatten, nest
 
 FORMAT = "format"
-# What an answer with its prompt counts for where `ppo.micro_batch` was set, which counted answers.
+# Tokens for each answer with its prompt of `ppo.micro_batch`, which counted answers.
 ANSWER_TOKENS = 128
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The current format of one of the two: its number is how many upgrades there are, the first one from format 0."""
+    """The current format of settings or metrics. Its number is the number of upgrades; the first is from format 0."""
 
     upgrades: tuple[Upgrade, ...]
 
@@ -43,13 +42,13 @@ class Stored:
 
 
 def start_from(settings: dict[str, Any]) -> str:
-    """What the round began from: `reference`, or the policy that was `active`."""
+    """What the round started from: `reference`, or the `active` policy."""
     return str(settings.get("policy", {}).get("start_from", "reference"))
 
 
 def _name_shares_and_dtype(settings: dict[str, Any]) -> dict[str, Any]:
-    """The learner's share of a GPU has a name of its own, and the dtype is the engine's too. Two older changes, from
-    before there were numbers, are made up for: the schedule's table, and what `active` was called."""
+    """Rename the learner's share of a GPU, and the dtype, which the engine now uses too. Also apply two changes from
+    before formats had numbers: the schedule's table, and the old name of `active`."""
     names = {
         "gpu_memory_share": "learner_gpu_memory_share",
         "ppo.dtype": "dtype",
@@ -62,7 +61,7 @@ def _name_shares_and_dtype(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count_tokens(settings: dict[str, Any]) -> dict[str, Any]:
-    """A micro-batch is so many tokens, no longer so many answers."""
+    """Convert the size of a micro-batch from answers to tokens."""
     values = flatten(settings)
     if answers := values.pop("ppo.micro_batch", None):
         values["ppo.micro_batch_tokens"] = answers * ANSWER_TOKENS
@@ -70,14 +69,14 @@ def _count_tokens(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count_left_out(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Votes that could not be read, and those of users in quarantine, are counted."""
+    """Add the counts of unreadable votes and of votes of users in quarantine."""
     if votes := metrics.get("votes"):
         metrics["votes"] = {"left_out": 0, "quarantined": 0, **votes}
     return metrics
 
 
 def _sort_by_room(settings: dict[str, Any]) -> dict[str, Any]:
-    """What is of the policy in training stands in a table of its own, whatever improves it."""
+    """Move settings of the policy in training, which do not depend on PPO, to a separate table."""
     moved = ("train", "start_from", "lora_rank", "lora_alpha", "micro_batch_tokens", "mismatch_limit", "kl_budget")
     names = {f"ppo.{name}": f"policy.{name}" for name in moved} | {"duel_user_votes": "ab_test_user_votes"}
     return nest({names.get(name, name): value for name, value in flatten(settings).items()})

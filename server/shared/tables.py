@@ -1,12 +1,11 @@
-"""Tables in tables, as TOML and JSON have them, and the same under dotted names: {"ppo": {"steps": 3}} is
-{"ppo.steps": 3}."""
+"""Converts nested tables, as in TOML and JSON, to dotted names and back: {"ppo": {"steps": 3}} is {"ppo.steps": 3}."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values by dotted names; an empty table is a value."""
+    """The values by dotted name; an empty table is a value."""
     found: dict[str, Any] = {}
     for name, value in table.items():
         below = flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
@@ -15,7 +14,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The way back."""
+    """The inverse of `flatten`."""
     table: dict[str, Any] = {}
     for name, value in values.items():
         *path, last = name.split(".")

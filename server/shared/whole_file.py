@@ -1,4 +1,4 @@
-"""A file that is there whole or not at all."""
+"""Writes a file whole or not at all."""
 
 import os
 import secrets
@@ -10,13 +10,13 @@ from typing import TextIO
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text to write; it takes the place of `path` once the block ends well and all of it is on disk. What is no plain
-    file, a pipe or a link say, is written as it comes."""
+    """A text file to write, which replaces `path` once the block succeeds and the content is on disk. If `path` is not
+    a plain file, such as a pipe or a link, it is written directly."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         with path.open("w", encoding="utf-8") as file:
             yield file
         return
-    # Its name is known before it is made: whenever the block is interrupted, it goes.
+    # Named before it is created, so that it is removed whenever the block is interrupted.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with _made(partial, path) as file:
@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[TextIO]:
 
 
 def _made(partial: Path, path: Path) -> TextIO:
-    """A new file for its owner alone. Raises OSError by the name that was asked for."""
+    """A new file with access for its owner only. Raises OSError with the requested name."""
     try:
         return open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
     except OSError as error:

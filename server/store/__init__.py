@@ -1,1 +1,1 @@
-"""What is kept: conversations, votes, versions, rounds. The learner reads and writes it, too."""
+"""The store: conversations, votes, versions and rounds. The learner also reads and writes it."""

@@ -1,8 +1,8 @@
-"""What the store needs of a database: a transaction that is on disk when it ends, and SQL that every database reads.
+"""The store's interface to a database: durable transactions, and SQL that every database understands.
 
-What differs between databases is here under a name: a fragment of SQL, or a method. `server.store.sqlite` has the one
-that there is. Its tables have a column `rowid` that grows with every row, and its SQL the functions `uptime()`, in
-seconds of a clock that nobody sets, and `boot_id()`, which says which start of that clock it was.
+What differs between databases has a name here: a fragment of SQL, or a method. `server.store.sqlite` is the only
+implementation. Tables need a column `rowid` that grows with every row, and SQL the functions `uptime()`, in seconds of
+a clock that cannot be set, and `boot_id()`, which identifies the start of that clock.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,17 +13,17 @@ from typing import Any, Protocol
 Row = dict[str, Any]
 # As a limit: all rows.
 UNLIMITED = 2**62
-# A statement takes only so many parameters; a page of ids stays far below.
+# The number of parameters of a statement is limited; this is far below.
 IDS_PER_QUERY = 500
 
 
 class Database(Protocol):
-    """One connection, for one thread at a time. Every method raises DatabaseError where the database fails."""
+    """One connection, for one thread at a time. Every method raises DatabaseError if the database fails."""
 
     NOW: str
     """SQL: seconds since 1970, with fractions."""
     AMONG: str
-    """SQL: `user` is one of those in the JSON list that is bound to the mark."""
+    """SQL: `user` is in the JSON list bound to the placeholder."""
 
     def write(self) -> AbstractContextManager[None]:
         """One transaction that holds the write lock from its first statement; nested calls join the outer one. Atomic,
@@ -31,20 +31,20 @@ class Database(Protocol):
         ...
 
     def group(self) -> AbstractContextManager[None]:
-        """Each `write` inside is still atomic, but all become durable by one commit, at the end. Raises where that
-        commit fails: then none of them was kept."""
+        """Each `write` inside is still atomic, but all become durable by one commit at the end. Raises if that commit
+        fails; then none of them was stored."""
         ...
 
     def reading(self) -> AbstractContextManager[None]:
-        """All that is read inside is as of one moment."""
+        """Everything read inside is from one moment."""
         ...
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
-        """Runs one statement; returns the number of rows it changed."""
+        """Run one statement; return the number of rows it changed."""
         ...
 
     def insert(self, table: str, row: Row) -> int:
-        """Inserts one row; returns its rowid."""
+        """Insert one row; return its rowid."""
         ...
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
@@ -60,35 +60,35 @@ class Database(Protocol):
         ...
 
     def rewrite(self) -> None:
-        """Frees the files of what deleted rows left in them. Writers may have to wait."""
+        """Remove what deleted rows left in the files. Writers may have to wait."""
         ...
 
     def empty_log(self) -> bool:
-        """Frees the database's log of what deleted rows left in it; False where others kept reading all the time."""
+        """Remove what deleted rows left in the database's log; False if others kept reading all the time."""
         ...
 
     def bytes(self) -> int:
-        """How much it takes up."""
+        """Size of the database in bytes."""
         ...
 
     def copy_to(self, path: Path) -> None:
-        """Makes the file `path` a copy as of one moment, while others write. Raises DataDirectoryError where it is
-        damaged. Not durable until the caller syncs it."""
+        """Copy the database, as of one moment, to the file `path` while others write. Raises DataDirectoryError if it
+        is damaged. Not durable until the caller syncs it."""
         ...
 
     def close(self) -> None: ...
 
 
 def pages(ids: Iterable[str | None]) -> Iterator[Sequence[str]]:
-    """The distinct ids, none left out but those that are empty, so many at a time as one statement takes."""
+    """Yield the distinct non-empty ids in pages of at most IDS_PER_QUERY."""
     distinct = sorted({identifier for identifier in ids if identifier})
     for start in range(0, len(distinct), IDS_PER_QUERY):
         yield distinct[start : start + IDS_PER_QUERY]
 
 
 def newest_rows(database: Database, table: str, key: str, limit: int, before: str | None) -> list[Row]:
-    """Rows, newest first, that come after the one whose `key` is `before`. By rowid: versions and ids have no order of
-    their own (v10000 sorts before v9999)."""
+    """Rows, newest first, older than the one whose `key` is `before`. Ordered by rowid, since versions and ids do not
+    sort by age (v10000 sorts before v9999)."""
     where = f"WHERE rowid < (SELECT rowid FROM {table} WHERE {key} = ?)" if before else ""
     parameters = [before, limit] if before else [limit]
     return database.rows(f"SELECT * FROM {table} {where} ORDER BY rowid DESC LIMIT ?", parameters)

@@ -1,8 +1,8 @@
-"""What is removed for good: a conversation, what nobody touched for long, all that is kept of a person.
+"""Permanent deletion of a conversation, of conversations inactive for long, and of all data of a user.
 
-Rows go, and so does their content in the log of votes, whose numbers stay: watermarks and lineage hold. A step is one
-short transaction, so that votes are not held up; a person's name goes with the last one, so that forgetting somebody
-again, after a kill, still finds what was trained on them. What rows leave behind elsewhere is removed by
+Rows are deleted, and their content in the log of votes, whose event numbers stay valid for watermarks and lineage. A
+step is one short transaction, so that votes are not delayed; a user's name is removed by the last one, so that a
+deletion repeated after a kill still finds what was trained on the user. What rows leave behind elsewhere is removed by
 `server.store.files.residue`.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from server.store.database import Database
 from server.store.learning.lineage import Lineage
 
-# Conversations that one transaction removes.
+# Conversations deleted per transaction.
 STEP = 20
-# Of a conversation ?1: its feedback, in `feedback` and in `feedback_events`.
+# SQL: the feedback of conversation ?1, in `feedback` and in `feedback_events`.
 OF_CONVERSATION = (
     "(response_id IN (SELECT id FROM responses WHERE conversation_id = ?1) "
     "OR comparison_id IN (SELECT id FROM comparisons WHERE conversation_id = ?1))"
@@ -23,29 +23,29 @@ OF_CONVERSATION = (
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of a person, and what learned from them. Versions are oldest first."""
+    """Stored data of a user, and what was trained on it. Versions are oldest first."""
 
     conversations: int
     votes: int
     policy_versions: list[str]
     reward_model_versions: list[str]
-    # Under way with these votes: what they publish is trained on them, too.
+    # Running with these votes: what they publish is trained on them, too.
     running_round_ids: list[str]
 
 
 class Deletion:
-    """Removes rows for good."""
+    """Deletes rows permanently."""
 
     def __init__(self, database: Database, lineage: Lineage) -> None:
         self._db = database
         self._lineage = lineage
 
     def deletions(self) -> int:
-        """A number that grows with everything that is removed: what was made under a smaller one may hold it."""
+        """A number that grows with every deletion: what was created under a smaller one may hold deleted data."""
         return int(self._db.rows("SELECT number FROM deletions")[0]["number"])
 
     def look(self, user: str) -> Kept:
-        """What there is of a user, also where the forgetting of them was cut short."""
+        """What is stored of a user, also after an interrupted deletion."""
         [found] = self._db.rows(
             "SELECT (SELECT count(*) FROM conversations WHERE user = ?1) AS conversations, "
             "(SELECT count(*) FROM feedback WHERE user = ?1) AS votes",
@@ -66,7 +66,7 @@ class Deletion:
         )
 
     def step(self, user: str) -> bool:
-        """Removes some of what is kept of a user; False once that was the last of it."""
+        """Delete some of a user's data; False once that was the last of it."""
         with self._db.write():
             rows = self._db.rows("SELECT id FROM conversations WHERE user = ? LIMIT ?", [user, STEP])
             if not rows:
@@ -76,7 +76,7 @@ class Deletion:
             return bool(rows)
 
     def expire(self, days: float) -> bool:
-        """Removes some conversations without a message or a vote for so many days; False once there are none."""
+        """Delete some conversations without a message or vote for `days` days; False once there are none."""
         with self._db.write():
             rows = self._db.rows(
                 "SELECT id FROM conversations c WHERE update_time < ?1 AND NOT EXISTS (SELECT 1 FROM feedback f "
@@ -90,36 +90,36 @@ class Deletion:
             return bool(rows)
 
     def conversation(self, conversation_id: str) -> None:
-        """Removes a conversation, its answers and its votes; of the votes' events only the fact remains."""
+        """Delete a conversation, its answers and its votes. The votes' events stay, without their content."""
         with self._db.write():
             self._log_deletions(OF_CONVERSATION, conversation_id)
-            # By the events and not by current votes: what was replaced or retracted is still written there.
+            # By events and not by current votes: replaced and retracted ones are still in the log.
             self._db.execute(
                 f"UPDATE feedback_events SET value = NULL, comment = NULL WHERE {OF_CONVERSATION}", [conversation_id]
             )
-            # The ids stay taken: a repeated message must not begin a conversation that its user removed.
+            # The ids stay in use: a repeated message must not start a conversation that its user deleted.
             self._db.execute(
                 "UPDATE requests SET body_sha256 = ?2, result = ?2 WHERE target IN (SELECT id FROM responses WHERE "
                 "conversation_id = ?1 UNION ALL SELECT id FROM comparisons WHERE conversation_id = ?1)",
                 [conversation_id, b""],
             )
-            # Comparisons first: they hold on to their responses without a cascade.
+            # Comparisons first: they reference their responses without a cascade.
             self._db.execute("DELETE FROM comparisons WHERE conversation_id = ?", [conversation_id])
             self._db.execute("DELETE FROM conversations WHERE id = ?", [conversation_id])
             self._count()
 
     def rewrite_due(self) -> int:
-        """The number of deletions since which the file was not rewritten; 0 where it was."""
+        """The number of deletions if the file was not rewritten since the last one, else 0."""
         [row] = self._db.rows("SELECT number, rewritten FROM deletions")
         return int(row["number"]) if row["number"] > row["rewritten"] else 0
 
     def rewritten(self, number: int) -> None:
-        """The file was rewritten after so many deletions."""
+        """Record that the file was rewritten after `number` deletions."""
         with self._db.write():
             self._db.execute("UPDATE deletions SET rewritten = ?", [number])
 
     def _rest(self, user: str) -> None:
-        """Demonstrations, the log's content, repeated requests, and then the name."""
+        """Delete demonstrations, the log's content, repeated requests, and then the name."""
         self._log_deletions("user = ?1", user)
         self._db.execute("DELETE FROM feedback WHERE user = ?", [user])
         self._db.execute("DELETE FROM requests WHERE user = ?", [user])

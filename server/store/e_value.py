@@ -1,9 +1,10 @@
-"""Two versions side by side in the votes: who wins, and how sure that is, however often one looks.
+"""Which of two versions wins the votes, and how certain that is, however often it is checked.
 
-The evidence is an e-value. Against "the one is at least as good as the other", every win rate p below a half is put up
-with the same weight, and e = 2 * integral over (0, 1/2) of p^wins (1 - p)^losses dp / (1/2)^(wins + losses). While the
-null holds, e is expected to fall, and the chance that it ever reaches 1 / alpha is at most alpha (Ville 1939; Ramdas et
-al. 2023, "Game-theoretic statistics and safe anytime-valid inference"): one may look after every vote.
+The evidence is an e-value. The null hypothesis is that the one is at least as good as the other. The alternative gives
+every win rate p below a half the same weight, and e = 2 * integral over (0, 1/2) of p^wins (1 - p)^losses dp /
+(1/2)^(wins + losses). While the null holds, e is expected to fall, and the chance that it ever reaches 1 / alpha is at
+most alpha (Ville 1939; Ramdas et al. 2023, "Game-theoretic statistics and safe anytime-valid inference"), so it may be
+checked after every vote.
 """
 
 import math
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 
 
 def e_value(wins: int, losses: int) -> float:
-    """e-value against a win rate of a half or more; 1 before the first vote.
+    """E-value against a win rate of a half or more; 1 before the first vote.
 
-    The integral is an incomplete beta function, for whole numbers a sum of binomials."""
+    The integral is an incomplete beta function; for whole numbers it is a sum of binomials."""
     n = wins + losses
     tail = sum(math.comb(n + 1, k) for k in range(wins + 1, n + 2))
     return tail / ((n + 1) * math.comb(n, wins))
@@ -27,7 +28,7 @@ class AbTestResult:
     opponent: str
     wins: int
     losses: int
-    # Ties and both-bad: they say nothing of who is better.
+    # Ties and both-bad, which do not say which is better.
     draws: int
 
     @property

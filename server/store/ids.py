@@ -1,4 +1,4 @@
-"""Opaque ids. Their order means nothing."""
+"""Opaque ids without a meaningful order."""
 
 import secrets
 

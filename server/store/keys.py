@@ -1,8 +1,8 @@
-"""API keys: 256 random bits that name a user and a role. The store has their SHA-256 alone.
+"""API keys: 256 random bits that identify a user and a role. The store only has their SHA-256.
 
-A key is "ID.SECRET". The id finds the row and may be shown; the secret is shown once, where the key is made. A plain
-hash is enough: nobody guesses 256 bits, however fast they try. A revoked key stays on record, so that a server which
-ever had a key never again takes a caller's word for who they are.
+A key is "ID.SECRET". The id finds the row and may be shown; the secret is shown once, when the key is created. A plain
+hash is enough, since 256 bits cannot be guessed. A revoked key stays on record, so that a server that ever had a key
+never accepts a caller without one again.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ USER_NAME = re.compile(r"[\x21-\x7e]{1,128}")
 
 @dataclass(frozen=True)
 class Caller:
-    """A user, and what they may do. An operator may do whatever a user may."""
+    """A user and their role. An operator may do whatever a user may."""
 
     user: str
     role: Role
-    # Whether a key says so, or they say so themselves.
+    # Whether a key identifies the user, not merely their own metadata.
     has_key: bool = True
 
     def may(self, needed: Role) -> bool:
@@ -37,7 +37,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of a key; never its secret. `user` is empty where that person was forgotten."""
+    """A key without its secret. `user` is empty if that user was deleted."""
 
     id: str
     user: str
@@ -48,18 +48,18 @@ class Key:
 
 @dataclass(frozen=True)
 class Credentials:
-    """The keys that open the door as of one reading; `closed`: there was ever one, so nobody comes in without."""
+    """The valid keys as of one reading; `closed`: there has ever been a key, so callers need one."""
 
     callers: dict[str, tuple[bytes, Caller]]
     closed: bool
-    # Changes when a key is made or revoked.
+    # Changes when a key is created or revoked.
     mark: tuple[int, int] = (0, 0)
 
     def caller(self, key: str) -> Caller | None:
-        """Whose key it is; None where it is nobody's."""
+        """The caller that a key identifies, or None."""
         key_id, _, secret = key.partition(".")
         sha256, caller = self.callers.get(key_id, (b"", None))
-        # In constant time: how long a refusal takes says nothing about the secret.
+        # In constant time, so that the duration of a refusal reveals nothing about the secret.
         return caller if hmac.compare_digest(sha256, _sha256(secret)) else None
 
 
@@ -70,7 +70,7 @@ class Keys:
         self._db = database
 
     def create(self, user: str, role: Role) -> str:
-        """The new key, which can never be shown again. Raises InvalidArgumentError."""
+        """Create a key and return it; it can never be shown again. Raises InvalidArgumentError."""
         check_user_name(user)
         key_id, secret = new_id("key"), secrets.token_urlsafe(SECRET_BYTES)
         row = {"id": key_id, "sha256": _sha256(secret), "user": user, "role": role, "create_time": self._db.now()}
@@ -79,7 +79,7 @@ class Keys:
         return f"{key_id}.{secret}"
 
     def revoke(self, key_id: str) -> None:
-        """Makes a key useless; one that is, stays so. Raises NotFoundError."""
+        """Revoke a key; no change if it is revoked already. Raises NotFoundError."""
         with self._db.write():
             changed = self._db.execute(
                 f"UPDATE keys SET revoke_time = coalesce(revoke_time, {self._db.NOW}) WHERE id = ?", [key_id]
@@ -88,7 +88,7 @@ class Keys:
                 raise NotFoundError("key", key_id)
 
     def forget(self, user: str) -> None:
-        """Revokes the user's keys, and whose they were and what they hash to is no longer known."""
+        """Revoke the user's keys, and delete their user and hash."""
         with self._db.write():
             self._db.execute(
                 f"UPDATE keys SET user = '', sha256 = ?, revoke_time = coalesce(revoke_time, {self._db.NOW}) "
@@ -97,12 +97,12 @@ class Keys:
             )
 
     def all(self) -> list[Key]:
-        """Every key there ever was, oldest first."""
+        """Every key ever created, oldest first."""
         rows = self._db.rows("SELECT id, user, role, create_time, revoke_time FROM keys ORDER BY create_time, id")
         return [Key(**row) for row in rows]
 
     def credentials(self, known: Credentials | None = None) -> Credentials:
-        """The keys that are good now; `known`, where nothing changed since that was read."""
+        """The keys that are valid now; `known` itself if nothing has changed since."""
         [row] = self._db.rows(
             "SELECT coalesce((SELECT max(rowid) FROM keys), 0) AS made, "
             "(SELECT count(*) FROM keys WHERE revoke_time IS NOT NULL) AS revoked"
@@ -116,7 +116,7 @@ class Keys:
 
 
 def check_user_name(user: str) -> None:
-    """Raises InvalidArgumentError for what cannot be one. Printable ASCII, for that is what metadata carries."""
+    """Raise InvalidArgumentError for an invalid user name. Names are printable ASCII, as in gRPC metadata."""
     if not USER_NAME.fullmatch(user):
         raise InvalidArgumentError("user", "A user name is 1 to 128 printable ASCII characters without spaces.")
 

@@ -1,4 +1,4 @@
-"""Numbers as the database keeps them: 32 bits each, little-endian."""
+"""Numbers as stored in the database: 32 bits each, little-endian."""
 
 from array import array
 

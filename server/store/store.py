@@ -1,6 +1,6 @@
-"""All that is kept, by what it is about. Imports neither torch nor vllm, so the learner may use it.
+"""The store, grouped by subject. Imports neither torch nor vllm, so the learner may use it.
 
-A write that returned is on disk; `transaction` makes several one. What is not this user's is not found.
+A write is on disk when it returns; `transaction` groups several writes. Data of other users is not found.
 """
 
 from contextlib import AbstractContextManager
@@ -27,7 +27,7 @@ from server.store.sqlite.database import DATABASE, SqliteDatabase
 
 
 class Store:
-    """One connection to a data directory's database; one thread at a time."""
+    """One connection to a data directory's database, for one thread at a time."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
@@ -49,33 +49,33 @@ class Store:
 
     @classmethod
     def open(cls, data_dir: Path) -> "Store":
-        """The store in `data_dir`, created or migrated where needed. Raises DataDirectoryError."""
+        """Open the store in `data_dir`, creating or migrating it if needed. Raises DataDirectoryError."""
         return cls(SqliteDatabase(Path(data_dir) / DATABASE))
 
     @staticmethod
     def exists(data_dir: Path) -> bool:
-        """Whether there is a store; `open` would make one."""
+        """Whether there is a store; `open` would create one."""
         return (data_dir / DATABASE).exists()
 
     def transaction(self) -> AbstractContextManager[None]:
-        """What is written inside becomes durable together or not at all."""
+        """Everything written inside becomes durable together or not at all."""
         return self._db.write()
 
     def reading(self) -> AbstractContextManager[None]:
-        """What is read inside is as of one moment."""
+        """Everything read inside is from one moment."""
         return self._db.reading()
 
     def group(self) -> AbstractContextManager[None]:
-        """The transactions inside stay apart, but share one commit. See `Database.group`."""
+        """The transactions inside stay separate, but share one commit. See `Database.group`."""
         return self._db.group()
 
     def copy_to(self, data_dir: Path) -> None:
-        """Puts a copy of the database, as of one moment, into another data directory. See `SqliteDatabase.copy_to`."""
+        """Copy the database, as of one moment, to another data directory. See `SqliteDatabase.copy_to`."""
         self._db.copy_to(data_dir / DATABASE)
 
     def free_files(self, *, rewrite: bool) -> bool:
-        """Removes from the database's own files what deleted rows left; with `rewrite`, also rewrites them where that
-        is due. False where another process keeps reading: deleted content may still be in the log."""
+        """Remove from the database's own files what deleted rows left; with `rewrite`, also rewrite them if due. False
+        if another process keeps reading: deleted content may still be in the log."""
         due = self.deletion.rewrite_due() if rewrite else 0
         if due:
             self._db.rewrite()
@@ -83,11 +83,11 @@ class Store:
         return self._db.empty_log()
 
     def bytes(self) -> int:
-        """How much the database takes up."""
+        """Size of the database in bytes."""
         return self._db.bytes()
 
     def learner(self) -> Learner:
-        """Who listens, what is at work, and what became of the last request."""
+        """Whether a learner listens, which round runs, and the last request."""
         listening = self.round_requests.next_times()
         return Learner(
             listening=bool(listening),

@@ -1,10 +1,10 @@
-"""The store on threads of its own, so that SQLite never blocks the event loop.
+"""The store on separate threads, so that SQLite never blocks the event loop.
 
-One thread does everything in the order of asking. Another reads what may be long, a conversation or a list, so that
-votes do not wait for it; it waits for what was asked before it, so that callers see what they and others did.
+One thread runs all work in order. Another runs reads that may be long, of a conversation or a list, so that votes do
+not wait for them; a read starts after all earlier work, so that callers see what they and others did.
 
-What is asked while a commit is under way shares the next one: under load the disk is asked once for many calls. Where
-many ask at once, the next commit waits a moment for more of them.
+Work that arrives during a commit shares the next one: under load one commit serves many calls. When many calls come at
+once, the next commit waits a moment for more of them.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from server.store.store import Store
 
-# A commit costs as much as some votes: after a group of so many calls, others are likely to come.
+# A commit costs as much as several votes. After a group of MANY calls, more are likely to come.
 MANY, LINGER_SECONDS = 8, 0.008
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ Work = Callable[[Store], Any]
 
 
 class StoreThread:
-    """`await store(lambda store: store.feedback.submit_thumb(...))`. One call after the other; `read` beside them."""
+    """`await store(lambda store: store.feedback.submit_thumb(...))`. Calls run one by one; `read` runs beside them."""
 
     def __init__(self, data_dir: Path) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -35,7 +35,7 @@ class StoreThread:
         self._last_group = 0
 
     async def __call__(self, work: Callable[[Store], T]) -> T:
-        """What `work` returns, once that is on disk. A caller that is cancelled leaves its work to be done."""
+        """Run `work`, and return its result once it is on disk. If the caller is cancelled, the work is still done."""
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append((work, done))
         if self._running is None:
@@ -43,7 +43,7 @@ class StoreThread:
         return await done
 
     async def read(self, work: Callable[[Store], T]) -> T:
-        """What `work` returns, which writes nothing, once all that was asked before is on disk."""
+        """Run `work`, which must not write, after all earlier work is on disk, and return its result."""
         await self(lambda store: None)
 
         def as_of_now() -> T:
@@ -53,7 +53,7 @@ class StoreThread:
         return await asyncio.get_running_loop().run_in_executor(self._reader, as_of_now)
 
     async def close(self) -> None:
-        """After what was asked before; later calls raise RuntimeError."""
+        """Close after all earlier work; later calls raise RuntimeError."""
         if self._running:
             await self._running
         loop = asyncio.get_running_loop()
@@ -72,7 +72,7 @@ class StoreThread:
             try:
                 outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._group, works)
             except Exception as error:
-                # The commit failed, or the store is closed: nothing of any of them was kept.
+                # The commit failed, or the store is closed: none of the calls was stored.
                 outcomes = [(None, error)] * len(works)
             for (_, done), (result, failure) in zip(calls, outcomes, strict=True):
                 if done.cancelled():

@@ -1,4 +1,4 @@
-"""Where the server's own words go: lines to read, or JSON for programs, and traces to a collector."""
+"""Configures the server's logs, as text or JSON, and traces to a collector."""
 
 import logging
 from typing import Literal
@@ -13,7 +13,7 @@ RENAMED = {"asctime": "time", "levelname": "level", "name": "logger"}
 
 
 def configure_logs(kind: Literal["text", "json"], level: str) -> None:
-    """One line for each record, with the id of its call, on standard error."""
+    """Log one line per record, with the id of its call, to standard error."""
     handler = logging.StreamHandler()
     handler.addFilter(CallIds())
     handler.setFormatter(JsonFormatter(JSON, rename_fields=RENAMED) if kind == "json" else logging.Formatter(TEXT))
@@ -21,10 +21,10 @@ def configure_logs(kind: Literal["text", "json"], level: str) -> None:
 
 
 def configure_traces(endpoint: str) -> None:
-    """Sends spans to an OTLP collector at `endpoint`, as http://127.0.0.1:4317; nowhere where it is empty."""
+    """Send spans to an OTLP collector at `endpoint`, as http://127.0.0.1:4317. No traces if it is empty."""
     if not endpoint:
         return
-    # Takes a second to import, for those alone who ask for it.
+    # This takes a second to import, so import it only if needed.
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource

@@ -1,4 +1,4 @@
-"""`/metrics` for Prometheus and `/healthz` for whoever restarts servers, over HTTP on a thread of its own."""
+"""`/metrics` for Prometheus and `/healthz` for health checks, over HTTP on a separate thread."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from server.telemetry.metrics import REGISTRY
 
 
 class MetricsServer:
-    """Listens from the beginning; raises OSError where the port is taken. `serving` is what /healthz tells."""
+    """Listens once created; raises OSError if the port is in use. `serving` is what /healthz reports."""
 
     def __init__(self, host: str, port: int, serving: Callable[[], bool]) -> None:
         self._server = make_server(host, port, application(serving), _Server, _Handler)
@@ -37,7 +37,7 @@ def application(serving: Callable[[], bool]) -> Callable[[dict[str, Any], Any], 
             case "/healthz":
                 status, body = ("200 OK", b"SERVING\n") if serving() else ("503 Service Unavailable", b"NOT_SERVING\n")
             case _:
-                status, body = "404 Not Found", b"There are /metrics and /healthz.\n"
+                status, body = "404 Not Found", b"Not found; there are /metrics and /healthz.\n"
         start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
         return [body]
 
@@ -49,8 +49,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Handler(WSGIRequestHandler):
-    # A client that says nothing must not hold a thread for ever.
+    # A client that sends nothing must not hold a thread forever.
     timeout = 10
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Scrapes are no news."""
+        """Do not log scrapes."""

@@ -1,6 +1,6 @@
-"""What is seen of each call: a metric, a span, a line in the log, and an id that ties the three to the caller.
+"""Observes each call with a metric, a span, a line in the log, and an id that links the three to the caller.
 
-None of them holds anything that a user said: an RPC's name, its status and how long it took.
+They have an RPC's name, its status and its duration, and nothing that a user wrote.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ from server.telemetry.metrics import CALL_SECONDS, CALLS, FIRST_TOKEN_SECONDS, T
 
 log = logging.getLogger(__name__)
 
-# Given by a caller or made here; comes back as the same metadata and in the details of an error.
+# Set by a caller or created here; returned in the same metadata and in the details of an error.
 CALL_ID = "x-request-id"
 SOUND = re.compile(r"[\w.:-]{1,64}", re.ASCII)
-# What a server did wrong, in OpenTelemetry's conventions for RPCs.
+# Statuses that count as server errors in OpenTelemetry's conventions for RPCs.
 SERVER_ERRORS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 
 _call_id: ContextVar[str] = ContextVar("call_id", default="")
@@ -34,7 +34,7 @@ _tracer = trace.get_tracer("prefloop.server")
 
 @dataclass
 class Observation:
-    """One call; `code` is what it ends with."""
+    """One call; `code` is its final status."""
 
     call_id: str
     code: str = "OK"
@@ -42,9 +42,9 @@ class Observation:
 
 @contextmanager
 def observed(method: str, metadata: dict[str, Any]) -> Iterator[Observation]:
-    """Tells how the call of `method` ("/package.Service/Method") inside the block ended."""
+    """Record how the call of `method` ("/package.Service/Method") inside the block ended."""
     given = metadata.get(CALL_ID)
-    # Nobody gains by guessing one: no need for random bits of the system's.
+    # The id is no secret, so it does not need the system's random bits.
     seen = Observation(given if given and SOUND.fullmatch(str(given)) else f"call_{random.getrandbits(64):016x}")
     rpc, started = method.rpartition("/")[2], time.perf_counter()
     token = _call_id.set(seen.call_id)
@@ -59,7 +59,7 @@ def observed(method: str, metadata: dict[str, Any]) -> Iterator[Observation]:
         seconds = time.perf_counter() - started
         CALLS.labels(rpc, seen.code).inc()
         CALL_SECONDS.labels(rpc).observe(seconds)
-        # What callers do wrong is theirs, and would fill the log of whoever wants it filled; the metrics count it.
+        # Callers could fill the log with their own errors, so these are DEBUG; the metrics count them.
         level = logging.INFO if seen.code in SERVER_ERRORS else logging.DEBUG
         log.log(level, "%s %s %.3f s", rpc, seen.code, seconds)
         _call_id.reset(token)
@@ -67,7 +67,7 @@ def observed(method: str, metadata: dict[str, Any]) -> Iterator[Observation]:
 
 @contextmanager
 def _span(method: str, metadata: dict[str, Any], seen: Observation) -> Iterator[None]:
-    """A span of the caller's trace, if there is one. Without exceptions: their texts may hold what somebody said."""
+    """A span, in the caller's trace if there is one. Without exceptions, whose messages may quote users."""
     with _tracer.start_as_current_span(
         method[1:],
         propagate.extract(metadata),
@@ -85,12 +85,12 @@ def _span(method: str, metadata: dict[str, Any], seen: Observation) -> Iterator[
 
 
 def _traced() -> bool:
-    """Spans that go nowhere cost a sixth of an empty call."""
+    """Whether spans are exported; creating them for nothing costs a sixth of an empty call."""
     return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
 
 
 class AnswerSeen:
-    """One answer on its way from the engine."""
+    """Records one answer as it arrives from the engine."""
 
     def __init__(self, prompt_tokens: int) -> None:
         self._prompt_tokens = prompt_tokens
@@ -98,14 +98,14 @@ class AnswerSeen:
         self._first: float | None = None
 
     def text(self) -> None:
-        """A piece of it arrived."""
+        """Record that a piece of text arrived."""
         if self._first is None:
             self._first = time.perf_counter()
             FIRST_TOKEN_SECONDS.observe(self._first - self._asked)
             trace.get_current_span().add_event("first text")
 
     def end(self, generation: Generation) -> None:
-        """All of it did, or as much as there will be."""
+        """Record the end of the answer."""
         tokens = len(generation.token_ids)
         TOKENS.labels("prompt").inc(self._prompt_tokens)
         TOKENS.labels("answer").inc(tokens)
@@ -122,13 +122,13 @@ class AnswerSeen:
 
 @contextmanager
 def observed_answer(prompt_tokens: int) -> Iterator[AnswerSeen]:
-    """An answer that is sampled in the block."""
+    """Observe an answer that is sampled in the block."""
     with _tracer.start_as_current_span("sample", record_exception=False, set_status_on_exception=False):
         yield AnswerSeen(prompt_tokens)
 
 
 class CallIds(logging.Filter):
-    """Gives every log record the id of the call that it belongs to, or "-"."""
+    """Gives every log record the id of its call, or "-"."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.call_id = _call_id.get() or "-"

@@ -1,4 +1,4 @@
-"""What the learner's rounds came to, for the metrics: read from the store, since a round's process is soon gone."""
+"""Metrics of the learner's rounds, read from the store, since a round's process is short-lived."""
 
 import math
 
@@ -8,7 +8,7 @@ from server.telemetry.metrics import ROUND, ROUNDS
 
 
 def show_rounds(store: Store) -> None:
-    """Sets the metrics of rounds to what the store says now."""
+    """Set the metrics of rounds from the store."""
     for state, count in store.rounds.count().items():
         ROUNDS.labels(state).set(count)
     newest = next((found for found in store.rounds.page(10, None) if found.finish_time), None)
@@ -17,7 +17,7 @@ def show_rounds(store: Store) -> None:
 
 
 def figures(round_: Round) -> dict[str, float]:
-    """What a round got to; NaN for what it did not, so that no figure of an older round stands there."""
+    """A round's metrics; NaN for stages that it did not reach, so that no value of an older round remains."""
     metrics = round_.metrics
     votes, model, gate = metrics.votes, metrics.reward_model, metrics.gate
     return {

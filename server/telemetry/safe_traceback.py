@@ -1,5 +1,5 @@
-"""What the log may say of an error: where it came from, and of what kind it is; what it says only where no library puts
-values there. A tokenizer or an engine may quote in its message what a person wrote."""
+"""Tracebacks that are safe to log: an error's place and class, and its message only for classes that never quote users.
+The message of a tokenizer or an engine may quote what a user wrote."""
 
 import traceback
 
@@ -9,12 +9,12 @@ TELLING: tuple[type[BaseException], ...] = (DatabaseError, OSError)
 
 
 def safe_traceback(error: BaseException) -> str:
-    """The error and all that led to it, with the place of each."""
+    """The error and its causes, with the place of each."""
     waiting, seen = [error], list[BaseException]()
     lines: list[str] = []
     while waiting:
         one = waiting.pop(0)
-        # A group's error that was raised from its group stands in a ring.
+        # An error that was raised from its own group forms a cycle.
         if one in seen:
             continue
         seen.append(one)

@@ -1,4 +1,4 @@
-"""How long a block takes."""
+"""Measures the duration of a block."""
 
 import time
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Keeps how long the block took, also where it fails."""
+    """Store the duration of the block under `name`, also if it fails."""
     started = time.perf_counter()
     try:
         yield

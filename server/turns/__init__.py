@@ -1,1 +1,1 @@
-"""One turn of a conversation: its prompt, its answers, and what is durable when."""
+"""Turns of a conversation: the prompt, the answers, and when they are on disk."""

@@ -1,7 +1,7 @@
-"""Answers under way: each one that was begun in the store is also ended there, whatever becomes of its caller.
+"""Answers in progress: each one that was begun in the store is also ended there, whatever happens to its caller.
 
-An answer's end is stored by a task of its own that no cancellation reaches; `drain` waits for all of them before the
-store is closed.
+An answer's end is stored by a separate task that is never cancelled; `drain` waits for all of them before the store is
+closed.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class Begun:
 
 
 class Answers:
-    """Samples answers from the policy, and keeps what was sampled."""
+    """Samples answers from the policy and stores them."""
 
     def __init__(self, store: StoreThread, engine: ServingEngine) -> None:
         self._store = store
@@ -43,10 +43,9 @@ class Answers:
 
     @asynccontextmanager
     async def begun(self, begin: Callable[[Store], Begun]) -> AsyncIterator[Begun]:
-        """Runs `begin`, which stores a turn's responses as being sampled.
+        """Run `begin`, which stores a turn's responses as being sampled.
 
-        Where the block is left by an error, those of which nothing is stored by then are stored as failed; as cancelled
-        where it is left because the caller did.
+        If the block raises, responses that have no stored end are stored as failed, or as cancelled if the caller left.
         """
         beginning = asyncio.create_task(self._store(begin))
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -69,7 +68,7 @@ class Answers:
         send: Callable[[str], Awaitable[None]],
         version: str | None = None,
     ) -> Generation:
-        """Samples one answer, sends its text piece by piece, and returns once it is stored."""
+        """Sample one answer, send its text piece by piece, and return once it is stored."""
         with observed_answer(len(prompt)) as seen:
             stream = await self._engine.sample(prompt, sampling, version)
             try:
@@ -82,7 +81,7 @@ class Answers:
         return generation
 
     async def sample_unseen(self, prompt: list[int], sampling: Sampling) -> Generation:
-        """Samples one answer that nobody sees and nothing keeps."""
+        """Sample one answer that is neither shown nor stored."""
         with observed_answer(len(prompt)) as seen:
             stream = await self._engine.sample(prompt, sampling)
             try:
@@ -94,12 +93,12 @@ class Answers:
         return generation
 
     async def keep(self, response_id: str, generation: Generation, chosen_by: str | None) -> None:
-        """Stores an answer that was sampled unseen, and which reward model chose it; a cancelled caller's, too."""
+        """Store an answer that was sampled unseen, and which reward model chose it, even if the caller is cancelled."""
         keeping = self._store(lambda store: store.responses.finish(response_id, generation, chosen_by))
         await asyncio.shield(self._settle(keeping))
 
     async def drain(self) -> None:
-        """Returns once every answer that was begun is on disk."""
+        """Return once every answer that was begun is on disk."""
         while self._settling:
             await asyncio.wait(self._settling)
 
@@ -113,15 +112,15 @@ class Answers:
         try:
             generation = await stream.finish()
         except Exception as error:
-            # The caller hears of the engine's end from the stream itself; here it must not cost the answer.
-            log.error("an answer could not be finished; storing what there is of it\n%s", safe_traceback(error))
+            # The stream itself reports the engine's failure to the caller; here the answer so far must not be lost.
+            log.error("an answer could not be finished; storing it as far as it got\n%s", safe_traceback(error))
             generation = stream.fail()
         await self._store(lambda store: store.responses.finish(response_id, generation))
         return generation
 
     async def _abandon(self, beginning: asyncio.Task[Begun], reason: Abandoned) -> None:
         await asyncio.wait([beginning])
-        # What could not be begun left nothing to end.
+        # If `begin` failed, there is nothing to end.
         if beginning.exception() is None:
             response_ids = beginning.result().response_ids
             await self._store(lambda store: store.responses.abandon(response_ids, reason))

@@ -1,8 +1,8 @@
-"""Which second answer to show: the one about which the reward model's members disagree most whether it is better.
+"""Chooses a comparison's second answer: the one on which the reward model's members disagree most.
 
-The members are fits of one reward model to different draws of the votes; a vote on what they dispute says most. A
-comparison never needs their scores: without them, or without them in time, the first candidate does, which is as good
-as any.
+The members are fits of one reward model to different draws of the votes. They may disagree on which of two answers is
+better, and a vote where they do is worth most. A comparison does not depend on their scores: if they are missing or
+late, it shows the first candidate, which is as good as any.
 """
 
 import logging
@@ -16,21 +16,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scores:
-    """Of some answers to one prompt, a score by each member of the reward model."""
+    """Scores of several answers to one prompt, one by each member of the reward model."""
 
     reward_model_version: str
     member_scores: list[list[float]]
 
 
 class ScoresError(Exception):
-    """There are no scores; the message says why."""
+    """No scores are available; the message says why."""
 
 
 class Scorer(Protocol):
-    """Scores answers by the newest reward model."""
+    """Scores answers with the newest reward model."""
 
     async def score(self, prompt: list[int], answers: list[list[int]]) -> Scores:
-        """Of every answer, all token ids. Raises ScoresError, also where it takes too long."""
+        """Score answers, each given as all its token ids. Raises ScoresError, also if it takes too long."""
         ...
 
     async def close(self) -> None: ...
@@ -38,21 +38,21 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which of the candidates, and the reward model whose members dispute it most; None where nobody was heard."""
+    """Index of the chosen candidate, and the version of the reward model that chose it; None without scores."""
 
     index: int
     reward_model_version: str | None
 
 
 class CandidateChooser:
-    """Chooses by the scores of `scorer`."""
+    """Chooses a candidate by the scores of `scorer`."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
         self._complaint = ""
 
     async def choose(self, prompt: list[int], first: list[int], candidates: list[list[int]]) -> Chosen:
-        """The candidate to show beside `first`; all are token ids. Whatever becomes of the scorer, there is one."""
+        """Choose the candidate to show beside `first`; all are token ids. Does not fail if the scorer does."""
         try:
             scores = await self._scorer.score(prompt, [first, *candidates])
         except ScoresError as error:
@@ -67,13 +67,13 @@ class CandidateChooser:
         await self._scorer.close()
 
     def _complain(self, complaint: str) -> None:
-        # Once, not with every comparison.
+        # Log each change once, not with every comparison.
         if complaint != self._complaint:
-            log.warning("comparisons: %s", f"any two, for want of scores: {complaint}" if complaint else "chosen again")
+            log.warning("comparisons: %s", f"no scores: {complaint}" if complaint else "scores are available again")
         self._complaint = complaint
 
 
 def dispute(one: list[float], other: list[float]) -> float:
-    """Variance, over the members, of the probability that `one` is better; both hold a score by each member."""
-    # A sigmoid that no difference is too large for.
+    """Variance, over the members, of the probability that `one` is better; both hold one score per member."""
+    # A sigmoid that does not overflow for large differences.
     return pvariance((1 + math.tanh((a - b) / 2)) / 2 for a, b in zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""The two answers of a comparison: which versions and temperatures, and how they come."""
+"""The two answers of a comparison: their versions, temperatures and streams."""
 
 import asyncio
 import random
@@ -10,18 +10,18 @@ from server.turns.answers import Answers
 from server.turns.candidate_choice import CandidateChooser
 
 SLOTS: tuple[Slot, Slot] = ("A", "B")
-# Called with the slot and a piece of its text; with the slot, the response's id and the whole answer.
+# WriteDelta takes a slot and a piece of its text, Ended a slot, the response's id and the whole answer.
 WriteDelta = Callable[[Slot, str], Awaitable[None]]
 Ended = Callable[[Slot, str, Generation], Awaitable[None]]
-# The slot, the response's id, how it is sampled, and the version that it must come from; None: whatever is loaded.
+# The slot, the response's id, how it is sampled, and the version to sample from; None: the loaded one.
 Planned = tuple[Slot, str, Sampling, str | None]
 
 
 def arrange(
     pair: tuple[str, str] | None, loaded: str, sampling: Sampling, temperatures: tuple[float, float]
 ) -> tuple[tuple[str, str], tuple[Sampling, Sampling]]:
-    """The versions and samplings of A and B: of two versions at one temperature, so that nothing else differs, or of
-    the loaded version at two. Which is A's is random."""
+    """The versions and samplings of A and B: two versions at one temperature, so that nothing else differs, or the
+    loaded version at two temperatures. Which one is A is random."""
     if pair:
         one, other = random.sample(pair, 2)
         return (one, other), two_samplings(sampling, sampling.temperature, sampling.temperature)
@@ -30,7 +30,7 @@ def arrange(
 
 
 def two_samplings(base: Sampling, a: float, b: float) -> tuple[Sampling, Sampling]:
-    """At these temperatures; with two seeds, so that equal temperatures differ all the same."""
+    """Samplings at two temperatures, with different seeds so that answers at equal temperatures differ."""
     first, second = (None, None) if base.seed is None else (base.seed, (base.seed + 1) % 2**63)
     return Sampling(a, base.max_tokens, first), Sampling(b, base.max_tokens, second)
 
@@ -44,7 +44,7 @@ async def stream_answers(
     write: WriteDelta,
     ended: Ended,
 ) -> None:
-    """Both at once; with a chooser, the second one is chosen among `sampled` - 1. The first failure ends both."""
+    """Stream both; with a chooser, the second one is chosen among `sampled` - 1. The first failure ends both."""
     try:
         if chooser:
             await _stream_chosen(answers, chooser, sampled, prompt, planned, write, ended)
@@ -57,7 +57,7 @@ async def stream_answers(
 
 
 async def repeat_answers(stored: Comparison, write: WriteDelta, ended: Ended) -> None:
-    """What a comparison came to, each answer whole."""
+    """Write a stored comparison, each answer as a whole."""
     for slot, response in zip(SLOTS, (stored.a, stored.b), strict=True):
         await write(slot, response.text)
         await ended(slot, response.id, response.generation)
@@ -81,7 +81,7 @@ async def _stream_chosen(
     write: WriteDelta,
     ended: Ended,
 ) -> None:
-    """One answer is streamed; the other comes whole, chosen when all have ended. Which of them is A is random."""
+    """Stream one answer; choose the other when all have ended, and send it as a whole. Which of them is A is random."""
     streamed, (slot, response_id, sampling, _) = random.sample(planned, 2)
     async with asyncio.TaskGroup() as group:
         first = group.create_task(_stream_one(answers, prompt, streamed, write, ended))

@@ -1,15 +1,15 @@
-"""What was said before a message."""
+"""The conversation before a message."""
 
 from server.store.store import Store
 from server.turns.prompt import Said
 
-# Turns that are read at once.
+# Turns per read.
 CHUNK = 20
 
 
 def recent_turns(store: Store, user: str, conversation_id: str, chars: int) -> list[Said]:
-    """The end of a conversation, of about so many characters at most, in order; without turns that the model must not
-    see."""
+    """The last turns of a conversation in order, at most about `chars` characters, without turns that the model must
+    not see."""
     found: list[Said] = []
     before: int | None = None
     while chars > 0 and (turns := store.conversations.newest_turns(user, conversation_id, CHUNK, before)):

@@ -1,4 +1,4 @@
-"""One at a time per key, for as long as somebody holds or waits."""
+"""One lock per key, which exists while a task holds it or waits for it."""
 
 import asyncio
 from collections.abc import AsyncIterator

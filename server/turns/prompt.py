@@ -1,21 +1,21 @@
-"""What the model reads: the conversation so far in its chat template, trimmed from the oldest turn to fit."""
+"""The model's prompt: the conversation so far in its chat template, trimmed from the oldest turn to fit."""
 
 from collections.abc import Callable, Sequence
 
 from server.shared.errors import InvalidArgumentError
 
 Message = dict[str, str]
-# A message of the user's, and its answer.
+# A user's message and its answer.
 Said = tuple[str, str]
 
 
 def build_prompt(
     encode: Callable[[list[Message]], list[int]], history: Sequence[Said], message: str, max_prompt_tokens: int
 ) -> list[int]:
-    """Token ids of as many whole turns of `history` as fit before `message`, the newest first to stay.
+    """Token ids of `message` after as many of the newest turns of `history` as fit.
 
-    A turn is a user message with its answer; neither is ever cut. Raises InvalidArgumentError where `message` alone
-    does not fit. Never encodes much more than fits, however long the conversation is.
+    A turn is a user message with its answer; neither is ever cut. Raises InvalidArgumentError if `message` alone does
+    not fit. Never encodes much more than fits, however long the conversation is.
     """
 
     def encoded(kept: int) -> list[int]:
@@ -27,9 +27,9 @@ def build_prompt(
     prompt = encoded(0)
     if len(prompt) > max_prompt_tokens:
         raise InvalidArgumentError(
-            "message", f"The message takes {len(prompt)} tokens; at most {max_prompt_tokens} fit beside its answer."
+            "message", f"The message has {len(prompt)} tokens; at most {max_prompt_tokens} fit with its answer."
         )
-    # Twice as many turns each time, until they do not fit; then by halves between the two.
+    # Double the number of added turns until they do not fit, then bisect.
     fits, too_many, step = 0, len(history) + 1, 1
     while too_many - fits > 1:
         kept = min(fits + step, too_many - 1)

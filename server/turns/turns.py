@@ -1,6 +1,6 @@
-"""A turn: a message, and one answer to it or two. One at a time per conversation, and per request_id.
+"""Turns: a message and its one or two answers. One turn at a time per conversation, and per request_id.
 
-`start_chat` says what is on disk when; a comparison keeps the same promise for both of its answers.
+`start_chat` documents what is on disk when; a comparison guarantees the same for both of its answers.
 """
 
 import json
@@ -27,22 +27,22 @@ from server.turns.prompt import Said, build_prompt
 from server.versions.ab_test import AbTest
 
 Write = Callable[[str], Awaitable[None]]
-# Room in the queue for so many answers of a user's, for as long as the block runs. Raises ResourceExhaustedError.
+# Takes places in the queue for a number of a user's answers while the block runs. Raises ResourceExhaustedError.
 Room = Callable[[str, int], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class NewMessage:
-    """What a user says, and how the answer is to be sampled; None: as the server is set."""
+    """A user's message, and how to sample the answer; None: the server's default."""
 
     user: str
     text: str
-    # Empty: a new conversation begins.
+    # Empty: start a new conversation.
     conversation_id: str = ""
     temperature: float | None = None
     max_tokens: int | None = None
     seed: int | None = None
-    # A call that repeats this id with the same body gets what the first one got. Empty: it is not repeated.
+    # A call that repeats this id with the same body gets the first call's result. Empty: calls are never repeats.
     request_id: str = ""
     body_sha256: bytes = b""
 
@@ -53,7 +53,7 @@ class ChatTurn:
 
     conversation_id: str
     response_id: str
-    # The version that is loaded as the turn begins.
+    # The version that is loaded when the turn begins.
     policy_version: str
     prompt_token_ids: list[int]
     stream: Callable[[Write], Awaitable[Generation]]
@@ -68,11 +68,11 @@ class ComparisonTurn:
     comparison_id: str
     prompt_token_ids: list[int]
     stream: Callable[[WriteDelta, Ended], Awaitable[None]]
-    """Writes the text of both answers piece by piece, and says of each that it ended, once it is on disk."""
+    """Writes the text of both answers piece by piece, and reports the end of each once it is on disk."""
 
 
 class Turns:
-    """Begins turns."""
+    """Starts turns, and deletes conversations between them."""
 
     def __init__(
         self,
@@ -96,15 +96,15 @@ class Turns:
 
     @asynccontextmanager
     async def start_chat(self, message: NewMessage) -> AsyncIterator[ChatTurn]:
-        """A turn with one answer.
+        """Start a turn with one answer.
 
-        On disk, whatever becomes of the process:
-        - as the block begins: the message, the ids, and that an answer is being sampled;
-        - as `stream` returns: the answer, token by token with its log-probabilities and the versions that made them;
-        - where the block is left by an error or a cancellation: what was sampled until then, as failed or cancelled.
-        An answer that a kill cut off is marked as failed by the next server that starts.
+        What is on disk, even if the process is killed:
+        - when the block begins: the message, the ids, and that an answer is being sampled;
+        - when `stream` returns: the answer's tokens with their log-probabilities and the versions that sampled them;
+        - after an error or a cancellation in the block: the tokens so far, as failed or cancelled.
+        An answer interrupted by a kill is marked as failed by the next server that starts.
 
-        Where the request_id was answered before, the turn is that one, and `stream` repeats the stored answer.
+        If the request_id was answered before, this is the stored turn, and `stream` repeats its answer.
         Raises NotFoundError, InvalidArgumentError and ResourceExhaustedError."""
         async with self._alone("Chat", message):
             before = await self._look_back("Chat", message)
@@ -138,7 +138,7 @@ class Turns:
 
     @asynccontextmanager
     async def start_comparison(self, message: NewMessage) -> AsyncIterator[ComparisonTurn]:
-        """A turn with two answers, side by side. What is on disk when is as in `start_chat`."""
+        """Start a turn with two answers, side by side. What is on disk when is as in `start_chat`."""
         async with self._alone("Compare", message):
             before = await self._look_back("Compare", message)
             if before.first_result:
@@ -168,24 +168,24 @@ class Turns:
             chooser = self._chooser if not pair and sampling.seed is None else None
             sampled = self._settings.compare_candidates if chooser else 2
             async with self._begun(message, begin, answers=sampled) as begun:
-                # Elsewhere a swap may come first: such an answer takes whatever is loaded, and its spans say what.
+                # Without a pair, a swap may come first: the answer uses what is loaded then, and its spans say what.
                 pinned = versions if pair else (None, None)
                 answers = list(zip(SLOTS, begun.response_ids, samplings, pinned, strict=True))
                 stream = partial(stream_answers, self._answers, chooser, sampled, prompt, answers)
                 yield ComparisonTurn(begun.conversation_id, begun.comparison_id, prompt, stream)
 
     async def delete_conversation(self, user: str, conversation_id: str) -> None:
-        """Removes a conversation, once its turn is over. Raises NotFoundError."""
+        """Delete a conversation once its current turn has ended. Raises NotFoundError."""
         async with self._locks.hold(_turn_key(user, conversation_id)):
             await self._store(lambda store: store.conversations.delete(user, conversation_id))
 
     async def drain(self) -> None:
-        """Returns once every answer that was begun is on disk."""
+        """Return once every answer that was begun is on disk."""
         await self._answers.drain()
 
     @asynccontextmanager
     async def _alone(self, rpc: str, message: NewMessage) -> AsyncIterator[None]:
-        """Nothing else answers this request_id, or in this conversation."""
+        """Run the block while no other call answers this request_id or in this conversation."""
         repeat = json.dumps([rpc, message.user, message.request_id]) if message.request_id else ""
         async with self._locks.hold(repeat), self._locks.hold(_turn_key(message.user, message.conversation_id)):
             yield
@@ -204,7 +204,7 @@ class Turns:
                 raise ResourceExhaustedError("CONVERSATION_FULL", "This conversation is full; start another one.")
             return _Before(conversation.create_time, recent_turns(store, message.user, conversation.id, chars))
 
-        # Most calls are neither: the store's thread is asked for nothing.
+        # Most calls have neither, and skip the store's thread.
         return await self._store.read(read) if message.request_id or message.conversation_id else _Before()
 
     async def _prompt(self, message: NewMessage, before: "_Before") -> tuple[list[int], Sampling]:
@@ -218,7 +218,7 @@ class Turns:
         if sampling.max_tokens >= limit:
             raise InvalidArgumentError(
                 "sampling.max_tokens",
-                f"sampling.max_tokens must be below {limit}, which is what the model has for a message and its answer.",
+                f"sampling.max_tokens must be below {limit}, the model's limit for a message and its answer together.",
             )
         began = time.time() if before.conversation_began is None else before.conversation_began
         encode = partial(self._engine.encode, began=began)
@@ -235,10 +235,10 @@ class Turns:
 
     @asynccontextmanager
     async def _begun(self, message: NewMessage, begin: Callable[[Store], Begun], answers: int) -> AsyncIterator[Begun]:
-        """A turn under way. It takes room in the queue from now on, not while it waited for the turn before it."""
+        """A turn in progress. It takes places in the queue from now on, not while it waited for the previous turn."""
         with self._room(message.user, answers):
             async with self._answers.begun(begin) as begun:
-                # A conversation that begins is held like one that was there, before its id is told.
+                # A new conversation is locked like an existing one, before its id is sent.
                 key = "" if message.conversation_id else _turn_key(message.user, begun.conversation_id)
                 async with self._locks.hold(key):
                     yield begun
@@ -261,8 +261,8 @@ class Turns:
 
 @dataclass(frozen=True)
 class _Before:
-    """What there was before a message: when its conversation began, in seconds since 1970, and the end of what was said
-    in it; or the id of what the same request made first."""
+    """The state before a message: when its conversation began, in seconds since 1970, and its last turns; or the id of
+    the result of the first call with the same request_id."""
 
     conversation_began: float | None = None
     history: tuple[Said, ...] | list[Said] = ()
@@ -274,5 +274,5 @@ def _remember(store: Store, rpc: str, message: NewMessage, result: str) -> None:
 
 
 def _turn_key(user: str, conversation_id: str) -> str:
-    """With the user: who does not own the conversation must not wait as if it were there."""
+    """The lock's key, with the user: a caller who does not own the conversation must not wait as if it existed."""
     return json.dumps([user, conversation_id]) if conversation_id else ""

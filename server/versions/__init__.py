@@ -1,1 +1,1 @@
-"""Which version is served: what follows the pointer, and the test of two versions on users."""
+"""Which version is served: following the pointer, and the A/B test of two versions on users."""

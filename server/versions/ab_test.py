@@ -1,8 +1,8 @@
-"""A new version beside the one before it, in front of the users, until their votes say which is better.
+"""A/B test of a new version against the previous one, until users' votes show which is better.
 
-For as long as that is open, Compare draws its two answers from the two versions, at one temperature and blind. When the
-evidence against the new one reaches 1 / alpha, the server itself goes back. The evidence is valid however often one
-looks (`server.store.e_value`), and everything it stands on is in the store: a server that starts again goes on with it.
+While the test is open, Compare draws its two answers from the two versions, at one temperature and blind. When the
+evidence against the new one reaches 1 / alpha, the server rolls it back. The evidence is valid however often it is
+checked (`server.store.e_value`), and is computed from the store alone, so a restarted server continues the test.
 """
 
 import logging
@@ -20,7 +20,7 @@ ACTOR = "server"
 
 
 class AbTest:
-    """Knows the two versions that Compare shows, and takes the loser back."""
+    """Knows the two versions that Compare shows, and rolls back if the new one loses."""
 
     def __init__(self, store: StoreThread, follower: Follower, alpha: float, user_votes: int) -> None:
         self._store = store
@@ -28,28 +28,28 @@ class AbTest:
         self._limit = 1 / alpha
         self._user_votes = user_votes
         self._pair: tuple[str, str] | None = None
-        # What could not be loaded, beside the active version or in its place: said once, not tried again.
+        # Versions that could not be loaded beside the active one or instead of it: logged once, not tried again.
         self._dead: set[str] = set()
 
     @property
     def pair(self) -> tuple[str, str] | None:
-        """The active version and the one before it, while it is open which is better."""
+        """The active version and the previous one while the test is open."""
         return self._pair
 
     def duel(self, store: Store) -> AbTestResult | None:
-        """The votes on the two versions that Compare shows; None while it shows one."""
+        """The result so far for the two versions that Compare shows; None while it shows one."""
         pair = self._pair
         found = store.lineage.duel(self._user_votes) if pair else None
-        # The active version may have changed since the last look.
+        # The active version may have changed since the last `look`.
         return found if found and (found.version, found.opponent) == pair else None
 
     async def look(self) -> None:
-        """Counts the votes, and goes back where the new version has lost. Call it again and again."""
+        """Count the votes, and roll back if the new version has lost. Call it repeatedly."""
         duel = await self._store(lambda store: store.lineage.duel(self._user_votes))
         if duel is None or duel.won >= self._limit or duel.opponent in self._dead:
             self._pair = None
         elif duel.lost < self._limit:
-            # Also after a restart, when only the active version was loaded.
+            # `_live` also loads the opponent again after a restart.
             self._pair = (duel.version, duel.opponent) if await self._live(duel.opponent) else None
         else:
             self._pair = None
@@ -60,20 +60,20 @@ class AbTest:
                     duel.opponent, actor=ACTOR, action="rollback", reason=reason, expected_active_version=duel.version
                 )
 
-            log.warning("%s %s; going back", duel.version, reason)
+            log.warning("%s %s; rolling back", duel.version, reason)
             try:
                 await self._follower.activate(duel.opponent, go_back)
             except ConflictError:
                 log.info("somebody else changed the active version first")
             except FailedPreconditionError as error:
-                log.error("%s cannot be gone back to, %s serves on: %s", duel.opponent, duel.version, error)
+                log.error("cannot roll back to %s; %s stays active: %s", duel.opponent, duel.version, error)
                 self._dead.add(duel.opponent)
 
     async def _live(self, version: str) -> bool:
         try:
             await self._follower.keep_live(version)
         except (ManifestError, SwapError, OSError) as error:
-            log.warning("%s cannot be shown beside the active version: %s", version, error)
+            log.warning("%s cannot be loaded beside the active version: %s", version, error)
             self._dead.add(version)
             return False
         return True

@@ -1,7 +1,7 @@
-"""Makes this server serve what the store's pointer says, and tells the store what it serves. Revives a dead engine.
+"""Makes this server serve the version at the store's pointer, and reports what it serves. Restarts a dead engine.
 
-A version that cannot be loaded is marked failed, the pointer goes back to what is loaded here, and the reason stands in
-the store and on the RPC that asked.
+A version that cannot be loaded is marked as failed, the pointer goes back to the version loaded here, and the reason is
+in the store and in the status of the RPC that asked for it.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ HEARTBEAT_SECONDS = 5.0
 
 
 class Follower:
-    """Owns the policy's version; nothing else calls `ServingEngine.swap`."""
+    """Owns the served version; nothing else calls `ServingEngine.swap`."""
 
     def __init__(
         self, engine: ServingEngine, store: StoreThread, data_dir: Path, replica_id: str, hang_seconds: float | None
@@ -33,11 +33,11 @@ class Follower:
         self._hang_seconds = hang_seconds
         self._converging = asyncio.Lock()
         self._error = ""
-        # Swaps that their callers may have left; the event loop holds tasks weakly.
+        # Swaps whose callers may have left; the event loop holds only weak references to tasks.
         self._swaps: set[asyncio.Task[bool]] = set()
 
     async def follow(self) -> None:
-        """Revives a dead engine, and loads the active version. Call it again and again."""
+        """Restart a dead engine, and load the active version. Call it repeatedly."""
         if not self._engine.alive:
             ENGINE_RESTARTS.inc()
             await self._revive()
@@ -45,7 +45,7 @@ class Follower:
             await self.report()
 
     async def converge(self) -> bool:
-        """Loads the active version if it is not loaded; True where something changed, a failure included."""
+        """Load the active version if it is not loaded; True if something changed, including a failure."""
         async with self._converging:
             active = await self._store(lambda store: store.policies.active().version)
             if active == self._engine.version:
@@ -57,14 +57,14 @@ class Follower:
                 SWAPS.labels("done").inc()
             except (ManifestError, SwapError, OSError, TimeoutError) as error:
                 reason, loaded = str(error) or type(error).__name__, self._engine.version
-                log.error("%s cannot be served, %s serves on: %s", active, loaded, reason)
+                log.error("%s cannot be served; %s stays loaded: %s", active, loaded, reason)
                 self._error = f"{active}: {reason}"
                 SWAPS.labels("refused").inc()
                 await self._store(lambda store: store.policies.fail(active, reason, loaded))
             return True
 
     async def activate(self, version: str, move_pointer: Callable[[Store], object]) -> None:
-        """Checks `version`, moves the pointer and returns once it is served here.
+        """Check `version`, move the pointer, and return once it is served here.
 
         Raises FailedPreconditionError with the reason; nothing was changed then.
         """
@@ -73,14 +73,14 @@ class Follower:
         except (ManifestError, OSError) as error:
             raise FailedPreconditionError("POLICY_UNLOADABLE", str(error)) from error
         await self._store(move_pointer)
-        # A caller that leaves must not leave a swap half-way.
+        # A caller that disconnects must not interrupt a swap.
         await asyncio.shield(self._keep(asyncio.create_task(self.converge())))
         await self.report()
         if self._engine.version != version:
-            raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} was replaced meanwhile.")
+            raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} has been replaced since.")
 
     async def probe(self) -> None:
-        """Puts an end to an engine that hangs, so that `follow` starts it again. Call it again and again."""
+        """Kill an engine that hangs, so that `follow` restarts it. Call it repeatedly."""
         if reason := self._engine.probe(self._hang_seconds):
             log.error("%s; it was killed", reason)
             ENGINE_HANGS.inc()
@@ -91,11 +91,11 @@ class Follower:
             await self._engine.revive()
 
     async def keep_live(self, version: str) -> None:
-        """Makes `version` answer beside the active one, where the policy can."""
+        """Make `version` answer beside the active one, if the engine supports it."""
         await self._engine.keep_live(version, await asyncio.to_thread(self._engine.locate, self._data_dir, version))
 
     async def close(self) -> None:
-        """This server no longer serves anything."""
+        """Remove this server from the store's replicas."""
         await self._store(lambda store: store.replicas.remove(self._replica_id))
 
     def _keep(self, task: asyncio.Task[bool]) -> asyncio.Task[bool]:
@@ -104,7 +104,7 @@ class Follower:
         return task
 
     async def report(self) -> None:
-        """Tells the store that this server lives and what it serves, also while it swaps or starts its engine again."""
+        """Report to the store that this server is alive and what it serves, also during a swap or an engine restart."""
         loaded, error = self._engine.version, self._error
         ACTIVE_POLICY.clear()
         ACTIVE_POLICY.labels(loaded).set(1)

@@ -34,7 +34,7 @@ def test_who_has_a_key_gets_in_and_nobody_else(model: str, tmp_path: Path) -> No
         assert answer.stdout.strip()
         refused = run(*send, PREFLOOP_API_KEY=key[:-1] + ("A" if key[-1] != "A" else "B"))
         assert (refused.returncode, refused.stdout) == (1, "")
-        assert refused.stderr == "chat: This API key is not valid here, or no longer.\n"
+        assert refused.stderr == "chat: This API key is unknown or was revoked.\n"
         assert "Send an API key" in run(*send).stderr
         listed = run("server.cli", "keys", "list", "--data-dir", str(data_dir)).stdout
         assert "user      olga" in listed

@@ -51,7 +51,7 @@ async def running_server(tmp_path: Path, **flags: Any) -> AsyncIterator[Running]
     publish_version(tmp_path, "v0000")
     store = StoreThread(tmp_path)
     await store(lambda store: store.policies.register_reference())
-    # Tests that wait for something ask again and again.
+    # Tests that wait for something poll.
     usual = {
         "user_rate": 1_000_000,
         "data_dir": tmp_path,
@@ -68,7 +68,7 @@ async def running_server(tmp_path: Path, **flags: Any) -> AsyncIterator[Running]
         try:
             yield running
         finally:
-            # Of the test's own, where it put another one in its place.
+            # The test may have replaced the app.
             await running.app.stop(0)
             await store.close()
 

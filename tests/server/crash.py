@@ -22,7 +22,7 @@ ANN = (("x-user-id", "ann"),)
 
 
 def serve(data_dir: Path, failpoint: str, parent: Connection) -> None:
-    """Serves until killed; tells its port once it does."""
+    """Serve until killed; report the port once serving."""
     os.environ[VARIABLE] = failpoint
 
     async def run() -> None:
@@ -37,7 +37,7 @@ def serve(data_dir: Path, failpoint: str, parent: Connection) -> None:
 
 
 def vote_until_killed(data_dir: Path, failpoint: str, turns: int) -> tuple[dict[str, str], bool]:
-    """What was acknowledged, as {feedback id: value}, and whether the failpoint ended the server before all was."""
+    """The acknowledged votes as {feedback id: value}, and whether the failpoint killed the server before all were."""
     publish_version(data_dir, "v0000")
     ours, theirs = PROCESSES.Pipe()
     server = PROCESSES.Process(target=serve, args=(data_dir, failpoint, theirs))

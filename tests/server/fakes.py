@@ -1,4 +1,4 @@
-"""A serving engine without a model: answers word by word, as slowly as one likes, and can be held at any word."""
+"""A serving engine without a model: it answers word by word, at any speed, and can be held at any word."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,7 +10,7 @@ from server.store.chats.records import FinishReason, Generation, Span
 
 
 class EngineDeadError(Exception):
-    """Named as vLLM's, which is how the edge knows it."""
+    """Has the name of vLLM's error, by which the RPC edge recognises it."""
 
 
 class FakeStream:
@@ -80,7 +80,7 @@ class FakeEngine:
         self.may_swap.set()
         self.swaps = 0
         self.bad: set[str] = set()
-        # Streams that `finish` was asked of: each that was sampled, once, or the engine goes on for nobody.
+        # Streams on which `finish` was called: once for each that was sampled, or the engine continues for nobody.
         self.finished = 0
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
@@ -90,12 +90,12 @@ class FakeEngine:
         self.encoded: list[list[dict[str, str]]] = []
 
     def encode(self, messages: list[dict[str, str]], began: float) -> list[int]:
-        """One token a word."""
+        """One token per word."""
         self.encoded.append(messages)
         return [len(word) for message in messages for word in message["content"].split()]
 
     def encode_answer(self, text: str) -> list[int]:
-        """One token a word, and an end."""
+        """One token per word, and an end token."""
         return [*(len(word) for word in text.split()), 0]
 
     def locate(self, data_dir: Path, version: str) -> Path:

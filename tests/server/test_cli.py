@@ -1,4 +1,4 @@
-"""`server serve` where it cannot start: one sentence with what to do, no trace, nothing half made."""
+"""`server serve` when it cannot start: one sentence of advice, no traceback, no partial files."""
 
 import json
 import os
@@ -50,31 +50,31 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         said = sentence(serve("--data-dir", str(tmp_path), "--port", str(port)))
     assert said == (
-        f"server: 127.0.0.1:{port} cannot be listened on, perhaps because another server does; choose another --port."
+        f"server: Cannot listen on 127.0.0.1:{port}; another server may be using it. Choose another --port."
     )
     assert not (tmp_path / "policies").exists()
 
 
-def test_an_address_that_lets_strangers_in(tmp_path: Path) -> None:
+def test_an_address_that_other_machines_can_reach(tmp_path: Path) -> None:
     said = sentence(serve("--data-dir", str(tmp_path), "--host", "0.0.0.0"))
     assert said == (
-        "server: --host 0.0.0.0 lets strangers in, which needs TLS and keys. Missing: a certificate with "
-        "PREFLOOP_TLS_CERT and PREFLOOP_TLS_KEY and a key, made by `server keys create --user NAME --role operator`. "
-        "Or listen on 127.0.0.1."
+        "server: --host 0.0.0.0 accepts connections from other machines, which requires TLS and keys. Missing: a "
+        "certificate with PREFLOOP_TLS_CERT and PREFLOOP_TLS_KEY and a key, created with `server keys create --user "
+        "NAME --role operator`. Or listen on 127.0.0.1."
     )
     assert not (tmp_path / "policies").exists()
 
 
-def test_half_of_what_an_open_address_needs(tmp_path: Path) -> None:
+def test_a_public_address_with_only_a_key_or_only_tls(tmp_path: Path) -> None:
     assert keys("create", "--user", "ann", data_dir=tmp_path).returncode == 0
     said = sentence(serve("--data-dir", str(tmp_path), "--host", "0.0.0.0"))
     assert "Missing: a certificate with PREFLOOP_TLS_CERT and PREFLOOP_TLS_KEY. Or" in said
     files = {"PREFLOOP_TLS_CERT": str(tmp_path / "a"), "PREFLOOP_TLS_KEY": str(tmp_path / "b")}
     assert "Missing: a key" in sentence(serve("--data-dir", str(tmp_path / "other"), "--host", "0.0.0.0", **files))
-    assert "tls_cert and tls_key belong together" in sentence(serve(PREFLOOP_TLS_KEY="b"))
+    assert "tls_cert and tls_key must be set together" in sentence(serve(PREFLOOP_TLS_KEY="b"))
 
 
-def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
+def test_keys_are_created_listed_and_revoked(tmp_path: Path) -> None:
     made = keys("create", "--user", "ann", "--role", "operator", data_dir=tmp_path).stdout.strip()
     key_id, _, secret = made.partition(".")
     assert re.fullmatch(r"key_[0-9a-f]{24}", key_id)
@@ -104,7 +104,7 @@ def test_a_data_directory_that_is_a_file(tmp_path: Path) -> None:
         (None, "does not exist; give a Hugging Face directory or id."),
     ],
 )
-def test_a_model_that_is_not_one(tmp_path: Path, content: dict[str, str] | None, what: str) -> None:
+def test_an_invalid_model(tmp_path: Path, content: dict[str, str] | None, what: str) -> None:
     model, data_dir = tmp_path / "model", tmp_path / "data"
     if content is not None:
         model.mkdir()
@@ -115,14 +115,14 @@ def test_a_model_that_is_not_one(tmp_path: Path, content: dict[str, str] | None,
     assert not (data_dir / "policies").exists()
 
 
-def test_a_setting_that_breaks_its_rule(tmp_path: Path) -> None:
+def test_an_invalid_setting(tmp_path: Path) -> None:
     said = sentence(serve("--data-dir", str(tmp_path), PREFLOOP_SERVICE_TEMPERATURE="hot"))
     assert said.startswith("server: The setting service_temperature is not valid:")
     said = sentence(serve("--data-dir", str(tmp_path), PREFLOOP_COMPARE_TEMPERATURES="[0.9, 1.0]"))
-    assert "must lie on both sides of service_temperature" in said
+    assert "must be below and above service_temperature" in said
 
 
-def test_a_person_is_exported_and_forgotten(tmp_path: Path) -> None:
+def test_a_user_is_exported_and_deleted(tmp_path: Path) -> None:
     assert keys("create", "--user", "ann", data_dir=tmp_path).returncode == 0
     store = Store.open(tmp_path)
     store.policies.register_reference()
@@ -145,21 +145,19 @@ def test_a_person_is_exported_and_forgotten(tmp_path: Path) -> None:
     assert declined.stdout.startswith("ann: 1 conversations, 1 votes, and their keys.\n")
     assert len(store.conversations.page("ann", 9)) == 1
     assert server("forget-user", "ann", "--yes", data_dir=tmp_path).stdout.splitlines()[1:] == [
-        "Removed.",
-        "Trained on these votes, and as they were: v0001, rm0001.",
-        f"Under way with them: {running.id}; what it publishes is trained on them, too.",
-        "Nothing of what was removed is left in the database's files.",
+        "Deleted.",
+        "Trained on these votes and unchanged: v0001, rm0001.",
+        f"Still running on them: {running.id}; what it publishes is trained on them, too.",
+        "No deleted data is left in the database's files.",
     ]
     assert store.conversations.page("ann", 9) == []
-    assert "(forgotten)" in keys("list", data_dir=tmp_path).stdout
+    assert "(deleted)" in keys("list", data_dir=tmp_path).stdout
     assert server("export-user", "ann", data_dir=tmp_path).stdout == ""
     assert store.deletion.rewrite_due() == 0
     store.close()
 
 
-def test_what_a_running_server_lets_in_meanwhile_is_forgotten_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_admitted_during_a_deletion_are_deleted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.open(tmp_path)
     store.policies.register_reference()
     store.replicas.report("127.0.0.1:50051", "v0000")
@@ -177,9 +175,9 @@ def test_what_a_running_server_lets_in_meanwhile_is_forgotten_too(
     store.close()
 
 
-def test_a_log_that_somebody_reads_is_not_said_to_be_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_kept_by_a_reader_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.open(tmp_path)
     store.conversations.create("ann", "hello")
     monkeypatch.setattr(SqliteDatabase, "empty_log", lambda database: False)
-    assert list(forget_user.forget(store, tmp_path, "ann", 0.5)) == ["Removed.", forget_user.NOT_EMPTIED]
+    assert list(forget_user.forget(store, tmp_path, "ann", 0.5)) == ["Deleted.", forget_user.NOT_EMPTIED]
     store.close()

@@ -1,4 +1,4 @@
-"""A vote that was acknowledged is on disk, wherever the server is killed."""
+"""An acknowledged vote is on disk, wherever the server is killed."""
 
 from contextlib import closing
 from pathlib import Path
@@ -19,13 +19,13 @@ def test_every_acknowledged_vote_survives_a_kill(tmp_path: Path, where: str) -> 
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     with closing(Store.open(tmp_path)) as store:
         kept = {vote.id: vote.value for vote in store.feedback.page("ann", 100)}
-    # The last word may be on disk without its answer having got out; none that was answered is missing.
+    # The last vote may be on disk without its response having been sent; no acknowledged one is missing.
     assert acknowledged.keys() <= kept.keys()
     unanswered = [vote for vote, value in kept.items() if acknowledged.get(vote) != value]
     assert len(unanswered) <= 1
 
 
-def test_a_server_that_is_not_asked_to_does_not_kill_itself(tmp_path: Path) -> None:
+def test_a_server_without_a_failpoint_does_not_kill_itself(tmp_path: Path) -> None:
     acknowledged, killed = vote_until_killed(tmp_path, "", turns=2)
     assert (len(acknowledged), killed) == (2, False)
 

@@ -1,4 +1,4 @@
-"""A disk that is full, broken or taken: a clear status, nothing acknowledged that is not kept, and no restart after."""
+"""A disk that is full, broken or locked: a clear status, no acknowledgement without storage, and no restart needed."""
 
 import os
 import resource
@@ -20,8 +20,8 @@ from server.store.store import Store
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_rpcs import ANN, chat, refusal
 
-NOT_KEPT = "The data directory could not be written; nothing of this call was kept."
-FULL = "The server's disk is full: its operator has to free some space. Nothing of this call was kept."
+NOT_KEPT = "The data directory could not be written. Nothing from this call was stored."
+FULL = "The server's disk is full; its operator must free some space. Nothing from this call was stored."
 LONG = "x" * 500
 
 
@@ -31,7 +31,7 @@ async def pragma(running: Running, text: str) -> Any:
 
 @asynccontextmanager
 async def full_disk(running: Running) -> AsyncIterator[None]:
-    """SQLite may not add a page: SQLITE_FULL, as where the disk has no room."""
+    """SQLite may not add a page: SQLITE_FULL, as on a full disk."""
     [pages] = await pragma(running, "page_count")
     await pragma(running, f"max_page_count = {pages}")
     yield
@@ -40,7 +40,7 @@ async def full_disk(running: Running) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def failing_writes(running: Running) -> AsyncIterator[None]:
-    """The system refuses writes beyond what there is: SQLITE_IOERR."""
+    """The system refuses writes beyond the current size: SQLITE_IOERR."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     size = (running.data_dir / "prefloop.db-wal").stat().st_size
@@ -75,7 +75,7 @@ Fault = Callable[[Running], AbstractAsyncContextManager[None]]
 @pytest.mark.parametrize(
     ("fault", "said"), [(full_disk, FULL), (failing_writes, NOT_KEPT), (read_only, NOT_KEPT), (taken, NOT_KEPT)]
 )
-async def test_nothing_is_acknowledged_that_is_not_kept_and_it_goes_on_afterwards(
+async def test_nothing_is_acknowledged_without_being_stored_and_the_server_recovers(
     tmp_path: Path, fault: Fault, said: str
 ) -> None:
     async with running_server(tmp_path, poll_seconds=60) as running:
@@ -85,7 +85,7 @@ async def test_nothing_is_acknowledged_that_is_not_kept_and_it_goes_on_afterward
         async with fault(running):
             kept = await until_refused(lambda: vote(running, response_id, LONG), said)
             chats = await until_refused(lambda: chat(running, LONG), said)
-            # What was there can be read all the while.
+            # Existing data can be read all the time.
             listed = await running.feedback.ListFeedback(feedback_pb2.ListFeedbackRequest(), metadata=ANN)
             assert [one.comment for one in listed.feedback] == [LONG if kept else "before"]
         await vote(running, response_id, "after")
@@ -96,7 +96,7 @@ async def test_nothing_is_acknowledged_that_is_not_kept_and_it_goes_on_afterward
 
 
 async def until_refused(call: Callable[[], Awaitable[Any]], said: str) -> int:
-    """How often it went through: a full disk has room in the pages that are there."""
+    """How often it succeeded: a full disk still has space in existing pages."""
     for count in range(1000):
         try:
             await call()
@@ -111,7 +111,7 @@ async def vote(running: Running, response_id: str, comment: str) -> None:
     await running.feedback.SubmitThumb(thumb, metadata=ANN)
 
 
-async def test_a_disk_that_fails_while_an_answer_is_sampled_costs_the_answer_and_says_so(tmp_path: Path) -> None:
+async def test_a_disk_failure_during_sampling_fails_the_answer_with_a_clear_status(tmp_path: Path) -> None:
     async with running_server(tmp_path, poll_seconds=60) as running:
         running.engine.hold_after = 1
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
@@ -119,18 +119,18 @@ async def test_a_disk_that_fails_while_an_answer_is_sampled_costs_the_answer_and
         await running.engine.holding.wait()
         async with read_only(running):
             running.engine.go_on.set()
-            # `finished` says that it is on disk: it must not come.
+            # `finished` says that the answer is on disk, so it must not be sent.
             assert await refusal(call) == (grpc.StatusCode.UNAVAILABLE, NOT_KEPT, ["STORE_UNAVAILABLE"])
         assert (await chat(running))[-1].finished.text == "one two three four "
 
 
-async def test_a_page_that_is_broken_is_said_to_be_and_others_serve_on(tmp_path: Path) -> None:
+async def test_a_damaged_page_is_reported_and_other_calls_work(tmp_path: Path) -> None:
     async with running_server(tmp_path, poll_seconds=60) as running:
         started, *_ = await chat(running)
         await vote(running, started.started.response_id, "before")
         await pragma(running, "wal_checkpoint(TRUNCATE)")
         with broken(running.data_dir, await pages_of(running, "feedback_events")):
-            # Read anew, not from the cache.
+            # Read again, not from the cache.
             await pragma(running, "shrink_memory")
             thumb = feedback_pb2.SubmitThumbRequest(
                 response_id=started.started.response_id, thumb=feedback_pb2.THUMB_DOWN
@@ -155,7 +155,7 @@ def broken(data_dir: Path, page: int) -> Iterator[None]:
     yield
 
 
-# In the place of the C library's: fails for as long as a file is there.
+# Replaces the C library's function: fails while a file exists.
 FAILING_FSYNC = r"""
 #define _GNU_SOURCE
 #include <errno.h>
@@ -220,7 +220,7 @@ asyncio.run(main())
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
-def test_what_cannot_be_synced_is_not_acknowledged(tmp_path: Path) -> None:
+def test_a_failed_sync_is_not_acknowledged(tmp_path: Path) -> None:
     (tmp_path / "fsync.c").write_text(FAILING_FSYNC, encoding="utf-8")
     library = tmp_path / "fsync.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "fsync.c"], check=True, timeout=60)

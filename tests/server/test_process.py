@@ -1,4 +1,4 @@
-"""What the server's process gives itself before anybody is served."""
+"""The server process's preparation before it serves."""
 
 import socket
 import subprocess
@@ -13,7 +13,7 @@ from server.settings import ServerSettings
 from server.shared.errors import ServiceError
 
 SECONDS = 30
-# More connections than the process may have files open; whoever was there first goes on.
+# More connections than the limit on open files; earlier clients continue.
 CROWD = """
 import asyncio, resource, sys
 from pathlib import Path
@@ -64,9 +64,9 @@ def test_a_crowd_of_connections_leaves_files_for_the_server(tmp_path: Path) -> N
         assert server.wait(SECONDS) == 0
 
 
-def test_a_process_without_room_for_connections_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_on_open_files_that_allows_no_connection_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "allow_open_files", lambda most: 200)
-    with pytest.raises(ServiceError, match=r"may have 200 files open \(`ulimit -Hn`\), and needs more than 200"):
+    with pytest.raises(ServiceError, match=r"may open 200 files \(`ulimit -Hn`\), but needs more than 200"):
         process.connections_that_fit(2_000)
 
 
@@ -78,6 +78,6 @@ def test_an_engine_that_cannot_start_is_a_sentence(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ServiceError) as error:
         process.make_engine(ServerSettings(kv_cache_gib=64), "float32", tmp_path)
     assert str(error.value) == (
-        "The engine could not start (Engine core initialization failed. See root cause above.); what vLLM said of it "
-        "is above. Where it is memory: PREFLOOP_KV_CACHE_GIB is 64, and `server doctor` says what this machine has."
+        "The engine could not start (Engine core initialization failed. See root cause above.); vLLM's messages "
+        "are above. If memory ran out: PREFLOOP_KV_CACHE_GIB is 64; `server doctor` shows what this machine has."
     )

@@ -47,7 +47,7 @@ class GetCallerResponse(_message.Message):
     role: _builtins.str
     """"user" or "operator"."""
     has_key: _builtins.bool
-    """False on a server without keys, where callers say themselves who they are."""
+    """False on a server without keys, where callers name themselves."""
     def __init__(
         self,
         *,
@@ -96,8 +96,8 @@ class ForgetUserResponse(_message.Message):
     conversations: _builtins.int
     votes: _builtins.int
     erased: _builtins.bool
-    """False where the files could not be rid of it yet, mostly because another process reads the database and so keeps its
-    log from being emptied. The server tries again every hour.
+    """False if the files may still have deleted data, usually because another process reads the database, so that its log
+    cannot be emptied. The server tries again every hour.
     """
     @_builtins.property
     def policy_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -107,7 +107,7 @@ class ForgetUserResponse(_message.Message):
     def reward_model_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def running_round_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Rounds under way that took these votes: what they publish was trained on them, too."""
+        """Running rounds with these votes: what they publish is trained on them, too."""
 
     def __init__(
         self,
@@ -164,11 +164,11 @@ class ExportUserResponse(_message.Message):
 
     @_builtins.property
     def feedback(self) -> _feedback_pb2.Feedback:
-        """A demonstration: what hangs on no conversation."""
+        """A demonstration, which belongs to no conversation."""
 
     @_builtins.property
     def past_feedback(self) -> _feedback_pb2.Feedback:
-        """What a vote was before it was changed or retracted."""
+        """A vote as it was before it was changed or retracted."""
 
     @_builtins.property
     def key(self) -> Global___Key: ...
@@ -201,7 +201,7 @@ Global___ExportUserResponse: _TypeAlias = ExportUserResponse  # noqa: Y015
 
 @_typing.final
 class Key(_message.Message):
-    """An API key, without its secret, which nobody has."""
+    """An API key, without its secret, which is not stored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -233,7 +233,7 @@ Global___Key: _TypeAlias = Key  # noqa: Y015
 
 @_typing.final
 class RepeatedRequest(_message.Message):
-    """A `request_id` that was sent, so that the same request is not done twice."""
+    """A stored `request_id`, so that the same request is not executed twice."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -261,7 +261,7 @@ Global___RepeatedRequest: _TypeAlias = RepeatedRequest  # noqa: Y015
 
 @_typing.final
 class PolicyMove(_message.Message):
-    """An operator made a version the active one. It is kept with their name, also after they are forgotten."""
+    """An operator activated a version. The record keeps the operator's name, also after that user is deleted."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

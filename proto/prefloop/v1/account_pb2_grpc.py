@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AccountServiceStub:
-    """What is kept of a person. Everybody may ask for themselves, operators for others, too.
+    """A user's stored data. Users may act on their own, operators also on others'.
     """
 
     def __init__(self, channel):
@@ -53,27 +53,27 @@ class AccountServiceStub:
 
 
 class AccountServiceServicer:
-    """What is kept of a person. Everybody may ask for themselves, operators for others, too.
+    """A user's stored data. Users may act on their own, operators also on others'.
     """
 
     def GetCaller(self, request, context):
-        """Who the credentials stand for.
+        """The caller that the credentials identify.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ForgetUser(self, request, context):
-        """Removes everything that is kept of a user for good: conversations, answers, votes, keys, and the texts that rounds
-        wrote down. Their open calls end with FAILED_PRECONDITION, reason USER_FORGOTTEN. Weights that learned from them stay
-        as they are; the response names them.
+        """Permanently deletes all data of a user: conversations, answers, votes, keys, and texts in the files of rounds. The
+        user's open calls end with FAILED_PRECONDITION, reason USER_FORGOTTEN. Weights trained on the data stay unchanged;
+        the response names them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportUser(self, request, context):
-        """Everything that is kept of a user.
+        """All stored data of a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +106,7 @@ def add_AccountServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AccountService:
-    """What is kept of a person. Everybody may ask for themselves, operators for others, too.
+    """A user's stored data. Users may act on their own, operators also on others'.
     """
 
     @staticmethod

@@ -27,39 +27,39 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AccountServiceStub:
-    """What is kept of a person. Everybody may ask for themselves, operators for others, too."""
+    """A user's stored data. Users may act on their own, operators also on others'."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AccountServiceAsyncStub: ...
     GetCaller: _grpc.UnaryUnaryMultiCallable[_account_pb2.GetCallerRequest, _account_pb2.GetCallerResponse]
-    """Who the credentials stand for."""
+    """The caller that the credentials identify."""
     ForgetUser: _grpc.UnaryUnaryMultiCallable[_account_pb2.ForgetUserRequest, _account_pb2.ForgetUserResponse]
-    """Removes everything that is kept of a user for good: conversations, answers, votes, keys, and the texts that rounds
-    wrote down. Their open calls end with FAILED_PRECONDITION, reason USER_FORGOTTEN. Weights that learned from them stay
-    as they are; the response names them.
+    """Permanently deletes all data of a user: conversations, answers, votes, keys, and texts in the files of rounds. The
+    user's open calls end with FAILED_PRECONDITION, reason USER_FORGOTTEN. Weights trained on the data stay unchanged;
+    the response names them.
     """
     ExportUser: _grpc.UnaryStreamMultiCallable[_account_pb2.ExportUserRequest, _account_pb2.ExportUserResponse]
-    """Everything that is kept of a user."""
+    """All stored data of a user."""
 
 @_typing.type_check_only
 class AccountServiceAsyncStub(AccountServiceStub):
-    """What is kept of a person. Everybody may ask for themselves, operators for others, too."""
+    """A user's stored data. Users may act on their own, operators also on others'."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetCaller: _aio.UnaryUnaryMultiCallable[_account_pb2.GetCallerRequest, _account_pb2.GetCallerResponse]  # type: ignore[assignment]
-    """Who the credentials stand for."""
+    """The caller that the credentials identify."""
     ForgetUser: _aio.UnaryUnaryMultiCallable[_account_pb2.ForgetUserRequest, _account_pb2.ForgetUserResponse]  # type: ignore[assignment]
-    """Removes everything that is kept of a user for good: conversations, answers, votes, keys, and the texts that rounds
-    wrote down. Their open calls end with FAILED_PRECONDITION, reason USER_FORGOTTEN. Weights that learned from them stay
-    as they are; the response names them.
+    """Permanently deletes all data of a user: conversations, answers, votes, keys, and texts in the files of rounds. The
+    user's open calls end with FAILED_PRECONDITION, reason USER_FORGOTTEN. Weights trained on the data stay unchanged;
+    the response names them.
     """
     ExportUser: _aio.UnaryStreamMultiCallable[_account_pb2.ExportUserRequest, _account_pb2.ExportUserResponse]  # type: ignore[assignment]
-    """Everything that is kept of a user."""
+    """All stored data of a user."""
 
 class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What is kept of a person. Everybody may ask for themselves, operators for others, too."""
+    """A user's stored data. Users may act on their own, operators also on others'."""
 
     @_abc_1.abstractmethod
     def GetCaller(
@@ -67,7 +67,7 @@ class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _account_pb2.GetCallerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_account_pb2.GetCallerResponse, _abc.Awaitable[_account_pb2.GetCallerResponse]]:
-        """Who the credentials stand for."""
+        """The caller that the credentials identify."""
 
     @_abc_1.abstractmethod
     def ForgetUser(
@@ -75,9 +75,9 @@ class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _account_pb2.ForgetUserRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_account_pb2.ForgetUserResponse, _abc.Awaitable[_account_pb2.ForgetUserResponse]]:
-        """Removes everything that is kept of a user for good: conversations, answers, votes, keys, and the texts that rounds
-        wrote down. Their open calls end with FAILED_PRECONDITION, reason USER_FORGOTTEN. Weights that learned from them stay
-        as they are; the response names them.
+        """Permanently deletes all data of a user: conversations, answers, votes, keys, and texts in the files of rounds. The
+        user's open calls end with FAILED_PRECONDITION, reason USER_FORGOTTEN. Weights trained on the data stay unchanged;
+        the response names them.
         """
 
     @_abc_1.abstractmethod
@@ -86,6 +86,6 @@ class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _account_pb2.ExportUserRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_account_pb2.ExportUserResponse], _abc.AsyncIterator[_account_pb2.ExportUserResponse]]:
-        """Everything that is kept of a user."""
+        """All stored data of a user."""
 
 def add_AccountServiceServicer_to_server(servicer: AccountServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

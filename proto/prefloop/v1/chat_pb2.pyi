@@ -52,7 +52,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 3
     """The client cancelled or its deadline passed."""
     FINISH_REASON_ERROR: _FinishReason.ValueType  # 4
-    """The server could not go on."""
+    """The server could not continue."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -64,7 +64,7 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
 """The client cancelled or its deadline passed."""
 FINISH_REASON_ERROR: FinishReason.ValueType  # 4
-"""The server could not go on."""
+"""The server could not continue."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _ComparisonState:
@@ -77,7 +77,7 @@ class _ComparisonStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Compa
     COMPARISON_STATE_OPEN: _ComparisonState.ValueType  # 1
     COMPARISON_STATE_CHOSEN: _ComparisonState.ValueType  # 2
     COMPARISON_STATE_SKIPPED: _ComparisonState.ValueType  # 3
-    """The user went on without a choice; the conversation continued with A."""
+    """The user sent the next message without a choice; see `continued_with`."""
 
 class ComparisonState(_ComparisonState, metaclass=_ComparisonStateEnumTypeWrapper): ...
 
@@ -85,7 +85,7 @@ COMPARISON_STATE_UNSPECIFIED: ComparisonState.ValueType  # 0
 COMPARISON_STATE_OPEN: ComparisonState.ValueType  # 1
 COMPARISON_STATE_CHOSEN: ComparisonState.ValueType  # 2
 COMPARISON_STATE_SKIPPED: ComparisonState.ValueType  # 3
-"""The user went on without a choice; the conversation continued with A."""
+"""The user sent the next message without a choice; see `continued_with`."""
 Global___ComparisonState: _TypeAlias = ComparisonState  # noqa: Y015
 
 @_typing.final
@@ -96,7 +96,7 @@ class SamplingOptions(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 to 2; 0 is greedy. Default: the service temperature. Refused in Compare."""
+    """0 to 2; 0 is greedy. Default: the service temperature. Must be unset in Compare."""
     max_tokens: _builtins.int
     """1 or more. Default: the server's setting."""
     seed: _builtins.int
@@ -161,7 +161,7 @@ class ChatRequest(_message.Message):
     """Empty starts a conversation."""
     message: _builtins.str
     request_id: _builtins.str
-    """Repeated, the call returns the first answer. Scoped to user and RPC."""
+    """A call that repeats this id returns the first answer. Scoped to user and RPC."""
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions: ...
     def __init__(
@@ -220,7 +220,7 @@ class ChatStarted(_message.Message):
     conversation_id: _builtins.str
     response_id: _builtins.str
     policy_version: _builtins.str
-    """The version that serves at this moment; `ChatFinished.policy_version` has the last token's."""
+    """The version loaded at this moment; `ChatFinished.policy_version` is the last token's."""
     def __init__(
         self,
         *,
@@ -298,7 +298,7 @@ class CompareRequest(_message.Message):
     request_id: _builtins.str
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions:
-        """`temperature` must be unset: the two temperatures are the server's."""
+        """`temperature` must be unset: the server sets both temperatures."""
 
     def __init__(
         self,
@@ -431,7 +431,7 @@ class GetConversationRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     conversation_id: _builtins.str
     page_size: _builtins.int
-    """Turns of one page: 1 to 200; 0 means 200. A page may have fewer."""
+    """Turns per page: 1 to 200; 0 means 200. A page may have fewer."""
     page_token: _builtins.str
     def __init__(
         self,
@@ -455,10 +455,10 @@ class GetConversationResponse(_message.Message):
     CONVERSATION_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Not empty where more turns follow."""
+    """Not empty if more turns follow."""
     @_builtins.property
     def conversation(self) -> Global___Conversation:
-        """With the turns of the page, the first ones first."""
+        """With the turns of this page, oldest first."""
 
     def __init__(
         self,
@@ -593,7 +593,7 @@ Global___Conversation: _TypeAlias = Conversation  # noqa: Y015
 
 @_typing.final
 class Turn(_message.Message):
-    """One user message and what came of it."""
+    """One user message and its answer or answers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -604,7 +604,7 @@ class Turn(_message.Message):
     DROPPED_FIELD_NUMBER: _builtins.int
     message: _builtins.str
     dropped: _builtins.bool
-    """True where both answers were rejected: the model no longer sees this turn."""
+    """True if both answers were rejected: the model no longer sees this turn."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -651,7 +651,7 @@ class Response(_message.Message):
     def usage(self) -> Global___Usage: ...
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]:
-        """Which policy version made which tokens. Empty while a comparison waits for its choice."""
+        """The policy version that sampled each token. Empty while a comparison waits for its choice."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
@@ -694,7 +694,7 @@ class VersionSpan(_message.Message):
     end: _builtins.int
     policy_version: _builtins.str
     stale_kv: _builtins.bool
-    """True where these tokens attended to another version's KV cache (a server setting, off by default)."""
+    """True if these tokens attended to another version's KV cache (a server setting, off by default)."""
     def __init__(
         self,
         *,
@@ -724,7 +724,7 @@ class Comparison(_message.Message):
     comparison_id: _builtins.str
     state: Global___ComparisonState.ValueType
     continued_with: Global___Slot.ValueType
-    """The answer the conversation went on with; unset while open and after both-bad."""
+    """The answer with which the conversation continued; unset while open and after both-bad."""
     @_builtins.property
     def a(self) -> Global___Response: ...
     @_builtins.property

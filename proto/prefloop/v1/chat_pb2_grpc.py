@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ChatServiceStub:
-    """Chat with the policy that is being served. The user is the caller's credentials, never a field.
+    """Chat with the active policy. The credentials identify the user, never a field.
     """
 
     def __init__(self, channel):
@@ -63,12 +63,12 @@ class ChatServiceStub:
 
 
 class ChatServiceServicer:
-    """Chat with the policy that is being served. The user is the caller's credentials, never a field.
+    """Chat with the active policy. The credentials identify the user, never a field.
     """
 
     def Chat(self, request, context):
         """Answers one message. The first event is `started`, the last `finished`; the answer is on disk before `finished`.
-        A cancelled call stops the generation and keeps what was generated until then.
+        A cancelled call stops the generation and stores the text so far.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,14 +76,14 @@ class ChatServiceServicer:
 
     def Compare(self, request, context):
         """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
-        A message sent without a choice goes on with A.
+        If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetConversation(self, request, context):
-        """Everything the user saw in one conversation, in order, votes included.
+        """Everything that the user saw in one conversation, in order, including votes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +97,7 @@ class ChatServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteConversation(self, request, context):
-        """Removes the conversation from the user's history.
+        """Deletes the conversation permanently.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,7 +140,7 @@ def add_ChatServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ChatService:
-    """Chat with the policy that is being served. The user is the caller's credentials, never a field.
+    """Chat with the active policy. The credentials identify the user, never a field.
     """
 
     @staticmethod

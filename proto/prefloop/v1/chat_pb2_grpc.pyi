@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ChatServiceStub:
-    """Chat with the policy that is being served. The user is the caller's credentials, never a field."""
+    """Chat with the active policy. The credentials identify the user, never a field."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,41 +35,41 @@ class ChatServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ChatServiceAsyncStub: ...
     Chat: _grpc.UnaryStreamMultiCallable[_chat_pb2.ChatRequest, _chat_pb2.ChatResponse]
     """Answers one message. The first event is `started`, the last `finished`; the answer is on disk before `finished`.
-    A cancelled call stops the generation and keeps what was generated until then.
+    A cancelled call stops the generation and stores the text so far.
     """
     Compare: _grpc.UnaryStreamMultiCallable[_chat_pb2.CompareRequest, _chat_pb2.CompareResponse]
     """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
-    A message sent without a choice goes on with A.
+    If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
     """
     GetConversation: _grpc.UnaryUnaryMultiCallable[_chat_pb2.GetConversationRequest, _chat_pb2.GetConversationResponse]
-    """Everything the user saw in one conversation, in order, votes included."""
+    """Everything that the user saw in one conversation, in order, including votes."""
     ListConversations: _grpc.UnaryUnaryMultiCallable[_chat_pb2.ListConversationsRequest, _chat_pb2.ListConversationsResponse]
     """The user's conversations, newest first."""
     DeleteConversation: _grpc.UnaryUnaryMultiCallable[_chat_pb2.DeleteConversationRequest, _chat_pb2.DeleteConversationResponse]
-    """Removes the conversation from the user's history."""
+    """Deletes the conversation permanently."""
 
 @_typing.type_check_only
 class ChatServiceAsyncStub(ChatServiceStub):
-    """Chat with the policy that is being served. The user is the caller's credentials, never a field."""
+    """Chat with the active policy. The credentials identify the user, never a field."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Chat: _aio.UnaryStreamMultiCallable[_chat_pb2.ChatRequest, _chat_pb2.ChatResponse]  # type: ignore[assignment]
     """Answers one message. The first event is `started`, the last `finished`; the answer is on disk before `finished`.
-    A cancelled call stops the generation and keeps what was generated until then.
+    A cancelled call stops the generation and stores the text so far.
     """
     Compare: _aio.UnaryStreamMultiCallable[_chat_pb2.CompareRequest, _chat_pb2.CompareResponse]  # type: ignore[assignment]
     """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
-    A message sent without a choice goes on with A.
+    If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
     """
     GetConversation: _aio.UnaryUnaryMultiCallable[_chat_pb2.GetConversationRequest, _chat_pb2.GetConversationResponse]  # type: ignore[assignment]
-    """Everything the user saw in one conversation, in order, votes included."""
+    """Everything that the user saw in one conversation, in order, including votes."""
     ListConversations: _aio.UnaryUnaryMultiCallable[_chat_pb2.ListConversationsRequest, _chat_pb2.ListConversationsResponse]  # type: ignore[assignment]
     """The user's conversations, newest first."""
     DeleteConversation: _aio.UnaryUnaryMultiCallable[_chat_pb2.DeleteConversationRequest, _chat_pb2.DeleteConversationResponse]  # type: ignore[assignment]
-    """Removes the conversation from the user's history."""
+    """Deletes the conversation permanently."""
 
 class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Chat with the policy that is being served. The user is the caller's credentials, never a field."""
+    """Chat with the active policy. The credentials identify the user, never a field."""
 
     @_abc_1.abstractmethod
     def Chat(
@@ -78,7 +78,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_pb2.ChatResponse], _abc.AsyncIterator[_chat_pb2.ChatResponse]]:
         """Answers one message. The first event is `started`, the last `finished`; the answer is on disk before `finished`.
-        A cancelled call stops the generation and keeps what was generated until then.
+        A cancelled call stops the generation and stores the text so far.
         """
 
     @_abc_1.abstractmethod
@@ -88,7 +88,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_pb2.CompareResponse], _abc.AsyncIterator[_chat_pb2.CompareResponse]]:
         """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
-        A message sent without a choice goes on with A.
+        If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
         """
 
     @_abc_1.abstractmethod
@@ -97,7 +97,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.GetConversationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.GetConversationResponse, _abc.Awaitable[_chat_pb2.GetConversationResponse]]:
-        """Everything the user saw in one conversation, in order, votes included."""
+        """Everything that the user saw in one conversation, in order, including votes."""
 
     @_abc_1.abstractmethod
     def ListConversations(
@@ -113,6 +113,6 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_pb2.DeleteConversationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_pb2.DeleteConversationResponse, _abc.Awaitable[_chat_pb2.DeleteConversationResponse]]:
-        """Removes the conversation from the user's history."""
+        """Deletes the conversation permanently."""
 
 def add_ChatServiceServicer_to_server(servicer: ChatServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

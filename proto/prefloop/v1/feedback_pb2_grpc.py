@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class FeedbackServiceStub:
-    """What users think of the answers. A vote is on disk before it is acknowledged.
+    """Users' feedback on answers. A vote is on disk before it is acknowledged.
     """
 
     def __init__(self, channel):
@@ -68,7 +68,7 @@ class FeedbackServiceStub:
 
 
 class FeedbackServiceServicer:
-    """What users think of the answers. A vote is on disk before it is acknowledged.
+    """Users' feedback on answers. A vote is on disk before it is acknowledged.
     """
 
     def SubmitThumb(self, request, context):
@@ -79,28 +79,28 @@ class FeedbackServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SubmitChoice(self, request, context):
-        """Sets the user's choice on a finished comparison. The first choice also decides how the conversation goes on.
+        """Sets the user's choice on a finished comparison. The first choice also decides how the conversation continues.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitCorrection(self, request, context):
-        """Says what the answer should have been.
+        """Submits the text that the answer should have been.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitDemonstration(self, request, context):
-        """Gives a whole exemplary conversation; its last message is the assistant's.
+        """Submits a whole exemplary conversation; its last message is the assistant's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RetractFeedback(self, request, context):
-        """Takes one's own feedback back. The next round does not see it.
+        """Retracts the user's own feedback. The next round does not see it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,7 +155,7 @@ def add_FeedbackServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FeedbackService:
-    """What users think of the answers. A vote is on disk before it is acknowledged.
+    """Users' feedback on answers. A vote is on disk before it is acknowledged.
     """
 
     @staticmethod

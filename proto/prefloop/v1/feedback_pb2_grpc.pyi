@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FeedbackServiceStub:
-    """What users think of the answers. A vote is on disk before it is acknowledged."""
+    """Users' feedback on answers. A vote is on disk before it is acknowledged."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,36 +36,36 @@ class FeedbackServiceStub:
     SubmitThumb: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.SubmitThumbRequest, _feedback_pb2.SubmitThumbResponse]
     """Sets the user's thumb on a response. Voting again replaces it."""
     SubmitChoice: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.SubmitChoiceRequest, _feedback_pb2.SubmitChoiceResponse]
-    """Sets the user's choice on a finished comparison. The first choice also decides how the conversation goes on."""
+    """Sets the user's choice on a finished comparison. The first choice also decides how the conversation continues."""
     SubmitCorrection: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.SubmitCorrectionRequest, _feedback_pb2.SubmitCorrectionResponse]
-    """Says what the answer should have been."""
+    """Submits the text that the answer should have been."""
     SubmitDemonstration: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.SubmitDemonstrationRequest, _feedback_pb2.SubmitDemonstrationResponse]
-    """Gives a whole exemplary conversation; its last message is the assistant's."""
+    """Submits a whole exemplary conversation; its last message is the assistant's."""
     RetractFeedback: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.RetractFeedbackRequest, _feedback_pb2.RetractFeedbackResponse]
-    """Takes one's own feedback back. The next round does not see it."""
+    """Retracts the user's own feedback. The next round does not see it."""
     ListFeedback: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.ListFeedbackRequest, _feedback_pb2.ListFeedbackResponse]
     """The user's current feedback, newest first."""
 
 @_typing.type_check_only
 class FeedbackServiceAsyncStub(FeedbackServiceStub):
-    """What users think of the answers. A vote is on disk before it is acknowledged."""
+    """Users' feedback on answers. A vote is on disk before it is acknowledged."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     SubmitThumb: _aio.UnaryUnaryMultiCallable[_feedback_pb2.SubmitThumbRequest, _feedback_pb2.SubmitThumbResponse]  # type: ignore[assignment]
     """Sets the user's thumb on a response. Voting again replaces it."""
     SubmitChoice: _aio.UnaryUnaryMultiCallable[_feedback_pb2.SubmitChoiceRequest, _feedback_pb2.SubmitChoiceResponse]  # type: ignore[assignment]
-    """Sets the user's choice on a finished comparison. The first choice also decides how the conversation goes on."""
+    """Sets the user's choice on a finished comparison. The first choice also decides how the conversation continues."""
     SubmitCorrection: _aio.UnaryUnaryMultiCallable[_feedback_pb2.SubmitCorrectionRequest, _feedback_pb2.SubmitCorrectionResponse]  # type: ignore[assignment]
-    """Says what the answer should have been."""
+    """Submits the text that the answer should have been."""
     SubmitDemonstration: _aio.UnaryUnaryMultiCallable[_feedback_pb2.SubmitDemonstrationRequest, _feedback_pb2.SubmitDemonstrationResponse]  # type: ignore[assignment]
-    """Gives a whole exemplary conversation; its last message is the assistant's."""
+    """Submits a whole exemplary conversation; its last message is the assistant's."""
     RetractFeedback: _aio.UnaryUnaryMultiCallable[_feedback_pb2.RetractFeedbackRequest, _feedback_pb2.RetractFeedbackResponse]  # type: ignore[assignment]
-    """Takes one's own feedback back. The next round does not see it."""
+    """Retracts the user's own feedback. The next round does not see it."""
     ListFeedback: _aio.UnaryUnaryMultiCallable[_feedback_pb2.ListFeedbackRequest, _feedback_pb2.ListFeedbackResponse]  # type: ignore[assignment]
     """The user's current feedback, newest first."""
 
 class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What users think of the answers. A vote is on disk before it is acknowledged."""
+    """Users' feedback on answers. A vote is on disk before it is acknowledged."""
 
     @_abc_1.abstractmethod
     def SubmitThumb(
@@ -81,7 +81,7 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feedback_pb2.SubmitChoiceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feedback_pb2.SubmitChoiceResponse, _abc.Awaitable[_feedback_pb2.SubmitChoiceResponse]]:
-        """Sets the user's choice on a finished comparison. The first choice also decides how the conversation goes on."""
+        """Sets the user's choice on a finished comparison. The first choice also decides how the conversation continues."""
 
     @_abc_1.abstractmethod
     def SubmitCorrection(
@@ -89,7 +89,7 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feedback_pb2.SubmitCorrectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feedback_pb2.SubmitCorrectionResponse, _abc.Awaitable[_feedback_pb2.SubmitCorrectionResponse]]:
-        """Says what the answer should have been."""
+        """Submits the text that the answer should have been."""
 
     @_abc_1.abstractmethod
     def SubmitDemonstration(
@@ -97,7 +97,7 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feedback_pb2.SubmitDemonstrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feedback_pb2.SubmitDemonstrationResponse, _abc.Awaitable[_feedback_pb2.SubmitDemonstrationResponse]]:
-        """Gives a whole exemplary conversation; its last message is the assistant's."""
+        """Submits a whole exemplary conversation; its last message is the assistant's."""
 
     @_abc_1.abstractmethod
     def RetractFeedback(
@@ -105,7 +105,7 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feedback_pb2.RetractFeedbackRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feedback_pb2.RetractFeedbackResponse, _abc.Awaitable[_feedback_pb2.RetractFeedbackResponse]]:
-        """Takes one's own feedback back. The next round does not see it."""
+        """Retracts the user's own feedback. The next round does not see it."""
 
     @_abc_1.abstractmethod
     def ListFeedback(

@@ -33,7 +33,7 @@ class _PolicyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicySta
     """Published; may be activated."""
     POLICY_STATE_ACTIVE: _PolicyState.ValueType  # 2
     POLICY_STATE_RETIRED: _PolicyState.ValueType  # 3
-    """Was active once."""
+    """Was active earlier."""
     POLICY_STATE_REJECTED: _PolicyState.ValueType  # 4
     """The gate refused it; `reason` says why."""
     POLICY_STATE_FAILED: _PolicyState.ValueType  # 5
@@ -46,7 +46,7 @@ POLICY_STATE_CANDIDATE: PolicyState.ValueType  # 1
 """Published; may be activated."""
 POLICY_STATE_ACTIVE: PolicyState.ValueType  # 2
 POLICY_STATE_RETIRED: PolicyState.ValueType  # 3
-"""Was active once."""
+"""Was active earlier."""
 POLICY_STATE_REJECTED: PolicyState.ValueType  # 4
 """The gate refused it; `reason` says why."""
 POLICY_STATE_FAILED: PolicyState.ValueType  # 5
@@ -107,7 +107,7 @@ class Policy(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def activate_time(self) -> _timestamp_pb2.Timestamp:
-        """The last time it became active."""
+        """When it last became active."""
 
     @_builtins.property
     def prune_time(self) -> _timestamp_pb2.Timestamp:
@@ -237,14 +237,14 @@ class GetActivePolicyResponse(_message.Message):
     ROLLBACK_VERSION_FIELD_NUMBER: _builtins.int
     DUEL_FIELD_NUMBER: _builtins.int
     rollback_version: _builtins.str
-    """What RollbackPolicy activates where no version is named; empty where nothing was active before."""
+    """What RollbackPolicy activates without a version; empty if there is none."""
     @_builtins.property
     def policy(self) -> Global___Policy: ...
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
     @_builtins.property
     def duel(self) -> Global___Duel:
-        """Set while the server shows the active version beside the one before it."""
+        """Set while an A/B test compares the active version with the previous one."""
 
     def __init__(
         self,
@@ -278,12 +278,12 @@ class Duel(_message.Message):
     version: _builtins.str
     opponent_version: _builtins.str
     wins: _builtins.int
-    """Choices of `version`."""
+    """Choices for `version`."""
     losses: _builtins.int
     draws: _builtins.int
     """Ties and both-bad."""
     evidence_better: _builtins.float
-    """E-values: 1 says nothing, 20 is what one would see at most once in 20 times by chance, however often one looks."""
+    """E-values: 1 is no evidence; 20 is reached by chance at most once in 20 times, however often it is checked."""
     evidence_worse: _builtins.float
     def __init__(
         self,
@@ -359,9 +359,9 @@ class ActivatePolicyRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     expected_active_version: _builtins.str
-    """Where set, the call fails with ABORTED unless this version is active."""
+    """If set, the call fails with ABORTED unless this version is active."""
     reason: _builtins.str
-    """Kept with the version's history."""
+    """Stored with the version's history."""
     def __init__(
         self,
         *,
@@ -409,9 +409,9 @@ class RollbackPolicyRequest(_message.Message):
     version: _builtins.str
     """A version that was active before; empty: the last one that was."""
     expected_active_version: _builtins.str
-    """Where set, the call fails with ABORTED unless this version is active."""
+    """If set, the call fails with ABORTED unless this version is active."""
     reason: _builtins.str
-    """Kept with the version's history."""
+    """Stored with the version's history."""
     def __init__(
         self,
         *,
@@ -530,7 +530,7 @@ class ListRoundSamplesResponse(_message.Message):
     next_page_token: _builtins.str
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundSample]:
-        """Empty where the round judged nothing. What users deleted since is left out."""
+        """Empty if the round judged nothing. Data that users have deleted since is left out."""
 
     def __init__(
         self,
@@ -548,8 +548,8 @@ Global___ListRoundSamplesResponse: _TypeAlias = ListRoundSamplesResponse  # noqa
 
 @_typing.final
 class RoundSample(_message.Message):
-    """One held-out prompt, a user's or one of the project's own, answered by the incumbent and by the round's candidate. A
-    prompt that was answered several times comes as often.
+    """One held-out prompt, a user's or one of the project's own, with the answers of the incumbent and of the round's
+    candidate. A prompt that was answered several times is listed as often.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -581,7 +581,7 @@ class CountVotesRequest(_message.Message):
 
     DAYS_FIELD_NUMBER: _builtins.int
     days: _builtins.int
-    """The last so many days, today included, 1 to 366; 0 means 30."""
+    """Number of days up to and including today, 1 to 366; 0 means 30."""
     def __init__(
         self,
         *,
@@ -691,9 +691,9 @@ class Learner(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     listening: _builtins.bool
-    """Whether RequestRound would be heard."""
+    """Whether a learner listens for RequestRound."""
     running_round_id: _builtins.str
-    """The round at work; empty where none is."""
+    """The running round; empty if there is none."""
     stage: _builtins.str
     """Its last finished step."""
     new_votes: _builtins.int
@@ -701,11 +701,11 @@ class Learner(_message.Message):
     outcome: _builtins.str
     @_builtins.property
     def next_round_time(self) -> _timestamp_pb2.Timestamp:
-        """When the clock starts the next round; unset where only requests do."""
+        """When the schedule starts the next round; unset if only requests do."""
 
     @_builtins.property
     def request_time(self) -> _timestamp_pb2.Timestamp:
-        """The last request, and, once it is over, what became of it in a sentence."""
+        """The last request and, once it is over, its outcome as a sentence."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp: ...

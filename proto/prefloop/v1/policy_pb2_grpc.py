@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PolicyServiceStub:
-    """The life of a policy, for operators.
+    """Policy versions and the learner's rounds, for operators.
     """
 
     def __init__(self, channel):
@@ -83,11 +83,11 @@ class PolicyServiceStub:
 
 
 class PolicyServiceServicer:
-    """The life of a policy, for operators.
+    """Policy versions and the learner's rounds, for operators.
     """
 
     def GetActivePolicy(self, request, context):
-        """What should serve, and what each server has loaded.
+        """The active version, and the version that each server has loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,8 +101,7 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ActivatePolicy(self, request, context):
-        """Makes a version the active one and returns when this server serves it. A version that cannot be loaded leaves the
-        old one serving.
+        """Activates a version, and returns when this server serves it. If it cannot be loaded, the old one stays active.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,30 +122,30 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRoundSamples(self, request, context):
-        """What a judged round was answered on held-out prompts, before and after.
+        """Answers to held-out prompts in a judged round, before and after.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CountVotes(self, request, context):
-        """How many votes were cast on each day, by kind; those that still stand.
+        """The number of current votes cast on each day, by kind.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetLearner(self, request, context):
-        """Whether a learner listens for requests, what it does, and what became of the last request.
+        """Whether a learner listens for requests, what it is doing, and the outcome of the last request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RequestRound(self, request, context):
-        """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
-        then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
-        Where its learner stops, the next one to start answers it.
+        """Requests a round from the learner that listens (`learner schedule`), and returns before it starts. Another call
+        before then returns the same request. FAILED_PRECONDITION: NO_LEARNER if none listens, ROUND_RUNNING if a round is
+        running. If the learner stops, the next one to start takes the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -209,7 +208,7 @@ def add_PolicyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PolicyService:
-    """The life of a policy, for operators.
+    """Policy versions and the learner's rounds, for operators.
     """
 
     @staticmethod

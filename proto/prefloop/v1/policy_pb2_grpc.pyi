@@ -27,67 +27,63 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PolicyServiceStub:
-    """The life of a policy, for operators."""
+    """Policy versions and the learner's rounds, for operators."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PolicyServiceAsyncStub: ...
     GetActivePolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.GetActivePolicyRequest, _policy_pb2.GetActivePolicyResponse]
-    """What should serve, and what each server has loaded."""
+    """The active version, and the version that each server has loaded."""
     ListPolicies: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ListPoliciesRequest, _policy_pb2.ListPoliciesResponse]
     """Every published version, newest first."""
     ActivatePolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ActivatePolicyRequest, _policy_pb2.ActivatePolicyResponse]
-    """Makes a version the active one and returns when this server serves it. A version that cannot be loaded leaves the
-    old one serving.
-    """
+    """Activates a version, and returns when this server serves it. If it cannot be loaded, the old one stays active."""
     RollbackPolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.RollbackPolicyRequest, _policy_pb2.RollbackPolicyResponse]
     """Activates a version that was active before."""
     ListRounds: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ListRoundsRequest, _policy_pb2.ListRoundsResponse]
     """The learner's rounds, newest first."""
     ListRoundSamples: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ListRoundSamplesRequest, _policy_pb2.ListRoundSamplesResponse]
-    """What a judged round was answered on held-out prompts, before and after."""
+    """Answers to held-out prompts in a judged round, before and after."""
     CountVotes: _grpc.UnaryUnaryMultiCallable[_policy_pb2.CountVotesRequest, _policy_pb2.CountVotesResponse]
-    """How many votes were cast on each day, by kind; those that still stand."""
+    """The number of current votes cast on each day, by kind."""
     GetLearner: _grpc.UnaryUnaryMultiCallable[_policy_pb2.GetLearnerRequest, _policy_pb2.GetLearnerResponse]
-    """Whether a learner listens for requests, what it does, and what became of the last request."""
+    """Whether a learner listens for requests, what it is doing, and the outcome of the last request."""
     RequestRound: _grpc.UnaryUnaryMultiCallable[_policy_pb2.RequestRoundRequest, _policy_pb2.RequestRoundResponse]
-    """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
-    then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
-    Where its learner stops, the next one to start answers it.
+    """Requests a round from the learner that listens (`learner schedule`), and returns before it starts. Another call
+    before then returns the same request. FAILED_PRECONDITION: NO_LEARNER if none listens, ROUND_RUNNING if a round is
+    running. If the learner stops, the next one to start takes the request.
     """
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
-    """The life of a policy, for operators."""
+    """Policy versions and the learner's rounds, for operators."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetActivePolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.GetActivePolicyRequest, _policy_pb2.GetActivePolicyResponse]  # type: ignore[assignment]
-    """What should serve, and what each server has loaded."""
+    """The active version, and the version that each server has loaded."""
     ListPolicies: _aio.UnaryUnaryMultiCallable[_policy_pb2.ListPoliciesRequest, _policy_pb2.ListPoliciesResponse]  # type: ignore[assignment]
     """Every published version, newest first."""
     ActivatePolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.ActivatePolicyRequest, _policy_pb2.ActivatePolicyResponse]  # type: ignore[assignment]
-    """Makes a version the active one and returns when this server serves it. A version that cannot be loaded leaves the
-    old one serving.
-    """
+    """Activates a version, and returns when this server serves it. If it cannot be loaded, the old one stays active."""
     RollbackPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.RollbackPolicyRequest, _policy_pb2.RollbackPolicyResponse]  # type: ignore[assignment]
     """Activates a version that was active before."""
     ListRounds: _aio.UnaryUnaryMultiCallable[_policy_pb2.ListRoundsRequest, _policy_pb2.ListRoundsResponse]  # type: ignore[assignment]
     """The learner's rounds, newest first."""
     ListRoundSamples: _aio.UnaryUnaryMultiCallable[_policy_pb2.ListRoundSamplesRequest, _policy_pb2.ListRoundSamplesResponse]  # type: ignore[assignment]
-    """What a judged round was answered on held-out prompts, before and after."""
+    """Answers to held-out prompts in a judged round, before and after."""
     CountVotes: _aio.UnaryUnaryMultiCallable[_policy_pb2.CountVotesRequest, _policy_pb2.CountVotesResponse]  # type: ignore[assignment]
-    """How many votes were cast on each day, by kind; those that still stand."""
+    """The number of current votes cast on each day, by kind."""
     GetLearner: _aio.UnaryUnaryMultiCallable[_policy_pb2.GetLearnerRequest, _policy_pb2.GetLearnerResponse]  # type: ignore[assignment]
-    """Whether a learner listens for requests, what it does, and what became of the last request."""
+    """Whether a learner listens for requests, what it is doing, and the outcome of the last request."""
     RequestRound: _aio.UnaryUnaryMultiCallable[_policy_pb2.RequestRoundRequest, _policy_pb2.RequestRoundResponse]  # type: ignore[assignment]
-    """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
-    then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
-    Where its learner stops, the next one to start answers it.
+    """Requests a round from the learner that listens (`learner schedule`), and returns before it starts. Another call
+    before then returns the same request. FAILED_PRECONDITION: NO_LEARNER if none listens, ROUND_RUNNING if a round is
+    running. If the learner stops, the next one to start takes the request.
     """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The life of a policy, for operators."""
+    """Policy versions and the learner's rounds, for operators."""
 
     @_abc_1.abstractmethod
     def GetActivePolicy(
@@ -95,7 +91,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.GetActivePolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.GetActivePolicyResponse, _abc.Awaitable[_policy_pb2.GetActivePolicyResponse]]:
-        """What should serve, and what each server has loaded."""
+        """The active version, and the version that each server has loaded."""
 
     @_abc_1.abstractmethod
     def ListPolicies(
@@ -111,9 +107,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.ActivatePolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.ActivatePolicyResponse, _abc.Awaitable[_policy_pb2.ActivatePolicyResponse]]:
-        """Makes a version the active one and returns when this server serves it. A version that cannot be loaded leaves the
-        old one serving.
-        """
+        """Activates a version, and returns when this server serves it. If it cannot be loaded, the old one stays active."""
 
     @_abc_1.abstractmethod
     def RollbackPolicy(
@@ -137,7 +131,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.ListRoundSamplesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.ListRoundSamplesResponse, _abc.Awaitable[_policy_pb2.ListRoundSamplesResponse]]:
-        """What a judged round was answered on held-out prompts, before and after."""
+        """Answers to held-out prompts in a judged round, before and after."""
 
     @_abc_1.abstractmethod
     def CountVotes(
@@ -145,7 +139,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.CountVotesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.CountVotesResponse, _abc.Awaitable[_policy_pb2.CountVotesResponse]]:
-        """How many votes were cast on each day, by kind; those that still stand."""
+        """The number of current votes cast on each day, by kind."""
 
     @_abc_1.abstractmethod
     def GetLearner(
@@ -153,7 +147,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.GetLearnerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.GetLearnerResponse, _abc.Awaitable[_policy_pb2.GetLearnerResponse]]:
-        """Whether a learner listens for requests, what it does, and what became of the last request."""
+        """Whether a learner listens for requests, what it is doing, and the outcome of the last request."""
 
     @_abc_1.abstractmethod
     def RequestRound(
@@ -161,9 +155,9 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.RequestRoundRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.RequestRoundResponse, _abc.Awaitable[_policy_pb2.RequestRoundResponse]]:
-        """Asks the learner that listens (`learner schedule`) for a round now, and returns before it starts. Asked again before
-        then, it is the same request. FAILED_PRECONDITION: NO_LEARNER where none listens, ROUND_RUNNING where one is at work.
-        Where its learner stops, the next one to start answers it.
+        """Requests a round from the learner that listens (`learner schedule`), and returns before it starts. Another call
+        before then returns the same request. FAILED_PRECONDITION: NO_LEARNER if none listens, ROUND_RUNNING if a round is
+        running. If the learner stops, the next one to start takes the request.
         """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

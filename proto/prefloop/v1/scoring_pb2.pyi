@@ -26,7 +26,7 @@ class ScoreCandidatesRequest(_message.Message):
     CANDIDATES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """As the model read the conversation, chat template included."""
+        """The conversation as the model read it, including the chat template."""
 
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
@@ -53,7 +53,7 @@ class Candidate(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """As sampled, the end-of-sequence token included where the answer ended by itself. At least one."""
+        """As sampled, including the end-of-sequence token if the answer ended by itself. At least one."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class ScoreCandidatesResponse(_message.Message):
     reward_model_version: _builtins.str
     @_builtins.property
     def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateScore]:
-        """In the candidates' order."""
+        """In the order of the candidates."""
 
     def __init__(
         self,
@@ -103,8 +103,8 @@ class CandidateScore(_message.Message):
     """Mean 0 and standard deviation 1 over the reference's answers."""
     @_builtins.property
     def member_scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """What each member of the ensemble says, in the same unit and the same order for every candidate. Where the members
-        disagree on which of two candidates is better, a vote on these two says most.
+        """The score by each member of the ensemble, in the same unit and the same order for every candidate. If the members
+        disagree on which of two candidates is better, a vote on these two is most informative.
         """
 
     def __init__(

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ScoringServiceStub:
-    """The newest reward model's opinion of answers, for servers that choose which two to show. `learner serve-scores` offers
-    it; a server asks and never needs it: without an opinion any two will do.
+    """The newest reward model's scores of answers, for servers that choose which two to show. `learner serve-scores` is
+    optional: without scores a server shows any two.
     """
 
     def __init__(self, channel):
@@ -44,8 +44,8 @@ class ScoringServiceStub:
 
 
 class ScoringServiceServicer:
-    """The newest reward model's opinion of answers, for servers that choose which two to show. `learner serve-scores` offers
-    it; a server asks and never needs it: without an opinion any two will do.
+    """The newest reward model's scores of answers, for servers that choose which two to show. `learner serve-scores` is
+    optional: without scores a server shows any two.
     """
 
     def ScoreCandidates(self, request, context):
@@ -72,8 +72,8 @@ def add_ScoringServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ScoringService:
-    """The newest reward model's opinion of answers, for servers that choose which two to show. `learner serve-scores` offers
-    it; a server asks and never needs it: without an opinion any two will do.
+    """The newest reward model's scores of answers, for servers that choose which two to show. `learner serve-scores` is
+    optional: without scores a server shows any two.
     """
 
     @staticmethod

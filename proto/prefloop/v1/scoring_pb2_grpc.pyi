@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ScoringServiceStub:
-    """The newest reward model's opinion of answers, for servers that choose which two to show. `learner serve-scores` offers
-    it; a server asks and never needs it: without an opinion any two will do.
+    """The newest reward model's scores of answers, for servers that choose which two to show. `learner serve-scores` is
+    optional: without scores a server shows any two.
     """
 
     @_typing.overload
@@ -40,8 +40,8 @@ class ScoringServiceStub:
 
 @_typing.type_check_only
 class ScoringServiceAsyncStub(ScoringServiceStub):
-    """The newest reward model's opinion of answers, for servers that choose which two to show. `learner serve-scores` offers
-    it; a server asks and never needs it: without an opinion any two will do.
+    """The newest reward model's scores of answers, for servers that choose which two to show. `learner serve-scores` is
+    optional: without scores a server shows any two.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -49,8 +49,8 @@ class ScoringServiceAsyncStub(ScoringServiceStub):
     """Scores candidate answers to one prompt. FAILED_PRECONDITION before the first reward model."""
 
 class ScoringServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The newest reward model's opinion of answers, for servers that choose which two to show. `learner serve-scores` offers
-    it; a server asks and never needs it: without an opinion any two will do.
+    """The newest reward model's scores of answers, for servers that choose which two to show. `learner serve-scores` is
+    optional: without scores a server shows any two.
     """
 
     @_abc_1.abstractmethod

@@ -1,1 +1,1 @@
-"""The services, one to a file."""
+"""The gRPC services, one per file."""

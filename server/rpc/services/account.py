@@ -1,4 +1,4 @@
-"""AccountService: what is kept of a person, and its removal. Removing ends only with all of it, whoever hangs up."""
+"""AccountService: export and deletion of a user's data. A deletion runs to its end even if the caller disconnects."""
 
 import asyncio
 from collections import defaultdict
@@ -17,7 +17,7 @@ from server.store.store_thread import StoreThread
 
 
 class AccountService(account_pb2_grpc.AccountServiceServicer):
-    """For everybody on themselves, for operators on anybody."""
+    """Users act on their own data, operators on anybody's."""
 
     def __init__(self, store: StoreThread, access: Access, calls: OpenCalls, retention: RetentionTask) -> None:
         self._store = store
@@ -25,7 +25,7 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
         self._calls = calls
         self._retention = retention
         self._forgetting: set[asyncio.Task[account_pb2.ForgetUserResponse]] = set()
-        # Calls that ask to forget a user: asked twice at once, neither ends the other.
+        # Open ForgetUser calls by user, so that two at the same time do not end each other.
         self._asking: dict[str, set[asyncio.Task[object]]] = defaultdict(set)
 
     async def GetCaller(self, request: account_pb2.GetCallerRequest, context: Any) -> account_pb2.GetCallerResponse:
@@ -33,7 +33,7 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
         return account_pb2.GetCallerResponse(user=caller.user, role=caller.role, has_key=caller.has_key)
 
     async def ForgetUser(self, request: account_pb2.ForgetUserRequest, context: Any) -> account_pb2.ForgetUserResponse:
-        # A task of its own: who forgets themself has no key to try again with.
+        # A separate task: users who delete themselves have no key left to try again with.
         user, asking = _whose(request.user), asyncio.current_task()
         assert asking is not None
         self._asking[user].add(asking)
@@ -50,18 +50,18 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
     async def ExportUser(self, request: account_pb2.ExportUserRequest, context: Any) -> None:  # type: ignore[override]
         user = _whose(request.user)
         parts = await self._store.read(lambda store: export(store, user))
-        # A part at a time, so that others have their turn between.
+        # One part at a time, so that others can use the store in between.
         next_part: Callable[[Any], account_pb2.ExportUserResponse | None] = lambda store: next(parts, None)  # noqa: E731
         while part := await self._store.read(next_part):
             await context.write(part)
 
     async def drain(self) -> None:
-        """Returns once everybody who was to be forgotten is."""
+        """Return once all running deletions are complete."""
         while self._forgetting:
             await asyncio.wait(self._forgetting)
 
     async def _forget(self, user: str) -> account_pb2.ForgetUserResponse:
-        # No new calls, none of the old ones, and only then the rows: the store does things in the order of asking.
+        # Refuse new calls, end the open ones, and only then delete rows: the store runs its work in order.
         await self._store(lambda store: store.keys.forget(user))
         await self._access.refresh()
         await self._calls.end(user, but=self._asking.get(user, set()))

@@ -1,7 +1,7 @@
-"""ChatService: turns of conversations as messages. What is on disk when is `server.turns.turns`' to say.
+"""ChatService: turns of conversations as messages. `server.turns.turns` documents what is on disk when.
 
 Handlers write to their context instead of yielding, so that a cancelled call is cancelled right here: sampling stops,
-and what there is of the answers is stored.
+and the text so far is stored.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             await context.write(chat_pb2.ChatResponse(finished=_chat_finished(turn, generation)))
 
     async def Compare(self, request: chat_pb2.CompareRequest, context: Any) -> None:  # type: ignore[override]
-        writing = asyncio.Lock()  # gRPC takes one write at a time
+        writing = asyncio.Lock()  # gRPC accepts one write at a time
 
         async def write(message: chat_pb2.CompareResponse) -> None:
             async with writing:

@@ -1,4 +1,4 @@
-"""FeedbackService: a vote is acknowledged once it is on disk, and a repeated request is one vote."""
+"""FeedbackService: a vote is acknowledged once it is on disk, and a repeated request counts as one vote."""
 
 import time
 from collections.abc import Callable
@@ -78,7 +78,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         try:
             tokens = await encoding(self._count, messages)
         except ValueError as error:
-            sentence = "messages do not follow each other as the model's chat template has it."
+            sentence = "messages are in an order that the model's chat template does not accept."
             raise InvalidArgumentError("messages", sentence) from error
         self._check_fits("messages", tokens, self._engine.max_model_len)
 
@@ -120,20 +120,20 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         return len(prompt) + len(self._engine.encode_answer(messages[-1]["content"]))
 
     def _check_chars(self, field: str, chars: int) -> None:
-        """What cannot fit is not encoded first."""
+        """Refuse a text that cannot fit before it is encoded."""
         most = self._engine.max_model_len
         if chars > CHARS_A_TOKEN * most:
-            raise InvalidArgumentError(field, f"{field} must have at most {most} tokens, and has {chars} characters.")
+            raise InvalidArgumentError(field, f"{field} must have at most {most} tokens, but has {chars} characters.")
 
     def _check_fits(self, field: str, tokens: int, most: int) -> None:
-        """What a model cannot read nobody can learn from."""
+        """Refuse a text that the model cannot read as a whole."""
         if tokens > most:
             raise InvalidArgumentError(field, f"{field} must have at most {most} tokens here, not {tokens}.")
 
     async def _once(
         self, rpc: str, request: Any, context: Any, submit: Callable[[Store, str], records.Feedback]
     ) -> feedback_pb2.Feedback:
-        """Submits, or returns what the same request_id was answered first."""
+        """Submit, or return the stored result of the first call with this request_id."""
         user = current_user()
         body = body_sha256(request)
 

@@ -1,4 +1,4 @@
-"""PolicyService: what serves, what was learned, and the pointer that an operator moves."""
+"""PolicyService: versions, rounds, the learner, and the pointer to the active version."""
 
 import asyncio
 from pathlib import Path
@@ -21,7 +21,7 @@ DEFAULT_DAYS = 30
 
 
 class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
-    """For operators."""
+    """RPCs for operators."""
 
     def __init__(self, store: StoreThread, follower: Follower, data_dir: Path, ab_test: AbTest | None) -> None:
         self._store = store
@@ -71,7 +71,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         expected = _expected(request)
         active, target = await self._store(lambda store: store.policies.rollback_step(request.version, expected))
         reason = request.reason.strip() or f"rolled back from {active}"
-        # Compare-and-set, whatever was expected: two operators who press the button at once go back one step, not two.
+        # Always compare-and-set: two operators who roll back at the same time go back one step, not two.
         policy = await self._activate(target, current_user(), reason, active, "rollback")
         return policy_pb2.RollbackPolicyResponse(policy=to_proto.policy(policy))
 
@@ -93,10 +93,10 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     ) -> policy_pb2.ListRoundSamplesResponse:
         size = request.page_size or to_proto.DEFAULT_PAGE_SIZE
         key = to_proto.page_key(request.page_token, (int,))
-        # By the id that the store has, which is a plain name, and never by the one that was asked for.
+        # Use the id from the store, which is a plain name, never the one from the request.
         round_ = await self._store(lambda store: store.rounds.get(request.round_id))
         found = await asyncio.to_thread(self._samples, round_, key[0] if key else -1)
-        # Asked last: what was deleted before this answer is not in it, swept or not.
+        # Checked last: conversations deleted before this answer are not in it, swept or not.
         there = await self._store(lambda store: store.conversations.existing(one.conversation_id for one in found))
         kept = (one for one in found if not one.conversation_id or one.conversation_id in there)
         page, more = fill((([sample.row], to_proto.sample(sample)) for sample in kept), size)
@@ -121,14 +121,14 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         return await self._store(ask)
 
     def _samples(self, round_: Round, after: int) -> list[RoundSample]:
-        """What follows a row. No sweep and no round writes meanwhile, so no line is half there."""
+        """Samples after a row. No sweep and no round writes in the meantime, so no line is incomplete."""
         with keeping(self._data_dir):
             return [sample for sample in read_samples(self._data_dir, round_) if sample.row > after]
 
     async def _activate(
         self, version: str, actor: str, reason: str, expected: str | None, action: PointerAction = "activate"
     ) -> PolicyVersion:
-        # Unknown versions first: NOT_FOUND says more than a directory that cannot be loaded.
+        # Check for unknown versions first: NOT_FOUND says more than a directory that cannot be loaded.
         await self._store(lambda store: store.policies.get(version))
         await self._follower.activate(
             version,

@@ -1,1 +1,1 @@
-"""What server and learner both decide by about models: arithmetic, merging, text to tokens, seeds."""
+"""Code about models shared by server and learner: dtype, merging, text to tokens, seeds."""

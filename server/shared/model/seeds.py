@@ -1,8 +1,8 @@
-"""Seeded answers whose prompts are read in parts, in vLLM on a CPU.
+"""Support for seeded answers whose prompts are read in parts, in vLLM on a CPU.
 
-vLLM samples in every step, also after a part of a prompt, throws that away and turns the answer's generator back. A
-generator on a CPU cannot be turned back, and the engine ends with "CPU Generator does not use offset" (seen in 0.32).
-So such a row is sampled without its generator, which then is where it was.
+vLLM samples in every step, also after part of a prompt, then discards the token and rewinds the answer's generator. A
+generator on a CPU cannot be rewound, and the engine dies with "CPU Generator does not use offset" (seen in 0.32). So
+such a row is sampled without its generator, which then keeps its state.
 """
 
 from functools import wraps
@@ -10,8 +10,8 @@ from typing import Any
 
 
 def keep_seeds(runner: Any) -> None:
-    """Changes vLLM's model runner so that no seed is spent on what it throws away. Call it once, before any request."""
-    # vLLM's newer runner, which it has for GPUs so far, draws without such generators.
+    """Patch vLLM's model runner so that discarded tokens spend no seed. Call it once, before any request."""
+    # vLLM's newer runner, so far for GPUs only, does not use such generators.
     if runner.device.type != "cpu" or not hasattr(runner, "discard_request_mask"):
         return
     sample = runner.sample_tokens

@@ -1,13 +1,13 @@
-"""Text to token ids and back, the same for server and learner. What people wrote is text, whatever it looks like.
+"""Text to token ids and back, the same for server and learner. Users' text never becomes control tokens.
 
-A chat template writes control tokens, such as the end of a turn, as strings, and a tokenizer takes every such string
-for the token, a user's too. So those in people's text are replaced by escapes before the template sees them. Escapes
-are tokens of a second tokenizer, which is otherwise the first; what it gives for an escape is replaced by the ids of
-the string's plain characters. Text without such strings is encoded as `apply_chat_template` does, token for token, and
-a template may trim or move it as it likes.
+A chat template writes control tokens, such as the end of a turn, as strings, and a tokenizer turns every such string
+into the token, also in users' text. So in users' text these strings are replaced by escapes before the template sees
+them. Escapes are tokens of a second, otherwise identical tokenizer; their ids are then replaced by the ids of the
+string's plain characters. Text without such strings is encoded as by `apply_chat_template`, token for token, and a
+template may trim or move it as it likes.
 
-Of an answer, what the template writes itself has no text; other tokens that a tokenizer calls special, such as
-`<filename>`, are words.
+In an answer, tokens that the template itself writes have no text; other tokens that a tokenizer calls special, such as
+`<filename>`, are text.
 """
 
 import json
@@ -23,11 +23,11 @@ from tokenizers.decoders import DecodeStream
 
 Message = dict[str, str]
 
-# What escapes begin with; where people write it, it is escaped itself. The last code point for private use.
+# The first character of escapes, the last code point for private use; in users' text it is escaped itself.
 ESCAPE = "\U0010fffd"
-# The second character says which string is meant.
+# The second character is this plus the number of the string.
 NUMBER = 0x100000
-# How tokenizers begins the message of the one error that is mended by starting afresh.
+# The beginning of the message of the one tokenizers error that a new stream recovers from.
 INVALID_PREFIX = "Invalid prefix encountered"
 
 
@@ -41,7 +41,7 @@ class ChatText:
         added = self._backend.get_added_tokens_decoder()
         ends = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
         written = {number for number, token in added.items() if token.content.strip() and token.content in template}
-        # What is no text in an answer.
+        # Tokens without text in an answer.
         self._silent = frozenset({number for number in ends if number is not None} | written)
         special = {token.content for token in added.values() if token.special}
         self._strings = [ESCAPE, *sorted(special | {added[number].content for number in written})]
@@ -53,14 +53,14 @@ class ChatText:
 
     @classmethod
     def load(cls, directory: Path) -> "ChatText":
-        """Of the model in the directory."""
+        """Load the tokenizer of the model in the directory."""
         from transformers import AutoTokenizer
 
         return cls(AutoTokenizer.from_pretrained(directory))
 
     def prompt(self, messages: list[Message], began: float) -> list[int]:
-        """A conversation in the chat template, ready for the answer. A template that writes the date writes that of
-        `began`, in seconds since 1970. Raises ValueError for messages that the template does not take."""
+        """Token ids of a conversation in the chat template, ready for the answer. A template that writes the date
+        writes that of `began`, in seconds since 1970. Raises ValueError for messages that the template rejects."""
         today = datetime.fromtimestamp(began, UTC)
         escaped = [{**message, "content": self._escape(message)} for message in messages]
         try:
@@ -72,17 +72,17 @@ class ChatText:
         return self._encode(rendered)
 
     def answer(self, text: str) -> list[int]:
-        """An answer that a person wrote, and its end where the model knows one."""
+        """Token ids of an answer written by a person, with the end token if the model has one."""
         end = self._tokenizer.eos_token_id
         return [*self._encode(self._escape({"role": "user", "content": text})), *([] if end is None else [end])]
 
     def text(self, token_ids: list[int]) -> str:
-        """What people can read of an answer."""
+        """The visible text of an answer."""
         kept = [number for number in token_ids if number not in self._silent]
         return str(self._backend.decode(kept, skip_special_tokens=False))
 
     def stream(self, prompt_token_ids: list[int]) -> "TextStream":
-        """The text of an answer to the prompt, as its tokens come."""
+        """A decoder of an answer to the prompt, token by token."""
         return TextStream(self._backend, prompt_token_ids, self._silent)
 
     def _escape(self, message: Message) -> str:
@@ -101,18 +101,18 @@ class ChatText:
 
     @cached_property
     def _escaping(self) -> Tokenizer:
-        """The tokenizer with a token for each escape."""
+        """The second tokenizer, with a token for each escape."""
         tokenizer = Tokenizer.from_str(self._backend.to_str())
         tokenizer.add_tokens([AddedToken(escape, special=False, normalized=False) for escape in self._escapes.values()])
         return tokenizer
 
     @cached_property
     def _plain(self) -> dict[int, tuple[int, ...]]:
-        """From an escape's id to the ids of its string's characters."""
+        """Map an escape's id to the ids of its string's characters."""
         description = json.loads(self._backend.to_str())
         tokenizer = Tokenizer.from_str(json.dumps({**description, "added_tokens": [], "post_processor": None}))
 
-        # Some tokenizers begin a text with a space: after another character there is none.
+        # Some tokenizers put a space before a text, but not after another character.
         before = _ids(tokenizer, "a")
         found = {}
         for text, escape in self._escapes.items():
@@ -125,12 +125,12 @@ class ChatText:
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    # Of a batch: for a single text tokenizers keeps Python's lock, and every other thread waits.
+    # Encode a batch of one: for a single text tokenizers holds the GIL, and every other thread waits.
     return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 class TextStream:
-    """The text of one answer as it comes. Bytes that are no whole character yet wait for the rest."""
+    """Decodes one answer token by token. Bytes of an incomplete character wait for the rest."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], silent: frozenset[int]) -> None:
         self._tokenizer = tokenizer
@@ -148,6 +148,6 @@ class TextStream:
         except Exception as error:
             if not str(error).startswith(INVALID_PREFIX):
                 raise
-            # Bytes that can be no character upset the stream's state for good.
+            # Invalid bytes break the stream's state permanently, so start a new one.
             self._stream = DecodeStream(skip_special_tokens=False)
             return self._stream.step(self._tokenizer, token_id) or ""

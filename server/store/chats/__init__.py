@@ -1,1 +1,1 @@
-"""What people said, what was answered, and what they made of it."""
+"""Conversations, answers, and feedback on them."""

@@ -13,14 +13,14 @@ TITLE_CHARACTERS = 60
 
 
 class Conversations:
-    """Reads and writes of conversations. What is not this user's is not found."""
+    """Reads and writes of conversations. Those of other users are not found."""
 
     def __init__(self, database: Database, deletion: Deletion) -> None:
         self._db = database
         self._deletion = deletion
 
     def create(self, user: str, message: str) -> str:
-        """The id of a new conversation, titled by its first message."""
+        """Create a conversation, titled with its first message, and return its id."""
         conversation_id, now = new_id("conv"), self._db.now()
         title = " ".join(message.split())
         if len(title) > TITLE_CHARACTERS:
@@ -53,13 +53,13 @@ class Conversations:
         return [Conversation(**row) for row in rows]
 
     def delete(self, user: str, conversation_id: str) -> None:
-        """Removes the conversation for good. Raises NotFoundError."""
+        """Delete the conversation permanently. Raises NotFoundError."""
         with self._db.write():
             self.get(user, conversation_id)
             self._deletion.conversation(conversation_id)
 
     def existing(self, ids: Iterable[str]) -> set[str]:
-        """Those of the conversations, whosever they are, that were not deleted."""
+        """Those of the conversations, of any user, that were not deleted."""
         return {
             row["id"]
             for page in pages(ids)
@@ -67,11 +67,11 @@ class Conversations:
         }
 
     def turns(self, user: str, conversation_id: str, limit: int = UNLIMITED, after: int = 0) -> list[Turn]:
-        """The conversation in order; `limit` turns at most that follow the one of the number `after`."""
+        """The conversation in order: at most `limit` turns after the one with the number `after`."""
         return self._turns(user, conversation_id, "seq > ? ORDER BY seq LIMIT ?", [after, limit])
 
     def newest_turns(self, user: str, conversation_id: str, limit: int, before: int | None = None) -> list[Turn]:
-        """The last turns, the newest first; `limit` at most that come before the one of the number `before`."""
+        """The last turns, newest first: at most `limit` before the one with the number `before`."""
         most = 2**62 if before is None else before
         return self._turns(user, conversation_id, "seq < ? ORDER BY seq DESC LIMIT ?", [most, limit])
 

@@ -1,9 +1,9 @@
-"""Votes. A vote is an event and the current state, in one transaction.
+"""Votes. A vote writes an event and the current state in one transaction.
 
 - A user has one current thumb and one correction per response and one choice per comparison; a later one replaces it
   under the same feedback id, and the event log keeps both.
-- Event numbers are given under the write lock, so the highest one seen is a watermark: no smaller one commits later.
-- The first choice decides how a conversation goes on; a later change changes the vote, never the history.
+- Event numbers are assigned under the write lock, so the highest one seen is a watermark: no smaller one commits later.
+- The first choice decides how a conversation continues; a later change changes the vote, never the history.
 """
 
 import json
@@ -17,25 +17,25 @@ from server.store.chats.responses import Responses
 from server.store.database import Database, Row, pages
 from server.store.ids import new_id
 
-# Of votes, corrections and retractions on one answer or pair together: each is an event that is kept.
+# Limit of votes, corrections and retractions together on one answer or pair: each is a stored event.
 MOST_EVENTS = 1_000
 DAY_SECONDS = 86_400
 EPOCH = date(1970, 1, 1)
 
 
 class FeedbackTable:
-    """Reads and writes of votes. What is not this user's is not found."""
+    """Reads and writes of votes. Those of other users are not found."""
 
     def __init__(self, database: Database, responses: Responses) -> None:
         self._db = database
         self._responses = responses
 
     def submit_thumb(self, user: str, response_id: str, *, up: bool, comment: str = "") -> Feedback:
-        """Raises NotFoundError, and FailedPreconditionError while the response is being sampled or came to nothing."""
+        """Raises NotFoundError, and FailedPreconditionError if the response is being sampled or has no text."""
         return self._submit(user, "thumb", "UP" if up else "DOWN", comment, response_id=response_id)
 
     def submit_correction(self, user: str, response_id: str, text: str) -> Feedback:
-        """Raises NotFoundError, and FailedPreconditionError while the response is being sampled or came to nothing."""
+        """Raises NotFoundError, and FailedPreconditionError if the response is being sampled or has no text."""
         return self._submit(user, "correction", text, "", response_id=response_id)
 
     def submit_demonstration(self, user: str, messages: list[dict[str, str]]) -> Feedback:
@@ -43,7 +43,7 @@ class FeedbackTable:
         return self._submit(user, "demonstration", json.dumps(messages, ensure_ascii=False), "")
 
     def count_demonstrations(self, user: str) -> int:
-        """How many are kept; retracted ones are, in the log."""
+        """The number of stored demonstrations, including retracted ones, which stay in the log."""
         [row] = self._db.rows(
             "SELECT count(*) AS demonstrations FROM feedback_events "
             "WHERE user = ? AND kind = 'demonstration' AND value IS NOT NULL",
@@ -52,7 +52,7 @@ class FeedbackTable:
         return int(row["demonstrations"])
 
     def submit_choice(self, user: str, comparison_id: str, choice: Choice, comment: str = "") -> Feedback:
-        """Raises NotFoundError, and FailedPreconditionError unless both answers were finished."""
+        """Raises NotFoundError, and FailedPreconditionError unless both answers are finished."""
         comparison = self._responses.comparison(user, comparison_id)
         if any(response.status != "finished" for response in (comparison.a, comparison.b)):
             raise FailedPreconditionError(
@@ -61,13 +61,13 @@ class FeedbackTable:
         with self._db.write():
             if comparison.state == "open":
                 self._continue_with(comparison_id, choice)
-            # A skipped comparison already went on with A; the vote counts all the same.
+            # A skipped comparison already continued with A, but the vote counts.
             elif comparison.state == "skipped":
                 self._db.execute("UPDATE comparisons SET state = 'chosen' WHERE id = ?", [comparison_id])
             return self._submit(user, "choice", choice, comment, comparison_id=comparison_id)
 
     def retract(self, user: str, feedback_id: str) -> None:
-        """Removes the current state; the log keeps that there was one. Raises NotFoundError."""
+        """Delete the current state; the log keeps its events. Raises NotFoundError."""
         with self._db.write():
             row = self._db.row("SELECT * FROM feedback WHERE id = ? AND user = ?", [feedback_id, user])
             if row is None:
@@ -84,7 +84,7 @@ class FeedbackTable:
         return [Feedback(**row) for row in rows]
 
     def on_turns(self, user: str, turns: Sequence[Turn]) -> list[Feedback]:
-        """The user's current feedback on what is in these turns."""
+        """The user's current feedback on the answers in these turns."""
         comparisons = [turn.comparison for turn in turns if turn.comparison]
         responses = [turn.response for turn in turns if turn.response]
         responses += [response for each in comparisons for response in (each.a, each.b)]
@@ -98,9 +98,9 @@ class FeedbackTable:
         ]
 
     def count_by_day(self, days: int) -> list[VoteCount]:
-        """How much current feedback was given on each of the last `days` UTC days, today included, by kind; the oldest
-        first, and nothing where there was none."""
-        # By the index feedback_by_day alone, and in its order: the expression must be the index's to the letter.
+        """Counts of current feedback by kind for each of the last `days` UTC days including today, oldest first; zero
+        counts are left out."""
+        # Uses only the index feedback_by_day, in its order: the expression must match the index's to the letter.
         rows = self._db.rows(
             "SELECT CAST(create_time / 86400 AS INTEGER) AS day, kind, count(*) AS votes FROM feedback "
             "WHERE CAST(create_time / 86400 AS INTEGER) > ? "
@@ -110,7 +110,7 @@ class FeedbackTable:
         return [VoteCount(f"{EPOCH + timedelta(row['day'])}", row["kind"], row["votes"]) for row in rows]
 
     def _continue_with(self, comparison_id: str, choice: Choice) -> None:
-        # A tie is drawn here and recorded, so that the conversation and the learner see one history.
+        # For a tie, draw the answer here and record it, so that the conversation and the learner see the same history.
         slot: Slot | None = None if choice == "BOTH_BAD" else random.choice(("A", "B")) if choice == "TIE" else choice
         self._db.execute(
             "UPDATE comparisons SET state = 'chosen', continued_with = ? WHERE id = ?", [slot, comparison_id]
@@ -153,8 +153,8 @@ class FeedbackTable:
     def _now_and_old(
         self, user: str, kind: Kind, response_id: str | None, comparison_id: str | None
     ) -> tuple[float, str | None]:
-        """The time, and the feedback that a vote replaces. One query, and not the whole response, tokens and all: each
-        statement is a hand-over of Python's lock, and a vote is on the path that must be short."""
+        """The time, and the id of the feedback that a vote replaces. Votes must be fast: this is one query, since each
+        statement releases the GIL, and it does not read the response's tokens."""
         if response_id:
             found = self._db.rows(
                 f"SELECT {self._db.NOW} AS now, "
@@ -176,12 +176,12 @@ class FeedbackTable:
                 [user, comparison_id],
             )
         if found[0]["events"] >= MOST_EVENTS:
-            sentence = f"You have voted {MOST_EVENTS} times on this answer, changes counted; no more is taken."
+            sentence = f"You have voted {MOST_EVENTS} times on this answer, including changes, which is the limit."
             raise ResourceExhaustedError("VOTE_CHANGES", sentence)
         return found[0]["now"], found[0]["old"]
 
     def _log_event(self, action: str, row: Row, now: float) -> int:
-        # What was deleted leaves no trace of its content, not even in the event that says so.
+        # Content is only in `submit` events: a retraction must not keep what it removes.
         content = {name: row[name] for name in ("value", "comment")} if action == "submit" else {}
         target = {name: row[name] for name in ("user", "kind", "response_id", "comparison_id")}
         return self._db.insert(

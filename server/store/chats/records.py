@@ -1,4 +1,4 @@
-"""What the store hands out of conversations and votes: frozen records, free of SQL and of protobuf."""
+"""The store's records of conversations and votes: frozen, and independent of SQL and protobuf."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -23,7 +23,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Generation:
-    """What an engine made of a prompt: the part of a response that is known only at its end."""
+    """An engine's result for a prompt: the part of a response that is known only at its end."""
 
     token_ids: list[int]
     # Log-probabilities of the sampled tokens under the policy that sampled them, at the sampling temperature.
@@ -49,21 +49,21 @@ class Response:
     max_tokens: int
     seed: int | None
     finish_reason: FinishReason | None
-    # The version that served when the response began; `spans` say which version made which token.
+    # The version that was served when the response began; `spans` have the version of each token.
     policy_version: str
     create_time: float
     spans: list[Span] = field(default_factory=list)
-    # The reward model that chose it among several answers, which are not kept; such an answer is no plain sample.
+    # The reward model that chose it among several answers; the others are not stored. It is not a plain sample then.
     chosen_by: str | None = None
 
     @property
     def shown(self) -> str | None:
-        """Its text, which may be empty where the model said nothing; None where it came to nothing."""
+        """The text that was shown, empty if the model wrote nothing; None if the answer failed without text."""
         return self.text if self.text or self.status == "finished" else None
 
     @property
     def generation(self) -> Generation:
-        """What an engine made of the prompt."""
+        """The engine's result for the prompt."""
         return Generation(self.token_ids, self.logprobs, self.text, self.finish_reason or "error", self.spans)
 
 
@@ -82,13 +82,13 @@ class Comparison:
 
     @property
     def unless_chosen(self) -> Slot:
-        """What a conversation goes on with when its user does not choose: A, or B where A came to nothing."""
+        """The slot with which a conversation continues without a choice: A, or B if only B has an answer."""
         return "B" if self.a.shown is None and self.b.shown is not None else "A"
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """One user's current word on one thing."""
+    """A user's current feedback on one target."""
 
     id: str
     event_seq: int
@@ -104,7 +104,7 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Turn:
-    """One user message and what came of it; exactly one of `response` and `comparison` is set."""
+    """One user message and its answer; exactly one of `response` and `comparison` is set."""
 
     seq: int
     message: str
@@ -115,11 +115,11 @@ class Turn:
 
     @property
     def answer(self) -> str | None:
-        """The text that the conversation went on with; None where the model must not see this turn."""
+        """The text with which the conversation continued; None if the model must not see this turn."""
         if self.dropped:
             return None
         if self.comparison:
-            # An open comparison is gone on from as soon as there is a next message.
+            # An open comparison is skipped as soon as there is a next message.
             open_ = self.comparison.state == "open"
             slot = self.comparison.unless_chosen if open_ else self.comparison.continued_with
             chosen = {"A": self.comparison.a, "B": self.comparison.b}.get(slot) if slot else None
@@ -129,7 +129,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class RepeatedRequest:
-    """A request that would be answered as before."""
+    """A stored request; a repeat of it gets the same answer."""
 
     rpc: str
     request_id: str
@@ -177,7 +177,7 @@ class ThumbVote:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a response should have been, in a user's words."""
+    """What a response should have been, as written by a user."""
 
     feedback_id: str
     user: str
@@ -198,21 +198,21 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All current feedback as of one event: the same watermark gives the same votes, less what was deleted since."""
+    """All feedback that was current at one event: the same watermark gives the same votes, except deleted ones."""
 
     watermark: int
     choices: list[ChoiceVote]
     thumbs: list[ThumbVote]
     corrections: list[Correction]
     demonstrations: list[Demonstration]
-    # How much had been deleted before it was read.
+    # The number of deletions when it was read.
     deletions: int = 0
 
     def __len__(self) -> int:
         return len(self.choices) + len(self.thumbs) + len(self.corrections) + len(self.demonstrations)
 
     def without(self, versions: set[str]) -> "Snapshot":
-        """The same less every vote on an answer with a token of one of these policy versions."""
+        """The snapshot without votes on answers that have a token of one of these policy versions."""
         if not versions:
             return self
 
@@ -229,21 +229,21 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a user asked, as the model read it."""
+    """A user's prompt as the model read it."""
 
     conversation_id: str
     token_ids: list[int]
     max_tokens: int
-    # Empty: one of the project's own.
+    # Empty: one of the project's own prompts.
     user: str = ""
-    # Of a conversation's first message: the first conversation that began with it. A template may write the date, so
-    # that one question has other tokens in each.
+    # For the first message of a conversation: the first conversation that began with it. A template may write the date,
+    # so that the same question has different tokens in each.
     opened_by: str = ""
 
 
 @dataclass(frozen=True)
 class FeedbackEvent:
-    """One thing that happened to a vote; `value` is None where its content was deleted."""
+    """One event of a vote; `value` is None if its content was deleted."""
 
     seq: int
     action: Literal["submit", "retract", "delete"]
@@ -259,7 +259,7 @@ class FeedbackEvent:
 
 @dataclass(frozen=True)
 class VoteCount:
-    """Votes of one kind that were given on a UTC day, such as 2026-03-14, and still stand."""
+    """Number of current votes of one kind that were cast on a UTC day, such as 2026-03-14."""
 
     date: str
     kind: Kind

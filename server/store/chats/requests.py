@@ -1,4 +1,4 @@
-"""Requests that may be repeated: each keeps what it was answered first."""
+"""Requests with a request_id, and the first result of each."""
 
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError
 from server.store.chats.records import RepeatedRequest
@@ -6,14 +6,14 @@ from server.store.database import Database
 
 
 class Requests:
-    """Reads and writes of what `request_id`s were answered."""
+    """Reads and writes of the results by `request_id`."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
 
     def find(self, user: str, rpc: str, request_id: str, body_sha256: bytes) -> bytes | None:
-        """What the same request was answered first; None if it is new. Raises on another body under the same id, and
-        where what the first one made was deleted. An empty id is always new."""
+        """The first result of the same request; None if it is new. Raises InvalidArgumentError for the same id with
+        another body, and FailedPreconditionError if the first result was deleted. An empty id is always new."""
         if not request_id:
             return None
         row = self._db.row(
@@ -23,18 +23,18 @@ class Requests:
         if row is None:
             return None
         if not row["body_sha256"]:
-            raise FailedPreconditionError("REQUEST_DELETED", "What this request made was deleted.")
+            raise FailedPreconditionError("REQUEST_DELETED", "The result of this request was deleted.")
         if row["body_sha256"] != body_sha256:
             raise InvalidArgumentError(
-                "request_id", "This request_id was used with another body; make a new one.", "REQUEST_ID_REUSED"
+                "request_id", "This request_id was used with another body; use a new one.", "REQUEST_ID_REUSED"
             )
         return bytes(row["result"])
 
     def remember(
         self, user: str, rpc: str, request_id: str, body_sha256: bytes, result: bytes, target: str | None = None
     ) -> None:
-        """Keeps the answer, which is about the response or comparison `target`, for `find`. Call it in the
-        transaction that does what was asked. Of an empty id nothing is kept."""
+        """Store the result, which is about the response or comparison `target`, for `find`. Call it in the transaction
+        that executes the request. Does nothing for an empty id."""
         if not request_id:
             return
         self._db.execute(
@@ -44,7 +44,7 @@ class Requests:
         )
 
     def page(self, user: str, limit: int, after: tuple[str, str] = ("", "")) -> list[RepeatedRequest]:
-        """The request_ids of the user's that are kept, by RPC and id; `limit` at most that follow `after`."""
+        """The user's stored request_ids, by RPC and id; at most `limit` after `after`."""
         rows = self._db.rows(
             "SELECT rpc, request_id, create_time FROM requests WHERE user = ? AND (rpc, request_id) > (?, ?) "
             "ORDER BY rpc, request_id LIMIT ?",

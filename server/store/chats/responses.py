@@ -1,4 +1,4 @@
-"""Answers: begun, finished, and two of them side by side."""
+"""Answers and comparisons, from beginning to end."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,12 @@ from server.store.ids import new_id
 from server.store.learning.replicas import Replicas
 from server.store.packing import pack_floats, pack_ints, unpack_floats, unpack_ints
 
-# Of a response that ended for these reasons; every other one is finished.
+# Status by finish reason; every other reason means finished.
 STATUS_OF: dict[str, Status] = {"cancelled": "cancelled", "error": "failed"}
 
 
 class Responses:
-    """Reads and writes of answers and of comparisons. What is not this user's is not found."""
+    """Reads and writes of answers and comparisons. Those of other users are not found."""
 
     def __init__(self, database: Database, replicas: Replicas) -> None:
         self._db = database
@@ -35,7 +35,7 @@ class Responses:
         max_tokens: int,
         seed: int | None,
     ) -> str:
-        """Adds a turn with one response that is being sampled; returns the response's id."""
+        """Add a turn with one response that is being sampled; return the response's id."""
         with self._db.write():
             response_id = self._insert_response(
                 user, conversation_id, replica_id, policy_version, prompt_token_ids, temperature, max_tokens, seed
@@ -56,7 +56,7 @@ class Responses:
         max_tokens: int,
         seeds: tuple[int | None, int | None],
     ) -> tuple[str, str, str]:
-        """Adds a turn with two responses, from the versions and at the temperatures of A and B; returns the ids of the
+        """Add a turn with two responses, from the versions and at the temperatures of A and B; return the ids of the
         comparison, A and B."""
         comparison_id = new_id("cmp")
         with self._db.write():
@@ -82,7 +82,7 @@ class Responses:
         return comparison_id, a, b
 
     def finish(self, response_id: str, generation: Generation, chosen_by: str | None = None) -> None:
-        """Stores what was sampled, whichever way it ended, and the reward model that chose it among others."""
+        """Store what was sampled, however it ended, and the reward model that chose it among others."""
         status = STATUS_OF.get(generation.finish_reason, "finished")
         with self._db.write():
             changed = self._db.execute(
@@ -112,7 +112,7 @@ class Responses:
                 )
 
     def abandon(self, response_ids: Sequence[str], reason: Literal["cancelled", "error"]) -> None:
-        """Ends those that nothing was stored of; the others stay as they are."""
+        """End those that have no stored result; the others stay unchanged."""
         with self._db.write():
             for response_id in response_ids:
                 self._db.execute(
@@ -122,8 +122,8 @@ class Responses:
                 )
 
     def fail_interrupted(self, replica_id: str, *, starting: bool = False) -> int:
-        """Marks what servers were sampling that no longer live; `starting`: what this one was, before, too. Returns how
-        many."""
+        """Mark answers of servers that are no longer alive as failed, with `starting` also this server's own earlier
+        ones. Returns how many."""
         alive = {replica.id for replica in self._replicas.alive()} | {replica_id}
         alive -= {replica_id} if starting else set()
         with self._db.write():
@@ -146,7 +146,7 @@ class Responses:
         return comparison
 
     def skip_open_comparisons(self, conversation_id: str) -> None:
-        """The user goes on without a choice: with A, or with B where A came to nothing."""
+        """Mark open comparisons as skipped: the conversation continues with A, or with B if only B has an answer."""
         with self._db.write():
             rows = self._db.rows(
                 "SELECT id FROM comparisons WHERE conversation_id = ? AND state = 'open'", [conversation_id]
@@ -194,7 +194,7 @@ class Responses:
 
 
 def load_responses(database: Database, ids: Iterable[str | None]) -> dict[str, Response]:
-    """Those that are there, by id, whosever they are."""
+    """Those of the responses that exist, of any user, by id."""
     found: dict[str, Response] = {}
     for page in pages(ids):
         marks = ", ".join("?" for _ in page)
@@ -209,7 +209,7 @@ def load_responses(database: Database, ids: Iterable[str | None]) -> dict[str, R
 
 
 def load_comparisons(database: Database, ids: Iterable[str | None]) -> dict[str, Comparison]:
-    """Those that are there, by id, whosever they are."""
+    """Those of the comparisons that exist, of any user, by id."""
     rows = [
         row
         for page in pages(ids)

@@ -1,4 +1,4 @@
-"""What a round reads of all that was said: the votes that were current at one event, and what was asked."""
+"""What a round reads: the votes that were current at one event, and users' prompts."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from server.store.deletion import Deletion
 from server.store.learning.rounds import Rounds
 from server.store.packing import unpack_ints
 
-# Of `feedback_events e`: not replaced, retracted or deleted by a later event up to the one that is bound to the mark.
+# SQL, on `feedback_events e`: not replaced, retracted or deleted by an event up to the one bound to the placeholder.
 CURRENT = (
     "action = 'submit' AND value IS NOT NULL AND NOT EXISTS "
     "(SELECT 1 FROM feedback_events WHERE feedback_id = e.feedback_id AND seq > e.seq AND seq <= ?)"
@@ -20,7 +20,7 @@ CURRENT = (
 
 
 class Snapshots:
-    """Reads of everybody's votes and prompts."""
+    """Reads of all users' votes and prompts."""
 
     def __init__(self, database: Database, deletion: Deletion, rounds: Rounds) -> None:
         self._db = database
@@ -32,15 +32,15 @@ class Snapshots:
         return int(self._db.rows("SELECT coalesce(max(seq), 0) AS seq FROM feedback_events")[0]["seq"])
 
     def count_votes(self, after: int = 0) -> int:
-        """How many choices, thumbs and corrections are current, and were given or changed after the event `after`."""
-        # By the index feedback_by_event alone: operators' pages ask again and again.
+        """How many current choices, thumbs and corrections were given or changed after the event `after`."""
+        # Uses only the index feedback_by_event, since operators' pages poll it.
         [row] = self._db.rows(
             "SELECT count(*) AS votes FROM feedback WHERE event_seq > ? AND kind != 'demonstration'", [after]
         )
         return int(row["votes"])
 
     def votes_of(self, users: Collection[str], watermark: int) -> int:
-        """How much feedback of these users was current at `watermark`, demonstrations too."""
+        """How much feedback of these users was current at `watermark`, including demonstrations."""
         [row] = self._db.rows(
             f"SELECT count(*) AS votes FROM feedback_events e WHERE seq <= ? AND {self._db.AMONG} AND {CURRENT}",
             [watermark, json.dumps(list(users)), watermark],
@@ -48,17 +48,17 @@ class Snapshots:
         return int(row["votes"])
 
     def count_new_votes(self) -> int:
-        """How many of these no round has learned from yet."""
+        """How many current votes no round has learned from yet."""
         learned = self._rounds.last_learned()
         return self.count_votes(after=learned.watermark if learned else 0)
 
     def take(self, watermark: int | None = None, limit: int = UNLIMITED, without: Collection[str] = ()) -> Snapshot:
-        """Feedback that was current at `watermark` (default: now), less what was deleted since and what users in
-        `without` gave: the newest `limit` votes of the others, and every demonstration of theirs."""
+        """Feedback that was current at `watermark` (default: now) and was not deleted since, except that of users in
+        `without`: the newest `limit` votes, and every demonstration."""
         deletions = self._deletion.deletions()
         watermark = self.watermark() if watermark is None else watermark
         left_out = json.dumps(list(without))
-        # Left out before the limit, or whoever votes most would keep the others out even so.
+        # Exclude users before the limit, or their votes would still displace those of others.
         events = self._db.rows(
             f"SELECT * FROM feedback_events e WHERE seq <= ? AND kind != 'demonstration' AND NOT {self._db.AMONG} "
             f"AND {CURRENT} ORDER BY seq DESC LIMIT ?",
@@ -87,9 +87,9 @@ class Snapshots:
     def prompts(
         self, before: float | None = None, limit: int = UNLIMITED, without: Collection[str] = ()
     ) -> list[Prompt]:
-        """What users asked, each distinct prompt once, in the order it was first asked. Where a time and a `limit` are
-        given, of so many responses before: everybody's newest, then everybody's second, and so on. None of users in
-        `without`."""
+        """Users' distinct prompts, in the order in which they were first asked, except those of users in `without`. At
+        most `limit` responses created before `before` count: every user's newest, then every user's second, and so on.
+        """
         rows = self._db.rows(
             "WITH placed AS (SELECT rowid AS number, "
             "row_number() OVER (PARTITION BY user ORDER BY rowid DESC) AS place "

@@ -1,1 +1,1 @@
-"""Files beside the database: published directories, what rounds keep, and what deletions leave in them."""
+"""Files beside the database: published directories, rounds' files, and cleanup after deletions."""

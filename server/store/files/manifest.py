@@ -27,7 +27,7 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
 class Manifest(BaseModel):
-    """What a version directory holds."""
+    """The contents of a version directory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,7 +49,7 @@ def write_manifest(
     reference_version: str,
     info: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Writes `manifest.json` over the files that are in `directory` now."""
+    """Write `manifest.json` for the files that are in `directory` now."""
     manifest = Manifest(
         version=version,
         kind=kind,
@@ -63,7 +63,7 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest alone, its sums unchecked. Raises ManifestError."""
+    """The manifest, without checking the files' checksums. Raises ManifestError."""
     try:
         return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
     except FileNotFoundError as error:
@@ -73,12 +73,12 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify(directory: Path) -> Manifest:
-    """The manifest, after every file was found to be what it says. Raises ManifestError with the first difference."""
+    """The manifest, after checking every file against it. Raises ManifestError with the first difference."""
     if not directory.is_dir():
         raise ManifestError(f"{directory.name} has no directory.")
     manifest = read_manifest(directory)
     if manifest.version != directory.name:
-        raise ManifestError(f"{directory.name} holds the manifest of {manifest.version}.")
+        raise ManifestError(f"{directory.name} has the manifest of {manifest.version}.")
     found = set(_files(directory))
     if missing := sorted(set(manifest.files) - found):
         raise ManifestError(f"{directory.name} lacks {missing[0]}.")
@@ -96,7 +96,7 @@ def verify(directory: Path) -> Manifest:
 def new_version(
     final: Path, *, kind: Literal["adapter", "full"], reference_version: str, info: dict[str, Any] | None = None
 ) -> Iterator[Path]:
-    """A `new_directory` that gets a manifest over what was put into it. An adapter's base is the reference."""
+    """A `new_directory` that gets a manifest of its files. An adapter's base is the reference."""
     base = reference_version if kind == "adapter" else final.name
     with new_directory(final) as staging:
         yield staging
@@ -107,8 +107,8 @@ def new_version(
 
 @contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
-    """A sibling of `final` to fill; at the block's end it takes its place, whole and durably. An exception leaves
-    nothing. Raises FileExistsError where there is a `final` already."""
+    """A sibling of `final` to fill, which becomes `final` at the block's end, whole and durably. An exception leaves
+    nothing. Raises FileExistsError if `final` exists already."""
     staging = new_staging(final)
     try:
         yield staging
@@ -118,7 +118,7 @@ def new_directory(final: Path) -> Iterator[Path]:
 
 
 def publish(staging: Path, final: Path) -> None:
-    """Makes `staging`, a sibling of `final`, visible under its final name, durably. Raises FileExistsError."""
+    """Rename `staging`, a sibling of `final`, to its final name, durably. Raises FileExistsError."""
     if final.exists():
         raise FileExistsError(f"{final} is already published.")
     for name in [*_files(staging), *([MANIFEST] if (staging / MANIFEST).exists() else [])]:
@@ -131,8 +131,8 @@ def publish(staging: Path, final: Path) -> None:
 
 
 def new_staging(final: Path) -> Path:
-    """An empty sibling of `final` to fill; what a killed process left there is removed first. Nobody else's: a process
-    that was stopped and goes on writes into what is gone."""
+    """Create an empty sibling of `final` to fill, after removing those that killed processes left. Each has a unique
+    name, so a process that was stopped and continues writes only into its own removed one."""
     final.parent.mkdir(parents=True, exist_ok=True)
     for left in final.parent.glob(f".{glob.escape(final.name)}.*partial"):
         shutil.rmtree(left, ignore_errors=True)
@@ -140,7 +140,7 @@ def new_staging(final: Path) -> Path:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies what a model's directory has beside its weights and their configuration, where `target` has none."""
+    """Copy the files of a model's directory other than weights and their configuration, unless `target` has them."""
     for name in _files(source):
         copy = target / name
         if not copy.exists() and copy.suffix != ".safetensors" and name not in WEIGHTS_JSON:

@@ -1,8 +1,7 @@
-"""What a judged round was answered on held-out prompts: the rounds' ANSWERS, read for people.
+"""Answers to held-out prompts in a judged round, read from the round's ANSWERS file to be shown.
 
 The file names conversations and is swept after deletions (`server.store.files.residue`). Between a deletion and the
-sweep it still has what is gone: whoever shows samples asks the store, after reading, which of their conversations are
-there.
+sweep it still has deleted content, so callers must check in the store, after reading, which conversations still exist.
 """
 
 import json
@@ -19,7 +18,7 @@ from server.store.learning.records import Round
 class RoundSample:
     """One answer to a held-out prompt by the incumbent, and by the candidate that was judged."""
 
-    # Its place in the file as the round wrote it; it grows.
+    # Its row in the file as the round wrote it, in growing order.
     row: int
     # Empty: one of the project's own prompts.
     conversation_id: str
@@ -29,12 +28,12 @@ class RoundSample:
 
 
 def read_samples(data_dir: Path, round_: Round) -> Iterator[RoundSample]:
-    """One after the other; none where the round judged nothing. Call it while `keeping`."""
+    """Yield the round's samples; none if the round judged nothing. Call it inside `keeping`."""
     path = data_dir / "rounds" / round_.id / ANSWERS
     if round_.metrics.gate is None or not path.exists():
         return
     chosen = f"step {round_.metrics.gate.chosen.step}"
-    # In bytes: a text's lines end also at U+2028, which JSON may hold. What a kill cut short has no end.
+    # Read bytes: text lines would also end at U+2028, which JSON may hold. A line cut short by a kill has no newline.
     for number, data in enumerate(path.read_bytes().splitlines(keepends=True)):
         if LINE.match(data) and data.endswith(b"\n"):
             line: dict[str, Any] = json.loads(data)

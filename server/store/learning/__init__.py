@@ -1,1 +1,1 @@
-"""What learns and serves: versions, rounds, servers, learners, and what came of what."""
+"""Versions, rounds, servers, learners, and their lineage."""

@@ -1,12 +1,12 @@
-"""Leases: the right to do a thing alone for a while, on the clock that nobody sets."""
+"""Leases: the exclusive right to do something for a limited time, on the clock that cannot be set."""
 
 from server.shared.errors import ConflictError
 from server.store.database import Database
 from server.store.learning.records import Lease
 
-# The lease of the one learner that may be at work.
+# The lease of the one learner that may run a round.
 LEARNER = "learner"
-# Somebody has it.
+# SQL: the lease is held.
 HELD = "(boot = boot_id() AND expire_uptime > uptime())"
 
 
@@ -34,7 +34,7 @@ class Leases:
             return Lease(name, holder, token)
 
     def renew(self, lease: Lease, seconds: float) -> None:
-        """It lasts `seconds` from now. Raises ConflictError once a later holder exists."""
+        """Extend the lease to `seconds` from now. Raises ConflictError once a later holder exists."""
         with self._db.write():
             check_fence(self._db, lease)
             self._db.execute(
@@ -43,7 +43,7 @@ class Leases:
             )
 
     def release(self, lease: Lease) -> None:
-        """Gives the lease back, if it is still this holder's. The token stays, so that the next one is higher."""
+        """Give the lease back, if it is still this holder's. The token stays, so that the next one is higher."""
         with self._db.write():
             self._db.execute(
                 "UPDATE leases SET expire_time = 0, expire_uptime = 0 WHERE name = ? AND token = ?",
@@ -52,7 +52,7 @@ class Leases:
 
 
 def check_fence(database: Database, fence: Lease | None) -> None:
-    """Raises ConflictError where a later holder of the lease exists. Call it in the transaction that it guards."""
+    """Raise ConflictError if a later holder of the lease exists. Call it in the transaction that it guards."""
     if fence is None:
         return
     row = database.row("SELECT token, holder FROM leases WHERE name = ?", [fence.name])

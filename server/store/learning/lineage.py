@@ -1,7 +1,7 @@
-"""Where versions come from and where votes went: which votes a round learned from, and every move of the pointer.
+"""Lineage: which votes each round learned from, which versions carry them, and every move of the pointer.
 
-A round writes its votes by the ids of their feedback; a vote that was changed later keeps its id, and the round's
-watermark says which of its events the round saw. Nothing here is removed with a conversation: it holds no content.
+A round stores its votes by feedback id; a vote that is changed later keeps its id, and the round's watermark says which
+of its events the round saw. Nothing here is deleted with a conversation, since it has no content.
 """
 
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ from server.store.learning.records import Lease, PointerEvent, Side
 
 
 class Lineage:
-    """Reads and writes of what came from what."""
+    """Reads and writes of lineage."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
 
     def set_round_votes(self, round_id: str, votes: Iterable[tuple[str, Side]], *, fence: Lease) -> None:
-        """The round learns from these (feedback id, side), each once, in place of what was said before."""
+        """Set the (feedback id, side) pairs that the round learns from, instead of earlier ones."""
         with self._db.write():
             check_fence(self._db, fence)
             self._db.execute("DELETE FROM round_votes WHERE round_id = ?", [round_id])
@@ -34,7 +34,7 @@ class Lineage:
         return {row["feedback_id"]: row["side"] for row in rows}
 
     def rounds_of(self, feedback_id: str) -> dict[str, Side]:
-        """The rounds that learned from a vote, oldest first, and on which side it was."""
+        """The rounds that learned from a vote, oldest first, and the vote's side in each."""
         rows = self._db.rows(
             "SELECT v.round_id, v.side FROM round_votes v JOIN rounds r ON r.id = v.round_id "
             "WHERE v.feedback_id = ? ORDER BY r.create_time",
@@ -43,8 +43,8 @@ class Lineage:
         return {row["round_id"]: row["side"] for row in rows}
 
     def rounds_trained_on(self, user: str) -> list[str]:
-        """The rounds that trained on a user's votes, oldest first, whatever became of the votes; not those that judged
-        by them alone."""
+        """The rounds that trained on a user's votes, oldest first, even if the votes were changed or deleted since; not
+        those that only judged by them."""
         rows = self._db.rows(
             "SELECT id FROM rounds WHERE id IN (SELECT v.round_id FROM feedback_events e JOIN round_votes v "
             "USING (feedback_id) WHERE e.user = ? AND v.side = 'train') ORDER BY create_time",
@@ -53,8 +53,8 @@ class Lineage:
         return [row["id"] for row in rows]
 
     def carriers(self, round_ids: Iterable[str]) -> dict[str, str]:
-        """The state of each version that these rounds' votes are in, oldest first: their own, and those whose rounds
-        started from one."""
+        """The state of each version that carries these rounds' votes, oldest first: the rounds' own versions, and those
+        whose rounds started from one."""
         rounds, found = set(round_ids), dict[str, str]()
         rows = self._db.rows(
             "SELECT p.version, p.state, p.round_id, p.parent_version, coalesce(r.settings, '{}') AS settings "
@@ -67,13 +67,13 @@ class Lineage:
         return found
 
     def events(self, feedback_id: str) -> list[FeedbackEvent]:
-        """Everything that happened to a vote, oldest first."""
+        """All events of a vote, oldest first."""
         rows = self._db.rows("SELECT * FROM feedback_events WHERE feedback_id = ? ORDER BY seq", [feedback_id])
         return [FeedbackEvent(**row) for row in rows]
 
     def past_feedback(self, user: str, limit: int, after: int = 0) -> list[Feedback]:
-        """What the user's votes were before they were changed or retracted, oldest first; `limit` at most that follow
-        the event of the number `after`."""
+        """The user's votes as they were before they were changed or retracted, oldest first; at most `limit` after the
+        event with the number `after`."""
         rows = self._db.rows(
             "SELECT feedback_id AS id, seq AS event_seq, user, kind, response_id, comparison_id, value, comment, "
             "create_time FROM feedback_events e WHERE user = ? AND seq > ? AND action = 'submit' AND value IS NOT NULL "
@@ -84,7 +84,7 @@ class Lineage:
         return [Feedback(**row) for row in rows]
 
     def fate(self, round_id: str, watermark: int) -> dict[str, int]:
-        """Of the round's votes, how many were changed, retracted and deleted since it took its snapshot."""
+        """How many of the round's votes were changed, retracted and deleted since it took its snapshot."""
         rows = self._db.rows(
             "SELECT action, count(*) AS votes FROM (SELECT e.action, max(e.seq) FROM feedback_events e "
             "JOIN round_votes v USING (feedback_id) WHERE v.round_id = ? AND e.seq > ? GROUP BY e.feedback_id) "
@@ -104,8 +104,8 @@ class Lineage:
         return [PointerEvent(**row) for row in rows]
 
     def duel(self, user_votes: int) -> AbTestResult | None:
-        """Votes between answers of the active version and of the one before it, since it became active; the first
-        `user_votes` of each user, of users in quarantine none. None where it came to be active by going back."""
+        """Choices between answers of the active version and the previous one since the activation; the first
+        `user_votes` of each user, without users in quarantine. None if it became active by a rollback."""
         last = next(iter(self.moves(1)), None)
         if last is None or last.previous_version is None or last.action not in ("activate", "promote"):
             return None
@@ -128,7 +128,7 @@ class Lineage:
         )
 
     def thumb_rate(self, version: str) -> tuple[int, int]:
-        """Thumbs up, and all thumbs, on answers that a version began; of users in quarantine none."""
+        """Thumbs up, and all thumbs, on answers that a version began, without those of users in quarantine."""
         [row] = self._db.rows(
             "SELECT count(*) FILTER (WHERE f.value = 'UP') AS up, count(*) AS thumbs FROM feedback f "
             "JOIN responses r ON r.id = f.response_id WHERE f.kind = 'thumb' AND r.policy_version = ? "
@@ -138,8 +138,8 @@ class Lineage:
         return int(row["up"]), int(row["thumbs"])
 
     def slot_order(self, limit: int = 10_000) -> dict[str, tuple[int, int]]:
-        """Of the newest `limit` comparisons, in how many the hotter answer, the newer version's, and the one that a
-        reward model chose stood in slot A, and in how many there was such a one."""
+        """For the hotter answer, the newer version's and the one that a reward model chose: in how many of the newest
+        `limit` comparisons it was in slot A, and in how many there was such an answer."""
         [row] = self._db.rows(
             "SELECT count(*) FILTER (WHERE a.temperature > b.temperature) AS hotter_a, "
             "count(*) FILTER (WHERE a.temperature != b.temperature) AS hotter, "
@@ -155,7 +155,7 @@ class Lineage:
         return {name: (int(row[f"{name}_a"]), int(row[name])) for name in ("hotter", "newer", "chosen")}
 
     def rolled_back(self, before: float) -> set[str]:
-        """Versions that were rolled back before a time and not made active again before it."""
+        """Versions that were rolled back before a time, and not activated again before it."""
         rows = self._db.rows(
             "SELECT DISTINCT previous_version FROM pointer_events b WHERE action = 'rollback' AND create_time < ?1 "
             "AND NOT EXISTS (SELECT 1 FROM pointer_events WHERE version = b.previous_version AND seq > b.seq "

@@ -1,7 +1,7 @@
-"""Policy versions and the pointer, which is the truth about what should serve.
+"""Policy versions, and the pointer to the one that should be served.
 
-Every write that a round makes takes the round's lease and is refused once a later holder exists (fencing), so a learner
-that was stopped past its lease and comes back can change nothing.
+Every write of a round takes the round's lease and is refused once a later holder exists (fencing), so a learner that
+was suspended beyond its lease can change nothing when it continues.
 """
 
 import json
@@ -23,7 +23,7 @@ class Policies:
         self._db = database
 
     def register_reference(self) -> None:
-        """Records v0000 and points at it, once; later calls change nothing."""
+        """Record v0000 and point at it, once; later calls change nothing."""
         with self._db.write():
             if self._db.row("SELECT 1 FROM policies WHERE version = ?", [REFERENCE]):
                 return
@@ -59,7 +59,7 @@ class Policies:
         reason: str = "",
         fence: Lease | None = None,
     ) -> PolicyVersion:
-        """Records a version whose directory is published. Registering it again changes nothing."""
+        """Record a version whose directory is published. Registering it again changes nothing."""
         with self._db.write():
             check_fence(self._db, fence)
             if not self._db.row("SELECT 1 FROM policies WHERE version = ?", [version]):
@@ -91,14 +91,14 @@ class Policies:
         return [_policy(row) for row in newest_rows(self._db, "policies", "version", limit, before)]
 
     def active(self) -> PolicyVersion:
-        """What should serve. Raises NotFoundError before the first start of a server."""
+        """The version that should be served. Raises NotFoundError before the first start of a server."""
         row = self._db.row("SELECT version FROM pointer")
         if row is None:
             raise NotFoundError("policy", REFERENCE)
         return self.get(row["version"])
 
     def previous_version(self) -> str | None:
-        """The version that was active before the active one, could be loaded and was not rolled back since, or None."""
+        """The last version active before the active one that could be loaded and was not rolled back since, or None."""
         rows = self._db.rows(
             "SELECT e.version FROM pointer_events e JOIN policies p USING (version), pointer "
             "WHERE p.state = 'retired' AND p.prune_time IS NULL AND e.version != pointer.version AND NOT EXISTS "
@@ -108,10 +108,10 @@ class Policies:
         return str(rows[0]["version"]) if rows else None
 
     def rollback_step(self, version: str | None = None, expected_active_version: str | None = None) -> tuple[str, str]:
-        """What is active, and what a rollback makes active: `version`, or the previous one.
+        """The active version, and the one that a rollback activates: `version`, or the previous one.
 
-        Raises ConflictError where another version is active than expected, and FailedPreconditionError where there is
-        none to go back to."""
+        Raises ConflictError if the active version is not the expected one, and FailedPreconditionError if there is none
+        to go back to."""
         active, target = self.active().version, version or self.previous_version()
         _check_active(active, expected_active_version)
         if target is None:
@@ -128,11 +128,11 @@ class Policies:
         expected_active_version: str | None = None,
         fence: Lease | None = None,
     ) -> PolicyVersion:
-        """Moves the pointer. Activating the active version changes nothing.
+        """Move the pointer. Activating the active version changes nothing.
 
-        Raises NotFoundError, ConflictError where another version is active than expected, and
-        FailedPreconditionError for a version that an engine could not load, whose directory is gone, or, of a
-        rollback, that was never active.
+        Raises NotFoundError, ConflictError if the active version is not the expected one, and FailedPreconditionError
+        for a version that an engine could not load, whose directory was removed, or, in a rollback, that was never
+        active.
         """
         with self._db.write():
             check_fence(self._db, fence)
@@ -152,9 +152,9 @@ class Policies:
             return self.get(version)
 
     def fail(self, version: str, reason: str, back_to: str) -> None:
-        """Records that an engine could not load `version` and points at `back_to`, if `version` is still active.
+        """Record that an engine could not load `version`, and point at `back_to`, if `version` is still active.
 
-        The reference is never marked failed: it is what everything falls back to.
+        The reference is never marked as failed, since everything falls back to it.
         """
         with self._db.write():
             if self.active().version != version:
@@ -165,8 +165,8 @@ class Policies:
             self._db.execute("UPDATE policies SET reason = ? WHERE version = ?", [reason, version])
 
     def prune(self, version: str, *, fence: Lease | None = None) -> bool:
-        """Marks that the version's directory goes, after which it cannot be activated; False where it is in use: the
-        reference of any policy that is kept, what is active or loaded, or what a running round compares with."""
+        """Mark that the version's directory is to be removed, so that it cannot be activated. False if it is in use: as
+        the reference of any policy, as the active or a loaded version, or as the incumbent of a running round."""
         with self._db.write():
             check_fence(self._db, fence)
             marked = self._db.execute(

@@ -1,6 +1,6 @@
-"""Whose votes rounds leave out, by an operator's word. Every word is kept with who, when and why; the last one holds.
+"""Users whose votes operators exclude from rounds. Every decision is stored with who, when and why; the last one holds.
 
-Voting goes on for a user in quarantine, and the votes are kept: lifting it brings all of them back.
+A user in quarantine can still vote, and the votes are stored: lifting the quarantine brings all of them back.
 """
 
 from server.shared.errors import NotFoundError
@@ -9,30 +9,30 @@ from server.store.learning.records import QuarantineEvent
 
 
 class Quarantine:
-    """Reads and writes of who is left out."""
+    """Reads and writes of quarantine decisions."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
 
     def set(self, user: str, *, actor: str, reason: str) -> bool:
-        """Leaves the user's votes out of every round that begins from now on; False where that was so already.
+        """Leave the user's votes out of every round that begins from now on; False if they were left out already.
 
-        Raises NotFoundError for a user who never voted, who is most likely misspelt."""
+        Raises NotFoundError for a user who never voted, since the name is most likely misspelt."""
         if not self._db.row("SELECT 1 FROM feedback_events WHERE user = ? LIMIT 1", [user]):
             raise NotFoundError("voter", user)
         return self._say(user, "set", actor, reason)
 
     def lift(self, user: str, *, actor: str, reason: str) -> bool:
-        """Lets the user's votes count again; False where they did already."""
+        """Let the user's votes count again; False if they did already."""
         return self._say(user, "lift", actor, reason)
 
     def current(self) -> dict[str, QuarantineEvent]:
-        """Who is in quarantine, with the word that put them there."""
+        """The users in quarantine, with the decision that put them there."""
         rows = self._db.rows("SELECT * FROM quarantined ORDER BY seq")
         return {row["user"]: QuarantineEvent(**row) for row in rows}
 
     def events(self, user: str) -> list[QuarantineEvent]:
-        """Every word on a user, oldest first."""
+        """Every decision on a user, oldest first."""
         rows = self._db.rows("SELECT * FROM quarantine_events WHERE user = ? ORDER BY seq", [user])
         return [QuarantineEvent(**row) for row in rows]
 

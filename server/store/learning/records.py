@@ -1,11 +1,11 @@
-"""What the store hands out of versions, rounds and whoever works on them: frozen, free of SQL and of protobuf."""
+"""The store's records of versions, rounds, servers and learners: frozen, and independent of SQL and protobuf."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from server.store.learning.round_metrics import RoundMetrics
 
-# How the pointer came to move: by a round's gate or an RPC, by an operator's word, back, or off what cannot be loaded.
+# Why the pointer moved: by a round's gate or an RPC, promoted by an operator, rolled back, or a version failed to load.
 PointerAction = Literal["activate", "promote", "rollback", "fail"]
 # Whether a round trains on a vote or judges by it.
 Side = Literal["train", "judge"]
@@ -13,7 +13,7 @@ Side = Literal["train", "judge"]
 
 @dataclass(frozen=True)
 class PolicyVersion:
-    """A published version. `state` tells where in its life it is."""
+    """A published version. `state` is its place in the life cycle."""
 
     version: str
     state: Literal["candidate", "active", "retired", "rejected", "failed"]
@@ -58,9 +58,9 @@ class Round:
     reason: str
     create_time: float
     finish_time: float | None
-    # How often it was started or resumed, less how often it stopped because it was asked to.
+    # How often it was started or resumed, minus how often it stopped on request.
     attempts: int = 1
-    # Whose votes it leaves out: those in quarantine when it began.
+    # Users whose votes it leaves out: those in quarantine when it began.
     quarantined: list[str] = field(default_factory=list)
 
 
@@ -79,7 +79,7 @@ class PointerEvent:
 
 @dataclass(frozen=True)
 class QuarantineEvent:
-    """An operator's word on whether a user's votes are left out."""
+    """An operator's decision on whether a user's votes are left out."""
 
     seq: int
     user: str
@@ -97,13 +97,13 @@ class Replica:
     loaded_version: str
     error: str
     heartbeat_time: float
-    # Seconds since the heartbeat, by the database's clock.
+    # Seconds since the heartbeat, by the clock that cannot be set.
     age: float
 
 
 @dataclass(frozen=True)
 class RoundRequest:
-    """Somebody's word that a round should run now; `outcome` is a sentence once it is over."""
+    """A request to run a round now; `outcome` is a sentence once it is over."""
 
     create_time: float
     end_time: float | None
@@ -112,22 +112,22 @@ class RoundRequest:
 
 @dataclass(frozen=True)
 class Learner:
-    """What can be said of the learner from what it writes down."""
+    """The learner's state, as far as it is in the store."""
 
-    # Whether one hears requests.
+    # Whether a learner listens for requests.
     listening: bool
-    # Of those that listen, when the first one's clock starts a round; None where only requests do.
+    # When the first schedule of a listening learner starts a round; None if only requests do.
     next_time: float | None
-    # At work now; a round that was stopped is not.
+    # The round that a learner is working on now; a stopped one is not included.
     running: Round | None
     new_votes: int
-    # The last one.
+    # The last request.
     request: RoundRequest | None
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to do a thing alone for a while. A later holder has a higher token."""
+    """The exclusive right to do something for a limited time. A later holder has a higher token."""
 
     name: str
     holder: str

@@ -1,11 +1,11 @@
-"""Servers: what each has loaded, by its heartbeat."""
+"""Servers and the version that each has loaded, from their heartbeats."""
 
 from server.store.database import Database
 from server.store.learning.records import Replica
 
-# A server without a heartbeat for so long is gone.
+# A server without a heartbeat for this long is gone.
 ALIVE_SECONDS = 30.0
-# Of a replica or listener: its last heartbeat is at most so long ago, by the database's clock that nobody sets.
+# SQL: the last heartbeat of a replica or listener is at most so many seconds old, by the clock that cannot be set.
 BEAT_WITHIN = "boot = boot_id() AND uptime() - uptime <= ?"
 
 
@@ -16,7 +16,7 @@ class Replicas:
         self._db = database
 
     def report(self, replica_id: str, loaded_version: str, error: str = "") -> None:
-        """A server says what it has loaded and why it is not the active version, if it is not."""
+        """Record what a server has loaded, and why it is not the active version, if it is not."""
         with self._db.write():
             self._db.execute(
                 "INSERT INTO replicas (id, loaded_version, error, heartbeat_time, uptime, boot) "
@@ -27,7 +27,7 @@ class Replicas:
             )
 
     def remove(self, replica_id: str) -> None:
-        """A server stops."""
+        """Remove a server that stops."""
         with self._db.write():
             self._db.execute("DELETE FROM replicas WHERE id = ?", [replica_id])
 

@@ -1,4 +1,4 @@
-"""Reward models that were published."""
+"""Published reward models."""
 
 import json
 from typing import Any
@@ -23,7 +23,7 @@ class RewardModels:
         metrics: dict[str, Any],
         fence: Lease | None = None,
     ) -> None:
-        """Records a published reward model. Registering it again changes nothing."""
+        """Record a published reward model. Registering it again changes nothing."""
         with self._db.write():
             check_fence(self._db, fence)
             if self._db.row("SELECT 1 FROM reward_models WHERE version = ?", [version]):

@@ -1,7 +1,7 @@
-"""What a round measured, stage by stage: written by the learner, read by reports, status, the board and
-Prometheus. A figure that could not be taken is NaN here and null in JSON.
+"""Metrics of a round by stage: written by the learner, read by reports, status, the board and Prometheus.
 
-How a round's JSON of an earlier version is read is `server.shared.stored_round`'s. Lengths are in tokens, KL in nats.
+A metric that could not be measured is NaN here and null in JSON. `server.shared.stored_round` reads the JSON of earlier
+versions. Lengths are in tokens, KL in nats.
 """
 
 import math
@@ -21,16 +21,16 @@ EndedBy = Literal["steps", "kl_budget", "uncertainty"]
 
 @dataclass(frozen=True)
 class VoteCounts:
-    """The votes of the snapshot by kind, and by what they are for."""
+    """The votes of the snapshot, by kind and by purpose."""
 
     choices: int
     thumbs: int
     corrections: int
     train: int
     judge: int
-    # On answers that cannot be read: without a token, or too long with their prompt.
+    # On unreadable answers: without a token, or too long with their prompt.
     left_out: int
-    # Of users in quarantine, which are not in the snapshot.
+    # Votes of users in quarantine, which are not in the snapshot.
     quarantined: int
 
     @property
@@ -40,7 +40,7 @@ class VoteCounts:
 
 @dataclass(frozen=True)
 class PromptCounts:
-    """Prompts to train on and held out, and how many of both are the project's own."""
+    """Prompts to train on, prompts held out, and how many of both are the project's own."""
 
     train: int
     held_out: int
@@ -49,7 +49,7 @@ class PromptCounts:
 
 @dataclass(frozen=True)
 class SignalTest:
-    """Do the votes say anything that features can predict? Cross-validated accuracy, and of shuffled votes."""
+    """Whether features can predict the votes: cross-validated accuracy, and that on shuffled votes."""
 
     accuracy: Figure
     null_accuracy: Figure
@@ -67,25 +67,25 @@ class VoterWeights:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How well scores predict votes they were not fitted on, and what simpler rules and confounders make of them."""
+    """How well scores predict votes they were not fitted on, compared with simpler rules and confounders."""
 
     votes: int
     accuracy: Figure
     nll: Figure
     ece: Figure
-    # The rules that a reward model has to beat: the longer answer, the one drawn at the higher temperature.
+    # Accuracy of the rules that a reward model must beat: prefer the longer answer, or the one of higher temperature.
     longer_wins: Figure
     hotter_wins: Figure
-    # Where length cannot help: the votes on answers of like length.
+    # Votes on answers of similar length, where length cannot help.
     matched_votes: int
     matched_accuracy: Figure
-    # Correlation of the scores' difference with that of log length.
+    # Correlation between the differences in score and in log length.
     length_correlation: Figure
 
 
 @dataclass(frozen=True)
 class RewardModelMetrics(HeldOut):
-    """The reward model of the round, on judge votes; the last four in sd of reference answers, but for `l2`."""
+    """The reward model of the round, on judge votes. The last four, except `l2`, are in sd of reference answers."""
 
     temperature_effect: Figure
     l2: Figure
@@ -95,7 +95,7 @@ class RewardModelMetrics(HeldOut):
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step of PPO. KL in nats a response, entropy in nats a token, lengths in tokens."""
+    """One step of PPO. KL in nats per response, entropy in nats per token, lengths in tokens."""
 
     step: int
     score: Figure
@@ -123,12 +123,12 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Improvement:
-    """How the policy was improved: the figures of every step, the steps whose weights were kept, and why it ended."""
+    """How the policy was improved: the metrics of every step, the steps whose weights were kept, and why it ended."""
 
     steps: list[StepMetrics]
     candidates: list[int]
     ended_by: EndedBy
-    # What training steered the KL to, and where it stopped.
+    # The KL that training aimed for, and the KL at which it stops.
     kl_target: float | None = None
     kl_budget: float | None = None
 
@@ -148,7 +148,7 @@ class WinRate:
 
 @dataclass(frozen=True)
 class AnswerHealth:
-    """How answers look, whoever likes them: mean length, and shares that are empty, that ended, of repeated 4-grams."""
+    """Properties of answers: mean length, and the shares of empty and of ended answers and of repeated 4-grams."""
 
     length: Figure
     empty: Figure
@@ -158,13 +158,13 @@ class AnswerHealth:
 
 @dataclass(frozen=True)
 class CandidateMetrics:
-    """What was measured of one candidate on the held-out prompts."""
+    """Metrics of one candidate on the held-out prompts."""
 
     step: int
     kl: Figure
     against_incumbent: WinRate
     against_reference: WinRate
-    # The training reward model's own opinion against the incumbent: far above the judge's, it was over-optimised.
+    # Win rate against the incumbent by the training reward model; far above the judge's means over-optimisation.
     trained_rate: Figure
     matched_rate: Figure
     matched_answers: int
@@ -177,13 +177,13 @@ class CandidateMetrics:
 
     @property
     def hopeless(self) -> bool:
-        """Whether it surely loses to one of the two."""
+        """Whether it certainly loses to one of the two."""
         return min(self.against_incumbent.high, self.against_reference.high) < 0.5
 
 
 @dataclass(frozen=True)
 class GateMetrics:
-    """The candidate that was chosen, the rules that it broke, and all that were judged."""
+    """The chosen candidate, the rules that it broke, and all judged candidates."""
 
     chosen: CandidateMetrics
     reasons: list[str]
@@ -193,7 +193,7 @@ class GateMetrics:
 
 @dataclass(frozen=True)
 class RoundMetrics:
-    """What a round got to; None for a stage that it did not."""
+    """Metrics of the stages that a round reached; None for the others."""
 
     votes: VoteCounts | None = None
     prompts: PromptCounts | None = None
@@ -202,23 +202,23 @@ class RoundMetrics:
     reward_model: RewardModelMetrics | None = None
     ppo: Improvement | None = None
     gate: GateMetrics | None = None
-    # Of packages, by name.
+    # Package versions by name.
     versions: dict[str, str] = field(default_factory=dict)
-    # Of each stage, all attempts together.
+    # Duration of each stage over all attempts.
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __or__(self, more: "RoundMetrics") -> "RoundMetrics":
-        """These, with what `more` has in their place."""
+        """These metrics, with those of `more` replacing them."""
         return replace(self, **{name: value for name, value in vars(more).items() if value})
 
     def to_json(self) -> dict[str, Any]:
-        """What there is, by name, ready for `json.dumps`."""
+        """The non-empty metrics by name, ready for `json.dumps`."""
         dumped: dict[str, Any] = _adapter(RoundMetrics).dump_python(self, mode="json")
         return {name: value for name, value in dumped.items() if value}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RoundMetrics":
-        """The way back. A stage that another version wrote, with other figures, is as if it had not been reached."""
+        """The inverse of `to_json`. A stage with unknown metrics, from another version, counts as not reached."""
         found = {}
         for each in fields(cls):
             try:

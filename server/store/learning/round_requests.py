@@ -1,8 +1,8 @@
-"""Who listens for requests to run a round, what was requested, and what became of it.
+"""Requests to run a round, their outcomes, and the learners that listen for them.
 
 A listening learner writes heartbeats, as servers do, and polls for a request. A request is one row, and at most one is
 open. One learner takes it, when no other is running a round, and closes it with a sentence. If that learner goes away,
-the next one takes it. Who asked is not stored.
+the next one takes it. The user who asked is not stored.
 """
 
 from server.shared.errors import FailedPreconditionError
@@ -12,7 +12,7 @@ from server.store.learning.records import RoundRequest
 from server.store.learning.replicas import ALIVE_SECONDS, BEAT_WITHIN
 
 OUTCOME_CHARACTERS = 2000
-# Of an open request: no learner that is still listening has taken it.
+# SQL, on an open request: no learner that still listens has taken it.
 FREE = (
     "NOT EXISTS (SELECT 1 FROM listeners l WHERE l.id = round_requests.listener "
     f"AND l.boot = boot_id() AND uptime() - l.uptime <= {ALIVE_SECONDS})"
@@ -28,7 +28,7 @@ class RoundRequests:
     # What a learner does
 
     def listen(self, listener: str, next_time: float | None) -> None:
-        """A learner says that it lives, and when its clock starts the next round."""
+        """Record a learner's heartbeat, and when its schedule starts the next round."""
         with self._db.write():
             self._db.execute(
                 "INSERT INTO listeners (id, next_time, heartbeat_time, uptime, boot) "
@@ -37,11 +37,11 @@ class RoundRequests:
                 "uptime = excluded.uptime, boot = excluded.boot",
                 [listener, next_time],
             )
-            # Those that were killed: nobody misses them.
+            # Remove learners that were killed.
             self._db.execute(f"DELETE FROM listeners WHERE NOT ({BEAT_WITHIN})", [100 * ALIVE_SECONDS])
 
     def leave(self, listener: str) -> None:
-        """A learner stops; what it took and did not end waits again."""
+        """Remove a learner that stops; an unfinished request that it took is free again."""
         with self._db.write():
             self._db.execute("DELETE FROM listeners WHERE id = ?", [listener])
 
@@ -50,8 +50,8 @@ class RoundRequests:
         return self.at_work() is None and self._open(FREE) is not None
 
     def take(self, listener: str) -> int | None:
-        """The number of the request that this learner answers from now on; None where there is none, or another learner
-        is at work."""
+        """Take the open request for this learner and return its number; None if there is none, or another learner is
+        running a round."""
         with self._db.write():
             found = None if self.at_work() else self._open(FREE)
             if found is None:
@@ -60,7 +60,7 @@ class RoundRequests:
             return int(found["id"])
 
     def end(self, request: int, listener: str, outcome: str) -> bool:
-        """Says what became of a request; False where another learner has it by now."""
+        """Close a request with its outcome; False if another learner has taken it since."""
         with self._db.write():
             changed = self._db.execute(
                 f"UPDATE round_requests SET end_time = {self._db.NOW}, outcome = ? "
@@ -72,40 +72,40 @@ class RoundRequests:
     # What an operator does
 
     def ask(self) -> RoundRequest:
-        """The request that waits, or a new one. Raises FailedPreconditionError where it would not be heard, or a round
-        is at work."""
+        """The pending request, or a new one. Raises FailedPreconditionError if no learner listens or a round is
+        running."""
         with self._db.write():
             if not self.next_times():
                 raise FailedPreconditionError(
                     "NO_LEARNER",
-                    "No learner listens: start `learner schedule` on the server's data directory, with --on-request "
-                    "where no clock should start rounds.",
+                    "No learner listens: start `learner schedule` on the server's data directory, with --on-request if "
+                    "rounds should only start on request.",
                 )
             if self._open(FREE) is None:
                 if self._open() or self.at_work():
-                    raise FailedPreconditionError("ROUND_RUNNING", "A round is at work; ask again when it is over.")
+                    raise FailedPreconditionError("ROUND_RUNNING", "A round is running; ask again when it is over.")
                 self._db.insert("round_requests", {"create_time": self._db.now()})
             last = self.last()
             assert last is not None
             return last
 
     def last(self) -> RoundRequest | None:
-        """The newest request, over or not."""
+        """The newest request, open or closed."""
         row = self._db.row("SELECT * FROM round_requests ORDER BY id DESC LIMIT 1")
         return _request(row) if row else None
 
     def next_times(self) -> list[float | None]:
-        """Of each learner that listens, when its clock starts the next round; None where only requests do."""
+        """When the schedule of each listening learner starts the next round; None if only requests do."""
         rows = self._db.rows(f"SELECT next_time FROM listeners WHERE {BEAT_WITHIN} ORDER BY id", [ALIVE_SECONDS])
         return [row["next_time"] for row in rows]
 
     def at_work(self) -> str | None:
-        """Which learner is at work, or None. A round in the state `running` while none is was stopped or killed."""
+        """The learner that is running a round, or None. A `running` round without one was stopped or killed."""
         row = self._db.row(f"SELECT holder FROM leases WHERE name = ? AND {HELD}", [LEARNER])
         return str(row["holder"]) if row else None
 
     def withdraw(self, outcome: str) -> None:
-        """Ends what is not over, whoever has it, and takes nobody to listen."""
+        """Close any open request, and remove all listeners."""
         with self._db.write():
             self._db.execute("DELETE FROM listeners")
             self._db.execute(

@@ -1,4 +1,4 @@
-"""Rounds, stage by stage. Every write of a round takes its lease."""
+"""Rounds and their stages. Every write of a round takes its lease."""
 
 import json
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ class Rounds:
         quarantined: Iterable[str] = (),
         fence: Lease,
     ) -> Round:
-        """Begins a round from the active policy and the votes up to `watermark`, less those of `quarantined` users."""
+        """Begin a round from the active policy and the votes up to `watermark`, except those of `quarantined` users."""
         with self._db.write():
             check_fence(self._db, fence)
             round_id = new_id("round")
@@ -62,7 +62,7 @@ class Rounds:
         reward_model_version: str | None = None,
         settings: dict[str, Any] | None = None,
     ) -> Round:
-        """Records a finished stage; `metrics` are merged into what is there, `settings` replace it."""
+        """Record a finished stage; `metrics` are merged into the stored ones, `settings` replace them."""
         with self._db.write():
             check_fence(self._db, fence)
             old = self.get(round_id)
@@ -81,11 +81,11 @@ class Rounds:
             return self.get(round_id)
 
     def resume(self, round_id: str, *, fence: Lease) -> Round:
-        """Counts one more attempt: the round is resumed."""
+        """Count one more attempt for a round that is resumed."""
         return self._count_attempts(round_id, 1, fence)
 
     def stop(self, round_id: str, *, fence: Lease) -> Round:
-        """Takes the attempt back: the round stops because it was asked to."""
+        """Do not count the attempt of a round that stops on request."""
         return self._count_attempts(round_id, -1, fence)
 
     def finish(
@@ -96,7 +96,7 @@ class Rounds:
         reason: str = "",
         fence: Lease | None = None,
     ) -> Round:
-        """Ends a round."""
+        """End a round."""
         with self._db.write():
             check_fence(self._db, fence)
             self._db.execute(
@@ -112,12 +112,12 @@ class Rounds:
         return _round(row)
 
     def running(self) -> Round | None:
-        """The round to go on with, or None."""
+        """The round to resume, or None."""
         row = self._db.row("SELECT * FROM rounds WHERE state = 'running' ORDER BY create_time DESC LIMIT 1")
         return _round(row) if row else None
 
     def last_learned(self) -> Round | None:
-        """The newest round that came to a verdict, or None."""
+        """The newest round that was promoted or rejected, or None."""
         row = self._db.row("SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') ORDER BY rowid DESC LIMIT 1")
         return _round(row) if row else None
 
@@ -126,7 +126,7 @@ class Rounds:
         return [_round(row) for row in newest_rows(self._db, "rounds", "id", limit, before)]
 
     def count(self) -> dict[str, int]:
-        """How many rounds there were of each state, those of none left out."""
+        """How many rounds there were in each state; zero counts are left out."""
         return {
             row["state"]: row["n"] for row in self._db.rows("SELECT state, count(*) AS n FROM rounds GROUP BY state")
         }

@@ -1,1 +1,1 @@
-"""SQLite: the connection, its migrations, its clock."""
+"""SQLite: the connection, its migrations and its clock."""

@@ -1,8 +1,8 @@
-"""A clock that nobody sets: seconds since the machine started, and which start that was.
+"""A clock that cannot be set: seconds since the machine started, and an id of that start.
 
-Leases and heartbeats say how long ago something was. The time of day jumps, when a clock is set right or a machine's
-battery was empty, and with it every such answer. This clock also runs while the machine sleeps. After another start
-nothing that was alive is.
+Leases and heartbeats depend on how long ago something was. The time of day jumps when a clock is set or a machine's
+battery was empty, and would distort this. This clock also runs while the machine sleeps. After a restart of the
+machine, no earlier lease or heartbeat is valid.
 """
 
 import time
@@ -19,7 +19,7 @@ def uptime() -> float:
 
 @cache
 def boot_id() -> str:
-    """Of this start of the machine; empty where the kernel does not say, which then counts as one start."""
+    """Id of this start of the machine; empty if the kernel has none, so that all starts count as one."""
     try:
         return BOOT_ID.read_text(encoding="utf-8").strip()
     except OSError:

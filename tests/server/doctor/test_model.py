@@ -1,4 +1,4 @@
-"""The model that would be served: what it lacks, its shape, and what memory, disk and time follow from it."""
+"""The model to serve: what it lacks, its shape, and its needs of memory, disk and time."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_the_shape_of_a_checkpoint() -> None:
     assert shape_of(tensors) == ModelShape(1768, (100, 8), {(8, 8): 2, (4, 8): 1})
 
 
-def test_the_packaged_model_is_what_its_file_has() -> None:
+def test_the_packaged_models_shape_matches_its_file() -> None:
     from gguf import GGUFReader
 
     directory, options = find_model("smollm2")
@@ -83,11 +83,11 @@ def a_shard_missing(directory: Path) -> None:
         (no_template, r"has no chat template; give an instruction-tuned model\."),
         (
             truncated,
-            r"cannot be read: model/model.safetensors is not a whole safetensors file \(.*\)\. Download it again\.",
+            r"cannot be read: model/model.safetensors is not a valid safetensors file \(.*\)\. Download it again\.",
         ),
         (
             pointer,
-            r"cannot be read: model/model.safetensors is not a whole safetensors file \(.*\)\. Download it again\.",
+            r"cannot be read: model/model.safetensors is not a valid safetensors file \(.*\)\. Download it again\.",
         ),
         (a_shard_missing, r"lacks model-00002-of-00002.safetensors; download the whole model\."),
     ],
@@ -103,7 +103,7 @@ def test_what_a_model_directory_lacks(tmp_path: Path, model: Path, spoil: Callab
     assert not (tmp_path / "data").exists()
 
 
-def test_a_template_may_be_in_the_tokenizers_own_settings(model: Path) -> None:
+def test_a_chat_template_may_be_in_the_tokenizer_config(model: Path) -> None:
     no_template(model)
     values = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps({**values, "chat_template": "{{ messages }}"}))
@@ -116,7 +116,7 @@ def test_a_default_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) 
         find_model("smollm2")
 
 
-def test_the_reference_that_is_there_counts(tmp_path: Path, model: Path) -> None:
+def test_an_existing_reference_is_used(tmp_path: Path, model: Path) -> None:
     make_reference(tmp_path / "data", model)
     shutil.rmtree(model)
     manifest = tmp_path / "data" / "policies" / "v0000" / "manifest.json"
@@ -145,7 +145,7 @@ def test_needs_are_near_what_was_measured() -> None:
     assert needs.version == 269_030_016
 
 
-def test_needs_grow_with_what_they_follow_from() -> None:
+def test_needs_grow_with_their_inputs() -> None:
     base = needs_of(SMOLLM2, "bfloat16", 1, 2048)
     double = needs_of(SMOLLM2, "float32", 1, 1024)
     assert double.version == 2 * base.version
@@ -154,13 +154,13 @@ def test_needs_grow_with_what_they_follow_from() -> None:
     assert needs_of(SMOLLM2, "bfloat16", 1, 1024).round // MIB == 5056
 
 
-def test_the_learners_own_defaults_are_counted_with() -> None:
+def test_the_learners_defaults_are_used() -> None:
     ours, theirs = DoctorSettings.model_fields["keep_versions"].default, LearnerSettings.model_fields["keep_versions"]
     assert ours == theirs.default == 8
     assert DoctorSettings().policy.micro_batch_tokens == LearnerSettings().policy.micro_batch_tokens == 0
 
 
-def test_speed_is_a_share_of_what_products_allow() -> None:
+def test_speed_is_a_share_of_the_matrix_products() -> None:
     assert expected(0.02, 0.04, 0.1) == Speed(25.0, 200.0, 0.67 * 2560)
 
 

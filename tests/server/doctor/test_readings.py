@@ -1,4 +1,4 @@
-"""What is read of a machine, on files, ports and processes that are real."""
+"""Readings of a machine, on real files, ports and processes."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def test_the_file_system_of_a_path(path: str, kind: str) -> None:
     assert readings.filesystem_of(Path(path), MOUNTS) == kind
 
 
-def test_a_data_directory_that_is_not_there_yet_is_judged_by_what_is(tmp_path: Path) -> None:
+def test_a_missing_data_directory_is_judged_by_its_parent(tmp_path: Path) -> None:
     disk = readings.read_disk(tmp_path / "not" / "there" / "yet")
     assert disk.directory == tmp_path
     assert disk.free > 0
@@ -59,7 +59,7 @@ def test_a_data_directory_that_is_a_file(tmp_path: Path) -> None:
         (errno.EACCES, "Permission denied"),
     ],
 )
-def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, problem: str) -> None:
+def test_an_unwritable_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, problem: str) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -69,7 +69,7 @@ def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_bytes_of_what_is_there(tmp_path: Path) -> None:
+def test_the_size_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "v0001").mkdir()
     (tmp_path / "v0001" / "weights").write_bytes(bytes(1000))
     (tmp_path / "v0002").write_bytes(bytes(24))
@@ -77,7 +77,7 @@ def test_the_bytes_of_what_is_there(tmp_path: Path) -> None:
     assert readings.bytes_below(tmp_path / "nothing") == 0
 
 
-def test_a_port_that_is_taken_and_one_that_is_free() -> None:
+def test_a_port_in_use_and_a_free_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert readings.port_problem("127.0.0.1", port) == "Address already in use"
@@ -85,22 +85,22 @@ def test_a_port_that_is_taken_and_one_that_is_free() -> None:
     assert readings.port_problem("localhost", 0) == ""
 
 
-def test_connections_that_ended_a_moment_ago_hold_no_port() -> None:
+def test_recently_closed_connections_do_not_block_a_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as client:
-            # The server's side ends first, and the kernel remembers that.
+            # The server's side closes first, so the kernel keeps the connection in TIME_WAIT.
             listening.accept()[0].close()
             assert client.recv(1) == b""
     assert readings.port_problem("127.0.0.1", port) == ""
 
 
-def test_an_address_that_is_not_this_machines() -> None:
+def test_an_address_of_another_machine() -> None:
     assert readings.port_problem("192.0.2.1", 50051) == "Cannot assign requested address"
 
 
 @pytest.mark.parametrize(("serving", "said"), [(True, "SERVING"), (False, "NOT_SERVING")])
-def test_a_server_of_ours_is_known_by_its_health(serving: bool, said: str) -> None:
+def test_a_prefloop_server_is_recognised_by_its_health(serving: bool, said: str) -> None:
     metrics_server = MetricsServer("127.0.0.1", 0, lambda: serving)
     try:
         assert readings.server_health("127.0.0.1", metrics_server.port) == said
@@ -109,13 +109,13 @@ def test_a_server_of_ours_is_known_by_its_health(serving: bool, said: str) -> No
     assert readings.server_health("127.0.0.1", metrics_server.port) == ""
 
 
-def test_a_stranger_has_no_health(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_program_has_no_health(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readings, "HEALTH_SECONDS", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert readings.server_health("127.0.0.1", silent.getsockname()[1]) == ""
 
 
-def test_versions_are_compared_with_what_is_needed() -> None:
+def test_installed_versions_are_compared_with_the_requirements() -> None:
     requirements = [
         "grpcio>=1.85",
         'torch==2.13.0; extra == "cpu"',
@@ -145,7 +145,7 @@ def test_versions_are_compared_with_what_is_needed() -> None:
         ("echo 'No devices were found'; exit 6", []),
     ],
 )
-def test_gpus_are_what_nvidia_smi_says(
+def test_gpus_come_from_nvidia_smi(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, found: list[str]
 ) -> None:
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
@@ -154,7 +154,7 @@ def test_gpus_are_what_nvidia_smi_says(
     assert readings.read_gpus() == found
 
 
-def test_no_nvidia_smi_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvidia_smi_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert readings.read_gpus() == []
 
@@ -168,11 +168,11 @@ def test_a_system_without_what_an_engine_needs(tmp_path: Path, monkeypatch: pyte
     assert readings.missing_system_packages() == ["g++", "python3-dev", "libnuma1"]
 
 
-def test_a_compiler_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/clang++ -O2")
     assert readings.missing_system_packages() == ["g++"]
 
 
-def test_a_library_that_the_system_has_not() -> None:
+def test_a_missing_library() -> None:
     assert readings.loads("libc.so.6")
     assert not readings.loads("libnosuchthing.so.1")

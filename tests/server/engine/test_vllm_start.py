@@ -1,4 +1,4 @@
-"""What the engine is told, from what an operator set and where it is installed."""
+"""The engine's arguments and environment, from settings and the installation's path."""
 
 from pathlib import Path
 from typing import get_args
@@ -10,11 +10,11 @@ from server.settings import ServerSettings
 
 
 @pytest.mark.parametrize(("rank", "made_for"), [(1, 1), (2, 8), (12, 16), (16, 16), (33, 64), (512, 512)])
-def test_adapters_have_memory_of_a_rank_that_vllm_knows(rank: int, made_for: int) -> None:
+def test_adapter_memory_has_a_rank_that_vllm_supports(rank: int, made_for: int) -> None:
     assert slots_rank(ServerSettings(adapter_rank=rank).adapter_rank) == made_for
 
 
-def test_no_rank_is_allowed_that_vllm_does_not_know() -> None:
+def test_the_largest_allowed_rank_is_vllms() -> None:
     from vllm.config.lora import MaxLoRARanks
 
     assert max(get_args(MaxLoRARanks)) == 512

@@ -1,4 +1,4 @@
-"""What a swap does to two models, without an engine: exchange, half-way failures, checksums, and nothing shared."""
+"""Swaps of two models without an engine: exchange, partial failures, checksums, and no shared modules."""
 
 import threading
 from pathlib import Path
@@ -53,11 +53,11 @@ def swapping(monkeypatch: pytest.MonkeyPatch) -> Any:
     return extension
 
 
-def test_an_exchange_is_whole_and_its_own_inverse() -> None:
+def test_an_exchange_is_complete_and_its_own_inverse() -> None:
     live, spare = Model(1.0), Model(2.0)
     addresses = [parameter.data_ptr() for parameter in live.parameters()]
     exchange(live, spare)
-    # Tied weights came once: twice would be not at all.
+    # Tied weights were exchanged once; twice would undo it.
     assert (live.values(), spare.values()) == ({2.0, "packed 2.0"}, {1.0, "packed 1.0"})
     # In place: captured graphs hold on to addresses.
     assert [parameter.data_ptr() for parameter in live.parameters()] == addresses
@@ -77,35 +77,35 @@ def test_an_exchange_that_fails_half_way_leaves_everything_as_it_was(monkeypatch
     assert (live.values(), spare.values()) == ({1.0, "packed 1.0"}, {2.0, "packed 2.0"})
 
 
-def test_what_landed_is_what_was_read_and_going_back_needs_no_reading(swapping: Any) -> None:
+def test_the_live_weights_are_those_read_and_a_rollback_reads_nothing(swapping: Any) -> None:
     assert swapping.prefloop_exchange() == ""
     assert swapping.model_runner.get_model().values() == {2.0, "packed 2.0"}
     assert swapping.prefloop_exchange() == ""
     assert swapping.model_runner.get_model().values() == {1.0, "packed 1.0"}
 
 
-def test_another_checksum_than_was_read_goes_back(swapping: Any) -> None:
+def test_a_different_checksum_restores_the_old_weights(swapping: Any) -> None:
     with torch.no_grad():
         swapping._prefloop_spare.layer.bias[0] = 7.0  # After its digests were taken.
     said = swapping.prefloop_exchange()
-    assert said == "layer.bias has another checksum than the weights that were read"
+    assert said == "the checksum of layer.bias differs from that of the weights that were read"
     assert swapping.model_runner.get_model().values() == {1.0, "packed 1.0"}
 
 
-def test_a_packed_matrix_of_another_version_is_seen(swapping: Any) -> None:
+def test_a_packed_matrix_of_another_version_is_detected(swapping: Any) -> None:
     swapping._prefloop_spare.layer.cpu_linear = "packed 3.0"
-    assert swapping.prefloop_exchange().startswith("layer.cpu_linear has another checksum")
+    assert swapping.prefloop_exchange().startswith("the checksum of layer.cpu_linear differs")
     assert swapping.model_runner.get_model().values() == {1.0, "packed 1.0"}
 
 
-def test_old_weights_that_do_not_come_back_are_told(swapping: Any) -> None:
+def test_old_weights_that_are_not_restored_are_reported(swapping: Any) -> None:
     swapping._prefloop_digests = {**swapping._prefloop_digests, "layer.bias": "0"}
     swapping._prefloop_live_digests = {**swapping._prefloop_live_digests, "layer.weight": "0"}
     said = swapping.prefloop_exchange()
-    assert said.endswith("going back, layer.weight has another one than before")
+    assert said.endswith("after going back, the checksum of layer.weight differs from before")
 
 
-def test_a_check_that_fails_goes_back(swapping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_check_restores_the_old_weights(swapping: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(model: nn.Module) -> dict[str, str]:
         raise MemoryError
 
@@ -126,7 +126,7 @@ def test_one_version_is_read_at_a_time(swapping: Any, monkeypatch: pytest.Monkey
     swapping.vllm_config = None
     assert swapping.prefloop_stage("v0002") is True
     assert reading.wait(10)
-    # Given up by whoever asked, but still reading into the one spare model.
+    # Abandoned by its caller, but still reading into the spare model.
     assert swapping.prefloop_stage("v0003") is False
     assert swapping.prefloop_staged() is None
     may_end.set()
@@ -145,7 +145,7 @@ def test_the_second_model_shares_no_module(monkeypatch: pytest.MonkeyPatch) -> N
     second.also = nn.Sequential(rotary)  # type: ignore[assignment]
     unshare(second, first)
     assert not set(first.modules()) & set(second.modules())
-    # One copy, as there was one of it.
+    # One copy, as there was one original.
     assert second.rotary is second.also[0]  # type: ignore[index]
     assert recorded == [second.rotary]
 

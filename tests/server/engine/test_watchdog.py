@@ -1,4 +1,4 @@
-"""What an engine's process shows of itself, and when the server gives it up."""
+"""The health page of an engine's process, and when the server kills the engine."""
 
 import subprocess
 import sys
@@ -41,18 +41,18 @@ SLOWER = "the engine has not finished a step for 80 s (the slowest so far: 8.0 s
 @pytest.mark.parametrize(
     ("seen", "working_since", "hang_seconds", "reason"),
     [
-        # It is 1040 in all of them.
+        # The time is 1040 in all of them.
         (vitals(beat=1039.5, step=1039.0), 1000.0, None, None),
         (vitals(beat=1029.0, step=1039.0), 1000.0, None, STOPPED),
         (vitals(beat=1029.0), None, None, STOPPED),
         (vitals(beat=1031.0), None, None, None),
-        # Its last step was long ago: stuck only where one is due.
+        # Its last step was long ago: that is only a hang if the server waits for one.
         (vitals(beat=1040.0, step=900.0), None, None, None),
         (vitals(beat=1040.0, step=900.0), 1020.0, None, None),
         (vitals(beat=1040.0, step=900.0), 1009.0, None, STUCK),
         (vitals(beat=1040.0, step=1009.0), 900.0, None, STUCK),
         (vitals(beat=1040.0, step=1011.0), 900.0, None, None),
-        # A slow machine has ten times its slowest step, however much of a processor it uses.
+        # A slow machine gets ten times its slowest step.
         (vitals(beat=1040.0, step=961.0, slowest=8.0), 900.0, None, None),
         (vitals(beat=1040.0, step=959.0, slowest=8.0), 900.0, None, SLOWER),
         # An operator's limit replaces both.
@@ -66,7 +66,7 @@ SLOWER = "the engine has not finished a step for 80 s (the slowest so far: 8.0 s
         (vitals(beat=1025.0, step=1000.0), 900.0, 60.0, None),
     ],
 )
-def test_an_engine_is_given_up_when_it_does_not_run_or_does_not_end_a_step(
+def test_an_engine_that_is_stopped_or_stuck_in_a_step_is_reported(
     seen: Vitals, working_since: float | None, hang_seconds: float | None, reason: str | None
 ) -> None:
     assert complaint(seen, 1040.0, working_since, hang_seconds) == reason

@@ -1,4 +1,4 @@
-"""From a version to weights for an engine: merged in the engine's dtype, and kept apart by it."""
+"""Weights of a version for an engine: merged in the engine's dtype, and stored separately per dtype."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_an_adapter_is_merged_in_the_engines_dtype(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     make_reference(tmp_path, tmp_path / "model")
     make_adapter(tmp_path)
-    # As the first releases left it: derived, in bfloat16, beside what is kept by dtype now.
+    # As written by the first releases: in bfloat16, directly in the folder that now has a folder per dtype.
     old = tmp_path / "merged" / "v0001"
     shutil.copytree(tmp_path / "policies" / "v0000", old)
 
@@ -49,13 +49,13 @@ def test_an_adapter_is_merged_in_the_engines_dtype(tmp_path: Path) -> None:
     assert (where, rounded.dtype) == ("merged/bfloat16/v0001", torch.bfloat16)
     assert not torch.equal(exact, rounded.float())
     assert not old.exists()
-    # What is served is what the learner judged, also where the reference's files are in another dtype.
+    # The served weights are those that the learner judged, even if the reference's files have another dtype.
     policies = tmp_path / "policies"
     for dtype, served in ((torch.float32, exact), (torch.bfloat16, rounded)):
         judged = dict(published_weights(policies / "v0001", policies / "v0000", dtype))
         assert torch.equal(judged[WEIGHT], served)
 
-    # Neither is made again for the other's sake.
+    # Creating one does not recreate the other.
     made = (tmp_path / "merged" / "float32" / "v0001" / "model.safetensors").stat().st_mtime_ns
     engine_weights(tmp_path, "v0001", "bfloat16")
     engine_weights(tmp_path, "v0001", "float32")

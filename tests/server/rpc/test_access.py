@@ -1,4 +1,4 @@
-"""Every RPC without credentials, with a wrong role, and on what belongs to somebody else; over TLS and without."""
+"""Every RPC without credentials, with a wrong role, and on data of other users; with and without TLS."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ SECONDS = 10.0
 
 @dataclass
 class Locked:
-    """A server that wants keys, and a key of each kind as metadata."""
+    """A server that requires keys, and a key of each kind as metadata."""
 
     running: Running
     ann: Any
@@ -52,7 +52,7 @@ async def locked(tmp_path: Path) -> AsyncIterator[Locked]:
         keys = [await running.store(lambda store, p=person: store.keys.create(*p)) for person in people]
         locked = Locked(running, *map(bearer, keys))
         await until(lambda: listing(running, ()), UNAUTHENTICATED)
-        # Made last: with it all of them are known.
+        # Created last: once it is known, all are.
         await until(lambda: listing(running, locked.operator), grpc.StatusCode.OK)
         yield locked
 
@@ -64,7 +64,7 @@ async def until(ask: Any, answer: Any) -> None:
 
 
 async def answered(reply: Any) -> grpc.StatusCode:
-    """The status of a call, of a stream's as far as its first message."""
+    """The status of a call; for a stream, up to its first message."""
     try:
         await (reply.read() if hasattr(reply, "read") else reply)
     except grpc.aio.AioRpcError as error:
@@ -77,7 +77,7 @@ async def listing(running: Running, metadata: Any) -> grpc.StatusCode:
 
 
 def call(running: Running, method: str, metadata: Any) -> Any:
-    """The RPC with an empty message, which validation would refuse: access is told before that."""
+    """Call the RPC with an empty message, which validation would refuse: access is checked before that."""
     _, _, name = method.rpartition("/")
     service = next(
         stub for stub in (running.chat, running.feedback, running.policies, running.account) if hasattr(stub, name)
@@ -88,7 +88,7 @@ def call(running: Running, method: str, metadata: Any) -> Any:
     return getattr(service, name)(request, metadata=metadata, timeout=SECONDS)
 
 
-def test_every_rpc_is_in_the_table() -> None:
+def test_every_rpc_has_a_role() -> None:
     pool = descriptor_pool.Default()
     served = [*SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"]
     methods = {f"/{name}/{method.name}" for name in served for method in pool.FindServiceByName(name).methods}
@@ -96,13 +96,13 @@ def test_every_rpc_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("metadata", [(), bearer("key_000000000000000000000000.none"), (("authorization", "Basic x"),)])
-async def test_no_rpc_answers_a_stranger(locked: Locked, metadata: Any) -> None:
+async def test_no_rpc_answers_without_a_key(locked: Locked, metadata: Any) -> None:
     for method in OURS:
         assert await failure(call(locked.running, method, metadata)) == UNAUTHENTICATED, method
 
 
 @pytest.mark.parametrize("method", OURS)
-async def test_a_user_may_what_users_may_and_nothing_else(locked: Locked, method: str) -> None:
+async def test_a_user_may_only_call_what_users_may(locked: Locked, method: str) -> None:
     code = await answered(call(locked.running, method, locked.ann))
     if method.startswith("/prefloop.v1.PolicyService/"):
         assert code == DENIED
@@ -111,11 +111,11 @@ async def test_a_user_may_what_users_may_and_nothing_else(locked: Locked, method
 
 
 @pytest.mark.parametrize("method", OURS)
-async def test_an_operator_may_everything(locked: Locked, method: str) -> None:
+async def test_an_operator_may_call_everything(locked: Locked, method: str) -> None:
     assert await answered(call(locked.running, method, locked.operator)) not in (UNAUTHENTICATED, DENIED)
 
 
-async def test_a_stranger_is_refused_before_the_message_comes(locked: Locked) -> None:
+async def test_a_caller_without_a_key_is_refused_before_the_message_arrives(locked: Locked) -> None:
     method = locked.running.channel.stream_unary("/prefloop.v1.ChatService/Chat")
 
     async def never() -> AsyncIterator[bytes]:
@@ -125,7 +125,7 @@ async def test_a_stranger_is_refused_before_the_message_comes(locked: Locked) ->
     assert await failure(method(never(), timeout=SECONDS)) == UNAUTHENTICATED
 
 
-async def test_what_is_somebody_elses_is_not_there(locked: Locked) -> None:
+async def test_other_users_data_is_not_found(locked: Locked) -> None:
     running, ann, bob = locked.running, locked.ann, locked.bob
     started, *_ = await chat(running, user=ann)
     compared, *_ = await compare(running, user=ann)
@@ -150,14 +150,14 @@ async def test_what_is_somebody_elses_is_not_there(locked: Locked) -> None:
             setattr(request, field, name)
             code, message, details = await refusal(rpc(request, metadata=bob))
             told.append((code, message.replace(name, "ID"), details))
-        # The very same words as for what nobody has.
+        # The same error as for data that does not exist.
         assert told[0] == told[1]
         assert told[0][0] == grpc.StatusCode.NOT_FOUND
     listed = await running.feedback.ListFeedback(feedback_pb2.ListFeedbackRequest(), metadata=bob)
     assert list(listed.feedback) == []
 
 
-async def test_nobody_learns_that_a_conversation_is_being_answered(locked: Locked) -> None:
+async def test_other_users_cannot_tell_that_a_conversation_is_being_answered(locked: Locked) -> None:
     locked.running.engine.hold_after = 1
     call = locked.running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=locked.ann)
     hers = (await call.read()).started.conversation_id
@@ -166,7 +166,7 @@ async def test_nobody_learns_that_a_conversation_is_being_answered(locked: Locke
         (chat_pb2.ChatRequest(message="hi", conversation_id=hers), locked.running.chat.Chat),
         (chat_pb2.DeleteConversationRequest(conversation_id=hers), locked.running.chat.DeleteConversation),
     ):
-        # At once, and not when her answer has ended.
+        # Immediately, not only when her answer has ended.
         assert await failure(rpc(request, metadata=locked.bob, timeout=SECONDS)) == grpc.StatusCode.NOT_FOUND
     locked.running.engine.go_on.set()
     while (event := await call.read()).WhichOneof("event") != "finished":
@@ -174,14 +174,14 @@ async def test_nobody_learns_that_a_conversation_is_being_answered(locked: Locke
     assert event.finished.text == "one two three four "
 
 
-async def test_an_x_user_id_means_nothing_beside_a_key(locked: Locked) -> None:
+async def test_an_x_user_id_is_ignored_with_a_key(locked: Locked) -> None:
     await chat(locked.running, user=(*locked.ann, ("x-user-id", "bob")))
     listed = await locked.running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=locked.bob)
     assert list(listed.conversations) == []
     assert await failure(call(locked.running, OURS[0], (("x-user-id", "ann"),))) == UNAUTHENTICATED
 
 
-async def test_a_revoked_key_is_refused_and_the_server_stays_closed_without_any(locked: Locked) -> None:
+async def test_a_revoked_key_is_refused_and_keys_stay_required(locked: Locked) -> None:
     running = locked.running
     for key in await running.store(lambda store: store.keys.all()):
         await running.store(lambda store, key=key: store.keys.revoke(key.id))
@@ -189,7 +189,7 @@ async def test_a_revoked_key_is_refused_and_the_server_stays_closed_without_any(
     assert await listing(running, (("x-user-id", "ann"),)) == UNAUTHENTICATED
 
 
-async def test_health_is_for_everybody_watching_it_and_reflection_are_not(locked: Locked) -> None:
+async def test_health_checks_need_no_key_but_watch_and_reflection_do(locked: Locked) -> None:
     channel = locked.running.channel
     health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
     assert health.status == health_pb2.HealthCheckResponse.SERVING
@@ -205,7 +205,7 @@ async def test_health_is_for_everybody_watching_it_and_reflection_are_not(locked
     assert set(SERVICES) <= names
 
 
-def test_only_a_hash_of_a_key_is_kept(store: Store, tmp_path: Path) -> None:
+def test_only_a_hash_of_a_key_is_stored(store: Store, tmp_path: Path) -> None:
     none = store.keys.credentials()
     assert none == Credentials({}, closed=False)
     assert store.keys.credentials(none) is none
@@ -262,7 +262,7 @@ async def test_a_renewed_certificate_is_served_without_a_restart(tmp_path: Path)
     async with running_server(tmp_path / "data", tls_cert=used.certificate, tls_key=used.key) as running:
         async with tls_channel(running.app.port, old) as channel:
             assert await healthy(channel)
-            # The new certificate beside the old key, as in the middle of a renewal: the old pair serves on.
+            # The new certificate with the old key, as in the middle of a renewal: the old pair stays in use.
             os.replace(new.certificate, used.certificate)
             async with tls_channel(running.app.port, old) as another:
                 assert await healthy(another)
@@ -270,13 +270,13 @@ async def test_a_renewed_certificate_is_served_without_a_restart(tmp_path: Path)
             async with tls_channel(running.app.port, used) as renewed, tls_channel(running.app.port, old) as stale:
                 assert await healthy(renewed)
                 assert not await healthy(stale)
-            # Who was connected stays connected.
+            # Existing connections stay open.
             assert await healthy(channel)
         async with grpc.aio.insecure_channel(f"localhost:{running.app.port}") as plain:
             assert not await healthy(plain)
 
 
-async def test_mutual_tls_wants_a_certificate_of_the_client(tmp_path: Path) -> None:
+async def test_mutual_tls_requires_a_client_certificate(tmp_path: Path) -> None:
     server, client, stranger = (
         make_pem(tmp_path, "server"),
         make_pem(tmp_path, "client"),
@@ -289,7 +289,7 @@ async def test_mutual_tls_wants_a_certificate_of_the_client(tmp_path: Path) -> N
                 assert await healthy(channel) is welcome
 
 
-async def test_a_certificate_of_a_client_that_is_out_of_its_time_is_refused(tmp_path: Path) -> None:
+async def test_an_expired_client_certificate_is_refused(tmp_path: Path) -> None:
     server, expired = make_pem(tmp_path, "server"), make_pem(tmp_path, "expired", days=(-10, -1))
     tls = {"tls_cert": server.certificate, "tls_key": server.key, "tls_client_ca": expired.certificate}
     async with (
@@ -302,7 +302,7 @@ async def test_a_certificate_of_a_client_that_is_out_of_its_time_is_refused(tmp_
 @pytest.mark.parametrize(
     ("days", "reason"), [((-10, -1), "it expired on 20"), ((2, 10), "it is not valid before 20")], ids=["over", "early"]
 )
-async def test_a_certificate_that_is_out_of_its_time_is_not_served(
+async def test_a_certificate_outside_its_validity_is_not_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, days: tuple[float, float], reason: str
 ) -> None:
     good, bad = make_pem(tmp_path, "good"), make_pem(tmp_path, "bad", days=days)
@@ -312,15 +312,15 @@ async def test_a_certificate_that_is_out_of_its_time_is_not_served(
     shutil.copy(good.certificate, used.certificate)
     shutil.copy(good.key, used.key)
     async with running_server(tmp_path / "data", tls_cert=used.certificate, tls_key=used.key) as running:
-        # Renewed by one that no client takes: the one before serves on, and the log says so.
+        # Renewed with one that no client accepts: the previous one stays in use, and the log says so.
         os.replace(bad.key, used.key)
         os.replace(bad.certificate, used.certificate)
         async with tls_channel(running.app.port, good) as channel:
             assert await healthy(channel)
-    assert f"the one before it stays: {reason}" in caplog.text
+    assert f"keeping the previous one: {reason}" in caplog.text
 
 
-def test_a_certificate_that_soon_ends_is_said_to(
+def test_a_certificate_that_expires_soon_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for days, said in ((30, False), (3, True)):
@@ -328,7 +328,7 @@ def test_a_certificate_that_soon_ends_is_said_to(
         served = Certificates(soon.certificate, soon.key, None)
         served.server_credentials()
         assert ("the TLS certificate expires on" in caplog.text) == said
-    # A server that has run since it was new says so, too, with the handshakes of a later day, once.
+    # A server that has run since it was new also says so, once, at handshakes on a later day.
     caplog.clear()
     monkeypatch.setattr(served, "_said", None)
     for _ in range(3):
@@ -336,7 +336,7 @@ def test_a_certificate_that_soon_ends_is_said_to(
     assert caplog.text.count("the TLS certificate expires on") == 1
 
 
-def test_files_that_are_no_certificate_are_refused_at_start(tmp_path: Path) -> None:
+def test_invalid_certificate_files_are_refused_at_start(tmp_path: Path) -> None:
     good, other = make_pem(tmp_path, "good"), make_pem(tmp_path, "other")
     with pytest.raises(ServiceError, match="certificate and its key cannot be used"):
         Certificates(good.certificate, other.key, None).server_credentials()

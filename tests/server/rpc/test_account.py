@@ -1,4 +1,4 @@
-"""Forgetting and exporting over gRPC: nothing is left, nothing comes back, nobody does it to others."""
+"""Deletion and export of users over gRPC: nothing is left, nothing comes back, and users cannot act on others."""
 
 import asyncio
 import threading
@@ -30,16 +30,16 @@ async def forget(running: Running, user: Any = ZOE, name: str = "") -> Any:
     return await running.account.ForgetUser(account_pb2.ForgetUserRequest(user=name), metadata=user, timeout=SECONDS)
 
 
-async def test_who_has_no_key_says_who_they_are(running: Running) -> None:
+async def test_callers_without_a_key_name_themselves(running: Running) -> None:
     caller = await running.account.GetCaller(account_pb2.GetCallerRequest(), metadata=ZOE)
     assert (caller.user, caller.role, caller.has_key) == ("zebulon", "operator", False)
     caller = await running.account.GetCaller(account_pb2.GetCallerRequest())
     assert (caller.user, caller.role, caller.has_key) == ("local", "operator", False)
 
 
-async def test_a_key_says_who_somebody_is(locked: Locked) -> None:  # noqa: F811
+async def test_a_key_identifies_the_caller(locked: Locked) -> None:  # noqa: F811
     for metadata, known in ((locked.ann, ("ann", "user", True)), (locked.operator, ("olga", "operator", True))):
-        # What they say themselves counts for nothing.
+        # A name that callers give themselves is ignored.
         caller = await locked.running.account.GetCaller(account_pb2.GetCallerRequest(), metadata=(*metadata, *ZOE))
         assert (caller.user, caller.role, caller.has_key) == known
 
@@ -50,12 +50,12 @@ async def exported(running: Running, user: Any, name: str = "") -> list[Any]:
 
 
 async def rows(running: Running) -> dict[str, int]:
-    """How many rows there are of what hangs on a person."""
+    """How many rows belong to a user."""
     return await running.store(lambda store: {table: len(store._db.rows(f"SELECT 1 FROM {table}")) for table in ROWS})
 
 
 async def say_everything(running: Running, user: Any) -> str:
-    """Every kind of text that a person can leave, SECRET in each; the conversation's id."""
+    """Store every kind of text that a user can write, with SECRET in each; return the conversation's id."""
     running.engine.answer = f"{WORD} answered"
     started, *_ = await chat(running, f"{WORD} asked", user=user, request_id=f"{WORD}-1")
     conversation_id, response_id = started.started.conversation_id, started.started.response_id
@@ -88,7 +88,7 @@ async def demonstrate(running: Running, user: Any) -> str:
     return str((await running.feedback.SubmitDemonstration(request, metadata=user)).feedback.feedback_id)
 
 
-async def test_no_byte_of_a_forgotten_person_is_left(running: Running) -> None:
+async def test_no_byte_of_a_deleted_user_is_left(running: Running) -> None:
     await say_everything(running, ZOE)
     await demonstrate(running, ZOE)
     running.engine.answer = "fine"
@@ -109,7 +109,7 @@ async def test_no_byte_of_a_deleted_conversation_is_left(running: Running) -> No
     request = chat_pb2.DeleteConversationRequest(conversation_id=conversation_id)
     await running.chat.DeleteConversation(request, metadata=ZOE)
     left = bytes_of(running.data_dir)
-    # The id of a request, which its user chose, stays taken.
+    # The id of a request, which its user chose, stays in use.
     assert left.count(SECRET) == left.count(f"{WORD}-1".encode())
     code, _, details = await refusal(
         running.chat.Chat(chat_pb2.ChatRequest(message=f"{WORD} asked", request_id=f"{WORD}-1"), metadata=ZOE)
@@ -118,13 +118,13 @@ async def test_no_byte_of_a_deleted_conversation_is_left(running: Running) -> No
     assert set((await rows(running)).values()) == {0, 4}  # Four repeated requests, blank.
 
 
-async def test_an_answer_that_is_being_streamed_does_not_come_back(running: Running) -> None:
+async def test_a_streaming_answer_is_not_stored_after_the_deletion(running: Running) -> None:
     running.engine.answer, running.engine.hold_after = f"{WORD} one two", 1
     call = running.chat.Chat(chat_pb2.ChatRequest(message=WORD, request_id="r1"), metadata=ZOE, timeout=SECONDS)
     await call.read()
     await running.engine.holding.wait()
     running.engine.answer = "fine"
-    # Waits for the first one to end, which then has nothing to repeat.
+    # Waits for the first one to end, which then has no result to repeat.
     again = running.chat.Chat(chat_pb2.ChatRequest(message=WORD, request_id="r1"), metadata=ZOE, timeout=SECONDS)
     others = asyncio.create_task(chat(running, "hi", user=BOB))
     assert (await forget(running)).conversations == 1
@@ -137,7 +137,7 @@ async def test_an_answer_that_is_being_streamed_does_not_come_back(running: Runn
     assert SECRET not in bytes_of(running.data_dir)
 
 
-async def test_a_message_that_comes_later_than_its_call_is_too_late(running: Running) -> None:
+async def test_a_message_that_arrives_after_the_deletion_is_refused(running: Running) -> None:
     method = running.channel.stream_unary("/prefloop.v1.FeedbackService/SubmitDemonstration")
     sent = asyncio.Event()
 
@@ -170,7 +170,7 @@ async def test_a_message_that_comes_after_its_key_was_revoked_is_refused(locked:
     async with asyncio.timeout(SECONDS):
         while not running.app._calls._open.get("ann"):
             await asyncio.sleep(0)
-    # As another process does, which cannot end the call.
+    # As from another process, which cannot end the call.
     await running.store(lambda store: store.keys.forget("ann"))
     await running.app._access.refresh()
     sent.set()
@@ -178,7 +178,7 @@ async def test_a_message_that_comes_after_its_key_was_revoked_is_refused(locked:
     assert SECRET not in bytes_of(running.data_dir)
 
 
-async def test_who_is_forgotten_hears_what_learned_from_them_also_where_the_disk_refuses(
+async def test_a_deletion_succeeds_even_if_the_files_cannot_be_cleaned(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await chat(running, user=ZOE)
@@ -191,7 +191,7 @@ async def test_who_is_forgotten_hears_what_learned_from_them_also_where_the_disk
     assert (forgotten.conversations, forgotten.erased) == (1, False)
 
 
-async def test_votes_that_race_with_it_lose(running: Running) -> None:
+async def test_votes_during_a_deletion_are_not_stored(running: Running) -> None:
     started, *_ = await chat(running, user=ZOE)
     disk, busy = threading.Event(), threading.Event()
 
@@ -210,13 +210,13 @@ async def test_votes_that_race_with_it_lose(running: Running) -> None:
         while len(running.store._waiting) < 4:
             await asyncio.sleep(0)
     disk.set()
-    # Whatever they are told: they came before, or not at all.
+    # Whatever their status, they were stored before the deletion, or not at all.
     await asyncio.gather(slow, forgetting, *racing, return_exceptions=True)
     assert set((await rows(running)).values()) == {0}
     assert SECRET not in bytes_of(running.data_dir)
 
 
-async def test_who_hangs_up_is_forgotten_all_the_same(running: Running) -> None:
+async def test_a_deletion_continues_after_the_caller_disconnects(running: Running) -> None:
     await say_everything(running, ZOE)
     call = running.account.ForgetUser(account_pb2.ForgetUserRequest(), metadata=ZOE)
     async with asyncio.timeout(SECONDS):
@@ -228,14 +228,14 @@ async def test_who_hangs_up_is_forgotten_all_the_same(running: Running) -> None:
     assert SECRET not in bytes_of(running.data_dir)
 
 
-async def test_asked_twice_at_once_neither_ends_the_other(running: Running) -> None:
+async def test_two_deletions_at_once_do_not_end_each_other(running: Running) -> None:
     await say_everything(running, ZOE)
     both = await asyncio.gather(forget(running), forget(running))
     assert sorted(answer.conversations for answer in both)[1] == 1
     assert set((await rows(running)).values()) == {0}
 
 
-async def test_a_reader_that_keeps_the_log_is_told_of(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reader_that_keeps_the_log_is_reported(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     once = SqliteDatabase.empty_log
     monkeypatch.setattr(SqliteDatabase, "empty_log", lambda database: once(database, 0.0))
     await chat(running, WORD, user=ZOE)
@@ -249,7 +249,7 @@ async def test_a_reader_that_keeps_the_log_is_told_of(running: Running, monkeypa
     assert SECRET not in bytes_of(running.data_dir)
 
 
-async def test_only_an_operator_names_others(locked: Locked) -> None:  # noqa: F811
+async def test_only_an_operator_may_name_another_user(locked: Locked) -> None:  # noqa: F811
     running = locked.running
     await chat(running, user=locked.ann)
     for rpc, request in (
@@ -260,7 +260,7 @@ async def test_only_an_operator_names_others(locked: Locked) -> None:  # noqa: F
         assert (code, message) == (grpc.StatusCode.PERMISSION_DENIED, "Only an operator may name another user.")
     assert len(await exported(running, locked.operator, "ann")) == 2  # A conversation and a key.
     assert (await forget(running, locked.operator, "ann")).conversations == 1
-    # From this moment on, not from when the server next looks at the keys.
+    # Immediately, not only when the server next reads the keys.
     assert await failure(running.account.ForgetUser(account_pb2.ForgetUserRequest(), metadata=locked.ann)) == (
         grpc.StatusCode.UNAUTHENTICATED
     )
@@ -268,7 +268,7 @@ async def test_only_an_operator_names_others(locked: Locked) -> None:  # noqa: F
     assert await exported(running, locked.operator, "bob") == []
 
 
-async def test_an_export_has_all_that_is_kept_and_nothing_of_others(locked: Locked) -> None:  # noqa: F811
+async def test_an_export_has_all_data_of_the_user_and_none_of_others(locked: Locked) -> None:  # noqa: F811
     running, ann = locked.running, locked.ann
     await say_everything(running, ann)
     await running.feedback.RetractFeedback(
@@ -307,7 +307,7 @@ async def test_a_long_conversation_is_exported_in_parts(running: Running) -> Non
     assert len(second.conversation.turns) == 1
 
 
-async def test_a_vote_that_was_changed_often_is_exported_with_all_that_it_was(running: Running) -> None:
+async def test_a_changed_vote_is_exported_with_its_history(running: Running) -> None:
     started, *_ = await chat(running, user=ZOE)
     for number in range(50):
         vote = feedback_pb2.SubmitThumbRequest(
@@ -323,16 +323,14 @@ async def test_a_vote_that_was_changed_often_is_exported_with_all_that_it_was(ru
 
 
 @pytest.mark.parametrize(("days", "left"), [(0, {"new", WORD}), (32, {"new", WORD}), (30, {"new"})])
-async def test_conversations_that_nobody_touched_for_long_are_deleted(
-    tmp_path: Path, days: int, left: set[str]
-) -> None:
+async def test_inactive_conversations_are_deleted(tmp_path: Path, days: int, left: set[str]) -> None:
     store = Store.open(tmp_path)
     old = store.conversations.create("ann", WORD)
     store.conversations.create("ann", "new")
     store._db.execute("UPDATE conversations SET update_time = unixepoch() - 31 * 86400 WHERE id = ?", [old])
     store.close()
     async with running_server(tmp_path, retention_days=days) as running:
-        # What the server does every hour, and at its start.
+        # The server does this every hour, and at its start.
         await running.app._retention.tidy()
         listed = await running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=ANN)
         assert {conversation.title for conversation in listed.conversations} == left

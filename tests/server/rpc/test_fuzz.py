@@ -1,8 +1,8 @@
-"""Every RPC with messages made from its descriptor, extreme ones and broken ones: nothing may crash, hang, or be ours.
+"""Every RPC with random, extreme and broken messages from its descriptor: no crash, no hang, and no internal error.
 
-More than 10,000 requests, the same in every run, of which `make test` sends a third: numbers at the edges of their
-types, texts of every plane of Unicode and of none, empty and endless lists, ids that exist, of others and of nothing,
-and bytes that are no message at all.
+More than 10,000 requests, the same in every run, of which `make test` sends a third: numbers at the limits of their
+types, text from every plane of Unicode and invalid text, empty and very long lists, ids that exist, ids of others and
+unknown ids, and bytes that are not a message.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ from tests.server.rpc.test_rpcs import ANN, BOB, chat, compare
 from tests.tiers import slow
 
 EACH, SAMPLE = 700, 250
-# Of these few requests are right: a version that exists, and the one that is active.
+# Few of these requests are valid: they need an existing version, and the active one.
 SELDOM_RIGHT = {f"/prefloop.v1.PolicyService/{name}" for name in ("ActivatePolicy", "RollbackPolicy")}
 AT_ONCE = 16
 SECONDS = 30
-# What a caller may be told of their own request. INTERNAL and UNKNOWN are our faults; a deadline would be a hang.
+# Statuses that a caller's own request may cause. INTERNAL and UNKNOWN are bugs; a deadline would be a hang.
 THEIRS = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -38,7 +38,7 @@ THEIRS = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
-# Tokens of pages as we make them, with what we do not put there.
+# Page tokens in our format, with values that we do not put there.
 TOKENS = [page_token(key) for key in ([2**70], [-1], ["\ud800"], [1.0, "\ud800"], [float("nan"), "x"], [1e308, "x"])]
 TEXTS = [
     *TOKENS,
@@ -76,7 +76,7 @@ class Maker:
 
     def request(self, method: MethodDescriptor) -> bytes:
         message = message_factory.GetMessageClass(method.input_type)()
-        # A third with nothing odd in it but what is drawn together.
+        # A third are valid in each field, and odd only in combination.
         self._sound = self._draw.random() < 0.3
         self._fill(message)
         data = message.SerializeToString()
@@ -86,7 +86,7 @@ class Maker:
 
     def _fill(self, message: Any) -> None:
         for field in message.DESCRIPTOR.fields:
-            # Left out, as the older half of all clients leaves out a newer field.
+            # Left out, as older clients leave out newer fields.
             if not self._sound and self._draw.random() < 0.3:
                 continue
             if field.is_repeated:
@@ -129,7 +129,7 @@ async def test_no_request_is_the_servers_fault(wide: Running, name: str, each: i
     theirs, *_ = await chat(wide, user=BOB)
     round_ = await wide.store(judged)
     keep_line(wide.data_dir, round_, "")
-    # Somebody hears what is asked of a learner, and does nothing.
+    # A learner that listens for requests and does nothing.
     await wide.store(lambda store: store.round_requests.listen("here", None))
     ids = [
         round_.id,
@@ -154,7 +154,7 @@ async def test_no_request_is_the_servers_fault(wide: Running, name: str, each: i
 
     await asyncio.gather(*(send() for _ in range(AT_ONCE)))
     assert sum(codes.values()) == each
-    # Both kinds of request were among them, and the server is as good as before.
+    # Both valid and invalid requests were sent, and the server still works.
     assert codes.get(grpc.StatusCode.OK), codes
     if method.input_type.fields:
         assert codes.get(grpc.StatusCode.INVALID_ARGUMENT), codes
@@ -176,5 +176,5 @@ async def status(call: Any) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
-def test_there_are_ten_thousand_of_them() -> None:
+def test_there_are_ten_thousand_requests() -> None:
     assert EACH * len(OURS) >= 10_000

@@ -1,4 +1,4 @@
-"""What one caller may ask for, what all of them may, and callers who mean ill."""
+"""Limits of one caller and of all callers, and malicious callers."""
 
 import asyncio
 import socket
@@ -46,17 +46,17 @@ def refused(block: AbstractContextManager[None]) -> str:
         return error.reason
 
 
-def test_a_users_rate_is_their_own_and_says_when_to_come_back() -> None:
+def test_a_users_rate_is_separate_and_says_when_to_retry() -> None:
     limits = Limits(2, user_calls=9, answers=9)
     assert [admitted(limits, ANNA) for _ in range(3)] == ["", "", "USER_RATE"]
     assert admitted(limits, BEN) == ""
     with pytest.raises(ResourceExhaustedError) as refused, limits.admit(ANNA):
         pass
-    # Two a minute are one every 30 seconds.
+    # Two per minute are one every 30 seconds.
     assert 29 < refused.value.retry_seconds <= 30
 
 
-def test_calls_at_once_are_counted_while_they_run() -> None:
+def test_concurrent_calls_are_counted_while_they_run() -> None:
     limits = Limits(100, user_calls=2, answers=9)
     with limits.admit(ANNA):
         with limits.admit(ANNA):
@@ -74,7 +74,7 @@ def test_answers_are_counted_over_all_users() -> None:
     assert answered(limits, "ben", 2) == ""
 
 
-def test_users_who_take_all_they_get_leave_room_for_one_more() -> None:
+def test_users_who_take_all_they_can_leave_room_for_one_more() -> None:
     limits = Limits(1000, user_calls=900, answers=256)
     with ExitStack() as under_way:
 
@@ -91,7 +91,7 @@ def test_users_who_take_all_they_get_leave_room_for_one_more() -> None:
     assert answered(limits, "anna", 128) == ""
 
 
-async def test_a_call_that_waits_for_the_turn_before_it_takes_no_room_in_the_queue(tmp_path: Path) -> None:
+async def test_a_call_that_waits_for_the_previous_turn_takes_no_place_in_the_queue(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_streams=2, max_waiting=0, user_calls=32) as running:
         started, *_ = await chat(running)
         conversation = started.started.conversation_id
@@ -99,7 +99,7 @@ async def test_a_call_that_waits_for_the_turn_before_it_takes_no_room_in_the_que
         waiting = [asyncio.create_task(chat(running, conversation_id=conversation)) for _ in range(8)]
         await running.engine.holding.wait()
         running.engine.hold_after = None
-        # One of the eight is sampled, which leaves a place.
+        # One of the eight is being sampled, which leaves a place.
         assert (await chat(running, user=BOB))[-1].finished.text
         running.engine.go_on.set()
         assert len([await each for each in waiting]) == 8
@@ -134,7 +134,7 @@ async def retry_seconds(error: grpc.aio.AioRpcError) -> float:
     raise AssertionError("no RetryInfo")
 
 
-async def test_every_field_that_breaks_its_rule_is_named(running: Running) -> None:
+async def test_every_invalid_field_is_named(running: Running) -> None:
     bad = chat_pb2.ChatRequest(
         conversation_id="c" * 129, sampling=chat_pb2.SamplingOptions(temperature=3, max_tokens=21, seed=2**63)
     )
@@ -145,7 +145,7 @@ async def test_every_field_that_breaks_its_rule_is_named(running: Running) -> No
     assert details == ["INVALID_FIELD", *fields]
 
 
-async def test_a_conversation_has_an_end(tmp_path: Path) -> None:
+async def test_a_conversation_has_a_maximum_length(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_turns=2) as running:
         started, *_ = await chat(running)
         conversation = started.started.conversation_id
@@ -157,7 +157,7 @@ async def test_a_conversation_has_an_end(tmp_path: Path) -> None:
         assert message == "This conversation is full; start another one."
 
 
-async def test_what_is_kept_of_a_user_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stored_data_of_a_user_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feedback, "MOST_EVENTS", 3)
     async with running_server(tmp_path, user_conversations=2, user_demonstrations=2) as running:
         first, *_ = await chat(running)
@@ -168,8 +168,8 @@ async def test_what_is_kept_of_a_user_has_limits(tmp_path: Path, monkeypatch: py
         ):
             code, message, details = await refusal(call)
             assert (code, details) == (EXHAUSTED, ["USER_CONVERSATIONS"])
-            assert message == "You have 2 conversations; delete one before you begin another."
-        # Others have theirs; what is there goes on; one that is deleted makes room.
+            assert message == "You have 2 conversations; delete one before you start another."
+        # Other users have their own limits; existing conversations continue; a deletion makes room.
         await chat(running, user=BOB)
         await chat(running, conversation_id=first.started.conversation_id)
         deleted = chat_pb2.DeleteConversationRequest(conversation_id=first.started.conversation_id)
@@ -185,7 +185,7 @@ async def test_what_is_kept_of_a_user_has_limits(tmp_path: Path, monkeypatch: py
         await running.feedback.SubmitDemonstration(demonstration, metadata=ANN)
         code, message, details = await refusal(running.feedback.SubmitDemonstration(demonstration, metadata=ANN))
         assert (code, details) == (EXHAUSTED, ["USER_DEMONSTRATIONS"])
-        assert message == "2 demonstrations of yours are kept, those that you retracted too; no more are taken."
+        assert message == "You have 2 demonstrations, including retracted ones, which is the limit."
         await running.feedback.SubmitDemonstration(demonstration, metadata=BOB)
 
         up = feedback_pb2.SubmitThumbRequest(response_id=second.started.response_id, thumb=feedback_pb2.THUMB_UP)
@@ -193,27 +193,27 @@ async def test_what_is_kept_of_a_user_has_limits(tmp_path: Path, monkeypatch: py
             await running.feedback.SubmitThumb(up, metadata=ANN)
         code, message, details = await refusal(running.feedback.SubmitThumb(up, metadata=ANN))
         assert (code, details) == (EXHAUSTED, ["VOTE_CHANGES"])
-        assert message == "You have voted 3 times on this answer, changes counted; no more is taken."
+        assert message == "You have voted 3 times on this answer, including changes, which is the limit."
 
 
-async def test_a_repeated_request_is_answered_also_where_there_is_no_room(tmp_path: Path) -> None:
+async def test_a_repeated_request_is_answered_even_if_the_queue_is_full(tmp_path: Path) -> None:
     async with running_server(tmp_path, user_conversations=1) as running:
         started, *_ = await chat(running, request_id="a")
         again, *_ = await chat(running, request_id="a")
         assert again.started.response_id == started.started.response_id
 
 
-async def test_bytes_that_are_no_message_are_the_callers_fault(running: Running) -> None:
+async def test_invalid_bytes_are_the_callers_error(running: Running) -> None:
     for method in (running.channel.unary_unary(VOTE), running.channel.unary_stream(CHAT)):
         code, message, details = await refusal(method(b"\xff\xff\xff", metadata=ANN))
         assert code == grpc.StatusCode.INVALID_ARGUMENT
         assert (message, details) == (
-            "The message is not what its protobuf definition says.",
+            "The message does not match its protobuf definition.",
             ["INVALID_FIELD", "request"],
         )
 
 
-async def test_a_message_or_metadata_beyond_all_bounds_is_refused(running: Running) -> None:
+async def test_an_oversized_message_or_metadata_is_refused(running: Running) -> None:
     vote = running.channel.unary_unary(VOTE)
     assert await failure(vote(b"\x00" * 5_000_000, metadata=ANN)) == EXHAUSTED
     assert await failure(vote(b"", metadata=(*ANN, ("x-long", "a" * 17_000)))) == EXHAUSTED
@@ -242,9 +242,7 @@ async def test_a_call_without_its_message_ends(running: Running, monkeypatch: py
     assert (await refusal(call))[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "The call has no message.")
 
 
-async def test_what_strangers_may_ask_is_read_like_everything_else(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_requests_without_a_key_are_validated_too(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     check = "/grpc.health.v1.Health/Check"
     with monkeypatch.context() as impatient:
         impatient.setattr(interceptor, "MESSAGE_SECONDS", 0.05)
@@ -252,14 +250,14 @@ async def test_what_strangers_may_ask_is_read_like_everything_else(
     code, message, _ = await refusal(running.channel.unary_unary(check)(b"\xff\xff\xff"))
     assert (code, message) == (
         grpc.StatusCode.INVALID_ARGUMENT,
-        "The message is not what its protobuf definition says.",
+        "The message does not match its protobuf definition.",
     )
     unknown = health_pb2.HealthCheckRequest(service="none").SerializeToString()
     assert await failure(running.channel.unary_unary(check)(unknown)) == grpc.StatusCode.NOT_FOUND
     assert await running.channel.unary_unary(check)(b"") == b"\x08\x01"
 
 
-async def test_strangers_who_only_hold_calls_open_keep_nobody_from_asking(
+async def test_open_calls_without_a_key_do_not_block_health_checks(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits_module, "STRANGERS", 3)
@@ -268,16 +266,16 @@ async def test_strangers_who_only_hold_calls_open_keep_nobody_from_asking(
     for _ in range(3):
         call = running.channel.stream_unary(check)(silent())
         opened.append(asyncio.ensure_future(refusal(call)))
-        # Each is at the server before the next one begins: calls of one connection keep their order.
+        # Each reaches the server before the next one begins: calls of one connection keep their order.
         assert await running.channel.unary_unary(check)(b"") == b"\x08\x01"
     ended, open_ = await asyncio.wait(opened, timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
     assert ended == {opened[0]}
     assert opened[0].result() == (
         EXHAUSTED,
-        "More calls without a key came than are heard at once, and this one was open for longest.",
+        "There are too many calls without a key, and this one was the oldest.",
         ["STRANGERS"],
     )
-    # Any number may ask, and whoever has a key is not among them.
+    # Health checks are unlimited, and calls with a key do not count.
     for _ in range(9):
         assert await running.channel.unary_unary(check)(b"") == b"\x08\x01"
     assert (await chat(running))[-1].finished.text == "one two three four "
@@ -285,14 +283,14 @@ async def test_strangers_who_only_hold_calls_open_keep_nobody_from_asking(
         task.cancel()
 
 
-async def test_a_reader_who_stalls_counts_until_the_status_is_out(tmp_path: Path) -> None:
+async def test_a_stalled_reader_counts_until_the_status_is_sent(tmp_path: Path) -> None:
     async with running_server(tmp_path, call_seconds=1.0, user_calls=1, max_tokens=2_000) as running:
         running.engine.max_model_len = 50_000
-        # Four hundred words fill the client's window: long before its time is up.
+        # Four hundred words fill the client's flow-control window long before the deadline.
         running.engine.answers = [" ".join(["x" * 10_000] * 2_000)]
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
         await call.read()
-        # Its time is up, and the answer with it, but nobody takes the status: the share is still used up.
+        # The deadline has ended the answer, but the client does not read the status: the share is still used up.
         hers = await sampled(running)
         async with asyncio.timeout(SECONDS):
             while not hers.ended:
@@ -307,7 +305,7 @@ async def test_a_reader_who_stalls_counts_until_the_status_is_out(tmp_path: Path
                 pass
 
 
-async def test_calls_without_a_message_use_up_their_callers_share_alone(tmp_path: Path) -> None:
+async def test_calls_without_a_message_only_use_up_their_callers_share(tmp_path: Path) -> None:
     async with running_server(tmp_path, user_calls=3) as running:
         opened = [running.channel.stream_unary(VOTE)(silent(), metadata=ANN) for _ in range(4)]
         ended, open_ = await asyncio.wait(
@@ -321,7 +319,7 @@ async def test_calls_without_a_message_use_up_their_callers_share_alone(tmp_path
         await asyncio.wait(open_)
 
 
-async def test_the_servers_own_deadline_ends_a_call_and_keeps_what_was_said(tmp_path: Path) -> None:
+async def test_the_servers_deadline_ends_a_call_and_stores_the_text_so_far(tmp_path: Path) -> None:
     async with running_server(tmp_path, call_seconds=0.2) as running:
         running.engine.hold_after = 2
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
@@ -336,14 +334,14 @@ async def test_the_servers_own_deadline_ends_a_call_and_keeps_what_was_said(tmp_
 
 
 async def sampled(running: Running) -> Any:
-    """The first answer, once it is being sampled: `started` is told before."""
+    """The first answer, once it is being sampled: `started` is sent before."""
     async with asyncio.timeout(SECONDS):
         while not running.engine.streams:
             await asyncio.sleep(0)
     return running.engine.streams[0]
 
 
-async def test_a_reader_who_stalls_holds_up_their_own_answer_and_no_more_memory(tmp_path: Path) -> None:
+async def test_a_stalled_reader_only_delays_their_own_answer_with_bounded_memory(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_tokens=20_000) as running:
         running.engine.max_model_len = 50_000
         # 20 MB in all, of which the client's flow control takes 4 unread.
@@ -351,7 +349,7 @@ async def test_a_reader_who_stalls_holds_up_their_own_answer_and_no_more_memory(
         call = running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=ANN)
         started = await call.read()
         await sampled(running)
-        # Others are answered while it stalls: each of them gives the stalled one time to run on if it could.
+        # Others are answered while it stalls, which gives the stalled one time to continue if it could.
         running.engine.answers = ["short"] * 50
         for _ in range(50):
             await chat(running, user=BOB)
@@ -364,10 +362,10 @@ async def test_a_reader_who_stalls_holds_up_their_own_answer_and_no_more_memory(
         assert len(stalled.said) < 6_000
 
 
-async def test_half_open_connections_and_a_flood_of_them_leave_those_alone_who_are_in(tmp_path: Path) -> None:
+async def test_half_open_connections_do_not_disturb_connected_clients(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_connections=60) as running:
         port = running.app.port
-        # The first bytes of HTTP/2 and then nothing, and not even those.
+        # Connections that send only the first bytes of HTTP/2, or nothing.
         half = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
         for _, writer in half[:10]:
             writer.write(b"PRI * HTTP/2.0")
@@ -375,7 +373,7 @@ async def test_half_open_connections_and_a_flood_of_them_leave_those_alone_who_a
         assert (await chat(running))[-1].finished.text == "one two three four "
         flood = [socket.create_connection(("127.0.0.1", port), timeout=SECONDS) for _ in range(200)]
         assert (await chat(running))[-1].finished.text == "one two three four "
-        # Most of them were closed from the server's side.
+        # The server closed most of them.
         closed = await asyncio.gather(*(asyncio.to_thread(is_closed, one) for one in flood[100:]))
         assert all(closed)
         for one in flood:

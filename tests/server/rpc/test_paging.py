@@ -1,4 +1,4 @@
-"""Pages: all of it, in order, once; no page of more bytes than any client takes; and votes do not wait for readers."""
+"""Pages: every entry once and in order, no page larger than a client accepts, and votes do not wait for readers."""
 
 import asyncio
 import time
@@ -28,7 +28,7 @@ def entry(number: int, size: int) -> tuple[list[Any], chat_pb2.Turn]:
         ([10, 10, 10], 3, 3),
         ([10, 10, 10, 10], 3, 3),
         ([PAGE_BYTES // 2 - 10, PAGE_BYTES // 2 - 10, 100], 3, 2),
-        # One that is larger than a page is a page of its own.
+        # An entry larger than a page is a page by itself.
         ([PAGE_BYTES + 1, 10], 3, 1),
         ([10, PAGE_BYTES + 1], 3, 1),
     ],
@@ -39,7 +39,7 @@ def test_a_page_ends_where_it_is_full(sizes: list[int], size: int, expected: int
     assert bool(token) == (expected < len(sizes))
 
 
-def test_chunks_are_read_until_there_is_none() -> None:
+def test_chunks_are_read_to_the_end() -> None:
     asked: list[int | None] = []
 
     def read(last: int | None) -> list[int]:
@@ -86,7 +86,7 @@ async def test_a_conversation_comes_page_by_page(tmp_path: Path, size: int, leng
         assert {page.conversation.title for page in found} == {"hello"}
 
 
-async def test_no_page_is_larger_than_any_client_takes(tmp_path: Path) -> None:
+async def test_no_page_is_larger_than_a_client_accepts(tmp_path: Path) -> None:
     async with running_server(tmp_path) as running:
         conversation = await running.store(lambda store: long_conversation(store, 60, 50_000))
         found = await pages(running, conversation)
@@ -94,7 +94,7 @@ async def test_no_page_is_larger_than_any_client_takes(tmp_path: Path) -> None:
         assert max(page.ByteSize() for page in found) < PAGE_BYTES + 1000
 
 
-async def test_feedback_comes_in_pages_that_any_client_takes(tmp_path: Path) -> None:
+async def test_feedback_comes_in_pages_that_any_client_accepts(tmp_path: Path) -> None:
     async with running_server(tmp_path, max_message_chars=100_000) as running:
         running.engine.max_model_len = 100_000
         for number in range(30):
@@ -116,7 +116,7 @@ async def test_feedback_comes_in_pages_that_any_client_takes(tmp_path: Path) -> 
         assert found == [str(number) for number in reversed(range(30))]
 
 
-async def test_versions_and_rounds_come_in_pages_that_any_client_takes(tmp_path: Path) -> None:
+async def test_versions_and_rounds_come_in_pages_that_any_client_accepts(tmp_path: Path) -> None:
     async with running_server(tmp_path) as running:
 
         def fill(store: Store) -> None:
@@ -182,17 +182,17 @@ async def test_votes_do_not_wait_for_a_reader(tmp_path: Path) -> None:
         await running.store(lambda store: store.conversations.create("ann", "hello"))
         assert time.monotonic() - started < 5
         go_on.set()
-        # As of one moment.
+        # The read is from one moment.
         assert await slow == [0, 0]
 
 
-async def test_a_conversation_is_remembered_as_far_as_the_model_can_read(tmp_path: Path) -> None:
+async def test_a_prompt_has_as_much_of_the_conversation_as_fits(tmp_path: Path) -> None:
     async with running_server(tmp_path) as running:
         running.engine.max_model_len = 40
         conversation = await running.store(lambda store: long_conversation(store, 300, 3))
         call = running.chat.Chat(chat_pb2.ChatRequest(conversation_id=conversation, message="Go on."), metadata=ANN)
         assert [event async for event in call][-1].finished.text
-        # 640 characters of turns of about 9: no more than some chunks of twenty were looked at.
+        # 640 characters in turns of about 9: only a few chunks of twenty were read.
         longest = max(len(messages) for messages in running.engine.encoded)
         assert 1 < longest <= 2 * 100 + 1
         assert running.engine.encoded[-1][-1] == {"role": "user", "content": "Go on."}

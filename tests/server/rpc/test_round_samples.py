@@ -1,4 +1,4 @@
-"""Answers before and after over gRPC: of what is there, whole, and of nothing else on the disk."""
+"""Samples before and after a round over gRPC: only complete ones, of existing conversations and known rounds."""
 
 import asyncio
 import json
@@ -54,11 +54,11 @@ def prompts(response: Any) -> list[str]:
     return [sample.prompt for sample in response.samples]
 
 
-async def test_what_was_judged_is_shown_a_page_at_a_time(running: Running) -> None:
+async def test_samples_are_listed_page_by_page(running: Running) -> None:
     round_ = await running.store(judged)
     assert prompts(await listed(running, round_)) == []
     for number in range(5):
-        # A line's end to Python, and to nobody who writes JSON.
+        # A line end to Python's text files, but not in JSON.
         keep_line(running.data_dir, round_, OWN, f"p{number}\u2028!", row=number)
     first = await listed(running, round_, 2)
     assert [(one.prompt, one.before, one.after) for one in first.samples] == [
@@ -80,7 +80,7 @@ async def test_a_round_that_judged_nothing_has_no_samples(running: Running) -> N
     assert prompts(await listed(running, round_)) == []
 
 
-def test_a_line_that_a_kill_cut_short_and_one_that_names_nobody_are_left_out(store: Store, tmp_path: Path) -> None:
+def test_truncated_lines_and_lines_without_a_conversation_are_left_out(store: Store, tmp_path: Path) -> None:
     round_ = judged(store)
     file = tmp_path / "rounds" / round_.id / "answers.jsonl"
     keep_line(tmp_path, round_, OWN, "whole")
@@ -91,26 +91,26 @@ def test_a_line_that_a_kill_cut_short_and_one_that_names_nobody_are_left_out(sto
 
 @pytest.fixture
 async def unswept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
-    """A server whose sweeps are yet to come."""
+    """A server that does not sweep."""
     monkeypatch.setattr(retention_task, "erase", lambda *arguments, **options: True)
     async with running_server(tmp_path) as running:
         yield running
 
 
-async def test_what_was_deleted_is_not_shown_before_it_is_swept_either(unswept: Running) -> None:
+async def test_deleted_conversations_are_hidden_even_before_a_sweep(unswept: Running) -> None:
     gone, kept = await unswept.store(lambda store: [store.conversations.create("ann", "q") for _ in range(2)])
     round_ = await unswept.store(judged)
     for conversation_id, prompt in ((gone, "secret"), (kept, "kept"), (OWN, "ours"), (kept, "more")):
         keep_line(unswept.data_dir, round_, conversation_id, prompt)
     first = await listed(unswept, round_, 1)
     assert prompts(first) == ["secret"]
-    # The rows are gone and the sweep waits, as it does behind whoever keeps.
+    # The rows are deleted and the sweep waits for the lock.
     await unswept.store(lambda store: store.conversations.delete("ann", gone))
     assert b"secret" in (unswept.data_dir / "rounds" / round_.id / "answers.jsonl").read_bytes()
     assert prompts(await listed(unswept, round_)) == ["kept", "ours", "more"]
 
 
-async def test_a_page_goes_on_where_it_was_though_lines_before_it_were_swept(running: Running) -> None:
+async def test_a_next_page_continues_correctly_after_a_sweep(running: Running) -> None:
     gone, kept = await running.store(lambda store: [store.conversations.create("ann", "q") for _ in range(2)])
     round_ = await running.store(judged)
     for row, (conversation_id, prompt) in enumerate(((gone, "a"), (kept, "b"), (kept, "c"), (kept, "d"))):
@@ -122,7 +122,7 @@ async def test_a_page_goes_on_where_it_was_though_lines_before_it_were_swept(run
     assert prompts(await listed(running, round_, 2, first.next_page_token)) == ["c", "d"]
 
 
-async def test_a_deletion_while_samples_are_read_is_in_time(unswept: Running, monkeypatch: Any) -> None:
+async def test_a_deletion_while_samples_are_read_takes_effect(unswept: Running, monkeypatch: Any) -> None:
     conversation_id = await unswept.store(lambda store: store.conversations.create("ann", "q"))
     round_ = await unswept.store(judged)
     keep_line(unswept.data_dir, round_, conversation_id, "secret")
@@ -139,11 +139,11 @@ async def test_a_deletion_while_samples_are_read_is_in_time(unswept: Running, mo
     assert prompts(await listed(unswept, round_)) == []
 
 
-async def test_samples_wait_for_a_sweep_and_nobody_waits_for_them(running: Running) -> None:
+async def test_samples_wait_for_a_sweep_without_blocking_other_calls(running: Running) -> None:
     round_ = await running.store(judged)
     with keeping(running.data_dir):
         listing = asyncio.create_task(listed(running, round_))
-        # Asked after it, answered before it: the event loop is free.
+        # Sent later but answered earlier: the event loop is free.
         for _ in range(3):
             await running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=ANN, timeout=10)
         assert not listing.done()
@@ -151,7 +151,7 @@ async def test_samples_wait_for_a_sweep_and_nobody_waits_for_them(running: Runni
     assert prompts(await listing) == ["written meanwhile"]
 
 
-async def test_a_page_is_never_more_than_a_client_takes(running: Running) -> None:
+async def test_a_page_is_never_larger_than_a_client_accepts(running: Running) -> None:
     round_ = await running.store(judged)
     for letter in "abc":
         keep_line(running.data_dir, round_, OWN, letter * 1_500_000)
@@ -164,7 +164,7 @@ async def test_a_page_is_never_more_than_a_client_takes(running: Running) -> Non
     assert found == [["a"], ["b"], ["c"]]
 
 
-async def test_a_round_that_is_not_there_is_not_found_whatever_is_on_the_disk(running: Running) -> None:
+async def test_an_unknown_round_is_not_found_whatever_is_on_disk(running: Running) -> None:
     round_ = await running.store(judged)
     keep_line(running.data_dir, round_, OWN, "of a round")
     (running.data_dir / "elsewhere").mkdir()
@@ -175,7 +175,7 @@ async def test_a_round_that_is_not_there_is_not_found_whatever_is_on_the_disk(ru
         assert (code, details) == (grpc.StatusCode.NOT_FOUND, ["NOT_FOUND"]), name
 
 
-async def test_nothing_is_shown_of_somebody_who_was_forgotten(running: Running) -> None:
+async def test_nothing_is_shown_of_a_deleted_user(running: Running) -> None:
     hers, his = await running.store(lambda store: [store.conversations.create(user, "q") for user in ("ann", "bob")])
     round_ = await running.store(judged)
     for conversation_id, prompt in ((hers, "hers"), (his, "his")):

@@ -80,7 +80,7 @@ async def test_a_chat_streams_and_is_on_disk_before_it_is_finished(running: Runn
     assert turn.response.temperature == pytest.approx(0.85)
 
 
-async def test_a_set_zero_is_not_an_unset_field(running: Running) -> None:
+async def test_an_explicit_zero_is_not_an_unset_field(running: Running) -> None:
     await chat(running, sampling=chat_pb2.SamplingOptions(temperature=0, seed=0, max_tokens=3))
     [sampling] = running.engine.samplings
     assert (sampling.temperature, sampling.seed, sampling.max_tokens) == (0.0, 0, 3)
@@ -103,7 +103,7 @@ async def test_a_second_message_waits_for_the_first_answer_also_in_a_new_convers
     await running.engine.holding.wait()
     running.engine.hold_after = None
     second = asyncio.create_task(chat(running, "and then", conversation_id=conversation_id))
-    # Somebody else is answered meanwhile, so the second one had its time to go wrong.
+    # Another user is answered in the meantime, so the second message had time to go wrong.
     await chat(running, "other", user=BOB)
     running.engine.go_on.set()
     await second
@@ -111,7 +111,7 @@ async def test_a_second_message_waits_for_the_first_answer_also_in_a_new_convers
 
 
 async def test_a_long_conversation_loses_its_oldest_turns_whole(running: Running) -> None:
-    # 40 tokens less 20 for the answer leave 20: two turns of 2 + 4 and the new message of 2 fit, three would too (20).
+    # 40 tokens minus 20 for the answer leave 20: two turns of 2 + 4 and the new message of 2 fit, three would too (20).
     started, *_ = await chat(running)
     for _ in range(3):
         await chat(running, "next one", conversation_id=started.started.conversation_id)
@@ -121,16 +121,16 @@ async def test_a_long_conversation_loses_its_oldest_turns_whole(running: Running
     assert running.engine.prompts[-1][:2] == [len("next"), len("one")]
 
 
-async def test_a_message_that_cannot_fit_is_refused_and_nothing_is_kept(running: Running) -> None:
+async def test_a_message_that_cannot_fit_is_refused_and_not_stored(running: Running) -> None:
     code, message, details = await refusal(running.chat.Chat(chat_pb2.ChatRequest(message="a " * 21), metadata=ANN))
     assert code == grpc.StatusCode.INVALID_ARGUMENT
-    assert message == "The message takes 21 tokens; at most 20 fit beside its answer."
+    assert message == "The message has 21 tokens; at most 20 fit with its answer."
     assert details == ["INVALID_FIELD", "message"]
     listed = await running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=ANN)
     assert list(listed.conversations) == []
 
 
-async def test_a_cancelled_stream_keeps_what_was_sampled_and_its_spans(running: Running) -> None:
+async def test_a_cancelled_stream_stores_its_tokens_and_spans(running: Running) -> None:
     running.engine.hold_after = 2
     call = running.chat.Chat(chat_pb2.ChatRequest(message="hello"), metadata=ANN)
     started = await call.read()
@@ -153,7 +153,7 @@ async def test_a_deadline_stops_the_answer(running: Running) -> None:
     assert await failure(call) == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_a_dead_engine_is_unavailable_and_the_message_is_kept(running: Running) -> None:
+async def test_a_dead_engine_is_unavailable_and_the_message_is_stored(running: Running) -> None:
     running.engine.dies = True
     call = running.chat.Chat(chat_pb2.ChatRequest(message="hello"), metadata=ANN)
     started = await call.read()
@@ -163,7 +163,7 @@ async def test_a_dead_engine_is_unavailable_and_the_message_is_kept(running: Run
     assert (turn.message, turn.response.finish_reason) == ("hello", chat_pb2.FINISH_REASON_ERROR)
 
 
-async def test_a_dead_engine_is_started_again_and_health_says_so(running: Running) -> None:
+async def test_a_dead_engine_is_restarted_and_health_reports_it(running: Running) -> None:
     health = health_pb2_grpc.HealthStub(running.channel)  # type: ignore[no-untyped-call]
     watching = health.Watch(health_pb2.HealthCheckRequest())
 
@@ -181,7 +181,7 @@ async def test_a_dead_engine_is_started_again_and_health_says_so(running: Runnin
     watching.cancel()
 
 
-async def test_an_engine_that_hangs_is_killed_and_started_again(
+async def test_an_engine_that_hangs_is_killed_and_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(app, "PROBE_SECONDS", 0.01)
@@ -222,7 +222,7 @@ async def test_a_thousand_duplicates_at_once_are_one_turn_and_one_vote(tmp_path:
         assert await running.store(lambda store: store.snapshots.watermark()) == 1
 
 
-async def test_a_comparison_hides_what_tells_its_answers_apart_until_the_choice(running: Running) -> None:
+async def test_a_comparison_hides_how_its_answers_differ_until_the_choice(running: Running) -> None:
     started, *events = await compare(running)
     finished = {event.finished.slot: event.finished for event in events if event.WhichOneof("event") == "finished"}
     assert set(finished) == {chat_pb2.SLOT_A, chat_pb2.SLOT_B}
@@ -242,14 +242,14 @@ async def test_a_comparison_hides_what_tells_its_answers_apart_until_the_choice(
     assert sorted([turn.comparison.a.temperature, turn.comparison.b.temperature]) == pytest.approx([0.7, 1.0])
 
 
-async def test_which_answer_is_warmer_is_random(running: Running) -> None:
+async def test_the_slot_of_the_hotter_answer_is_random(running: Running) -> None:
     for _ in range(30):
         await compare(running)
-    # 30 times the same order: once in 5e8 runs.
+    # The same order 30 times happens once in 5e8 runs.
     assert {sampling.temperature for sampling in running.engine.samplings[::2]} == {0.7, 1.0}
 
 
-async def test_going_on_without_a_choice_goes_on_with_a(running: Running) -> None:
+async def test_a_message_without_a_choice_continues_with_a(running: Running) -> None:
     started, *_ = await compare(running)
     await chat(running, "go on", conversation_id=started.started.conversation_id)
     first, _ = await turns(running, started.started.conversation_id)
@@ -359,15 +359,13 @@ BAD_REQUESTS: list[tuple[str, str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("service", "rpc", "request_", "field"), BAD_REQUESTS)
-async def test_a_broken_rule_names_its_field(
-    running: Running, service: str, rpc: str, request_: Any, field: str
-) -> None:
+async def test_an_invalid_field_is_named(running: Running, service: str, rpc: str, request_: Any, field: str) -> None:
     code, _, details = await refusal(getattr(getattr(running, service), rpc)(request_, metadata=ANN))
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert details == ["INVALID_FIELD", field]
 
 
-async def test_what_is_unknown_or_another_users_is_not_found_alike(running: Running) -> None:
+async def test_unknown_and_other_users_data_give_the_same_error(running: Running) -> None:
     started, *_ = await chat(running, user=BOB)
     for response_id in ("resp_unknown", started.started.response_id):
         thumb = feedback_pb2.SubmitThumbRequest(response_id=response_id, thumb=feedback_pb2.THUMB_UP)
@@ -376,7 +374,7 @@ async def test_what_is_unknown_or_another_users_is_not_found_alike(running: Runn
         assert message == f"There is no response {response_id!r}."
 
 
-async def test_activating_serves_the_version_and_rolling_back_serves_the_one_before(running: Running) -> None:
+async def test_activation_serves_the_version_and_rollback_the_previous_one(running: Running) -> None:
     publish_version(running.data_dir, "v0001")
     await running.store(lambda store: register(store, "v0001"))
     activate = policy_pb2.ActivatePolicyRequest(version="v0001", expected_active_version="v0000")
@@ -408,13 +406,13 @@ async def active(running: Running) -> Any:
     return await running.policies.GetActivePolicy(policy_pb2.GetActivePolicyRequest(), metadata=ANN)
 
 
-async def test_a_rollback_says_beforehand_where_it_goes_and_goes_from_there_alone(running: Running) -> None:
+async def test_a_rollback_announces_its_target_and_checks_the_active_version(running: Running) -> None:
     for version in ("v0001", "v0002"):
         publish_version(running.data_dir, version)
         await running.store(lambda store, v=version: register(store, v))
     assert (await active(running)).rollback_version == ""
     expecting = policy_pb2.RollbackPolicyRequest(expected_active_version="v0001")
-    # Also where there is nothing to go back to: somebody else was first, and that is what to say.
+    # Also without a version to go back to: the conflict is reported first.
     code, message, _ = await refusal(running.policies.RollbackPolicy(expecting, metadata=ANN))
     assert (code, message) == (grpc.StatusCode.ABORTED, "v0000 is active, not v0001; nothing was changed.")
     for version in ("v0001", "v0002"):
@@ -424,17 +422,17 @@ async def test_a_rollback_says_beforehand_where_it_goes_and_goes_from_there_alon
     assert (code, message) == (grpc.StatusCode.ABORTED, "v0002 is active, not v0001; nothing was changed.")
     expecting.expected_active_version = "v0002"
     assert (await running.policies.RollbackPolicy(expecting, metadata=ANN)).policy.version == "v0001"
-    # v0002 was taken back, so it is not what another rollback takes.
+    # v0002 was rolled back, so another rollback does not activate it.
     assert (await active(running)).rollback_version == "v0000"
 
 
-async def test_of_two_rollbacks_at_once_one_goes_back_one_step(running: Running) -> None:
+async def test_two_rollbacks_at_once_go_back_one_step(running: Running) -> None:
     for version in ("v0001", "v0002"):
         publish_version(running.data_dir, version)
         await running.store(lambda store, v=version: register(store, v))
         await running.policies.ActivatePolicy(policy_pb2.ActivatePolicyRequest(version=version), metadata=ANN)
     request = policy_pb2.RollbackPolicyRequest()
-    # Both have looked before either moves.
+    # Both have read the active version before either moves it.
     looked, step = [], Policies.rollback_step
     both = asyncio.Event()
 
@@ -461,7 +459,7 @@ async def test_of_two_rollbacks_at_once_one_goes_back_one_step(running: Running)
     assert running.engine.version == "v0001"
 
 
-async def test_a_reason_is_kept_with_the_move_and_there_is_always_one(running: Running) -> None:
+async def test_every_move_is_stored_with_a_reason(running: Running) -> None:
     publish_version(running.data_dir, "v0001")
     await running.store(lambda store: register(store, "v0001"))
     for reason in ("", "  ", "I read its answers"):
@@ -480,7 +478,7 @@ async def test_a_reason_is_kept_with_the_move_and_there_is_always_one(running: R
     ]
 
 
-async def test_votes_are_counted_by_utc_day_and_kind_whosever_they_are(running: Running) -> None:
+async def test_votes_of_all_users_are_counted_by_utc_day_and_kind(running: Running) -> None:
     voters = (ANN, BOB, ANN, ANN, BOB, ANN)
     response_ids = [(await chat(running, user=user))[0].started.response_id for user in voters]
     for user, response_id in zip(voters, response_ids, strict=True):
@@ -515,7 +513,7 @@ async def test_votes_are_counted_by_utc_day_and_kind_whosever_they_are(running: 
     assert (await counted(366))[0] == (before, thumb_kind, 1)
 
 
-async def test_a_caller_that_leaves_does_not_leave_a_swap_half_way(running: Running) -> None:
+async def test_a_disconnected_caller_does_not_interrupt_a_swap(running: Running) -> None:
     publish_version(running.data_dir, "v0001")
     await running.store(lambda store: register(store, "v0001"))
     running.engine.may_swap.clear()
@@ -529,7 +527,7 @@ async def test_a_caller_that_leaves_does_not_leave_a_swap_half_way(running: Runn
     assert running.engine.swaps == 1
 
 
-async def test_a_stream_carries_on_over_a_swap_and_its_spans_say_where(running: Running) -> None:
+async def test_a_stream_continues_over_a_swap_and_its_spans_say_where(running: Running) -> None:
     publish_version(running.data_dir, "v0001")
     await running.store(lambda store: register(store, "v0001"))
     running.engine.hold_after = 3
@@ -573,14 +571,14 @@ A, B = np.zeros((2, 3), np.float32), np.zeros(4, np.float32)
         (lambda path: (path / "extra.pt").write_text(""), "v0001 has extra.pt, which its manifest does not list."),
         (lambda path: (path / "model.safetensors").unlink(), "v0001 lacks model.safetensors."),
         (lambda path: reseal(path, {"a": A}), "v0001 lacks the tensor b."),
-        (lambda path: reseal(path, {"a": A, "b": A}), "v0001: b has the shape [2, 3], the engine needs [4]."),
+        (lambda path: reseal(path, {"a": A, "b": A}), "v0001: b has shape [2, 3], but the engine needs [4]."),
         (
             lambda path: reseal(path, {"a": A, "b": B, "c": B}),
-            "v0001 has the tensor c, which the engine does not know.",
+            "v0001 has the tensor c, which the engine does not expect.",
         ),
     ],
 )
-async def test_a_damaged_version_is_refused_with_the_reason_and_the_old_one_serves(
+async def test_a_damaged_version_is_refused_and_the_old_one_stays_active(
     running: Running, damage: Any, reason: str
 ) -> None:
     damage(publish_version(running.data_dir, "v0001"))
@@ -605,7 +603,7 @@ async def test_a_version_the_engine_refuses_is_marked_failed_and_the_pointer_goe
     assert (await running.store(lambda store: store.policies.active())).version == "v0000"
 
 
-async def test_rolling_back_with_nothing_behind_is_refused(running: Running) -> None:
+async def test_a_rollback_without_a_previous_version_is_refused(running: Running) -> None:
     code, _, details = await refusal(running.policies.RollbackPolicy(policy_pb2.RollbackPolicyRequest(), metadata=ANN))
     assert (code, details) == (grpc.StatusCode.FAILED_PRECONDITION, ["NOTHING_TO_ROLL_BACK"])
 
@@ -646,7 +644,7 @@ async def test_a_store_that_fails_acknowledges_nothing(running: Running) -> None
     )
     code, message, details = await refusal(running.feedback.SubmitThumb(thumb, metadata=ANN))
     assert (code, details) == (grpc.StatusCode.UNAVAILABLE, ["STORE_UNAVAILABLE"])
-    assert "nothing of this call was kept" in message
+    assert "Nothing from this call was stored" in message
     await running.store(lambda store: store._db.execute("PRAGMA query_only = OFF"))
     # Recovered without a restart, and the same request_id now goes through.
     await running.feedback.SubmitThumb(thumb, metadata=ANN)
@@ -656,12 +654,12 @@ async def test_an_answer_that_leaves_no_room_for_its_message_is_refused(running:
     running.engine.max_model_len = 12
     assert await refusal(chat(running, sampling={"max_tokens": 12})) == (
         grpc.StatusCode.INVALID_ARGUMENT,
-        "sampling.max_tokens must be below 12, which is what the model has for a message and its answer.",
+        "sampling.max_tokens must be below 12, the model's limit for a message and its answer together.",
         ["INVALID_FIELD", "sampling.max_tokens"],
     )
 
 
-async def test_what_the_model_cannot_read_nobody_can_teach_it(running: Running) -> None:
+async def test_feedback_longer_than_the_context_is_refused(running: Running) -> None:
     started, *_ = await chat(running, "hello there")
     # Forty tokens in all: two of the prompt, one of the end.
     for words, taken in ((37, True), (38, False)):
@@ -687,7 +685,7 @@ async def test_what_the_model_cannot_read_nobody_can_teach_it(running: Running) 
     )
 
 
-async def test_messages_that_the_template_does_not_take_are_refused(running: Running) -> None:
+async def test_messages_that_the_template_rejects_are_refused(running: Running) -> None:
     def refuse(messages: list[dict[str, str]], began: float) -> list[int]:
         raise ValueError("Conversation roles must alternate user/assistant/user/assistant/...")
 
@@ -698,12 +696,12 @@ async def test_messages_that_the_template_does_not_take_are_refused(running: Run
     )
     assert await refusal(call) == (
         grpc.StatusCode.INVALID_ARGUMENT,
-        "messages do not follow each other as the model's chat template has it.",
+        "messages are in an order that the model's chat template does not accept.",
         ["INVALID_FIELD", "messages"],
     )
 
 
-async def test_what_cannot_fit_is_not_encoded_first(running: Running) -> None:
+async def test_a_text_that_cannot_fit_is_not_encoded(running: Running) -> None:
     def never(*arguments: Any) -> Any:
         raise AssertionError("it was encoded")
 
@@ -714,5 +712,5 @@ async def test_what_cannot_fit_is_not_encoded_first(running: Running) -> None:
     )
     assert (await refusal(call))[:2] == (
         grpc.StatusCode.INVALID_ARGUMENT,
-        "messages must have at most 40 tokens, and has 642 characters.",
+        "messages must have at most 40 tokens, but has 642 characters.",
     )

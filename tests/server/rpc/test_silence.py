@@ -1,4 +1,4 @@
-"""What people write stays out of the log, and out of what others are told: every RPC, on success and on failures."""
+"""Users' text stays out of the log and out of other callers' statuses: every RPC, on success and on failure."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ from server.telemetry.safe_traceback import safe_traceback
 from tests.server.conftest import Running
 from tests.server.rpc.test_rpcs import BOB, chat, compare
 
-# One for each field that a person writes; none of them means anything to the server.
+# One for each field with user text; none of them has a meaning to the server.
 WORDS = {
     name: f"quixotic-{name}"
     for name in ("message", "comment", "correction", "demonstration", "answer", "user", "reason")
@@ -23,7 +23,7 @@ SECONDS = 10.0
 
 
 class Everything(logging.Handler):
-    """All that is logged, as a file would have it."""
+    """All log lines, as in a file."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -54,7 +54,7 @@ def messages() -> list[feedback_pb2.Message]:
 
 
 def requests(response_id: str, comparison_id: str, conversation_id: str) -> dict[str, Any]:
-    """A request of every RPC, with a text in each field that takes one. `ForgetUser` comes last."""
+    """A request of every RPC, with a text in each text field. `ForgetUser` comes last."""
     return {
         "Chat": chat_pb2.ChatRequest(message=WORDS["message"], conversation_id=conversation_id),
         "Compare": chat_pb2.CompareRequest(message=WORDS["message"], conversation_id=conversation_id),
@@ -87,7 +87,7 @@ def requests(response_id: str, comparison_id: str, conversation_id: str) -> dict
 
 
 async def call_all(running: Running, asked: dict[str, Any], user: Any) -> dict[str, str]:
-    """What the status of each RPC says, details included; empty where it went well."""
+    """The status of each RPC, including details; empty on success."""
     told = {}
     for name, request in asked.items():
         stubs = (running.chat, running.feedback, running.policies, running.account)
@@ -115,11 +115,11 @@ async def begun(running: Running, user: Any = ZOE) -> dict[str, Any]:
 
 
 def fill_disk(running: Running) -> Any:
-    """As full as it is now; SQLite finds that out as it would on a real one."""
+    """A disk that is full from now on; SQLite gets the error as from a real one."""
     return running.store(lambda store: store._db._db.conn.execute("PRAGMA max_page_count = 1"))
 
 
-async def test_nothing_is_said_of_what_people_write(running: Running, said: list[str]) -> None:
+async def test_user_text_is_not_quoted(running: Running, said: list[str]) -> None:
     asked = await begun(running)
     assert set(asked) == {method.rpartition("/")[2] for method in ROLES if method.startswith("/prefloop.")}
     told = await call_all(running, asked, ZOE)
@@ -134,7 +134,7 @@ async def test_nothing_is_said_of_what_people_write(running: Running, said: list
     assert leaked([*said, *told.values()]) == []
 
 
-async def test_nothing_is_said_to_those_who_guess(running: Running, said: list[str]) -> None:
+async def test_guessed_ids_reveal_nothing(running: Running, said: list[str]) -> None:
     asked = await begun(running)
     told = await call_all(running, {name: one for name, one in asked.items() if name != "ForgetUser"}, BOB)
     assert told["GetConversation"].startswith("NOT_FOUND")
@@ -142,7 +142,7 @@ async def test_nothing_is_said_to_those_who_guess(running: Running, said: list[s
     assert leaked([*said, *told.values()]) == []
 
 
-async def test_nothing_is_said_of_a_field_that_breaks_its_rule(running: Running, said: list[str]) -> None:
+async def test_invalid_fields_are_not_quoted(running: Running, said: list[str]) -> None:
     asked = await begun(running)
     long = " ".join(["quixotic-long"] * 100)
     asked["Chat"].message = asked["Compare"].message = asked["SubmitCorrection"].text = long
@@ -154,13 +154,13 @@ async def test_nothing_is_said_of_a_field_that_breaks_its_rule(running: Running,
     assert leaked([*said, *told.values()]) == []
 
 
-async def test_nothing_is_said_where_the_disk_is_full(running: Running, said: list[str]) -> None:
+async def test_nothing_is_quoted_when_the_disk_is_full(running: Running, said: list[str]) -> None:
     asked = await begun(running)
     part = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="-".join([WORDS["demonstration"]] * 20))
     asked["SubmitDemonstration"].messages.extend([part] * 2)
     await fill_disk(running)
     running.engine.max_model_len = 10_000
-    # Until nothing more is free in the pages that there are.
+    # Until the existing pages have no free space.
     full = "UNAVAILABLE The server's disk is full"
     for _ in range(100):
         told = await call_all(running, {"SubmitDemonstration": asked["SubmitDemonstration"]}, ZOE)
@@ -173,13 +173,13 @@ async def test_nothing_is_said_where_the_disk_is_full(running: Running, said: li
 
 
 @pytest.mark.parametrize("dies", [True, False])
-async def test_nothing_is_said_where_the_engine_fails(
+async def test_nothing_is_quoted_when_the_engine_fails(
     running: Running, said: list[str], monkeypatch: pytest.MonkeyPatch, dies: bool
 ) -> None:
     asked = await begun(running)
     running.engine.dies = dies
     if not dies:
-        # As a tokenizer may, and not at once: the first line of its kin is caught elsewhere.
+        # As a tokenizer may, but not on the first call, whose errors are caught elsewhere.
         def refuse(messages: Any, began: float) -> Any:
             raise ValueError(f"cannot encode {messages}")
 
@@ -191,7 +191,7 @@ async def test_nothing_is_said_where_the_engine_fails(
     assert leaked([*said, *told.values()]) == []
 
 
-async def test_an_answer_that_cannot_be_ended_is_not_quoted(running: Running, said: list[str]) -> None:
+async def test_an_answer_that_cannot_be_finished_is_not_logged(running: Running, said: list[str]) -> None:
     await begun(running)
     running.engine.hold_after = 1
     call = running.chat.Chat(chat_pb2.ChatRequest(message=WORDS["message"]), metadata=ZOE)
@@ -219,7 +219,7 @@ async def failure_or_none(call: Any) -> grpc.StatusCode | None:
     return None
 
 
-def test_trouble_is_told_by_its_places_and_its_libraries_by_their_words() -> None:
+def test_errors_are_logged_by_place_and_only_safe_ones_with_their_message() -> None:
     def inner() -> None:
         raise ValueError("quixotic")
 
@@ -238,5 +238,5 @@ def test_trouble_is_told_by_its_places_and_its_libraries_by_their_words() -> Non
     assert "after ValueError" in lines
     assert "quixotic" not in safe_traceback(caught.value)
     group = ExceptionGroup("quixotic", [ValueError("quixotic"), KeyError("quixotic")])
-    group.exceptions[0].__cause__ = group  # As `raise group.exceptions[0] from group` makes it.
+    group.exceptions[0].__cause__ = group  # As after `raise group.exceptions[0] from group`.
     assert safe_traceback(group) == "ExceptionGroup\nafter ValueError\nafter KeyError"

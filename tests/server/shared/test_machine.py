@@ -1,4 +1,4 @@
-"""What a machine lets a process use, by files as Linux has them; and when that is little."""
+"""The resources that a process may use, from files as on Linux, and the reasons for slow rounds."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 @pytest.fixture
 def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """The machine with four cores and 16 GiB, in the group `own` and with these files of control groups."""
+    """The machine with four cores and 16 GiB, in the group `own` and with these cgroup files."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5})
 
     def machine(own: str, files: dict[str, str]) -> Machine:
@@ -39,7 +39,7 @@ def test_a_container_has_less_than_its_machine(read) -> None:  # type: ignore[no
     assert machine == Machine(frozenset({0, 1, 2, 5}), 1.5, 4 * GIB, 4 * GIB)
 
 
-def test_the_tightest_limit_on_the_way_up_counts(read) -> None:  # type: ignore[no-untyped-def]
+def test_the_tightest_limit_up_to_the_root_counts(read) -> None:  # type: ignore[no-untyped-def]
     files = {
         "system.slice/memory.max": f"{6 * GIB}\n",
         "system.slice/prefloop.service/memory.max": f"{12 * GIB}\n",
@@ -51,7 +51,7 @@ def test_the_tightest_limit_on_the_way_up_counts(read) -> None:  # type: ignore[
     assert (machine.cores, machine.memory) == (3.0, 6 * GIB)
 
 
-def test_control_groups_of_version_1(read) -> None:  # type: ignore[no-untyped-def]
+def test_cgroups_v1(read) -> None:  # type: ignore[no-untyped-def]
     files = {
         "memory/docker/memory.limit_in_bytes": f"{2 * GIB}\n",
         "memory/memory.limit_in_bytes": "9223372036854771712\n",
@@ -65,21 +65,22 @@ def test_control_groups_of_version_1(read) -> None:  # type: ignore[no-untyped-d
 
 
 def test_a_container_sees_its_own_group_as_the_root(read) -> None:  # type: ignore[no-untyped-def]
-    # Version 1 without a namespace: the path is the host's, and what is mounted is the container's own folder.
+    # cgroup v1 without a namespace: the path is the host's, but the container's own folder is mounted.
     assert read("4:memory:/docker/123\n", {"memory/memory.limit_in_bytes": f"{3 * GIB}\n"}).memory == 3 * GIB
 
 
-def test_what_makes_a_round_slow_is_said() -> None:
+def test_the_reason_for_slow_rounds() -> None:
     assert slow_reason(Machine(frozenset({0, 1}), 2.0, 8 * GIB, 0)) is None
     assert slow_reason(Machine(frozenset({0}), 1.0, 64 * GIB, 0)) == (
-        "prefloop has 1 of the 2 cores that it is made for: answers and rounds take at least twice as long."
+        "prefloop has 1 of the 2 cores that it is designed for: answers and rounds take at least twice as long."
     )
     assert slow_reason(Machine(frozenset({0, 1, 2, 3}), 1.5, 64 * GIB, 0)) == (
-        "prefloop has 1.5 of the 2 cores that it is made for: answers and rounds take at least twice as long."
+        "prefloop has 1.5 of the 2 cores that it is designed for: answers and rounds take at least twice as long."
     )
     assert slow_reason(Machine(frozenset({0, 1}), 2.0, 4 * GIB, 0)) == (
-        "prefloop has 4.0 GiB of memory, and a round beside the server needs about 8.0: it may be slow, or be killed."
+        "prefloop has 4.0 GiB of memory, but the server and a round need about 8.0: a round may be slow, or be killed."
     )
     assert slow_reason(Machine(frozenset({0, 1}), 2.0, 12 * GIB, 0), needed=13 * GIB) == (
-        "prefloop has 12.0 GiB of memory, and a round beside the server needs about 13.0: it may be slow, or be killed."
+        "prefloop has 12.0 GiB of memory, but the server and a round need about 13.0: a round may be slow, or be "
+        "killed."
     )

@@ -1,4 +1,4 @@
-"""The place that a command runs in: its locale, its user, its folders."""
+"""A command's environment: its locale, its user, its folders."""
 
 import getpass
 import io
@@ -28,7 +28,7 @@ def ran(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *arguments], **everything)
 
 
-def test_each_trouble_is_a_sentence_and_a_fault_of_ours_is_none() -> None:
+def test_each_expected_error_is_a_sentence_and_a_bug_is_not() -> None:
     assert sentence(NotFoundError("policy", "v0009")) == "There is no policy 'v0009'."
     assert sentence(FileNotFoundError(2, "No such file or directory", "a/b.json")) == (
         "'a/b.json': No such file or directory."
@@ -40,7 +40,7 @@ def test_each_trouble_is_a_sentence_and_a_fault_of_ours_is_none() -> None:
     assert sentence(KeyError("x")) is None
 
 
-def test_what_a_command_writes_is_its_users_alone(tmp_path: Path) -> None:
+def test_a_commands_files_are_private_to_its_user(tmp_path: Path) -> None:
     ran("server.cli", "keys", "create", "--user", "ann", "--data-dir", str(tmp_path / "data"), check=True)
     out = tmp_path / "ann.jsonl"
     ran("server.cli", "export-user", "ann", "--out", str(out), "--data-dir", str(tmp_path / "data"), check=True)
@@ -48,7 +48,7 @@ def test_what_a_command_writes_is_its_users_alone(tmp_path: Path) -> None:
     assert '"role": "user"' in out.read_text(encoding="utf-8")
 
 
-def test_an_output_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_output_folder_is_reported_in_a_sentence(tmp_path: Path) -> None:
     out = str(tmp_path / "none" / "ann.jsonl")
     result = ran("server.cli", "export-user", "ann", "--out", out, "--data-dir", str(tmp_path / "data"))
     assert (result.returncode, result.stderr) == (1, f"server: '{out}': No such file or directory.\n")
@@ -56,12 +56,12 @@ def test_an_output_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("locale", ["C", "POSIX", "en_US.ISO-8859-1", "nowhere.UTF-8"])
-def test_a_locale_that_cannot_say_it_is_no_reason_to_fail(program: str, locale: str, tmp_path: Path) -> None:
+def test_output_does_not_fail_in_any_locale(program: str, locale: str, tmp_path: Path) -> None:
     settings = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
     assert ran(program, "--help", env=settings).returncode == 0
 
 
-def test_what_a_terminal_cannot_say_is_escaped_in_an_export(tmp_path: Path) -> None:
+def test_an_export_escapes_what_a_terminal_cannot_encode(tmp_path: Path) -> None:
     with closing(Store.open(tmp_path)) as store:
         store.conversations.create("ann", "你好")
     latin = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
@@ -71,7 +71,7 @@ def test_what_a_terminal_cannot_say_is_escaped_in_an_export(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_settings_that_are_no_toml_are_a_sentence(program: str, tmp_path: Path) -> None:
+def test_invalid_toml_is_reported_in_a_sentence(program: str, tmp_path: Path) -> None:
     (tmp_path / "prefloop.toml").write_text("port = [", encoding="utf-8")
     command = {"server.cli": ["keys", "list"], "learner.cli": ["status"], "clients.cli": ["--help"]}[program]
     result = ran(program, *command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
@@ -81,7 +81,7 @@ def test_settings_that_are_no_toml_are_a_sentence(program: str, tmp_path: Path) 
         assert "prefloop.toml is not TOML" in result.stderr
 
 
-def test_a_user_without_a_name_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_name_is_known_by_the_user_id(monkeypatch: pytest.MonkeyPatch) -> None:
     def nameless() -> str:
         raise KeyError("getpwuid(): uid not found: 54321")
 
@@ -99,7 +99,7 @@ HOSTILE = "red\x1b[31m, \x9b2Jgone, \x1b]0;title\x07, back\x08\x08, \u202eturned
 TAME = "red[31m, 2Jgone, ]0;title, back, turned"
 
 
-def test_a_terminal_obeys_nothing_that_people_or_models_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_cannot_control_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     for say in (lambda: learner.cli._say(lambda: HOSTILE), lambda: server.cli._say(HOSTILE)):
         say()
         assert capsys.readouterr().out == TAME + "\n"
@@ -110,7 +110,7 @@ def test_a_terminal_obeys_nothing_that_people_or_models_wrote(capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(("terminal", "printed"), [(True, TAME), (False, HOSTILE)])
-def test_an_answer_is_tame_on_a_terminal_and_itself_for_a_program(
+def test_an_answer_is_filtered_on_a_terminal_and_unchanged_in_a_pipe(
     monkeypatch: pytest.MonkeyPatch, terminal: bool, printed: str
 ) -> None:
     output = io.StringIO()

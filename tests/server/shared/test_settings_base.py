@@ -1,4 +1,4 @@
-"""No setting is silently ignored: what nobody reads is refused, what has a new name is said."""
+"""No setting is silently ignored: unknown ones are refused, renamed ones are reported."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from server.shared import settings_base, variables
 from server.shared.settings_base import SettingsBase, explain
 from server.shared.tables import flatten, nest
 
-# As a pod has them beside a Service named prefloop and one named prefloop-web.
+# The variables of a pod with a Service named prefloop and one named prefloop-web.
 KUBERNETES = {
     "PREFLOOP_PORT": "tcp://10.0.0.1:50051",
     "PREFLOOP_SERVICE_HOST": "10.0.0.1",
@@ -34,7 +34,7 @@ COMMANDS = {"server": ("server.cli", "keys", "list"), "learner": ("learner.cli",
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory of its own, for its prefloop.toml; every line may be said again."""
+    """A separate working directory, for its prefloop.toml; every line may be printed again."""
     monkeypatch.chdir(tmp_path)
     settings_base._say.cache_clear()
     return tmp_path
@@ -60,7 +60,7 @@ def refused(load: Callable[[], SettingsBase]) -> str:
     ],
 )
 @pytest.mark.parametrize("settings", [ServerSettings, LearnerSettings])
-def test_a_variable_that_nobody_reads(
+def test_an_unknown_variable(
     monkeypatch: pytest.MonkeyPatch, settings: type[SettingsBase], variable: str, near: str
 ) -> None:
     monkeypatch.setenv(variable, "1")
@@ -72,7 +72,7 @@ def test_a_variable_that_nobody_reads(
     [
         ("prot = 1", "prot (did you mean port?)"),
         ("[ppo]\nlerning_rate = 1", "[ppo] lerning_rate (did you mean [ppo] learning_rate?)"),
-        # What stands behind a table's head is in the table.
+        # Keys after a table's header are in the table.
         ("[ppo]\nsteps = 3\nmin_votes = 9", "[ppo] min_votes (did you mean min_votes?)"),
         ("[ppo.more]\nx = 1", "[ppo.more] x"),
         ("[gates]\n", "gates (did you mean gate?)"),
@@ -82,12 +82,12 @@ def test_a_variable_that_nobody_reads(
     ],
 )
 @pytest.mark.parametrize("settings", [ServerSettings, LearnerSettings])
-def test_a_key_that_nobody_reads(here: Path, settings: type[SettingsBase], text: str, found: str) -> None:
+def test_an_unknown_key(here: Path, settings: type[SettingsBase], text: str, found: str) -> None:
     (here / "prefloop.toml").write_text(text)
     assert refused(settings.load) == f"Unknown setting: prefloop.toml: {found}."
 
 
-def test_all_unknown_names_are_in_the_one_sentence(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_unknown_names_are_in_one_sentence(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFLOOP_SEDE", "1")
     (here / "prefloop.toml").write_text("prot = 1\n[ppo]\nstpes = 2\n")
     assert refused(LearnerSettings.load) == (
@@ -96,7 +96,7 @@ def test_all_unknown_names_are_in_the_one_sentence(here: Path, monkeypatch: pyte
     )
 
 
-def test_each_program_leaves_the_others_settings_to_them(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_program_ignores_the_others_settings(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "prefloop.toml").write_text('host = "0.0.0.0"\nport = 1\nseed = 3\n[ppo]\nsteps = 4\n')
     for name in ("PREFLOOP_API_KEY", "PREFLOOP_WEB_NAME", "PREFLOOP_FAILPOINT", "PREFLOOP_NICE", "PREFLOOP_MAX_TOKENS"):
         monkeypatch.setenv(name, "9")
@@ -120,9 +120,11 @@ def test_a_table_may_be_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(LearnerSettings.load) == "Unknown setting: ppo.stpes (did you mean ppo.steps?)."
 
 
-def test_what_cannot_be_read_is_a_sentence(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_settings_are_reported_in_a_sentence(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFLOOP_COMPARE_TEMPERATURES", "warm")
-    assert refused(ServerSettings.load).startswith('The settings: error parsing value for field "compare_temperatures"')
+    assert refused(ServerSettings.load).startswith(
+        'The settings are not valid: error parsing value for field "compare_temperatures"'
+    )
     (here / "prefloop.toml").write_text("port: 1\n")
     assert refused(ServerSettings.load).startswith("prefloop.toml is not TOML: Expected '=' after a key")
     (here / "prefloop.toml").write_bytes(b'model = "caf\xe9"\n')
@@ -131,7 +133,7 @@ def test_what_cannot_be_read_is_a_sentence(here: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("check", [variables.check_variables, clients.variables.check_variables])
 @pytest.mark.parametrize("name", KUBERNETES)
-def test_each_variable_of_kubernetes_is_known(name: str, check: Callable[[dict[str, str]], None]) -> None:
+def test_variables_of_kubernetes_are_recognised(name: str, check: Callable[[dict[str, str]], None]) -> None:
     with pytest.raises(ValueError, match="Kubernetes sets") as error:
         check({name: KUBERNETES[name]})
     assert str(error.value) == (
@@ -140,14 +142,14 @@ def test_each_variable_of_kubernetes_is_known(name: str, check: Callable[[dict[s
     )
 
 
-def test_a_port_is_no_service() -> None:
+def test_a_port_is_not_taken_for_a_service() -> None:
     variables.check_variables({"PREFLOOP_PORT": "50051", "PREFLOOP_WEB_PORT": "8080", "OTHER_PORT": "tcp://10.0.0.1:1"})
     with pytest.raises(variables.UnknownSettingError, match="Unknown setting: PREFLOOP_SERVICE_TEMPERATUR "):
         variables.check_variables({"PREFLOOP_SERVICE_TEMPERATUR": "1"})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_what_is_wrong_before_anything_else(here: Path, command: str) -> None:
+def test_every_command_checks_its_settings_first(here: Path, command: str) -> None:
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", *COMMANDS[command], *arguments],
@@ -171,7 +173,7 @@ def test_every_command_says_what_is_wrong_before_anything_else(here: Path, comma
     ("settings", "share", "default"),
     [(ServerSettings, "server_gpu_memory_share", 0.5), (LearnerSettings, "learner_gpu_memory_share", 0.3)],
 )
-def test_an_old_name_works_and_is_said_once(
+def test_an_old_name_works_and_is_reported_once(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     settings: type[SettingsBase], share: str, default: float,
 ) -> None:  # fmt: skip
@@ -193,7 +195,7 @@ def test_a_new_name_wins_wherever_it_is(
 ) -> None:
     monkeypatch.setenv("PREFLOOP_GPU_MEMORY_SHARE", "0.7")
     monkeypatch.setenv("PREFLOOP_PPO__DTYPE", "bfloat16")
-    # A variable is stronger than the file, but not by an old name.
+    # A variable overrides the file, but not under an old name.
     (here / "prefloop.toml").write_text("learner_gpu_memory_share = 0.4\n")
     settings = LearnerSettings.load(dtype="float32")
     assert (settings.learner_gpu_memory_share, settings.dtype) == (0.4, "float32")
@@ -214,7 +216,7 @@ def test_an_old_name_may_have_had_another_unit(
     for value in ("few", "0", "2.5", "-1", "inf"):
         monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH", value)
         with pytest.raises(
-            ValueError, match=rf"ppo\.micro_batch is not valid: '{value}' is no whole number above zero"
+            ValueError, match=rf"ppo\.micro_batch is not valid: '{value}' is not a whole number above zero"
         ):
             LearnerSettings.load()
 
@@ -227,7 +229,7 @@ def test_a_setting_may_leave_its_table(
     assert (settings.dtype, settings.ppo.steps) == ("float32", 3)
     said = "prefloop.toml: [ppo] dtype is now dtype; the old name works in this version, not in the next.\n"
     assert capsys.readouterr().err == said
-    # The server has its own, and nothing to say of the learner's.
+    # The server has its own setting, and does not report the learner's.
     assert ServerSettings.load().dtype == "auto"
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("PREFLOOP_PPO__DTYPE", "bfloat16")

@@ -1,4 +1,4 @@
-"""What a round keeps in the store is read in today's format, whichever wrote it."""
+"""A stored round is loaded in the current format, whatever format it was written in."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_a_format_is_read_through_every_upgrade_since() -> None:
     assert stored.load('{"format": 1, "b": 3}') == {"c": 30}
     assert stored.load('{"format": 2, "c": 4}') == {"c": 4}
     assert json.loads(stored.dump({"c": 4})) == {"format": 2, "c": 4}
-    # A newer version's, as it is, also when it is written again.
+    # JSON of a newer version stays unchanged, also when it is written again.
     newer = {"format": 3, "d": 5}
     assert stored.load(json.dumps(newer)) == newer
     assert json.loads(stored.dump(newer)) == newer
@@ -85,7 +85,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     found = store.rounds.get(round_.id)
     assert (found.settings, found.metrics) == ({"seed": 1}, RoundMetrics(seconds={"gate": 1.0}))
 
-    # Metrics of an earlier format that a later version adds to are upgraded once.
+    # Metrics of an earlier format, to which a later version adds, are upgraded once.
     def add(values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "seconds": {**values.get("seconds", {}), "added": values["seconds"]["gate"] + 10}}
 
@@ -100,7 +100,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     store.close()
 
 
-def test_what_earlier_rounds_started_from_decides_what_later_versions_carry(tmp_path: Path) -> None:
+def test_the_start_of_earlier_rounds_decides_which_versions_carry_votes(tmp_path: Path) -> None:
     from tests.server.store.test_deletion import trained
 
     store = Store.open(tmp_path)

@@ -20,7 +20,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out.jsonl"]
 
 
-def test_what_ends_early_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_interruption_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("before", encoding="utf-8")
 
@@ -35,7 +35,7 @@ def test_what_ends_early_leaves_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out.jsonl"]
 
 
-def test_an_interruption_as_the_file_was_just_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_right_after_creation_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opening = os.open
 
     def interrupted(*arguments: Any) -> int:
@@ -48,12 +48,12 @@ def test_an_interruption_as_the_file_was_just_made_leaves_none(tmp_path: Path, m
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_no_file_is_written_as_it_comes() -> None:
+def test_a_path_that_is_not_a_plain_file_is_written_directly() -> None:
     with whole_file(Path(os.devnull)) as file:
         file.write("gone")
 
 
-def test_a_link_stays_one(tmp_path: Path) -> None:
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
     path, link = tmp_path / "out.jsonl", tmp_path / "latest.jsonl"
     link.symlink_to(path)
     with whole_file(link) as file:

@@ -1,4 +1,4 @@
-"""What is removed for good, and the numbers that stay."""
+"""What is deleted permanently, and the numbers that stay."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def thumb(store: Store, user: str) -> tuple[str, str]:
     return conversation_id, store.feedback.submit_thumb(user, answer(store, conversation_id, user), up=True).id
 
 
-def test_nothing_of_a_person_is_left_and_others_keep_theirs(store: Store) -> None:
+def test_a_deletion_removes_all_of_a_user_and_nothing_of_others(store: Store) -> None:
     for user in ("ann", "bob"):
         conversation_id = store.conversations.create(user, "hello")
         response_id = answer(store, conversation_id, user)
@@ -63,7 +63,7 @@ def test_nothing_of_a_person_is_left_and_others_keep_theirs(store: Store) -> Non
     for table in ("conversations", "responses", "comparisons", "feedback", "requests", "feedback_events"):
         users = {row["user"] for row in store._db.rows(f"SELECT DISTINCT user FROM {table}")}
         assert users == ({"bob", ""} if table == "feedback_events" else {"bob"}), table
-    # Numbers stay, with four more for what went, and none of them says anything.
+    # Event numbers stay, with four more for the deletions, and none of them has content.
     assert store.snapshots.watermark() == watermark + 4
     assert store._db.rows("SELECT count(*) AS n FROM feedback_events WHERE user = ''") == [{"n": 10}]
     content = "SELECT 1 FROM feedback_events WHERE user = '' AND (value IS NOT NULL OR comment IS NOT NULL)"
@@ -74,21 +74,23 @@ def test_nothing_of_a_person_is_left_and_others_keep_theirs(store: Store) -> Non
     assert forget(store, "ann") == Kept(0, 0, [], [], [])
 
 
-def test_what_learned_from_a_person_is_named_also_after_a_forgetting_that_was_cut_short(store: Store) -> None:
+def test_versions_trained_on_a_user_are_named_even_after_an_interrupted_deletion(store: Store) -> None:
     ours = [thumb(store, "ann")[1] for _ in range(STEP + 1)]
     _, theirs = thumb(store, "bob")
     fence = lease(store)
     trained(store, fence, "v0001", {ours[0]: "train", theirs: "judge"}, "reference", "v0000")
-    trained(store, fence, "v0002", {theirs: "train"}, "active", "v0001")  # Goes on from what ann taught.
-    trained(store, fence, "v0003", {ours[0]: "judge", theirs: "train"}, "reference", "v0002")  # Was only judged by ann.
+    trained(store, fence, "v0002", {theirs: "train"}, "active", "v0001")  # Inherits ann's votes.
+    trained(
+        store, fence, "v0003", {ours[0]: "judge", theirs: "train"}, "reference", "v0002"
+    )  # Only judged by ann's votes.
     running = store.rounds.create(store.snapshots.watermark(), {}, reference_version="v0000", fence=fence)
     store.lineage.set_round_votes(running.id, [(ours[1], "train")], fence=fence)
     expected = Kept(STEP + 1, STEP + 1, ["v0001", "v0002"], ["rm0001"], [running.id])
     assert store.deletion.look("ann") == expected
     assert store.deletion.step("ann")
-    # Killed here, and asked again.
+    # Killed here, and then repeated.
     assert forget(store, "ann") == Kept(1, 1, ["v0001", "v0002"], ["rm0001"], [running.id])
-    # What the round publishes says what it was made of.
+    # The lineage of the running round keeps the vote's id.
     assert store.lineage.round_votes(running.id) == {ours[1]: "train"}
     assert store.lineage.fate(running.id, running.watermark) == {"changed": 0, "retracted": 0, "deleted": 1}
     assert [event.user for event in store.lineage.events(ours[1])] == ["", ""]
@@ -109,13 +111,13 @@ def test_a_deleted_conversation_leaves_no_content_of_votes_that_were_replaced_or
     ] * 5
 
 
-def test_a_repeated_message_does_not_begin_a_deleted_conversation_anew(store: Store) -> None:
+def test_a_repeated_message_does_not_restart_a_deleted_conversation(store: Store) -> None:
     conversation_id, _ = thumb(store, "ann")
     [response] = store._db.rows("SELECT id FROM responses")
     store.requests.remember("ann", "Chat", "r1", b"body", b"what was said", response["id"])
     store.requests.remember("ann", "Chat", "r2", b"body", b"another", "resp_another")
     store.conversations.delete("ann", conversation_id)
-    with pytest.raises(FailedPreconditionError, match="What this request made was deleted"):
+    with pytest.raises(FailedPreconditionError, match="The result of this request was deleted"):
         store.requests.find("ann", "Chat", "r1", b"body")
     assert store._db.row("SELECT body_sha256, result FROM requests WHERE request_id = 'r1'") == {
         "body_sha256": b"",
@@ -124,7 +126,7 @@ def test_a_repeated_message_does_not_begin_a_deleted_conversation_anew(store: St
     assert store.requests.find("ann", "Chat", "r2", b"body") == b"another"
 
 
-def test_what_a_kept_answer_is_about_is_found_for_requests_from_before(tmp_path: Path) -> None:
+def test_the_target_of_old_stored_requests_is_found(tmp_path: Path) -> None:
     from server.store.sqlite.migrations import m008_deletions
 
     store = Store.open(tmp_path)
@@ -145,7 +147,7 @@ def test_what_a_kept_answer_is_about_is_found_for_requests_from_before(tmp_path:
     store.close()
 
 
-def test_a_forgotten_persons_keys_open_nothing_and_name_nobody(store: Store) -> None:
+def test_a_deleted_users_keys_are_revoked_and_anonymous(store: Store) -> None:
     key, other = store.keys.create("ann", "user"), store.keys.create("bob", "user")
     store.keys.forget("ann")
     credentials = store.keys.credentials()
@@ -153,7 +155,7 @@ def test_a_forgotten_persons_keys_open_nothing_and_name_nobody(store: Store) -> 
     assert credentials.caller(other) is not None
     assert {(kept.user, kept.revoke_time is None) for kept in store.keys.all()} == {("", False), ("bob", True)}
     store.keys.forget("bob")
-    # The door that once had a key stays shut.
+    # Keys stay required once there was one.
     assert store.keys.credentials() == Credentials({}, closed=True, mark=(2, 2))
 
 
@@ -180,7 +182,7 @@ def test_conversations_expire_by_their_last_message_or_vote(store: Store) -> Non
         store.conversations.turns("ann", ids["old"])
 
 
-def test_what_expires_goes_in_steps(store: Store) -> None:
+def test_expired_conversations_are_deleted_in_steps(store: Store) -> None:
     for _ in range(STEP + 1):
         store.conversations.create("ann", "hello")
     store._db.execute("UPDATE conversations SET update_time = 0")

@@ -1,4 +1,4 @@
-"""What came of what: a round's votes, the pointer's moves, and what may be pruned."""
+"""Lineage: a round's votes, the pointer's moves, and which versions may be pruned."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def lease(store: Store) -> Lease:
     return held
 
 
-def test_a_rounds_votes_are_kept_once_each_and_outlive_their_conversation(store: Store) -> None:
+def test_a_rounds_votes_are_stored_once_and_outlive_their_conversation(store: Store) -> None:
     conversation = store.conversations.create("ann", "hello")
     thumbs = [store.feedback.submit_thumb("ann", answer(store, conversation), up=True).id for _ in range(3)]
     fence = lease(store)
@@ -58,7 +58,7 @@ def test_a_learner_without_the_lease_writes_no_votes(store: Store) -> None:
         store.policies.prune("v0000", fence=fence)
 
 
-def test_every_move_of_the_pointer_says_how_and_by_whom(store: Store) -> None:
+def test_every_move_of_the_pointer_records_action_and_actor(store: Store) -> None:
     for version in ("v0001", "v0002"):
         register(store, version)
     store.policies.activate("v0001", actor="learner", reason="a round")
@@ -74,7 +74,7 @@ def test_every_move_of_the_pointer_says_how_and_by_whom(store: Store) -> None:
     ]
 
 
-def test_a_version_counts_as_rolled_back_until_it_serves_again(store: Store) -> None:
+def test_a_version_counts_as_rolled_back_until_it_is_active_again(store: Store) -> None:
     register(store, "v0001")
     store.policies.activate("v0001", actor="learner")
     before = store._db.now()
@@ -87,7 +87,7 @@ def test_a_version_counts_as_rolled_back_until_it_serves_again(store: Store) -> 
     assert store.lineage.rolled_back(rolled) <= {"v0001"}
 
 
-def test_a_rollback_goes_only_to_what_was_active(store: Store) -> None:
+def test_a_rollback_only_goes_to_an_earlier_active_version(store: Store) -> None:
     register(store, "v0001", "rejected")
     with pytest.raises(FailedPreconditionError, match="v0001 is rejected and was never active; promote it"):
         store.policies.activate("v0001", actor="ann", action="rollback")
@@ -95,7 +95,7 @@ def test_a_rollback_goes_only_to_what_was_active(store: Store) -> None:
     assert store.policies.active().version == "v0001"
 
 
-def test_what_is_in_use_is_not_pruned_and_what_was_pruned_is_not_activated(store: Store) -> None:
+def test_versions_in_use_are_not_pruned_and_pruned_ones_not_activated(store: Store) -> None:
     for version in ("v0001", "v0002", "v0003"):
         register(store, version)
     store.policies.activate("v0001", actor="ann")
@@ -109,7 +109,7 @@ def test_what_is_in_use_is_not_pruned_and_what_was_pruned_is_not_activated(store
     assert not store.policies.prune("v0003")  # Once.
     with pytest.raises(FailedPreconditionError, match="v0003 was pruned"):
         store.policies.activate("v0003", actor="ann")
-    # What a running round compares with, though it serves no more.
+    # The incumbent of a running round, though no longer active.
     store.rounds.create(0, {}, reference_version="v0000", fence=lease(store))
     store.policies.activate("v0000", actor="ann", action="rollback")
     assert not store.policies.prune("v0001")

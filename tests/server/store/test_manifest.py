@@ -18,7 +18,7 @@ def test_a_published_version_verifies(tmp_path: Path) -> None:
 
 def test_a_version_under_another_name_is_refused(tmp_path: Path) -> None:
     directory = publish_version(tmp_path, "v0003")
-    with pytest.raises(ManifestError, match="v0004 holds the manifest of v0003"):
+    with pytest.raises(ManifestError, match="v0004 has the manifest of v0003"):
         verify(directory.rename(tmp_path / "policies" / "v0004"))
 
 
@@ -30,14 +30,14 @@ def test_a_pickle_is_refused_even_if_listed(tmp_path: Path) -> None:
         verify(directory)
 
 
-def test_what_a_killed_publisher_left_is_cleared_and_never_visible(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_publisher_are_removed_and_never_visible(tmp_path: Path) -> None:
     final = tmp_path / "v0005"
     (new_staging(final) / "half").write_text("")
     assert not final.exists()
     assert list(new_staging(final).iterdir()) == []
 
 
-def test_a_version_is_never_published_over(tmp_path: Path) -> None:
+def test_a_published_version_is_never_overwritten(tmp_path: Path) -> None:
     final = publish_version(tmp_path, "v0003")
     with pytest.raises(FileExistsError), new_version(final, kind="full", reference_version="v0000"):
         pass
@@ -51,7 +51,7 @@ def test_an_adapters_base_is_its_reference(tmp_path: Path) -> None:
     assert (manifest.kind, manifest.base_version, manifest.info) == ("adapter", "v0000", {"step": 3})
 
 
-def test_a_version_that_could_not_be_written_is_not_there(tmp_path: Path) -> None:
+def test_a_version_that_could_not_be_written_does_not_exist(tmp_path: Path) -> None:
     final = tmp_path / "v0001"
 
     def fill_the_disk() -> None:

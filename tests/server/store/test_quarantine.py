@@ -1,4 +1,4 @@
-"""Whose votes are left out, and what became of the word on them."""
+"""Users whose votes are left out, and the history of these decisions."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def thumbs(store: Store, user: str, count: int, *, up: bool = True) -> None:
         store.feedback.submit_thumb(user, answer(store, store.conversations.create(user, "hello"), user), up=up)
 
 
-def test_the_last_word_holds_and_all_are_kept(store: Store, tmp_path: Path) -> None:
+def test_the_last_decision_holds_and_all_are_stored(store: Store, tmp_path: Path) -> None:
     thumbs(store, "ann", 1)
     assert store.quarantine.set("ann", actor="operator bob", reason="too fast")
     assert not store.quarantine.set("ann", actor="operator eve", reason="again")
@@ -40,7 +40,7 @@ def test_the_last_word_holds_and_all_are_kept(store: Store, tmp_path: Path) -> N
         store.quarantine.set("anne", actor="operator bob", reason="")
 
 
-def test_every_kind_of_vote_is_left_out_before_the_newest_are_counted(store: Store) -> None:
+def test_users_in_quarantine_are_excluded_before_the_limit(store: Store) -> None:
     thumbs(store, "ann", 2)
     conversation = store.conversations.create("eve", "hello")
     response_id = answer(store, conversation, "eve")
@@ -55,12 +55,12 @@ def test_every_kind_of_vote_is_left_out_before_the_newest_are_counted(store: Sto
     assert store.snapshots.votes_of([], store.snapshots.watermark()) == 0
     left = store.snapshots.take(without=["eve"])
     assert (len(left), {vote.user for vote in left.thumbs}) == (2, {"ann"})
-    # Eve's newer votes do not take the place of ann's.
+    # Eve's newer votes do not displace ann's.
     assert len(store.snapshots.take(limit=2, without=["eve"]).thumbs) == 2
     assert len(store.snapshots.take(limit=2).thumbs) == 1
 
 
-def test_a_round_keeps_whom_it_leaves_out(store: Store) -> None:
+def test_a_round_stores_the_users_it_excludes(store: Store) -> None:
     fence = store.leases.acquire("learner", "here", 60)
     assert fence
     begun = store.rounds.create(0, {}, reference_version="v0000", quarantined=["eve", "bob"], fence=fence)
@@ -79,7 +79,7 @@ def compared(store: Store, user: str, versions: tuple[str, str], temperatures: t
     return comparison_id
 
 
-def test_users_in_quarantine_do_not_take_a_version_back(store: Store) -> None:
+def test_users_in_quarantine_do_not_count_in_an_ab_test(store: Store) -> None:
     register(store, "v0001")
     store.policies.activate("v0001", actor="learner")
     for user, choice in (("ann", "B"), ("eve", "A")):
@@ -94,7 +94,7 @@ def test_users_in_quarantine_do_not_take_a_version_back(store: Store) -> None:
     assert (duel.wins, duel.losses, store.lineage.thumb_rate("v0000")) == (1, 0, (0, 0))
 
 
-def test_what_stood_in_slot_a_is_counted(store: Store) -> None:
+def test_answers_in_slot_a_are_counted(store: Store) -> None:
     register(store, "v0001")
     for temperatures in ((1.0, 0.7), (0.7, 1.0), (1.0, 0.7)):
         compared(store, "ann", ("v0000", "v0000"), temperatures)
@@ -106,7 +106,7 @@ def test_what_stood_in_slot_a_is_counted(store: Store) -> None:
     assert store.lineage.slot_order(3) == {"hotter": (1, 1), "newer": (1, 2), "chosen": (0, 0)}
 
 
-def test_a_round_from_before_left_nobody_out(tmp_path: Path) -> None:
+def test_an_older_round_excluded_nobody(tmp_path: Path) -> None:
     old = sqlite_utils.Database(tmp_path / "prefloop.db")
     migrations.apply(old, stop_before="m007_quarantine")
     old.execute(
@@ -121,7 +121,7 @@ def test_a_round_from_before_left_nobody_out(tmp_path: Path) -> None:
     store.close()
 
 
-def test_who_is_forgotten_is_on_no_list(store: Store) -> None:
+def test_a_deleted_user_is_removed_from_quarantine(store: Store) -> None:
     thumbs(store, "ann", 1)
     thumbs(store, "eve", 1)
     for user in ("ann", "eve"):

@@ -1,4 +1,4 @@
-"""No byte of what was deleted is left in the database's files, nor in what rounds keep."""
+"""No byte of deleted data is left in the database's files or in rounds' files."""
 
 import random
 from pathlib import Path
@@ -20,7 +20,7 @@ def bytes_of(data_dir: Path) -> bytes:
 
 
 def fill(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Months of two people, whose rows share pages: texts of all lengths that grow, change and go."""
+    """Months of two users whose rows share pages: texts of all lengths that grow, change and are deleted."""
     draw = random.Random(SEED)
     # The ids decide which rows share a page.
     monkeypatch.setattr("secrets.token_hex", lambda size: f"{draw.randrange(2**96):024x}")
@@ -54,20 +54,20 @@ def test_rows_that_moved_leave_copies_which_a_rewrite_drops(tmp_path: Path, monk
     assert bytes_of(tmp_path).count(SECRET) > 10_000
     forget(store, "ann")
     assert erase(tmp_path)
-    # SQLite's own overwriting is not enough: this is why the file is rewritten.
+    # SQLite's own overwriting is not enough, so the file is rewritten.
     left = bytes_of(tmp_path).count(SECRET)
     assert 0 < left < 1_000
     assert erase(tmp_path, rewrite=True)
     assert bytes_of(tmp_path).count(SECRET) == 0
     assert bytes_of(tmp_path).count(b"public") > 10_000
-    # Once is enough until something else goes.
+    # Once is enough until the next deletion.
     assert store.deletion.rewrite_due() == 0
     store.conversations.delete("bob", store.conversations.page("bob", 1)[0].id)
     assert store.deletion.rewrite_due() > 0
     store.close()
 
 
-def test_a_reader_keeps_the_log_and_that_is_said(tmp_path: Path) -> None:
+def test_a_reader_that_keeps_the_log_is_reported(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
     conversation_id = store.conversations.create("ann", SECRET.decode())
     reader = SqliteDatabase(tmp_path / "prefloop.db")
@@ -94,7 +94,7 @@ def page(conversations: str) -> str:
     return f'<meta name="conversations" content="{conversations}"><p>{SECRET.decode()}'
 
 
-def test_what_rounds_keep_goes_with_the_conversation_it_names(tmp_path: Path) -> None:
+def test_rounds_files_lose_what_came_from_deleted_conversations(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
     gone, kept = store.conversations.create("ann", "a"), store.conversations.create("ann", "b")
     first, second, older = (tmp_path / "rounds" / name for name in ("round_1", "round_2", "round_3"))
@@ -105,7 +105,7 @@ def test_what_rounds_keep_goes_with_the_conversation_it_names(tmp_path: Path) ->
     (first / "report.html").write_text(page(f"{kept} {gone}"))
     (second / "answers.jsonl").write_text(line(kept, "kept"))
     (second / "report.html").write_text(page(kept))
-    # From before either said whose it was, and a line that a kill cut short.
+    # Files of an older version, which name no conversation, and a line truncated by a kill.
     (older / "answers.jsonl").write_text(f'{{"prompt": "{SECRET.decode()}"}}\n{{"conversation_id": "{kept}')
     (older / "report.html").write_text(f"<p>{SECRET.decode()}")
     (older / "report.json").write_text("{}")
@@ -120,7 +120,7 @@ def test_what_rounds_keep_goes_with_the_conversation_it_names(tmp_path: Path) ->
     store.close()
 
 
-def test_features_that_were_read_before_a_deletion_go_with_it(tmp_path: Path) -> None:
+def test_features_cached_before_a_deletion_are_removed(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
     conversation_id = store.conversations.create("ann", "a")
     before = cache_directory(tmp_path, store.snapshots.take().deletions)
@@ -132,7 +132,7 @@ def test_features_that_were_read_before_a_deletion_go_with_it(tmp_path: Path) ->
     store.conversations.delete("ann", conversation_id)
     sweep(tmp_path)
     assert list(before.parent.iterdir()) == []
-    # A learner that read its votes before the deletion, and writes after it.
+    # A learner that read its votes before the deletion writes after it.
     before.mkdir()
     after = cache_directory(tmp_path, store.snapshots.take().deletions)
     after.mkdir()
@@ -141,11 +141,11 @@ def test_features_that_were_read_before_a_deletion_go_with_it(tmp_path: Path) ->
     store.close()
 
 
-def test_what_a_killed_writer_left_half_goes(tmp_path: Path) -> None:
+def test_partial_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
     Store.open(tmp_path).close()
     folder = tmp_path / "rounds" / "round_1"
     (folder / ".state-001.x.partial").mkdir(parents=True)
     (folder / f".{ANSWERS}.partial").write_text("what somebody said", encoding="utf-8")
     sweep(tmp_path)
-    # A state names nobody, and its learner goes on from others.
+    # A partial state names no conversation, and its learner resumes from others.
     assert [path.name for path in folder.iterdir()] == [".state-001.x.partial"]

@@ -1,4 +1,4 @@
-"""Asking for a round: who hears it, who takes it, and that none stays open for ever."""
+"""Round requests: who listens, who takes them, and that none stays open forever."""
 
 import threading
 from pathlib import Path
@@ -21,7 +21,7 @@ REFUSED = grpc.StatusCode.FAILED_PRECONDITION
 
 
 def grow_old(store: Store, seconds: float) -> None:
-    """As if that much time had passed since the last heartbeats."""
+    """Make the last heartbeats this much older."""
     store._db.execute("UPDATE listeners SET uptime = uptime - ?", [seconds])
 
 
@@ -39,18 +39,18 @@ async def refused(running: Running) -> tuple[list[str], str]:
     return details, message
 
 
-async def test_where_nobody_listens_that_is_said_with_what_to_start(running: Running) -> None:
+async def test_without_a_listening_learner_the_error_says_what_to_start(running: Running) -> None:
     nobody = (
         ["NO_LEARNER"],
-        "No learner listens: start `learner schedule` on the server's data directory, with --on-request where no clock "
-        "should start rounds.",
+        "No learner listens: start `learner schedule` on the server's data directory, with --on-request if rounds "
+        "should only start on request.",
     )
     assert await refused(running) == nobody
     learner = await look(running)
     assert (learner.listening, learner.HasField("request_time"), learner.new_votes) == (False, False, 0)
     await running.store(lambda store: store.round_requests.listen("here", None))
     assert (await look(running)).listening
-    # One that was killed half a minute ago says nothing any more.
+    # A learner killed half a minute ago no longer counts.
     await running.store(lambda store: grow_old(store, 31))
     assert await refused(running) == nobody
     assert not (await look(running)).listening
@@ -59,7 +59,7 @@ async def test_where_nobody_listens_that_is_said_with_what_to_start(running: Run
     assert await refused(running) == nobody
 
 
-async def test_a_request_goes_from_asked_to_taken_to_over(running: Running) -> None:
+async def test_a_request_is_asked_taken_and_closed(running: Running) -> None:
     started, *_ = await chat(running)
     await running.store(lambda store: store.feedback.submit_thumb("ann", started.started.response_id, up=True))
     await running.store(lambda store: store.round_requests.listen("here", 1_800_000_000.5))
@@ -70,17 +70,17 @@ async def test_a_request_goes_from_asked_to_taken_to_over(running: Running) -> N
         1_800_000_000_500_000,
     )
     assert (waiting.HasField("request_time"), waiting.HasField("end_time"), waiting.outcome) == (True, False, "")
-    # Asked again, by whomever, before it starts.
+    # Requested again, by any user, before it starts.
     assert await ask(running, BOB) == waiting
     assert await running.store(lambda store: len(store._db.rows("SELECT 1 FROM round_requests"))) == 1
     request = await running.store(lambda store: store.round_requests.take("here"))
     assert request == 1
-    assert await refused(running) == (["ROUND_RUNNING"], "A round is at work; ask again when it is over.")
+    assert await refused(running) == (["ROUND_RUNNING"], "A round is running; ask again when it is over.")
     assert await running.store(lambda store: store.round_requests.end(1, "here", "nothing to learn: so"))
     over = await look(running)
     assert over.outcome == "nothing to learn: so"
     assert over.end_time.ToMicroseconds() >= over.request_time.ToMicroseconds() == waiting.request_time.ToMicroseconds()
-    # And the next one is a new one.
+    # The next request is a new one.
     again = await ask(running)
     assert again.request_time.ToMicroseconds() > over.request_time.ToMicroseconds()
     assert (again.HasField("end_time"), again.outcome) == (False, "")
@@ -88,7 +88,7 @@ async def test_a_request_goes_from_asked_to_taken_to_over(running: Running) -> N
     assert columns == {"id", "listener", "create_time", "end_time", "outcome"}
 
 
-async def test_a_round_at_work_is_shown_and_keeps_requests_out(running: Running) -> None:
+async def test_a_running_round_is_shown_and_blocks_requests(running: Running) -> None:
     def begin(store: Store) -> Any:
         store.round_requests.listen("here", None)
         fence = store.leases.acquire("learner", "by hand", 60)
@@ -102,13 +102,13 @@ async def test_a_round_at_work_is_shown_and_keeps_requests_out(running: Running)
     assert (learner.running_round_id, learner.stage) == (round_id, "ppo")
     assert not learner.HasField("next_round_time")
     assert (await refused(running))[0] == ["ROUND_RUNNING"]
-    # Stopped or killed, it keeps nobody out: what is asked for goes on with it.
+    # A stopped or killed round blocks no request, which resumes it.
     await running.store(lambda store: store.leases.release(fence))
     assert ((await look(running)).running_round_id, (await look(running)).stage) == ("", "")
     assert (await ask(running)).HasField("request_time")
 
 
-def test_of_two_learners_that_look_at_once_one_takes_it(tmp_path: Path) -> None:
+def test_only_one_of_two_learners_takes_a_request(tmp_path: Path) -> None:
     stores = [Store.open(tmp_path) for _ in range(2)]
     for number in range(30):
         names = ["one", "two"]
@@ -133,7 +133,7 @@ def test_of_two_learners_that_look_at_once_one_takes_it(tmp_path: Path) -> None:
         store.close()
 
 
-def test_a_request_whose_learner_went_away_is_taken_again_and_ended_once(store: Store) -> None:
+def test_a_request_of_a_learner_that_went_away_is_taken_again_and_closed_once(store: Store) -> None:
     requests = store.round_requests
     requests.listen("first", None)
     requests.ask()
@@ -143,10 +143,10 @@ def test_a_request_whose_learner_went_away_is_taken_again_and_ended_once(store: 
     assert requests.take("second") is None
     store._db.execute("UPDATE listeners SET uptime = uptime - 31 WHERE id = 'first'")
     assert requests.waits()
-    # Also asked again it is the same: it was not answered.
+    # Requested again it is the same one, since it was not answered.
     assert requests.ask().end_time is None
     assert requests.take("second") == 1
-    # It was only asleep.
+    # The learner was only suspended.
     requests.listen("first", None)
     assert not requests.end(1, "first", "too late")
     assert requests.end(1, "second", "so")
@@ -156,7 +156,7 @@ def test_a_request_whose_learner_went_away_is_taken_again_and_ended_once(store: 
     assert last.outcome == "so"
 
 
-def test_what_a_learner_leaves_waits_for_the_next(store: Store) -> None:
+def test_a_request_left_by_a_learner_waits_for_the_next(store: Store) -> None:
     requests = store.round_requests
     requests.listen("first", None)
     requests.ask()
@@ -164,25 +164,25 @@ def test_what_a_learner_leaves_waits_for_the_next(store: Store) -> None:
     requests.leave("first")
     requests.listen("second", None)
     assert requests.take("second") == 1
-    # Nothing is left of those who were killed long ago.
+    # Learners killed long ago are removed.
     grow_old(store, 3001)
     requests.listen("third", None)
     assert store._db.rows("SELECT id FROM listeners") == [{"id": "third"}]
 
 
-def test_nobody_takes_a_request_while_a_learner_is_at_work(store: Store) -> None:
+def test_no_request_is_taken_while_a_learner_runs_a_round(store: Store) -> None:
     store.round_requests.listen("here", None)
     store.round_requests.ask()
     fence = store.leases.acquire("learner", "by hand", 60)
     assert fence
     assert (store.round_requests.waits(), store.round_requests.take("here")) == (False, None)
-    # It waits, and is the same.
+    # The request is still pending and the same.
     assert store.round_requests.ask().outcome == ""
     store.leases.release(fence)
     assert (store.round_requests.waits(), store.round_requests.take("here")) == (True, 1)
 
 
-def test_an_outcome_without_end_is_cut(store: Store) -> None:
+def test_a_long_outcome_is_truncated(store: Store) -> None:
     store.round_requests.listen("here", None)
     store.round_requests.ask()
     store.round_requests.take("here")
@@ -192,7 +192,7 @@ def test_an_outcome_without_end_is_cut(store: Store) -> None:
     assert len(last.outcome) == OUTCOME_CHARACTERS == 2000
 
 
-def test_a_backup_asks_for_nothing(store: Store, tmp_path: Path) -> None:
+def test_a_backup_has_no_open_request(store: Store, tmp_path: Path) -> None:
     store.round_requests.listen("here", None)
     store.round_requests.ask()
     policies = tmp_path / "policies" / "v0000"
@@ -201,13 +201,13 @@ def test_a_backup_asks_for_nothing(store: Store, tmp_path: Path) -> None:
     copy = Store.open(tmp_path / "backup")
     learner = copy.learner()
     assert learner.request
-    assert (learner.listening, learner.request.outcome) == (False, "It was under way when this backup was made.")
+    assert (learner.listening, learner.request.outcome) == (False, "It was in progress when this backup was made.")
     assert not copy.round_requests.waits()
     copy.close()
     assert store.round_requests.waits()
 
 
-def test_a_database_from_before_knows_no_learner_and_counts_its_votes(tmp_path: Path) -> None:
+def test_an_older_database_has_no_learner_and_counts_its_votes(tmp_path: Path) -> None:
     newer = Store.open(tmp_path / "newer")
     newer.feedback.submit_thumb("ann", answer(newer, newer.conversations.create("ann", "hello")), up=True)
     [vote] = newer._db.rows("SELECT * FROM feedback")

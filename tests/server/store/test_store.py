@@ -54,7 +54,7 @@ def comparison(store: Store, conversation_id: str, user: str = "ann", b: Generat
     return comparison_id
 
 
-def test_a_response_comes_back_token_by_token(store: Store) -> None:
+def test_a_response_is_stored_token_by_token(store: Store) -> None:
     response = store.responses.get("ann", answer(store, store.conversations.create("ann", "hello")))
     assert response.prompt_token_ids == [1, 2, 70_000]
     assert response.token_ids == [5, 6, 7]
@@ -64,10 +64,10 @@ def test_a_response_comes_back_token_by_token(store: Store) -> None:
     assert (response.status, response.finish_reason) == ("finished", "stop")
 
 
-def test_what_is_on_disk_outlives_the_process_that_wrote_it(tmp_path: Path) -> None:
+def test_data_on_disk_survives_a_killed_process(tmp_path: Path) -> None:
     first = Store.open(tmp_path)
     vote = first.feedback.submit_thumb("ann", answer(first, first.conversations.create("ann", "hello")), up=True)
-    # Not closed: a process that was killed closes nothing.
+    # Not closed, as after a kill.
     second = Store.open(tmp_path)
     assert [thumb.feedback_id for thumb in second.snapshots.take().thumbs] == [vote.id]
     second.close()
@@ -85,12 +85,12 @@ def test_voting_again_replaces_the_vote_and_the_log_keeps_both(store: Store) -> 
     assert [thumb.value for thumb in store.snapshots.take(2).thumbs] == [-1]
 
 
-def test_the_newest_votes_and_prompts_of_many(store: Store) -> None:
+def test_limits_select_the_newest_votes_and_prompts(store: Store) -> None:
     given = [
         store.feedback.submit_thumb("ann", answer(store, store.conversations.create("ann", "hello")), up=True)
         for _ in range(4)
     ]
-    # The oldest is changed last, which makes it the newest.
+    # The oldest one is changed last, so it becomes the newest.
     store.feedback.submit_thumb("ann", str(given[0].response_id), up=False)
     newest = store.snapshots.take(limit=3)
     assert [thumb.feedback_id for thumb in newest.thumbs] == [given[2].id, given[3].id, given[0].id]
@@ -98,7 +98,7 @@ def test_the_newest_votes_and_prompts_of_many(store: Store) -> None:
     assert len(store.snapshots.prompts(limit=1)) == len(store.snapshots.prompts()) == 1
 
 
-def test_votes_by_day_are_counted_from_the_index_alone(store: Store) -> None:
+def test_votes_by_day_are_counted_from_the_index_only(store: Store) -> None:
     given = [
         store.feedback.submit_thumb(user, answer(store, store.conversations.create(user, "hello"), user), up=True)
         for user in ("ann", "bob", "ann")
@@ -115,7 +115,7 @@ def test_votes_by_day_are_counted_from_the_index_alone(store: Store) -> None:
     ]  # fmt: skip
     [plan] = [row["detail"] for row in store._db.rows(f"EXPLAIN QUERY PLAN {asked[-1]}") if "feedback" in row["detail"]]
     assert plan == "SEARCH feedback USING INDEX feedback_by_day (<expr>>?)"
-    # In the index's order: nothing is gathered first.
+    # In the index's order, without sorting first.
     steps = [row["detail"] for row in store._db.rows(f"EXPLAIN QUERY PLAN {asked[-1]}")]
     assert "USE TEMP B-TREE FOR GROUP BY" not in steps
     query = "SELECT count(*) AS votes FROM feedback WHERE event_seq > 0 AND kind != 'demonstration'"
@@ -123,7 +123,7 @@ def test_votes_by_day_are_counted_from_the_index_alone(store: Store) -> None:
     assert plan == "SEARCH feedback USING COVERING INDEX feedback_by_event (event_seq>?)"
 
 
-def test_votes_are_counted_once_and_only_while_they_stand(store: Store) -> None:
+def test_votes_are_counted_once_and_only_while_current(store: Store) -> None:
     response_ids = [answer(store, store.conversations.create("ann", "hello")) for _ in range(3)]
     first, second, _ = [store.feedback.submit_thumb("ann", response_id, up=True) for response_id in response_ids]
     store.feedback.submit_demonstration(
@@ -151,7 +151,7 @@ NOTHING = Generation([2], [-0.5], "", "stop", [Span(0, 1, "v0000")])
 FAILED = Generation([], [], "", "error", [])
 
 
-def test_an_answer_of_no_words_is_an_answer(store: Store) -> None:
+def test_an_empty_finished_answer_counts_as_an_answer(store: Store) -> None:
     conversation_id = store.conversations.create("ann", "hello")
     response_id = answer(store, conversation_id, generation=NOTHING)
     assert store.feedback.submit_thumb("ann", response_id, up=False).value == "DOWN"
@@ -163,7 +163,7 @@ def test_an_answer_of_no_words_is_an_answer(store: Store) -> None:
     assert len(store.snapshots.take()) == 3
 
 
-def test_an_answer_that_failed_before_its_first_word_is_none(store: Store) -> None:
+def test_an_answer_that_failed_without_text_does_not_count(store: Store) -> None:
     conversation_id = store.conversations.create("ann", "hello")
     response_id = answer(store, conversation_id, generation=FAILED)
     with pytest.raises(FailedPreconditionError, match="no answer yet"):
@@ -171,7 +171,7 @@ def test_an_answer_that_failed_before_its_first_word_is_none(store: Store) -> No
     assert [turn.answer for turn in store.conversations.turns("ann", conversation_id)] == [None]
 
 
-def test_nobody_sees_or_judges_what_is_another_users(store: Store) -> None:
+def test_users_cannot_read_or_vote_on_others_data(store: Store) -> None:
     conversation_id = store.conversations.create("ann", "hello")
     response_id, comparison_id = answer(store, conversation_id), comparison(store, conversation_id)
     for attempt in (
@@ -190,7 +190,7 @@ def test_nobody_sees_or_judges_what_is_another_users(store: Store) -> None:
     ("choice", "continued_with", "dropped"),
     [("A", "A", False), ("B", "B", False), ("BOTH_BAD", None, True)],
 )
-def test_the_first_choice_decides_how_the_conversation_goes_on(store: Store, choice, continued_with, dropped) -> None:
+def test_the_first_choice_decides_how_the_conversation_continues(store: Store, choice, continued_with, dropped) -> None:
     conversation_id = store.conversations.create("ann", "hello")
     comparison_id = comparison(store, conversation_id)
     store.feedback.submit_choice("ann", comparison_id, choice)
@@ -204,16 +204,16 @@ def test_the_first_choice_decides_how_the_conversation_goes_on(store: Store, cho
     assert [vote.choice for vote in store.snapshots.take().choices] == ["TIE"]
 
 
-def test_a_tie_goes_on_with_one_that_is_drawn_and_recorded(store: Store) -> None:
+def test_a_tie_continues_with_a_random_recorded_answer(store: Store) -> None:
     conversation_id = store.conversations.create("ann", "hello")
     for _ in range(40):
         store.feedback.submit_choice("ann", comparison(store, conversation_id), "TIE")
     drawn = [turn.comparison.continued_with for turn in store.conversations.turns("ann", conversation_id)]
-    # 40 draws that are all the same: once in 5e11 runs.
+    # 40 equal draws happen once in 5e11 runs.
     assert set(drawn) == {"A", "B"}
 
 
-def test_going_on_without_a_choice_is_a_skip_and_the_vote_still_counts_later(store: Store) -> None:
+def test_a_skipped_comparison_can_still_be_voted_on(store: Store) -> None:
     conversation_id = store.conversations.create("ann", "hello")
     comparison_id = comparison(store, conversation_id)
     store.responses.skip_open_comparisons(conversation_id)
@@ -246,7 +246,7 @@ def test_a_deleted_conversation_leaves_no_text_behind(store: Store, tmp_path: Pa
     assert store._db.rows("SELECT * FROM spans") == []
 
 
-def test_what_was_streaming_when_the_server_died_is_marked_at_its_next_start(store: Store) -> None:
+def test_interrupted_answers_are_marked_at_the_next_start(store: Store) -> None:
     conversation_id = store.conversations.create("ann", "hello")
     for replica in ("here", "gone", "elsewhere"):
         store.responses.begin(
@@ -258,7 +258,7 @@ def test_what_was_streaming_when_the_server_died_is_marked_at_its_next_start(sto
     def statuses() -> list[str]:
         return [turn.response.status for turn in store.conversations.turns("ann", conversation_id) if turn.response]
 
-    # A server that runs never gives its own up, even if its heartbeat is late.
+    # A running server never fails its own answers, even if its heartbeat is late.
     assert store.responses.fail_interrupted("here") == 1
     assert statuses() == ["streaming", "failed", "streaming"]
     assert store.responses.fail_interrupted("here", starting=True) == 1
@@ -266,7 +266,7 @@ def test_what_was_streaming_when_the_server_died_is_marked_at_its_next_start(sto
     assert [turn.message for turn in store.conversations.turns("ann", conversation_id)] == ["m", "m", "m"]
 
 
-def test_a_request_id_stands_for_one_body(store: Store) -> None:
+def test_a_request_id_belongs_to_one_body(store: Store) -> None:
     store.requests.remember("ann", "Chat", "r1", b"body", b"answer")
     assert store.requests.find("ann", "Chat", "r1", b"body") == b"answer"
     assert store.requests.find("bob", "Chat", "r1", b"body") is None
@@ -293,7 +293,7 @@ def asked(store: Store, user: str, number: int, message: str = "hello") -> str:
     return conversation_id
 
 
-def test_a_busy_user_does_not_keep_others_prompts_out(store: Store) -> None:
+def test_a_busy_user_does_not_displace_others_prompts(store: Store) -> None:
     for number in range(3):
         asked(store, "ann", number)
     for number in range(10, 60):
@@ -341,19 +341,19 @@ def test_the_pointer_moves_by_compare_and_set_and_keeps_its_history(store: Store
     assert store.policies.previous_version() == "v0000"
 
 
-def test_what_was_rolled_back_is_not_what_one_goes_back_to(store: Store) -> None:
+def test_a_rolled_back_version_is_not_a_rollback_target(store: Store) -> None:
     for version in ("v0001", "v0002"):
         register(store, version)
         store.policies.activate(version, actor="learner")
     store.policies.activate("v0001", actor="server", action="rollback")
-    # Not to v0002, which just lost.
+    # Not to v0002, which was just rolled back.
     assert store.policies.previous_version() == "v0000"
     store.policies.activate("v0002", actor="ann", action="promote")
     store.policies.activate("v0001", actor="ann")
     assert store.policies.previous_version() == "v0002"
 
 
-def test_a_version_that_cannot_be_loaded_gives_the_pointer_back(store: Store) -> None:
+def test_a_version_that_cannot_be_loaded_moves_the_pointer_back(store: Store) -> None:
     register(store, "v0001")
     store.policies.activate("v0001", actor="ann")
     store.policies.fail("v0001", "a tensor is missing", "v0000")
@@ -363,7 +363,7 @@ def test_a_version_that_cannot_be_loaded_gives_the_pointer_back(store: Store) ->
         store.policies.activate("v0001", actor="ann")
 
 
-def test_a_learner_that_outlived_its_lease_writes_nothing(store: Store) -> None:
+def test_a_learner_whose_lease_expired_writes_nothing(store: Store) -> None:
     first = store.leases.acquire("round", "first", seconds=-1.0)
     second = store.leases.acquire("round", "second", seconds=60.0)
     assert first is not None
@@ -388,7 +388,7 @@ def test_versions_are_in_the_order_of_their_numbers(store: Store) -> None:
     assert [policy.version for policy in store.policies.page()] == ["v10000", "v9999", "v0000"]
 
 
-def test_a_vote_costs_the_same_however_many_there_are(store: Store) -> None:
+def test_a_votes_cost_is_independent_of_the_number_of_votes(store: Store) -> None:
     conversation = store.conversations.create("ann", "hello")
     response_id, comparison_id = answer(store, conversation), comparison(store, conversation)
     before = [steps(store, lambda: store.feedback.submit_thumb("ann", response_id, up=True)) for _ in range(2)][-1]
@@ -402,7 +402,7 @@ def test_a_vote_costs_the_same_however_many_there_are(store: Store) -> None:
 
 
 def steps(store: Store, work: Callable[[], object]) -> int:
-    """How many instructions SQLite's virtual machine runs for it, by tens."""
+    """How many instructions SQLite's virtual machine runs for it, in tens."""
     count = itertools.count()
     connection = store._db._db.conn
     connection.set_progress_handler(lambda: next(count) * 0, 10)

@@ -19,7 +19,7 @@ async def thread(tmp_path: Path) -> AsyncIterator[StoreThread]:
 
 
 def titles(data_dir: Path) -> list[str]:
-    """What another process would find on disk."""
+    """What another process sees on disk."""
     other = Store.open(data_dir)
     found = sorted(conversation.title for conversation in other.conversations.page("ann", 100))
     other.close()
@@ -46,7 +46,7 @@ async def test_calls_share_a_commit(thread: StoreThread) -> None:
     assert commits.count("COMMIT") == 1
 
 
-async def test_nobody_hears_of_a_success_that_was_not_committed(thread: StoreThread, tmp_path: Path) -> None:
+async def test_success_is_not_reported_without_a_commit(thread: StoreThread, tmp_path: Path) -> None:
     def lose(store: Store) -> None:
         with store.transaction():
             store._db.execute("CREATE TABLE one (id INTEGER PRIMARY KEY)")
@@ -61,12 +61,12 @@ async def test_nobody_hears_of_a_success_that_was_not_committed(thread: StoreThr
     )
     assert [isinstance(outcome, DatabaseError) for outcome in outcomes] == [True, True, True]
     assert titles(tmp_path) == []
-    # The thread goes on.
+    # The thread continues.
     await thread(lambda store: store.conversations.create("ann", "later"))
     assert titles(tmp_path) == ["later"]
 
 
-async def test_a_cancelled_caller_leaves_its_work_and_others_alone(thread: StoreThread, tmp_path: Path) -> None:
+async def test_cancelling_a_caller_does_not_affect_its_work_or_others(thread: StoreThread, tmp_path: Path) -> None:
     cancelled = asyncio.create_task(thread(lambda store: store.conversations.create("ann", "cancelled")))
     other = asyncio.create_task(thread(lambda store: store.conversations.create("ann", "other")))
     await asyncio.sleep(0)  # both have asked
@@ -75,7 +75,7 @@ async def test_a_cancelled_caller_leaves_its_work_and_others_alone(thread: Store
     assert titles(tmp_path) == ["cancelled", "other"]
 
 
-async def test_close_waits_for_what_was_asked_before(tmp_path: Path) -> None:
+async def test_close_waits_for_earlier_work(tmp_path: Path) -> None:
     thread = StoreThread(tmp_path)
     asking = asyncio.create_task(thread(lambda store: store.conversations.create("ann", "last")))
     await asyncio.sleep(0)

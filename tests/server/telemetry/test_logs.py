@@ -1,4 +1,4 @@
-"""Where log lines and traces go, in a process of its own: both are set up once in a process's life."""
+"""Log lines and traces, in a separate process, since both are set up once per process."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_without_a_collector_nothing_is_set_up() -> None:
     )
 
 
-def test_lines_to_read_and_lines_for_programs() -> None:
+def test_text_logs_and_json_logs() -> None:
     first, second = run(LOGGED.format(kind="text", level="INFO")).splitlines()
     assert first.endswith(" INFO server.test [-]: three words")
     assert second.endswith(" WARNING server.test [-]: trouble")

@@ -1,4 +1,4 @@
-"""What is counted, where it can be read, and that nobody is named in it."""
+"""The metrics, where they are served, and that they name no user."""
 
 import json
 import re
@@ -52,7 +52,7 @@ async def test_calls_answers_and_tokens_are_counted(running: Running) -> None:
     assert value("prefloop_answers_sampled_at_once") == 64
 
 
-async def test_an_answer_under_way_is_seen(running: Running) -> None:
+async def test_a_running_answer_is_counted(running: Running) -> None:
     running.engine.hold_after = 1
     call = running.chat.Compare(chat_pb2.CompareRequest(message="hi"), metadata=ANN)
     await running.engine.holding.wait()
@@ -127,7 +127,7 @@ ROUND = Round(
 )
 
 
-def test_a_rounds_figures() -> None:
+def test_a_rounds_metrics() -> None:
     assert figures(ROUND) == {
         "votes": 42, "reward_accuracy": 0.75, "kl": 4.5, "win_rate": 0.8, "seconds": 60.0, "finish_time": 160.0,
     }  # fmt: skip
@@ -187,7 +187,7 @@ def dashboard(root: Path) -> dict[str, Any]:
     return board
 
 
-def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(root: Path) -> None:
+def test_the_dashboard_uses_existing_metrics_and_labels(root: Path) -> None:
     samples = {"process_resident_memory_bytes", "process_open_fds", "process_max_fds"}
     labels: dict[str, set[str]] = {}
     for metric in metrics.REGISTRY.collect():
@@ -207,5 +207,5 @@ def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(root: Path) ->
             name for group in re.findall(r"by \(([^)]*)\)", expression) for name in group.split(", ")
         ]
         assert set(named) <= labels.get(base, set()), expression
-    # Whatever is counted is also shown.
+    # Every metric is also on the dashboard.
     assert {name for name in labels if not any(re.search(rf"\b{name}(_|\b)", one) for one in used)} == set()

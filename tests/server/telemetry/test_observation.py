@@ -1,4 +1,4 @@
-"""A call's id, its log lines and its spans, and what none of them may hold."""
+"""A call's id, its log lines and its spans, none of which may have user text."""
 
 import io
 import json
@@ -25,7 +25,7 @@ EXPORTER = InMemorySpanExporter()
 
 @pytest.fixture(scope="module", autouse=True)
 def provider() -> None:
-    # OpenTelemetry takes one provider in the life of a process.
+    # OpenTelemetry accepts only one provider per process.
     made = TracerProvider()
     made.add_span_processor(SimpleSpanProcessor(EXPORTER))
     trace.set_tracer_provider(made)
@@ -62,27 +62,27 @@ async def test_a_call_has_an_id_in_its_answer_and_its_log_line(running: Running,
     assert re.fullmatch(r"Chat OK \d+\.\d{3} s", line["message"])
 
 
-async def test_an_id_that_is_none_is_replaced(running: Running) -> None:
+async def test_an_invalid_id_is_replaced(running: Running) -> None:
     call = running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=(("x-request-id", "a b"),))
     await call
     assert dict(await call.trailing_metadata())["x-request-id"].startswith("call_")
 
 
-async def test_an_error_tells_its_id_and_the_log_has_the_rest(running: Running, written: io.StringIO) -> None:
+async def test_an_error_has_its_id_and_the_log_has_the_rest(running: Running, written: io.StringIO) -> None:
     running.engine.encode = None  # type: ignore[method-assign, assignment]
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await chat(running, user=(*ANN, ("x-request-id", "mine-2")))
-    assert failed.value.details() == "Something went wrong in the server; its log says what."
+    assert failed.value.details() == "Internal error; the server's log has the cause."
     status, info = rpc_status.from_call(failed.value), error_details_pb2.RequestInfo()
     assert status is not None
     assert status.details[-1].Unpack(info)
     assert info.request_id == "mine-2"
     messages = [line["message"] for line in lines(written) if line["call_id"] == "mine-2"]
-    assert messages[0].startswith("Something went wrong in the server; its log says what.\nTypeError\n")
+    assert messages[0].startswith("Internal error; the server's log has the cause.\nTypeError\n")
     assert re.fullmatch(r"Chat INTERNAL \d+\.\d{3} s", messages[1])
 
 
-async def test_a_trace_goes_on_where_the_caller_began_it(running: Running, spans: InMemorySpanExporter) -> None:
+async def test_a_span_continues_the_callers_trace(running: Running, spans: InMemorySpanExporter) -> None:
     parent = ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
     await chat(running, user=(*ANN, parent))
     sample, call = spans.get_finished_spans()

@@ -1,4 +1,4 @@
-"""An answer that was begun is ended in the store, whenever its caller leaves."""
+"""An answer that was begun is ended in the store, even if its caller leaves."""
 
 import asyncio
 import threading
@@ -64,7 +64,7 @@ async def test_a_caller_who_leaves_while_the_turn_is_being_stored_leaves_it_canc
     ("error", "status", "reason"),
     [(asyncio.CancelledError, "cancelled", "cancelled"), (RuntimeError, "failed", "error")],
 )
-async def test_what_ends_before_the_first_token_says_whose_doing_it_was(
+async def test_an_answer_without_tokens_is_cancelled_or_failed(
     thread: StoreThread, error: type[BaseException], status: str, reason: str
 ) -> None:
     answers = Answers(thread, FakeEngine())
@@ -76,7 +76,7 @@ async def test_what_ends_before_the_first_token_says_whose_doing_it_was(
     assert (response.status, response.finish_reason) == (status, reason)
 
 
-async def test_an_answer_whose_last_message_was_not_heard_is_finished_all_the_same(thread: StoreThread) -> None:
+async def test_an_answer_is_finished_even_if_its_last_message_was_not_received(thread: StoreThread) -> None:
     answers = Answers(thread, FakeEngine())
 
     async def send(text: str) -> None: ...

@@ -1,4 +1,4 @@
-"""Which second answer a comparison shows: over real gRPC on both sides, with opinions that are written down here."""
+"""Which second answer a comparison shows, over real gRPC on both sides, with scores given here."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,13 +17,13 @@ from server.turns.candidate_choice import CandidateChooser, Chosen, dispute
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_rpcs import ANN, chat, compare, failure
 
-# By an answer's number of tokens, what two members say of it. Beside "one" (0, 0) they agree that two words are better
-# and four are worse; on three they disagree.
+# The scores by two members for an answer's number of tokens. Compared with "one" (0, 0) they agree that two words are
+# better and four are worse; on three they disagree.
 OPINIONS = {1: [0.0, 0.0], 2: [3.0, 3.0], 3: [-2.0, 2.0], 4: [-3.0, -3.0]}
 
 
 class Opinions(scoring_pb2_grpc.ScoringServiceServicer):
-    """Says what OPINIONS say, or what it is told to."""
+    """Returns the scores in OPINIONS, or those that a test sets."""
 
     def __init__(self) -> None:
         self.asked: list[scoring_pb2.ScoreCandidatesRequest] = []
@@ -102,7 +102,7 @@ async def test_either_slot_is_streamed_first(tmp_path: Path) -> None:
             running.engine.answers = ["one", "one two", "one two three", "one two three four"]
             events = await compare(running)
             slots |= {event.finished.slot for event in events if event.finished.text == "one "}
-        # 30 times the same slot: once in 5e8 runs.
+        # The same slot 30 times happens once in 5e8 runs.
         assert slots == {chat_pb2.SLOT_A, chat_pb2.SLOT_B}
         assert len(service.asked) == 30
 
@@ -118,13 +118,13 @@ async def test_without_scores_any_answer_is_shown_and_the_log_says_why_once(
         assert len(service.asked) == 4
     said = [record.getMessage() for record in caplog.records if record.name == "server.turns.candidate_choice"]
     assert said == [
-        "comparisons: any two, for want of scores: FAILED_PRECONDITION no reward model",
-        "comparisons: any two, for want of scores: unreadable: 4 answers were sent and 3 scores came",
-        "comparisons: chosen again",
+        "comparisons: no scores: FAILED_PRECONDITION no reward model",
+        "comparisons: no scores: invalid response: 3 scores for 4 answers",
+        "comparisons: scores are available again",
     ]
 
 
-async def test_scores_that_do_not_come_in_time_are_not_waited_for(tmp_path: Path) -> None:
+async def test_late_scores_are_not_waited_for(tmp_path: Path) -> None:
     async with planning(tmp_path, seconds=0.5) as (running, service), asyncio.timeout(20):
         service.holds = True
         assert shown(await compare(running)) == {"one ", "one two "}
@@ -132,14 +132,14 @@ async def test_scores_that_do_not_come_in_time_are_not_waited_for(tmp_path: Path
         assert await answers(running) == {"one ": None, "one two ": None}
 
 
-async def test_a_service_that_is_down_is_not_waited_for() -> None:
+async def test_a_score_server_that_is_down_is_not_waited_for() -> None:
     chooser = CandidateChooser(ScoringClient("127.0.0.1:1", 300.0))
     async with asyncio.timeout(20):
         assert await chooser.choose([1], [2], [[3], [4]]) == Chosen(0, None)
     await chooser.close()
 
 
-async def test_what_users_asked_goes_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_user_messages_go_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     async with opinions() as (service, address):
         chooser = CandidateChooser(ScoringClient(address, 30.0))
@@ -148,7 +148,7 @@ async def test_what_users_asked_goes_through_no_proxy(monkeypatch: pytest.Monkey
         assert len(service.asked) == 1
 
 
-async def test_a_request_with_a_seed_repeats_and_is_not_planned(tmp_path: Path) -> None:
+async def test_a_request_with_a_seed_is_repeatable_and_not_chosen_by_scores(tmp_path: Path) -> None:
     async with planning(tmp_path) as (running, service):
         await compare(running, sampling=chat_pb2.SamplingOptions(seed=5))
         assert [sampling.seed for sampling in running.engine.samplings] == [5, 6]
@@ -171,13 +171,13 @@ async def test_a_caller_that_leaves_leaves_nothing_running_or_open(tmp_path: Pat
                 await asyncio.sleep(0)
         call.cancel()
         running.engine.hold_after = None
-        # Waits for the turn before it to end.
+        # Waits for the previous turn to end.
         await chat(running, "go on", conversation_id=conversation_id)
         assert (len(running.engine.samplings), running.engine.finished) == (5, 5)
         rows = await stored(running, "SELECT text, status FROM responses ORDER BY create_time LIMIT 2")
         streamed = ("one ", "cancelled") if while_ == "sampled" else ("one ", "finished")
         assert {(row["text"], row["status"]) for row in rows} == {streamed, ("", "cancelled")}
-        # What was read of the one answer is what the model goes on from, whichever slot it has.
+        # The model continues from the answer that was streamed, whichever slot it has.
         assert {"role": "assistant", "content": "one "} in running.engine.encoded[-1]
 
 
@@ -199,7 +199,7 @@ def test_members_that_agree_dispute_nothing() -> None:
 
 
 @pytest.mark.parametrize("address", ["scores.example:50052", "10.0.0.1:50052", "127.0.0.1", "localhost:", ":50052"])
-def test_scores_are_asked_for_on_loopback_alone(address: str) -> None:
+def test_scores_are_only_requested_on_loopback(address: str) -> None:
     with pytest.raises(ValidationError, match="must be host:port with a host on loopback"):
         ServerSettings.load(scoring_address=address)
     assert ServerSettings.load(scoring_address="[::1]:50052").scoring_address == "[::1]:50052"

@@ -1,4 +1,4 @@
-"""As many whole turns as fit, found without encoding what cannot fit."""
+"""Prompts have as many whole turns as fit, found without encoding much more."""
 
 import pytest
 
@@ -9,14 +9,14 @@ encoded: list[int] = []
 
 
 def encode(messages: list[dict[str, str]]) -> list[int]:
-    """One token a character."""
+    """One token per character."""
     ids = [ord(character) for message in messages for character in message["content"]]
     encoded.append(len(ids))
     return ids
 
 
 def conversation(turns: int) -> list[Said]:
-    """Turn number n asks and answers one character each, the n-th of the alphabet and its capital."""
+    """Turn n asks and answers one character each: the n-th of the alphabet and its capital."""
     return [(chr(ord("a") + number % 26), chr(ord("A") + number % 26)) for number in range(turns)]
 
 
@@ -36,13 +36,13 @@ def test_the_newest_turns_that_fit_are_kept_whole(turns: int, limit: int, prompt
     assert "".join(map(chr, build_prompt(encode, conversation(turns), "!", limit))) == prompt
 
 
-def test_a_long_conversation_costs_little_more_than_what_fits() -> None:
+def test_encoding_a_long_conversation_costs_little_more_than_what_fits() -> None:
     encoded.clear()
     assert len(build_prompt(encode, conversation(1000), "!", 100)) == 99
     assert len(encoded) < 14
     assert max(encoded) < 200
 
 
-def test_a_message_that_cannot_fit_says_by_how_much() -> None:
-    with pytest.raises(InvalidArgumentError, match="takes 3 tokens; at most 2 fit"):
+def test_a_message_that_cannot_fit_is_refused_with_its_length() -> None:
+    with pytest.raises(InvalidArgumentError, match="has 3 tokens; at most 2 fit"):
         build_prompt(encode, conversation(1), "abc", 2)

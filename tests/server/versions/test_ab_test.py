@@ -1,4 +1,4 @@
-"""Two versions side by side: the evidence, who is shown, and how the loser goes."""
+"""A/B tests of two versions: the evidence, which versions are shown, and the rollback of a loser."""
 
 import asyncio
 import random
@@ -20,11 +20,11 @@ from tests.server.rpc.test_rpcs import compare
     # 2 * integral over (0, 1/2) of p^w (1-p)^l, times 2^(w+l); the last by numerical integration.
     [(0, 0, 1.0), (0, 1, 1.5), (1, 0, 0.5), (1, 1, 2 / 3), (0, 5, 10.5), (10, 30, 63.227924)],
 )
-def test_the_evidence_is_the_integral(wins: int, losses: int, e: float) -> None:
+def test_the_e_value_equals_its_integral(wins: int, losses: int, e: float) -> None:
     assert e_value(wins, losses) == pytest.approx(e, rel=1e-7)
 
 
-def test_looking_after_every_vote_does_not_find_losers_among_equals() -> None:
+def test_checking_after_every_vote_finds_no_loser_among_equals() -> None:
     chance = random.Random(1)
     kept = cache(e_value)
     found = 0
@@ -39,7 +39,7 @@ def test_looking_after_every_vote_does_not_find_losers_among_equals() -> None:
     assert found == 63
 
 
-def test_better_and_worse_are_each_others_mirror() -> None:
+def test_evidence_for_better_and_worse_is_symmetric() -> None:
     duel = AbTestResult("v0002", "v0001", wins=30, losses=10, draws=4)
     assert (duel.won, duel.lost) == (pytest.approx(63.227924), pytest.approx(0.045889, rel=1e-4))
     assert str(duel) == "30 wins, 10 losses and 4 draws against v0001"
@@ -51,7 +51,7 @@ async def activate(running: Running, version: str) -> None:
 
 
 async def choose(running: Running, user: str, loser: str) -> None:
-    """Asks for a comparison and chooses the answer that is not `loser`'s."""
+    """Request a comparison and choose the answer that is not `loser`'s."""
     who = (("x-user-id", user),)
     before = len(running.engine.pinned)
     started = (await compare(running, user=who))[0].started
@@ -94,13 +94,13 @@ async def test_the_loser_is_rolled_back_by_the_server(tmp_path: Path) -> None:
         move = await running.store(lambda store: store.lineage.moves(1)[0])
         assert (move.action, move.actor, move.version) == ("rollback", "server", "v0000")
         assert move.reason == "lost: 0 wins, 7 losses and 0 draws against v0000"
-        # Nothing is compared with what was just taken back.
+        # No version is compared with one that was just rolled back.
         before = len(running.engine.pinned)
         await compare(running)
         assert running.engine.pinned[before:] == [None, None]
 
 
-async def test_one_user_alone_decides_nothing(tmp_path: Path) -> None:
+async def test_one_user_cannot_decide_a_test(tmp_path: Path) -> None:
     async with running_server(tmp_path, serve_adapters=True, ab_test_user_votes=6) as running:
         await open_duel(running)
         for _ in range(8):
@@ -141,7 +141,7 @@ async def shown_duel(running: Running) -> Any:
     return await running.policies.GetActivePolicy(policy_pb2.GetActivePolicyRequest(), metadata=(("x-user-id", "op"),))
 
 
-async def test_operators_see_how_the_duel_stands_while_there_is_one(tmp_path: Path) -> None:
+async def test_operators_see_the_result_of_a_running_test(tmp_path: Path) -> None:
     async with running_server(tmp_path, serve_adapters=True, ab_test_user_votes=2) as running:
         assert not (await shown_duel(running)).HasField("duel")
         await open_duel(running)
@@ -151,7 +151,7 @@ async def test_operators_see_how_the_duel_stands_while_there_is_one(tmp_path: Pa
         tie = feedback_pb2.SubmitChoiceRequest(comparison_id=started.comparison_id, choice=feedback_pb2.CHOICE_TIE)
         await running.feedback.SubmitChoice(tie, metadata=(("x-user-id", "dee"),))
         duel = (await shown_duel(running)).duel
-        # Of ann's three the first two count.
+        # Of ann's three votes the first two count.
         assert (duel.version, duel.opponent_version) == ("v0001", "v0000")
         assert (duel.wins, duel.losses, duel.draws) == (1, 3, 1)
         # 2 * 2^4 * integral over (0, 1/2) of p (1-p)^3 = 32 * 13/320, and of p^3 (1-p) = 32 * 3/320.
@@ -161,7 +161,7 @@ async def test_operators_see_how_the_duel_stands_while_there_is_one(tmp_path: Pa
         assert not (await shown_duel(running)).HasField("duel")
 
 
-async def test_votes_on_two_versions_are_no_duel_where_versions_are_not_shown_side_by_side(tmp_path: Path) -> None:
+async def test_without_side_by_side_versions_there_is_no_ab_test(tmp_path: Path) -> None:
     async with running_server(tmp_path) as running:
         publish_version(running.data_dir, "v0001")
         await running.store(lambda store: register(store, "v0001"))
@@ -170,8 +170,8 @@ async def test_votes_on_two_versions_are_no_duel_where_versions_are_not_shown_si
         assert not (await shown_duel(running)).HasField("duel")
 
 
-async def test_a_duel_is_of_the_two_versions_that_are_shown(tmp_path: Path) -> None:
-    # Nobody looks but this test.
+async def test_the_result_is_of_the_two_versions_that_are_shown(tmp_path: Path) -> None:
+    # Only this test calls `look`.
     async with running_server(tmp_path, serve_adapters=True, poll_seconds=1000) as running:
         for version in ("v0001", "v0002"):
             publish_version(running.data_dir, version)
@@ -182,7 +182,7 @@ async def test_a_duel_is_of_the_two_versions_that_are_shown(tmp_path: Path) -> N
         assert not (await shown_duel(running)).HasField("duel")
         await ab_test.look()
         assert (await shown_duel(running)).duel.version == "v0001"
-        # Until the next look Compare shows these two no longer, and no others yet.
+        # Until the next `look`, Compare does not show these two, and no others.
         await activate(running, "v0002")
         assert not (await shown_duel(running)).HasField("duel")
         await ab_test.look()

@@ -1,4 +1,4 @@
-"""Which arithmetic a machine computes in."""
+"""Which dtype a machine computes in."""
 
 from typing import Any
 
@@ -22,14 +22,14 @@ NOTHING = "the processor has no bfloat16 instructions"
         (None, {**SKYLAKE, "amx_bf16": True}, "bfloat16", "the processor has AMX-BF16"),
         (None, {"architecture": "aarch64", "neon": True, "bf16": True}, "bfloat16", "the processor has Arm BF16"),
         (None, {"architecture": "aarch64", "neon": True, "bf16": False}, "float32", NOTHING),
-        # A torch that does not know this processor says nothing of it.
+        # A torch that does not know this processor reports no capabilities.
         (None, {}, "float32", NOTHING),
         ((9, 0), AVX2, "bfloat16", "a GPU of compute capability 9.0"),
         ((8, 0), AVX2, "bfloat16", "a GPU of compute capability 8.0"),
         ((7, 5), {**SKYLAKE, "avx512_bf16": True}, "float32", "a GPU of compute capability 7.5"),
     ],
 )
-def test_auto_is_bfloat16_where_the_hardware_multiplies_in_it(
+def test_auto_is_bfloat16_if_the_hardware_multiplies_in_it(
     cuda: tuple[int, int] | None, cpu: dict[str, Any], name: str, reason: str
 ) -> None:
     found = choose_dtype("auto", cuda, cpu)
@@ -44,12 +44,12 @@ def test_auto_is_bfloat16_where_the_hardware_multiplies_in_it(
         ("bfloat16", AVX2, f"bfloat16 (as set; expect it to be slow: {NOTHING})"),
     ],
 )
-def test_a_setting_wins_and_is_warned_of_where_it_costs(setting: DtypeSetting, cpu: dict[str, Any], said: str) -> None:
+def test_a_setting_wins_with_a_warning_if_it_is_slow(setting: DtypeSetting, cpu: dict[str, Any], said: str) -> None:
     assert str(choose_dtype(setting, None, cpu)) == said
 
 
 @pytest.mark.parametrize(("for_cpus", "reason"), [(True, NOTHING), (False, "a GPU of compute capability 9.0")])
-def test_a_gpu_that_the_engine_does_not_use_decides_nothing(
+def test_a_gpu_that_the_engine_does_not_use_is_ignored(
     monkeypatch: pytest.MonkeyPatch, for_cpus: bool, reason: str
 ) -> None:
     monkeypatch.setattr(dtype, "engine_is_for_cpus", lambda: for_cpus)
@@ -59,6 +59,6 @@ def test_a_gpu_that_the_engine_does_not_use_decides_nothing(
     assert resolve_dtype("auto").reason == reason
 
 
-def test_this_machine_has_an_answer_that_is_never_auto() -> None:
+def test_this_machines_dtype_is_never_auto() -> None:
     assert resolve_dtype("auto").name in ("bfloat16", "float32")
     assert resolve_dtype("float32").name == "float32"

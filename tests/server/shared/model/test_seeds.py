@@ -1,4 +1,4 @@
-"""A seed is spent on the tokens that an answer gets, however its prompt was cut into parts."""
+"""A seed is only spent on an answer's own tokens, however its prompt was split."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +11,14 @@ from server.shared.model.seeds import keep_seeds
 
 
 class Runner:
-    """As much of vLLM's model runner as there is to it: three rows, each with its generator, that draw in each step."""
+    """A minimal model runner of vLLM: three rows, each with its generator, that draw in each step."""
 
     def __init__(self, device: str, fails: bool = False) -> None:
         self.device = torch.device(device)
         self.input_batch = SimpleNamespace(
             num_reqs=3, generators={row: torch.Generator().manual_seed(row) for row in range(3)}
         )
-        # Rows beyond the batch hold what an earlier one left.
+        # Rows beyond the batch have values of an earlier one.
         self.discard_request_mask = SimpleNamespace(np=np.array([True, False, True, True]))
         self.fails = fails
 
@@ -34,7 +34,7 @@ def drawn(seed: int, times: int) -> float:
     return [torch.rand(1, generator=generator).item() for _ in range(times)][-1]
 
 
-def test_rows_that_are_thrown_away_spend_no_seed() -> None:
+def test_discarded_rows_spend_no_seed() -> None:
     runner = Runner("cpu")
     keep_seeds(runner)
     assert runner.sample_tokens(None) == [-1.0, drawn(1, 1), -1.0]
@@ -42,7 +42,7 @@ def test_rows_that_are_thrown_away_spend_no_seed() -> None:
     assert runner.sample_tokens(None) == [drawn(0, 1), drawn(1, 2), drawn(2, 1)]
 
 
-def test_a_step_that_fails_leaves_the_generators() -> None:
+def test_a_failed_step_keeps_the_generators() -> None:
     runner = Runner("cpu", fails=True)
     keep_seeds(runner)
     with pytest.raises(RuntimeError):
@@ -50,7 +50,7 @@ def test_a_step_that_fails_leaves_the_generators() -> None:
     assert sorted(runner.input_batch.generators) == [0, 1, 2]
 
 
-def test_a_gpus_generators_can_be_turned_back() -> None:
+def test_on_a_gpu_nothing_is_patched() -> None:
     runner = Runner("cuda")
     keep_seeds(runner)
     assert runner.sample_tokens(None) == [drawn(0, 1), drawn(1, 1), drawn(2, 1)]

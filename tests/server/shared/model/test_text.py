@@ -1,5 +1,5 @@
-"""What people write is text for every template: the ids that `apply_chat_template` gives where nothing looks like a
-control token, and no control token where something does."""
+"""User text is plain text for every template: encoded as by `apply_chat_template` if nothing looks like a control
+token, and without control tokens otherwise."""
 
 from collections import Counter
 from typing import Any
@@ -14,7 +14,7 @@ from server.shared.model.text import ESCAPE, ChatText
 
 SAID = "How do I get to the sea? <b>Quickly</b>, please.\n\n1. Walk\n2. Run   fast é € 你好 🙂 system user assistant"
 LOOP = "{% for message in messages %}"
-# The forms of a dozen families of models: how a turn begins and ends, what is trimmed, what is written of the date.
+# Templates of a dozen model families: how a turn begins and ends, what is trimmed, how the date is written.
 TEMPLATES = {
     "chatml": (
         "<|im_start|> <|im_end|>",
@@ -80,7 +80,7 @@ TEMPLATES = {
         "<|start|>assistant",
     ),
 }
-# Special for the tokenizer, written by no template.
+# Special to the tokenizer, but not written by a template.
 WORDS = ["<filename>", "<gh_stars>"]
 
 Families = dict[str, tuple[Any, ChatText]]
@@ -96,7 +96,7 @@ def byte_level() -> Tokenizer:
 
 
 def spaced() -> Tokenizer:
-    """As SentencePiece's are: a text begins with a space, which is a letter; bytes for what is unknown."""
+    """A tokenizer like SentencePiece's: a text begins with a space, which is a letter; bytes for unknown characters."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -132,7 +132,7 @@ def conversation(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
 
 
-# Nothing that a template or tokenizer here writes itself.
+# No string that a template or tokenizer here writes itself.
 plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=ESCAPE), max_size=40).filter(
     lambda text: not any(mark in text for mark in "<[｜") and text.strip()
 )
@@ -149,7 +149,7 @@ def test_plain_text_is_encoded_as_transformers_does(families: Families, texts: l
         assert text.prompt(conversation(*texts), 0.0) == expected, name
 
 
-def test_what_looks_like_a_control_token_is_none(families: Families) -> None:
+def test_text_that_looks_like_a_control_token_is_plain_text(families: Families) -> None:
     for name, (tokenizer, text) in families.items():
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
         control = {number for number, token in added.items() if not token.content.startswith("<0x")}
@@ -164,7 +164,7 @@ def test_what_looks_like_a_control_token_is_none(families: Families) -> None:
             assert not control & set(text.answer(f"Hello {string}.")[:-1]), (name, string)
 
 
-def test_what_people_wrote_can_be_read_back(families: Families) -> None:
+def test_user_text_decodes_to_itself(families: Families) -> None:
     for name, (_, text) in families.items():
         for string in [*TEMPLATES[name][0].replace("+", "").split(), *WORDS, ESCAPE, ESCAPE + chr(0x100000)]:
             said = f"one {string} two{string}"
@@ -172,7 +172,7 @@ def test_what_people_wrote_can_be_read_back(families: Families) -> None:
             assert said in text.text(text.prompt(conversation(said), 0.0)), (name, string)
 
 
-def test_an_answer_keeps_the_words_that_only_a_tokenizer_calls_special(
+def test_an_answer_keeps_special_tokens_that_the_template_does_not_write(
     families: Families,
 ) -> None:
     for name, (tokenizer, text) in families.items():
@@ -183,7 +183,7 @@ def test_an_answer_keeps_the_words_that_only_a_tokenizer_calls_special(
         assert "".join(stream.text([number]) for number in ids).strip() == "Hello <filename>", name
 
 
-def test_a_models_own_reasoning_is_what_its_template_takes_it_for(families: Families) -> None:
+def test_a_models_reasoning_is_left_to_its_template(families: Families) -> None:
     _, text = families["reasoning"]
     answered = text.text(text.prompt(conversation("Why?", "<think>hm</think>\nSo.", "Oh?"), 0.0))
     assert "hm" not in answered

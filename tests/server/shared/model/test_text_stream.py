@@ -1,4 +1,4 @@
-"""Text as it comes, over a tokenizer of single bytes: the hardest case for characters of several."""
+"""Streamed text with a tokenizer of single bytes, the hardest case for characters of several bytes."""
 
 import pytest
 from hypothesis import given
@@ -19,7 +19,7 @@ def tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def test_a_character_comes_with_its_last_byte(tokenizer: Tokenizer) -> None:
+def test_a_character_appears_with_its_last_byte(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("aé€").ids
     assert len(ids) == 6
     stream = TextStream(tokenizer, [], frozenset({len(BYTES)}))
@@ -33,13 +33,13 @@ def test_silent_tokens_have_no_text_and_several_tokens_come_at_once(tokenizer: T
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
-def test_the_pieces_are_the_whole(tokenizer: Tokenizer, text: str) -> None:
+def test_the_pieces_add_up_to_the_text(tokenizer: Tokenizer, text: str) -> None:
     stream = TextStream(tokenizer, tokenizer.encode("prompt").ids, frozenset({len(BYTES)}))
     assert "".join(stream.text([token_id]) for token_id in tokenizer.encode(text).ids) == text
 
 
 @given(token_ids=st.lists(st.integers(0, 255), max_size=40))
-def test_bytes_that_are_no_text_break_nothing(tokenizer: Tokenizer, token_ids: list[int]) -> None:
+def test_invalid_bytes_break_nothing(tokenizer: Tokenizer, token_ids: list[int]) -> None:
     stream = TextStream(tokenizer, [], frozenset({len(BYTES)}))
     for token_id in token_ids:
         stream.text([token_id])

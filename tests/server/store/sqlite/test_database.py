@@ -1,4 +1,4 @@
-"""What is atomic, what is durable, and what a group of writes shares."""
+"""Atomicity, durability, and groups of writes."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def database(tmp_path: Path) -> SqliteDatabase:
 
 
 def notes(database: SqliteDatabase, tmp_path: Path) -> tuple[list[str], list[str]]:
-    """What this connection sees, and what another one does: what was committed."""
+    """What this connection sees, and what another one sees, which is what was committed."""
     other = SqliteDatabase(tmp_path / "prefloop.db")
     seen = [[row["text"] for row in one.rows("SELECT text FROM notes ORDER BY text")] for one in (database, other)]
     other.close()
@@ -29,7 +29,7 @@ def write(database: SqliteDatabase, *texts: str) -> None:
             database.insert("notes", {"text": text})
 
 
-def test_a_write_that_fails_keeps_nothing(database: SqliteDatabase, tmp_path: Path) -> None:
+def test_a_failed_write_stores_nothing(database: SqliteDatabase, tmp_path: Path) -> None:
     write(database, "a")
     with pytest.raises(DatabaseError):
         write(database, "b", "a")
@@ -40,7 +40,7 @@ def test_a_group_is_durable_at_its_end_and_not_before(database: SqliteDatabase, 
     with database.group():
         write(database, "a")
         write(database, "b")
-        # Reading takes no lock that the writer holds.
+        # A read does not need the writer's lock.
         assert [row["text"] for row in database.rows("SELECT text FROM notes")] == ["a", "b"]
     assert notes(database, tmp_path) == (["a", "b"], ["a", "b"])
 
@@ -54,14 +54,12 @@ def test_one_write_of_a_group_fails_alone(database: SqliteDatabase, tmp_path: Pa
     assert notes(database, tmp_path) == (["a", "c"], ["a", "c"])
 
 
-def test_a_group_whose_transaction_sqlite_gave_up_says_so_and_keeps_nothing(
-    database: SqliteDatabase, tmp_path: Path
-) -> None:
+def test_a_group_that_sqlite_rolled_back_raises_and_stores_nothing(database: SqliteDatabase, tmp_path: Path) -> None:
     def group() -> None:
         with database.group():
             write(database, "a")
             with pytest.raises(DatabaseError), database.write():
-                # As a full disk does: the whole transaction is gone, not this statement alone.
+                # As a full disk does: the whole transaction is rolled back, not only this statement.
                 database.execute("INSERT OR ROLLBACK INTO notes VALUES ('a')")
             with pytest.raises(DatabaseError):
                 write(database, "c")

@@ -1,4 +1,4 @@
-"""Two releases on one data directory, who may read its files, and clocks that jump."""
+"""Two releases on one data directory, file permissions, and clocks that jump."""
 
 import hashlib
 import inspect
@@ -15,7 +15,7 @@ from server.store.sqlite.database import SqliteDatabase
 from server.store.sqlite.migrations import known_migrations, migrations
 from server.store.store import Store
 
-# Of each step's source, as it was released: a step that was released is never edited, the next one mends it.
+# Hashes of each released step's source: a released step is never edited, a later one corrects it.
 RELEASED = {
     "m001_chat": "c7cf6ce0b46f2cd3",
     "m002_feedback": "ba60ea662c3faef1",
@@ -42,14 +42,14 @@ def test_a_released_step_is_never_edited() -> None:
 
 
 def older(path: Path, stop_before: str = "m010_uptime") -> sqlite_utils.Database:
-    """A database as an older release left it."""
+    """A database of an older release."""
     database = sqlite_utils.Database(path)
     migrations.apply(database, stop_before=stop_before)
     database.conn.commit()
     return database
 
 
-def test_indexes_that_steps_got_after_their_release_are_made_where_they_are_missing(tmp_path: Path) -> None:
+def test_missing_indexes_of_released_migrations_are_created(tmp_path: Path) -> None:
     database = older(tmp_path / "prefloop.db")
     for name in ("comparisons_by_time", "keys_revoked", "feedback_by_event"):
         database.execute(f"DROP INDEX {name}")
@@ -71,12 +71,12 @@ def test_indexes_that_steps_got_after_their_release_are_made_where_they_are_miss
         ("INSERT INTO leases VALUES ('learner', 'here:18:cd', 1, unixepoch('subsec') + 1)", "learner here:18:cd"),
     ],
 )
-def test_an_older_process_that_lives_is_not_migrated_under(tmp_path: Path, row: str, named: str) -> None:
+def test_the_schema_is_not_migrated_while_an_older_process_runs(tmp_path: Path, row: str, named: str) -> None:
     database = older(tmp_path / "prefloop.db")
     database.conn.execute(row)
     database.conn.commit()
     with pytest.raises(
-        DataDirectoryError, match=f"in use by an older prefloop, the {named}; stop it, and start again 30"
+        DataDirectoryError, match=f"in use by an older prefloop, the {named}; stop it, and start this one 30"
     ):
         Store.open(tmp_path)
     database.conn.execute("UPDATE replicas SET heartbeat_time = heartbeat_time - 2")
@@ -86,19 +86,19 @@ def test_an_older_process_that_lives_is_not_migrated_under(tmp_path: Path, row: 
     Store.open(tmp_path).close()
 
 
-def test_who_meets_a_newer_schema_writes_no_more(store: Store, tmp_path: Path) -> None:
+def test_a_process_does_not_write_to_a_newer_schema(store: Store, tmp_path: Path) -> None:
     newer = sqlite_utils.Database(tmp_path / "prefloop.db")
     newer.conn.execute("ALTER TABLE responses ADD COLUMN colour TEXT")
     newer.conn.execute(
         "INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES ('prefloop', 'm999_colour', '2099')"
     )
     newer.conn.commit()
-    with pytest.raises(DataDirectoryError, match="A newer prefloop has taken over the data directory"):
+    with pytest.raises(DataDirectoryError, match="A newer prefloop has migrated the data directory"):
         store.conversations.create("ann", "Why?")
     assert store.conversations.page("ann", 10) == []
 
 
-def test_a_file_that_is_written_anew_is_no_newer_schema(store: Store, tmp_path: Path) -> None:
+def test_a_rewritten_file_does_not_count_as_a_newer_schema(store: Store, tmp_path: Path) -> None:
     other = SqliteDatabase(tmp_path / "prefloop.db")
     other.rewrite()
     other.close()
@@ -109,7 +109,7 @@ def modes(directory: Path) -> dict[str, str]:
     return {path.name: stat.filemode(path.stat().st_mode) for path in directory.glob("prefloop.db*")}
 
 
-def test_the_database_is_its_owners_alone_in_a_folder_that_is_everybodys(tmp_path: Path) -> None:
+def test_the_database_is_private_in_a_shared_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     before = os.umask(0o022)
     try:
@@ -118,7 +118,7 @@ def test_the_database_is_its_owners_alone_in_a_folder_that_is_everybodys(tmp_pat
         private = "-rw-------"
         assert modes(tmp_path) == {"prefloop.db": private, "prefloop.db-wal": private, "prefloop.db-shm": private}
         store.close()
-        # As a release before left it; what its group may do is for its owner to say.
+        # As an earlier release left it; the group's permissions are up to the owner.
         (tmp_path / "prefloop.db").chmod(0o664)
         Store.open(tmp_path).close()
         assert modes(tmp_path)["prefloop.db"] == "-rw-rw----"
@@ -142,7 +142,7 @@ def test_a_lease_and_a_heartbeat_outlive_a_clock_that_jumps(store: Store) -> Non
         assert store.round_requests.next_times() == [None]
 
 
-def test_after_the_machine_started_again_nobody_is_alive(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_restart_of_the_machine_nothing_is_alive(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     database = store._db
     assert store.leases.acquire("learner", "first", 30)
     store.replicas.report("here:1", "v0000")
@@ -173,7 +173,7 @@ def test_each_error_of_the_disk_has_its_advice(error: OSError, words: str) -> No
     assert advice(error) == words
 
 
-def test_a_file_that_is_no_database_is_restored(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_to_be_restored(tmp_path: Path) -> None:
     (tmp_path / "prefloop.db").write_bytes(b"not a database, and longer than a header of a hundred bytes is" * 40)
     with pytest.raises(DataDirectoryError, match=r"file is not a database\); restore it from a backup"):
         Store.open(tmp_path)

@@ -39,7 +39,7 @@ def test_who_has_a_key_gets_in_and_nobody_else(model: str, tmp_path: Path) -> No
         listed = run("server.cli", "keys", "list", "--data-dir", str(data_dir)).stdout
         assert "user      olga" in listed
         assert run("server.cli", "keys", "revoke", key.partition(".")[0], "--data-dir", str(data_dir)).returncode == 0
-        assert "not valid here" in run(*send, PREFLOOP_API_KEY=key).stderr
+        assert "unknown or was revoked" in run(*send, PREFLOOP_API_KEY=key).stderr
         # A killed server does not leave its engine behind.
         for process in server.kill():
             assert select.select([process], [], [], 20)[0]

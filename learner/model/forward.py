@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
+
+from learner.model.head import base_model, head_logits, trunk_of
 
 # Minimum number of shared tokens for which a separate pass pays off.
 MIN_SHARED = 8
@@ -93,11 +96,11 @@ def run_trunk(model: nn.Module, tokens: Tokens, layers: tuple[int, ...] = ()) ->
     """Last hidden states (B, L, D), and those of `layers` (indices into transformers' `hidden_states`).
 
     The prefix that all rows share (at least the template's system message) is computed once, with its gradient."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    trunk = getattr(base, base.base_model_prefix)
+    base = base_model(model)
+    trunk = trunk_of(base)
     choose_attention(trunk, tokens)
     shared, rows, ids = shared_prefix(tokens), len(tokens), tokens.input_ids
-    if shared < MIN_SHARED:
+    if shared < MIN_SHARED or not prefix_repeats(base):
         output = trunk(input_ids=ids, use_cache=False, output_hidden_states=bool(layers))
         return output.last_hidden_state, [output.hidden_states[layer] for layer in layers]
     prefix = trunk(input_ids=ids[:1, :shared], use_cache=True, output_hidden_states=bool(layers))
@@ -109,6 +112,13 @@ def run_trunk(model: nn.Module, tokens: Tokens, layers: tuple[int, ...] = ()) ->
 
     states = [whole(prefix.hidden_states[layer], output.hidden_states[layer]) for layer in layers]
     return whole(prefix.last_hidden_state, output.last_hidden_state), states
+
+
+def prefix_repeats(base: Any) -> bool:
+    """Whether what a model remembers of a prefix can be given to several rows: keys and values can, the states of
+    recurrent layers cannot."""
+    layers = DynamicCache(config=base.config).layers
+    return not base._is_stateful and all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
 
 
 def shared_prefix(tokens: Tokens) -> int:
@@ -124,19 +134,20 @@ def token_logprobs(model: nn.Module, hidden: Tensor, tokens: Tokens, temperature
     """(B, T) log pi of the sampled tokens at the sampling temperature, in fp32; zero where masked.
 
     Logits are computed only where a response token needs them."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     rows, steps = tokens.response_mask.nonzero(as_tuple=True)
     predicting = hidden[rows, tokens.prompt_lengths[rows] + steps - 1]
-    logits = base.get_output_embeddings()(predicting).float().div_(temperature)
+    logits = head_logits(model, predicting).div_(temperature)
     sampled = -cross_entropy(logits, tokens.response_ids[rows, steps], reduction="none")
     return torch.zeros_like(tokens.response_mask, dtype=torch.float32).index_put((rows, steps), sampled)
 
 
 def choose_attention(trunk: Any, tokens: Tokens) -> None:
     """Chooses eager attention for short rows on a CPU, otherwise PyTorch's fused attention. That needs no L x L matrix,
-    but up to a few hundred columns its backward pass takes twice as long (docs/decisions/0009)."""
+    but up to a few hundred columns its backward pass takes twice as long (docs/decisions/0009). It knows neither caps
+    (Gemma 2) nor sinks (gpt-oss): those families are eager at any length."""
     short = tokens.input_ids.device.type == "cpu" and tokens.input_ids.shape[1] <= EAGER_COLUMNS
-    wanted = "eager" if short else "sdpa"
+    fused = trunk._supports_sdpa and not getattr(trunk.config, "attn_logit_softcapping", None)
+    wanted = "sdpa" if fused and not short else "eager"
     if trunk.config._attn_implementation != wanted:
         trunk.set_attn_implementation(wanted)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.settings import PolicySettings
-from server.shared.model.merged import load_adapted, merged_weights
+from server.shared.model.merged import checkpoint_weights, load_adapted, merged_weights
 
 
 class TrainablePolicy:
@@ -41,19 +41,18 @@ class TrainablePolicy:
 
     def load(self, directory: Path) -> None:
         """Loads the weights of a saved version: an adapter for LoRA, all weights for full."""
-        from safetensors.torch import load_file
-
         if self._reference is None:
             from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
 
             set_peft_model_state_dict(self.model, load_file(directory / "adapter_model.safetensors"))
             return
-        state: dict[str, Tensor] = {}
-        for path in sorted(directory.glob("*.safetensors")):
-            state.update(load_file(path))
-        missing, unexpected = self.model.load_state_dict(state, strict=False)
-        if unexpected or set(missing) - set(getattr(self.model, "_tied_weights_keys", None) or ()):
+        saved, info = type(self.model).from_pretrained(
+            directory, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
+        )
+        if any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
             raise ValueError(f"{directory.name} does not hold the weights of this model.")
+        self.model.load_state_dict(saved.state_dict())
 
     def save(self, directory: Path) -> None:
         """Writes safetensors in PEFT or Hugging Face layout."""
@@ -63,7 +62,7 @@ class TrainablePolicy:
             self.model.save_pretrained(directory)
             (directory / "README.md").unlink(missing_ok=True)
             return
-        weights = {name: tensor.contiguous() for name, tensor in self.engine_weights()}
+        weights = {name: tensor.contiguous() for name, tensor in merged_weights(self.model)}
         self.model.save_pretrained(directory, state_dict=weights)
 
     @property
@@ -78,11 +77,11 @@ class TrainablePolicy:
 
     def engine_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight by its checkpoint name, adapters merged."""
-        return merged_weights(self.model)
+        return checkpoint_weights(self.model)
 
     def reference_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Like `engine_weights`, for the reference."""
-        return merged_weights(self._reference if self._reference is not None else self.model, adapters=False)
+        return checkpoint_weights(self._reference if self._reference is not None else self.model, adapters=False)
 
 
 class _AdaptersOff(AbstractContextManager[Any]):
@@ -102,8 +101,23 @@ def lora(base: Any, rank: int, alpha: int) -> Any:
     adapter would cast every activation back and forth. Small steps are not lost, since Adam steps float32 masters."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        exclude_modules=unadaptable(base),
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(base, config, autocast_adapter_dtype=False)
+
+
+def unadaptable(base: Any) -> list[str]:
+    """Layers that get no adapter: routers, and those of state-space layers whose matrix a fused kernel reads directly,
+    so that an adapter would be skipped."""
+    routers = [name for name, module in base.named_modules() if "Router" in type(module).__name__]
+    mixers = [name for name, module in base.named_modules() if hasattr(module, "A_log")]
+    return routers + [f"{mixer}.{name}" for mixer in mixers for name in ("conv1d", "dt_proj", "out_proj")]
 
 
 def published_weights(directory: Path, base: Path | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -115,4 +129,4 @@ def published_weights(directory: Path, base: Path | None, dtype: torch.dtype) ->
         for path in sorted(directory.glob("*.safetensors")):
             yield from load_file(path).items()
         return
-    yield from merged_weights(load_adapted(base, directory, dtype))
+    yield from checkpoint_weights(load_adapted(base, directory, dtype))

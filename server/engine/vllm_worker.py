@@ -19,9 +19,7 @@ import torch
 
 from server.engine.weights import finite_tensors
 from server.shared.failpoints import failpoint
-
-# The layer attribute in which vLLM keeps a packed matrix on a CPU: a function that holds it.
-PACKED = "cpu_linear"
+from server.shared.model.packing import PACKED, keep_experts_packed, pack_tied_head
 
 
 class SwapExtension:
@@ -34,6 +32,7 @@ class SwapExtension:
     def prefloop_prepare(self) -> None:
         """Build the spare model. Call it once, before the first request: this changes torch's defaults."""
         self._prefloop_spare = second_model(self.model_runner.get_model(), self.vllm_config)
+        keep_experts_packed(self._prefloop_spare)
         self._prefloop_digests = digests(self._prefloop_spare)
         self._prefloop_live_digests = digests(self.model_runner.get_model())
 
@@ -96,6 +95,7 @@ def load(model: torch.nn.Module, config: Any, directory: Path) -> None:
     finally:
         # Also after a failure: this restores the layers' old weights, so that the next version can be read.
         finalize_layerwise_reload(model, config.model_config)
+        pack_tied_head(model)
     if missing := sorted(expected - set(loaded)):
         raise ValueError(f"there are no weights for {missing[0]}")
 

@@ -21,25 +21,44 @@ def load_adapted(base: Path, adapter: Path, dtype: "torch.dtype") -> Any:
 
 
 def merged_weights(model: Any, adapters: bool = True) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield (checkpoint name, tensor in the model's dtype) of a Hugging Face model, bare or with PEFT adapters. A tied
-    output matrix is left out: it is the embedding."""
+    """Yield (name, tensor in the model's dtype) of a Hugging Face model, bare or with PEFT adapters. A tied output
+    matrix is left out: it is the embedding."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modules = dict(base.named_modules())
     tied = set(getattr(base, "_tied_weights_keys", None) or ()) if base.config.tie_word_embeddings else set()
-    for name, tensor in base.state_dict().items():
-        if ".lora_" in name or name in tied:
+    adapted = {_adapted_name(path, layer): layer for path, layer in base.named_modules() if hasattr(layer, "lora_A")}
+    for path, tensor in base.state_dict().items():
+        if ".lora_" in path or path in tied:
             continue
-        if ".base_layer." not in name:
-            yield name, tensor
-            continue
-        owner, _, leaf = name.partition(".base_layer.")
-        if adapters and leaf == "weight":
-            tensor = (tensor.float() + _delta(modules[owner])).to(tensor.dtype)
-        yield f"{owner}.{leaf}", tensor
+        name = path.replace(".base_layer", "")
+        if adapters and name in adapted:
+            tensor = (tensor.float() + _delta(adapted[name])).to(tensor.dtype)
+        yield name, tensor
+
+
+def checkpoint_weights(model: Any, adapters: bool = True) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Like `merged_weights`, by the names and in the pieces of a checkpoint, which an engine expects: transformers
+    keeps the experts of a layer as one tensor."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    weights = merged_weights(model, adapters)
+    # One after the other where nothing is to be converted: together they take as much memory as the model.
+    converted = getattr(base, "_weight_conversions", None) or get_model_conversion_mapping(base, add_legacy=False)
+    yield from revert_weight_conversion(base, dict(weights)).items() if converted else weights
+
+
+def _adapted_name(path: str, layer: Any) -> str:
+    """The weight that an adapter is added to. PEFT wraps a module once for each of its parameters."""
+    return f"{path.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
 
 
 def _delta(layer: Any) -> "torch.Tensor":
     """What an adapter adds to a weight, in float32 whatever its dtype."""
+    if getattr(layer, "num_experts", 1) > 1:
+        left, right, scaling = layer.get_delta_factors("default")
+        experts: torch.Tensor = left.detach().float() @ right.detach().float() * scaling
+        return experts
     up, down = (part["default"].weight.detach().float() for part in (layer.lora_B, layer.lora_A))
     delta: torch.Tensor = (up @ down) * layer.scaling["default"]
     # GPT-2's layers keep their weights transposed.

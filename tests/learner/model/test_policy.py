@@ -195,8 +195,9 @@ def test_an_adapter_on_a_transposed_layer_adds_what_peft_adds() -> None:
 def test_other_weights_are_refused(model_directory: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file({"something.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     policy = new_policy(model_directory, "full")
+    policy.save(tmp_path)
+    save_file({"something.weight": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="does not hold the weights"):
         policy.load(tmp_path)
 

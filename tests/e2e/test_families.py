@@ -1,0 +1,29 @@
+"""Models of many families in the real engine: it answers as the trainer computes, also after weights were pushed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiers import slow
+
+pytestmark = pytest.mark.e2e
+
+# A scale on the logits, a cap, a mixture, a model that vLLM has no code of its own for, and one matrix for words in and
+# out, which the default model has, too.
+SAMPLE = ["granite", "gemma2", "mixtral", "arcee", "gpt2"]
+REST = ["bloom", "cohere", "falcon_h1", "glm4", "llama", "olmoe", "phi", "phi3", "qwen2_moe", "qwen3", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("family", [*SAMPLE, *map(slow, REST)])
+def test_engine_and_trainer_are_one_policy(family: str, tmp_path: Path, root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.families.engine", family, str(tmp_path)],
+        cwd=root, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert max(found["served"], found["lora"], found["full"]) < 2e-3, found
+    assert found["moved"] > 0.5

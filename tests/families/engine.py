@@ -1,0 +1,68 @@
+"""A tiny model of a family in the learner's engine, beside the same model in the trainer: do the two stay one policy?
+
+    python -m tests.families.engine FAMILY DIRECTORY
+
+Writes the model into the directory, an empty one. Prints one JSON line: the largest difference between the engine's
+and the trainer's log-probabilities in nats, as served (`served`), with random adapters pushed (`lora`), and with all
+weights changed and pushed (`full`); and how far the adapters moved the answers (`moved`).
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+PROMPTS = [[5 + 7 * number % 110 for number in range(12)], [9, 8, 7]]
+SEEDS = {"served": 1, "lora": 2, "full": 3}
+
+
+def measure(family: str, directory: Path) -> dict[str, Any]:
+    """See above. An error of vLLM's, of PEFT's or of ours is raised."""
+    from learner.process import set_environment
+    from learner.settings import LearnerSettings, PolicySettings
+
+    settings = LearnerSettings.from_values({"dtype": "float32", "service_temperature": 0.85})
+    set_environment(settings)
+
+    import torch
+
+    from learner.model.policy import TrainablePolicy
+    from tests.families.configs import save
+
+    save(family, directory)
+    policy, full = (
+        TrainablePolicy.create(directory, PolicySettings(train=train, lora_rank=4), torch.float32, torch.device("cpu"))
+        for train in ("lora", "full")
+    )
+
+    from learner.model.passes import policy_logprobs
+    from learner.model.rollout import RolloutEngine, to_rollout
+    from server.store.chats.records import Prompt
+
+    engine = RolloutEngine(directory, settings, "float32", 128)
+    prompts = [Prompt("", prompt, 10) for prompt in PROMPTS]
+
+    def difference(policy: TrainablePolicy, seed: int) -> float:
+        rollout = to_rollout(engine.sample(prompts, seed))
+        own = policy_logprobs(policy, rollout.tokens, settings.service_temperature, 2048)
+        return round(float((own - rollout.behavior_logprobs)[rollout.tokens.response_mask].abs().max()), 5)
+
+    found = {"served": difference(full, SEEDS["served"])}
+    with torch.no_grad():
+        for parameter in policy.parameters:
+            parameter.normal_(std=0.15)
+    engine.push(policy.engine_weights())
+    found["lora"], found["moved"] = difference(policy, SEEDS["lora"]), difference(full, SEEDS["lora"])
+    with torch.no_grad():
+        for parameter in full.parameters:
+            parameter.add_(torch.randn_like(parameter) * (0.1 * parameter.abs().mean() + 0.01))
+    engine.push(full.engine_weights())
+    found["full"] = difference(full, SEEDS["full"])
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))), flush=True)
+    # vLLM's threads would keep the process.
+    os._exit(0)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-from learner.model.head import base_model, head_logits, trunk_of
+from learner.model.head import head_logits, trunk_of
+from server.shared.model.merged import base_model
 
 # Minimum number of shared tokens for which a separate pass pays off.
 MIN_SHARED = 8

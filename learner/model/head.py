@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-
-def base_model(model: Any) -> Any:
-    """The Hugging Face model, without PEFT around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+from server.shared.model.merged import base_model
 
 
 def trunk_of(base: Any) -> Any:

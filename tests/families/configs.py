@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.words import save_words
+
 WORDS = 128
 # A family whose configuration computes this by itself.
 COMPUTED = object()
@@ -194,14 +196,5 @@ def logits(model: Any, token_ids: Tensor) -> Tensor:
 
 def save(family: str, directory: Path) -> None:
     """The tiny model with a tokenizer of one token a word, `w0` to `w127`, as a Hugging Face directory."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
     tiny(family).save_pretrained(directory)
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w2")
-    tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} {% endfor %}w3"
-    tokenizer.save_pretrained(directory)
+    save_words(directory, WORDS, end=2)

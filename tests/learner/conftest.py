@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from learner.reward.linear_heads import VoteTensors
+from tests.words import save_words
 
 WORDS, HIDDEN, LAYERS = 40, 16, 3
 # As in the default model: padding and end of sequence are the same token.
@@ -44,17 +45,8 @@ def model() -> Any:
 
 def save_tiny_model(directory: Path) -> None:
     """The tiny model with a tokenizer of one token per word."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
     tiny_llama().save_pretrained(directory)
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}", pad_token=f"w{PAD}")
-    tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} {% endfor %}w3"
-    tokenizer.save_pretrained(directory)
+    save_words(directory, WORDS, EOS)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def base_model(model: Any) -> Any:
+    """The Hugging Face model, without PEFT around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def load_adapted(base: Path, adapter: Path, dtype: "torch.dtype") -> Any:
     """The PEFT model of a published adapter on `base`, both Hugging Face directories."""
     from peft import PeftModel
@@ -23,7 +28,7 @@ def load_adapted(base: Path, adapter: Path, dtype: "torch.dtype") -> Any:
 def merged_weights(model: Any, adapters: bool = True) -> "Iterator[tuple[str, torch.Tensor]]":
     """Yield (name, tensor in the model's dtype) of a Hugging Face model, bare or with PEFT adapters. A tied output
     matrix is left out: it is the embedding."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     tied = set(getattr(base, "_tied_weights_keys", None) or ()) if base.config.tie_word_embeddings else set()
     adapted = {_adapted_name(path, layer): layer for path, layer in base.named_modules() if hasattr(layer, "lora_A")}
     for path, tensor in base.state_dict().items():
@@ -41,7 +46,7 @@ def checkpoint_weights(model: Any, adapters: bool = True) -> "Iterator[tuple[str
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     weights = merged_weights(model, adapters)
     # One after the other where nothing is to be converted: together they take as much memory as the model.
     converted = getattr(base, "_weight_conversions", None) or get_model_conversion_mapping(base, add_legacy=False)

@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest --durations=10
 # pip and uv look for wheels on disk under different names.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: setup serve demo test test-slow test-avx2 lint unit e2e stubs docs requirements audit clean
+.PHONY: setup serve demo test test-slow test-avx2 lint unit e2e families stubs docs requirements audit clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,10 @@ unit: setup
 # On real engines; separate from the unit tests so that a slip there fails in seconds.
 e2e: setup
 	$(PYTEST) -m "e2e and not slow"
+
+# A tiny model of every family in the real engine, beside the trainer: docs/models.md. Half an hour.
+families: setup
+	$(BIN)/python -m tests.families.report
 
 stubs: setup
 	$(BIN)/python proto/generate.py

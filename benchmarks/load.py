@@ -166,10 +166,11 @@ async def bare_target(directory: str) -> Target:
     """The engine alone, created with the server's own arguments."""
     from server.engine.vllm_start import set_environment, start_engine
     from server.settings import ServerSettings
+    from server.shared.model.dtype import resolve_dtype
 
     settings = ServerSettings()
     set_environment(settings)
-    engine = start_engine(settings, Path(directory))
+    engine = start_engine(settings, resolve_dtype(settings.dtype).name, Path(directory))
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

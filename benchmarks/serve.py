@@ -116,10 +116,13 @@ async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str,
         "VLLM_LOGGING_LEVEL": "WARNING",
         "PREFLOOP_DATA_DIR": str(data),
         "PREFLOOP_MODEL": str(model),
+        # All streams are one user's.
+        "PREFLOOP_USER_CALLS": "1000",
+        "PREFLOOP_USER_RATE": "1000000",
     }
     if part == "tiny":
-        # Room for every stream at once; all else is default.
-        environment["PREFLOOP_MAX_STREAMS"] = str(max(levels))
+        # Room for every stream at once, though one user may fill only half of it.
+        environment |= {"PREFLOOP_MAX_STREAMS": str(max(levels)), "PREFLOOP_MAX_WAITING": str(max(levels))}
 
     shutil.rmtree(data, ignore_errors=True)
     async with AsyncExitStack() as stack:

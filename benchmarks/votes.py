@@ -1,6 +1,6 @@
 """How many durable votes per second are acknowledged, and their effect on users who chat.
 
-    python benchmarks/votes.py MODEL --work-dir DIR [--clients 64] [--seconds 5] [--write]
+    python benchmarks/votes.py [MODEL] [--work-dir DIR] [--clients 64] [--seconds 5] [--write]
 
 The server runs as an operator starts it, with a real engine, keys and every check; only the rate limit per user is
 lifted. 64 clients, each a user with a separate key and connection, change their thumb on an answer as fast as it is
@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -50,7 +51,7 @@ REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "votes.md"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--work-dir", type=Path)
+    parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "prefloop-bench-votes")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--write", action="store_true")

@@ -65,6 +65,28 @@ class TrainablePolicy:
         weights = {name: tensor.contiguous() for name, tensor in merged_weights(self.model)}
         self.model.save_pretrained(directory, state_dict=weights)
 
+    @torch.no_grad()
+    def disturb(self, size: float, seed: int) -> None:
+        """Sets the policy to its reference plus normal random numbers, which depend on the seed alone: of standard
+        deviation `size` in each adapter's second matrix, or of `size` times its own root mean square in each weight."""
+        self.reset()
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name or self._reference is not None:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                own = 1.0 if "lora_B" in name else float(parameter.float().square().mean().sqrt())
+                parameter.add_(noise, alpha=size * own)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Makes the policy equal to its reference again."""
+        if self._reference is not None:
+            self.model.load_state_dict(self._reference.state_dict())
+            return
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -19,6 +19,7 @@ from learner.improve.base import Budget, ExperienceSource, Improver
 from learner.improve.candidates import drop_candidates
 from learner.improve.ppo.state import drop_states
 from learner.improve.ppo.trainer import PPO
+from learner.model.engine_check import check_engine
 from learner.model.features import FeatureCache
 from learner.model.rollout import draw_seed
 from learner.progress import Stages
@@ -128,8 +129,7 @@ def resumable(store: Store, lease: Lease, max_resumes: int, stages: Stages) -> R
 
 
 def began_with(current: Round, here: dict[str, Any]) -> LearnerSettings:
-    """The settings that the round began with, with the values of `here`. Current variables and prefloop.toml are
-    ignored."""
+    """The settings that the round began with, except for `here`. Current variables and prefloop.toml are ignored."""
     try:
         return LearnerSettings.from_values({**current.settings, **here})
     except ValidationError as error:
@@ -164,6 +164,7 @@ def run(work: Workspace) -> Report:
     dataset = load_feedback(work)
     if reason := too_few_votes(len(dataset.train), len(dataset.judge)) or too_few_prompts(work.prompts):
         return finish(work, "rejected", reason)
+    compare_engine(work)
     features = extract_features(work, dataset)
     signal = test_signal(work, dataset, features)
     if not signal.p_value < work.settings.gate.signal_p:
@@ -208,6 +209,14 @@ def load_feedback(work: Workspace) -> Dataset:
         work.store.lineage.set_round_votes(work.round.id, dataset.sides, fence=work.lease)
         work.record("snapshot", RoundMetrics(votes=votes, prompts=prompts, versions=versions()))
     return dataset
+
+
+def compare_engine(work: Workspace) -> None:
+    """Before anything is spent: is what will be trained what is served?"""
+    if not work.done("reward_model"):
+        policy, engine = work.policy, work.engine
+        with work.stages.stage("start", "comparing the engine with the trainer"):
+            check_engine(policy, engine, work.prompts.train, work.settings)
 
 
 def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
@@ -294,7 +303,8 @@ def fit_reward_model(
 def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvement:
     if work.done("ppo") and work.round.metrics.ppo:
         return work.round.metrics.ppo
-    policy, ppo = work.settings.policy, work.settings.ppo
+    settings = work.settings
+    policy, ppo = settings.policy, settings.ppo
     if policy.start_from == "active" and work.round.incumbent_version != work.round.reference_version:
         directory = work.policy_directory(work.round.incumbent_version)
         manifest = verify(directory)
@@ -314,9 +324,7 @@ def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvem
                 writer.add_scalar(f"ppo/{name}", value, step.step)
             advance(1)
 
-        source = ExperienceSource(
-            work.engine, work.prompts.train, work.settings.service_temperature, work.settings.seed
-        )
+        source = ExperienceSource(work.engine, work.prompts.train, settings.service_temperature, settings.seed)
         improver: Improver = PPO(ppo, policy)
         budget = Budget(policy.kl_budget)
         improvement = improver.improve(work.policy, source, reward_model, budget, work.directory, on_step)

@@ -2,22 +2,22 @@
 
     python -m tests.families.engine FAMILY DIRECTORY
 
-Writes the model into the directory, an empty one. Prints one JSON line: the largest difference between the engine's
-and the trainer's log-probabilities in nats, as served (`served`), with random adapters pushed (`lora`), and with all
-weights changed and pushed (`full`); and how far the adapters moved the answers (`moved`).
+Writes the model into the directory, an empty one. Prints JSON lines, each with what was measured so far: the largest
+difference between the engine's and the trainer's log-probabilities in nats, as served (`served`), with random adapters
+pushed (`lora`), and with all weights changed and pushed (`full`); and how far the adapters moved the answers (`moved`).
 """
 
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 PROMPTS = [[5 + 7 * number % 110 for number in range(12)], [9, 8, 7]]
 SEEDS = {"served": 1, "lora": 2, "full": 3}
 
 
-def measure(family: str, directory: Path) -> dict[str, Any]:
+def measure(family: str, directory: Path) -> Iterator[dict[str, float]]:
     """See above. An error of vLLM's, of PEFT's or of ours is raised."""
     from learner.process import set_environment
     from learner.settings import LearnerSettings, PolicySettings
@@ -38,9 +38,10 @@ def measure(family: str, directory: Path) -> dict[str, Any]:
 
     from learner.model.passes import policy_logprobs
     from learner.model.rollout import RolloutEngine, to_rollout
+    from server.shared.model.context import context_length
     from server.store.chats.records import Prompt
 
-    engine = RolloutEngine(directory, settings, "float32", 128)
+    engine = RolloutEngine(directory, settings, "float32", context_length(directory, 128))
     prompts = [Prompt("", prompt, 10) for prompt in PROMPTS]
 
     def difference(policy: TrainablePolicy, seed: int) -> float:
@@ -48,21 +49,23 @@ def measure(family: str, directory: Path) -> dict[str, Any]:
         own = policy_logprobs(policy, rollout.tokens, settings.service_temperature, 2048)
         return round(float((own - rollout.behavior_logprobs)[rollout.tokens.response_mask].abs().max()), 5)
 
-    found = {"served": difference(full, SEEDS["served"])}
+    yield {"served": difference(full, SEEDS["served"])}
     with torch.no_grad():
         for parameter in policy.parameters:
             parameter.normal_(std=0.15)
     engine.push(policy.engine_weights())
-    found["lora"], found["moved"] = difference(policy, SEEDS["lora"]), difference(full, SEEDS["lora"])
+    yield {"lora": difference(policy, SEEDS["lora"]), "moved": difference(full, SEEDS["lora"])}
     with torch.no_grad():
         for parameter in full.parameters:
             parameter.add_(torch.randn_like(parameter) * (0.1 * parameter.abs().mean() + 0.01))
     engine.push(full.engine_weights())
-    found["full"] = difference(full, SEEDS["full"])
-    return found
+    yield {"full": difference(full, SEEDS["full"])}
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))), flush=True)
+    found: dict[str, float] = {}
+    for more in measure(sys.argv[1], Path(sys.argv[2])):
+        found |= more
+        print(json.dumps(found), flush=True)
     # vLLM's threads would keep the process.
     os._exit(0)

@@ -8,10 +8,10 @@ from typing import Any
 
 
 def text_model(model: Any) -> Any:
-    """The part of `model`, loaded by transformers, that reads and writes text; `model` itself if there is no other part.
-    The part shares its weights. Raises ValueError if it is not a model that transformers can load by itself."""
+    """The part of `model`, which transformers loaded, that reads and writes text; `model` itself if it has no other.
+    The part shares its weights. Raises ValueError if transformers cannot load that part by itself."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     config = model.config.get_text_config()
     if config is model.config:
@@ -19,7 +19,7 @@ def text_model(model: Any) -> Any:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"its text part, {config.model_type}, is not a model by itself")
     with torch.device("meta"):
-        part: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        part: Any = AutoModelForCausalLM.from_config(config)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     setattr(part, part.base_model_prefix, decoder)
     part.set_output_embeddings(head)

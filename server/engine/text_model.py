@@ -19,7 +19,7 @@ def text_model(model: Any) -> Any:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"its text part, {config.model_type}, is not a model by itself")
     with torch.device("meta"):
-        part: Any = AutoModelForCausalLM.from_config(config)
+        part: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     setattr(part, part.base_model_prefix, decoder)
     part.set_output_embeddings(head)

@@ -20,7 +20,7 @@ ANSWERS, LENGTH = 8, 16
 # thirtieth of the variance still shows.
 FAR = 2.0
 # The first size of the random change (`TrainablePolicy.disturb`); each next one is larger by the factor.
-FIRST_CHANGE, FACTOR, CHANGES = 0.02, 1.5, 16
+FIRST_CHANGE, FACTOR, CHANGES = 0.05, 1.6, 14
 # Numbers of the draws: see `draw_seed`.
 AS_SERVED, AS_PUSHED = 990, 991
 

@@ -37,8 +37,8 @@ EXPERTS = {
 }
 GROUPED = EXPERTS | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
 LATENT = {
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
     "num_key_value_heads": 4,
@@ -48,8 +48,8 @@ MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_
 DELTA_NET = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "layer_types": ["linear_attention", "full_attention"],
 }
 GPT_2 = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -80,7 +80,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "helium": {},
     "hunyuan_v1_dense": {},
     "llama": {},
-    "minicpm3": {"q_lora_rank": 16, **LATENT},
+    "minicpm3": {**LATENT, "q_lora_rank": 16, "kv_lora_rank": 32, "qk_rope_head_dim": 16},
     "ministral": {},
     "mistral": WINDOW,
     "mpt": {"d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, **TIED},
@@ -133,10 +133,24 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "attn_layer_offset": 1,
         "use_mamba_kernels": False,
     },
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-    "lfm2_moe": {**EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "lfm2": {
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+        "block_dim": 128,
+        "conv_dim": 128,
+        **TIED,
+    },
+    "lfm2_moe": {**EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"], **TIED},
     "mamba": {"state_size": 8, "conv_kernel": 4, "expand": 2, "time_step_rank": 4},
-    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 32, "expand": 2, "n_groups": 1, "chunk_size": 8},
+    "mamba2": {
+        "intermediate_size": COMPUTED,
+        "state_size": 8,
+        "num_heads": 8,
+        "head_dim": 32,
+        "expand": 2,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
     "qwen3_5_text": DELTA_NET,
     "qwen3_next": {**EXPERTS, **DELTA_NET, "shared_expert_intermediate_size": 128},
     "recurrent_gemma": {

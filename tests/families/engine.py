@@ -1,6 +1,6 @@
 """A tiny model of a family in the learner's engine, beside the same model in the trainer: do the two stay one policy?
 
-    python -m tests.families.engine FAMILY DIRECTORY
+    python -m tests.families.engine FAMILY DIRECTORY [bfloat16]
 
 Writes the model into the directory, an empty one. Prints JSON lines, each with what was measured so far: the largest
 difference between the engine's and the trainer's log-probabilities in nats, as served (`served`), with random adapters
@@ -12,27 +12,31 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PROMPTS = [[5 + 7 * number % 110 for number in range(12)], [9, 8, 7]]
 SEEDS = {"served": 1, "lora": 2, "full": 3}
 
 
-def measure(family: str, directory: Path) -> Iterator[dict[str, float]]:
+def measure(family: str, directory: Path, dtype: Any) -> Iterator[dict[str, float]]:
     """See above. An error of vLLM's, of PEFT's or of ours is raised."""
     from learner.process import set_environment
     from learner.settings import LearnerSettings, PolicySettings
 
-    settings = LearnerSettings.from_values({"dtype": "float32", "service_temperature": 0.85})
+    settings = LearnerSettings.from_values({"dtype": dtype, "service_temperature": 0.85})
     set_environment(settings)
 
     import torch
 
     from learner.model.policy import TrainablePolicy
+    from server.shared.model.dtype import torch_dtype
     from tests.families.configs import save
 
     save(family, directory)
     policy, full = (
-        TrainablePolicy.create(directory, PolicySettings(train=train, lora_rank=4), torch.float32, torch.device("cpu"))
+        TrainablePolicy.create(
+            directory, PolicySettings(train=train, lora_rank=4), torch_dtype(dtype), torch.device("cpu")
+        )
         for train in ("lora", "full")
     )
 
@@ -41,7 +45,7 @@ def measure(family: str, directory: Path) -> Iterator[dict[str, float]]:
     from server.shared.model.context import context_length
     from server.store.chats.records import Prompt
 
-    engine = RolloutEngine(directory, settings, "float32", context_length(directory, 128))
+    engine = RolloutEngine(directory, settings, dtype, context_length(directory, 128))
     prompts = [Prompt("", prompt, 10) for prompt in PROMPTS]
 
     def difference(policy: TrainablePolicy, seed: int) -> float:
@@ -64,7 +68,7 @@ def measure(family: str, directory: Path) -> Iterator[dict[str, float]]:
 
 if __name__ == "__main__":
     found: dict[str, float] = {}
-    for more in measure(sys.argv[1], Path(sys.argv[2])):
+    for more in measure(sys.argv[1], Path(sys.argv[2]), (*sys.argv[3:], "float32")[0]):
         found |= more
         print(json.dumps(found), flush=True)
     # vLLM's threads would keep the process.

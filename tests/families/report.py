@@ -14,14 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from server.shared.model.families import LIMITS, Limit, lost
+from server.shared.model.families import LIMITS, Limit, Work
 from tests.families.configs import DENSE, FAMILIES, MIXTURES, RECURRENT
 
 ROOT = Path(__file__).parent.parent.parent
 MEASURED, PAGE = ROOT / "docs" / "models.json", ROOT / "docs" / "models.md"
 SECONDS = 300
 TITLES = {"Dense": DENSE, "Mixtures of experts": MIXTURES, "With recurrent or convolutional layers": RECURRENT}
-KINDS = {"serving": "served", "learning": "lora", "full": "full"}
+FIGURES: dict[Work, str] = {"serving": "served", "learning": "lora", "full training": "full"}
 
 
 def main(families: list[str]) -> None:
@@ -72,13 +72,12 @@ def page(measured: dict[str, dict[str, Any]]) -> str:
 
 
 def row(family: str, found: dict[str, Any], limit: Limit | None) -> str:
-    cells = []
-    for wanted, name in KINDS.items():
-        if lost(limit, wanted):  # type: ignore[arg-type]
-            cells.append("no")
-        else:
-            cells.append(f"{found[name]:.0e}" if name in found else "?")
-    return f"| {family} | {' | '.join(cells)} | {limit.reason if limit else ''} |"
+    cells = [
+        "no" if limit and limit.rules_out(work) else f"{found[name]:.0e}" if name in found else "?"
+        for work, name in FIGURES.items()
+    ]
+    where = f" (only on a {limit.only})" if limit and limit.only else ""
+    return f"| {family} | {' | '.join(cells)} | {limit.reason + where if limit else ''} |"
 
 
 if __name__ == "__main__":

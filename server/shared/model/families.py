@@ -9,36 +9,64 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from server.shared.model.dtype import engine_is_for_cpus
+from server.shared.model.dtype import DtypeName, engine_is_for_cpus
 
-Limited = Literal["serving", "learning", "full"]
+Work = Literal["serving", "learning", "full training"]
+# The last two need the one before.
+WORKS: tuple[Work, ...] = ("serving", "learning", "full training")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """`lost`: what does not work, and all after it in `Limited`'s order. `reason`: a clause."""
+    """The first of WORKS that a family cannot do, and `reason`, a clause. `only`: where that is so."""
 
-    lost: Limited
+    work: Work
     reason: str
-    cpu_only: bool = False
+    only: Literal["", "cpu", "cpu in float32"] = ""
+
+    def rules_out(self, work: Work) -> bool:
+        return WORKS.index(self.work) <= WORKS.index(work)
 
 
-# By transformers' `model_type`.
-LIMITS: dict[str, Limit] = {}
+NO_WAY = (
+    'vLLM 0.32 has no code for it: "does not dispatch through the Transformers attention interface and vLLM has no '
+    'other way to handle it"'
+)
+SCAN = "vLLM's build for CPUs lacks the operation selective_scan_fwd"
+LATENT = (
+    "vLLM's build for CPUs computes its latent attention wrong, and cannot load its weights again: "
+    '"The size of tensor a (0) must match the size of tensor b (512)"'
+)
+CONVOLUTION = "vLLM's build for CPUs computes its short convolutions wrong, by up to 1.3 nats per token"
+# By transformers' `model_type`, as tried with vLLM 0.32 and transformers 5.17.
+LIMITS: dict[str, Limit] = {
+    "bamba": Limit("serving", NO_WAY),
+    "deepseek_v2": Limit("serving", LATENT, "cpu"),
+    "deepseek_v3": Limit("serving", LATENT, "cpu"),
+    "ernie4_5_moe": Limit("full training", "weights of its experts do not reach vLLM 0.32 whole"),
+    "gpt_oss": Limit("full training", "vLLM 0.32 drops the weights of its experts when weights are loaded again"),
+    "jamba": Limit("serving", SCAN, "cpu"),
+    "lfm2": Limit("serving", CONVOLUTION, "cpu"),
+    "lfm2_moe": Limit("serving", CONVOLUTION, "cpu"),
+    "mamba": Limit("serving", SCAN, "cpu"),
+    "mpt": Limit("serving", 'vLLM 0.32 has no code for it: "was supported in vLLM until v0.28.0"'),
+    "phimoe": Limit("serving", 'vLLM 0.32 cannot run it: "too many values to unpack (expected 3)"'),
+    "qwen3_next": Limit("serving", 'vLLM for CPUs says "CPU GDN attention requires BF16"', "cpu in float32"),
+    "recurrent_gemma": Limit("serving", NO_WAY),
+}
 
 
-def limit_of(directory: Path) -> Limit | None:
-    """The limit of the model in a Hugging Face directory on this machine; None if its family has none that is known."""
+def limit_of(directory: Path, dtype: DtypeName, work: Work) -> Limit | None:
+    """What rules out this work for the model in a Hugging Face directory, in `dtype`, on this machine; None if nothing
+    that is known does."""
     limit = LIMITS.get(family_of(directory))
-    return None if limit and limit.cpu_only and not engine_is_for_cpus() else limit
+    if limit is None or not limit.rules_out(work):
+        return None
+    on_cpu = engine_is_for_cpus()
+    holds = {"": True, "cpu": on_cpu, "cpu in float32": on_cpu and dtype == "float32"}
+    return limit if holds[limit.only] else None
 
 
 def family_of(directory: Path) -> str:
-    """The model's `model_type`, an empty string if it has none."""
+    """The model's `model_type`; an empty string if it has none."""
     return str(json.loads((directory / "config.json").read_bytes()).get("model_type", ""))
-
-
-def lost(limit: Limit | None, wanted: Limited) -> bool:
-    """Whether the limit rules out what is wanted."""
-    order: list[Limited] = ["serving", "learning", "full"]
-    return limit is not None and order.index(limit.lost) <= order.index(wanted)

@@ -238,6 +238,9 @@ class Generating:
     def push(self, weights: Iterator[Any]) -> None:
         pass
 
+    def sleep(self) -> None:
+        pass
+
     def sample(self, prompts: list[Any], seed: int) -> list[Any]:
         import torch
 

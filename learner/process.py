@@ -5,6 +5,7 @@ import os
 import socket
 import uuid
 import warnings
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,7 +45,24 @@ def set_environment(settings: "LearnerSettings") -> None:
         defaults["GOMP_SPINCOUNT"] = SPIN
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if number := settings.learner_device.partition(":")[2]:
+        _show_only(int(number))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\b")
+
+
+@cache
+def _show_only(gpu: int) -> None:
+    """Hides all GPUs but this one from torch and vLLM, once: afterwards it is number 0."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = one_visible(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def one_visible(gpu: int, before: str | None) -> str:
+    """The CUDA_VISIBLE_DEVICES that leaves only one of the GPUs visible before; -1, which is none, if there are
+    fewer."""
+    if before is None:
+        return str(gpu)
+    gpus = [name.strip() for name in before.split(",") if name.strip()]
+    return gpus[gpu] if gpu < len(gpus) else "-1"
 
 
 def keep_freed_memory() -> None:

@@ -4,6 +4,7 @@ Settings whose names the server also has (`data_dir`, `service_temperature`, ...
 tables: `[policy]`, `[reward]`, `[ppo]`, `[gate]`. A variable for one of these is `PREFLOOP_PPO__STEPS=12`.
 """
 
+import re
 from datetime import time
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -232,8 +233,16 @@ class LearnerSettings(SettingsBase):
         2048, ge=64, description="Maximum tokens of a prompt and its answer together; longer prompts are left out."
     )
     kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a CPU.")
+    learner_device: str = Field(
+        "auto",
+        description="Where models are trained and votes are read: `cpu`, `cuda`, or `cuda:1` for one of several GPUs, "
+        "then also for the learner's engine; `auto`: the GPU if the engine uses it.",
+    )
     learner_gpu_memory_share: float = Field(
         0.3, gt=0, le=1, description="Share of the GPU's memory for the learner's engine."
+    )
+    server_gpu_memory_share: float = Field(
+        0.5, gt=0, le=1, description="Share of the GPU's memory for the server's engine."
     )
     cpu_threads: str = Field(
         "auto",
@@ -271,6 +280,13 @@ class LearnerSettings(SettingsBase):
     policy: PolicySettings = Field(default_factory=PolicySettings, description="The policy in training.")
     ppo: PPOSettings = Field(default_factory=PPOSettings, description="How the policy is improved.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What a candidate must pass to be promoted.")
+
+    @field_validator("learner_device")
+    @classmethod
+    def _device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError("must be auto, cpu, cuda, or cuda and a number such as cuda:1")
+        return device
 
     @model_validator(mode="after")
     def _reachable(self) -> "LearnerSettings":

@@ -35,9 +35,13 @@ class ExperienceSource:
             waiting = waiting[size:]
 
     def rollout(self, policy: TrainablePolicy, prompts: list[Prompt], draw: int) -> Rollout:
-        """Answers of the current policy, sampled with the round's random numbers for this draw."""
+        """Answers of the current policy, on its device, sampled with the round's random numbers for this draw.
+
+        The engine then sleeps until the next push."""
         self.engine.push(policy.engine_weights())
-        return to_rollout(self.engine.sample(prompts, draw_seed(self.seed, draw)))
+        samples = self.engine.sample(prompts, draw_seed(self.seed, draw))
+        self.engine.sleep()
+        return to_rollout(samples).to(policy.model.device)
 
 
 @dataclass(frozen=True)

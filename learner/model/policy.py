@@ -35,8 +35,9 @@ class TrainablePolicy:
         if settings.train == "full":
             frozen = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
             return cls(base, frozen.requires_grad_(False))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        # PEFT draws on the CPU, so that adapters begin alike on every device.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             return cls(lora(base, settings.lora_rank, settings.lora_alpha), None)
 
     def load(self, directory: Path) -> None:

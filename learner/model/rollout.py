@@ -4,22 +4,25 @@ Training uses exactly what was sampled: the token ids that vLLM drew (never text
 log-probabilities of that draw (`processed_logprobs`: at the service temperature; the default is raw, at temperature 1).
 top_p is 1 and top_k off, since either would make the ratios wrong. `push` empties the prefix cache: its keys and values
 belong to the old weights.
+
+On a GPU that the trainer uses too, the engine sleeps from one batch to the next push: its memory is the trainer's.
 """
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from learner.model.device import resolve_device
 from learner.model.engine_classes import unchanged_classes
 from learner.model.forward import Tokens, to_tokens
 from learner.process import set_environment
 from learner.settings import LearnerSettings
-from server.shared.model.dtype import DtypeName
+from server.shared.model.dtype import DtypeName, engine_uses_gpu
 from server.shared.model.packing import keep_experts_packed, pack_tied_head
 from server.shared.model.seeds import keep_seeds
 from server.shared.model.text import ChatText
@@ -44,12 +47,17 @@ class SampledAnswer:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled batch: `tokens` of B responses, behavior_logprobs (B, T), `ended` (B,)."""
+    """A sampled batch: `tokens` of B responses, behavior_logprobs (B, T), `ended` (B,), which stays on the CPU as the
+    scores do."""
 
     samples: list[SampledAnswer]
     tokens: Tokens
     behavior_logprobs: Tensor
     ended: Tensor
+
+    def to(self, device: torch.device) -> "Rollout":
+        """The same batch for passes on `device`."""
+        return replace(self, tokens=self.tokens.to(device), behavior_logprobs=self.behavior_logprobs.to(device))
 
 
 def draw_seed(seed: int, draw: int) -> int:
@@ -63,7 +71,7 @@ def draw_generator(seed: int, draw: int) -> torch.Generator:
 
 
 def to_rollout(samples: list[SampledAnswer]) -> Rollout:
-    """Pads samples to tensors."""
+    """Pads samples to tensors, on the CPU."""
     tokens = to_tokens([s.prompt for s in samples], [s.token_ids for s in samples])
     behavior_logprobs = torch.zeros(tokens.response_mask.shape)
     for row, sample in enumerate(samples):
@@ -72,7 +80,8 @@ def to_rollout(samples: list[SampledAnswer]) -> Rollout:
 
 
 class RolloutEngine:
-    """vLLM on the reference's directory; `push` gives it other weights. Call `close` when done."""
+    """vLLM on the reference's directory; `push` gives it other weights, and wakes it after `sleep`. Call `close` when
+    done."""
 
     def __init__(self, directory: Path, settings: LearnerSettings, dtype: DtypeName, max_model_len: int) -> None:
         set_environment(settings)
@@ -80,6 +89,8 @@ class RolloutEngine:
 
         self._temperature = settings.service_temperature
         self._text = ChatText.load(directory)
+        self._can_sleep = engine_uses_gpu() and resolve_device(settings.learner_device).type == "cuda"
+        self._asleep = False
         with unchanged_classes():
             self._llm: Any = LLM(
                 model=str(directory),
@@ -89,6 +100,7 @@ class RolloutEngine:
                 gpu_memory_utilization=settings.learner_gpu_memory_share,
                 # A round samples a few dozen batches: compiling would cost more than it saves.
                 enforce_eager=True,
+                enable_sleep_mode=self._can_sleep,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",
                 distributed_executor_backend="uni",
@@ -101,8 +113,14 @@ class RolloutEngine:
 
     def push(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Replaces all weights, by their checkpoint names, and clears the prefix cache."""
+        # The cache comes last: a push needs memory for the weights of a layer.
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self._llm.collective_rpc(lambda worker: pack_tied_head(worker.model_runner.get_model()))
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("The engine kept cached prefixes of the old weights.")
 
@@ -127,6 +145,14 @@ class RolloutEngine:
             use_tqdm=False,
         )
         return [self._sample(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)]
+
+    def sleep(self) -> None:
+        """Frees the engine's memory on a GPU until the next push, if the trainer is there too."""
+        if self._can_sleep:
+            # Level 1 keeps all but the cache on the CPU. Level 2 would lose tensors that are neither parameters nor
+            # buffers, which some families have (docs/decisions/0035-devices.md).
+            self._llm.sleep(level=1)
+            self._asleep = True
 
     def close(self) -> None:
         """Frees the engine's memory."""

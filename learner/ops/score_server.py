@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import torch
 from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
 
+from learner.model.device import resolve_device
 from learner.model.features import TokenPair, extract
 from learner.model.forward import to_tokens
 from learner.reward.linear_reward_model import LinearRewardModel
@@ -35,9 +37,10 @@ STATUS = {
 class Scorer:
     """Scores with the newest registered reward model. Used by a single thread."""
 
-    def __init__(self, data_dir: Path, dtype: DtypeName, max_model_len: int) -> None:
+    def __init__(self, data_dir: Path, dtype: DtypeName, device: torch.device, max_model_len: int) -> None:
         self._data_dir = data_dir
         self._dtype = torch_dtype(dtype)
+        self._device = device
         self._max_model_len = max_model_len
         self._store = Store.open(data_dir)
         self._reference: tuple[str, Any] = ("", None)
@@ -79,7 +82,7 @@ class Scorer:
 
             directory = self._data_dir / "policies" / registered.reference_version
             verify(directory)
-            backbone: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype)
+            backbone: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype, device_map=self._device)
             self._reference = registered.reference_version, backbone.eval()
         return *self._loaded, self._reference[1]
 
@@ -87,9 +90,9 @@ class Scorer:
 class ScoringService(scoring_pb2_grpc.ScoringServiceServicer):
     """Serves ScoreCandidates with a Scorer in a separate thread."""
 
-    def __init__(self, data_dir: Path, dtype: DtypeName, max_model_len: int) -> None:
+    def __init__(self, data_dir: Path, dtype: DtypeName, device: torch.device, max_model_len: int) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scores")
-        self._scorer = self._thread.submit(Scorer, data_dir, dtype, max_model_len).result()
+        self._scorer = self._thread.submit(Scorer, data_dir, dtype, device, max_model_len).result()
 
     async def ScoreCandidates(
         self, request: scoring_pb2.ScoreCandidatesRequest, context: Any
@@ -118,12 +121,13 @@ def to_pairs(request: scoring_pb2.ScoreCandidatesRequest) -> list[TokenPair]:
 
 
 async def serve_scores(
-    data_dir: Path, dtype: DtypeSetting, max_model_len: int, port: int, say: Callable[[str], None]
+    data_dir: Path, dtype: DtypeSetting, device: str, max_model_len: int, port: int, say: Callable[[str], None]
 ) -> None:
-    """Serves until SIGTERM or SIGINT; `say` gets dtype and address. Raises RuntimeError if the port is taken."""
-    resolved = resolve_dtype(dtype)
-    say(f"computing in {resolved}")
-    service = ScoringService(data_dir, resolved.name, max_model_len)
+    """Serves until SIGTERM or SIGINT; `say` gets dtype, device and address. Raises RuntimeError if the port is taken,
+    FailedPreconditionError if there is no such device."""
+    resolved, on = resolve_dtype(dtype), resolve_device(device)
+    say(f"computing in {resolved} on {on}")
+    service = ScoringService(data_dir, resolved.name, on, max_model_len)
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)
     stop = asyncio.Event()

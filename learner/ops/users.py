@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner.model.device import resolve_device
 from learner.model.features import FeatureCache, default_layers
 from learner.reward.dataset import Dataset, to_dataset
 from learner.reward.exact_tests import at_least, at_most, holm
@@ -88,7 +89,9 @@ class VoterAnalysis:
         directory = settings.data_dir / "policies" / reference_version
         verify(directory)
         self._dtype = resolve_dtype(settings.dtype).name
-        self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype(self._dtype))
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch_dtype(self._dtype), device_map=resolve_device(settings.learner_device)
+        )
         self._text = ChatText.load(directory)
         self._cache_key, self._settings = cache_key(directory), settings
         self._cache = cache_directory(settings.data_dir, deletions)

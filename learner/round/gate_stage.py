@@ -40,7 +40,7 @@ GATE_DRAW = 999
 @dataclass(frozen=True)
 class Answers:
     """One version's answers, M to each of N prompts, grouped by prompt: features (N * M, F), and for a candidate kl (N
-    * M,), nats to the reference."""
+    * M,), nats to the reference; both on the CPU, where the judge is."""
 
     samples: list[SampledAnswer]
     features: Tensor
@@ -149,18 +149,18 @@ def _candidate_answers(
     settings, temperature = work.settings.policy, work.settings.service_temperature
     work.policy.load(candidate(work.directory, step))
     work.engine.push(work.policy.engine_weights())
-    rollout = to_rollout(work.engine.sample(prompts, seed))
+    rollout = to_rollout(work.engine.sample(prompts, seed)).to(work.policy.model.device)
     budget = settings.micro_batch_tokens
     judged = reference_pass(work.policy, rollout.tokens, reward_model.layers, temperature, budget)
     # Some answers are enough to check that the engine has the trained weights.
-    some = torch.arange(min(PUSH_ANSWERS, len(rollout.tokens)))
+    some = torch.arange(len(rollout.tokens), device=work.policy.model.device)[:PUSH_ANSWERS]
     part = rollout.tokens[some]
     logprobs = policy_logprobs(work.policy, part, temperature, budget)
     sampled_with = rollout.behavior_logprobs[some, : logprobs.shape[1]]
     gap = mismatch(logprobs, sampled_with, part.response_mask)
     check_push(gap, settings.mismatch_limit, work.policy.model.dtype)
     kl = (rollout.behavior_logprobs - judged.ref_logprobs).sum(dim=1)
-    return Answers(rollout.samples, judged.features, kl)
+    return Answers(rollout.samples, judged.features, kl.cpu())
 
 
 def _figures(

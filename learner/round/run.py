@@ -19,6 +19,7 @@ from learner.improve.base import Budget, ExperienceSource, Improver
 from learner.improve.candidates import drop_candidates
 from learner.improve.ppo.state import drop_states
 from learner.improve.ppo.trainer import PPO
+from learner.model.device import require_memory, resolve_device
 from learner.model.engine_check import check_engine
 from learner.model.features import FeatureCache
 from learner.model.rollout import draw_seed
@@ -53,6 +54,9 @@ from server.store.learning.round_metrics import (
 )
 from server.store.store import Store
 
+# Settings that a resumed round takes from the machine that resumes it.
+THIS_MACHINES = ("data_dir", "dtype", "learner_device", "learner_gpu_memory_share")
+
 
 def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False) -> Report:
     """Runs or resumes one round; with `wait`, waits while another learner is running."""
@@ -71,13 +75,14 @@ def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False) -
 
 
 def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages: Stages) -> Report:
-    dtype = resolve_dtype(settings.dtype)
+    dtype, device = resolve_dtype(settings.dtype), resolve_device(settings.learner_device)
+    require_memory(settings.server_gpu_memory_share, settings.learner_gpu_memory_share)
     settings = settings.model_copy(update={"dtype": dtype.name})
     current = resumable(store, lease, settings.max_resumes, stages)
     if current:
         stages.console.print(f"resuming {current.id} after its stage {current.stage}", highlight=False)
-        # The settings that the round began with, except for the data directory and this machine's dtype.
-        here = {"data_dir": settings.data_dir, "dtype": dtype.name}
+        # The settings that the round began with, except for the data directory and this machine's dtype and devices.
+        here = {name: getattr(settings, name) for name in THIS_MACHINES}
         began_in = current.settings["dtype"]
         settings = began_with(current, here)
         if began_in != dtype.name:
@@ -89,7 +94,7 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
         before = current.create_time if current else math.inf
         snapshot = snapshot.without(store.lineage.rolled_back(before))
     if current is None:
-        stages.console.print(f"computing in {dtype}", highlight=False)
+        stages.console.print(f"computing in {dtype} on {device}", highlight=False)
         if reason := failed_precondition(store, snapshot, quarantined, settings):
             return Report("nothing", reason)
         current = store.rounds.create(

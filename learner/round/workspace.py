@@ -12,6 +12,7 @@ from torch import Tensor
 
 from learner.improve.candidates import drop_candidates
 from learner.improve.ppo.state import drop_states
+from learner.model.device import resolve_device
 from learner.model.features import default_layers, extract
 from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, to_rollout
 from learner.progress import Stages
@@ -95,7 +96,7 @@ class Workspace:
                 self.reference_directory,
                 self.settings.policy,
                 torch_dtype(self.dtype),
-                torch.device("cpu"),
+                resolve_device(self.settings.learner_device),
                 self.settings.seed,
             )
 

@@ -34,6 +34,7 @@ SETTINGS = frozenset(
         "keep_kv_on_swap",
         "keep_versions",
         "kv_cache_gib",
+        "learner_device",
         "learner_gpu_memory_share",
         "lease_seconds",
         "live_adapters",

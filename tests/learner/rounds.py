@@ -30,17 +30,23 @@ class TinyEngine:
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.temperature = settings.service_temperature
+        self.asleep = False
 
     def push(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         type(self).pushes += 1
+        self.asleep = False
         self.model.load_state_dict({name: tensor.float() for name, tensor in weights}, strict=False)
 
     def sample(self, prompts: list[Prompt], seed: int) -> list[SampledAnswer]:
+        assert not self.asleep, "no weights were pushed since the engine fell asleep"
         generator = torch.Generator().manual_seed(seed)
         return draw(
             self.model, [prompt.token_ids for prompt in prompts], [prompt.max_tokens for prompt in prompts],
             [self.temperature] * len(prompts), generator,
         )  # fmt: skip
+
+    def sleep(self) -> None:
+        self.asleep = True
 
     def close(self) -> None:
         pass

@@ -53,8 +53,12 @@ class Adam:
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Restores what `state` returned; the parameters follow their masters. Raises KeyError for another model's."""
+        moments: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(self._pairs))}
+        for name, value in state.items():
+            of, _, kind = name.partition(".")
+            moments[int(of)][kind] = value
         for number, (parameter, master) in enumerate(self._pairs):
-            master.copy_(state[f"{number}.weight"])
+            master.copy_(moments[number].pop("weight"))
             parameter.copy_(master)
-            names = [name for name in state if name.startswith(f"{number}.") and not name.endswith(".weight")]
-            self._adam.state[master] = {name.partition(".")[2]: state[name] for name in names}
+        # By way of torch, which moves each moment to its parameter's device.
+        self._adam.load_state_dict({**self._adam.state_dict(), "state": moments})

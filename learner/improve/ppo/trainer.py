@@ -69,7 +69,7 @@ class PPO:
         on_step: Callable[[StepMetrics], None],
     ) -> Improvement:
         """See `Improver.improve`."""
-        settings, critic = self._settings, make_critic(reward_model)
+        settings, critic = self._settings, make_critic(reward_model).to(policy.model.device)
         rates = (policy.parameters, settings.learning_rate), (list(critic.parameters()), settings.critic_learning_rate)
         optimizer = Adam(list(rates), settings.adam_epsilon)
         steps = [StepMetrics(**step) for step in load_state(directory, optimizer)]
@@ -113,7 +113,7 @@ class PPO:
         judged = judge_rollout(policy, reward_model, rollout, source.temperature, budget, passes[0])
         # In float32 the engine and the trainer differ too little to matter to PPO: pi_old is mu, and a pass over some
         # answers is enough to check the push.
-        rows = torch.arange(PUSH_ANSWERS if exact else len(tokens))[: len(tokens)]
+        rows = torch.arange(len(tokens), device=policy.model.device)[: PUSH_ANSWERS if exact else None]
         seen = policy_logprobs(policy, tokens, source.temperature, budget, [rows] if exact else passes[0])
         gap = mismatch(seen[rows], rollout.behavior_logprobs[rows], tokens.response_mask[rows])
         check_push(gap, self._policy_settings.mismatch_limit, policy.model.dtype)

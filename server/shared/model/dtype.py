@@ -43,9 +43,15 @@ def resolve_dtype(setting: DtypeSetting) -> Dtype:
     """The dtype for the setting on this machine. Imports torch, and queries the GPU if the engine runs on one."""
     import torch
 
-    gpu = torch.cuda.is_available() and not engine_is_for_cpus()
-    cuda = torch.cuda.get_device_capability() if gpu else None
+    cuda = torch.cuda.get_device_capability() if engine_uses_gpu() else None
     return choose_dtype(setting, cuda, torch.cpu.get_capabilities())
+
+
+def engine_uses_gpu() -> bool:
+    """Whether engines run on a GPU. Imports torch."""
+    import torch
+
+    return torch.cuda.is_available() and not engine_is_for_cpus()
 
 
 def engine_is_for_cpus() -> bool:

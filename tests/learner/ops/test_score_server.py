@@ -56,7 +56,7 @@ def data_dir(tmp_path: Path, model_directory: Path) -> Path:
 
 @asynccontextmanager
 async def scoring(data_dir: Path) -> AsyncIterator[Any]:
-    service = ScoringService(data_dir, "float32", 64)
+    service = ScoringService(data_dir, "float32", torch.device("cpu"), 64)
     server = grpc.aio.server()
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -1,0 +1,69 @@
+"""The learner's engine on a GPU: it sleeps between a batch and the next push. vLLM's build for GPUs is a stand-in."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import learner.model.rollout as module
+from learner.model.rollout import RolloutEngine
+from learner.settings import LearnerSettings
+
+
+class Llm:
+    """Notes what is asked of vLLM."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments, self.calls = arguments, []  # type: ignore[var-annotated]
+
+    def collective_rpc(self, call: Any, kwargs: Any = None) -> None:
+        if isinstance(call, str):
+            self.calls.append(call)
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset_prefix_cache")
+        return True
+
+
+def start(device: str, uses_gpu: bool, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Llm:
+    """The calls of a push, a batch, another push, and one more."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Llm))  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "set_environment", lambda settings: None)
+    monkeypatch.setattr(module, "engine_uses_gpu", lambda: uses_gpu)
+    monkeypatch.setattr(module, "resolve_device", lambda setting: torch.device(setting))
+    engine = RolloutEngine(directory, LearnerSettings.from_values({"learner_device": device}), "float32", 64)
+    engine.push(iter(()))
+    engine.sleep()
+    engine.push(iter(()))
+    engine.push(iter(()))
+    llm: Llm = engine._llm
+    return llm
+
+
+def test_it_sleeps_until_the_next_push(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = start("cuda", True, model_directory, monkeypatch)
+    assert llm.arguments["enable_sleep_mode"] is True
+    assert llm.calls == [
+        "reload_weights", "reset_prefix_cache",
+        "sleep 1",
+        "wake weights", "reload_weights", "wake kv_cache", "reset_prefix_cache",
+        "reload_weights", "reset_prefix_cache",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "uses_gpu"), [("cpu", False), ("cpu", True), ("cuda", False)])
+def test_it_stays_awake_if_trainer_and_engine_do_not_share_a_gpu(
+    device: str, uses_gpu: bool, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = start(device, uses_gpu, model_directory, monkeypatch)
+    assert llm.arguments["enable_sleep_mode"] is False
+    assert llm.calls == ["reload_weights", "reset_prefix_cache"] * 3

@@ -38,7 +38,7 @@ class LearnerShare(BaseModel):
 
 
 class DoctorSettings(ServerSettings):
-    """The server's settings, and those of the learner that determine disk and memory."""
+    """The server's settings, and those of the learner that determine disk and memory, a GPU's too."""
 
     renamed: ClassVar = {
         **ServerSettings.renamed,
@@ -48,6 +48,8 @@ class DoctorSettings(ServerSettings):
     rescaled: ClassVar = {"ppo.micro_batch": ANSWER_TOKENS}
 
     keep_versions: Annotated[int, Field(ge=1)] = 8
+    learner_device: str = "auto"
+    learner_gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.3
     policy: LearnerShare = LearnerShare()
 
 
@@ -96,7 +98,7 @@ class Examination:
         yield "settings", self.check_settings
         yield "cores", lambda: machine_checks.check_cores(self.machine, self.settings.cpu_threads)
         yield "arithmetic", lambda: machine_checks.check_arithmetic(self.torch)
-        yield "gpu", lambda: machine_checks.check_gpu(readings.read_gpus(), self.builds, self.torch.cuda)
+        yield "gpu", self.check_gpu
         yield "model", self.check_model
         yield "memory", lambda: machine_checks.check_memory(self.machine, self.needs, bool(self.health))
         yield "speed", lambda: machine_checks.check_speed(*self.speed)
@@ -114,6 +116,13 @@ class Examination:
         sources = [CONFIG_FILE] if Path(CONFIG_FILE).exists() else []
         sources += [f"{variables} {PREFIX}* variables"] if variables else []
         return setup_checks.check_settings(sources, self.settings_problem)
+
+    def check_gpu(self) -> Finding:
+        # Without a number, the learner's engine is on the same GPU as the server's.
+        other = self.settings.learner_device.partition(":")[2] not in ("", "0")
+        server, learner = self.settings.server_gpu_memory_share, self.settings.learner_gpu_memory_share
+        gpus, builds, cuda = readings.read_gpus(), self.builds, self.torch.cuda
+        return machine_checks.check_gpu(gpus, builds, cuda, server, 0.0 if other else learner)
 
     def check_model(self) -> Finding:
         from huggingface_hub.constants import HF_HUB_OFFLINE

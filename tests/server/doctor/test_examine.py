@@ -14,7 +14,7 @@ from rich.console import Console
 
 from server.doctor import examine as module
 from server.doctor import readings
-from server.doctor.examine import Examination, Report, load_settings
+from server.doctor.examine import DoctorSettings, Examination, Report, load_settings
 from server.doctor.finding import Finding
 from server.doctor.show import show
 from server.shared.errors import ServiceError
@@ -146,6 +146,16 @@ def test_the_learners_setting_is_read_under_its_old_name(tmp_path: Path, monkeyp
     monkeypatch.delenv("PREFLOOP_PPO__MICRO_BATCH")
     monkeypatch.setenv("PREFLOOP_PPO__MICRO_BATCH_TOKENS", "300")
     assert load_settings()[0].policy.micro_batch_tokens == 300
+
+
+@pytest.mark.parametrize(("device", "learner"), [("auto", "0.3"), ("cuda:0", "0.3"), ("cuda:1", "0"), ("cpu", "0.3")])
+def test_a_learner_on_another_gpu_takes_nothing_from_the_servers(
+    monkeypatch: pytest.MonkeyPatch, device: str, learner: str
+) -> None:
+    monkeypatch.setattr(readings, "read_gpus", lambda: ["H100", "H100"])
+    monkeypatch.setattr(readings, "read_builds", lambda: ["vllm"])
+    monkeypatch.setattr(readings, "read_torch", lambda setting: readings.Torch(cuda=True))
+    assert f"+ learner {learner} =" in Examination(DoctorSettings(learner_device=device), "").check_gpu().value
 
 
 def test_a_reading_that_fails_is_a_finding_and_other_checks_continue(

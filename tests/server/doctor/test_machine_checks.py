@@ -160,5 +160,26 @@ H100 = "NVIDIA H100 80GB HBM3, 81559 MiB"
 )  # fmt: skip
 def test_gpu(gpus: list[str], builds: list[str], cuda: bool, state: str, advice: str) -> None:
     value = f"{H100 if gpus else 'none'}; installed: {' and '.join(builds) or 'no vLLM'}"
-    found = checks.check_gpu(gpus, builds, cuda)
+    if gpus and builds == ["vllm"]:
+        value += "; shares of its memory: server 0.5 + learner 0.3 = 0.8"
+    found = checks.check_gpu(gpus, builds, cuda, 0.5, 0.3)
     assert (found.name, found.state, found.value, found.advice) == ("gpu", state, value, advice)
+
+
+@pytest.mark.parametrize(
+    ("count", "server", "learner", "state", "said", "advice"),
+    [
+        (1, 0.6, 0.35, "ok", "server 0.6 + learner 0.35 = 0.95", ""),
+        (1, 0.7, 0.3, "warning", "server 0.7 + learner 0.3 = 1",
+         "A round does not fit beside the server: lower PREFLOOP_SERVER_GPU_MEMORY_SHARE or "
+         "PREFLOOP_LEARNER_GPU_MEMORY_SHARE to a sum of at most 0.95."),
+        (2, 0.7, 0.3, "warning", "server 0.7 + learner 0.3 = 1",
+         "A round does not fit beside the server: lower PREFLOOP_SERVER_GPU_MEMORY_SHARE or "
+         "PREFLOOP_LEARNER_GPU_MEMORY_SHARE to a sum of at most 0.95, or set PREFLOOP_LEARNER_DEVICE=cuda:1."),
+        (2, 0.9, 0.0, "ok", "server 0.9 + learner 0 = 0.9", ""),
+    ],
+)  # fmt: skip
+def test_shares_of_a_gpu(count: int, server: float, learner: float, state: str, said: str, advice: str) -> None:
+    found = checks.check_gpu([H100] * count, ["vllm"], True, server, learner)
+    assert found.value.endswith(f"installed: vllm; shares of its memory: {said}")
+    assert (found.state, found.advice) == (state, advice)

@@ -154,9 +154,14 @@ def test_needs_grow_with_their_inputs() -> None:
     assert needs_of(SMOLLM2, "bfloat16", 1, 1024).round // MIB == 5056
 
 
-def test_the_learners_defaults_are_used() -> None:
-    ours, theirs = DoctorSettings.model_fields["keep_versions"].default, LearnerSettings.model_fields["keep_versions"]
-    assert ours == theirs.default == 8
+@pytest.mark.parametrize(
+    ("name", "value"), [("keep_versions", 8), ("learner_device", "auto"), ("learner_gpu_memory_share", 0.3)]
+)
+def test_the_learners_defaults_are_used(name: str, value: object) -> None:
+    assert DoctorSettings.model_fields[name].default == LearnerSettings.model_fields[name].default == value
+
+
+def test_the_learners_default_of_a_table_is_used() -> None:
     assert DoctorSettings().policy.micro_batch_tokens == LearnerSettings().policy.micro_batch_tokens == 0
 
 

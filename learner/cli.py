@@ -227,9 +227,7 @@ def serve_scores(
     from learner.ops.score_server import serve_scores as serve
 
     try:
-        asyncio.run(
-            serve(settings.data_dir, settings.dtype, settings.learner_device, settings.max_model_len, port, typer.echo)
-        )
+        asyncio.run(serve(settings, port, typer.echo))
     except RuntimeError as error:
         _fail(f"Port {port} cannot be used: {error}.")
 

@@ -223,6 +223,9 @@ class LearnerSettings(SettingsBase):
     rescaled: ClassVar = {"ppo.micro_batch": ANSWER_TOKENS}
 
     data_dir: Path = Field(Path("data"), description="Directory of the database and the policies.")
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code in the model's directory, if transformers does not know the model."
+    )
     service_temperature: float = Field(
         0.85, gt=0, le=2, description="Chat's default temperature, also used by rollouts and the gate."
     )

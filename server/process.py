@@ -130,6 +130,6 @@ def make_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> 
 
 def _prepare(settings: ServerSettings, say: Callable[[str], None]) -> Path:
     try:
-        return prepare_reference(settings.data_dir, settings.model, say)
+        return prepare_reference(settings.data_dir, settings.model, say, settings.trust_remote_code)
     except OSError as error:
         raise DataDirectoryError(f"{str(settings.data_dir)!r} cannot be written ({error}).") from error

@@ -26,6 +26,10 @@ class ServerSettings(SettingsBase):
         str,
         Field(description="The model of v0000: `smollm2` (the packaged default), a Hugging Face directory or id."),
     ] = DEFAULT_MODEL
+    trust_remote_code: Annotated[
+        bool,
+        Field(description="Run the Python code in the model's directory, if transformers does not know the model."),
+    ] = False
     host: Annotated[str, Field(description="The address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="The port to listen on; 0 picks a free one.")] = 50051
     tls_cert: Annotated[

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.settings import PolicySettings
+from server.shared.model.load import load_model
 from server.shared.model.merged import checkpoint_weights, load_adapted, merged_weights
 
 
@@ -26,14 +27,18 @@ class TrainablePolicy:
 
     @classmethod
     def create(
-        cls, reference: Path, settings: PolicySettings, dtype: torch.dtype, device: torch.device, seed: int = 0
+        cls,
+        reference: Path,
+        settings: PolicySettings,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> "TrainablePolicy":
         """A policy equal to the reference in `reference`, a Hugging Face directory; `seed` initialises the adapters."""
-        from transformers import AutoModelForCausalLM
-
-        base = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
+        base = load_model(reference, trust_remote_code, dtype=dtype, device_map=device)
         if settings.train == "full":
-            frozen = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, device_map=device)
+            frozen = load_model(reference, trust_remote_code, dtype=dtype, device_map=device)
             return cls(base, frozen.requires_grad_(False))
         # PEFT draws on the CPU, so that adapters begin alike on every device.
         with torch.random.fork_rng(devices=[]):
@@ -143,7 +148,9 @@ def unadaptable(base: Any) -> list[str]:
     return routers + [f"{mixer}.{name}" for mixer in mixers for name in ("conv1d", "dt_proj", "out_proj")]
 
 
-def published_weights(directory: Path, base: Path | None, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def published_weights(
+    directory: Path, base: Path | None, dtype: torch.dtype, trust_remote_code: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, tensor) of a published version: all weights as they are, or an adapter merged into `base` in
     `dtype`."""
     if base is None:
@@ -152,4 +159,4 @@ def published_weights(directory: Path, base: Path | None, dtype: torch.dtype) ->
         for path in sorted(directory.glob("*.safetensors")):
             yield from load_file(path).items()
         return
-    yield from checkpoint_weights(load_adapted(base, directory, dtype))
+    yield from checkpoint_weights(load_adapted(base, directory, dtype, trust_remote_code))

@@ -88,12 +88,13 @@ class RolloutEngine:
         from vllm import LLM
 
         self._temperature = settings.service_temperature
-        self._text = ChatText.load(directory)
+        self._text = ChatText.load(directory, settings.trust_remote_code)
         self._can_sleep = engine_uses_gpu() and resolve_device(settings.learner_device).type == "cuda"
         self._asleep = False
         with unchanged_classes():
             self._llm: Any = LLM(
                 model=str(directory),
+                trust_remote_code=settings.trust_remote_code,
                 dtype=dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=64,

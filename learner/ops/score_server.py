@@ -19,8 +19,10 @@ from learner.model.device import resolve_device
 from learner.model.features import TokenPair, extract
 from learner.model.forward import to_tokens
 from learner.reward.linear_reward_model import LinearRewardModel
+from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ServiceError
-from server.shared.model.dtype import DtypeName, DtypeSetting, resolve_dtype, torch_dtype
+from server.shared.model.dtype import DtypeName, resolve_dtype, torch_dtype
+from server.shared.model.load import UntrustedCodeError, load_model
 from server.store.files.manifest import verify
 from server.store.store import Store
 
@@ -37,11 +39,19 @@ STATUS = {
 class Scorer:
     """Scores with the newest registered reward model. Used by a single thread."""
 
-    def __init__(self, data_dir: Path, dtype: DtypeName, device: torch.device, max_model_len: int) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        dtype: DtypeName,
+        device: torch.device,
+        max_model_len: int,
+        trust_remote_code: bool = False,
+    ) -> None:
         self._data_dir = data_dir
         self._dtype = torch_dtype(dtype)
         self._device = device
         self._max_model_len = max_model_len
+        self._trust_remote_code = trust_remote_code
         self._store = Store.open(data_dir)
         self._reference: tuple[str, Any] = ("", None)
         self._loaded: tuple[str, LinearRewardModel] | None = None
@@ -78,11 +88,14 @@ class Scorer:
             verify(directory)
             self._loaded = registered.version, LinearRewardModel.load(directory)
         if self._reference[0] != registered.reference_version:
-            from transformers import AutoModelForCausalLM
-
             directory = self._data_dir / "policies" / registered.reference_version
             verify(directory)
-            backbone: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype, device_map=self._device)
+            try:
+                backbone: Any = load_model(
+                    directory, self._trust_remote_code, dtype=self._dtype, device_map=self._device
+                )
+            except UntrustedCodeError as error:
+                raise FailedPreconditionError("UNTRUSTED_CODE", f"The model {error}") from error
             self._reference = registered.reference_version, backbone.eval()
         return *self._loaded, self._reference[1]
 
@@ -90,9 +103,16 @@ class Scorer:
 class ScoringService(scoring_pb2_grpc.ScoringServiceServicer):
     """Serves ScoreCandidates with a Scorer in a separate thread."""
 
-    def __init__(self, data_dir: Path, dtype: DtypeName, device: torch.device, max_model_len: int) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        dtype: DtypeName,
+        device: torch.device,
+        max_model_len: int,
+        trust_remote_code: bool = False,
+    ) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scores")
-        self._scorer = self._thread.submit(Scorer, data_dir, dtype, device, max_model_len).result()
+        self._scorer = self._thread.submit(Scorer, data_dir, dtype, device, max_model_len, trust_remote_code).result()
 
     async def ScoreCandidates(
         self, request: scoring_pb2.ScoreCandidatesRequest, context: Any
@@ -120,14 +140,14 @@ def to_pairs(request: scoring_pb2.ScoreCandidatesRequest) -> list[TokenPair]:
     return [(prompt, list(one.token_ids)) for one in request.candidates]
 
 
-async def serve_scores(
-    data_dir: Path, dtype: DtypeSetting, device: str, max_model_len: int, port: int, say: Callable[[str], None]
-) -> None:
+async def serve_scores(settings: LearnerSettings, port: int, say: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT; `say` gets dtype, device and address. Raises RuntimeError if the port is taken,
     FailedPreconditionError if there is no such device."""
-    resolved, on = resolve_dtype(dtype), resolve_device(device)
-    say(f"computing in {resolved} on {on}")
-    service = ScoringService(data_dir, resolved.name, on, max_model_len)
+    resolved, device = resolve_dtype(settings.dtype), resolve_device(settings.learner_device)
+    say(f"computing in {resolved} on {device}")
+    service = ScoringService(
+        settings.data_dir, resolved.name, device, settings.max_model_len, settings.trust_remote_code
+    )
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)
     stop = asyncio.Event()

@@ -28,6 +28,7 @@ from learner.reward.voter_reliability import LEVEL, Verdicts, one_sided, scaled,
 from learner.round.workspace import cache_key
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import resolve_dtype, torch_dtype
+from server.shared.model.load import load_model
 from server.shared.model.text import ChatText
 from server.store.chats.records import Snapshot
 from server.store.files.manifest import verify
@@ -84,15 +85,16 @@ class VoterAnalysis:
     """Reads voted answers with the reference, if no round has read them yet."""
 
     def __init__(self, settings: LearnerSettings, reference_version: str, deletions: int) -> None:
-        from transformers import AutoModelForCausalLM
-
         directory = settings.data_dir / "policies" / reference_version
         verify(directory)
         self._dtype = resolve_dtype(settings.dtype).name
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch_dtype(self._dtype), device_map=resolve_device(settings.learner_device)
+        self._model: Any = load_model(
+            directory,
+            settings.trust_remote_code,
+            dtype=torch_dtype(self._dtype),
+            device_map=resolve_device(settings.learner_device),
         )
-        self._text = ChatText.load(directory)
+        self._text = ChatText.load(directory, settings.trust_remote_code)
         self._cache_key, self._settings = cache_key(directory), settings
         self._cache = cache_directory(settings.data_dir, deletions)
         self.layers = settings.reward.layers or default_layers(self._model.config.get_text_config().num_hidden_layers)
@@ -100,8 +102,9 @@ class VoterAnalysis:
     def dataset(self, snapshot: Snapshot) -> Dataset:
         settings = self._settings
         return to_dataset(
-            snapshot, time(), settings.gate.judge_share, settings.reward, self._text.answer, settings.max_model_len
-        )
+            snapshot, time(), settings.gate.judge_share, settings.reward, self._text.answer, settings.max_model_len,
+            self._text.embeddings,
+        )  # fmt: skip
 
     def features(self, dataset: Dataset) -> Tensor:
         """(N, F) of the dataset's answers."""

@@ -17,6 +17,7 @@ from learner.reward.likelihood import BOTH_BAD, TIE, A, B
 from learner.reward.linear_heads import VoteTensors
 from learner.reward.vote_weights import vote_weights
 from learner.settings import RewardSettings
+from server.shared.model.text import UnknownTokenError
 from server.store.chats.records import ChoiceVote, Correction, Response, Snapshot, ThumbVote
 from server.store.learning.records import Side
 
@@ -37,7 +38,7 @@ class Dataset:
     voters: Tensor
     # (C,) whether a choice was between two answers that were shown; False for corrections.
     compared: Tensor
-    # Votes on answers without tokens, or too long with their prompt.
+    # Votes on answers without tokens, too long with their prompt, or with tokens that the model has no embedding for.
     left_out: int = 0
 
     @property
@@ -129,11 +130,12 @@ def to_dataset(
     settings: RewardSettings,
     encode: Callable[[str], list[int]],
     longest: float = math.inf,
+    embeddings: float = math.inf,
 ) -> Dataset:
     """The dataset of a snapshot. `now` is in seconds since 1970; `encode` returns the token ids of a corrected text,
-    EOS included. Answers without tokens, or with more than `longest` including their prompt, are left out with their
-    votes."""
-    rows = _Rows(encode, longest)
+    EOS included, or raises UnknownTokenError. Answers without tokens, with more than `longest` including their prompt,
+    or with token ids from `embeddings` on, are left out with their votes."""
+    rows = _Rows(encode, longest, embeddings)
     choices = [row for choice in snapshot.choices if (row := rows.of_choice(choice))]
     compared = len(choices)
     choices += [row for correction in snapshot.corrections if (row := rows.of_correction(correction))]
@@ -169,9 +171,10 @@ def count_sides(snapshot: Snapshot, judge_share: float) -> tuple[int, int]:
 class _Rows:
     """Numbers answers, conversations and users in order of appearance, and makes rows of usable votes."""
 
-    def __init__(self, encode: Callable[[str], list[int]], longest: float) -> None:
+    def __init__(self, encode: Callable[[str], list[int]], longest: float, embeddings: float) -> None:
         self._encode = encode
         self._longest = longest
+        self._embeddings = embeddings
         self._numbers: dict[str, int] = {}
         self.answers: list[TokenPair] = []
         self.conversations: dict[str, int] = {}
@@ -186,7 +189,11 @@ class _Rows:
 
     def of_correction(self, vote: Correction) -> ChoiceRow | None:
         prompt = vote.response.prompt_token_ids
-        if not (self._readable(vote.response) and self._fits(prompt, tokens := self._encode(vote.text))):
+        try:
+            tokens = self._encode(vote.text)
+        except UnknownTokenError:
+            return None
+        if not (self._readable(vote.response) and self._fits(prompt, tokens)):
             return None
         written, replaced = self._answer(vote.feedback_id, prompt, tokens), self._response(vote.response)
         return ChoiceRow(written, replaced, A, 0.0, *self._said_by(vote, vote.response))
@@ -214,7 +221,9 @@ class _Rows:
         return self._fits(response.prompt_token_ids, response.token_ids)
 
     def _fits(self, prompt: list[int], tokens: list[int]) -> bool:
-        return bool(tokens) and len(prompt) + len(tokens) <= self._longest
+        if not tokens or len(prompt) + len(tokens) > self._longest:
+            return False
+        return max(max(prompt, default=0), max(tokens)) < self._embeddings
 
 
 def _vote_tensors(choices: list[ChoiceRow], thumbs: list[ThumbRow], weights: Tensor, users: int) -> VoteTensors:

@@ -138,7 +138,8 @@ def _published_answers(
     directory = work.policy_directory(version)
     manifest = verify(directory)
     base = work.policy_directory(manifest.base_version) if manifest.kind == "adapter" else None
-    work.engine.push(published_weights(directory, base, work.policy.model.dtype))
+    trusted = work.settings.trust_remote_code
+    work.engine.push(published_weights(directory, base, work.policy.model.dtype, trusted))
     samples = work.engine.sample(prompts, seed)
     return Answers(samples, work.features_of(samples, reward_model), torch.zeros(0))
 

@@ -5,6 +5,7 @@ built-in question by its text. So the two sides of a round never share a prompt.
 chat: advice, explanations, drafts, ideas.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 
 from learner.reward.dataset import is_judge
 from learner.reward.vote_weights import cap_shares
+from server.shared.model.text import UnknownTokenError
 from server.store.chats.records import Prompt
 
 # Length limit of answers to built-in questions if there are no users' prompts to take it from.
@@ -98,9 +100,16 @@ class Prompts:
     own: int = 0
 
 
-def split_prompts(prompts: list[Prompt], judge_share: float, max_model_len: int) -> Prompts:
-    """Splits prompts by conversation. Prompts that leave no room for an answer are left out."""
-    fitting = [p for p in prompts if len(p.token_ids) + p.max_tokens <= max_model_len]
+def split_prompts(
+    prompts: list[Prompt], judge_share: float, max_model_len: int, embeddings: float = math.inf
+) -> Prompts:
+    """Splits prompts by conversation. Prompts that leave no room for an answer are left out, and those with token ids
+    from `embeddings` on."""
+    fitting = [
+        p
+        for p in prompts
+        if len(p.token_ids) + p.max_tokens <= max_model_len and max(p.token_ids, default=0) < embeddings
+    ]
     train = [p for p in fitting if not is_judge(p.opened_by or p.conversation_id, judge_share)]
     held_out = [p for p in fitting if is_judge(p.opened_by or p.conversation_id, judge_share)]
     return Prompts(train, held_out)
@@ -123,7 +132,7 @@ def share_out(prompts: list[Prompt], user_share: float) -> list[Prompt]:
 
 def top_up(asked: Prompts, minimum: int, judge_share: float, max_model_len: int, encode: Encode) -> Prompts:
     """Fills each side up to `minimum` with built-in questions, as far as they go. Their length limit is the median of
-    the users' prompts."""
+    the users' prompts. Questions for which `encode` raises UnknownTokenError are left out."""
     if min(len(asked.train), len(asked.held_out)) >= minimum:
         return asked
     users = asked.train + asked.held_out
@@ -132,7 +141,10 @@ def top_up(asked: Prompts, minimum: int, judge_share: float, max_model_len: int,
     sides: dict[bool, list[Prompt]] = {False: list(asked.train), True: list(asked.held_out)}
     for question in OWN:
         side = sides[is_judge(question, judge_share)]
-        token_ids = encode([{"role": "user", "content": question}])
+        try:
+            token_ids = encode([{"role": "user", "content": question}])
+        except UnknownTokenError:
+            continue
         fits = len(token_ids) + length <= max_model_len
         if fits and len(side) < minimum and tuple(token_ids) not in known:
             side.append(Prompt("", token_ids, length))

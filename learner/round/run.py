@@ -193,11 +193,12 @@ def load_feedback(work: Workspace) -> Dataset:
         work.settings.reward,
         work.text.answer,
         work.longest,
+        work.text.embeddings,
     )
     if dataset.left_out:
         work.stages.console.print(
-            f"left out: {dataset.left_out} votes on answers without tokens, or with more than {work.longest} including "
-            "the prompt",
+            f"left out: {dataset.left_out} votes on answers without tokens, with more than {work.longest} including "
+            "the prompt, or with tokens that the model lacks",
             highlight=False,
         )
     if not work.done("reward_model"):

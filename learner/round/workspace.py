@@ -21,7 +21,7 @@ from learner.round.prompts import Prompts, share_out, split_prompts, top_up
 from learner.settings import LearnerSettings
 from server.shared.model.context import context_length
 from server.shared.model.dtype import DtypeName, torch_dtype
-from server.shared.model.text import ChatText
+from server.shared.model.text import ChatText, UnknownTokenError
 from server.store.chats.records import Prompt, Snapshot
 from server.store.files.manifest import read_manifest, verify
 from server.store.learning.records import Lease, Round
@@ -98,6 +98,7 @@ class Workspace:
                 torch_dtype(self.dtype),
                 resolve_device(self.settings.learner_device),
                 self.settings.seed,
+                self.settings.trust_remote_code,
             )
 
     @cached_property
@@ -142,17 +143,18 @@ class Workspace:
     def prompts(self) -> Prompts:
         """Prompts to train on and prompts held out: what users asked, topped up if that is too little."""
         settings = self.settings
-        asked = split_prompts(self._asked, settings.gate.judge_share, self.longest)
+        asked = split_prompts(self._asked, settings.gate.judge_share, self.longest, self.text.embeddings)
         return top_up(asked, settings.min_prompts, settings.gate.judge_share, self.longest, self.encode_chat)
 
     @cached_property
     def longest(self) -> int:
         """Maximum tokens of a prompt and its answer together: the setting, or the model's positions if fewer."""
-        return context_length(self.reference_directory, self.settings.max_model_len)
+        settings = self.settings
+        return context_length(self.reference_directory, settings.max_model_len, settings.trust_remote_code)
 
     @cached_property
     def text(self) -> ChatText:
-        return ChatText.load(self.reference_directory)
+        return ChatText.load(self.reference_directory, self.settings.trust_remote_code)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the chat template, up to its next answer, as if it began with the round."""
@@ -160,8 +162,12 @@ class Workspace:
 
     @cached_property
     def _template_ends(self) -> tuple[list[int], list[int]]:
-        """What the template puts before and after a single message, whatever the message is."""
-        one, other = (self.encode_chat([{"role": "user", "content": text}]) for text in ("Why?", "No."))
+        """What the template puts before and after a single message, whatever the message is; nothing if the model
+        lacks a token of the messages that show it."""
+        try:
+            one, other = (self.encode_chat([{"role": "user", "content": text}]) for text in ("Why?", "No."))
+        except UnknownTokenError:
+            return [], []
         head = shared(one, other)
         tail = shared(one[head:][::-1], other[head:][::-1])
         return one[:head], one[len(one) - tail :]

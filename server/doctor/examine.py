@@ -167,7 +167,7 @@ class Examination:
 
     @cached_property
     def model(self) -> Model:
-        return read_model(self.settings.data_dir, self.settings.model)
+        return read_model(self.settings.data_dir, self.settings.model, self.settings.trust_remote_code)
 
     @cached_property
     def health(self) -> str:

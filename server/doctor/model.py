@@ -4,12 +4,16 @@ They are read from headers, never from weights.
 """
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.engine.reference import check_same_model, find_model
+from server.engine.model_checks import check_model
+from server.engine.model_files import read_headers
+from server.engine.model_hub import cached
+from server.engine.reference import about, check_same_model, check_trust, find_model
 from server.engine.weights import tensor_shapes
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
@@ -43,20 +47,25 @@ SMOLLM2 = ModelShape(
 )  # fmt: skip
 
 
-def read_model(data_dir: Path, model: str) -> Model:
-    """The existing reference of this model, or the files it would be created from."""
+def read_model(data_dir: Path, model: str, trust_remote_code: bool = False) -> Model:
+    """The existing reference of this model, or the files it would be created from, checked as `server serve` does
+    except for the values of weights."""
     reference = data_dir / "policies" / REFERENCE
     try:
         if reference.exists():
             check_same_model(reference, model, read_manifest)
+            check_trust(reference, trust_remote_code)
             return Model(shape_of(tensor_shapes(reference)))
         source, _ = find_model(model)
         if model == DEFAULT_MODEL:
             return Model(SMOLLM2)
-        directory = Path(source) if Path(source).is_dir() else _cached(source)
-        if directory is None:
-            return Model(fetched=False)
-        return Model(shape_of(tensor_shapes(directory)) if any(directory.glob("*.safetensors")) else None)
+        with about(model):
+            directory = Path(source) if os.path.isabs(source) else cached(source)
+            if directory is None:
+                return Model(fetched=False)
+            check_model(directory, {}, trust_remote_code, name="" if os.path.isabs(source) else source)
+            shapes = {name: shape for name, (_, shape) in read_headers(directory).items()}
+        return Model(shape_of(shapes) if shapes else None)
     except (DataDirectoryError, ManifestError) as error:
         return Model(problem=str(error))
 
@@ -70,15 +79,3 @@ def shape_of(tensors: Mapping[str, list[int]]) -> ModelShape:
         head,
         Counter(matrix for matrix in plain if matrix[0] != head[0]),
     )
-
-
-def _cached(model: str) -> Path | None:
-    """The directory of an id's files, if they were fetched before. Raises DataDirectoryError for an invalid id."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        config = try_to_load_from_cache(model, "config.json")
-    except HFValidationError as error:
-        raise DataDirectoryError(f"--model {model!r} is neither a directory nor a Hugging Face id.") from error
-    return Path(config).parent if isinstance(config, str) else None

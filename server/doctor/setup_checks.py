@@ -3,6 +3,7 @@
 from server.doctor.finding import Finding, State
 from server.doctor.needs import Needs
 from server.doctor.readings import Disk
+from server.engine.model_hub import OFFLINE
 from server.shared.machine import GIB
 from server.store.sqlite.database import sqlite_problem
 
@@ -46,7 +47,7 @@ def check_model(value: str, problem: str, fetched: bool, offline: bool) -> Findi
     if problem:
         return Finding("model", "wrong", value, problem)
     if not fetched and offline:
-        advice = f"{value} is not on this machine, and HF_HUB_OFFLINE forbids fetching it: give --model a directory."
+        advice = f"--model {value!r} {OFFLINE}"
         return Finding("model", "wrong", value, advice)
     if not fetched:
         advice = f"{value} is not on this machine: the first start fetches it from Hugging Face, if it exists there."

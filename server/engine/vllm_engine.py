@@ -21,7 +21,7 @@ from server.engine.vllm_stream import Labels, VllmAnswerStream
 from server.engine.watchdog import Pulse, complaint
 from server.engine.weights import engine_weights
 from server.shared.model.dtype import DtypeName
-from server.shared.model.text import ChatText
+from server.shared.model.text import PLAIN, ChatText, embeddings
 from server.store.chats.records import Span
 from server.store.files.manifest import verify
 from server.store.ids import new_id
@@ -60,7 +60,7 @@ class VllmEngine:
         self._step_tokens: int | None = None
         # When `probe` first saw the engine busy since it was last idle.
         self._working_since: float | None = None
-        self._text = ChatText(self._engine.get_tokenizer())
+        self._text = ChatText(self._engine.get_tokenizer(), embeddings(self._engine.model_config.hf_config))
         self._version, self._directory, self._reference = REFERENCE, directory, directory
         # The version in the worker's spare model; None if unknown.
         self._spare: str | None = None
@@ -95,7 +95,7 @@ class VllmEngine:
         return self._text.answer(text)
 
     def locate(self, data_dir: Path, version: str) -> Path:
-        return engine_weights(data_dir, version, self._dtype)
+        return engine_weights(data_dir, version, self._dtype, self._engine.model_config.trust_remote_code)
 
     async def sample(
         self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None
@@ -198,7 +198,7 @@ class VllmEngine:
 
     async def _read(self, lengths: list[int], max_tokens: int) -> None:
         """Sample from random prompts of these `lengths` in tokens, or as many as fit, with unique beginnings."""
-        asked = [{"role": "user", "content": "Why is the sky blue, and the sea? Tell me, in few words."}]
+        asked = [{"role": "user", "content": PLAIN}]
         words = self.encode(asked, time.time())
         longest = self.max_model_len - max_tokens
         prompts = [random.choices(words, k=min(length, longest)) for length in lengths]

@@ -64,8 +64,9 @@ def start_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) ->
 
     config = AsyncEngineArgs(
         model=str(directory),
+        trust_remote_code=settings.trust_remote_code,
         dtype=dtype,
-        max_model_len=context_length(directory, settings.max_model_len),
+        max_model_len=context_length(directory, settings.max_model_len, settings.trust_remote_code),
         max_num_seqs=settings.max_streams,
         gpu_memory_utilization=settings.server_gpu_memory_share,
         enforce_eager=not settings.compile,

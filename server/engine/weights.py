@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MERGED = "merged"
 
 
-def engine_weights(data_dir: Path, version: str, dtype: DtypeName) -> Path:
+def engine_weights(data_dir: Path, version: str, dtype: DtypeName, trust_remote_code: bool = False) -> Path:
     """A Hugging Face directory with the full weights of `version`, verified, for an engine that computes in `dtype`.
     Raises ManifestError."""
     directory = data_dir / "policies" / version
@@ -37,7 +37,7 @@ def engine_weights(data_dir: Path, version: str, dtype: DtypeName) -> Path:
     try:
         verify(merged)
     except ManifestError:
-        _merge(base, directory, merged, dtype)
+        _merge(base, directory, merged, dtype, trust_remote_code)
     return check_weights(merged, base)
 
 
@@ -78,12 +78,12 @@ def check_weights(directory: Path, like: Path) -> Path:
     return directory
 
 
-def _merge(base: Path, adapter: Path, final: Path, dtype: DtypeName) -> None:
+def _merge(base: Path, adapter: Path, final: Path, dtype: DtypeName, trust_remote_code: bool) -> None:
     verify(base)
     for stale in (final, final.parent.parent / final.name):
         shutil.rmtree(stale, ignore_errors=True)
     with new_version(final, kind="full", reference_version=base.name) as staging:
-        model = load_adapted(base, adapter, torch_dtype(dtype))
+        model = load_adapted(base, adapter, torch_dtype(dtype), trust_remote_code)
         model.get_base_model().save_pretrained(staging, state_dict=dict(merged_weights(model)))
         copy_tokenizer(base, staging)
 

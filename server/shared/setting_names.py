@@ -129,6 +129,7 @@ SETTINGS = frozenset(
         "tls_cert",
         "tls_client_ca",
         "tls_key",
+        "trust_remote_code",
         "user_calls",
         "user_conversations",
         "user_demonstrations",

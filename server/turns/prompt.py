@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from server.shared.errors import InvalidArgumentError
+from server.shared.model.text import UnknownTokenError
 
 Message = dict[str, str]
 # A user's message and its answer.
@@ -15,7 +16,8 @@ def build_prompt(
     """Token ids of `message` after as many of the newest turns of `history` as fit.
 
     A turn is a user message with its answer; neither is ever cut. Raises InvalidArgumentError if `message` alone does
-    not fit. Never encodes much more than fits, however long the conversation is.
+    not fit, or has a token that the model lacks. A turn with such a token does not fit. Never encodes much more than
+    fits, however long the conversation is.
     """
 
     def encoded(kept: int) -> list[int]:
@@ -24,7 +26,17 @@ def build_prompt(
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         return encode([*messages, {"role": "user", "content": message}])
 
-    prompt = encoded(0)
+    def fitting(kept: int) -> list[int] | None:
+        try:
+            found = encoded(kept)
+        except UnknownTokenError:
+            return None
+        return found if len(found) <= max_prompt_tokens else None
+
+    try:
+        prompt = encoded(0)
+    except UnknownTokenError as error:
+        raise InvalidArgumentError("message", f"The message has {error}") from error
     if len(prompt) > max_prompt_tokens:
         raise InvalidArgumentError(
             "message", f"The message has {len(prompt)} tokens; at most {max_prompt_tokens} fit with its answer."
@@ -33,7 +45,7 @@ def build_prompt(
     fits, too_many, step = 0, len(history) + 1, 1
     while too_many - fits > 1:
         kept = min(fits + step, too_many - 1)
-        if len(longer := encoded(kept)) <= max_prompt_tokens:
+        if (longer := fitting(kept)) is not None:
             prompt, fits, step = longer, kept, 2 * step
         else:
             too_many, step = kept, max((kept - fits) // 2, 1)

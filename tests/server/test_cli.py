@@ -14,6 +14,8 @@ from server.admin import forget_user
 from server.rpc import interceptor
 from server.store.sqlite.database import SqliteDatabase
 from server.store.store import Store
+from tests.learner.conftest import save_tiny_model
+from tests.server.engine.test_model_checks import AUTO_MAP, CODE, change
 from tests.server.store.test_deletion import thumb, trained
 from tests.server.store.test_lineage import lease
 
@@ -113,6 +115,17 @@ def test_an_invalid_model(tmp_path: Path, content: dict[str, str] | None, what: 
     said = sentence(serve("--data-dir", str(data_dir), "--port", "0", "--model", str(model)))
     assert said == f"server: --model {str(model)!r} {what}"
     assert not (data_dir / "policies").exists()
+
+
+def test_a_model_with_code_is_refused_without_a_question(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    change("config.json", model_type="mine", auto_map=AUTO_MAP)(tmp_path / "model")
+    flags = ("--data-dir", str(tmp_path / "data"), "--model", str(tmp_path / "model"))
+    said = f"--model {str(tmp_path / 'model')!r} {CODE}"
+    assert sentence(serve(*flags, "--port", "0")) == f"server: {said}"
+    assert list((tmp_path / "data").rglob("v0000*")) == []
+    report = json.loads(server("doctor", "--json", *flags[2:], data_dir=tmp_path / "data").stdout)
+    assert [finding["advice"] for finding in report["findings"] if finding["name"] == "model"] == [said]
 
 
 def test_an_invalid_setting(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from server.rpc.idempotency import body_sha256
 from server.rpc.identity import current_user
 from server.rpc.paging import CHUNK, fill, in_chunks
 from server.shared.errors import InvalidArgumentError
+from server.shared.model.text import UnknownTokenError
 from server.store.chats import records
 from server.store.quotas import check_demonstrations
 from server.store.store import Store
@@ -60,7 +61,10 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             lambda store: len(store.responses.get(user, request.response_id).prompt_token_ids)
         )
         self._check_chars("text", len(request.text))
-        tokens = len(await encoding(self._engine.encode_answer, request.text))
+        try:
+            tokens = len(await encoding(self._engine.encode_answer, request.text))
+        except UnknownTokenError as error:
+            raise InvalidArgumentError("text", f"text has {error}") from error
         self._check_fits("text", tokens, self._engine.max_model_len - prompt)
         feedback = await self._once(
             "SubmitCorrection",
@@ -77,6 +81,8 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         self._check_chars("messages", sum(len(message["content"]) for message in messages))
         try:
             tokens = await encoding(self._count, messages)
+        except UnknownTokenError as error:
+            raise InvalidArgumentError("messages", f"messages have {error}") from error
         except ValueError as error:
             sentence = "messages are in an order that the model's chat template does not accept."
             raise InvalidArgumentError("messages", sentence) from error

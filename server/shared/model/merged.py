@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from server.shared.model.load import load_model
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,12 +19,11 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def load_adapted(base: Path, adapter: Path, dtype: "torch.dtype") -> Any:
+def load_adapted(base: Path, adapter: Path, dtype: "torch.dtype", trust_remote_code: bool = False) -> Any:
     """The PEFT model of a published adapter on `base`, both Hugging Face directories."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)
+    return PeftModel.from_pretrained(load_model(base, trust_remote_code, dtype=dtype), adapter)
 
 
 def merged_weights(model: Any, adapters: bool = True) -> "Iterator[tuple[str, torch.Tensor]]":

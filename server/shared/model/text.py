@@ -12,6 +12,7 @@ In an answer, tokens that the template itself writes have no text; other tokens 
 
 import json
 import re
+import sys
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -21,21 +22,35 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from server.shared.model.load import load_config, load_tokenizer
+
 Message = dict[str, str]
 
 # The first character of escapes, the last code point for private use; in users' text it is escaped itself.
 ESCAPE = "\U0010fffd"
 # The second character is this plus the number of the string.
 NUMBER = 0x100000
+# A message that every model can be asked.
+PLAIN = "Why is the sky blue, and the sea? Tell me, in few words."
 # The beginning of the message of the one tokenizers error that a new stream recovers from.
 INVALID_PREFIX = "Invalid prefix encountered"
 
 
-class ChatText:
-    """The text of one model: `tokenizer` is transformers', with a chat template."""
+class UnknownTokenError(ValueError):
+    """A text has a token that the model has no embedding for. The message is the end of a sentence."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, token: str | None) -> None:
+        super().__init__(f"the token {token!r}, for which this model has no embedding.")
+        self.token = token
+
+
+class ChatText:
+    """The text of one model: `tokenizer` is transformers', with a chat template. The model has `embeddings`, one per
+    token id from 0; a tokenizer may have more tokens."""
+
+    def __init__(self, tokenizer: Any, embeddings: int = sys.maxsize) -> None:
         self._tokenizer = tokenizer
+        self.embeddings = embeddings
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         template = str(tokenizer.chat_template)
         added = self._backend.get_added_tokens_decoder()
@@ -52,15 +67,15 @@ class ChatText:
         }
 
     @classmethod
-    def load(cls, directory: Path) -> "ChatText":
+    def load(cls, directory: Path, trust_remote_code: bool = False) -> "ChatText":
         """Load the tokenizer of the model in the directory."""
-        from transformers import AutoTokenizer
-
-        return cls(AutoTokenizer.from_pretrained(directory))
+        tokenizer = load_tokenizer(directory, trust_remote_code)
+        return cls(tokenizer, embeddings(load_config(directory, trust_remote_code)))
 
     def prompt(self, messages: list[Message], began: float) -> list[int]:
         """Token ids of a conversation in the chat template, ready for the answer. A template that writes the date
-        writes that of `began`, in seconds since 1970. Raises ValueError for messages that the template rejects."""
+        writes that of `began`, in seconds since 1970. Raises UnknownTokenError, and ValueError for messages that the
+        template rejects."""
         today = datetime.fromtimestamp(began, UTC)
         escaped = [{**message, "content": self._escape(message)} for message in messages]
         try:
@@ -72,7 +87,8 @@ class ChatText:
         return self._encode(rendered)
 
     def answer(self, text: str) -> list[int]:
-        """Token ids of an answer written by a person, with the end token if the model has one."""
+        """Token ids of an answer written by a person, with the end token if the model has one. Raises
+        UnknownTokenError."""
         end = self._tokenizer.eos_token_id
         return [*self._encode(self._escape({"role": "user", "content": text})), *([] if end is None else [end])]
 
@@ -90,10 +106,12 @@ class ChatText:
         return strings.sub(lambda found: self._escapes[found[0]], message["content"])
 
     def _encode(self, text: str) -> list[int]:
-        if ESCAPE not in text:
-            return _ids(self._backend, text)
-        ids = _ids(self._escaping, text)
-        return [plain for number in ids for plain in self._plain.get(number, (number,))]
+        ids = _ids(self._backend if ESCAPE not in text else self._escaping, text)
+        if ESCAPE in text:
+            ids = [plain for number in ids for plain in self._plain.get(number, (number,))]
+        if (largest := max(ids, default=0)) >= self.embeddings:
+            raise UnknownTokenError(self._backend.id_to_token(largest))
+        return ids
 
     @cached_property
     def _escapes(self) -> dict[str, str]:
@@ -122,6 +140,11 @@ class ChatText:
             assert number is not None
             found[number] = tuple(one for one in plain if one not in self._silent)
         return found
+
+
+def embeddings(config: Any) -> int:
+    """How many embeddings a model has, by its transformers configuration; no limit if that does not say."""
+    return int(getattr(config.get_text_config(), "vocab_size", None) or sys.maxsize)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

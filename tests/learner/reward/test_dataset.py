@@ -8,6 +8,7 @@ import torch
 from learner.reward.dataset import is_judge, select, some_conversations, to_dataset
 from learner.reward.likelihood import BOTH_BAD, TIE, A, B
 from learner.settings import RewardSettings
+from server.shared.model.text import UnknownTokenError
 from server.store.chats.records import ChoiceVote, Correction, Response, Snapshot, ThumbVote
 
 NOW = 1_000_000.0
@@ -40,9 +41,15 @@ def choice(conversation: str, value: Any, tokens_a: list[int] = [3], user: str =
     return ChoiceVote(f"fb-{conversation}", user, value, f"cmp-{conversation}", a, b, NOW)
 
 
+def encode(text: str) -> list[int]:
+    if "<late>" in text:
+        raise UnknownTokenError("<late>")
+    return [7, 8, 2]
+
+
 def dataset(choices: list[ChoiceVote] = [], thumbs: list[ThumbVote] = [], corrections: list[Correction] = []) -> Any:  # noqa: B006
     snapshot = Snapshot(1, choices, thumbs, corrections, [])
-    return to_dataset(snapshot, NOW, 0.4, RewardSettings(), lambda text: [7, 8, 2])
+    return to_dataset(snapshot, NOW, 0.4, RewardSettings(), encode, embeddings=40)
 
 
 def test_choices_become_indices_outcomes_and_temperature_differences() -> None:
@@ -69,6 +76,16 @@ def test_a_correction_beats_the_original() -> None:
     assert found.answers[int(found.votes.b[0])] == ([1, 2], [3])
     assert found.votes.outcome.tolist() == [A]
     assert found.votes.temperature_difference.tolist() == [0.0]
+
+
+def test_tokens_that_the_model_has_no_embedding_for_are_left_out_with_their_votes() -> None:
+    kept, late = response("r1", "c1", [3]), response("r2", "c2", [39, 40])
+    found = dataset(
+        [choice("c3", "A", tokens_a=[40]), choice("c4", "A", tokens_a=[39])],
+        [ThumbVote("fb1", "ann", 1, late, NOW)],
+        [Correction("fb2", "ann", "a <late> one", kept, NOW), Correction("fb3", "ann", "better", kept, NOW)],
+    )
+    assert (found.feedback_ids, found.left_out) == (["fb-c4", "fb3"], 3)
 
 
 def test_an_answer_without_tokens_is_left_out_with_its_votes() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from learner.reward.dataset import is_judge
 from learner.round.prompts import OWN, Prompts, share_out, split_prompts, top_up
+from server.shared.model.text import UnknownTokenError
 from server.store.chats.records import Prompt
 
 
@@ -21,6 +22,22 @@ def test_prompts_are_split_as_votes_are_and_long_ones_left_out() -> None:
     assert len(found.train) + len(found.held_out) == 40
     assert all(is_judge(prompt.conversation_id, 0.4) for prompt in found.held_out)
     assert not any(is_judge(prompt.conversation_id, 0.4) for prompt in found.train)
+
+
+def test_prompts_with_tokens_that_the_model_lacks_are_left_out() -> None:
+    prompts = [Prompt("a", [1, 39], 8), Prompt("b", [40, 1], 8)]
+    found = split_prompts(prompts, 0.4, max_model_len=64, embeddings=40)
+    assert [prompt.conversation_id for prompt in found.train + found.held_out] == ["a"]
+
+
+def test_built_in_questions_with_tokens_that_the_model_lacks_are_left_out() -> None:
+    def without_cats(messages: list[dict[str, str]]) -> list[int]:
+        if "cat" in messages[0]["content"]:
+            raise UnknownTokenError("cat")
+        return encode(messages)
+
+    found = top_up(Prompts([], []), 64, 0.4, 2048, without_cats)
+    assert found.own == 64 - sum("cat" in question for question in OWN) == 62
 
 
 def of_users(counts: dict[str, int]) -> list[Prompt]:

@@ -87,7 +87,7 @@ def a_shard_missing(directory: Path) -> None:
         ),
         (
             pointer,
-            r"cannot be read: model/model.safetensors is not a valid safetensors file \(.*\)\. Download it again\.",
+            r"has only a Git LFS pointer for model.safetensors; run `git lfs pull` in its directory\.",
         ),
         (a_shard_missing, r"lacks model-00002-of-00002.safetensors; download the whole model\."),
     ],
@@ -107,7 +107,7 @@ def test_a_chat_template_may_be_in_the_tokenizer_config(model: Path) -> None:
     no_template(model)
     values = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps({**values, "chat_template": "{{ messages }}"}))
-    assert find_model(str(model)) == (str(model), {})
+    assert read_model(model.parent / "data", str(model)).problem == ""
 
 
 def test_a_default_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

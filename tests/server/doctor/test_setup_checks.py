@@ -61,7 +61,7 @@ def test_model() -> None:
     )  # fmt: skip
     assert checks.check_model("me/mine", "", False, True) == Finding(
         "model", "wrong", "me/mine",
-        "me/mine is not on this machine, and HF_HUB_OFFLINE forbids fetching it: give --model a directory.",
+        "--model 'me/mine' is not on this machine, and HF_HUB_OFFLINE forbids fetching it: give --model a directory.",
     )  # fmt: skip
     assert checks.check_model("./x", "--model './x' has no chat template.", True, True) == Finding(
         "model", "wrong", "./x", "--model './x' has no chat template."

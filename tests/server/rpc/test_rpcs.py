@@ -15,6 +15,7 @@ from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 from safetensors.numpy import save_file
 
 from server import app
+from server.shared.model.text import UnknownTokenError
 from server.store.files.manifest import write_manifest
 from server.store.learning.policies import Policies
 from server.store.store import Store
@@ -683,6 +684,39 @@ async def test_feedback_longer_than_the_context_is_refused(running: Running) -> 
     assert (await refusal(running.feedback.SubmitDemonstration(demonstration, metadata=ANN)))[1] == (
         "messages must have at most 40 tokens here, not 41."
     )
+
+
+async def test_text_with_a_token_that_the_model_lacks_is_refused(running: Running) -> None:
+    started, *_ = await chat(running, "hello there")
+    what = "the token '<late>', for which this model has no embedding."
+
+    def lacking(*arguments: Any, **named: Any) -> list[int]:
+        raise UnknownTokenError("<late>")
+
+    running.engine.encode = running.engine.encode_answer = lacking  # type: ignore[method-assign]
+    sampled = len(running.engine.prompts)
+    response_id = started.started.response_id
+    asked = feedback_pb2.Message(role=feedback_pb2.ROLE_USER, content="so <late>")
+    answered = feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="so")
+    for call, sentence, field in (
+        (chat(running, "so <late>"), f"The message has {what}", "message"),
+        (
+            running.feedback.SubmitCorrection(
+                feedback_pb2.SubmitCorrectionRequest(response_id=response_id, text="so <late>"), metadata=ANN
+            ),
+            f"text has {what}",
+            "text",
+        ),
+        (
+            running.feedback.SubmitDemonstration(
+                feedback_pb2.SubmitDemonstrationRequest(messages=[asked, answered]), metadata=ANN
+            ),
+            f"messages have {what}",
+            "messages",
+        ),
+    ):
+        assert await refusal(call) == (grpc.StatusCode.INVALID_ARGUMENT, sentence, ["INVALID_FIELD", field])
+    assert len(running.engine.prompts) == sampled
 
 
 async def test_messages_that_the_template_rejects_are_refused(running: Running) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from server.shared.errors import InvalidArgumentError
+from server.shared.model.text import UnknownTokenError
 from server.turns.prompt import Said, build_prompt
 
 encoded: list[int] = []
@@ -46,3 +47,21 @@ def test_encoding_a_long_conversation_costs_little_more_than_what_fits() -> None
 def test_a_message_that_cannot_fit_is_refused_with_its_length() -> None:
     with pytest.raises(InvalidArgumentError, match="has 3 tokens; at most 2 fit"):
         build_prompt(encode, conversation(1), "abc", 2)
+
+
+def lacking(messages: list[dict[str, str]]) -> list[int]:
+    if any("?" in message["content"] for message in messages):
+        raise UnknownTokenError("?")
+    return encode(messages)
+
+
+def test_a_message_with_a_token_that_the_model_lacks_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        build_prompt(lacking, conversation(3), "what?", 100)
+    assert str(refused.value) == "The message has the token '?', for which this model has no embedding."
+    assert refused.value.field == "message"
+
+
+def test_turns_before_one_with_a_token_that_the_model_lacks_are_left_out() -> None:
+    turns = [*conversation(3), ("d", "?"), *conversation(2)]
+    assert "".join(map(chr, build_prompt(lacking, turns, "!", 100))) == "aAbB!"

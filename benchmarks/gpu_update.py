@@ -18,7 +18,7 @@ from learner.improve.ppo.adam import Adam
 from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
 from learner.improve.ppo.update import UpdateStats, draw_minibatches, ppo_update
 from learner.model.features import default_layers
-from learner.model.forward import Tokens, run_trunk, token_logprobs
+from learner.model.forward import Tokens, run_trunk, shares_prefix, token_logprobs
 from learner.model.passes import policy_logprobs
 from learner.model.policy import TrainablePolicy, lora
 from learner.model.rollout import Rollout, SampledAnswer, to_rollout
@@ -115,7 +115,8 @@ def update(policy: TrainablePolicy, rollout: Rollout, settings: Any, seconds: di
         scores = reward_model.clipped(reward_model.scores(judged.features))
         batch = to_experience(rollout, judged, old_logprobs, scores, critic, settings.kl_coef, settings)
     with stage("training", seconds, device):
-        return ppo_update(logprobs_of, critic, optimizer, batch, settings, passes, budget)
+        sharing = shares_prefix(policy.model)
+        return ppo_update(logprobs_of, critic, optimizer, batch, settings, passes, budget, sharing)
 
 
 @contextmanager

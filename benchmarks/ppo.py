@@ -283,7 +283,7 @@ def with_critic_trunk(ppo_update: Callable[..., Any], directory: Path, budget: i
     import torch
     from transformers import AutoModelForCausalLM
 
-    from learner.model.forward import micro_batches, run_trunk
+    from learner.model.forward import micro_batches, run_trunk, shares_prefix
     from server.shared.model.dtype import resolve_dtype, torch_dtype
 
     critic = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype(resolve_dtype("auto").name))
@@ -294,7 +294,7 @@ def with_critic_trunk(ppo_update: Callable[..., Any], directory: Path, budget: i
             return logprobs_of(tokens) + 0.0 * hidden.float().sum()
 
         with torch.no_grad():
-            for rows in micro_batches(batch.tokens, budget):
+            for rows in micro_batches(batch.tokens, budget, sharing=shares_prefix(critic)):
                 run_trunk(critic, batch.tokens[rows])
         return ppo_update(both, head, optimizer, batch, *rest)
 

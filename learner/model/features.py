@@ -14,7 +14,7 @@ from sqlite_utils import Database
 from sqlite_utils.utils import chunks
 from torch import Tensor, nn
 
-from learner.model.forward import Tokens, micro_batches, response_states, run_trunk, to_tokens
+from learner.model.forward import Tokens, micro_batches, response_states, run_trunk, shares_prefix, to_tokens
 from server.shared.model.dtype import DtypeName
 
 RECIPE = 1
@@ -98,7 +98,7 @@ def extract(
     rows_done: list[tuple[Tensor, Tensor]] = []
     tokens = tokens.to(next(model.parameters()).device)
     with torch.inference_mode():
-        for rows in micro_batches(tokens, budget):
+        for rows in micro_batches(tokens, budget, sharing=shares_prefix(model)):
             part = tokens[rows]
             _, states = run_trunk(model, part, layers)
             rows_done.append((rows.cpu(), pool(response_states(states, part), part.response_mask).cpu()))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from learner.model.head import head_logits, trunk_of
@@ -25,6 +26,8 @@ MIN_SHARED = 8
 SHARED_COST = 10
 # Maximum number of columns for eager attention on a CPU.
 EAGER_COLUMNS = 256
+# Most bytes of float32 logits that are computed at once: a full micro-batch if there are up to 65,536 words.
+LOGIT_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,17 @@ def to_tokens(prompts: list[list[int]], responses: list[list[int]]) -> Tokens:
     return Tokens(input_ids, torch.tensor([len(p) for p in prompts]), response_ids, response_mask)
 
 
-def micro_batches(tokens: Tokens, budget: int, groups: list[Tensor] | None = None) -> list[Tensor]:
+def micro_batches(tokens: Tokens, budget: int, groups: list[Tensor] | None = None, *, sharing: bool) -> list[Tensor]:
     """Row indices in micro-batches of similar length, to keep padding small: each has at most `budget` tokens, or one
-    row. Padding counts. A shared token counts a tenth, since its keys and values are copied to every row.
+    row, which may be longer. Padding counts.
+
+    `sharing`: whether the model's passes compute a common prefix once (`shares_prefix`). Then a shared token counts a
+    tenth, since its keys and values are copied to every row. The prefix itself is beside the budget.
 
     With `groups` of rows, only those rows are used, and no micro-batch has rows of two groups."""
     if groups is not None:
-        return [group[rows] for group in groups for rows in micro_batches(tokens[group], budget)]
-    shared = shared_prefix(tokens)
+        return [group[rows] for group in groups for rows in micro_batches(tokens[group], budget, sharing=sharing)]
+    shared = shared_prefix(tokens) if sharing else 0
     shared = shared if shared >= MIN_SHARED else 0
     lengths = tokens.prompt_lengths + tokens.response_mask.sum(dim=1) - shared
     order = torch.argsort(lengths, stable=True)
@@ -101,7 +107,7 @@ def run_trunk(model: nn.Module, tokens: Tokens, layers: tuple[int, ...] = ()) ->
     trunk = trunk_of(base)
     choose_attention(trunk, tokens)
     shared, rows, ids = shared_prefix(tokens), len(tokens), tokens.input_ids
-    if shared < MIN_SHARED or not prefix_repeats(base):
+    if shared < MIN_SHARED or not shares_prefix(base):
         output = trunk(input_ids=ids, use_cache=False, output_hidden_states=bool(layers))
         return output.last_hidden_state, [output.hidden_states[layer] for layer in layers]
     prefix = trunk(input_ids=ids[:1, :shared], use_cache=True, output_hidden_states=bool(layers))
@@ -115,9 +121,10 @@ def run_trunk(model: nn.Module, tokens: Tokens, layers: tuple[int, ...] = ()) ->
     return whole(prefix.last_hidden_state, output.last_hidden_state), states
 
 
-def prefix_repeats(base: Any) -> bool:
-    """Whether what a model remembers of a prefix can be given to several rows: keys and values can, the states of
-    recurrent layers cannot."""
+def shares_prefix(model: nn.Module) -> bool:
+    """Whether a model's passes compute the prefix that all rows share once. What it remembers of a prefix must fit
+    several rows: keys and values do, the states of recurrent layers do not."""
+    base = base_model(model)
     layers = DynamicCache(config=base.config).layers
     return not base._is_stateful and all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
 
@@ -134,12 +141,25 @@ def shared_prefix(tokens: Tokens) -> int:
 def token_logprobs(model: nn.Module, hidden: Tensor, tokens: Tokens, temperature: float) -> Tensor:
     """(B, T) log pi of the sampled tokens at the sampling temperature, in fp32; zero where masked.
 
-    Logits are computed only where a response token needs them."""
+    Logits are computed only where a response token needs them, at most LOGIT_BYTES of them at once: if there are more,
+    the backward pass computes them again, piece by piece."""
     rows, steps = tokens.response_mask.nonzero(as_tuple=True)
     predicting = hidden[rows, tokens.prompt_lengths[rows] + steps - 1]
-    logits = head_logits(model, predicting).div_(temperature)
-    sampled = -cross_entropy(logits, tokens.response_ids[rows, steps], reduction="none")
+    sampled = _chosen_logprobs(model, predicting, tokens.response_ids[rows, steps], temperature)
     return torch.zeros_like(tokens.response_mask, dtype=torch.float32).index_put((rows, steps), sampled)
+
+
+def _chosen_logprobs(model: nn.Module, hidden: Tensor, chosen: Tensor, temperature: float) -> Tensor:
+    """(N,) log-probabilities of the words `chosen` (N,) after the last hidden states (N, D)."""
+
+    def logprobs(states: Tensor, words: Tensor) -> Tensor:
+        return -cross_entropy(head_logits(model, states).div_(temperature), words, reduction="none")
+
+    most = max(1, LOGIT_BYTES // (4 * base_model(model).config.get_text_config().vocab_size))
+    if len(chosen) <= most:
+        return logprobs(hidden, chosen)
+    pieces = zip(hidden.split(most), chosen.split(most), strict=True)
+    return torch.cat([checkpoint(logprobs, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
 
 
 def choose_attention(trunk: Any, tokens: Tokens) -> None:

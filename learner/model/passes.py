@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from learner.model.features import pool
-from learner.model.forward import Tokens, micro_batches, response_states, run_trunk, token_logprobs
+from learner.model.forward import Tokens, micro_batches, response_states, run_trunk, shares_prefix, token_logprobs
 from learner.model.policy import TrainablePolicy
 
 
@@ -44,7 +44,7 @@ def reference_pass(
     ref_logprobs = torch.zeros(shape, device=device)
     features, prefix_features = torch.empty(0), torch.zeros(*shape, 0, device=device)
     with policy.reference() as reference:
-        for rows in micro_batches(tokens, budget, groups):
+        for rows in micro_batches(tokens, budget, groups, sharing=shares_prefix(reference)):
             part = tokens[rows]
             hidden, layer_states = run_trunk(reference, part, layers)
             columns = part.response_mask.shape[1]
@@ -69,7 +69,7 @@ def policy_logprobs(
     """(B, T) log-probabilities of the sampled tokens under the current policy, split by `micro_batches`; zero for rows
     in no group."""
     logprobs = torch.zeros(tokens.response_mask.shape, device=tokens.response_mask.device)
-    for rows in micro_batches(tokens, budget, groups):
+    for rows in micro_batches(tokens, budget, groups, sharing=shares_prefix(policy.model)):
         part = tokens[rows]
         hidden, _ = run_trunk(policy.model, part)
         logprobs[rows, : part.response_mask.shape[1]] = token_logprobs(policy.model, hidden, part, temperature)

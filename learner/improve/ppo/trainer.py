@@ -21,7 +21,7 @@ from learner.improve.ppo.advantages import adapt_kl_coef
 from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
 from learner.improve.ppo.state import load_state, save_state
 from learner.improve.ppo.update import Critic, UpdateStats, draw_minibatches, ppo_update
-from learner.model.forward import Tokens, run_trunk, token_logprobs
+from learner.model.forward import Tokens, run_trunk, shares_prefix, token_logprobs
 from learner.model.kl import kl_k1, masked_mean
 from learner.model.mismatch import PUSH_ANSWERS, Mismatch, check_push, mismatch
 from learner.model.passes import ReferencePass, policy_logprobs
@@ -145,8 +145,8 @@ class PPO:
         experience = to_experience(
             batch.rollout, batch.judged, batch.old_logprobs, scores, critic, kl_coef, self._settings
         )
-        budget = self._policy_settings.micro_batch_tokens
-        stats = ppo_update(logprobs_of, critic, optimizer, experience, self._settings, batch.passes, budget)
+        budget, sharing = self._policy_settings.micro_batch_tokens, shares_prefix(policy.model)
+        stats = ppo_update(logprobs_of, critic, optimizer, experience, self._settings, batch.passes, budget, sharing)
         if stats.first_ratio_error > MAX_FIRST_RATIO_ERROR:
             raise RuntimeError(
                 f"pi_theta differed from pi_old by {stats.first_ratio_error:.3f} nats per token before its update."

@@ -72,9 +72,10 @@ def ppo_update(
     settings: PPOSettings,
     passes: list[list[Tensor]],
     budget: int,
+    sharing: bool,
 ) -> UpdateStats:
     """Makes a step for each minibatch of `passes`, until they are done or approx_kl exceeds its bound. `logprobs_of` is
-    pi_theta; `budget` is the number of tokens in a micro-batch.
+    pi_theta; `budget` and `sharing` are those of `micro_batches`.
 
     `first_ratio_error`, the mean |log ratio| of the first minibatch, must be about 0: no step has been made yet.
     """
@@ -82,7 +83,9 @@ def ppo_update(
     steps: list[tuple[float, float, float, float, float]] = []
     first_ratio_error = 0.0
     for minibatch in (rows for minibatches in passes for rows in minibatches):
-        new_logprobs, losses = _backward(logprobs_of, critic, optimizer, batch, importance, settings, minibatch, budget)
+        parts = micro_batches(batch.tokens, budget, [minibatch], sharing=sharing)
+        new_logprobs, losses = _backward(logprobs_of, critic, optimizer, batch, importance, settings, parts)
+        new_logprobs = new_logprobs[minibatch]
         mask, old_logprobs = batch.tokens.response_mask[minibatch], batch.old_logprobs[minibatch]
         log_ratio = new_logprobs - old_logprobs
         approx_kl = float(masked_mean(kl_k3(old_logprobs, new_logprobs), mask))
@@ -105,15 +108,14 @@ def _backward(
     batch: Experience,
     importance: Tensor,
     settings: PPOSettings,
-    minibatch: Tensor,
-    budget: int,
+    parts: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Adds up the gradients of a minibatch, one micro-batch at a time. Returns its rows' new log-probabilities (b, T),
-    and the policy and value losses (2,)."""
-    token_count = batch.tokens.response_mask[minibatch].sum()
+    """Adds up the gradients of a minibatch, one micro-batch of `parts` at a time. Returns the new log-probabilities (B,
+    T), zero for other rows, and the policy and value losses (2,)."""
+    token_count = batch.tokens.response_mask[torch.cat(parts)].sum()
     losses = torch.zeros(2, device=batch.old_logprobs.device)
     new_logprobs = torch.zeros_like(batch.old_logprobs)
-    for rows in micro_batches(batch.tokens, budget, [minibatch]):
+    for rows in parts:
         tokens = batch.tokens[rows]
         cut = slice(None), slice(tokens.response_mask.shape[1])
         logprobs = logprobs_of(tokens)
@@ -139,4 +141,4 @@ def _backward(
         optimizer.gather()
         new_logprobs[rows, : logprobs.shape[1]] = logprobs.detach()
         losses += torch.stack([loss_p.detach(), loss_v.detach()])
-    return new_logprobs[minibatch], losses
+    return new_logprobs, losses

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner.model.features import extract
 from learner.model.forward import EAGER_COLUMNS, run_trunk, to_tokens, token_logprobs
-from learner.model.policy import lora
-from server.shared.model.merged import checkpoint_weights
-from tests.families.configs import FAMILIES, LOGITS_SD, WORDS, logits, tiny
+from learner.model.head import trunk_of
+from learner.model.passes import policy_logprobs, reference_pass
+from learner.model.policy import TrainablePolicy, lora
+from server.shared.model.merged import base_model, checkpoint_weights
+from tests.families.configs import FAMILIES, LOGITS_SD, RECURRENT, WORDS, logits, tiny
 
 TEMPERATURE = 0.85
 # What all prompts begin with: longer than the tiny models' windows.
@@ -40,6 +43,22 @@ def test_log_probabilities_are_the_models_own(family: str, monkeypatch: pytest.M
             found = token_logprobs(model, run_trunk(model, tokens)[0], tokens, TEMPERATURE)
             for row, own in enumerate(expected):
                 assert (found[row, : len(own)] - own).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", *RECURRENT])
+def test_no_pass_has_more_tokens_at_once_than_a_micro_batch(family: str) -> None:
+    """Also of families that compute a common beginning again for every row."""
+    policy = TrainablePolicy(lora(tiny(family), rank=2, alpha=4), None)
+    tokens = to_tokens([[*SYSTEM, 10 + row] for row in range(4)], [[11, 12, 13]] * 4)
+    read: list[int] = []
+    trunk_of(base_model(policy.model)).register_forward_pre_hook(
+        lambda module, _, named: read.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    policy_logprobs(policy, tokens, TEMPERATURE, 56)
+    reference_pass(policy, tokens, (1,), TEMPERATURE, 56)
+    extract(policy.model, tokens, (1,), 56, lambda rows: None)
+    # Four rows of 28 tokens: two at once, or 24 of all and then each row's own four.
+    assert read == ([24, 16] if family == "llama" else [56, 56]) * 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

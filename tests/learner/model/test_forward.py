@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 import learner.model.features as features
 import learner.model.forward as forward
 from learner.model.features import FeatureCache, default_layers, extract, pool, pool_prefixes
 from learner.model.forward import micro_batches, response_states, run_trunk, shared_prefix, to_tokens, token_logprobs
-from tests.learner.conftest import EOS
+from learner.model.head import head_logits
+from tests.learner.conftest import EOS, WORDS
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, EOS, 13]]
 RESPONSES = [[20, 21, EOS], [22, EOS, 23, 24], [25]]
@@ -73,7 +75,7 @@ def test_micro_batches_hold_every_row_once() -> None:
     tokens = to_tokens(PROMPTS, RESPONSES)
 
     def rows(budget: int) -> list[list[int]]:
-        return [batch.tolist() for batch in micro_batches(tokens, budget)]
+        return [batch.tolist() for batch in micro_batches(tokens, budget, sharing=True)]
 
     assert rows(21) == [[1, 0, 2]]
     assert rows(20) == rows(12) == [[1, 0], [2]]
@@ -91,7 +93,15 @@ def test_micro_batches_hold_every_row_once() -> None:
 )
 def test_a_shared_prefix_counts_a_tenth_in_a_micro_batch(shared: int, budget: int, expected: list[list[int]]) -> None:
     tokens = to_tokens([[*range(5, 5 + shared), 200 + row] for row in range(4)], [[20, 21]] * 4)
-    assert [batch.tolist() for batch in micro_batches(tokens, budget)] == expected
+    assert [batch.tolist() for batch in micro_batches(tokens, budget, sharing=True)] == expected
+
+
+def test_a_prefix_that_is_not_shared_counts_in_every_row() -> None:
+    tokens = to_tokens([[*range(5, 105), 200 + row] for row in range(4)], [[20, 21]] * 4)
+    assert [rows.tolist() for rows in micro_batches(tokens, 206, sharing=False)] == [[0, 1], [2, 3]]
+    assert [rows.tolist() for rows in micro_batches(tokens, 205, sharing=False)] == [[0], [1], [2], [3]]
+    groups = [torch.tensor([3, 1]), torch.tensor([0])]
+    assert [rows.tolist() for rows in micro_batches(tokens, 206, groups, sharing=False)] == [[3, 1], [0]]
 
 
 def test_features_are_the_mean_over_the_responses_own_tokens(model: Any) -> None:
@@ -150,6 +160,51 @@ def test_a_shared_prefix_changes_neither_values_nor_gradients(model: Any, monkey
     assert torch.allclose(plain[0], shared[0], atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain[1], shared[1], strict=True))
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain[2], shared[2], strict=True))
+
+
+@pytest.mark.parametrize("positions", [1, 3, 8])
+def test_logits_are_computed_in_pieces(model: Any, monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
+    tokens = to_tokens(PROMPTS, RESPONSES)
+    at_once: list[int] = []
+
+    def counting(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        at_once.append(len(hidden))
+        return head_logits(model, hidden)
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        at_once.clear()
+        logprobs = token_logprobs(model, run_trunk(model, tokens)[0], tokens, 0.85)
+        logprobs.square().sum().backward()
+        return logprobs.detach(), [p.grad.clone() for p in model.parameters()]
+
+    monkeypatch.setattr(forward, "head_logits", counting)
+    # Eight response tokens: all at once, and not computed again.
+    whole = run()
+    assert at_once == [8]
+    monkeypatch.setattr(forward, "LOGIT_BYTES", positions * WORDS * 4)
+    pieces = run()
+    # In the backward pass the last piece comes first.
+    forwards = {1: [1] * 8, 3: [3, 3, 2], 8: [8]}[positions]
+    assert at_once == (forwards if positions == 8 else forwards + forwards[::-1])
+    assert torch.allclose(pieces[0], whole[0], atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(pieces[1], whole[1], strict=True))
+
+
+def test_pieces_of_logits_are_not_kept(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = to_tokens(PROMPTS, RESPONSES)
+    hidden = run_trunk(model, tokens)[0].detach().requires_grad_()
+
+    def kept() -> int:
+        """Numbers that the graph holds for the backward pass."""
+        held: list[int] = []
+        with saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda tensor: tensor):
+            token_logprobs(model, hidden, tokens, 1.0)
+        return sum(held)
+
+    assert kept() > 8 * WORDS
+    monkeypatch.setattr(forward, "LOGIT_BYTES", 2 * WORDS * 4)
+    assert kept() < 8 * WORDS
 
 
 def test_long_rows_use_fused_attention(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

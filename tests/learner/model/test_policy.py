@@ -51,7 +51,7 @@ def update(
     critic = Critic(torch.zeros(3))
     optimizer = Adam([(policy.parameters, ppo.learning_rate), (list(critic.parameters()), 1e-3)], epsilon)
     passes = draw_minibatches(batch.tokens, ppo, torch.Generator().manual_seed(0))
-    return ppo_update(logprobs_of(policy), critic, optimizer, batch, ppo, passes, budget)
+    return ppo_update(logprobs_of(policy), critic, optimizer, batch, ppo, passes, budget, sharing=True)
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

@@ -85,7 +85,7 @@ def test_an_update_creates_every_tensor_on_the_device_of_its_tokens(model_direct
         old_logprobs = policy_logprobs(policy, rollout.tokens, 0.85, 2)
         batch = to_experience(rollout, judged, old_logprobs, model.scores(judged.features), critic, 0.1, ppo)
         passes = draw_minibatches(rollout.tokens, ppo, torch.Generator().manual_seed(0))
-        return ppo_update(logprobs_of, critic, optimizer, batch, ppo, passes, 2)
+        return ppo_update(logprobs_of, critic, optimizer, batch, ppo, passes, 2, sharing=True)
 
     # The first update creates Adam's state, which is up to torch.
     expected = update()

@@ -150,7 +150,7 @@ class Bandit:
             returns = (old.exp() * returns).sum().expand(ARMS, 1)
             batch = Experience(self.tokens, old, uniform, torch.zeros(ARMS, 1, 1), values, advantages, returns)
             passes = draw_minibatches(self.tokens, settings, generator)
-            ppo_update(self.logprobs_of, self.critic, optimizer, batch, settings, passes, 2 * ARMS)
+            ppo_update(self.logprobs_of, self.critic, optimizer, batch, settings, passes, 2 * ARMS, sharing=True)
         return self.logits.detach().softmax(0)
 
 

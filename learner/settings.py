@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from server.shared.model.dtype import MICRO_BATCH_TOKENS, DtypeName, DtypeSetting
 from server.shared.settings_base import SettingsBase
-from server.shared.stored_round import ANSWER_TOKENS
+from server.shared.stored_round import ANSWER_TOKENS, ONCE_OF_PPO
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -70,6 +70,11 @@ class PolicySettings(BaseModel):
         ge=0,
         description="Tokens in one forward pass, including padding; affects only speed and memory. "
         "0: 2048 in bfloat16, 1024 in float32.",
+    )
+    checkpoint_activations: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Compute activations again in the backward pass instead of keeping them: an update takes less "
+        "memory and about a third longer. `auto`: if a round would not fit into the free memory otherwise.",
     )
     mismatch_limit: Positive | None = Field(
         None,
@@ -218,7 +223,7 @@ class LearnerSettings(SettingsBase):
         "duel_user_votes": "ab_test_user_votes",
         "ppo.dtype": "dtype",
         "ppo.micro_batch": "policy.micro_batch_tokens",
-        **{f"ppo.{name}": f"policy.{name}" for name in PolicySettings.model_fields},
+        **{f"ppo.{name}": f"policy.{name}" for name in ONCE_OF_PPO},
     }
     rescaled: ClassVar = {"ppo.micro_batch": ANSWER_TOKENS}
 

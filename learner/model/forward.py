@@ -16,8 +16,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from learner.model.checkpointing import checkpointed
 from learner.model.head import head_logits, trunk_of
 from server.shared.model.merged import base_model
+from server.shared.model.needs import LOGIT_BYTES
 
 # Minimum number of shared tokens for which a separate pass pays off.
 MIN_SHARED = 8
@@ -26,8 +28,6 @@ MIN_SHARED = 8
 SHARED_COST = 10
 # Maximum number of columns for eager attention on a CPU.
 EAGER_COLUMNS = 256
-# Most bytes of float32 logits that are computed at once: a full micro-batch if there are up to 65,536 words.
-LOGIT_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,11 @@ def run_trunk(model: nn.Module, tokens: Tokens, layers: tuple[int, ...] = ()) ->
 
 def shares_prefix(model: nn.Module) -> bool:
     """Whether a model's passes compute the prefix that all rows share once. What it remembers of a prefix must fit
-    several rows: keys and values do, the states of recurrent layers do not."""
+    several rows: keys and values do, the states of recurrent layers do not. Checkpointed layers remember nothing."""
     base = base_model(model)
     layers = DynamicCache(config=base.config).layers
-    return not base._is_stateful and all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
+    repeats = not base._is_stateful and all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
+    return repeats and not checkpointed(base)
 
 
 def shared_prefix(tokens: Tokens) -> int:

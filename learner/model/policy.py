@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learner.model.checkpointing import checkpoint_layers
 from learner.settings import PolicySettings
 from server.shared.model.load import load_model
 from server.shared.model.merged import checkpoint_weights, load_adapted, merged_weights
@@ -35,11 +36,19 @@ class TrainablePolicy:
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> "TrainablePolicy":
-        """A policy equal to the reference in `reference`, a Hugging Face directory; `seed` initialises the adapters."""
-        base = load_model(reference, trust_remote_code, dtype=dtype, device_map=device)
+        """A policy equal to the reference in `reference`, a Hugging Face directory; `seed` initialises the adapters.
+        Activations are checkpointed if the setting is `on`: a round decides what `auto` means before."""
+
+        def load() -> Any:
+            model = load_model(reference, trust_remote_code, dtype=dtype, device_map=device)
+            if settings.checkpoint_activations == "on":
+                checkpoint_layers(model)
+            return model
+
+        base = load()
         if settings.train == "full":
-            frozen = load_model(reference, trust_remote_code, dtype=dtype, device_map=device)
-            return cls(base, frozen.requires_grad_(False))
+            # Checkpointed like the policy, though it has no backward pass: their passes must round alike.
+            return cls(base, load().requires_grad_(False))
         # PEFT draws on the CPU, so that adapters begin alike on every device.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

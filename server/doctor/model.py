@@ -1,12 +1,6 @@
-"""The matrices of the model to serve, which determine its memory, disk space and speed.
+"""The model to serve: whether it can be, and its shape."""
 
-They are read from headers, never from weights.
-"""
-
-import math
 import os
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,22 +8,11 @@ from server.engine.model_checks import check_model
 from server.engine.model_files import read_headers
 from server.engine.model_hub import cached
 from server.engine.reference import about, check_same_model, check_trust, find_model
-from server.engine.weights import tensor_shapes
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
+from server.shared.model.shape import ModelShape, chosen_experts, read_shape, shape_of
 from server.store.files.manifest import read_manifest
 from server.store.learning.policies import REFERENCE
-
-Matrix = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """`matrices`: how many there are of each shape (outputs, inputs), without `head`, which computes the logits."""
-
-    parameters: int
-    head: Matrix
-    matrices: Mapping[Matrix, int]
 
 
 @dataclass(frozen=True)
@@ -43,7 +26,7 @@ class Model:
 
 # The shape of the packaged default, whose file takes seconds to read.
 SMOLLM2 = ModelShape(
-    134_515_008, (49_152, 576), {(576, 576): 60, (192, 576): 60, (1536, 576): 60, (576, 1536): 30}
+    134_515_008, (49_152, 576), {(576, 576): 60, (192, 576): 60, (1536, 576): 60, (576, 1536): 30}, 30, 155_520
 )  # fmt: skip
 
 
@@ -55,7 +38,7 @@ def read_model(data_dir: Path, model: str, trust_remote_code: bool = False) -> M
         if reference.exists():
             check_same_model(reference, model, read_manifest)
             check_trust(reference, trust_remote_code)
-            return Model(shape_of(tensor_shapes(reference)))
+            return Model(read_shape(reference))
         source, _ = find_model(model)
         if model == DEFAULT_MODEL:
             return Model(SMOLLM2)
@@ -65,17 +48,6 @@ def read_model(data_dir: Path, model: str, trust_remote_code: bool = False) -> M
                 return Model(fetched=False)
             check_model(directory, {}, trust_remote_code, name="" if os.path.isabs(source) else source)
             shapes = {name: shape for name, (_, shape) in read_headers(directory).items()}
-        return Model(shape_of(shapes) if shapes else None)
+        return Model(shape_of(shapes, chosen_experts(directory)) if shapes else None)
     except (DataDirectoryError, ManifestError) as error:
         return Model(problem=str(error))
-
-
-def shape_of(tensors: Mapping[str, list[int]]) -> ModelShape:
-    """The shape from a checkpoint's tensors. Embedding and head have the most rows, one per word."""
-    plain = [(shape[0], shape[1]) for shape in tensors.values() if len(shape) == 2]
-    head = max(plain)
-    return ModelShape(
-        sum(math.prod(shape) for shape in tensors.values()),
-        head,
-        Counter(matrix for matrix in plain if matrix[0] != head[0]),
-    )

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from server.doctor.model import Matrix, ModelShape
 from server.shared.model.dtype import DtypeName, torch_dtype
+from server.shared.model.shape import Matrix, ModelShape
 
 if TYPE_CHECKING:
     import torch

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from server.shared.errors import ManifestError
 from server.shared.model.dtype import DtypeName, torch_dtype
 from server.shared.model.merged import load_adapted, merged_weights
+from server.shared.model.shape import tensor_shapes
 from server.store.files.manifest import copy_tokenizer, new_version, verify
 from server.store.learning.policies import REFERENCE
 
@@ -86,17 +87,3 @@ def _merge(base: Path, adapter: Path, final: Path, dtype: DtypeName, trust_remot
         model = load_adapted(base, adapter, torch_dtype(dtype), trust_remote_code)
         model.get_base_model().save_pretrained(staging, state_dict=dict(merged_weights(model)))
         copy_tokenizer(base, staging)
-
-
-def tensor_shapes(directory: Path) -> dict[str, list[int]]:
-    """The shape of every tensor in `directory` by name, from the files' headers. Raises ManifestError."""
-    shapes: dict[str, list[int]] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="np") as file:
-                shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise ManifestError(f"{directory.name}/{path.name} is not a valid safetensors file ({error}).") from error
-    if not shapes:
-        raise ManifestError(f"{directory.name} has no weights (*.safetensors).")
-    return shapes

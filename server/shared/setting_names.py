@@ -59,6 +59,7 @@ SETTINGS = frozenset(
         "nice",
         "otlp_endpoint",
         "policy",
+        "policy.checkpoint_activations",
         "policy.kl_budget",
         "policy.lora_alpha",
         "policy.lora_rank",

@@ -18,6 +18,10 @@ from server.shared.tables import flatten, nest
 FORMAT = "format"
 # Tokens for each answer with its prompt of `ppo.micro_batch`, which counted answers.
 ANSWER_TOKENS = 128
+# Settings that were in the table `ppo` before there was a table `policy`.
+ONCE_OF_PPO = (
+    "train", "start_from", "lora_rank", "lora_alpha", "micro_batch_tokens", "mismatch_limit", "kl_budget"
+)  # fmt: skip
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -77,10 +81,14 @@ def _count_left_out(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _sort_by_room(settings: dict[str, Any]) -> dict[str, Any]:
     """Move settings of the policy in training, which do not depend on PPO, to a separate table."""
-    moved = ("train", "start_from", "lora_rank", "lora_alpha", "micro_batch_tokens", "mismatch_limit", "kl_budget")
-    names = {f"ppo.{name}": f"policy.{name}" for name in moved} | {"duel_user_votes": "ab_test_user_votes"}
+    names = {f"ppo.{name}": f"policy.{name}" for name in ONCE_OF_PPO} | {"duel_user_votes": "ab_test_user_votes"}
     return nest({names.get(name, name): value for name, value in flatten(settings).items()})
 
 
-SETTINGS = Stored((_name_shares_and_dtype, _count_tokens, _sort_by_room))
+def _keep_activations(settings: dict[str, Any]) -> dict[str, Any]:
+    """Earlier rounds kept all activations, and continue to: computed again, numbers might differ in the last bit."""
+    return {**settings, "policy": {"checkpoint_activations": "off", **settings.get("policy", {})}}
+
+
+SETTINGS = Stored((_name_shares_and_dtype, _count_tokens, _sort_by_room, _keep_activations))
 METRICS = Stored((_count_left_out,))

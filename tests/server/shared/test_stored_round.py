@@ -12,6 +12,9 @@ from server.store.learning.round_metrics import RoundMetrics
 from server.store.store import Store
 from tests.server.store.test_lineage import lease
 
+# What every earlier round did.
+KEPT = {"policy": {"checkpoint_activations": "off"}}
+
 
 def test_a_format_is_read_through_every_upgrade_since() -> None:
     def first(values: dict[str, Any]) -> dict[str, Any]:
@@ -35,27 +38,32 @@ def test_a_format_is_read_through_every_upgrade_since() -> None:
 def test_settings_of_format_0() -> None:
     old = {"seed": 1, "gpu_memory_share": 0.2, "ppo": {"dtype": "float32", "steps": 3}}
     assert SETTINGS.load(json.dumps(old)) == {
-        "seed": 1, "learner_gpu_memory_share": 0.2, "dtype": "float32", "ppo": {"steps": 3}
+        "seed": 1, "learner_gpu_memory_share": 0.2, "dtype": "float32", "ppo": {"steps": 3}, **KEPT
     }  # fmt: skip
     older = {"schedule_cron": "0 4 * * *", "ppo": {"start_from": "incumbent", "dtype": "bfloat16"}}
     assert SETTINGS.load(json.dumps(older)) == {
-        "schedule": {"cron": "0 4 * * *"}, "policy": {"start_from": "active"}, "dtype": "bfloat16"
+        "schedule": {"cron": "0 4 * * *"}, "policy": {**KEPT["policy"], "start_from": "active"}, "dtype": "bfloat16"
     }  # fmt: skip
-    assert SETTINGS.load("{}") == METRICS.load("{}") == {}
+    assert (SETTINGS.load("{}"), METRICS.load("{}")) == (KEPT, {})
 
 
 def test_settings_of_format_1() -> None:
     assert SETTINGS.load('{"format": 1, "seed": 1, "ppo": {"micro_batch": 4, "steps": 3}}') == {
-        "seed": 1, "policy": {"micro_batch_tokens": 512}, "ppo": {"steps": 3}
+        "seed": 1, "policy": {**KEPT["policy"], "micro_batch_tokens": 512}, "ppo": {"steps": 3}
     }  # fmt: skip
-    assert SETTINGS.load('{"format": 1, "ppo": {"steps": 3}}') == {"ppo": {"steps": 3}}
+    assert SETTINGS.load('{"format": 1, "ppo": {"steps": 3}}') == {"ppo": {"steps": 3}, **KEPT}
 
 
 def test_settings_of_format_2() -> None:
     old = {"format": 2, "duel_user_votes": 4, "ppo": {"train": "full", "kl_budget": 3.0, "steps": 3}}
     assert SETTINGS.load(json.dumps(old)) == {
-        "ab_test_user_votes": 4, "policy": {"train": "full", "kl_budget": 3.0}, "ppo": {"steps": 3}
+        "ab_test_user_votes": 4, "policy": {**KEPT["policy"], "train": "full", "kl_budget": 3.0}, "ppo": {"steps": 3}
     }  # fmt: skip
+
+
+def test_settings_of_format_3() -> None:
+    old = {"format": 3, "seed": 1, "policy": {"kl_budget": 3.0}}
+    assert SETTINGS.load(json.dumps(old)) == {"seed": 1, "policy": {**KEPT["policy"], "kl_budget": 3.0}}
 
 
 def test_metrics_of_format_0() -> None:
@@ -79,7 +87,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     store.rounds.update(round_.id, metrics=RoundMetrics(seconds={"gate": 1.0}), fence=fence)
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
-        {"format": 3, "seed": 1},
+        {"format": 4, "seed": 1},
         {"format": 1, "seconds": {"gate": 1.0}},
     )
     found = store.rounds.get(round_.id)
@@ -96,7 +104,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     )
     assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 2
     store.rounds.update(round_.id, settings={"seed": 2}, fence=fence)
-    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 3, "seed": 2}
+    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 4, "seed": 2}
     store.close()
 
 

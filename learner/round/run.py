@@ -28,10 +28,11 @@ from learner.reward import linear_reward_model as scoring
 from learner.reward import voter_reliability
 from learner.reward.dataset import Dataset, some_conversations, to_dataset
 from learner.reward.linear_reward_model import LinearRewardModel
+from learner.round.begin import begin
 from learner.round.gate_stage import judge_candidates
 from learner.round.lease import learner_lease
 from learner.round.package_versions import versions
-from learner.round.preconditions import failed_precondition, no_candidate, too_few_prompts, too_few_votes, too_little
+from learner.round.preconditions import no_candidate, too_few_prompts, too_few_votes, too_little
 from learner.round.publish import activate, publish
 from learner.round.report import Report
 from learner.round.retention import prune
@@ -95,15 +96,10 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
         snapshot = snapshot.without(store.lineage.rolled_back(before))
     if current is None:
         stages.console.print(f"computing in {dtype} on {device}", highlight=False)
-        if reason := failed_precondition(store, snapshot, quarantined, settings):
-            return Report("nothing", reason)
-        current = store.rounds.create(
-            snapshot.watermark,
-            settings.model_dump(mode="json", exclude={"data_dir"}),
-            reference_version=store.policies.active().reference_version,
-            quarantined=quarantined,
-            fence=lease,
-        )
+        begun = begin(store, lease, settings, stages, snapshot, quarantined)
+        if isinstance(begun, str):
+            return Report("nothing", begun)
+        current, settings = begun
     work = Workspace(store, lease, settings, stages, current, snapshot)
     try:
         return run(work)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
@@ -22,6 +22,7 @@ from server.settings import ServerSettings
 from server.shared.errors import ServiceError
 from server.shared.machine import GIB, Machine, read_machine, slow_reason
 from server.shared.model.dtype import MICRO_BATCH_TOKENS
+from server.shared.model.needs import Training
 from server.shared.settings_base import CONFIG_FILE, explain
 from server.shared.stored_round import ANSWER_TOKENS
 from server.shared.variables import PREFIX
@@ -34,7 +35,16 @@ MEASURE_BYTES = GIB
 class LearnerShare(BaseModel):
     """The learner's policy settings that determine its memory."""
 
+    train: Literal["lora", "full"] = "lora"
+    lora_rank: Annotated[int, Field(ge=1)] = 16
     micro_batch_tokens: Annotated[int, Field(ge=0)] = 0
+    checkpoint_activations: Literal["auto", "on", "off"] = "auto"
+
+
+class RolloutShare(BaseModel):
+    """The setting that determines how many answers a round has at once."""
+
+    episodes: Annotated[int, Field(ge=2)] = 32
 
 
 class DoctorSettings(ServerSettings):
@@ -51,6 +61,7 @@ class DoctorSettings(ServerSettings):
     learner_device: str = "auto"
     learner_gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.3
     policy: LearnerShare = LearnerShare()
+    ppo: RolloutShare = RolloutShare()
 
 
 @dataclass(frozen=True)
@@ -151,7 +162,7 @@ class Examination:
         }
 
     def slow_reason(self) -> str | None:
-        return slow_reason(self.machine, *([self.needs.server + self.needs.round] if self.needs else []))
+        return slow_reason(self.machine, *([self.needs.server + self.needs.least_round] if self.needs else []))
 
     @cached_property
     def machine(self) -> Machine:
@@ -183,8 +194,15 @@ class Examination:
         settings, shape, dtype = self.settings, self.model.shape, self.torch.dtype
         if self.on_gpu or not shape or not dtype:
             return None
-        tokens = settings.policy.micro_batch_tokens or MICRO_BATCH_TOKENS[dtype.name]
-        return needs_of(shape, dtype.name, settings.kv_cache_gib, max(tokens, settings.max_tokens))
+        policy, longest = settings.policy, settings.max_tokens
+        training = Training(
+            policy.train,
+            policy.lora_rank,
+            tokens=max(policy.micro_batch_tokens or MICRO_BATCH_TOKENS[dtype.name], longest),
+            rollout_tokens=settings.ppo.episodes * longest,
+            checkpoint=False,
+        )
+        return needs_of(shape, dtype.name, settings.kv_cache_gib, training, policy.checkpoint_activations)
 
     @cached_property
     def speed(self) -> tuple[Speed | None, str]:

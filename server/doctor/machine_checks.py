@@ -107,14 +107,15 @@ def check_memory(machine: Machine, needs: Needs | None, server_runs: bool) -> Fi
     value = f"{machine.memory / GIB:.1f} GiB, {machine.available / GIB:.1f} free"
     if needs is None:
         return Finding("memory", "ok", value)
-    server, both = needs.server / GIB, (needs.server + needs.round) / GIB
-    value += f"; a server needs about {server:.1f}, with a round up to {both:.1f}"
+    fits = needs.server + needs.round <= machine.memory
+    both = needs.server + (needs.round if fits else needs.least_round)
+    value += f"; a server needs about {needs.server / GIB:.1f}, with a round up to {both / GIB:.1f}"
     if machine.memory < needs.server:
         advice = "The server does not fit: use a smaller --model or a larger machine, or raise the container's limit."
         return Finding("memory", "wrong", value, advice)
     if not server_runs and machine.available < needs.server:
         return Finding("memory", "warning", value, "Other programs use the memory that the server needs: stop some.")
-    if machine.memory < needs.server + needs.round:
+    if machine.memory < both:
         advice = (
             "A round over the longest answers does not fit beside the server: lower "
             "PREFLOOP_POLICY__MICRO_BATCH_TOKENS or PREFLOOP_MAX_TOKENS, or stop the server during rounds."

@@ -527,7 +527,7 @@ def test_a_learner_that_waits_starts_when_the_other_is_done(data_dir: Path, monk
 
     monkeypatch.setattr(learner.round.lease, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
     assert "Another learner is running" in run(data_dir).sentence
-    monkeypatch.setattr(rounds, "failed_precondition", lambda *_: "Its turn.")
+    monkeypatch.setattr("learner.round.begin.failed_precondition", lambda *_: "Its turn.")
     assert run_once(settings(data_dir), Stages(Console(quiet=True)), wait=True).sentence == "Its turn."
     assert now[0] > 3600
 

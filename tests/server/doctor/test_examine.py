@@ -57,7 +57,7 @@ def test_a_healthy_setup(tmp_path: Path) -> None:
     assert report["dtype_reason"]
     assert report["tokens_per_second"].keys() == {"one", "sixteen", "prefill"}
     assert 1 < report["tokens_per_second"]["one"] < report["tokens_per_second"]["sixteen"]
-    assert report["needed_bytes"].keys() == {"server", "round", "version"}
+    assert report["needed_bytes"].keys() == {"server", "round", "least_round", "version"}
     assert "slow_reason" in report
     # It leaves no files.
     assert list(tmp_path.iterdir()) == []

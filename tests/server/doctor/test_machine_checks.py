@@ -1,5 +1,7 @@
 """Checks of a machine, for each kind of problem, on literal readings."""
 
+from dataclasses import replace
+
 import pytest
 
 from server.doctor import machine_checks as checks
@@ -12,7 +14,7 @@ from server.shared.model.dtype import Dtype
 
 BF16 = Dtype("bfloat16", "the processor has AMX-BF16")
 FP32 = Dtype("float32", "the processor has no bfloat16 instructions")
-NEEDS = Needs(server=4 * GIB, round=5 * GIB, version=GIB // 4)
+NEEDS = Needs(server=4 * GIB, round=5 * GIB, least_round=5 * GIB, version=GIB // 4)
 
 
 def cores(cpus: int, quota: float) -> Machine:
@@ -135,6 +137,13 @@ def test_memory() -> None:
     )  # fmt: skip
     # The running server already has its memory.
     assert checks.check_memory(memory(16, 3), NEEDS, True).state == "ok"
+    # A round that computes activations again where memory is short.
+    saving = replace(NEEDS, least_round=3 * GIB)
+    assert checks.check_memory(memory(9, 8), saving, False).value.endswith("with a round up to 9.0")
+    assert checks.check_memory(memory(8, 7), saving, False) == Finding(
+        "memory", "ok", "8.0 GiB, 7.0 free; a server needs about 4.0, with a round up to 7.0"
+    )
+    assert checks.check_memory(memory(6.9, 6), saving, False).state == "warning"
     assert checks.check_memory(memory(16, 3), None, False) == Finding("memory", "ok", "16.0 GiB, 3.0 free")
 
 

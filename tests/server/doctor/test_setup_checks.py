@@ -12,7 +12,7 @@ from server.doctor.readings import Disk
 from server.shared.machine import GIB
 from server.store.sqlite.database import sqlite_problem
 
-NEEDS = Needs(server=4 * GIB, round=5 * GIB, version=GIB // 4)
+NEEDS = Needs(server=4 * GIB, round=5 * GIB, least_round=5 * GIB, version=GIB // 4)
 SOUND = Disk(Path("/srv"), "ext4", 50 * GIB, 0.0042)
 
 

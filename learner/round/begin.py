@@ -1,0 +1,113 @@
+"""Begins a round, if there is something to learn from and memory to learn in.
+
+Whether activations are kept or computed again is decided here, once: the round stores it, since a resumed round must
+compute the same numbers.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from learner.progress import Stages
+from learner.round.preconditions import failed_precondition
+from learner.settings import LearnerSettings
+from server.shared.machine import GIB, read_machine
+from server.shared.model.context import context_length
+from server.shared.model.dtype import DtypeName
+from server.shared.model.needs import RoundNeed, Training, round_need
+from server.shared.model.shape import read_shape
+from server.store.chats.records import Prompt, Snapshot
+from server.store.learning.records import Lease, Round
+from server.store.store import Store
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a round needs, with `checkpoint` or without, and the bytes that the machine has and has free."""
+
+    need: RoundNeed
+    checkpoint: bool
+    total: int
+    free: int
+
+    def __str__(self) -> str:
+        how = "computed again in the backward pass" if self.checkpoint else "kept for the backward pass"
+        return f"needs about {_gib(self.need.total)} of memory, {_gib(self.free)} are free; activations are {how}"
+
+
+def begin(
+    store: Store, lease: Lease, settings: LearnerSettings, stages: Stages, snapshot: Snapshot, quarantined: list[str]
+) -> tuple[Round, LearnerSettings] | str:
+    """The new round with its final settings, or a sentence that says why there is none."""
+    if reason := failed_precondition(store, snapshot, quarantined, settings):
+        return reason
+    reference = store.policies.active().reference_version
+    prompts = store.snapshots.prompts(limit=settings.max_prompts, without=quarantined)
+    plan = plan_memory(settings, settings.data_dir / "policies" / reference, prompts, torch.device("cpu"))
+    if reason := too_little_memory(plan, settings):
+        return reason
+    stages.console.print(str(plan), highlight=False)
+    policy = settings.policy.model_copy(update={"checkpoint_activations": "on" if plan.checkpoint else "off"})
+    settings = settings.model_copy(update={"policy": policy})
+    stored = settings.model_dump(mode="json", exclude={"data_dir"})
+    begun = store.rounds.create(
+        snapshot.watermark, stored, reference_version=reference, quarantined=quarantined, fence=lease
+    )
+    return begun, settings
+
+
+def plan_memory(settings: LearnerSettings, reference: Path, prompts: list[Prompt], device: torch.device) -> MemoryPlan:
+    """The plan for a round whose trainer is on `device`. `reference` is a Hugging Face directory. Raises ManifestError
+    if it cannot be read."""
+    dtype = settings.dtype
+    assert dtype != "auto", "a round's dtype is resolved before it begins"
+    machine = read_machine()
+    total, free = machine.memory, machine.available
+    training = _training(settings, dtype, prompts, context_length(reference, settings.max_model_len))
+    shape = read_shape(reference)
+    need = round_need(shape, dtype, settings.kv_cache_gib, training)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        need = replace(need, engine=int(settings.learner_gpu_memory_share * total))
+    setting = settings.policy.checkpoint_activations
+    checkpoint = setting == "on" or (setting == "auto" and need.total > free)
+    if checkpoint:
+        again = round_need(shape, dtype, settings.kv_cache_gib, replace(training, checkpoint=True))
+        need = replace(need, activations=again.activations)
+    return MemoryPlan(need, checkpoint, total, free)
+
+
+def too_little_memory(plan: MemoryPlan, settings: LearnerSettings) -> str | None:
+    """Why a round cannot fit into the machine's memory, in a sentence; None if it can."""
+    if plan.need.total <= plan.total:
+        return None
+    need, policy = plan.need, settings.policy
+    advice = [
+        "set policy.checkpoint_activations to auto" if policy.checkpoint_activations == "off" else "",
+        "train adapters instead of all weights" if policy.train == "full" else "",
+        "lower policy.micro_batch_tokens" if need.activations + need.logits > need.total // 4 else "",
+        "use a smaller model or a larger machine",
+    ]
+    return (
+        f"A round needs about {_gib(need.total)} of memory ({_gib(need.engine)} for its engine, {_gib(need.trainer)} "
+        f"for the weights and what steps them, {_gib(need.rollout + need.activations + need.logits)} for the longest "
+        f"answers), more than the {_gib(plan.total)} here: {', or '.join(filter(None, advice))}. Nothing was changed."
+    )
+
+
+def _training(settings: LearnerSettings, dtype: DtypeName, prompts: list[Prompt], longest: int) -> Training:
+    """What the round trains without checkpoints. Prompts that leave no room for an answer are left out of it."""
+    policy = settings.policy.at(dtype)
+    fitting = [p for p in prompts if len(p.token_ids) + p.max_tokens <= longest]
+    return Training(
+        policy.train,
+        policy.lora_rank,
+        tokens=max([policy.micro_batch_tokens, *(len(p.token_ids) + p.max_tokens for p in fitting)]),
+        rollout_tokens=settings.ppo.episodes * max([0, *(p.max_tokens for p in fitting)]),
+        checkpoint=False,
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -72,9 +72,9 @@ async def _serve(
         settings = settings.model_copy(update={"max_connections": connections})
     app = App(settings, store)
     set_environment(settings)
-    directory = await asyncio.to_thread(_prepare, settings, say)
-    await store(lambda store: store.policies.register_reference())
     dtype = await asyncio.to_thread(resolve_dtype, settings.dtype)
+    directory = await asyncio.to_thread(_prepare, settings, dtype.name, say)
+    await store(lambda store: store.policies.register_reference())
     say(f"starting the engine, which computes in {dtype}")
     # Always start with the reference: compiled code is cached by the model's path. The active version is swapped in.
     engine = make_engine(settings, dtype.name, directory)
@@ -128,8 +128,8 @@ def make_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> 
         ) from error
 
 
-def _prepare(settings: ServerSettings, say: Callable[[str], None]) -> Path:
+def _prepare(settings: ServerSettings, dtype: DtypeName, say: Callable[[str], None]) -> Path:
     try:
-        return prepare_reference(settings.data_dir, settings.model, say, settings.trust_remote_code)
+        return prepare_reference(settings.data_dir, settings.model, say, settings.trust_remote_code, dtype)
     except OSError as error:
         raise DataDirectoryError(f"{str(settings.data_dir)!r} cannot be written ({error}).") from error

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 
+from learner.model.device import resolve_device
 from learner.progress import Stages
 from learner.round.preconditions import failed_precondition
 from learner.settings import LearnerSettings
+from server.shared.errors import FailedPreconditionError
 from server.shared.machine import GIB, read_machine
 from server.shared.model.context import context_length
 from server.shared.model.dtype import DtypeName
+from server.shared.model.families import family_of, limit_of
 from server.shared.model.needs import RoundNeed, Training, round_need
 from server.shared.model.shape import read_shape
 from server.store.chats.records import Prompt, Snapshot
@@ -39,12 +42,15 @@ class MemoryPlan:
 def begin(
     store: Store, lease: Lease, settings: LearnerSettings, stages: Stages, snapshot: Snapshot, quarantined: list[str]
 ) -> tuple[Round, LearnerSettings] | str:
-    """The new round with its final settings, or a sentence that says why there is none."""
+    """The new round with its final settings, or a sentence that says why there is none. Raises FailedPreconditionError
+    if this model cannot learn."""
     if reason := failed_precondition(store, snapshot, quarantined, settings):
         return reason
     reference = store.policies.active().reference_version
+    directory = settings.data_dir / "policies" / reference
+    check_family(directory, settings)
     prompts = store.snapshots.prompts(limit=settings.max_prompts, without=quarantined)
-    plan = plan_memory(settings, settings.data_dir / "policies" / reference, prompts, torch.device("cpu"))
+    plan = plan_memory(settings, directory, prompts, resolve_device(settings.learner_device))
     if reason := too_little_memory(plan, settings):
         return reason
     stages.console.print(str(plan), highlight=False)
@@ -55,6 +61,18 @@ def begin(
         snapshot.watermark, stored, reference_version=reference, quarantined=quarantined, fence=lease
     )
     return begun, settings
+
+
+def check_family(reference: Path, settings: LearnerSettings) -> None:
+    """Raises FailedPreconditionError if the reference is of a family that cannot learn as it is set."""
+    assert settings.dtype != "auto", "a round's dtype is resolved before it begins"
+    full = settings.policy.train == "full"
+    if limit := limit_of(reference, settings.dtype, "full training" if full else "learning"):
+        work = "be trained in full" if full else "learn"
+        advice = "Set policy.train to lora." if limit.work == "full training" else "Nothing was changed."
+        raise FailedPreconditionError(
+            "MODEL_FAMILY", f"A model of the family {family_of(reference)} cannot {work}: {limit.reason}. {advice}"
+        )
 
 
 def plan_memory(settings: LearnerSettings, reference: Path, prompts: list[Prompt], device: torch.device) -> MemoryPlan:

@@ -178,7 +178,10 @@ class Examination:
 
     @cached_property
     def model(self) -> Model:
-        return read_model(self.settings.data_dir, self.settings.model, self.settings.trust_remote_code)
+        settings, dtype = self.settings, self.torch.dtype
+        return read_model(
+            settings.data_dir, settings.model, settings.trust_remote_code, dtype.name if dtype else "bfloat16"
+        )
 
     @cached_property
     def health(self) -> str:

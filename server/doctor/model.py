@@ -7,9 +7,10 @@ from pathlib import Path
 from server.engine.model_checks import check_model
 from server.engine.model_files import read_headers
 from server.engine.model_hub import cached
-from server.engine.reference import about, check_same_model, check_trust, find_model
+from server.engine.reference import about, check_family, check_same_model, check_trust, find_model
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
+from server.shared.model.dtype import DtypeName
 from server.shared.model.shape import ModelShape, chosen_experts, read_shape, shape_of
 from server.store.files.manifest import read_manifest
 from server.store.learning.policies import REFERENCE
@@ -30,7 +31,7 @@ SMOLLM2 = ModelShape(
 )  # fmt: skip
 
 
-def read_model(data_dir: Path, model: str, trust_remote_code: bool = False) -> Model:
+def read_model(data_dir: Path, model: str, trust_remote_code: bool = False, dtype: DtypeName = "bfloat16") -> Model:
     """The existing reference of this model, or the files it would be created from, checked as `server serve` does
     except for the values of weights."""
     reference = data_dir / "policies" / REFERENCE
@@ -38,6 +39,8 @@ def read_model(data_dir: Path, model: str, trust_remote_code: bool = False) -> M
         if reference.exists():
             check_same_model(reference, model, read_manifest)
             check_trust(reference, trust_remote_code)
+            with about(model):
+                check_family(reference, dtype)
             return Model(read_shape(reference))
         source, _ = find_model(model)
         if model == DEFAULT_MODEL:
@@ -47,6 +50,7 @@ def read_model(data_dir: Path, model: str, trust_remote_code: bool = False) -> M
             if directory is None:
                 return Model(fetched=False)
             check_model(directory, {}, trust_remote_code, name="" if os.path.isabs(source) else source)
+            check_family(directory, dtype)
             shapes = {name: shape for name, (_, shape) in read_headers(directory).items()}
         return Model(shape_of(shapes, chosen_experts(directory)) if shapes else None)
     except (DataDirectoryError, ManifestError) as error:

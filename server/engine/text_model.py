@@ -11,15 +11,16 @@ def text_model(model: Any) -> Any:
     """The part of `model`, which transformers loaded, that reads and writes text; `model` itself if it has no other.
     The part shares its weights. Raises ValueError if transformers cannot load that part by itself."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = model.config.get_text_config()
     if config is model.config:
         return model
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    part_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config))
+    if part_class is None:
         raise ValueError(f"its text part, {config.model_type}, is not a model by itself")
     with torch.device("meta"):
-        part: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        part = part_class(config)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     setattr(part, part.base_model_prefix, decoder)
     part.set_output_embeddings(head)

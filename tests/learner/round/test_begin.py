@@ -17,6 +17,7 @@ from learner.model.checkpointing import checkpointed
 from learner.progress import Stages
 from learner.round.begin import plan_memory, too_little_memory
 from learner.settings import LearnerSettings
+from server.shared.errors import FailedPreconditionError
 from server.shared.machine import GIB, Machine
 from server.store.chats.records import Prompt
 from server.store.learning.records import Round
@@ -134,3 +135,31 @@ def test_a_round_keeps_its_decision_when_it_is_resumed(data_dir: Path, monkeypat
     monkeypatch.setattr(rounds, "judge_candidates", noticing)
     assert rounds.run_once(settings(data_dir), Stages(Console(quiet=True))).state == "promoted"
     assert found == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("family", "train", "sentence"),
+    [
+        (
+            "gpt_oss",
+            "full",
+            "A model of the family gpt_oss cannot be trained in full: vLLM 0.32 drops the weights of its experts when "
+            "weights are loaded again. Set policy.train to lora.",
+        ),
+        (
+            "phimoe",
+            "lora",
+            'A model of the family phimoe cannot learn: vLLM 0.32 cannot run it: "too many values to unpack (expected '
+            '3)". Nothing was changed.',
+        ),
+    ],
+)
+def test_a_family_that_cannot_learn_is_refused_before_anything_is_spent(
+    family: str, train: str, sentence: str, data_dir: Path
+) -> None:
+    path = data_dir / "policies" / "v0000" / "config.json"
+    path.write_text(path.read_text().replace('"model_type": "llama"', f'"model_type": "{family}"'))
+    with pytest.raises(FailedPreconditionError) as refused:
+        rounds.run_once(settings(data_dir, policy={"train": train}), Stages(Console(quiet=True)))
+    assert str(refused.value) == sentence
+    assert Store.open(data_dir).rounds.page() == []

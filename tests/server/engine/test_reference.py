@@ -20,6 +20,7 @@ from server.shared.errors import DataDirectoryError
 from server.shared.model.load import UntrustedCodeError, load_model
 from server.shared.model.text import ChatText, UnknownTokenError
 from server.store.files.manifest import read_manifest, verify
+from tests.families.configs import save
 from tests.learner.conftest import save_tiny_model
 from tests.server.engine.test_model_checks import AUTO_MAP, CODE, change, tokens
 
@@ -395,3 +396,31 @@ def test_no_module_loads_by_itself(root: Path) -> None:
     }
     assert loads == {"server/shared/model/load.py"}
     assert model_hub.SMALL[0] == "*.json"
+
+
+def test_a_family_that_cannot_be_served_is_refused_also_once_it_is_the_reference(tmp_path: Path) -> None:
+    save("phimoe", tmp_path / "model")
+    path, data_dir = str(tmp_path / "model"), tmp_path / "data"
+    sentence = (
+        f"--model {path!r} is of the family phimoe, which cannot be served here: vLLM 0.32 cannot run it: "
+        '"too many values to unpack (expected 3)"; docs/models.md lists families that can.'
+    )
+    assert read_model(data_dir, path).problem == sentence
+    with pytest.raises(DataDirectoryError) as refused:
+        prepare_reference(data_dir, path, lambda line: None)
+    assert str(refused.value) == sentence
+    assert not data_dir.exists()
+
+
+def test_a_family_that_this_processor_cannot_serve_is_refused_although_it_was_prepared(tmp_path: Path) -> None:
+    save("qwen3_next", tmp_path / "model")
+    path, data_dir = str(tmp_path / "model"), tmp_path / "data"
+    assert prepare_reference(data_dir, path, lambda line: None, dtype="bfloat16").is_dir()
+    sentence = (
+        f'--model {path!r} is of the family qwen3_next, which cannot be served here: vLLM for CPUs says "CPU GDN '
+        'attention requires BF16"; docs/models.md lists families that can.'
+    )
+    assert read_model(data_dir, path, dtype="float32").problem == sentence
+    with pytest.raises(DataDirectoryError) as refused:
+        prepare_reference(data_dir, path, lambda line: None, dtype="float32")
+    assert str(refused.value) == sentence

@@ -10,6 +10,7 @@ from server.engine.model_files import (
     ModelError,
     check_files,
     first_line,
+    is_safetensors,
     read_headers,
     read_table,
     reading,
@@ -55,23 +56,22 @@ def check_model(
     ids = _token_ids(read_table(path) if path.exists() else {}, raw, tokenizer)
     check_text(tokenizer, ids, embeddings(config))
     # What a directory's own code builds is only known when it runs.
-    if weights and not options and not (trust_remote_code and _coded(raw)):
+    if weights and not options and not (trust_remote_code and _coded(raw)) and is_safetensors(source):
         check_tensors(source, config)
     return CheckedModel(config, tokenizer, ids)
 
 
 def check_tensors(source: Path, config: Any) -> None:
-    """Compare the headers of a directory's weights with the model that its configuration describes. Raises ModelError.
-    PyTorch's files have none."""
+    """Compare the headers of a directory's safetensors with the model that its configuration describes. Raises
+    ModelError."""
     import torch
 
     tensors = {
         name: torch.empty(shape, dtype=getattr(torch, DTYPES.get(dtype, "int64")), device="meta")
         for name, (dtype, shape) in read_headers(source).items()
     }
-    if not tensors:
-        return
-    with quiet(), reading("weights"):
+    # The headers were read: what fails now is the model that the configuration describes.
+    with quiet(), reading("config.json"):
         model_class, config = _class_of(config)
         _, info = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.bfloat16, device_map="meta",
@@ -121,7 +121,7 @@ def check_text(tokenizer: Any, ids: Ids, most: int) -> None:
                 f"cannot be used: its chat template cannot be rendered ({first_line(error)}); give a model with "
                 "another template."
             ) from error
-        if PLAIN not in rendered:
+        if PLAIN.lower() not in rendered.lower():
             raise ModelError("cannot be used: its chat template leaves out what a user writes; give another model.")
         if not token_ids:
             raise ModelError("cannot be used: its tokenizer turns a message into no tokens; download it again.")
@@ -154,6 +154,10 @@ def _check_size(config: Any) -> None:
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if isinstance(layers, int) and layers < 1:
         raise ModelError("cannot be used: its config.json says that it has no layers; download it again.")
+    most = embeddings(config)
+    for number in _numbers(getattr(config.get_text_config(), "pad_token_id", None)):
+        if number >= most:
+            raise _too_large(f"the pad_token_id {number}", most)
     if (length := min([LEAST_POSITIONS, *positions(config)])) < LEAST_POSITIONS:
         raise ModelError(
             f"has {length} positions, but a message with its answer needs {LEAST_POSITIONS} or more; give another "

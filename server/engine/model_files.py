@@ -40,13 +40,17 @@ def reading(what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot be used: its {what} cannot be read ({first_line(error)}).") from error
+        raise ModelError(
+            f"cannot be used: its {what} cannot be read ({first_line(error)}); download it again, or give another "
+            "model."
+        ) from error
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, without its full stop; with the name of its type if that says more."""
+    """The first sentence of an error's first line, without its full stop; with the name of its type if that says
+    more."""
     lines = str(error).strip().splitlines()
-    name, line = type(error).__name__, lines[0].strip().rstrip(".:")[:MOST_CHARACTERS] if lines else ""
+    name, line = type(error).__name__, lines[0].split(". ")[0].rstrip(".: ")[:MOST_CHARACTERS] if lines else ""
     return line if line and not isinstance(error, LookupError) else f"{name} {line}".strip()
 
 
@@ -75,7 +79,7 @@ def check_files(directory: Path, *, weights: bool = True) -> None:
 
 def list_names(directory: Path) -> set[str]:
     """The names of the files in a model's directory. Raises ModelError unless there is a config.json."""
-    if not os.access(directory, os.R_OK | os.X_OK):
+    if not os.access(directory, os.R_OK | os.X_OK, effective_ids=True):
         raise ModelError("cannot be read (Permission denied); make it readable for this user.")
     names = set(os.listdir(directory))
     if not {"config.json", "adapter_config.json"} & names:
@@ -102,11 +106,16 @@ def weight_files(directory: Path) -> list[Path]:
     raise ModelError("has no weights (*.safetensors); download the whole model.")
 
 
+def is_safetensors(directory: Path) -> bool:
+    """Whether transformers reads the weights in `directory` from safetensors, which have headers."""
+    return all(path.suffix == ".safetensors" for path in weight_files(directory))
+
+
 def read_headers(directory: Path) -> dict[str, tuple[str, list[int]]]:
     """The dtype and shape of each tensor that transformers reads, by name, from the headers of safetensors files; empty
     for PyTorch's. Raises ModelError."""
-    files = [path for path in weight_files(directory) if path.suffix == ".safetensors"]
-    return {name: header for path in files for name, header in _header(path).items()}
+    files = weight_files(directory)
+    return {name: header for path in files if path.suffix == ".safetensors" for name, header in _header(path).items()}
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -190,7 +199,7 @@ def _check_not_quantised(directory: Path, names: set[str]) -> None:
     text = config.get("text_config")
     for table in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config", "quantization"):
-            if settings := table.get(key):
+            if (settings := table.get(key)) is not None:
                 method = settings.get("quant_method") if isinstance(settings, dict) else None
                 raise _quantised(str(method or key))
     if found := sorted(names & set(QUANTISED)):

@@ -184,6 +184,7 @@ def _load(source: Path, options: dict[str, Any], checked: CheckedModel, trust_re
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"cannot be used: its tensor {name} has values that are not finite; download it again.")
+    # Of a GGUF file transformers ignores the argument above.
     model.generation_config = generation
     return model
 

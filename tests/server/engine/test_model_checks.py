@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.doctor.model import read_model
-from server.engine.reference import prepare_reference
+from server.engine.reference import find_model, prepare_reference
 from server.shared.errors import DataDirectoryError
 from tests.learner.conftest import save_tiny_model
 
@@ -331,6 +332,12 @@ KINDS: dict[str, tuple[Spoil, str]] = {
         ),
         NO_EMBEDDING.format("token '<turn>'"),
     ),
+    "padding without embedding in the configuration": (config(pad_token_id=99), NO_EMBEDDING.format("pad_token_id 99")),
+    "no tensors": (
+        lambda directory: save_file({}, directory / WEIGHTS),
+        "lacks the tensor lm_head.weight and 29 more; download the whole model.",
+    ),
+    "an empty table of quantisation": (config(quantization_config={}), QUANTISED.format("quantization_config")),
     "a tensor missing": (
         tensors(lambda found: found.pop("model.norm.weight")),
         "lacks the tensor model.norm.weight; download the whole model.",
@@ -368,6 +375,14 @@ THEIRS: dict[str, tuple[Spoil, str]] = {
         "cannot be used: its chat template cannot be rendered (division by zero",
     ),
     "a width that is a text": (config(hidden_size="wide"), "cannot be used: its config.json cannot be read ("),
+    "an activation that does not exist": (
+        config(hidden_act="wiggle"),
+        "cannot be used: its config.json cannot be read (",
+    ),
+    "rotations that do not exist": (
+        config(rope_scaling={"rope_type": "nonsense"}),
+        "cannot be used: its config.json cannot be read (KeyError 'nonsense'",
+    ),
     "heads that do not divide": (
         config(num_attention_heads=7, head_dim=None, num_key_value_heads=7),
         "cannot be used: ",
@@ -423,12 +438,28 @@ def test_pytorchs_weights_are_checked_when_they_are_read(model: Path) -> None:
         prepare_reference(model.parent / "data", str(model), lambda line: None)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_directory_that_this_user_may_not_read(model: Path) -> None:
-    for mode in (0o000, 0o600):
+@pytest.fixture
+def unprivileged() -> Iterator[Callable[[], None]]:
+    """Called, it gives up root's rights until the test ends."""
+    user = os.geteuid()
+    yield lambda: os.seteuid(user or 65534)
+    os.seteuid(user)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_a_directory_that_this_user_may_not_read(whole: Path, unprivileged: Callable[[], None], mode: int) -> None:
+    with tempfile.TemporaryDirectory() as shared:
+        Path(shared).chmod(0o755)
+        model = Path(shutil.copytree(whole, Path(shared) / "model"))
         model.chmod(mode)
-        assert problem(model) == "cannot be read (Permission denied); make it readable for this user."
-    model.chmod(0o700)
+        try:
+            unprivileged()
+            assert problem(model) == "cannot be read (Permission denied); make it readable for this user."
+            with pytest.raises(DataDirectoryError, match=r"/inside' cannot be read \(Permission denied\); make it"):
+                find_model(str(model / "inside"))
+        finally:
+            os.seteuid(os.getuid())
+            model.chmod(0o755)
 
 
 def test_a_file(tmp_path: Path) -> None:

@@ -323,7 +323,7 @@ def make_model(work: Path, model: str) -> Path:
     directory = work / "model"
     if not directory.exists():
         if model == "smollm2":
-            from server.engine.reference import prepare_reference
+            from server.reference.reference import prepare_reference
 
             source = prepare_reference(work / "source", model, lambda line: print(line, file=sys.stderr))
         else:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from server.app import App
 from server.engine.adapter_engine import AdapterEngine
-from server.engine.reference import prepare_reference
 from server.engine.vllm_engine import VllmEngine
 from server.engine.vllm_start import set_environment, start_engine
+from server.reference.reference import prepare_reference
 from server.settings import ServerSettings
 from server.shared.errors import DataDirectoryError, ServiceError
 from server.shared.loopback import is_loopback

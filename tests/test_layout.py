@@ -45,7 +45,12 @@ RULES = [
     (["server.store", "server.shared"], ["grpc", "prefloop", "google", "vllm"], [], []),
     (["server.store"], ["torch", "transformers"], [], []),
     (["server.turns"], ["grpc", "prefloop", "google", "server.rpc"], [], []),
-    (["server.versions", "server.engine"], ["grpc", "prefloop", "google", "server.rpc", "server.turns"], [], []),
+    (
+        ["server.versions", "server.engine", "server.reference"],
+        ["grpc", "prefloop", "google", "server.rpc", "server.turns"],
+        [],
+        [],
+    ),
     # The learner's cache of features is a separate file, written with sqlite-utils.
     (
         ["server", "learner", "clients"],

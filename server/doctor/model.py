@@ -4,10 +4,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.engine.model_checks import check_model
-from server.engine.model_files import read_headers
-from server.engine.model_hub import cached
-from server.engine.reference import about, check_family, check_same_model, check_trust, find_model
+from server.reference.model_checks import check_model
+from server.reference.model_files import read_headers
+from server.reference.model_hub import cached
+from server.reference.reference import about, check_family, check_same_model, check_trust, find_model
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
 from server.shared.model.dtype import DtypeName

@@ -3,7 +3,7 @@
 from server.doctor.finding import Finding, State
 from server.doctor.needs import Needs
 from server.doctor.readings import Disk
-from server.engine.model_hub import OFFLINE
+from server.reference.model_hub import OFFLINE
 from server.shared.machine import GIB
 from server.store.sqlite.database import sqlite_problem
 

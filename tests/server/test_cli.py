@@ -15,7 +15,7 @@ from server.rpc import interceptor
 from server.store.sqlite.database import SqliteDatabase
 from server.store.store import Store
 from tests.learner.conftest import save_tiny_model
-from tests.server.engine.test_model_checks import AUTO_MAP, CODE, change
+from tests.server.reference.test_model_checks import AUTO_MAP, CODE, change
 from tests.server.store.test_deletion import thumb, trained
 from tests.server.store.test_lineage import lease
 

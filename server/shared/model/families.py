@@ -68,5 +68,6 @@ def limit_of(directory: Path, dtype: DtypeName, work: Work) -> Limit | None:
 
 
 def family_of(directory: Path) -> str:
-    """The model's `model_type`; an empty string if it has none."""
-    return str(json.loads((directory / "config.json").read_bytes()).get("model_type", ""))
+    """The `model_type` of the model, or of its text part if it also reads images; an empty string if it has none."""
+    config = json.loads((directory / "config.json").read_bytes())
+    return str((config.get("text_config") or {}).get("model_type") or config.get("model_type", ""))

@@ -37,11 +37,25 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False, **option
 
 def load_model(source: str | Path, trust_remote_code: bool = False, **options: Any) -> Any:
     """The model in a directory, with random numbers for tensors that its files lack: a published version has all.
-    Raises UntrustedCodeError."""
-    from transformers import AutoModelForCausalLM
+    One that also reads images needs `config` among the options. Raises UntrustedCodeError."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    images = "config" in options and classes_for(options["config"]) is MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
     with _told(source):
-        return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        return auto.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+
+
+def classes_for(config: Any) -> Any:
+    """transformers' mapping that has a class for a configuration: that of causal language models, or that of models
+    that also read images, if their text part is one. None if neither."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING
+    with_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    text = type(config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if with_images and text else None
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from server.doctor.examine import DoctorSettings
 from server.doctor.model import SMOLLM2, Model, read_model
 from server.doctor.needs import Needs, needs_of
 from server.doctor.speed import Sample, Speed, expected, measure, samples
-from server.engine import reference
-from server.engine.reference import find_model, prepare_reference
+from server.reference import reference
+from server.reference.reference import find_model, prepare_reference
 from server.shared.errors import DataDirectoryError
 from server.shared.model.dtype import DtypeName
 from server.shared.model.needs import Training

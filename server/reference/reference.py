@@ -13,9 +13,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from server.engine.model_checks import CheckedModel, check_loaded, check_model
-from server.engine.model_files import ModelError, first_line, read_table, reading
-from server.engine.model_hub import fetch_small_files, fetch_weights
+from server.reference.model_checks import CheckedModel, check_loaded, check_model
+from server.reference.model_files import ModelError, first_line, read_table, reading
+from server.reference.model_hub import fetch_small_files, fetch_weights
+from server.reference.text_model import text_model
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
 from server.shared.model.dtype import DtypeName
@@ -185,6 +186,10 @@ def _load(source: Path, options: dict[str, Any], checked: CheckedModel, trust_re
         if not torch.isfinite(tensor).all():
             raise ModelError(f"cannot be used: its tensor {name} has values that are not finite; download it again.")
     # Of a GGUF file transformers ignores the argument above.
+    try:
+        model = text_model(model)
+    except ValueError as error:
+        raise ModelError(f"cannot be used: {error}; give a model that only reads text.") from error
     model.generation_config = generation
     return model
 

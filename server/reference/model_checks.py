@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.engine.model_files import (
+from server.reference.model_files import (
     ModelError,
     check_files,
     first_line,
@@ -16,7 +16,14 @@ from server.engine.model_files import (
     reading,
 )
 from server.shared.model.context import positions
-from server.shared.model.load import UNTRUSTED, UntrustedCodeError, load_config, load_tokenizer, quiet
+from server.shared.model.load import (
+    UNTRUSTED,
+    UntrustedCodeError,
+    classes_for,
+    load_config,
+    load_tokenizer,
+    quiet,
+)
 from server.shared.model.text import PLAIN, ChatText, UnknownTokenError, embeddings
 
 # As the setting max_model_len.
@@ -166,12 +173,11 @@ def _check_size(config: Any) -> None:
 
 
 def _class_of(config: Any) -> tuple[Any, Any]:
-    """The class that transformers has for a causal language model, and its part of the configuration."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    """The class that transformers has for a model that continues a text, and its part of the configuration."""
     from transformers.models.auto import auto_factory
 
     automatic: Any = auto_factory
-    model_class = automatic._get_model_class(config, MODEL_FOR_CAUSAL_LM_MAPPING)
+    model_class = automatic._get_model_class(config, classes_for(config))
     text = config.get_text_config()
     return model_class, text if model_class.config_class is type(text) else config
 
@@ -184,10 +190,10 @@ def _coded(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _check_kind(config: Any, raw: dict[str, Any], trust_remote_code: bool) -> None:
     """Raise ModelError unless the model continues a text, or its own code may say how it does."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     kind = type(config)
-    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    known = classes_for(config) is not None
     if "AutoModelForCausalLM" in _coded(raw) and (trust_remote_code or not known):
         if not trust_remote_code:
             raise ModelError(UNTRUSTED)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.doctor.model import read_model
-from server.engine.reference import find_model, prepare_reference
+from server.reference.reference import find_model, prepare_reference
 from server.shared.errors import DataDirectoryError
 from tests.learner.conftest import save_tiny_model
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from server.engine.model_files import INDEX, SAFETENSORS, TORCH, ModelError, first_line, shard_names, weight_files
+from server.reference.model_files import INDEX, SAFETENSORS, TORCH, ModelError, first_line, shard_names, weight_files
 
 OFFLINE = "is not on this machine, and HF_HUB_OFFLINE forbids fetching it: give --model a directory."
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")

@@ -16,11 +16,10 @@ def text_model(model: Any) -> Any:
     config = model.config.get_text_config()
     if config is model.config:
         return model
-    part_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config))
-    if part_class is None:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"its text part, {config.model_type}, is not a model by itself")
     with torch.device("meta"):
-        part = part_class(config)
+        part: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # type: ignore[operator]
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     setattr(part, part.base_model_prefix, decoder)
     part.set_output_embeddings(head)

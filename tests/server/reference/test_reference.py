@@ -14,15 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.doctor.model import Model, read_model
-from server.engine import model_hub
-from server.engine.reference import find_model, identity, prepare_reference, same_model
+from server.reference import model_hub
+from server.reference.reference import find_model, identity, prepare_reference, same_model
 from server.shared.errors import DataDirectoryError
 from server.shared.model.load import UntrustedCodeError, load_model
 from server.shared.model.text import ChatText, UnknownTokenError
 from server.store.files.manifest import read_manifest, verify
-from tests.families.configs import save
+from tests.families.configs import WORDS, logits, save
 from tests.learner.conftest import save_tiny_model
-from tests.server.engine.test_model_checks import AUTO_MAP, CODE, change, tokens
+from tests.server.reference.test_model_checks import AUTO_MAP, CODE, change, tokens
+from tests.server.reference.test_text_model import MODELS, whole
+from tests.words import save_words
 
 
 @pytest.fixture
@@ -424,3 +426,20 @@ def test_a_family_that_this_processor_cannot_serve_is_refused_although_it_was_pr
     with pytest.raises(DataDirectoryError) as refused:
         prepare_reference(data_dir, path, lambda line: None, dtype="float32")
     assert str(refused.value) == sentence
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_of_a_model_that_also_reads_images_the_text_part_is_served(family: str, tmp_path: Path) -> None:
+    part_family, text, values = MODELS[family]
+    original = whole(family, text, **values)
+    # v0000 is stored in bfloat16.
+    for parameter in original.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    original.save_pretrained(tmp_path / "model")
+    save_words(tmp_path / "model", WORDS, end=2)
+    reference = prepared(tmp_path / "model", tmp_path / "data")
+    assert table(reference / "config.json")["model_type"] == part_family
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        served = load_model(reference, dtype=torch.float32, attn_implementation="eager").eval()
+        assert (logits(served, ids) - logits(original, ids)).abs().max() < 1e-5

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.text_model import text_model
+from server.reference.text_model import text_model
 from tests.families.configs import COMMON, COMPUTED, DELTA_NET, DENSE, WORDS, logits, tiny
 
 VISION = {

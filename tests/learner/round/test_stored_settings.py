@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from learner.round.run import began_with
+from learner.round.resume import began_with
 from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError
 from server.shared.stored_round import SETTINGS

@@ -76,7 +76,7 @@ def row(family: str, found: dict[str, Any], limit: Limit | None) -> str:
         "no" if limit and limit.rules_out(work) else f"{found[name]:.0e}" if name in found else "?"
         for work, name in FIGURES.items()
     ]
-    where = f" (only on a {limit.only})" if limit and limit.only else ""
+    where = f" (on a {limit.only.replace('cpu', 'CPU')})" if limit and limit.only else ""
     return f"| {family} | {' | '.join(cells)} | {limit.reason + where if limit else ''} |"
 
 

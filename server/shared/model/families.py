@@ -37,6 +37,10 @@ LATENT = (
     "vLLM's build for CPUs computes its latent attention wrong, and cannot load its weights again: "
     '"The size of tensor a (0) must match the size of tensor b (512)"'
 )
+INSPECTED = (
+    "vLLM 0.32 for CPUs cannot load its code for it: "
+    "\"Model architectures ['Qwen3_5ForCausalLM'] failed to be inspected\""
+)
 CONVOLUTION = "vLLM's build for CPUs computes its short convolutions wrong, by up to 1.3 nats per token"
 # By transformers' `model_type`, as tried with vLLM 0.32 and transformers 5.17.
 LIMITS: dict[str, Limit] = {
@@ -51,6 +55,7 @@ LIMITS: dict[str, Limit] = {
     "mamba": Limit("serving", SCAN, "cpu"),
     "mpt": Limit("serving", 'vLLM 0.32 has no code for it: "was supported in vLLM until v0.28.0"'),
     "phimoe": Limit("serving", 'vLLM 0.32 cannot run it: "too many values to unpack (expected 3)"'),
+    "qwen3_5_text": Limit("serving", INSPECTED, "cpu"),
     "qwen3_next": Limit("serving", 'vLLM for CPUs says "CPU GDN attention requires BF16"', "cpu in float32"),
     "recurrent_gemma": Limit("serving", NO_WAY),
 }

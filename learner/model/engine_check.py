@@ -36,7 +36,7 @@ def check_engine(
     asked = [replace(prompt, max_tokens=min(LENGTH, prompt.max_tokens)) for prompt in prompts[:ANSWERS]]
 
     def sample(draw: int) -> Rollout:
-        return to_rollout(engine.sample(asked, draw_seed(settings.seed, draw)))
+        return to_rollout(engine.sample(asked, draw_seed(settings.seed, draw))).to(policy.model.device)
 
     def gap(rollout: Rollout) -> float:
         logprobs = policy_logprobs(

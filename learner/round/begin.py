@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from learner.model.device import resolve_device
+from learner.model.device import read_memory, resolve_device
 from learner.progress import Stages
 from learner.round.preconditions import failed_precondition
 from learner.settings import LearnerSettings
@@ -86,7 +86,7 @@ def plan_memory(settings: LearnerSettings, reference: Path, prompts: list[Prompt
     shape = read_shape(reference)
     need = round_need(shape, dtype, settings.kv_cache_gib, training)
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = read_memory()
         need = replace(need, engine=int(settings.learner_gpu_memory_share * total))
     setting = settings.policy.checkpoint_activations
     checkpoint = setting == "on" or (setting == "auto" and need.total > free)

@@ -30,6 +30,7 @@ from learner.ops.users import read_users
 from learner.progress import Stages
 from learner.round.run import run_once
 from learner.settings import PolicySettings, PPOSettings
+from server.shared.machine import GIB
 from server.shared.model.dtype import DtypeName, torch_dtype
 from server.store.chats.records import Prompt
 from server.store.learning.round_metrics import StepMetrics
@@ -277,7 +278,7 @@ def test_a_round_and_then_the_users(data_dir: Path, tmp_path: Path, monkeypatch:
 
 
 def _pretend_that_torch_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = SimpleNamespace(is_available=lambda: True)
+    cuda = SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (60 * GIB, 80 * GIB))
     monkeypatch.setattr("learner.model.device.torch", SimpleNamespace(cuda=cuda, device=torch.device))
 
 

@@ -73,6 +73,8 @@ def limit_of(directory: Path, dtype: DtypeName, work: Work) -> Limit | None:
 
 
 def family_of(directory: Path) -> str:
-    """The `model_type` of the model, or of its text part if it also reads images; an empty string if it has none."""
-    config = json.loads((directory / "config.json").read_bytes())
+    """The `model_type` of the model, or of its text part if it also reads images; an empty string without one, as for
+    the packaged default before it is prepared."""
+    path = directory / "config.json"
+    config = json.loads(path.read_bytes()) if path.exists() else {}
     return str((config.get("text_config") or {}).get("model_type") or config.get("model_type", ""))

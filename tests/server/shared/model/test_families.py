@@ -46,5 +46,10 @@ def test_some_are_refused_on_a_cpu_only(
     assert bool(limit_of(of_family(tmp_path, family), dtype, "serving")) is refused
 
 
+def test_a_directory_without_a_configuration_is_of_no_family(tmp_path: Path) -> None:
+    """The packaged default is one GGUF file."""
+    assert limit_of(tmp_path, "float32", "full training") is None
+
+
 def test_every_limit_is_of_a_family_that_was_tried() -> None:
     assert sorted(set(LIMITS) - set(FAMILIES)) == []

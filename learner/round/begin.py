@@ -82,7 +82,8 @@ def plan_memory(settings: LearnerSettings, reference: Path, prompts: list[Prompt
     assert dtype != "auto", "a round's dtype is resolved before it begins"
     machine = read_machine()
     total, free = machine.memory, machine.available
-    training = _training(settings, dtype, prompts, context_length(reference, settings.max_model_len))
+    longest = context_length(reference, settings.max_model_len, settings.trust_remote_code)
+    training = _training(settings, dtype, prompts, longest)
     shape = read_shape(reference)
     need = round_need(shape, dtype, settings.kv_cache_gib, training)
     if device.type == "cuda":
@@ -92,7 +93,7 @@ def plan_memory(settings: LearnerSettings, reference: Path, prompts: list[Prompt
     checkpoint = setting == "on" or (setting == "auto" and need.total > free)
     if checkpoint:
         again = round_need(shape, dtype, settings.kv_cache_gib, replace(training, checkpoint=True))
-        need = replace(need, activations=again.activations)
+        need = replace(again, engine=need.engine)
     return MemoryPlan(need, checkpoint, total, free)
 
 

@@ -1,5 +1,6 @@
 """A round that does not fit into memory is not begun; one that fits only just saves memory, to its end."""
 
+import shutil
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -19,10 +20,12 @@ from learner.round.begin import plan_memory, too_little_memory
 from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError
 from server.shared.machine import GIB, Machine
+from server.shared.model.load import UntrustedCodeError
 from server.store.chats.records import Prompt
 from server.store.learning.records import Round
 from server.store.store import Store
 from tests.learner.rounds import TinyEngine, passing, settings
+from tests.server.reference.test_reference import give_code
 
 PROMPTS = [Prompt("c", [5] * 20, 12), Prompt("d", [5] * 60, 48), Prompt("e", [5] * 200, 64)]
 CPU = torch.device("cpu")
@@ -62,6 +65,18 @@ def test_the_longest_row_that_a_round_reads_counts(model_directory: Path, monkey
 
     assert activations(1) == activations(108)
     assert activations(216) == 2 * activations(108)
+
+
+def test_memory_is_planned_for_a_model_with_its_own_code_if_that_is_trusted(
+    model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory(monkeypatch, 16, 12)
+    model = shutil.copytree(model_directory, tmp_path / "model")
+    give_code(model)
+    with pytest.raises(UntrustedCodeError):
+        plan(model)
+    trusting = LearnerSettings(dtype="float32", trust_remote_code=True)
+    assert plan_memory(trusting, model, PROMPTS, CPU) == plan(model_directory)
 
 
 def test_too_little_memory_is_a_sentence_with_advice(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

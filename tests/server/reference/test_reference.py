@@ -193,12 +193,16 @@ class MyModel(LlamaForCausalLM):
 """
 
 
-@pytest.fixture
-def coded(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A model whose type only its own code knows, in two files."""
+def give_code(model: Path) -> None:
+    """Makes it a model whose type only its own code knows, in two files."""
     (model / "modeling_mine.py").write_text(OWN_CODE)
     (model / "layers.py").write_text("SCALE = 42\n")
     change("config.json", model_type="mine", architectures=["MyModel"], auto_map=AUTO_MAP)(model)
+
+
+@pytest.fixture
+def coded(model: Path) -> Path:
+    give_code(model)
     return model
 
 

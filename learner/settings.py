@@ -74,7 +74,7 @@ class PolicySettings(BaseModel):
     checkpoint_activations: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Compute activations again in the backward pass instead of keeping them: an update takes less "
-        "memory and about a third longer. `auto`: if a round would not fit into the free memory otherwise.",
+        "memory and more time. `auto`: if a round would not fit into the free memory otherwise.",
     )
     mismatch_limit: Positive | None = Field(
         None,

@@ -86,11 +86,12 @@ class TrainablePolicy:
         deviation `size` in each adapter's second matrix, or of `size` times its own root mean square in each weight."""
         self.reset()
         generator = torch.Generator().manual_seed(seed)
+        adapters = self._reference is None
         for name, parameter in self.model.named_parameters():
-            if "lora_B" in name or self._reference is not None:
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                own = 1.0 if "lora_B" in name else float(parameter.float().square().mean().sqrt())
-                parameter.add_(noise, alpha=size * own)
+            if adapters and "lora_B" not in name:
+                continue
+            own = 1.0 if adapters else float(parameter.float().square().mean().sqrt())
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=size * own)
 
     @torch.no_grad()
     def reset(self) -> None:

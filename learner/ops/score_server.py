@@ -103,16 +103,9 @@ class Scorer:
 class ScoringService(scoring_pb2_grpc.ScoringServiceServicer):
     """Serves ScoreCandidates with a Scorer in a separate thread."""
 
-    def __init__(
-        self,
-        data_dir: Path,
-        dtype: DtypeName,
-        device: torch.device,
-        max_model_len: int,
-        trust_remote_code: bool = False,
-    ) -> None:
+    def __init__(self, make_scorer: Callable[[], Scorer]) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scores")
-        self._scorer = self._thread.submit(Scorer, data_dir, dtype, device, max_model_len, trust_remote_code).result()
+        self._scorer = self._thread.submit(make_scorer).result()
 
     async def ScoreCandidates(
         self, request: scoring_pb2.ScoreCandidatesRequest, context: Any
@@ -146,7 +139,7 @@ async def serve_scores(settings: LearnerSettings, port: int, say: Callable[[str]
     resolved, device = resolve_dtype(settings.dtype), resolve_device(settings.learner_device)
     say(f"computing in {resolved} on {device}")
     service = ScoringService(
-        settings.data_dir, resolved.name, device, settings.max_model_len, settings.trust_remote_code
+        lambda: Scorer(settings.data_dir, resolved.name, device, settings.max_model_len, settings.trust_remote_code)
     )
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)

@@ -4,10 +4,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.reference.model_checks import check_model
+from server.reference.model_checks import check_family, check_model
 from server.reference.model_files import read_headers
 from server.reference.model_hub import cached
-from server.reference.reference import about, check_family, check_same_model, check_trust, find_model
+from server.reference.reference import about, check_same_model, check_trust, find_model
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
 from server.shared.model.dtype import DtypeName
@@ -49,8 +49,7 @@ def read_model(data_dir: Path, model: str, trust_remote_code: bool = False, dtyp
             directory = Path(source) if os.path.isabs(source) else cached(source)
             if directory is None:
                 return Model(fetched=False)
-            check_model(directory, {}, trust_remote_code, name="" if os.path.isabs(source) else source)
-            check_family(directory, dtype)
+            check_model(directory, {}, trust_remote_code, dtype, name="" if os.path.isabs(source) else source)
             shapes = {name: shape for name, (_, shape) in read_headers(directory).items()}
         return Model(shape_of(shapes, chosen_experts(directory)) if shapes else None)
     except (DataDirectoryError, ManifestError) as error:

@@ -16,6 +16,8 @@ from server.reference.model_files import (
     reading,
 )
 from server.shared.model.context import positions
+from server.shared.model.dtype import DtypeName
+from server.shared.model.families import family_of, limit_of
 from server.shared.model.load import (
     UNTRUSTED,
     UntrustedCodeError,
@@ -48,11 +50,17 @@ class CheckedModel:
 
 
 def check_model(
-    source: Path, options: dict[str, Any], trust_remote_code: bool, *, name: str = "", weights: bool = True
+    source: Path,
+    options: dict[str, Any],
+    trust_remote_code: bool,
+    dtype: DtypeName,
+    *,
+    name: str = "",
+    weights: bool = True,
 ) -> CheckedModel:
-    """The model in a directory, which transformers reads with `options`; `name`: the id that it was fetched by;
-    `weights`: whether its weights are there, too. Takes seconds, most of them to import transformers and to read the
-    tokenizer. Raises ModelError."""
+    """The model in a directory, which transformers reads with `options`, for an engine that computes in `dtype`;
+    `name`: the id that it was fetched by; `weights`: whether its weights are there, too. Takes seconds, most of them to
+    import transformers and to read the tokenizer. Raises ModelError."""
     if not options:
         check_files(source, weights=weights)
     config, raw = _checked_config(source, options, trust_remote_code)
@@ -65,7 +73,17 @@ def check_model(
     # What a directory's own code builds is only known when it runs.
     if weights and not options and not (trust_remote_code and _coded(raw)) and is_safetensors(source):
         check_tensors(source, config)
+    check_family(source, dtype)
     return CheckedModel(config, tokenizer, ids)
+
+
+def check_family(directory: Path, dtype: DtypeName) -> None:
+    """Raise ModelError if the model in `directory` is of a family that cannot be served in `dtype` on this machine."""
+    if limit := limit_of(directory, dtype, "serving"):
+        raise ModelError(
+            f"is of the family {family_of(directory)}, which cannot be served here: {limit.reason}; docs/models.md "
+            "lists families that can."
+        )
 
 
 def check_tensors(source: Path, config: Any) -> None:

@@ -13,14 +13,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from server.reference.model_checks import CheckedModel, check_loaded, check_model
+from server.reference.model_checks import CheckedModel, check_family, check_loaded, check_model
 from server.reference.model_files import ModelError, first_line, read_table, reading
 from server.reference.model_hub import fetch_small_files, fetch_weights
 from server.reference.text_model import text_model
 from server.settings import DEFAULT_MODEL
 from server.shared.errors import DataDirectoryError, ManifestError
 from server.shared.model.dtype import DtypeName
-from server.shared.model.families import family_of, limit_of
 from server.shared.model.load import UntrustedCodeError, load_config, load_model, quiet
 from server.store.files.manifest import Manifest, new_version, verify
 from server.store.learning.policies import REFERENCE
@@ -52,8 +51,8 @@ def prepare_reference(
     info = {"model": identity(model), "packages": {name: metadata.version(name) for name in ("torch", "transformers")}}
     with about(model):
         directory = _fetched(source, trust_remote_code, dtype, say)
-        checked = check_model(directory, options, trust_remote_code, name=model if directory != Path(source) else "")
-        check_family(directory, dtype)
+        name = model if directory != Path(source) else ""
+        checked = check_model(directory, options, trust_remote_code, dtype, name=name)
         with new_version(final, kind="full", reference_version=REFERENCE, info=info) as staging:
             say("reading the weights")
             loaded = _load(directory, options, checked, trust_remote_code)
@@ -96,15 +95,6 @@ def check_trust(directory: Path, trust_remote_code: bool) -> None:
         load_config(directory)
     except UntrustedCodeError as error:
         raise DataDirectoryError(f"The reference {error}") from error
-
-
-def check_family(directory: Path, dtype: DtypeName) -> None:
-    """Raise ModelError if the model in `directory` is of a family that cannot be served in `dtype` on this machine."""
-    if limit := limit_of(directory, dtype, "serving"):
-        raise ModelError(
-            f"is of the family {family_of(directory)}, which cannot be served here: {limit.reason}; docs/models.md "
-            "lists families that can."
-        )
 
 
 def same_model(made_from: str, model: str) -> bool:
@@ -162,8 +152,7 @@ def _fetched(source: str, trust_remote_code: bool, dtype: DtypeName, say: Callab
         return Path(source)
     say(f"fetching {source} from Hugging Face")
     directory = fetch_small_files(source)
-    check_model(directory, {}, trust_remote_code, name=source, weights=False)
-    check_family(directory, dtype)
+    check_model(directory, {}, trust_remote_code, dtype, name=source, weights=False)
     fetch_weights(source, directory)
     return directory
 
@@ -185,11 +174,11 @@ def _load(source: Path, options: dict[str, Any], checked: CheckedModel, trust_re
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"cannot be used: its tensor {name} has values that are not finite; download it again.")
-    # Of a GGUF file transformers ignores the argument above.
     try:
         model = text_model(model)
     except ValueError as error:
         raise ModelError(f"cannot be used: {error}; give a model that only reads text.") from error
+    # Of a GGUF file transformers ignores the argument above.
     model.generation_config = generation
     return model
 

@@ -42,7 +42,7 @@ INSPECTED = (
     "\"Model architectures ['Qwen3_5ForCausalLM'] failed to be inspected\""
 )
 CONVOLUTION = "vLLM's build for CPUs computes its short convolutions wrong, by up to 1.3 nats per token"
-# By transformers' `model_type`, as tried with vLLM 0.32 and transformers 5.17.
+# By transformers' `model_type`, as tried with vLLM 0.32 and transformers 5.19.
 LIMITS: dict[str, Limit] = {
     "bamba": Limit("serving", NO_WAY),
     "deepseek_v2": Limit("serving", LATENT, "cpu"),

@@ -5,7 +5,7 @@
   reference's); gradients, float32 copies and Adam's moments of what is trained; the critic's features of a rollout;
   and for the tokens of one micro-batch, what is kept for the backward pass and the logits.
 
-Parts were measured (docs/benchmarks/soak.md, ppo.md); memory.md compares the sums with whole updates.
+Parts were measured (docs/benchmarks/soak.md, ppo.md).
 """
 
 from dataclasses import dataclass

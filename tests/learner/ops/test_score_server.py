@@ -15,7 +15,7 @@ from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
 
 from learner.model.features import extract
 from learner.model.forward import to_tokens
-from learner.ops.score_server import ScoringService
+from learner.ops.score_server import Scorer, ScoringService
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.reward.standardiser import Standardiser
 from server.store.files.manifest import new_version
@@ -56,7 +56,7 @@ def data_dir(tmp_path: Path, model_directory: Path) -> Path:
 
 @asynccontextmanager
 async def scoring(data_dir: Path) -> AsyncIterator[Any]:
-    service = ScoringService(data_dir, "float32", torch.device("cpu"), 64)
+    service = ScoringService(lambda: Scorer(data_dir, "float32", torch.device("cpu"), 64))
     server = grpc.aio.server()
     scoring_pb2_grpc.add_ScoringServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -262,6 +262,7 @@ class VllmEngine:
 
     async def _start_again(self) -> None:
         self._admitted.clear()
+        self._working_since = None
         await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
         log.warning("restarting the engine")
         # It was last checked when it was first read, perhaps days ago.

@@ -71,12 +71,16 @@ docs: setup
 	$(BIN)/python docs/languages.py
 	$(BIN)/python docs/floors.py
 
-# After a change of dependencies. No index address may be in the output, and torch without its CPU mark serves both kinds.
+# After a change of dependencies: one file for each extra and all Pythons that are supported. No index address may be in
+# the output. Only PyPI is asked: its torch pins packages that the CPU's build leaves open. Markers that every package
+# has are dropped, and those that only say where a constraint is of use; what differs between Pythons stays.
 requirements: $(BIN)/uv
 	for extra in cpu gpu; do \
-	  $(BIN)/uv pip compile --quiet pyproject.toml --extra $$extra --group dev --python-version 3.11 \
+	  UV_FIND_LINKS= $(BIN)/uv pip compile --quiet pyproject.toml --extra $$extra --group dev \
+	    --universal --python-version 3.11 \
 	    --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/$$extra.txt \
-	  && sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements/$$extra.txt || exit 1; \
+	  && sed -i -E -e "s/ ; python_full_version < '3.14' and .*//" \
+	    -e "s/ ; (python_full_version [<>=]+ '[0-9.]+') and .*/ ; \1/" requirements/$$extra.txt || exit 1; \
 	done
 
 # Known vulnerabilities of what is pinned; asks PyPI's advisories, so it needs the network.

@@ -1,6 +1,8 @@
-"""The GPU that the learner's process sees."""
+"""The learner's process: the GPU that it sees, and its memory."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -33,3 +35,42 @@ def test_a_chosen_gpu_hides_the_others_once(device: str, seen: str, monkeypatch:
         process.set_environment(LearnerSettings.from_values({"learner_device": device}))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
     process._show_only.cache_clear()
+
+
+# Twenty blocks that are freed, with small ones between them that are kept. Prints the mebibytes that remain.
+ALLOCATE = """
+import ctypes, sys
+from learner import process
+
+for name in sys.argv[1:]:
+    getattr(process, name)()
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4 // 1024
+
+
+before = resident()
+blocks = []
+for _ in range(20):
+    blocks.append(c.malloc(4 * 2**20))
+    ctypes.memset(blocks[-1], 1, 4 * 2**20)
+    c.malloc(100)
+assert resident() - before >= 80
+for block in blocks:
+    c.free(block)
+print(resident() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("calls", "least", "most"),
+    [(["keep_freed_memory"], 75, 85), (["keep_freed_memory", "return_large_blocks"], 0, 3)],
+)
+def test_freed_memory_is_kept_unless_memory_is_short(calls: list[str], least: int, most: int) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", ALLOCATE, *calls], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert least <= int(said.stdout) <= most

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import learner.model.forward as forward
+import server.shared.model.needs as needs
 from learner.model.checkpointing import checkpoint_layers, checkpointed
 from learner.model.forward import run_trunk, shares_prefix, to_tokens, token_logprobs
 from learner.model.passes import policy_logprobs, reference_pass
@@ -55,7 +56,7 @@ def test_numbers_and_gradients_are_those_without_checkpoints(family: str, monkey
     logprobs, expected = passes(adapted(family, checkpoint=False))
     model = adapted(family, checkpoint=True)
     # Logits in pieces too: the head is computed again with the model's own code while the trunk is.
-    monkeypatch.setattr(forward, "LOGIT_BYTES", 3 * WORDS * 4)
+    monkeypatch.setattr(needs, "CHECKPOINTED_LOGIT_BYTES", 3 * WORDS * 4)
     found = passes(model)
     assert torch.allclose(found[0], logprobs, rtol=1e-5, atol=1e-5)
     assert found[1].keys() == expected.keys()

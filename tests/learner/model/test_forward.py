@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import learner.model.features as features
 import learner.model.forward as forward
+import server.shared.model.needs as needs
 from learner.model.features import FeatureCache, default_layers, extract, pool, pool_prefixes
 from learner.model.forward import micro_batches, response_states, run_trunk, shared_prefix, to_tokens, token_logprobs
 from learner.model.head import head_logits
@@ -182,7 +183,7 @@ def test_logits_are_computed_in_pieces(model: Any, monkeypatch: pytest.MonkeyPat
     # Eight response tokens: all at once, and not computed again.
     whole = run()
     assert at_once == [8]
-    monkeypatch.setattr(forward, "LOGIT_BYTES", positions * WORDS * 4)
+    monkeypatch.setattr(needs, "LOGIT_BYTES", positions * WORDS * 4)
     pieces = run()
     # In the backward pass the last piece comes first.
     forwards = {1: [1] * 8, 3: [3, 3, 2], 8: [8]}[positions]
@@ -203,7 +204,7 @@ def test_pieces_of_logits_are_not_kept(model: Any, monkeypatch: pytest.MonkeyPat
         return sum(held)
 
     assert kept() > 8 * WORDS
-    monkeypatch.setattr(forward, "LOGIT_BYTES", 2 * WORDS * 4)
+    monkeypatch.setattr(needs, "LOGIT_BYTES", 2 * WORDS * 4)
     assert kept() < 8 * WORDS
 
 

@@ -120,6 +120,7 @@ def test_a_round_that_does_not_fit_is_not_begun(data_dir: Path, monkeypatch: pyt
     store.close()
     # So the same votes begin one on a larger machine.
     memory(monkeypatch, 16, 12)
+    monkeypatch.setattr(rounds, "return_large_blocks", lambda: pytest.fail("memory is not short"))
     assert rounds.run_once(settings(data_dir), Stages(Console(quiet=True))).state == "promoted"
     assert the_round(data_dir).settings["policy"]["checkpoint_activations"] == "off"
 
@@ -134,6 +135,8 @@ def test_a_round_keeps_its_decision_when_it_is_resumed(data_dir: Path, monkeypat
 
     memory(monkeypatch, 16, 2)
     said = StringIO()
+    returned: list[bool] = []
+    monkeypatch.setattr(rounds, "return_large_blocks", lambda: returned.append(True))
     with monkeypatch.context() as patch:
         patch.setattr(rounds, "improve_policy", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -149,7 +152,7 @@ def test_a_round_keeps_its_decision_when_it_is_resumed(data_dir: Path, monkeypat
 
     monkeypatch.setattr(rounds, "judge_candidates", noticing)
     assert rounds.run_once(settings(data_dir), Stages(Console(quiet=True))).state == "promoted"
-    assert found == [True, True]
+    assert found == returned == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -42,3 +42,8 @@ def test_checkpoints_keep_the_inputs_of_layers_and_one_layer() -> None:
 def test_logits_have_a_bound() -> None:
     words = replace(SHAPE, head=(150_000, 10))
     assert round_need(words, "bfloat16", 2, replace(LORA, tokens=2048)).logits == 4 * LOGIT_BYTES == 2 * GIB
+
+
+def test_a_checkpointed_round_computes_fewer_logits_at_once() -> None:
+    words = replace(SHAPE, head=(150_000, 10))
+    assert round_need(words, "bfloat16", 2, replace(LORA, tokens=2048, checkpoint=True)).logits == GIB // 2

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
+import psutil  # type: ignore[import-untyped]
 from beside import serving
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc
@@ -83,7 +83,7 @@ class Load:
             chat_pb2_grpc.ChatServiceStub(channel),
             feedback_pb2_grpc.FeedbackServiceStub(channel),
         )
-        self._health = health_pb2_grpc.HealthStub(channel)
+        self._health: Any = health_pb2_grpc.HealthStub(channel)
         self._conversation = conversation
 
     async def read(self) -> None:
@@ -111,7 +111,9 @@ class Load:
         await self._feedback.SubmitDemonstration(request, metadata=who("busy"), timeout=CALL_SECONDS)
 
     async def wait(self) -> None:
-        request = chat_pb2.ChatRequest(conversation_id=self._conversation, message="Go on.", sampling={"max_tokens": 8})
+        request = chat_pb2.ChatRequest(
+            conversation_id=self._conversation, message="Go on.", sampling=chat_pb2.SamplingOptions(max_tokens=8)
+        )
         async for _ in self._chat.Chat(request, metadata=who("busy"), timeout=CALL_SECONDS):
             pass
 

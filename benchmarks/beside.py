@@ -70,7 +70,9 @@ class Chatters:
         for turn in range(10**6):
             if self._stopping.is_set():
                 return
-            request = chat_pb2.ChatRequest(message=asked[turn % len(asked)], sampling={"max_tokens": TOKENS})
+            request = chat_pb2.ChatRequest(
+                message=asked[turn % len(asked)], sampling=chat_pb2.SamplingOptions(max_tokens=TOKENS)
+            )
             began, heard = time.monotonic(), False
             for event in self._chat.Chat(request, timeout=CALL_SECONDS, metadata=who):
                 if event.HasField("delta"):

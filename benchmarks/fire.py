@@ -235,7 +235,7 @@ def insist(call: Callable[[], Any], again: Counter[str]) -> Any:
         try:
             return call()
         except grpc.RpcError as error:
-            code = error.code()  # type: ignore[attr-defined]
+            code = error.code()
             again[code.name] += 1
             if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
                 raise

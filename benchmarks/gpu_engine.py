@@ -96,4 +96,7 @@ def save_for_engine(model: Any, directory: Path) -> None:
 
     model.save_pretrained(directory)
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(model.config.vocab_size)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w2").save_pretrained(directory)
+    tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=words, eos_token="w2", pad_token="w2"
+    )
+    tokenizer.save_pretrained(directory)

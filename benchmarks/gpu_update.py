@@ -30,12 +30,14 @@ SHAPES: dict[str, Any] = {
     ),
     "135M": LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=2048, rope_theta=10_000.0, initializer_range=1 / 24,
+        num_key_value_heads=3, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, initializer_range=1 / 24,
         tie_word_embeddings=True,
     ),
     "1.5B": Qwen2Config(
         vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, max_position_embeddings=2048, rope_theta=1_000_000.0, initializer_range=0.02,
+        num_key_value_heads=2, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, initializer_range=0.02,
         tie_word_embeddings=True,
     ),
 }  # fmt: skip
@@ -54,7 +56,7 @@ SETTINGS = SimpleNamespace(
 def make_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     torch.manual_seed(0)
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
 
 
 def make_engine(config: Any, dtype: torch.dtype, device: torch.device) -> TrainablePolicy:

@@ -28,6 +28,7 @@ from kept import kept
 TOKENS, PROMPT, FEATURES = 64, 40, 2881
 LAYERS = (1, 2, 3, 4, 5)
 BATCH = 20_000
+EVERYTHING = 10**9
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "growth.md"
 STAGES = ("count", "snapshot", "dataset", "prompts", "signal", "fit", "judge")
 
@@ -129,7 +130,7 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     from server.store.store import Store
 
     settings = LearnerSettings()
-    votes, prompts = (settings.max_votes, settings.max_prompts) if limited else (None, None)
+    votes, prompts = (settings.max_votes, settings.max_prompts) if limited else (EVERYTHING, EVERYTHING)
     store = Store.open(data)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
@@ -168,7 +169,7 @@ def exponent(by_votes: dict[int, Any], figure: str) -> float:
     """Least-squares slope of log(figure) over log(votes)."""
     points = [(math.log(votes), math.log(max(found[figure], 0.01))) for votes, found in by_votes.items()]
     x, y = (sum(column) / len(points) for column in zip(*points, strict=True))
-    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+    return float(sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points))
 
 
 def page(results: dict[str, dict[int, Any]]) -> str:

@@ -207,7 +207,7 @@ def questions(directory: Path, count: int) -> list[Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     asked = [[{"role": "user", "content": f"Tell me a fact about the number {number}."}] for number in range(count)]
-    ids = [tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False) for one in asked]
+    ids: Any = [tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False) for one in asked]
     return [Prompt(str(number), list(one), TOKENS) for number, one in enumerate(ids)]
 
 

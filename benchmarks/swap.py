@@ -95,7 +95,7 @@ class Crowd:
                 return
 
     def _answer(self, number: int, stream: Stream) -> None:
-        request = chat_pb2.ChatRequest(message=QUESTION, sampling={"max_tokens": TOKENS})
+        request = chat_pb2.ChatRequest(message=QUESTION, sampling=chat_pb2.SamplingOptions(max_tokens=TOKENS))
         for event in self._chat.Chat(request, timeout=SECONDS, metadata=(("x-user-id", f"user{number}"),)):
             match event.WhichOneof("event"):
                 case "started":

@@ -233,7 +233,7 @@ async def voter(channel: grpc.aio.Channel, key: str, echo: bool) -> Callable[[in
         return feedback_pb2.SubmitThumbRequest(response_id=response_id, thumb=thumb, request_id=str(uuid.uuid4()))
 
     if echo:
-        method = channel.unary_unary(ECHO)
+        method: Any = channel.unary_unary(ECHO)
         return lambda number: method(vote("resp_" + "0" * 24, number).SerializeToString(), metadata=metadata)
     chat: Any = chat_pb2_grpc.ChatServiceStub(channel)
     request = chat_pb2.ChatRequest(message="Hi", sampling=chat_pb2.SamplingOptions(max_tokens=1))

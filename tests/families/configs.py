@@ -107,7 +107,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2},
     "glm4_moe": GROUPED,
     "gpt_oss": {**EXPERTS, **WINDOW},
-    "granitemoe": {**EXPERTS, "logits_scaling": 0.25},
+    "granitemoe": {**EXPERTS, "logits_scaling": 0.4},
     "granitemoeshared": {**EXPERTS, "shared_intermediate_size": 128},
     "mixtral": EXPERTS,
     "olmoe": EXPERTS,

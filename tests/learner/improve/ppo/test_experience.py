@@ -92,4 +92,5 @@ def test_an_update_creates_every_tensor_on_the_device_of_its_tokens(model_direct
     with torch.device("meta"):
         found = update()
     assert found.optimizer_steps == 2
-    assert asdict(found) == pytest.approx(asdict(expected), abs=1e-5)
+    # The gradient's norm is 13: float32 rounds it to some parts in a million.
+    assert asdict(found) == pytest.approx(asdict(expected), rel=5e-6, abs=1e-5)

@@ -154,7 +154,7 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     features = torch.randn(len(dataset.answers), FEATURES, generator=generator)
     started = time.perf_counter()
     some = some_conversations(dataset.votes, reward.signal_votes if limited else len(dataset.votes), generator)
-    test_signal(features, some, LAYERS, reward, generator)
+    test_signal(features, some, reward, generator)
     lap("signal")
     fitted = LinearRewardModel.fit(features, dataset.train, LAYERS, reward, generator)
     lap("fit")

@@ -129,7 +129,7 @@ def poisoned(
     ages = torch.zeros(len(dataset.voters))
     weights = vote_weights(ages, dataset.voters, settings.half_life_days, settings.age_floor, settings.user_share)
     capped = replace(dataset, votes=scaled(dataset.votes, weights))
-    full, factors = weigh_voters(capped, features, layers, settings, torch.Generator().manual_seed(seed))
+    full, factors = weigh_voters(capped, features, settings, torch.Generator().manual_seed(seed))
     found: dict[str, Any] = {"weight of hostile": None, "weight of others": float(factors[hostile:].mean())}
     if hostile:
         found["weight of hostile"] = float(factors[:hostile].mean())

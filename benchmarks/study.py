@@ -327,8 +327,8 @@ def run_shuffle(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
 
     from learner.reward.linear_reward_model import test_signal
 
-    settings, dataset, features, layers = voted(work, cell, pairs)
-    signal = test_signal(features, dataset.votes, layers, settings.reward, torch.Generator().manual_seed(1))
+    settings, dataset, features, _ = voted(work, cell, pairs)
+    signal = test_signal(features, dataset.votes, settings.reward, torch.Generator().manual_seed(1))
     if signal.p_value >= settings.gate.signal_p:
         return {"p_value": signal.p_value, "state": "rejected"}
     data = work / "cells" / cell.name

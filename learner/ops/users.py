@@ -75,7 +75,7 @@ def read_users(settings: LearnerSettings) -> list[UserFigures]:
     heard = torch.tensor([float(user not in quarantined) for user in dataset.users])
     votes = scaled(dataset.votes, heard[dataset.voters])
     found = verdicts(
-        reader.features(dataset), votes, dataset.voters, dataset.compared, len(dataset.users), reader.layers,
+        reader.features(dataset), votes, dataset.voters, dataset.compared, len(dataset.users),
         settings.reward, torch.Generator().manual_seed(settings.seed),
     )  # fmt: skip
     return figures(everything, dataset, found, reader.weights(reader.dataset(counted)), quarantined)
@@ -121,7 +121,7 @@ class VoterAnalysis:
         """Each user's share of the weight of all votes, as in a round."""
         reward, generator = self._settings.reward, torch.Generator().manual_seed(self._settings.seed)
         if reward.weigh_voters:
-            dataset, _ = weigh_voters(dataset, self.features(dataset), self.layers, reward, generator)
+            dataset, _ = weigh_voters(dataset, self.features(dataset), reward, generator)
         weight = torch.cat([dataset.votes.choice_weight, dataset.votes.thumb_weight])
         totals = torch.zeros(len(dataset.users)).scatter_add_(0, dataset.voters, weight)
         return dict(zip(dataset.users, (totals / totals.sum().clamp(min=1e-9)).tolist(), strict=True))

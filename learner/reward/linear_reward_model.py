@@ -57,7 +57,7 @@ class LinearRewardModel:
     ) -> "LinearRewardModel":
         """Fits the score to `votes` on features (N, F) of the answers; its penalty is chosen by cross-validation."""
         voted, votes = votes.voted(features)
-        scaling = standardiser(voted, len(layers))
+        scaling = standardiser(voted)
         standard = scaling(voted)
         basis = fitting.span_basis(standard)
         reduced = standard @ basis
@@ -161,11 +161,11 @@ class LinearRewardModel:
 
 
 def test_signal(
-    features: Tensor, votes: VoteTensors, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
+    features: Tensor, votes: VoteTensors, settings: RewardSettings, generator: torch.Generator
 ) -> SignalTest:
     """Whether features (N, F) of the answers predict `votes` at all, before a model is fitted."""
     voted, votes = votes.voted(features)
-    standard = standardiser(voted, len(layers))(voted)
+    standard = standardiser(voted)(voted)
     return evaluation.signal_test(
         standard @ fitting.span_basis(standard),
         votes,

@@ -24,8 +24,8 @@ class Standardiser:
         return torch.cat([standard[..., :-1], standard[..., -1:].clamp(-MAX_LENGTH, MAX_LENGTH)], dim=-1)
 
 
-def standardiser(features: Tensor, layers: int) -> Standardiser:
-    """Fitted on features (N, F) of answers: `layers` blocks of equal width, then the length as a separate block.
+def standardiser(features: Tensor) -> Standardiser:
+    """Fitted on features (N, F) of answers: states of layers, then the length.
 
     All layers together weigh as much as the length alone, which is the one feature that never needs many votes."""
     mean, sd = features.mean(dim=0), features.std(dim=0)

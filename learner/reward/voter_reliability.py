@@ -64,7 +64,7 @@ class VoteKinds:
 
 
 def weigh_voters(
-    dataset: Dataset, features: Tensor, layers: tuple[int, ...], settings: RewardSettings, generator: torch.Generator
+    dataset: Dataset, features: Tensor, settings: RewardSettings, generator: torch.Generator
 ) -> tuple[Dataset, Tensor]:
     """The dataset with every vote's weight multiplied by its voter's factor, and these factors (U,), 1 for most. They
     are computed from training votes alone: judge votes stay out of the fit, but are weighted by it."""
@@ -73,7 +73,7 @@ def weigh_voters(
     factors = torch.ones(count)
     for significant in (0.0, SIGNIFICANT):
         weighed = scaled(train, factors[voters])
-        found = verdicts(features, weighed, voters, compared, count, layers, settings, generator)
+        found = verdicts(features, weighed, voters, compared, count, settings, generator)
         factors = trust(found, significant)
     return replace(dataset, votes=scaled(dataset.votes, factors[dataset.voters])), factors
 
@@ -134,7 +134,6 @@ def verdicts(
     voters: Tensor,
     compared: Tensor,
     count: int,
-    layers: tuple[int, ...],
     settings: RewardSettings,
     generator: torch.Generator,
 ) -> Verdicts:
@@ -146,7 +145,7 @@ def verdicts(
     fold = torch.randperm(count, generator=generator) % settings.folds
     numbers = torch.arange(settings.folds)[:, None]
     answers, votes = votes.voted(features)
-    standard = standardiser(answers, len(layers))(answers)
+    standard = standardiser(answers)(answers)
     reduced = standard @ fitting.span_basis(standard)
     heads = fitting.fit(
         reduced,

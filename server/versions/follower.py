@@ -66,7 +66,8 @@ class Follower:
     async def activate(self, version: str, move_pointer: Callable[[Store], object]) -> None:
         """Check `version`, move the pointer, and return once it is served here.
 
-        Raises FailedPreconditionError with the reason; nothing was changed then.
+        Raises FailedPreconditionError with the reason. The version that was loaded before is then still served; the
+        pointer was not moved, or is back at it if the engine could not load the new one.
         """
         try:
             await asyncio.to_thread(self._engine.locate, self._data_dir, version)

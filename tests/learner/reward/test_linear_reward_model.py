@@ -85,7 +85,7 @@ def test_a_constant_score_cannot_be_standardised() -> None:
 
 def test_length_weighs_as_much_as_all_layers_together() -> None:
     features = torch.randn(500, 9, generator=torch.Generator().manual_seed(0)) * 7 + 3
-    standard = standardiser(features, layers=2)(features)
+    standard = standardiser(features)(features)
     assert standard[:, :-1].square().sum(dim=1).mean().item() == pytest.approx(1, abs=0.01)
     # A standard normal cut at 2 has the variance 0.92.
     assert standard[:, -1].square().mean().item() == pytest.approx(0.92, abs=0.05)
@@ -94,7 +94,7 @@ def test_length_weighs_as_much_as_all_layers_together() -> None:
 def test_equal_lengths_say_nothing() -> None:
     features = torch.randn(50, 3)
     features[:, -1] = 4.158883
-    assert not standardiser(features, layers=1)(features)[:, -1].any()
+    assert not standardiser(features)(features)[:, -1].any()
 
 
 def test_what_was_saved_loads_again(tmp_path: Path) -> None:

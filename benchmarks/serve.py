@@ -344,7 +344,6 @@ def make_tiny_model(work: Path) -> Path:
     directory = work / "tiny-model"
     if directory.exists():
         return directory
-    # The end token comes last: the tokenizer has it, but the model, whose vocabulary is one smaller, cannot sample it.
     words = ["\n", *map(chr, range(32, 127)), "<end>"]
     characters = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
     characters.decoder = decoders.Fuse()
@@ -355,7 +354,7 @@ def make_tiny_model(work: Path) -> Path:
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(  # type: ignore[no-untyped-call]
         LlamaConfig(
-            vocab_size=len(words) - 1,
+            vocab_size=len(words),
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=1,
@@ -366,6 +365,12 @@ def make_tiny_model(work: Path) -> Path:
             eos_token_id=len(words) - 1,
         )
     )
+    # All hidden states have the same large first number, by which the end's logit alone is low: it is never sampled.
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[-1] = 0
+        model.lm_head.weight[-1, 0] = -10
     staging = directory.with_suffix(".new")
     model.to(torch.bfloat16).save_pretrained(staging)
     tokenizer.save_pretrained(staging)

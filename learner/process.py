@@ -8,6 +8,8 @@ import warnings
 from functools import cache
 from typing import TYPE_CHECKING
 
+from server.shared.model.dtype import engine_is_for_cpus
+
 if TYPE_CHECKING:
     from learner.settings import LearnerSettings
 
@@ -16,8 +18,11 @@ STOPPED = 130
 # How often an idle OpenMP thread spins before it sleeps: some microseconds. By default it spins for milliseconds on a
 # core that the server's engine needs (docs/decisions/0026-every-cpu.md).
 SPIN = "100"
-# Parameters of mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+# Parameters of mallopt(3), and how many blocks it may map, which is its default.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+MAPPED_BLOCKS = 65_536
+# The size in bytes from which a block is mapped alone, so that the kernel has it back when it is freed.
+LARGE_BLOCK = 2**20
 
 
 def unique_name() -> str:
@@ -33,6 +38,8 @@ def set_environment(settings: "LearnerSettings") -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind" if settings.cpu_threads == "auto" else settings.cpu_threads,
+        # On a CPU, latent attention has code of its own for some processors, which cannot load weights again.
+        "VLLM_MLA_DISABLE": "1" if engine_is_for_cpus() else "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TOKENIZERS_PARALLELISM": "false",
@@ -70,10 +77,21 @@ def keep_freed_memory() -> None:
 
     Training allocates and frees tensors of many megabytes in every pass. By default each is mapped and unmapped again,
     and the kernel's clearing of the pages took a fifth of an update's time (docs/decisions/0009)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
+
+
+def return_large_blocks() -> None:
+    """Makes the process return freed blocks of LARGE_BLOCK bytes or more, also after `keep_freed_memory`.
+
+    For a round that is short of memory: kept blocks leave gaps that no larger tensor fits into
+    (docs/decisions/0036)."""
+    _mallopt({M_MMAP_MAX: MAPPED_BLOCKS, M_MMAP_THRESHOLD: LARGE_BLOCK})
+
+
+def _mallopt(values: dict[int, int]) -> None:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for parameter, value in values.items():
+            mallopt(parameter, value)
 
 
 def give_way(nice: int, threads: int) -> None:

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from learner.model.checkpointing import checkpointed
 from learner.model.head import head_logits, trunk_of
 from server.shared.model.merged import base_model
-from server.shared.model.needs import LOGIT_BYTES
+from server.shared.model.needs import logit_bytes
 
 # Minimum number of shared tokens for which a separate pass pays off.
 MIN_SHARED = 8
@@ -142,8 +142,8 @@ def shared_prefix(tokens: Tokens) -> int:
 def token_logprobs(model: nn.Module, hidden: Tensor, tokens: Tokens, temperature: float) -> Tensor:
     """(B, T) log pi of the sampled tokens at the sampling temperature, in fp32; zero where masked.
 
-    Logits are computed only where a response token needs them, at most LOGIT_BYTES of them at once: if there are more,
-    the backward pass computes them again, piece by piece."""
+    Logits are computed only where a response token needs them, at most `logit_bytes` at once: if there are more, the
+    backward pass computes them again, piece by piece."""
     rows, steps = tokens.response_mask.nonzero(as_tuple=True)
     predicting = hidden[rows, tokens.prompt_lengths[rows] + steps - 1]
     sampled = _chosen_logprobs(model, predicting, tokens.response_ids[rows, steps], temperature)
@@ -156,7 +156,8 @@ def _chosen_logprobs(model: nn.Module, hidden: Tensor, chosen: Tensor, temperatu
     def logprobs(states: Tensor, words: Tensor) -> Tensor:
         return -cross_entropy(head_logits(model, states).div_(temperature), words, reduction="none")
 
-    most = max(1, LOGIT_BYTES // (4 * base_model(model).config.get_text_config().vocab_size))
+    of_a_word = 4 * base_model(model).config.get_text_config().vocab_size
+    most = max(1, logit_bytes(checkpointed(model)) // of_a_word)
     if len(chosen) <= most:
         return logprobs(hidden, chosen)
     pieces = zip(hidden.split(most), chosen.split(most), strict=True)

@@ -47,6 +47,7 @@ class TrainablePolicy:
 
         base = load()
         if settings.train == "full":
+            freeze_constants(base)
             # Checkpointed like the policy, though it has no backward pass: their passes must round alike.
             return cls(base, load().requires_grad_(False))
         # PEFT draws on the CPU, so that adapters begin alike on every device.
@@ -88,7 +89,7 @@ class TrainablePolicy:
         generator = torch.Generator().manual_seed(seed)
         adapters = self._reference is None
         for name, parameter in self.model.named_parameters():
-            if adapters and "lora_B" not in name:
+            if not parameter.requires_grad or (adapters and "lora_B" not in name):
                 continue
             own = 1.0 if adapters else float(parameter.float().square().mean().sqrt())
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=size * own)
@@ -132,6 +133,15 @@ class _AdaptersOff(AbstractContextManager[Any]):
 
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)
+
+
+def freeze_constants(model: Any) -> None:
+    """Excludes from training what the family's own code does not train, such as a router's bias that only its authors'
+    balancing sets (Ernie 4.5). Loading a checkpoint makes every parameter trainable."""
+    with torch.device("meta"):
+        made = type(model)(model.config)
+    for name, parameter in made.named_parameters():
+        model.get_parameter(name).requires_grad_(parameter.requires_grad)
 
 
 def lora(base: Any, rank: int, alpha: int) -> Any:

@@ -24,6 +24,7 @@ from learner.process import set_environment
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import DtypeName, engine_uses_gpu
 from server.shared.model.packing import keep_experts_packed, pack_tied_head
+from server.shared.model.rotary import rotate_every_head
 from server.shared.model.seeds import keep_seeds
 from server.shared.model.text import ChatText
 from server.store.chats.records import Prompt
@@ -86,7 +87,9 @@ class RolloutEngine:
     def __init__(self, directory: Path, settings: LearnerSettings, dtype: DtypeName, max_model_len: int) -> None:
         set_environment(settings)
         from vllm import LLM
+        from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
+        rotate_every_head(RotaryEmbedding)
         self._temperature = settings.service_temperature
         self._text = ChatText.load(directory, settings.trust_remote_code)
         self._can_sleep = engine_uses_gpu() and resolve_device(settings.learner_device).type == "cuda"

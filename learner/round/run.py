@@ -20,6 +20,7 @@ from learner.model.device import require_memory, resolve_device
 from learner.model.engine_check import check_engine
 from learner.model.features import FeatureCache
 from learner.model.rollout import draw_seed
+from learner.process import return_large_blocks
 from learner.progress import Stages
 from learner.reward import linear_reward_model as scoring
 from learner.reward import voter_reliability
@@ -97,6 +98,8 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
         if isinstance(begun, str):
             return Report("nothing", begun)
         current, settings = begun
+    if settings.policy.checkpoint_activations == "on":
+        return_large_blocks()
     work = Workspace(store, lease, settings, stages, current, snapshot)
     try:
         return run(work)
@@ -195,7 +198,7 @@ def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTe
     reward, generator = work.settings.reward, work.generator(1)
     votes = some_conversations(dataset.votes, reward.signal_votes, generator)
     with work.stages.stage("signal", "testing the votes for a signal"):
-        signal = scoring.test_signal(features, votes, work.layers, reward, generator)
+        signal = scoring.test_signal(features, votes, reward, generator)
     work.record("snapshot", RoundMetrics(signal=signal))
     return signal
 
@@ -206,9 +209,7 @@ def weigh_voters(work: Workspace, dataset: Dataset, features: Tensor) -> tuple[D
     if not work.settings.reward.weigh_voters:
         return dataset, None
     with work.stages.stage("voters", "comparing voters with each other"):
-        weighed, factors = voter_reliability.weigh_voters(
-            dataset, features, work.layers, work.settings.reward, work.generator(5)
-        )
+        weighed, factors = voter_reliability.weigh_voters(dataset, features, work.settings.reward, work.generator(5))
     doubted = int((factors < 0.5).sum())
     return weighed, VoterWeights(len(factors), doubted, float(factors.mean()))
 

@@ -3,6 +3,7 @@
 - The process ends when its server does. vLLM's own would wait forever, with all its memory, for a killed server, also
   for one that was killed while the model was being loaded and compiled; so this starts with the import.
 - The process reports its health (`server.engine.watchdog`), also from the import on.
+- vLLM's kernel for rotary embeddings is patched (`rotate_every_head`), before a model is made.
 - Its scheduler (`Stepped`) records the end of each step, limits a step's tokens, and shares them among the prompts.
   vLLM's own scheduler reads the first prompts to their end while the others wait.
 """
@@ -15,6 +16,7 @@ import time
 from itertools import islice
 from typing import Any
 
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -22,6 +24,7 @@ from server.engine.prefill_shares import prefill_share
 from server.engine.vllm_worker import SwapExtension
 from server.engine.watchdog import BEAT_SECONDS, Pulse
 from server.shared.failpoints import failpoint
+from server.shared.model.rotary import rotate_every_head
 from server.shared.model.seeds import keep_seeds
 
 PULSE = Pulse.find()
@@ -99,5 +102,6 @@ def beat() -> None:
         time.sleep(BEAT_SECONDS)
 
 
+rotate_every_head(RotaryEmbedding)
 for work in (end_with_parent, beat):
     threading.Thread(target=work, name=work.__name__, daemon=True).start()

@@ -14,7 +14,10 @@ pytestmark = pytest.mark.e2e
 # A scale on the logits, a cap, a mixture, a model that vLLM has no code of its own for, and one matrix for words in and
 # out, which the default model has, too.
 SAMPLE = ["granite", "gemma2", "mixtral", "arcee", "gpt2"]
-REST = ["bloom", "cohere", "falcon_h1", "glm4", "llama", "olmoe", "phi", "phi3", "qwen2_moe", "qwen3", "qwen3_moe"]
+REST = [
+    "bloom", "cohere", "deepseek_v3", "ernie4_5_moe", "falcon_h1", "glm4", "llama", "olmoe", "phi", "phi3", "qwen2_moe",
+    "qwen3", "qwen3_moe",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", [*SAMPLE, *map(slow, REST)])

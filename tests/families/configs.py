@@ -103,7 +103,7 @@ DENSE: dict[str, dict[str, Any]] = {
 }
 MIXTURES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**GROUPED, **LATENT, "q_lora_rank": None},
-    "deepseek_v3": {"topk_method": "noaux_tc", **GROUPED, **LATENT, "q_lora_rank": None},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", **GROUPED, **LATENT, "q_lora_rank": None},
     "ernie4_5_moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2},
     "glm4_moe": GROUPED,
     "gpt_oss": {**EXPERTS, **WINDOW},

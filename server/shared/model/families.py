@@ -22,7 +22,7 @@ class Limit:
 
     work: Work
     reason: str
-    only: Literal["", "cpu", "cpu in float32"] = ""
+    only: Literal["", "cpu", "cpu in float32", "cpu with AVX-512"] = ""
 
     def rules_out(self, work: Work) -> bool:
         return WORKS.index(self.work) <= WORKS.index(work)
@@ -33,25 +33,18 @@ NO_WAY = (
     'other way to handle it"'
 )
 SCAN = "vLLM's build for CPUs lacks the operation selective_scan_fwd"
-LATENT = (
-    "vLLM's build for CPUs computes its latent attention wrong, and cannot load its weights again: "
-    '"The size of tensor a (0) must match the size of tensor b (512)"'
-)
 INSPECTED = (
     "vLLM 0.32 for CPUs cannot load its code for it: "
     "\"Model architectures ['Qwen3_5ForCausalLM'] failed to be inspected\""
 )
-CONVOLUTION = "vLLM's build for CPUs computes its short convolutions wrong, by up to 1.3 nats per token"
+CONVOLUTION = "vLLM's code for AVX-512 computes its short convolutions wrong, by up to 1.3 nats per token"
 # By transformers' `model_type`, as tried with vLLM 0.32 and transformers 5.19.
 LIMITS: dict[str, Limit] = {
     "bamba": Limit("serving", NO_WAY),
-    "deepseek_v2": Limit("serving", LATENT, "cpu"),
-    "deepseek_v3": Limit("serving", LATENT, "cpu"),
-    "ernie4_5_moe": Limit("full training", "weights of its experts do not reach vLLM 0.32 whole"),
     "gpt_oss": Limit("full training", "vLLM 0.32 drops the weights of its experts when weights are loaded again"),
     "jamba": Limit("serving", SCAN, "cpu"),
-    "lfm2": Limit("serving", CONVOLUTION, "cpu"),
-    "lfm2_moe": Limit("serving", CONVOLUTION, "cpu"),
+    "lfm2": Limit("serving", CONVOLUTION, "cpu with AVX-512"),
+    "lfm2_moe": Limit("serving", CONVOLUTION, "cpu with AVX-512"),
     "mamba": Limit("serving", SCAN, "cpu"),
     "mpt": Limit("serving", 'vLLM 0.32 has no code for it: "was supported in vLLM until v0.28.0"'),
     "phimoe": Limit("serving", 'vLLM 0.32 cannot run it: "too many values to unpack (expected 3)"'),
@@ -67,9 +60,19 @@ def limit_of(directory: Path, dtype: DtypeName, work: Work) -> Limit | None:
     limit = LIMITS.get(family_of(directory))
     if limit is None or not limit.rules_out(work):
         return None
-    on_cpu = engine_is_for_cpus()
-    holds = {"": True, "cpu": on_cpu, "cpu in float32": on_cpu and dtype == "float32"}
-    return limit if holds[limit.only] else None
+    if limit.only and not engine_is_for_cpus():
+        return None
+    if limit.only == "cpu in float32" and dtype != "float32":
+        return None
+    if limit.only == "cpu with AVX-512" and not has_avx512():
+        return None
+    return limit
+
+
+def has_avx512() -> bool:
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def family_of(directory: Path) -> str:

@@ -20,6 +20,8 @@ ENGINE = int(1.5 * GIB)
 BYTES: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
 # Most bytes of float32 logits that the learner computes at once: a full micro-batch if there are up to 65,536 words.
 LOGIT_BYTES = 2**29
+# The same where activations are computed again, since memory is short there.
+CHECKPOINTED_LOGIT_BYTES = 2**27
 # Tensors of the logits' size at the same time: the logits, their softmax and two gradients.
 LOGIT_COPIES = 4
 # Numbers kept for the backward pass for each number that a layer's matrices give.
@@ -60,6 +62,11 @@ def server_need(shape: ModelShape, dtype: DtypeName, kv_cache_gib: int) -> int:
     return FRONT_END + ENGINE + 2 * version_size(shape, dtype) + kv_cache_gib * GIB
 
 
+def logit_bytes(checkpoint: bool) -> int:
+    """The most bytes of float32 logits that the learner computes at once."""
+    return CHECKPOINTED_LOGIT_BYTES if checkpoint else LOGIT_BYTES
+
+
 def version_size(shape: ModelShape, dtype: DtypeName) -> int:
     """Bytes of all weights, in memory or as a merged version on disk."""
     return shape.parameters * BYTES[dtype]
@@ -73,7 +80,7 @@ def round_need(shape: ModelShape, dtype: DtypeName, kv_cache_gib: int, training:
         trainer=weights + _trained(shape, dtype, training),
         rollout=training.rollout_tokens * (FEATURE_LAYERS * shape.head[1] + 1) * BYTES["float32"],
         activations=training.tokens * _activations(shape, training.checkpoint) * BYTES[dtype],
-        logits=LOGIT_COPIES * min(LOGIT_BYTES, training.tokens * shape.head[0] * BYTES["float32"]),
+        logits=LOGIT_COPIES * min(logit_bytes(training.checkpoint), training.tokens * shape.head[0] * BYTES["float32"]),
     )
 
 

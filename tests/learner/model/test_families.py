@@ -1,6 +1,7 @@
 """Many families: our passes compute what the models themselves do, and adapters are merged into the right weights."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from learner.model.features import extract
 from learner.model.forward import EAGER_COLUMNS, run_trunk, to_tokens, token_logprobs
 from learner.model.head import trunk_of
 from learner.model.passes import policy_logprobs, reference_pass
-from learner.model.policy import TrainablePolicy, lora
+from learner.model.policy import TrainablePolicy, freeze_constants, lora
+from learner.settings import PolicySettings
 from server.shared.model.merged import base_model, checkpoint_weights
-from tests.families.configs import FAMILIES, LOGITS_SD, RECURRENT, WORDS, logits, tiny
+from tests.families.configs import FAMILIES, LOGITS_SD, RECURRENT, WORDS, logits, save, tiny
 
 TEMPERATURE = 0.85
 # What all prompts begin with: longer than the tiny models' windows.
@@ -90,3 +92,23 @@ def test_adapters_change_the_answers_and_are_merged_into_the_checkpoints_weights
         assert (found - logprobs).abs().max() < 1e-3
         expected = dict(checkpoint_weights(whole))
     assert all((tensor - expected[name]).abs().max() < 1e-5 for name, tensor in merged.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_of_a_model_can_be_trained_but_what_its_authors_do_not_train(family: str) -> None:
+    model = tiny(family).requires_grad_(True)
+    freeze_constants(model)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    bias = "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
+    assert frozen == ([bias] if family == "ernie4_5_moe" else [])
+
+
+def test_a_constant_is_neither_disturbed_nor_trained(tmp_path: Path) -> None:
+    save("ernie4_5_moe", tmp_path)
+    policy = TrainablePolicy.create(tmp_path, PolicySettings(train="full"), torch.float32, torch.device("cpu"))
+    name = "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
+    constant = policy.model.get_parameter(name)
+    assert not any(parameter is constant for parameter in policy.parameters)
+    before = constant.clone()
+    policy.disturb(0.1, seed=0)
+    assert torch.equal(constant, before)

@@ -24,11 +24,16 @@ def record(**arguments: Any) -> None:
     raise Recorded(arguments)
 
 
+class FakeRotary:
+    def forward_cpu(self) -> None: ...
+
+
 # What the two imports of an engine need of vLLM, whose own import takes seconds.
 VLLM = {
     "vllm": {"LLM": record},
     "vllm.config.lora": {"MaxLoRARanks": Literal[16]},
     "vllm.engine.arg_utils": {"AsyncEngineArgs": record},
+    "vllm.model_executor.layers.rotary_embedding.base": {"RotaryEmbedding": FakeRotary},
     "vllm.utils.ompmultiprocessing": {"OMPProcessManager": None},
     "vllm.v1.engine.async_llm": {"AsyncLLM": None},
     "vllm.v1.executor.uniproc_executor": {"UniProcExecutor": None},

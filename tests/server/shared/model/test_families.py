@@ -36,6 +36,7 @@ def test_a_family_that_learns_by_lora_only(tmp_path: Path) -> None:
         ("mamba", True, "bfloat16", True), ("mamba", False, "bfloat16", False),
         ("qwen3_next", True, "float32", True), ("qwen3_next", True, "bfloat16", False),
         ("qwen3_next", False, "float32", False), ("llama", True, "float32", False),
+        ("lfm2", True, "float32", True), ("lfm2", False, "float32", False),
         ("unheard_of", True, "float32", False),
     ],
 )  # fmt: skip
@@ -43,7 +44,17 @@ def test_some_are_refused_on_a_cpu_only(
     family: str, cpus: bool, dtype: families.DtypeName, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(families, "engine_is_for_cpus", lambda: cpus)
+    monkeypatch.setattr(families, "has_avx512", lambda: True)
     assert bool(limit_of(of_family(tmp_path, family), dtype, "serving")) is refused
+
+
+@pytest.mark.parametrize(("capability", "refused"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_some_are_refused_on_some_processors_only(
+    capability: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "engine_is_for_cpus", lambda: True)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert bool(limit_of(of_family(tmp_path, "lfm2_moe"), "float32", "serving")) is refused
 
 
 def test_a_directory_without_a_configuration_is_of_no_family(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
   reference's); gradients, float32 copies and Adam's moments of what is trained; the critic's features of a rollout;
   and for the tokens of one micro-batch, what is kept for the backward pass and the logits.
 
-Parts were measured (docs/benchmarks/soak.md, ppo.md).
+Parts were measured (docs/benchmarks/soak.md, memory.md).
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from server.shared.model.shape import ModelShape
 
 FRONT_END = int(0.7 * GIB)
 ENGINE = int(1.5 * GIB)
+# A trainer without its model: what its libraries load and keep when they first compute.
+TRAINER = int(0.1 * GIB)
 BYTES: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
 # Most bytes of float32 logits that the learner computes at once: a full micro-batch if there are up to 65,536 words.
 LOGIT_BYTES = 2**29
@@ -77,7 +79,7 @@ def round_need(shape: ModelShape, dtype: DtypeName, kv_cache_gib: int, training:
     weights = version_size(shape, dtype)
     return RoundNeed(
         engine=ENGINE + weights + kv_cache_gib * GIB,
-        trainer=weights + _trained(shape, dtype, training),
+        trainer=TRAINER + weights + _trained(shape, dtype, training),
         rollout=training.rollout_tokens * (FEATURE_LAYERS * shape.head[1] + 1) * BYTES["float32"],
         activations=training.tokens * _activations(shape, training.checkpoint) * BYTES[dtype],
         logits=LOGIT_COPIES * min(logit_bytes(training.checkpoint), training.tokens * shape.head[0] * BYTES["float32"]),

@@ -45,14 +45,14 @@ def test_memory_is_saved_only_where_it_is_short(model_directory: Path, monkeypat
     assert not plan(model_directory).checkpoint
     assert plan(model_directory, checkpoint_activations="on").checkpoint
     assert str(plan(model_directory)) == (
-        "needs about 2.5 GiB of memory, 12.0 GiB are free; activations are kept for the backward pass"
+        "needs about 2.6 GiB of memory, 12.0 GiB are free; activations are kept for the backward pass"
     )
     memory(monkeypatch, 16, 2)
     assert plan(model_directory).checkpoint
     assert not plan(model_directory, checkpoint_activations="off").checkpoint
     assert plan(model_directory).need.activations < plan(model_directory, checkpoint_activations="off").need.activations
     assert str(plan(model_directory)) == (
-        "needs about 2.5 GiB of memory, 2.0 GiB are free; activations are computed again in the backward pass"
+        "needs about 2.6 GiB of memory, 2.0 GiB are free; activations are computed again in the backward pass"
     )
 
 
@@ -84,7 +84,7 @@ def test_too_little_memory_is_a_sentence_with_advice(model_directory: Path, monk
     learner = LearnerSettings(dtype="float32")
     found = plan_memory(learner, model_directory, PROMPTS, CPU)
     assert too_little_memory(found, learner) == (
-        "A round needs about 2.5 GiB of memory (2.5 GiB for its engine, 0.0 GiB for the weights and what steps them, "
+        "A round needs about 2.6 GiB of memory (2.5 GiB for its engine, 0.1 GiB for the weights and what steps them, "
         "0.0 GiB for the longest answers), more than the 2.0 GiB here: use a smaller model or a larger machine. "
         "Nothing was changed."
     )
@@ -114,7 +114,7 @@ def the_round(data_dir: Path) -> Round:
 def test_a_round_that_does_not_fit_is_not_begun(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory(monkeypatch, 2, 2)
     report = rounds.run_once(settings(data_dir), Stages(Console(quiet=True)))
-    assert (report.state, report.sentence[:33]) == ("nothing", "A round needs about 2.5 GiB of me")
+    assert (report.state, report.sentence[:33]) == ("nothing", "A round needs about 2.6 GiB of me")
     store = Store.open(data_dir)
     assert store.rounds.page() == []
     store.close()

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from server.shared.model.needs import LOGIT_BYTES, Training, round_need
+from server.shared.model.needs import LOGIT_BYTES, TRAINER, Training, round_need
 from server.shared.model.shape import ModelShape
 
 # Two layers of 100 numbers for a token; 1,000 words.
@@ -15,7 +15,7 @@ def test_the_parts_of_a_round_that_trains_adapters() -> None:
     need = round_need(SHAPE, "bfloat16", 2, LORA)
     assert need.engine == 3.5 * GIB + 100_000
     # 960 adapter weights: 2 bytes each and as many of gradient, then 16 of float32 copy, its gradient and two moments.
-    assert need.trainer == 100_000 + 960 * (2 + 2 + 16)
+    assert need.trainer == TRAINER + 100_000 + 960 * (2 + 2 + 16)
     assert need.rollout == 60 * 51 * 4
     assert need.activations == 30 * 800 * 2
     assert need.logits == 4 * 30 * 1_000 * 4
@@ -24,14 +24,15 @@ def test_the_parts_of_a_round_that_trains_adapters() -> None:
 
 def test_in_float32_weights_are_stepped_themselves() -> None:
     need = round_need(SHAPE, "float32", 2, LORA)
-    assert need.trainer == 200_000 + 960 * (4 + 12)
+    assert need.trainer == TRAINER + 200_000 + 960 * (4 + 12)
     assert need.activations == 30 * 800 * 4
 
 
 def test_all_weights_need_a_frozen_copy_and_adams_state() -> None:
     need = round_need(SHAPE, "bfloat16", 2, replace(LORA, train="full"))
-    assert need.trainer == 100_000 + 100_000 + 50_000 * 18
-    assert round_need(SHAPE, "float32", 2, replace(LORA, train="full")).trainer == 400_000 + 50_000 * 12
+    assert need.trainer == TRAINER + 100_000 + 100_000 + 50_000 * 18
+    full = round_need(SHAPE, "float32", 2, replace(LORA, train="full"))
+    assert full.trainer == TRAINER + 400_000 + 50_000 * 12
 
 
 def test_checkpoints_keep_the_inputs_of_layers_and_one_layer() -> None:

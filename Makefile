@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml requirements/$(EXTRA).txt | $(BIN)/uv
 	@touch $@
 
 $(BIN)/uv:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prefloop needs Python 3.11 or newer")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "prefloop needs Python 3.11 to 3.14")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
 
@@ -79,8 +79,8 @@ requirements: $(BIN)/uv
 	  UV_FIND_LINKS= $(BIN)/uv pip compile --quiet pyproject.toml --extra $$extra --group dev \
 	    --universal --python-version 3.11 \
 	    --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/$$extra.txt \
-	  && sed -i -E -e "s/ ; python_full_version < '3.14' and .*//" \
-	    -e "s/ ; (python_full_version [<>=]+ '[0-9.]+') and .*/ ; \1/" requirements/$$extra.txt || exit 1; \
+	  && sed -i -E -e "s/ and (\(|platform_|sys_platform|implementation_).*//" \
+	    -e "s/( ;| and) python_full_version < '3.15'\$$//" requirements/$$extra.txt || exit 1; \
 	done
 
 # Known vulnerabilities of what is pinned; asks PyPI's advisories, so it needs the network.

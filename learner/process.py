@@ -8,7 +8,7 @@ import warnings
 from functools import cache
 from typing import TYPE_CHECKING
 
-from server.shared.model.dtype import engine_is_for_cpus
+from server.shared.model.dtype import for_cpus
 
 if TYPE_CHECKING:
     from learner.settings import LearnerSettings
@@ -38,8 +38,6 @@ def set_environment(settings: "LearnerSettings") -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind" if settings.cpu_threads == "auto" else settings.cpu_threads,
-        # On a CPU, latent attention has code of its own for some processors, which cannot load weights again.
-        "VLLM_MLA_DISABLE": "1" if engine_is_for_cpus() else "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TOKENIZERS_PARALLELISM": "false",
@@ -50,7 +48,7 @@ def set_environment(settings: "LearnerSettings") -> None:
     }
     if "OMP_WAIT_POLICY" not in os.environ:
         defaults["GOMP_SPINCOUNT"] = SPIN
-    for name, value in defaults.items():
+    for name, value in (defaults | for_cpus()).items():
         os.environ.setdefault(name, value)
     if number := settings.learner_device.partition(":")[2]:
         _show_only(int(number))

@@ -14,12 +14,12 @@ import pytest
 from tests.tiers import slow
 
 ROOT = Path(__file__).parents[1]
-CASES = list(itertools.product(["cpu", "gpu"], ["3.11", "3.12", "3.13"], ["x86_64", "aarch64"]))
+CASES = list(itertools.product(["cpu", "gpu"], ["3.11", "3.12", "3.13", "3.14"], ["x86_64", "aarch64"]))
 
 
 @pytest.mark.parametrize(
     ("extra", "python", "processor"),
-    [case if case == ("cpu", "3.13", "x86_64") else slow(*case) for case in CASES],
+    [case if case == ("cpu", "3.14", "x86_64") else slow(*case) for case in CASES],
 )
 def test_pins_of_every_python_and_processor_agree(extra: str, python: str, processor: str, tmp_path: Path) -> None:
     command = [
@@ -29,8 +29,11 @@ def test_pins_of_every_python_and_processor_agree(extra: str, python: str, proce
         "--output-file", tmp_path / "found.txt",
     ]  # fmt: skip
     environment = {**os.environ, "UV_FIND_LINKS": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    if "Failed to fetch" in done.stderr or "Request failed" in done.stderr:
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        pytest.skip("the package index does not answer")
+    if any(words in done.stderr for words in ("Failed to fetch", "Request failed", "network was disabled")):
         pytest.skip("no package index can be reached")
     assert done.returncode == 0, done.stderr
     found = dict(line.split("==") for line in (tmp_path / "found.txt").read_text().splitlines())

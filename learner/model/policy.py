@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.initialization import meta_device_safe_creation_ops
 
 from learner.model.checkpointing import checkpoint_layers
 from learner.settings import PolicySettings
@@ -138,7 +139,7 @@ class _AdaptersOff(AbstractContextManager[Any]):
 def freeze_constants(model: Any) -> None:
     """Excludes from training what the family's own code does not train, such as a router's bias that only its authors'
     balancing sets (Ernie 4.5). Loading a checkpoint makes every parameter trainable."""
-    with torch.device("meta"):
+    with torch.device("meta"), meta_device_safe_creation_ops():
         made = type(model)(model.config)
     for name, parameter in made.named_parameters():
         model.get_parameter(name).requires_grad_(parameter.requires_grad)

@@ -98,7 +98,7 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
         if isinstance(begun, str):
             return Report("nothing", begun)
         current, settings = begun
-    if settings.policy.checkpoint_activations == "on":
+    if settings.policy.checkpoint_activations == "on" and device.type == "cpu":
         return_large_blocks()
     work = Workspace(store, lease, settings, stages, current, snapshot)
     try:

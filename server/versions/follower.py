@@ -66,8 +66,8 @@ class Follower:
     async def activate(self, version: str, move_pointer: Callable[[Store], object]) -> None:
         """Check `version`, move the pointer, and return once it is served here.
 
-        Raises FailedPreconditionError with the reason. The version that was loaded before is then still served; the
-        pointer was not moved, or is back at it if the engine could not load the new one.
+        Raises FailedPreconditionError with the reason. The pointer was then not moved, or it is back because the engine
+        could not load `version`, or somebody else has moved it since.
         """
         try:
             await asyncio.to_thread(self._engine.locate, self._data_dir, version)

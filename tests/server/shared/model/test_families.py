@@ -44,16 +44,19 @@ def test_some_are_refused_on_a_cpu_only(
     family: str, cpus: bool, dtype: families.DtypeName, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(families, "engine_is_for_cpus", lambda: cpus)
-    monkeypatch.setattr(families, "has_avx512", lambda: True)
+    monkeypatch.setattr(families, "has_avx2_only", lambda: False)
     assert bool(limit_of(of_family(tmp_path, family), dtype, "serving")) is refused
 
 
-@pytest.mark.parametrize(("capability", "refused"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
-def test_some_are_refused_on_some_processors_only(
-    capability: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("capabilities", "refused"),
+    [({"avx2": True, "avx512_f": True}, True), ({"avx2": True, "avx512_f": False}, False), ({"sve": True}, True)],
+)
+def test_some_are_refused_where_they_were_not_seen_to_be_right(
+    capabilities: dict[str, bool], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(families, "engine_is_for_cpus", lambda: True)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
     assert bool(limit_of(of_family(tmp_path, "lfm2_moe"), "float32", "serving")) is refused
 
 

@@ -33,12 +33,13 @@ class AbTest:
 
     @property
     def pair(self) -> tuple[str, str] | None:
-        """The active version and the previous one while the test is open."""
-        return self._pair
+        """The active version and the previous one while the test is open and the active one is loaded: the pointer
+        moves before the engine does, and back if a version cannot be loaded."""
+        return self._pair if self._pair and self._pair[0] == self._follower.version else None
 
     def duel(self, store: Store) -> AbTestResult | None:
         """The result so far for the two versions that Compare shows; None while it shows one."""
-        pair = self._pair
+        pair = self.pair
         found = store.lineage.duel(self._user_votes) if pair else None
         # The active version may have changed since the last `look`.
         return found if found and (found.version, found.opponent) == pair else None

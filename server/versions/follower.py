@@ -36,6 +36,11 @@ class Follower:
         # Swaps whose callers may have left; the event loop holds only weak references to tasks.
         self._swaps: set[asyncio.Task[bool]] = set()
 
+    @property
+    def version(self) -> str:
+        """The version that is loaded, whatever the store's pointer says."""
+        return self._engine.version
+
     async def follow(self) -> None:
         """Restart a dead engine, and load the active version. Call it repeatedly."""
         if not self._engine.alive:

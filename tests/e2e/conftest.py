@@ -146,7 +146,8 @@ def model(request: pytest.FixtureRequest) -> str:
 def default(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """One server with the default model, for tests whose answers must make sense or take long."""
     data_dir = tmp_path_factory.mktemp("default")
-    with live_server(data_dir) as server:
+    # In float32, 1 GiB would hold 23,301 tokens: fewer than the longest prompts here, so that the newest answer waits.
+    with live_server(data_dir, PREFLOOP_KV_CACHE_GIB="2") as server:
         yield server
     # Each version of this model takes 269 MB.
     shutil.rmtree(data_dir)

@@ -84,6 +84,23 @@ async def open_duel(running: Running) -> None:
             await asyncio.sleep(0)
 
 
+async def test_a_version_is_not_shown_before_it_is_loaded(tmp_path: Path) -> None:
+    async with running_server(tmp_path, serve_adapters=True) as running:
+        await open_duel(running)
+        publish_version(running.data_dir, "v0002")
+        await running.store(lambda store: register(store, "v0002"))
+        running.engine.may_swap.clear()
+        activation = asyncio.create_task(activate(running, "v0002"))
+        async with asyncio.timeout(10):
+            while "v0001" not in running.engine.live:
+                await asyncio.sleep(0)
+        before = len(running.engine.pinned)
+        await compare(running)
+        assert running.engine.pinned[before:] == [None, None]
+        running.engine.may_swap.set()
+        await activation
+
+
 async def test_the_loser_is_rolled_back_by_the_server(tmp_path: Path) -> None:
     async with running_server(tmp_path, serve_adapters=True) as running:
         await open_duel(running)

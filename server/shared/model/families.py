@@ -5,7 +5,6 @@ start of every round.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,13 +64,13 @@ def limit_of(directory: Path, dtype: DtypeName, work: Work) -> Limit | None:
     if limit is None or not limit.rules_out(work):
         return None
     on_cpu = engine_is_for_cpus()
-    holds: dict[str, Callable[[], bool]] = {
-        "": lambda: True,
-        "cpu": lambda: on_cpu,
-        "cpu in float32": lambda: on_cpu and dtype == "float32",
-        "cpu, AVX2 excepted": lambda: on_cpu and not has_avx2_only(),
+    holds = {
+        "": True,
+        "cpu": on_cpu,
+        "cpu in float32": on_cpu and dtype == "float32",
+        "cpu, AVX2 excepted": on_cpu and not has_avx2_only(),
     }
-    return limit if holds[limit.only]() else None
+    return limit if holds[limit.only] else None
 
 
 def has_avx2_only() -> bool:

@@ -124,8 +124,9 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     import torch
 
     from learner.gate.win_rate import fit_judge
-    from learner.reward.dataset import some_conversations, to_dataset
-    from learner.reward.linear_reward_model import LinearRewardModel, test_signal
+    from learner.reward.dataset import of_groups, select, some_conversations, to_dataset
+    from learner.reward.linear_reward_model import LinearRewardModel
+    from learner.reward.sign_flips import signal_test
     from learner.settings import LearnerSettings
     from server.store.store import Store
 
@@ -144,7 +145,7 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     lap("count")
     snapshot = store.snapshots.take(limit=votes)
     lap("snapshot")
-    dataset = to_dataset(snapshot, 1.7e9 + 2e6, settings.gate.judge_share, settings.reward, lambda text: [0])
+    dataset = to_dataset(snapshot, 1.7e9 + 2e6, settings.gate.judge_share, settings.reward, lambda text, ended: [0])
     del snapshot
     lap("dataset")
     store.snapshots.prompts(limit=prompts)
@@ -153,8 +154,9 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     generator, reward = torch.Generator().manual_seed(0), settings.reward
     features = torch.randn(len(dataset.answers), FEATURES, generator=generator)
     started = time.perf_counter()
-    some = some_conversations(dataset.votes, reward.signal_votes if limited else len(dataset.votes), generator)
-    test_signal(features, some, reward, generator)
+    shown, conversations = dataset.shown
+    some = some_conversations(shown, reward.signal_votes if limited else len(shown), generator)
+    signal_test(features, select(shown, some), of_groups(conversations, some), reward, settings.gate.signal_p, None)
     lap("signal")
     fitted = LinearRewardModel.fit(features, dataset.train, LAYERS, reward, generator)
     lap("fit")

@@ -222,7 +222,8 @@ def random_head(layers: tuple[int, ...], hidden: int) -> Any:
     return LinearRewardModel(
         layers=layers, standardiser=Standardiser(torch.zeros(width), torch.ones(width)), weights=weights,
         members=weights.expand(32, -1), member_bias=torch.zeros(32), bias=0.0, low=-3.0, high=3.0,
-        thumb_bar=0.0, bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0,
+        thumb_bar=0.0, bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0, prompt_mean=torch.zeros(width - 1),
+        prompt_scale=torch.zeros(width - 1),
     )  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def voted(work: Path, cell: Cell, pairs: list[Pair]) -> Any:
     settings = LearnerSettings(data_dir=data, seed=cell.seed)
     store = Store.open(data)
     dataset = to_dataset(
-        store.snapshots.take(), time.time(), settings.gate.judge_share, settings.reward, lambda text: [0]
+        store.snapshots.take(), time.time(), settings.gate.judge_share, settings.reward, lambda text, ended: [0]
     )
     store.close()
     rmtree(data)
@@ -323,13 +323,13 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
 
 def run_shuffle(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
     """Runs a round's signal test on uninformative votes, and a whole round if it passes."""
-    import torch
 
-    from learner.reward.linear_reward_model import test_signal
+    from learner.reward.sign_flips import signal_test
 
     settings, dataset, features, _ = voted(work, cell, pairs)
-    signal = test_signal(features, dataset.votes, settings.reward, torch.Generator().manual_seed(1))
-    if signal.p_value >= settings.gate.signal_p:
+    votes, conversations = dataset.shown
+    signal = signal_test(features, votes, conversations, settings.reward, settings.gate.signal_p, None)
+    if not signal.passed:
         return {"p_value": signal.p_value, "state": "rejected"}
     data = work / "cells" / cell.name
     make_data(work, data, cell, pairs)

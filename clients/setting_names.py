@@ -6,6 +6,7 @@ SETTINGS = frozenset(
     {
         "ab_test_alpha",
         "ab_test_user_votes",
+        "ab_test_voters",
         "adapter_rank",
         "call_seconds",
         "compare_candidates",
@@ -104,8 +105,8 @@ SETTINGS = frozenset(
         "reward.label_smoothing",
         "reward.layers",
         "reward.members",
-        "reward.permutations",
         "reward.reference_answers",
+        "reward.signal_flips",
         "reward.signal_folds",
         "reward.signal_l2",
         "reward.signal_repeats",
@@ -174,5 +175,6 @@ OLD = frozenset(
         "ppo.mismatch_limit",
         "ppo.start_from",
         "ppo.train",
+        "reward.permutations",
     }
 )

@@ -152,7 +152,7 @@ def status(data_dir: DataDir = None, as_json: Json = False) -> None:
     from learner.ops.status import status as read
 
     def show() -> str:
-        found = read(settings.data_dir, settings.ab_test_user_votes)
+        found = read(settings.data_dir, settings.ab_test_voters, settings.ab_test_user_votes)
         lines = found.pop("lines")
         return json.dumps(found) if as_json else "\n".join(f"{name:>12}  {sentence}" for name, sentence in lines)
 

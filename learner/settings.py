@@ -37,13 +37,15 @@ class RewardSettings(BaseModel):
         1_000, ge=20, description="Maximum votes in the signal test, drawn by conversation: enough for any signal."
     )
     signal_l2: Positive = Field(1.0, description="L2 penalty of the signal test, fixed.")
-    signal_folds: int = Field(10, ge=2, description="Folds of the signal test.")
-    signal_repeats: int = Field(2, ge=1, description="How many draws of folds the signal test averages over.")
-    permutations: int = Field(199, ge=20, description="Shuffles in the signal test; its smallest p is 1 / (1 + this).")
+    signal_folds: int = Field(10, ge=2, description="Folds of the accuracy that is shown with the signal test.")
+    signal_repeats: int = Field(2, ge=1, description="How many draws of folds this accuracy is averaged over.")
+    signal_flips: int = Field(
+        9_999, ge=20, description="Sign flips in the signal test; its smallest p is 1 / (1 + this)."
+    )
     half_life_days: Positive = Field(90.0, description="A vote this old counts half.")
     age_floor: Share = Field(0.1, description="Smallest weight of a vote because of its age.")
     user_share: Share = Field(
-        0.05, description="Maximum share of a user in the total weight, or two equal shares if more; few users: no cap."
+        0.05, description="Maximum share of a user in the total weight of votes, or two equal shares if that is more."
     )
     weigh_voters: bool = Field(
         True, description="Give less or no weight to voters who vote against the others or always name one slot."
@@ -151,7 +153,8 @@ class GateSettings(BaseModel):
     keep_candidates: bool = Field(False, description="Keep every candidate's weights in the round's directory.")
     signal_p: Share = Field(
         0.02,
-        description="Level of the signal test: at most this share of rounds on meaningless votes can promote.",
+        description="Error of all signal tests up to the first that passes: at most this share of services with "
+        "meaningless votes ever train on them.",
     )
     confidence: float = Field(
         0.9,
@@ -221,6 +224,7 @@ class LearnerSettings(SettingsBase):
     renamed: ClassVar = {
         "gpu_memory_share": "learner_gpu_memory_share",
         "duel_user_votes": "ab_test_user_votes",
+        "reward.permutations": "reward.signal_flips",
         "ppo.dtype": "dtype",
         "ppo.micro_batch": "policy.micro_batch_tokens",
         **{f"ppo.{name}": f"policy.{name}" for name in ONCE_OF_PPO},
@@ -256,7 +260,15 @@ class LearnerSettings(SettingsBase):
         "auto",
         description="Cores that the engine's threads are bound to on a CPU, as `0-3,6`; `auto`: all cores, unbound.",
     )
-    ab_test_user_votes: int = Field(10, ge=1, description="Votes per user that count in an A/B test.")
+    ab_test_voters: int = Field(
+        10,
+        ge=1,
+        description="From this many voters on, one vote per user counts in an A/B test; several of each of fewer, "
+        "and all of a single voter.",
+    )
+    ab_test_user_votes: int = Field(
+        10, ge=1, description="Votes per user that count in an A/B test if there are fewer voters than that."
+    )
     min_votes: int = Field(40, ge=1, description="Minimum number of votes for a round.")
     max_votes: int = Field(20_000, ge=100, description="A round learns from the newest votes, at most this many.")
     skip_rolled_back: bool = Field(
@@ -298,8 +310,8 @@ class LearnerSettings(SettingsBase):
 
     @model_validator(mode="after")
     def _reachable(self) -> "LearnerSettings":
-        if self.gate.signal_p * (1 + self.reward.permutations) <= 1:
+        if self.gate.signal_p / 2 * (1 + self.reward.signal_flips) < 1:
             raise ValueError(
-                f"gate.signal_p {self.gate.signal_p:g} is too small for {self.reward.permutations} reward.permutations"
+                f"gate.signal_p {self.gate.signal_p:g} is too small for {self.reward.signal_flips} reward.signal_flips"
             )
         return self

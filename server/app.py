@@ -118,7 +118,13 @@ class App:
             else None
         )
         self._ab_test = (
-            AbTest(self._store, self._follower, settings.ab_test_alpha, settings.ab_test_user_votes)
+            AbTest(
+                self._store,
+                self._follower,
+                settings.ab_test_alpha,
+                settings.ab_test_voters,
+                settings.ab_test_user_votes,
+            )
             if settings.serve_adapters and settings.ab_test_alpha
             else None
         )

@@ -102,7 +102,17 @@ class ServerSettings(SettingsBase):
         float,
         Field(ge=0, lt=1, description="Roll a new adapter back once the evidence against it is 1 / this; 0: no test."),
     ] = 0.05
-    ab_test_user_votes: Annotated[int, Field(ge=1, description="Votes per user that count in an A/B test.")] = 10
+    ab_test_voters: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="From this many voters on, one vote per user counts in an A/B test; several of each of fewer, "
+            "and all of a single voter.",
+        ),
+    ] = 10
+    ab_test_user_votes: Annotated[
+        int, Field(ge=1, description="Votes per user that count in an A/B test if there are fewer voters than that.")
+    ] = 10
     hang_seconds: Annotated[
         float | None,
         Field(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from learner.settings import GateSettings
-from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics, SignalTest
+from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ def over_optimised(figures: CandidateMetrics, candidates: list[CandidateMetrics]
 
 def decide(
     candidates: list[CandidateMetrics],
-    signal: SignalTest,
     incumbent: AnswerHealth,
     kl_budget: float,
     settings: GateSettings,
@@ -71,11 +70,4 @@ def decide(
         for figures in candidates
     }
     chosen = min(candidates, key=lambda figures: (len(rules[figures.step]), -figures.low))
-    reasons = list(rules[chosen.step])
-    if not signal.p_value < settings.signal_p:
-        reasons.insert(
-            0,
-            f"The votes carry no clear signal: their accuracy is {signal.accuracy:.2f} where shuffled votes give "
-            f"{signal.null_accuracy:.2f} (p = {signal.p_value:.3f}).",
-        )
-    return Verdict(chosen, reasons)
+    return Verdict(chosen, rules[chosen.step])

@@ -175,6 +175,12 @@ def choose_attention(trunk: Any, tokens: Tokens) -> None:
         trunk.set_attn_implementation(wanted)
 
 
+def prompt_states(states: list[Tensor], tokens: Tokens) -> Tensor:
+    """(B, len(states) * D) fp32 hidden states of each prompt's last token."""
+    rows = torch.arange(len(tokens), device=tokens.prompt_lengths.device)
+    return torch.cat([state[rows, tokens.prompt_lengths - 1] for state in states], dim=1).float()
+
+
 def response_states(states: list[Tensor], tokens: Tokens) -> Tensor:
     """(B, T, len(states) * D) fp32 hidden states of the response's own tokens; zero where masked."""
     rows, steps = tokens.response_mask.nonzero(as_tuple=True)

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from learner.model.features import pool
-from learner.model.forward import Tokens, micro_batches, response_states, run_trunk, shares_prefix, token_logprobs
+from learner.model.forward import (
+    Tokens,
+    micro_batches,
+    prompt_states,
+    response_states,
+    run_trunk,
+    shares_prefix,
+    token_logprobs,
+)
 from learner.model.policy import TrainablePolicy
 
 
@@ -36,10 +44,10 @@ def reference_pass(
     temperature: float,
     budget: int,
     groups: list[Tensor] | None = None,
-    prefix: Callable[[Tensor], Tensor] | None = None,
+    prefix: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> ReferencePass:
-    """The reference's pass, split by `micro_batches`. `prefix` turns the states (b, t, F) of `layers` into (b, t, P);
-    without it P is 0."""
+    """The reference's pass, split by `micro_batches`. `prefix` turns the states of `layers`, (b, t, F) of the response
+    and (b, F) of the prompt's last token, into (b, t, P); without it P is 0."""
     shape, device = tokens.response_mask.shape, tokens.response_mask.device
     ref_logprobs = torch.zeros(shape, device=device)
     features, prefix_features = torch.empty(0), torch.zeros(*shape, 0, device=device)
@@ -55,7 +63,7 @@ def reference_pass(
                 features = torch.zeros(len(tokens), pooled.shape[1], device=device)
             features[rows] = pooled
             if prefix:
-                of_prefixes = prefix(states)
+                of_prefixes = prefix(states, prompt_states(layer_states, part))
                 if not prefix_features.shape[2]:
                     prefix_features = torch.zeros(*shape, of_prefixes.shape[2], device=device)
                 prefix_features[rows, :columns] = of_prefixes

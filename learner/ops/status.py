@@ -12,20 +12,20 @@ from server.store.learning.records import Learner, Round
 from server.store.store import Store
 
 
-def status(data_dir: Path, ab_test_user_votes: int) -> dict[str, Any]:
+def status(data_dir: Path, ab_test_voters: int, ab_test_user_votes: int) -> dict[str, Any]:
     """A record for `--json`; `lines` are (name, sentence) to show."""
     if not Store.exists(data_dir):
         return {"lines": [("served", f"nothing: there is no data in {str(data_dir)!r} yet")]}
     store = Store.open(data_dir)
     try:
-        return _status(store, ab_test_user_votes)
+        return _status(store, ab_test_voters, ab_test_user_votes)
     finally:
         store.close()
 
 
-def _side_by_side(store: Store, ab_test_user_votes: int) -> Iterator[tuple[str, str]]:
+def _side_by_side(store: Store, ab_test_voters: int, ab_test_user_votes: int) -> Iterator[tuple[str, str]]:
     """How users judge the active version and the one before it."""
-    duel = store.lineage.duel(ab_test_user_votes)
+    duel = store.lineage.duel(ab_test_voters, ab_test_user_votes)
     if duel and (duel.wins or duel.losses or duel.draws):
         evidence = f"evidence that it is better {duel.won:.3g}, worse {duel.lost:.3g}"
         yield "side by side", f"{duel.version} has {duel}; {evidence}"
@@ -52,10 +52,12 @@ def _when(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M}"
 
 
-def _learned(learned: Round | None, quarantined: list[str]) -> Iterator[tuple[str, str]]:
+def _learned(learned: Round | None, quarantined: list[str], votes: int) -> Iterator[tuple[str, str]]:
     if learned:
         used = learned.metrics.votes.used if learned.metrics.votes else 0
         yield "learned from", f"{used} votes in {learned.id} ({learned.state}): {learned.reason}"
+        if (signal := learned.metrics.signal) and (missing := signal.missing(votes)):
+            yield "needs", f"about {missing} more votes as clear as those so far"
     else:
         yield "learned from", "nothing yet"
     if quarantined or (learned and learned.quarantined):
@@ -77,7 +79,7 @@ def _left_out(quarantined: list[str], learned: Round | None) -> str:
     return f"{now}; {votes.quarantined if votes else 0} votes were left out of {learned.id}"
 
 
-def _status(store: Store, ab_test_user_votes: int) -> dict[str, Any]:
+def _status(store: Store, ab_test_voters: int, ab_test_user_votes: int) -> dict[str, Any]:
     try:
         active = store.policies.active()
     except NotFoundError:
@@ -90,9 +92,9 @@ def _status(store: Store, ab_test_user_votes: int) -> dict[str, Any]:
         ", ".join(f"{r.id} has {r.loaded_version}{f' ({r.error})' if r.error else ''}" for r in replicas)
         or "no server is running"
     )
-    lines = [("served", served), *_learned(learned, list(quarantined))]
+    lines = [("served", served), *_learned(learned, list(quarantined), votes)]
     lines += [("warning", warning) for warning in warnings]
-    lines += list(_side_by_side(store, ab_test_user_votes))
+    lines += list(_side_by_side(store, ab_test_voters, ab_test_user_votes))
     lines += list(_moves(store))
     if running:
         what = f"{running.id}, done: {running.stage}; `learner run-once` resumes it if it was stopped"

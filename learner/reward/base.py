@@ -42,8 +42,13 @@ class RewardModel(Protocol):
         """Fits votes on answers with features (N, F); its scores have no unit yet."""
         ...
 
-    def standardised(self, reference_features: Tensor) -> Self:
-        """The same model with scores of mean 0 and sd 1 over the reference's answers, features (N, F)."""
+    def standardised(self, reference_features: Tensor, prompt_states: Tensor) -> Self:
+        """The same model with scores of mean 0 and sd 1 over the reference's answers, features (N, F), to prompts whose
+        last tokens have states (N, F - 1)."""
+        ...
+
+    def prompt_features(self, states: Tensor) -> Tensor:
+        """(..., F - 1) the standardised features expected of an answer, from its prompt's last states (..., F - 1)."""
         ...
 
     def scores(self, features: Tensor) -> Tensor:

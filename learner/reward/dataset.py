@@ -23,6 +23,9 @@ from server.store.learning.records import Side
 
 OUTCOMES = {"A": A, "B": B, "TIE": TIE, "BOTH_BAD": BOTH_BAD}
 
+# Token ids of an answer's text, with EOS or without it.
+Encode = Callable[[str, bool], list[int]]
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -32,11 +35,13 @@ class Dataset:
 
     answers: list[TokenPair]
     votes: VoteTensors
+    # Ids of the conversations, (groups,).
+    conversations: list[str]
     judges: Tensor
     feedback_ids: list[str]
     users: list[str]
     voters: Tensor
-    # (C,) whether a choice was between two answers that were shown; False for corrections.
+    # (C,) whether a choice was between two answers that were shown; False for corrections, which only train.
     compared: Tensor
     # Votes on answers without tokens, too long with their prompt, or with tokens that the model has no embedding for.
     left_out: int = 0
@@ -50,6 +55,14 @@ class Dataset:
     def judge(self) -> VoteTensors:
         """The votes that are only used to judge."""
         return select(self.votes, self.judges)
+
+    @property
+    def shown(self) -> tuple[VoteTensors, list[str]]:
+        """The votes on answers that were shown, which leaves out corrections, and the ids of their conversations."""
+        groups = torch.zeros_like(self.judges)
+        groups[self.votes.choice_group[self.compared]] = True
+        groups[self.votes.thumb_group] = True
+        return select(self.votes, groups, self.compared), of_groups(self.conversations, groups)
 
     @property
     def judging(self) -> Tensor:
@@ -69,9 +82,11 @@ def is_judge(conversation_id: str, judge_share: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < judge_share
 
 
-def select(votes: VoteTensors, groups: Tensor) -> VoteTensors:
-    """The votes of conversations for which `groups` (G,) is True, with conversations renumbered without gaps."""
+def select(votes: VoteTensors, groups: Tensor, choices: Tensor | None = None) -> VoteTensors:
+    """The votes of conversations for which `groups` (G,) is True, with conversations renumbered without gaps; of the
+    choices only those for which `choices` (C,) is True, too."""
     c, m = groups[votes.choice_group], groups[votes.thumb_group]
+    c = c if choices is None else c & choices
     number = groups.cumsum(0) - 1
     return VoteTensors(
         a=votes.a[c],
@@ -89,13 +104,18 @@ def select(votes: VoteTensors, groups: Tensor) -> VoteTensors:
     )
 
 
-def some_conversations(votes: VoteTensors, limit: int, generator: torch.Generator) -> VoteTensors:
-    """About `limit` votes, of conversations drawn at random; all votes if there are no more."""
+def of_groups(conversations: list[str], groups: Tensor) -> list[str]:
+    """The conversations for which `groups` (G,) is True."""
+    return [conversation for conversation, kept in zip(conversations, groups.tolist(), strict=True) if kept]
+
+
+def some_conversations(votes: VoteTensors, limit: int, generator: torch.Generator) -> Tensor:
+    """(G,) True for conversations, drawn at random, with about `limit` votes; for all if there are no more."""
     if len(votes) <= limit:
-        return votes
+        return torch.ones(votes.groups, dtype=torch.bool)
     chosen = torch.zeros(votes.groups, dtype=torch.bool)
     chosen[torch.randperm(votes.groups, generator=generator)[: round(votes.groups * limit / len(votes))]] = True
-    return select(votes, chosen)
+    return chosen
 
 
 class ChoiceRow(NamedTuple):
@@ -128,17 +148,22 @@ def to_dataset(
     now: float,
     judge_share: float,
     settings: RewardSettings,
-    encode: Callable[[str], list[int]],
+    encode: Encode,
     longest: float = math.inf,
     embeddings: float = math.inf,
 ) -> Dataset:
-    """The dataset of a snapshot. `now` is in seconds since 1970; `encode` returns the token ids of a corrected text,
-    EOS included, or raises UnknownTokenError. Answers without tokens, with more than `longest` including their prompt,
-    or with token ids from `embeddings` on, are left out with their votes."""
+    """The dataset of a snapshot. `now` is in seconds since 1970; `encode` returns the token ids of a corrected text, or
+    raises UnknownTokenError. Answers without tokens, with more than `longest` including their prompt, or with token ids
+    from `embeddings` on, are left out with their votes, and so are corrections that change nothing.
+
+    A correction ends with EOS only if the answer did, or a reward model would learn to like EOS from answers that the
+    length limit cut. Corrections only train: a corrected text is no sample of a policy, so it says little about how
+    well a model tells samples apart."""
     rows = _Rows(encode, longest, embeddings)
     choices = [row for choice in snapshot.choices if (row := rows.of_choice(choice))]
     compared = len(choices)
-    choices += [row for correction in snapshot.corrections if (row := rows.of_correction(correction))]
+    training = [one for one in snapshot.corrections if not is_judge(one.response.conversation_id, judge_share)]
+    choices += [row for correction in training if (row := rows.of_correction(correction))]
     thumbs = [thumb for vote in snapshot.thumbs if (thumb := rows.of_thumb(vote))]
     votes: list[ChoiceRow | ThumbRow] = [*choices, *thumbs]
     voters = _integers(vote.user for vote in votes)
@@ -146,10 +171,11 @@ def to_dataset(
     weights = vote_weights(
         ages.clamp(min=0).float(), voters, settings.half_life_days, settings.age_floor, settings.user_share
     )
-    given = len(snapshot.choices) + len(snapshot.corrections) + len(snapshot.thumbs)
+    given = len(snapshot.choices) + len(training) + len(snapshot.thumbs)
     return Dataset(
         answers=rows.answers,
         votes=_vote_tensors(choices, thumbs, weights, max(len(rows.users), 1)),
+        conversations=list(rows.conversations),
         judges=torch.tensor([is_judge(c, judge_share) for c in rows.conversations], dtype=torch.bool),
         feedback_ids=[vote.feedback_id for vote in votes],
         users=list(rows.users),
@@ -162,16 +188,17 @@ def to_dataset(
 def count_sides(snapshot: Snapshot, judge_share: float) -> tuple[int, int]:
     """How many votes a dataset would have to train on and to judge by, without building it or checking lengths."""
     answers = [vote.a for vote in snapshot.choices if vote.a.token_ids and vote.b.token_ids]
-    answers += [vote.response for vote in snapshot.corrections if vote.response.token_ids]
     answers += [vote.response for vote in snapshot.thumbs if vote.response.token_ids]
     judging = sum(is_judge(answer.conversation_id, judge_share) for answer in answers)
-    return len(answers) - judging, judging
+    corrected = [vote.response.conversation_id for vote in snapshot.corrections if vote.response.token_ids]
+    corrections = sum(not is_judge(conversation, judge_share) for conversation in corrected)
+    return len(answers) - judging + corrections, judging
 
 
 class _Rows:
     """Numbers answers, conversations and users in order of appearance, and makes rows of usable votes."""
 
-    def __init__(self, encode: Callable[[str], list[int]], longest: float, embeddings: float) -> None:
+    def __init__(self, encode: Encode, longest: float, embeddings: float) -> None:
         self._encode = encode
         self._longest = longest
         self._embeddings = embeddings
@@ -189,8 +216,10 @@ class _Rows:
 
     def of_correction(self, vote: Correction) -> ChoiceRow | None:
         prompt = vote.response.prompt_token_ids
+        if vote.text.strip() == vote.response.text.strip():
+            return None
         try:
-            tokens = self._encode(vote.text)
+            tokens = self._encode(vote.text, vote.response.finish_reason == "stop")
         except UnknownTokenError:
             return None
         if not (self._readable(vote.response) and self._fits(prompt, tokens)):

@@ -1,15 +1,17 @@
-"""How well heads predict votes that they were not fitted on: cross-validation, a test for a signal, held-out votes."""
+"""How well heads predict votes that they were not fitted on: cross-validation, and held-out votes."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from learner.reward import likelihood
 from learner.reward.likelihood import A, B
-from learner.reward.linear_heads import Heads, VoteTensors, fit
-from server.store.learning.round_metrics import HeldOut, SignalTest
+from learner.reward.linear_heads import Heads, VoteTensors, fit, span_basis
+from learner.reward.standardiser import standardiser
+from learner.settings import RewardSettings
+from server.store.learning.round_metrics import HeldOut
 
 # The difference in log length up to which two answers count as equally long.
 LIKE_LENGTH = math.log1p(0.25)
@@ -29,17 +31,12 @@ def cross_validate(
     l2: Tensor,
     label_smoothing: float,
     fold: Tensor,
-    outcome: Tensor | None = None,
-    thumb: Tensor | None = None,
 ) -> CrossValidation:
-    """Held-out metrics for each entry of `l2` (K,); `outcome` (K, C) and `thumb` (K, M) as in `fit`."""
+    """Held-out metrics for each entry of `l2` (K,); `fold` (G,) is the fold of each conversation."""
     folds, k = int(fold.max()) + 1, len(l2)
-    outcome = votes.outcome.expand(k, -1) if outcome is None else outcome
-    thumb = votes.thumb.expand(k, -1) if thumb is None else thumb
     numbers = torch.arange(folds).repeat_interleave(k)  # Heads are ordered by fold, then by l2.
     held_c = fold[votes.choice_group] == numbers[:, None]
     held_m = fold[votes.thumb_group] == numbers[:, None]
-    outcome, thumb = outcome.repeat(folds, 1), thumb.repeat(folds, 1)
     heads = fit(
         features,
         votes,
@@ -47,16 +44,13 @@ def cross_validate(
         label_smoothing,
         choice_weight=(~held_c).to(features.dtype),
         thumb_weight=(~held_m).to(features.dtype),
-        outcome=outcome,
-        thumb=thumb,
     )
 
-    said = replace(votes, outcome=outcome, thumb=thumb)
-    right_c, right_m = correct(heads, features, said)
+    right_c, right_m = correct(heads, features, votes)
     right = torch.cat([right_c, right_m], dim=1)
     held = torch.cat([held_c, held_m], dim=1)
     counted = held & ~right.isnan()
-    losses = vote_losses(heads, features, said)
+    losses = vote_losses(heads, features, votes)
 
     def by_head(x: Tensor, counted: Tensor) -> Tensor:
         total = torch.where(counted, x, 0.0).view(folds, k, -1).sum(dim=(0, 2))
@@ -94,48 +88,19 @@ def vote_losses(heads: Heads, features: Tensor, votes: VoteTensors) -> Tensor:
     return torch.cat([choices, thumbs], dim=1)
 
 
-def signal_test(
-    features: Tensor,
-    votes: VoteTensors,
-    l2: float,
-    label_smoothing: float,
-    folds: int,
-    repeats: int,
-    permutations: int,
-    generator: torch.Generator,
-) -> SignalTest:
-    """Permutation test of the cross-validated accuracy, averaged over `repeats` ways to make folds.
-
-    Each permutation shuffles the outcomes among the comparisons, and each user's thumbs among themselves. The penalty
-    is given, not chosen from these votes, so the test needs no correction for a choice."""
-    n = permutations + 1
-    outcomes, thumbs = [votes.outcome], [votes.thumb]
-    for _ in range(permutations):
-        outcomes.append(votes.outcome[_shuffle(torch.zeros_like(votes.outcome), generator)])
-        thumbs.append(votes.thumb[_shuffle(votes.user, generator)])
-    penalties = torch.full((n,), l2)
-    accuracy = torch.zeros(n)
-    for _ in range(repeats):
-        fold = fold_of(votes, folds, generator)
-        result = cross_validate(
-            features, votes, penalties, label_smoothing, fold, torch.stack(outcomes), torch.stack(thumbs)
-        )
-        accuracy += result.accuracy / repeats
-    if accuracy[0].isnan():
-        # Only ties and both-bad: no vote names a winner.
-        return SignalTest(math.nan, math.nan, 1.0)
-    # The real votes count as one of the permutations, so p is never 0 (Phipson & Smyth 2010).
-    at_least = int((accuracy[1:] >= accuracy[0] - 1e-6).sum())
-    return SignalTest(float(accuracy[0]), float(accuracy[1:].mean()), (at_least + 1) / n)
-
-
-def _shuffle(within: Tensor, generator: torch.Generator) -> Tensor:
-    """A permutation of the indices of `within` that moves each only among indices of equal value."""
-    order = torch.randperm(len(within), generator=generator)
-    # Sorting a shuffle by group gives, group by group, the same slots as sorting the identity does.
-    result = torch.empty_like(order)
-    result[torch.argsort(within, stable=True)] = order[torch.argsort(within[order], stable=True)]
-    return result
+def mean_accuracy(features: Tensor, votes: VoteTensors, settings: RewardSettings, generator: torch.Generator) -> float:
+    """Cross-validated accuracy on answers with features (N, F), averaged over several ways to make folds; NaN if no
+    vote names a winner."""
+    if not len(votes):
+        return math.nan
+    voted, votes = votes.voted(features)
+    standard = standardiser(voted)(voted)
+    reduced, penalty = standard @ span_basis(standard), torch.tensor([settings.signal_l2])
+    folds = [
+        fold_of(votes, min(settings.signal_folds, votes.groups), generator) for _ in range(settings.signal_repeats)
+    ]
+    every = [cross_validate(reduced, votes, penalty, settings.label_smoothing, fold).accuracy for fold in folds]
+    return float(torch.stack(every).mean())
 
 
 def held_out(heads: Heads, features: Tensor, votes: VoteTensors, log_lengths: Tensor) -> HeldOut:

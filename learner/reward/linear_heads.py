@@ -2,8 +2,8 @@
 
 A head is fitted by penalised maximum likelihood (`learner.reward.likelihood`). It lies in the span of the answers it
 was fitted on, so fits run in that span's coordinates (`span_basis`): a few hundred numbers instead of thousands, and
-exactly the same optimum. Folds, penalties, permutations and bootstraps are independent rows of one problem, and L-BFGS
-on their sum costs little more than on one.
+exactly the same optimum. Folds, penalties and bootstraps are independent rows of one problem, and L-BFGS on their sum
+costs little more than on one.
 
 The temperature difference of the two answers is a nuisance covariate: the fit may explain votes by it, but scores
 exclude it.
@@ -106,17 +106,16 @@ def objective(
     label_smoothing: float,
     choice_weight: Tensor,
     thumb_weight: Tensor,
-    outcome: Tensor,
-    thumb: Tensor,
 ) -> Tensor:
-    """(K,) penalised negative log-likelihoods. Weights, outcomes and thumbs are (K, C) and (K, M), `l2` (K,)."""
+    """(K,) penalised negative log-likelihoods. Weights are (K, C) and (K, M), `l2` (K,)."""
     scores = heads.scores(features)
     loss = 0.5 * l2 * heads.weights.square().sum(dim=1)
     if votes.a.numel():
         log_probs = heads.choice_log_probs(scores, votes)
+        outcome = votes.outcome.expand(len(scores), -1)
         loss = loss + (choice_weight * likelihood.choice_loss(log_probs, outcome, label_smoothing)).sum(dim=1)
     if votes.thumb.numel():
-        losses = likelihood.thumb_loss(scores[:, votes.response], heads.bars(votes), thumb, label_smoothing)
+        losses = likelihood.thumb_loss(scores[:, votes.response], heads.bars(votes), votes.thumb, label_smoothing)
         loss = loss + (thumb_weight * losses).sum(dim=1)
     # Weak priors: sd 1 for log eta around a half, for user offsets and the temperature effect; sd 3 for the bars.
     prior = (heads.log_eta + 0.693147).square() + heads.temperature.square() + heads.user_bars.square().sum(dim=1)
@@ -131,21 +130,17 @@ def fit(
     *,
     choice_weight: Tensor | None = None,
     thumb_weight: Tensor | None = None,
-    outcome: Tensor | None = None,
-    thumb: Tensor | None = None,
     max_iterations: int = 100,
 ) -> Heads:
     """K heads at the minimum of `objective`, one per entry of `l2` (K,).
 
-    `features` (N, F). The other arguments, (K, C) or (K, M), give each head its own weights (a fold or a bootstrap is a
-    weight) or its own outcomes (a permutation); the default is those of `votes`. Weights multiply the votes' own."""
+    `features` (N, F). `choice_weight` (K, C) and `thumb_weight` (K, M) give each head its own weights: a fold or a
+    bootstrap is a weight. They multiply the votes' own."""
     k, dtype = len(l2), features.dtype
     l2 = l2.to(dtype)
     ones_c, ones_m = features.new_ones(k, len(votes.a)), features.new_ones(k, len(votes.thumb))
     choice_weight = (ones_c if choice_weight is None else choice_weight) * votes.choice_weight
     thumb_weight = (ones_m if thumb_weight is None else thumb_weight) * votes.thumb_weight
-    outcome = votes.outcome.expand(k, -1) if outcome is None else outcome
-    thumb = votes.thumb.expand(k, -1) if thumb is None else thumb
     heads = Heads(
         weights=features.new_zeros(k, features.shape[1]),
         temperature=features.new_zeros(k),
@@ -162,9 +157,7 @@ def fit(
     def closure() -> Tensor:
         optimizer.zero_grad()
         # A mean, so that the tolerances do not depend on the number of heads.
-        loss = objective(
-            heads, features, votes, l2, label_smoothing, choice_weight, thumb_weight, outcome, thumb
-        ).mean()
+        loss = objective(heads, features, votes, l2, label_smoothing, choice_weight, thumb_weight).mean()
         loss.backward()
         return loss
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from learner.reward import evaluation
 from learner.reward import linear_heads as fitting
 from learner.reward.linear_heads import Heads, VoteTensors
-from learner.reward.standardiser import Standardiser, standardiser
+from learner.reward.standardiser import Standardiser, standardiser, states_scale
 from learner.settings import RewardSettings
-from server.store.learning.round_metrics import HeldOut, SignalTest
+from server.store.learning.round_metrics import HeldOut
 
 # The share of voted answers below `low`, and above `high`: one outlier must not widen the range.
 TAIL = 0.02
@@ -45,6 +45,10 @@ class LinearRewardModel:
     # Effect of one unit of temperature on a vote, on the score's scale; scores exclude it.
     temperature: float
     l2: float
+    # (F - 1,) from the states of a prompt's last token to the standardised features expected of its answer; zero before
+    # `standardised`.
+    prompt_mean: Tensor
+    prompt_scale: Tensor
 
     @classmethod
     def fit(
@@ -80,11 +84,13 @@ class LinearRewardModel:
             eta=float(head.eta()),
             temperature=float(head.temperature),
             l2=l2,
+            prompt_mean=torch.zeros(features.shape[1] - 1),
+            prompt_scale=torch.zeros(features.shape[1] - 1),
         )
 
-    def standardised(self, reference_features: Tensor) -> "LinearRewardModel":
+    def standardised(self, reference_features: Tensor, prompt_states: Tensor) -> "LinearRewardModel":
         """The same model with scores of mean 0 and sd 1 over `reference_features` (N, F); everything on the score's
-        scale is converted."""
+        scale is converted. `prompt_states` (N, F - 1) are those of each answer's prompt at its last token."""
         scores = self.scores(reference_features)
         mean, sd = float(scores.mean()), float(scores.std())
         if not sd > 0:
@@ -93,10 +99,12 @@ class LinearRewardModel:
         def moved(x: float) -> float:
             return (x - mean) / sd
 
-        members = self.members / sd
+        weights, members = self.weights / sd, self.members / sd
+        prompt_mean, prompt_scale = prompt_states.mean(dim=0), states_scale(prompt_states)
+        expected = ((prompt_states - prompt_mean) * prompt_scale) @ weights[:-1]
         return replace(
             self,
-            weights=self.weights / sd,
+            weights=weights,
             members=members,
             # Each member is centred on the reference's answers: members may differ in how far answers are above these.
             member_bias=-(members @ self.standardiser(reference_features).mT).mean(dim=1),
@@ -107,7 +115,14 @@ class LinearRewardModel:
             bad_bar=moved(self.bad_bar),
             eta=self.eta / sd,
             temperature=self.temperature / sd,
+            prompt_mean=prompt_mean,
+            prompt_scale=prompt_scale * slope(expected, (scores - mean) / sd),
         )
+
+    def prompt_features(self, states: Tensor) -> Tensor:
+        """(..., F - 1) the standardised features expected of an answer, from the states (..., F - 1) of its prompt's
+        last token: the head's score of those states, scaled to predict the scores of reference answers."""
+        return (states - self.prompt_mean.to(states)) * self.prompt_scale.to(states)
 
     def scores(self, features: Tensor) -> Tensor:
         """(N,) unclipped scores of features (N, F)."""
@@ -137,6 +152,8 @@ class LinearRewardModel:
                 "weights": self.weights.contiguous(),
                 "members": self.members.contiguous(),
                 "member_bias": self.member_bias.contiguous(),
+                "prompt_mean": self.prompt_mean.contiguous(),
+                "prompt_scale": self.prompt_scale.contiguous(),
             },
             directory / WEIGHTS,
         )
@@ -149,37 +166,31 @@ class LinearRewardModel:
     def load(cls, directory: Path) -> "LinearRewardModel":
         tensors = load_file(directory / WEIGHTS)
         numbers = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
-        layers = tuple(numbers.pop("layers"))
+        # A model of an earlier version expects the same of every prompt.
+        nothing = torch.zeros(len(tensors["mean"]) - 1)
         return cls(
-            layers,
+            tuple(numbers.pop("layers")),
             Standardiser(tensors["mean"], tensors["scale"]),
             tensors["weights"],
             tensors["members"],
             tensors["member_bias"],
+            prompt_mean=tensors.get("prompt_mean", nothing),
+            prompt_scale=tensors.get("prompt_scale", nothing),
             **numbers,
         )
 
 
-def test_signal(
-    features: Tensor, votes: VoteTensors, settings: RewardSettings, generator: torch.Generator
-) -> SignalTest:
-    """Whether features (N, F) of the answers predict `votes` at all, before a model is fitted."""
-    voted, votes = votes.voted(features)
-    standard = standardiser(voted)(voted)
-    return evaluation.signal_test(
-        standard @ fitting.span_basis(standard),
-        votes,
-        settings.signal_l2,
-        settings.label_smoothing,
-        min(settings.signal_folds, votes.groups),
-        settings.signal_repeats,
-        settings.permutations,
-        generator,
-    )
+def slope(predicted: Tensor, said: Tensor) -> float:
+    """What multiplies `predicted` (N,) for the least squared error to `said` (N,); 0 if they do not rise together."""
+    centred = predicted - predicted.mean()
+    return max(0.0, float((centred * said).sum() / centred.square().sum().clamp(min=1e-12)))
 
 
 def choose_l2(features: Tensor, votes: VoteTensors, settings: RewardSettings, generator: torch.Generator) -> float:
-    """The penalty with the lowest cross-validated NLL, averaged over several ways to make folds."""
+    """The penalty with the lowest cross-validated NLL, averaged over several ways to make folds; the strongest if one
+    conversation has all votes, since nothing can be held out."""
+    if votes.groups == 1:
+        return max(settings.l2_grid)
     grid = torch.tensor(settings.l2_grid)
     folds = min(settings.folds, votes.groups)
     nll = torch.stack(

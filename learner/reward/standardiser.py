@@ -28,9 +28,15 @@ def standardiser(features: Tensor) -> Standardiser:
     """Fitted on features (N, F) of answers: states of layers, then the length.
 
     All layers together weigh as much as the length alone, which is the one feature that never needs many votes."""
-    mean, sd = features.mean(dim=0), features.std(dim=0)
-    scale = 1 / (sd + 1e-4 * sd.mean())
-    scale[:-1] /= (len(scale) - 1) ** 0.5
+    mean, sd = features.mean(dim=0), features.std(dim=0, correction=0)
     # If all answers have one length, length says nothing.
-    scale[-1] = 1 / sd[-1] if sd[-1] > 1e-3 else 0.0
-    return Standardiser(mean, scale)
+    length = 1 / sd[-1:] if sd[-1] > 1e-3 else torch.zeros(1)
+    return Standardiser(mean, torch.cat([states_scale(features[:, :-1]), length]))
+
+
+def states_scale(states: Tensor) -> Tensor:
+    """(F,) what brings states (N, F) to a comparable size and to variance 1 all together. A state that is always the
+    same says nothing."""
+    sd = states.std(dim=0, correction=0)
+    scale: Tensor = torch.where(sd > 0, 1 / (sd + 1e-4 * sd.mean()), 0.0) / len(sd) ** 0.5
+    return scale

@@ -6,8 +6,7 @@ from torch import Tensor
 
 def vote_weights(ages_days: Tensor, users: Tensor, half_life_days: float, floor: float, user_share: float) -> Tensor:
     """(V,) weight of each vote: halved every `half_life_days`, never below `floor`. Then no user (U integers) has more
-    than `user_share` of the sum, or twice an equal share if that is more. If there are so few users that equal shares
-    are above `user_share`, none is capped."""
+    than `user_share` of the sum, or twice an equal share if that is more."""
     weights = torch.clamp(0.5 ** (ages_days / half_life_days), min=floor)
     if not len(weights):
         return weights
@@ -17,11 +16,10 @@ def vote_weights(ages_days: Tensor, users: Tensor, half_life_days: float, floor:
 
 def cap_shares(totals: Tensor, user_share: float) -> Tensor:
     """Factors <= 1 after which no user's total exceeds `user_share` of the sum, or two equal shares if that is more:
-    the highest cap that satisfies itself. Few users are not capped."""
-    voters = int((totals > 0).sum())
-    if voters * user_share < 1:
+    the highest cap that satisfies itself. One or two users are not capped."""
+    share = max(user_share, 2 / max(int((totals > 0).sum()), 1))
+    if share >= 1:
         return torch.ones_like(totals)
-    share = max(user_share, 2 / voters)
     low, high = 0.0, float(totals.max())
     for _ in range(60):
         cap = (low + high) / 2

@@ -13,7 +13,8 @@ from learner.gate.answer_health import health
 from learner.gate.rules import Verdict, decide
 from learner.gate.win_rate import Judge, Look, fit_judge, length_matched, looks, win_rate, wins
 from learner.improve.candidates import candidate
-from learner.model.mismatch import PUSH_ANSWERS, check_push, mismatch
+from learner.model.kl import kl_k1
+from learner.model.mismatch import check_push, mismatch
 from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.rollout import SampledAnswer, draw_seed, to_rollout
 from learner.reward.base import RewardModel
@@ -30,7 +31,6 @@ from server.store.learning.round_metrics import (
     GateMetrics,
     Improvement,
     RoundMetrics,
-    SignalTest,
 )
 
 # Number of the random draw that all versions answer with; a second look uses the one before it. Training uses neither.
@@ -56,7 +56,6 @@ def judge_candidates(
     dataset: Dataset,
     features: Tensor,
     reward_model: RewardModel,
-    signal: SignalTest,
     improvement: Improvement,
 ) -> Verdict:
     """Decides which candidate is promoted, if any, and stores every judged answer.
@@ -88,7 +87,7 @@ def judge_candidates(
                 measured[step] = _figures(work, step, answers[f"step {step}"], *opponents, judge, reward_model, look)
                 advance(1)
             baseline = health(answers[incumbent].samples)
-            verdict = decide([measured[step] for step in steps], signal, baseline, work.settings.policy.kl_budget, gate)
+            verdict = decide([measured[step] for step in steps], baseline, work.settings.policy.kl_budget, gate)
             hopeful = [step for step in steps if not measured[step].hopeless]
             if verdict.promoted or not hopeful:
                 break
@@ -153,14 +152,11 @@ def _candidate_answers(
     rollout = to_rollout(work.engine.sample(prompts, seed)).to(work.policy.model.device)
     budget = settings.micro_batch_tokens
     judged = reference_pass(work.policy, rollout.tokens, reward_model.layers, temperature, budget)
-    # Some answers are enough to check that the engine has the trained weights.
-    some = torch.arange(len(rollout.tokens), device=work.policy.model.device)[:PUSH_ANSWERS]
-    part = rollout.tokens[some]
-    logprobs = policy_logprobs(work.policy, part, temperature, budget)
-    sampled_with = rollout.behavior_logprobs[some, : logprobs.shape[1]]
-    gap = mismatch(logprobs, sampled_with, part.response_mask)
+    # The trainer's log-probabilities, not the engine's: rounding adds to each token's, and so to a long answer's KL.
+    logprobs = policy_logprobs(work.policy, rollout.tokens, temperature, budget)
+    gap = mismatch(logprobs, rollout.behavior_logprobs, rollout.tokens.response_mask)
     check_push(gap, settings.mismatch_limit, work.policy.model.dtype)
-    kl = (rollout.behavior_logprobs - judged.ref_logprobs).sum(dim=1)
+    kl = kl_k1(logprobs, judged.ref_logprobs).sum(dim=1)
     return Answers(rollout.samples, judged.features, kl.cpu())
 
 

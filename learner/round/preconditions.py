@@ -55,14 +55,26 @@ def too_few_prompts(prompts: Prompts) -> str | None:
 
 
 def too_little(signal: SignalTest) -> str:
-    """Why a round ends if its votes cannot be told from shuffled ones."""
+    """Why a round ends if its votes may say nothing about the answers."""
     if math.isnan(signal.accuracy):
-        return "No vote says which answer is better: all are ties or both-bad. Nothing was changed."
+        return "No vote says which answer is better: all are ties, both-bad or corrections. Nothing was changed."
     return (
-        f"The votes carry too little signal to learn from: cross-validated accuracy {signal.accuracy:.2f}, where "
-        f"shuffled votes give {signal.null_accuracy:.2f} (p = {signal.p_value:.3f}). More votes may help; "
-        "nothing was changed."
+        f"The votes carry too little signal to learn from: p = {_p(signal.p_value)}, and at most {_p(signal.level)} is "
+        f"needed (cross-validated accuracy {signal.accuracy:.2f}). {more_votes(signal)} Nothing was changed."
     )
+
+
+def more_votes(signal: SignalTest) -> str:
+    """What may help votes that did not pass the test."""
+    if 2 ** (1 - signal.conversations) > signal.level:
+        return f"They are in {signal.conversations} conversations, too few for any test: vote in more of them."
+    if enough := signal.estimate:
+        return f"About {enough} such votes would probably suffice; there are {signal.votes}."
+    return f"It cannot be estimated how many votes would suffice; there are {signal.votes}."
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1g}"
 
 
 def no_candidate(improvement: Improvement) -> str:

@@ -48,8 +48,7 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
     if m.voters and m.voters.doubted:
         yield "voters", f"{m.voters.doubted} of {m.voters.voters} count less than half: see `learner users`"
     if signal := m.signal:
-        accuracy, null = _two(signal.accuracy), _two(signal.null_accuracy)
-        yield "signal", f"accuracy {accuracy}, on shuffled votes {null}, p = {signal.p_value:.3f}"
+        yield "signal", f"p = {signal.p_value:.2g}, cross-validated accuracy {_two(signal.accuracy)}"
     if model := m.reward_model:
         yield "reward model, held out", f"accuracy {_two(model.accuracy)} on {model.votes} choices"
         yield "", f"NLL {_two(model.nll)}, ECE {_two(model.ece)}"

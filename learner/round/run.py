@@ -24,7 +24,7 @@ from learner.process import return_large_blocks
 from learner.progress import Stages
 from learner.reward import linear_reward_model as scoring
 from learner.reward import voter_reliability
-from learner.reward.dataset import Dataset, some_conversations, to_dataset
+from learner.reward.dataset import Dataset, to_dataset
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.begin import begin
 from learner.round.gate_stage import judge_candidates
@@ -35,6 +35,7 @@ from learner.round.publish import activate, publish
 from learner.round.report import Report
 from learner.round.resume import began_with, change_dtype, resumable
 from learner.round.retention import prune
+from learner.round.signal_stage import test_signal
 from learner.round.workspace import Workspace, spread
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import resolve_dtype
@@ -46,7 +47,6 @@ from server.store.learning.round_metrics import (
     PromptCounts,
     RewardModelMetrics,
     RoundMetrics,
-    SignalTest,
     StepMetrics,
     VoteCounts,
     VoterWeights,
@@ -125,7 +125,7 @@ def run(work: Workspace) -> Report:
     compare_engine(work)
     features = extract_features(work, dataset)
     signal = test_signal(work, dataset, features)
-    if not signal.p_value < work.settings.gate.signal_p:
+    if not signal.passed:
         return finish(work, "rejected", too_little(signal))
     # Only after the test: weights chosen so that votes agree would let meaningless votes pass it.
     dataset, voters = weigh_voters(work, dataset, features)
@@ -133,7 +133,7 @@ def run(work: Workspace) -> Report:
     improvement = improve_policy(work, reward_model)
     if not improvement.candidates:
         return finish(work, "rejected", no_candidate(improvement))
-    verdict = judge_candidates(work, dataset, features, reward_model, signal, improvement)
+    verdict = judge_candidates(work, dataset, features, reward_model, improvement)
     version = publish(work, verdict)
     return finish(work, *activate(work, version, verdict))
 
@@ -192,17 +192,6 @@ def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
     return features
 
 
-def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTest:
-    if work.round.metrics.signal:
-        return work.round.metrics.signal
-    reward, generator = work.settings.reward, work.generator(1)
-    votes = some_conversations(dataset.votes, reward.signal_votes, generator)
-    with work.stages.stage("signal", "testing the votes for a signal"):
-        signal = scoring.test_signal(features, votes, reward, generator)
-    work.record("snapshot", RoundMetrics(signal=signal))
-    return signal
-
-
 def weigh_voters(work: Workspace, dataset: Dataset, features: Tensor) -> tuple[Dataset, VoterWeights | None]:
     """Reduces the weight of voters who answer against the others, and counts them. A resumed round computes it again,
     with the same result."""
@@ -229,7 +218,7 @@ def fit_reward_model(
     with work.stages.stage("reward_model", "scoring reference answers"):
         work.engine.push(work.policy.reference_weights())
         samples = work.engine.sample(prompts, draw_seed(work.settings.seed, 0))
-    model = model.standardised(work.features_of(samples, model))
+    model = model.standardised(work.features_of(samples, model), work.prompt_states(prompts, model))
     version = work.round.reward_model_version or work.free_version("reward_models", "rm")
     work.update(reward_model_version=version)
     directory, reference = work.reward_model_directory, work.round.reference_version

@@ -14,6 +14,7 @@ from learner.improve.candidates import drop_candidates
 from learner.improve.ppo.state import drop_states
 from learner.model.device import resolve_device
 from learner.model.features import default_layers, extract
+from learner.model.forward import Tokens, to_tokens
 from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, to_rollout
 from learner.progress import Stages
 from learner.reward.base import RewardModel
@@ -115,7 +116,14 @@ class Workspace:
 
     def features_of(self, samples: list[SampledAnswer], model: RewardModel) -> Tensor:
         """Features (N, F) of sampled answers."""
-        tokens = to_rollout(samples).tokens
+        return self._extract(to_rollout(samples).tokens, model)
+
+    def prompt_states(self, prompts: list[Prompt], model: RewardModel) -> Tensor:
+        """States (N, F - 1) of each prompt's last token: as the only token of a response, it is its own mean."""
+        tokens = to_tokens([p.token_ids[:-1] for p in prompts], [p.token_ids[-1:] for p in prompts])
+        return self._extract(tokens, model)[:, :-1]
+
+    def _extract(self, tokens: Tokens, model: RewardModel) -> Tensor:
         with self.policy.reference() as reference:
             return extract(reference, tokens, model.layers, self.settings.policy.micro_batch_tokens, lambda n: None)
 

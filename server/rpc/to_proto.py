@@ -205,6 +205,7 @@ def duel(record: AbTestResult) -> policy_pb2.Duel:
         draws=record.draws,
         evidence_better=record.won,
         evidence_worse=record.lost,
+        few_voters=record.few_voters,
     )
 
 

@@ -90,5 +90,21 @@ def _keep_activations(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "policy": {"checkpoint_activations": "off", **settings.get("policy", {})}}
 
 
-SETTINGS = Stored((_name_shares_and_dtype, _count_tokens, _sort_by_room, _keep_activations))
-METRICS = Stored((_count_left_out,))
+def _count_flips(settings: dict[str, Any]) -> dict[str, Any]:
+    """The signal test flips signs instead of permuting votes: fewer than the default were never needed."""
+    reward = {name: value for name, value in settings.get("reward", {}).items() if name != "permutations"}
+    return {**settings, "reward": reward} if reward else settings
+
+
+def _forget_permutations(metrics: dict[str, Any]) -> dict[str, Any]:
+    """A signal test by permutations had no level of its own, and compared with the accuracy on shuffled votes."""
+    if signal := metrics.get("signal"):
+        metrics["signal"] = {
+            **{name: value for name, value in signal.items() if name != "null_accuracy"},
+            **{"level": None, "votes": 0, "conversations": 0, "first_votes": 0, "enough_votes": None, "spent": []},
+        }
+    return metrics
+
+
+SETTINGS = Stored((_name_shares_and_dtype, _count_tokens, _sort_by_room, _keep_activations, _count_flips))
+METRICS = Stored((_count_left_out, _forget_permutations))

@@ -30,6 +30,8 @@ class AbTestResult:
     losses: int
     # Ties and both-bad, which do not say which is better.
     draws: int
+    # How many people vote here, if so few that several votes of each count; 0 if everybody counts once.
+    few_voters: int = 0
 
     @property
     def lost(self) -> float:
@@ -42,4 +44,6 @@ class AbTestResult:
         return e_value(self.losses, self.wins)
 
     def __str__(self) -> str:
-        return f"{self.wins} wins, {self.losses} losses and {self.draws} draws against {self.opponent}"
+        counted = f", several votes of each of the {self.few_voters} who vote here" if self.few_voters > 1 else ""
+        counted = ", all by the one who votes here" if self.few_voters == 1 else counted
+        return f"{self.wins} wins, {self.losses} losses and {self.draws} draws against {self.opponent}{counted}"

@@ -22,11 +22,11 @@ ACTOR = "server"
 class AbTest:
     """Knows the two versions that Compare shows, and rolls back if the new one loses."""
 
-    def __init__(self, store: StoreThread, follower: Follower, alpha: float, user_votes: int) -> None:
+    def __init__(self, store: StoreThread, follower: Follower, alpha: float, voters: int, user_votes: int) -> None:
         self._store = store
         self._follower = follower
         self._limit = 1 / alpha
-        self._user_votes = user_votes
+        self._counted = voters, user_votes
         self._pair: tuple[str, str] | None = None
         # Versions that could not be loaded beside the active one or instead of it: logged once, not tried again.
         self._dead: set[str] = set()
@@ -40,13 +40,13 @@ class AbTest:
     def duel(self, store: Store) -> AbTestResult | None:
         """The result so far for the two versions that Compare shows; None while it shows one."""
         pair = self.pair
-        found = store.lineage.duel(self._user_votes) if pair else None
+        found = store.lineage.duel(*self._counted) if pair else None
         # The active version may have changed since the last `look`.
         return found if found and (found.version, found.opponent) == pair else None
 
     async def look(self) -> None:
         """Count the votes, and roll back if the new version has lost. Call it repeatedly."""
-        duel = await self._store(lambda store: store.lineage.duel(self._user_votes))
+        duel = await self._store(lambda store: store.lineage.duel(*self._counted))
         if duel is None or duel.won >= self._limit or duel.opponent in self._dead:
             self._pair = None
         elif duel.lost < self._limit:

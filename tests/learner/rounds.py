@@ -145,12 +145,12 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "lease_seconds": 0.5,
         "load_timeout_seconds": 0.5,
         "min_prompts": 8,
-        "reward": {"permutations": 39, "reference_answers": 16, "fold_repeats": 1},
+        "reward": {"reference_answers": 16, "fold_repeats": 1},
         "dtype": "float32",
         "policy": {"lora_rank": 4},
         "ppo": {"steps": 2, "episodes": 16, "learning_rate": 3e-3},
         # Eighty votes on a random model: tests check what a round does, not whether it should.
-        "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.3},
+        "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.99},
     }
     return LearnerSettings(**{**values, **changes})
 

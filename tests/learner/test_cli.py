@@ -60,7 +60,8 @@ def test_an_unreachable_signal_level_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PREFLOOP_REWARD__PERMUTATIONS", "49")
     result = runner.invoke(app, ["status", "--data-dir", str(tmp_path)])
     assert result.exit_code == 1
-    assert "signal_p 0.02 is too small for 49 reward.permutations" in result.output
+    assert "signal_p 0.02 is too small for 49 reward.signal_flips" in result.output
+    assert result.stderr.startswith("PREFLOOP_REWARD__PERMUTATIONS is now PREFLOOP_REWARD__SIGNAL_FLIPS;")
 
 
 def test_a_bad_cron_line_is_one_sentence(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_adapters_begin_alike_on_both_devices(model_directory: Path) -> None:
 # Small fits, which are on the CPU in any case.
 SMALL: dict[str, Any] = {
     "reward": {
-        "permutations": 20, "reference_answers": 8, "folds": 2, "fold_repeats": 1, "l2_grid": [3.0], "members": 2,
+        "signal_flips": 20, "reference_answers": 8, "folds": 2, "fold_repeats": 1, "l2_grid": [3.0], "members": 2,
         "signal_folds": 2, "signal_repeats": 1,
         # The second round is some seconds later, which must not matter.
         "half_life_days": 1e12,
@@ -266,7 +266,7 @@ def test_a_round_and_then_the_users(data_dir: Path, tmp_path: Path, monkeypatch:
     found = run(other, "cuda", monkeypatch)
     ours, theirs = flat(found), flat(expected)
     for name, value in theirs.items():
-        assert ours[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-5)), name
+        assert ours[name] == (pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value), name
     for file, apart in (("reward_models/rm0001/head", 0), ("policies/v0001/adapter_model", 1e-6)):
         here, there = (load_file(where / f"{file}.safetensors") for where in (data_dir, other))
         assert all(torch.allclose(here[name], there[name], rtol=0, atol=apart) for name in here)

@@ -14,7 +14,7 @@ from learner.model.rollout import Rollout
 from learner.reward.base import RewardModel
 from learner.settings import PPOSettings
 
-# Weight, in tokens, of the prior that a prefix is average: a mean over few tokens says little.
+# Weight, in tokens, of what the prompt lets expect: a mean over few tokens says little.
 PREFIX_PRIOR = 8.0
 # About the log of a long answer's number of tokens; scales the position feature to the size of the others.
 LONG = 5.0
@@ -33,12 +33,14 @@ def judge_rollout(
     return reference_pass(policy, rollout.tokens, reward_model.layers, temperature, budget, groups, prefix)
 
 
-def critic_features(states: Tensor, reward_model: RewardModel) -> Tensor:
-    """Standardised features (B, T, F) of the tokens before each position, shrunk towards the average (zero) while they
-    are few. A prefix's length does not predict the answer's, so the last feature is the position instead, from zero."""
+def critic_features(states: Tensor, prompt_states: Tensor, reward_model: RewardModel) -> Tensor:
+    """Standardised features (B, T, F) of the tokens before each position, from response states (B, T, F - 1). While the
+    tokens are few, they are shrunk towards what the prompt, `prompt_states` (B, F - 1), lets expect. A prefix's length
+    does not predict the answer's, so the last feature is the position instead, from zero."""
     prefix, counts = pool_prefixes(states)
     mean, scale = reward_model.standardiser.mean.to(states), reward_model.standardiser.scale.to(states)
-    standard = (prefix - mean[:-1]) * scale[:-1] * (counts / (counts + PREFIX_PRIOR))[None, :, None]
+    expected, seen = reward_model.prompt_features(prompt_states), (counts / (counts + PREFIX_PRIOR))[None, :, None]
+    standard = (prefix - mean[:-1]) * scale[:-1] * seen + expected[:, None] * (1 - seen)
     # A function of the position alone: the other rows of a micro-batch must not affect a row's values.
     position = (counts.log1p() / LONG).expand(len(states), -1).unsqueeze(-1)
     return torch.cat([standard, position], dim=2)

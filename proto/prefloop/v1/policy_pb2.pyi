@@ -275,6 +275,7 @@ class Duel(_message.Message):
     DRAWS_FIELD_NUMBER: _builtins.int
     EVIDENCE_BETTER_FIELD_NUMBER: _builtins.int
     EVIDENCE_WORSE_FIELD_NUMBER: _builtins.int
+    FEW_VOTERS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     opponent_version: _builtins.str
     wins: _builtins.int
@@ -285,6 +286,8 @@ class Duel(_message.Message):
     evidence_better: _builtins.float
     """E-values: 1 is no evidence; 20 is reached by chance at most once in 20 times, however often it is checked."""
     evidence_worse: _builtins.float
+    few_voters: _builtins.int
+    """How many people vote on this server, if so few that several choices of each count; 0 if everybody counts once."""
     def __init__(
         self,
         *,
@@ -295,10 +298,11 @@ class Duel(_message.Message):
         draws: _builtins.int = ...,
         evidence_better: _builtins.float = ...,
         evidence_worse: _builtins.float = ...,
+        few_voters: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draws", b"draws", "evidence_better", b"evidence_better", "evidence_worse", b"evidence_worse", "losses", b"losses", "opponent_version", b"opponent_version", "version", b"version", "wins", b"wins"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draws", b"draws", "evidence_better", b"evidence_better", "evidence_worse", b"evidence_worse", "few_voters", b"few_voters", "losses", b"losses", "opponent_version", b"opponent_version", "version", b"version", "wins", b"wins"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

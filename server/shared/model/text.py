@@ -86,10 +86,10 @@ class ChatText:
             raise ValueError(str(error)) from error
         return self._encode(rendered)
 
-    def answer(self, text: str) -> list[int]:
-        """Token ids of an answer written by a person, with the end token if the model has one. Raises
+    def answer(self, text: str, ended: bool = True) -> list[int]:
+        """Token ids of an answer written by a person, with the end token if it `ended` and the model has one. Raises
         UnknownTokenError."""
-        end = self._tokenizer.eos_token_id
+        end = self._tokenizer.eos_token_id if ended else None
         return [*self._encode(self._escape({"role": "user", "content": text})), *([] if end is None else [end])]
 
     def text(self, token_ids: list[int]) -> str:

@@ -103,29 +103,49 @@ class Lineage:
         rows = self._db.rows("SELECT * FROM pointer_events ORDER BY seq DESC LIMIT ?", [limit])
         return [PointerEvent(**row) for row in rows]
 
-    def duel(self, user_votes: int) -> AbTestResult | None:
-        """Choices between answers of the active version and the previous one since the activation; the first
-        `user_votes` of each user, without users in quarantine. None if it became active by a rollback."""
+    def duel(self, voters: int, user_votes: int) -> AbTestResult | None:
+        """Choices between answers of the active version and the previous one since the activation, without users in
+        quarantine. None if it became active by a rollback.
+
+        One choice of each user counts, the first, so that the result holds for people in general: choices of one
+        person are alike. Where fewer than `voters` people vote at all, these are everybody there is, and the first
+        `user_votes` of each count; of a single one all. What counts is what was first said of a comparison: after that
+        its versions are shown."""
         last = next(iter(self.moves(1)), None)
         if last is None or last.previous_version is None or last.action not in ("activate", "promote"):
             return None
+        found = self._count_voters(voters)
+        few = found if found < voters else 0
+        counted = user_votes if few > 1 else UNLIMITED if few == 1 else 1
         rows = self._db.rows(
-            "SELECT value, version_a FROM (SELECT f.value, a.policy_version AS version_a, "
-            "row_number() OVER (PARTITION BY f.user ORDER BY f.event_seq) AS nth FROM comparisons c "
+            "SELECT e.value, version_a FROM (SELECT said, version_a, "
+            "row_number() OVER (PARTITION BY user ORDER BY said) AS nth FROM (SELECT f.user, "
+            "a.policy_version AS version_a, (SELECT min(seq) FROM feedback_events WHERE comparison_id = c.id "
+            "AND kind = 'choice' AND action = 'submit') AS said FROM comparisons c "
             "JOIN feedback f ON f.comparison_id = c.id AND f.kind = 'choice' "
             "JOIN responses a ON a.id = c.response_a JOIN responses b ON b.id = c.response_b "
             "WHERE c.create_time >= ?3 AND f.user NOT IN (SELECT user FROM quarantined) "
             "AND ((a.policy_version = ?1 AND b.policy_version = ?2) "
-            "OR (a.policy_version = ?2 AND b.policy_version = ?1))) WHERE nth <= ?4",
-            [last.version, last.previous_version, last.create_time, user_votes],
+            "OR (a.policy_version = ?2 AND b.policy_version = ?1)))) "
+            "JOIN feedback_events e ON e.seq = said WHERE nth <= ?4",
+            [last.version, last.previous_version, last.create_time, counted],
         )
         winners = [
             None if row["value"] not in ("A", "B") else (row["value"] == "A") == (row["version_a"] == last.version)
             for row in rows
         ]
         return AbTestResult(
-            last.version, last.previous_version, winners.count(True), winners.count(False), winners.count(None)
+            last.version, last.previous_version, winners.count(True), winners.count(False), winners.count(None), few
         )
+
+    def _count_voters(self, limit: int) -> int:
+        """How many users have current feedback, at most `limit`; users in quarantine do not count."""
+        [row] = self._db.rows(
+            "SELECT count(*) AS voters FROM (SELECT DISTINCT user FROM feedback "
+            "WHERE user NOT IN (SELECT user FROM quarantined) LIMIT ?)",
+            [limit],
+        )
+        return int(row["voters"])
 
     def thumb_rate(self, version: str) -> tuple[int, int]:
         """Thumbs up, and all thumbs, on answers that a version began, without those of users in quarantine."""

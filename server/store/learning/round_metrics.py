@@ -16,6 +16,8 @@ Figure = Annotated[
     BeforeValidator(lambda value: math.nan if value is None else value),
     PlainSerializer(lambda value: None if math.isnan(value) else value),
 ]
+# An estimate of more than this times the votes says only that they are weak.
+MOST_TIMES = 10
 EndedBy = Literal["steps", "kl_budget", "uncertainty"]
 
 
@@ -49,11 +51,38 @@ class PromptCounts:
 
 @dataclass(frozen=True)
 class SignalTest:
-    """Whether features can predict the votes: cross-validated accuracy, and that on shuffled votes."""
+    """Whether the votes say anything about the answers (`learner.reward.sign_flips`). The tests since one passed, each
+    on more votes than the one before it, share one error."""
 
+    # Cross-validated, of choices that name a winner and of thumbs.
     accuracy: Figure
-    null_accuracy: Figure
+    # Of all tests since one passed; passed at `level` or below. A test of an earlier version has no level.
     p_value: Figure
+    level: Figure
+    # The votes of this test, in how many conversations, and the votes of the first test since one passed.
+    votes: int
+    conversations: int
+    first_votes: int
+    # How many votes would probably suffice, if the votes show any strength.
+    enough_votes: int | None
+    # Numbers of the sign flips that would have passed by now.
+    spent: list[int]
+
+    @property
+    def passed(self) -> bool:
+        return self.p_value <= self.level
+
+    @property
+    def estimate(self) -> int | None:
+        """`enough_votes` rounded up to two digits; None if the votes are too weak to say more than that."""
+        if self.enough_votes is None or self.enough_votes > MOST_TIMES * self.votes:
+            return None
+        unit = int(10 ** max(len(str(self.enough_votes)) - 2, 0))
+        return -(-self.enough_votes // unit) * unit
+
+    def missing(self, votes: int) -> int:
+        """How many more than `votes` would probably pass; 0 if the test was passed or this cannot be estimated."""
+        return 0 if self.passed or not self.estimate else max(self.estimate - votes, 0)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ pytestmark = together
 
 METRICS = RoundMetrics(
     votes=filled(VoteCounts, choices=140, thumbs=8, corrections=2, train=100, judge=50),
-    signal=SignalTest(accuracy=0.68, null_accuracy=0.5, p_value=0.005),
+    signal=filled(SignalTest, accuracy=0.68, p_value=0.005, level=0.01, spent=[]),
     reward_model=filled(RewardModelMetrics, accuracy=0.69, votes=48, longer_wins=0.47),
     ppo=Improvement(
         steps=[

@@ -13,10 +13,9 @@ from learner.reward.likelihood import A, B
 from learner.reward.linear_heads import VoteTensors
 from learner.reward.standardiser import Standardiser
 from learner.settings import GateSettings
-from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics, SignalTest, WinRate
+from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics, WinRate
 
 SETTINGS = GateSettings()
-SIGNAL = SignalTest(0.7, 0.5, 0.005)
 INCUMBENT = AnswerHealth(length=60, empty=0.0, ended=0.1, repetition=0.01)
 
 
@@ -40,7 +39,7 @@ def seeded() -> torch.Generator:
 
 
 def test_a_candidate_that_passes_every_rule_is_promoted() -> None:
-    verdict = decide([figures()], SIGNAL, INCUMBENT, 6.0, SETTINGS)
+    verdict = decide([figures()], INCUMBENT, 6.0, SETTINGS)
     assert verdict.promoted
     assert verdict.reasons == []
 
@@ -58,7 +57,7 @@ def test_a_candidate_that_passes_every_rule_is_promoted() -> None:
     ],
 )
 def test_each_rule_rejects_and_says_why(changes: dict[str, object], reason: str) -> None:
-    verdict = decide([figures(**changes)], SIGNAL, INCUMBENT, 6.0, SETTINGS)
+    verdict = decide([figures(**changes)], INCUMBENT, 6.0, SETTINGS)
     assert not verdict.promoted
     assert len(verdict.reasons) == 1
     assert reason in verdict.reasons[0]
@@ -73,17 +72,12 @@ def test_a_gap_that_widens_is_over_optimisation() -> None:
     assert over_optimised(late, [early, late], 0.05) == [
         "Since step 4 the trained reward model's win rate rose to 0.90 and the judge's fell from 0.75 to 0.69."
     ]
-    verdict = decide([early, late], SIGNAL, INCUMBENT, 6.0, SETTINGS)
+    verdict = decide([early, late], INCUMBENT, 6.0, SETTINGS)
     assert (verdict.chosen.step, verdict.promoted) == (4, True)
     # Within the margin, where both fall, and seen from the earlier one, nothing parted.
     assert over_optimised(rated(8, 0.9, 0.71), [early], 0.05) == []
     assert over_optimised(rated(8, 0.6, 0.5), [early], 0.05) == []
     assert over_optimised(early, [early, late], 0.05) == []
-
-
-def test_votes_without_a_signal_reject_whatever_wins() -> None:
-    verdict = decide([figures()], SignalTest(0.55, 0.5, 0.05), INCUMBENT, 6.0, SETTINGS)
-    assert "no clear signal" in verdict.reasons[0]
 
 
 def test_the_best_sound_candidate_is_chosen_not_the_last_or_the_highest() -> None:
@@ -92,7 +86,7 @@ def test_the_best_sound_candidate_is_chosen_not_the_last_or_the_highest() -> Non
     collapsed = figures(
         step=6, against_incumbent=WinRate(0.95, 0.9, 0.99, 60), against_reference=WinRate(0.95, 0.9, 0.99, 60), kl=9.0
     )
-    assert decide([early, best, collapsed], SIGNAL, INCUMBENT, 6.0, SETTINGS).chosen.step == 4
+    assert decide([early, best, collapsed], INCUMBENT, 6.0, SETTINGS).chosen.step == 4
 
 
 def judge_of(weights: list[list[float]]) -> Judge:

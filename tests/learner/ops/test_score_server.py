@@ -33,7 +33,8 @@ def reward_model(seed: int) -> LinearRewardModel:
     return LinearRewardModel(
         layers=(2,), standardiser=Standardiser(torch.zeros(WIDTH), torch.ones(WIDTH)), weights=members.mean(dim=0),
         members=members, member_bias=torch.tensor([0.0, 0.5, -0.5]), bias=0.25, low=-3.0, high=3.0, thumb_bar=0.0,
-        bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0,
+        bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0, prompt_mean=torch.zeros(WIDTH - 1),
+        prompt_scale=torch.zeros(WIDTH - 1),
     )  # fmt: skip
 
 

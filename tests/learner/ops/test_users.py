@@ -46,7 +46,7 @@ def crowd() -> Snapshot:
 
 
 def read(snapshot: Snapshot, right: list[int]) -> list[UserFigures]:
-    dataset = to_dataset(snapshot, NOW, 0.4, RewardSettings(), lambda text: [7])
+    dataset = to_dataset(snapshot, NOW, 0.4, RewardSettings(), lambda text, ended: [7])
     heard = torch.tensor([10] * 10 + [0])
     found = Verdicts(heard, torch.tensor([*right, 0]), heard, torch.tensor([5, 10] + [5] * 8 + [0]))
     word = QuarantineEvent(1, "user3", "set", "operator", "a script", 1_000.0)

@@ -1,5 +1,6 @@
 """Rows of the store to votes: who judges, what is left out, what a correction means."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,10 +42,10 @@ def choice(conversation: str, value: Any, tokens_a: list[int] = [3], user: str =
     return ChoiceVote(f"fb-{conversation}", user, value, f"cmp-{conversation}", a, b, NOW)
 
 
-def encode(text: str) -> list[int]:
+def encode(text: str, ended: bool) -> list[int]:
     if "<late>" in text:
         raise UnknownTokenError("<late>")
-    return [7, 8, 2]
+    return [7, 8, 2] if ended else [7, 8]
 
 
 def dataset(choices: list[ChoiceVote] = [], thumbs: list[ThumbVote] = [], corrections: list[Correction] = []) -> Any:  # noqa: B006
@@ -78,6 +79,30 @@ def test_a_correction_beats_the_original() -> None:
     assert found.votes.temperature_difference.tolist() == [0.0]
 
 
+def test_a_correction_ends_only_if_the_original_did() -> None:
+    cut = replace(response("r", "c1", [3]), finish_reason="length")
+    found = dataset(corrections=[Correction("fb", "ann", "better", cut, NOW)])
+    assert found.answers[int(found.votes.a[0])] == ([1, 2], [7, 8])
+
+
+def test_a_correction_that_changes_nothing_is_left_out() -> None:
+    found = dataset(corrections=[Correction("fb", "ann", " text\n", response("r", "c1", [3]), NOW)])
+    assert (len(found.votes), found.left_out) == (0, 1)
+
+
+def test_corrections_only_train_and_are_not_shown_answers() -> None:
+    votes = [choice(f"conv_{i}", "A") for i in range(8)]
+    corrections = [Correction(f"fix_{i}", "ann", "better", vote.a, NOW) for i, vote in enumerate(votes)]
+    found = dataset(
+        votes, corrections=[*corrections, Correction("fix", "ann", "better", response("r", "conv_20", [3]), NOW)]
+    )
+    # PINNED says which conversations judge; conv_20 trains.
+    assert (len(found.train), len(found.judge), found.left_out) == (9, 4, 0)
+    assert [side for name, side in found.sides if name.startswith("fix")] == ["train"] * 5
+    shown, conversations = found.shown
+    assert (len(shown), shown.groups, conversations) == (8, 8, [f"conv_{i}" for i in range(8)])
+
+
 def test_tokens_that_the_model_has_no_embedding_for_are_left_out_with_their_votes() -> None:
     kept, late = response("r1", "c1", [3]), response("r2", "c2", [39, 40])
     found = dataset(
@@ -107,10 +132,10 @@ def test_a_conversation_stays_on_one_side() -> None:
 def test_some_conversations_are_whole_ones() -> None:
     votes = [choice(f"conv_{i}", "A") for i in range(40)]
     found = dataset(votes, [ThumbVote(f"t{i}", "bob", 1, vote.a, NOW) for i, vote in enumerate(votes)]).votes
-    some = some_conversations(found, 20, torch.Generator().manual_seed(0))
+    some = select(found, some_conversations(found, 20, torch.Generator().manual_seed(0)))
     assert (len(some.a), len(some.thumb), some.groups) == (10, 10, 10)
     assert sorted(some.choice_group.tolist()) == sorted(some.thumb_group.tolist()) == list(range(10))
-    assert some_conversations(found, 80, torch.Generator()) is found
+    assert some_conversations(found, 80, torch.Generator()).tolist() == [True] * 40
 
 
 def test_train_and_judge_share_nothing_and_lose_nothing() -> None:

@@ -29,6 +29,8 @@ def model(**changes: object) -> LinearRewardModel:
         eta=0.5,
         temperature=0.4,
         l2=1.0,
+        prompt_mean=torch.zeros(1),
+        prompt_scale=torch.zeros(1),
     )
     return replace(whole, **changes)  # type: ignore[arg-type]
 
@@ -46,7 +48,7 @@ def test_the_members_scores_by_hand() -> None:
 
 def test_members_agree_on_the_reference_and_keep_their_differences() -> None:
     features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    after = model().standardised(features)
+    after = model().standardised(features, features[:, :1])
     assert after.member_scores(features).mean(dim=1).tolist() == pytest.approx([0, 0], abs=1e-5)
     # They share one unit: a member with larger differences keeps them.
     sd = model().scores(features).std()
@@ -66,7 +68,7 @@ def test_members_differ_where_votes_say_little(make_votes: Callable[..., VoteTen
 
 def test_standardised_scores_have_mean_0_and_sd_1_and_probabilities_stay() -> None:
     features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    before, after = model(), model().standardised(features)
+    before, after = model(), model().standardised(features, features[:, :1])
     scores = after.scores(features)
     assert scores.mean().item() == pytest.approx(0, abs=1e-5)
     assert scores.std().item() == pytest.approx(1, abs=1e-5)
@@ -78,9 +80,27 @@ def test_standardised_scores_have_mean_0_and_sd_1_and_probabilities_stay() -> No
     assert after.temperature * sd == pytest.approx(before.temperature)
 
 
+def test_a_prompt_lets_expect_what_reference_answers_to_such_prompts_scored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, prompts = torch.randn(200, 3, generator=generator), torch.randn(200, 2, generator=generator)
+    # Answers have half of what their prompt has, in another unit.
+    features[:, :2] += prompts
+    prompts = 10 * prompts + 5
+    head = {"weights": torch.tensor([1.0, -1.0, 0.2]), "members": torch.randn(2, 3, generator=generator)}
+    scaling = Standardiser(torch.zeros(3), torch.ones(3))
+    after = model(standardiser=scaling, **head).standardised(features, prompts)
+    expected, scores = after.prompt_features(prompts) @ after.weights[:-1], after.scores(features)
+    assert expected.mean().item() == pytest.approx(0, abs=1e-4)
+    # The least squares line, whose residuals and predictions are uncorrelated.
+    assert (expected * (scores - expected)).mean().item() == pytest.approx(0, abs=1e-4)
+    assert 0.4 < 1 - ((scores - expected).var() / scores.var()).item() < 0.6
+    # Where answers have the opposite of their prompt, nothing is expected.
+    assert model(standardiser=scaling, **head).standardised(-features, prompts).prompt_scale.tolist() == [0.0, 0.0]
+
+
 def test_a_constant_score_cannot_be_standardised() -> None:
     with pytest.raises(ValueError, match="same score"):
-        model(weights=torch.zeros(2)).standardised(torch.randn(5, 2))
+        model(weights=torch.zeros(2)).standardised(torch.randn(5, 2), torch.randn(5, 1))
 
 
 def test_length_weighs_as_much_as_all_layers_together() -> None:

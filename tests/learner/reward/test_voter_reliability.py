@@ -82,7 +82,7 @@ def crowd(users: int = 12, each: int = 20, hostile: int = 1) -> tuple[Dataset, t
     )  # fmt: skip
     judges = torch.arange(n) // users % 3 == 0
     names = [f"user{number}" for number in range(users)]
-    return Dataset([], votes, judges, [], names, user, torch.ones(n, dtype=torch.bool)), features
+    return Dataset([], votes, [], judges, [], names, user, torch.ones(n, dtype=torch.bool)), features
 
 
 def weigh(dataset: Dataset, features: torch.Tensor) -> tuple[Dataset, list[float]]:

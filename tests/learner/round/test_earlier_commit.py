@@ -51,7 +51,7 @@ def test_it_opens_and_its_rounds_keep_their_metrics(a51ccdf: Path) -> None:
     assert (metrics.gate.chosen.step, type(metrics.gate.chosen.against_incumbent)) == (2, WinRate)
     assert metrics.reward_model
     assert metrics.seconds
-    assert dict(status(a51ccdf, 10)["lines"])
+    assert dict(status(a51ccdf, 10, 10)["lines"])
     store.close()
 
 

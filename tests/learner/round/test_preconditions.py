@@ -1,6 +1,7 @@
 """The sentences of rounds without a result say what is missing, in numbers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -20,8 +21,16 @@ def test_too_few_prompts_on_either_side() -> None:
 
 
 def test_too_little_signal_and_none_at_all() -> None:
-    assert "accuracy 0.55, where shuffled votes give 0.51 (p = 0.240)" in too_little(SignalTest(0.55, 0.51, 0.24))
-    assert "all are ties or both-bad" in too_little(SignalTest(math.nan, math.nan, 1.0))
+    weak = filled(SignalTest, accuracy=0.55, p_value=0.24, level=0.01, votes=60, conversations=60, enough_votes=1234)
+    assert too_little(replace(weak, enough_votes=163)) == (
+        "The votes carry too little signal to learn from: p = 0.240, and at most 0.010 is needed (cross-validated "
+        "accuracy 0.55). About 170 such votes would probably suffice; there are 60. Nothing was changed."
+    )
+    assert "It cannot be estimated how many votes would suffice; there are 60." in too_little(weak)
+    few = replace(weak, conversations=7)
+    assert "They are in 7 conversations, too few for any test: vote in more of them." in too_little(few)
+    assert "too few" not in too_little(replace(weak, conversations=8))
+    assert "all are ties, both-bad or corrections" in too_little(replace(weak, accuracy=math.nan))
 
 
 @pytest.mark.parametrize(

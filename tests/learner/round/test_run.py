@@ -1,6 +1,7 @@
 """A whole round on a tiny model and a real store; only the engine is a stand-in, sampling by transformers."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +31,10 @@ from learner.round.run import run_once
 from learner.round.workspace import STAGES, Workspace
 from server.shared.errors import ConflictError
 from server.store.files.manifest import verify
-from server.store.learning.round_metrics import CandidateMetrics, RoundMetrics, VoterWeights, WinRate
+from server.store.learning.round_metrics import CandidateMetrics, RoundMetrics, SignalTest, VoterWeights, WinRate
 from server.store.store import Store
 from tests.learner.rounds import TinyEngine, low_words, make_reference, passing, settings, vote
+from tests.round_metrics import filled
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +123,7 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     again = run(data_dir)
     assert again.state == "nothing"
     assert "no new votes" in again.sentence
-    found = status(data_dir, 10)
+    found = status(data_dir, 10, 10)
     assert (found["active_version"], found["votes"], found["new_votes"]) == ("v0001", 80, 0)
 
     console = Console(record=True, width=100, quiet=False, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
@@ -140,7 +142,7 @@ def test_the_next_round_meets_the_promoted_version(
     run(data_dir)
     store = opened(data_dir)
     vote(store, AutoModelForCausalLM.from_pretrained(model_directory).eval(), 60, low_words, seed=1)
-    assert status(data_dir, 10)["new_votes"] == 60
+    assert status(data_dir, 10, 10)["new_votes"] == 60
     report = run(data_dir)
     assert (report.state, report.incumbent_version, report.policy_version) == ("promoted", "v0001", "v0002")
     assert store.policies.get("v0002").parent_version == "v0001"
@@ -333,7 +335,8 @@ def test_a_rejected_candidate_is_kept_with_the_reason_and_not_served(
 def test_votes_without_a_signal_end_the_round_before_training(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, engine: type[TinyEngine]
 ) -> None:
-    monkeypatch.setattr(rounds.scoring, "test_signal", lambda *_: rounds.SignalTest(0.51, 0.5, 0.4))
+    weak = filled(SignalTest, accuracy=0.51, p_value=0.4, level=0.01, votes=80, conversations=80)
+    monkeypatch.setattr(rounds, "test_signal", lambda *_: weak)
     monkeypatch.setattr(engine, "pushes", 0)
     report = run(data_dir)
     assert report.state == "rejected"
@@ -341,6 +344,28 @@ def test_votes_without_a_signal_end_the_round_before_training(
     assert report.policy_version is None
     # By the comparison of the engine with the trainer.
     assert engine.pushes == 2
+
+
+def test_rounds_without_a_signal_share_one_error_and_say_how_many_votes_are_missing(
+    tmp_path: Path, model_directory: Path, model: Any
+) -> None:
+    make_reference(tmp_path, model_directory)
+    store = opened(tmp_path)
+    chance = random.Random(2)
+    gate = {"signal_p": 0.02}
+    for count, user in ((60, "ann"), (20, "bob")):
+        vote(store, model, count, lambda _: chance.random(), user=user)
+        assert run(tmp_path, gate=gate).state == "rejected"
+    second, first = (one.metrics.signal for one in store.rounds.page())
+    assert first is not None
+    assert second is not None
+    assert (first.votes, first.first_votes, first.level) == (60, 60, 0.01)
+    assert (second.votes, second.first_votes, second.level) == (80, 60, pytest.approx(0.0125))
+    assert (len(first.spent), len(second.spent)) == (99, 124)
+    missing = second.missing(80)
+    assert [line for line in status(tmp_path, 10, 10)["lines"] if line[0] == "needs"] == (
+        [("needs", f"about {missing} more votes as clear as those so far")] if missing else []
+    )
 
 
 def test_an_operators_rollback_meanwhile_is_not_overwritten(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,7 +521,7 @@ def test_users_in_quarantine_when_a_round_began_are_left_out(
     console = Console(record=True, width=100, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
     print_report(report, console)
     assert "30 votes of users in quarantine" in console.export_text()
-    assert dict(status(data_dir, 10)["lines"])["quarantine"] == (
+    assert dict(status(data_dir, 10, 10)["lines"])["quarantine"] == (
         f"ann (the next round leaves their votes out); 30 votes were left out of {report.round_id}"
     )
     # A changed quarantine changes the votes: no vote is new, but there is something to learn.

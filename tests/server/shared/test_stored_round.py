@@ -1,6 +1,7 @@
 """A stored round is loaded in the current format, whatever format it was written in."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ def test_settings_of_format_3() -> None:
     assert SETTINGS.load(json.dumps(old)) == {"seed": 1, "policy": {**KEPT["policy"], "kl_budget": 3.0}}
 
 
+def test_settings_of_format_4() -> None:
+    old = {"format": 4, "reward": {"permutations": 199, "folds": 5}}
+    assert SETTINGS.load(json.dumps(old)) == {"reward": {"folds": 5}}
+
+
+def test_metrics_of_format_1() -> None:
+    old = {"format": 1, "signal": {"accuracy": 0.68, "null_accuracy": 0.5, "p_value": 0.005}}
+    loaded = METRICS.load(json.dumps(old))
+    assert loaded["signal"] == {
+        **{"accuracy": 0.68, "p_value": 0.005, "level": None, "votes": 0, "conversations": 0, "first_votes": 0},
+        **{"enough_votes": None, "spent": []},
+    }
+    # Without a level the test is made again.
+    signal = RoundMetrics.from_json(loaded).signal
+    assert signal is not None
+    assert math.isnan(signal.level)
+    assert not signal.passed
+
+
 def test_metrics_of_format_0() -> None:
     old = {"votes": {"choices": 3, "thumbs": 2, "corrections": 1, "train": 4, "judge": 2}, "seconds": {"gate": 1.0}}
     assert METRICS.load(json.dumps(old)) == {**old, "votes": {**old["votes"], "left_out": 0, "quarantined": 0}}
@@ -87,8 +107,8 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     store.rounds.update(round_.id, metrics=RoundMetrics(seconds={"gate": 1.0}), fence=fence)
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
-        {"format": 4, "seed": 1},
-        {"format": 1, "seconds": {"gate": 1.0}},
+        {"format": 5, "seed": 1},
+        {"format": 2, "seconds": {"gate": 1.0}},
     )
     found = store.rounds.get(round_.id)
     assert (found.settings, found.metrics) == ({"seed": 1}, RoundMetrics(seconds={"gate": 1.0}))
@@ -102,9 +122,9 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     assert store.rounds.get(round_.id).metrics == RoundMetrics(
         versions={"torch": "2"}, seconds={"gate": 1.0, "added": 11.0}
     )
-    assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 2
+    assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 3
     store.rounds.update(round_.id, settings={"seed": 2}, fence=fence)
-    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 4, "seed": 2}
+    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 5, "seed": 2}
     store.close()
 
 

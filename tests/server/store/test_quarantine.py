@@ -85,11 +85,11 @@ def test_users_in_quarantine_do_not_count_in_an_ab_test(store: Store) -> None:
     for user, choice in (("ann", "B"), ("eve", "A")):
         store.feedback.submit_choice(user, compared(store, user, ("v0000", "v0001"), (0.85, 0.85)), choice)  # type: ignore[arg-type]
     thumbs(store, "eve", 1, up=False)
-    duel = store.lineage.duel(10)
+    duel = store.lineage.duel(10, 10)
     assert duel
     assert (duel.wins, duel.losses, store.lineage.thumb_rate("v0000")) == (1, 1, (0, 1))
     store.quarantine.set("eve", actor="operator", reason="")
-    duel = store.lineage.duel(10)
+    duel = store.lineage.duel(10, 10)
     assert duel
     assert (duel.wins, duel.losses, store.lineage.thumb_rate("v0000")) == (1, 0, (0, 0))
 

@@ -103,6 +103,7 @@ async def test_a_version_is_not_shown_before_it_is_loaded(tmp_path: Path) -> Non
 
 async def test_the_loser_is_rolled_back_by_the_server(tmp_path: Path) -> None:
     async with running_server(tmp_path, serve_adapters=True) as running:
+        await vote_before(running, 10)
         await open_duel(running)
         for number in range(7):
             assert running.engine.version == "v0001"
@@ -117,14 +118,65 @@ async def test_the_loser_is_rolled_back_by_the_server(tmp_path: Path) -> None:
         assert running.engine.pinned[before:] == [None, None]
 
 
-async def test_one_user_cannot_decide_a_test(tmp_path: Path) -> None:
-    async with running_server(tmp_path, serve_adapters=True, ab_test_user_votes=6) as running:
+async def vote_before(running: Running, users: int) -> None:
+    """A vote of each of these users from before the test."""
+    for number in range(users):
+        who = (("x-user-id", f"early{number}"),)
+        started = (await compare(running, user=who))[0].started
+        vote = feedback_pb2.SubmitChoiceRequest(comparison_id=started.comparison_id, choice=feedback_pb2.CHOICE_A)
+        await running.feedback.SubmitChoice(vote, metadata=who)
+
+
+async def test_one_of_many_users_cannot_decide_a_test(tmp_path: Path) -> None:
+    async with running_server(tmp_path, serve_adapters=True) as running:
+        await vote_before(running, 9)
         await open_duel(running)
         for _ in range(8):
             await choose(running, "ann", loser="v0001")
-        duel: Any = await running.store(lambda store: store.lineage.duel(6))
-        assert (duel.wins, duel.losses) == (0, 6)
+        duel: Any = await running.store(lambda store: store.lineage.duel(10, 10))
+        assert (duel.wins, duel.losses, duel.few_voters) == (0, 1, 0)
         assert running.engine.version == "v0001"
+
+
+async def test_where_few_people_vote_several_votes_of_each_count(tmp_path: Path) -> None:
+    async with running_server(tmp_path, serve_adapters=True, ab_test_user_votes=3) as running:
+        await vote_before(running, 8)
+        await open_duel(running)
+        for _ in range(8):
+            await choose(running, "ann", loser="v0001")
+        duel: Any = await running.store(lambda store: store.lineage.duel(10, 3))
+        assert (duel.wins, duel.losses, duel.few_voters) == (0, 3, 9)
+        assert str(duel) == ("0 wins, 3 losses and 0 draws against v0000, several votes of each of the 9 who vote here")
+
+
+async def test_a_single_user_decides_alone(tmp_path: Path) -> None:
+    async with running_server(tmp_path, serve_adapters=True, ab_test_user_votes=3) as running:
+        await open_duel(running)
+        for _ in range(7):
+            await choose(running, "ann", loser="v0001")
+        await until_active(running, "v0000")
+        move = await running.store(lambda store: store.lineage.moves(1)[0])
+        assert move.reason == "lost: 0 wins, 7 losses and 0 draws against v0000, all by the one who votes here"
+
+
+async def test_a_choice_changed_after_the_versions_were_shown_counts_as_it_was_first(tmp_path: Path) -> None:
+    async with running_server(tmp_path, serve_adapters=True) as running:
+        await open_duel(running)
+        await choose(running, "ann", loser="v0001")
+        who = (("x-user-id", "ann"),)
+        [vote] = (await running.feedback.ListFeedback(feedback_pb2.ListFeedbackRequest(), metadata=who)).feedback
+        other = feedback_pb2.CHOICE_A if vote.choice == feedback_pb2.CHOICE_B else feedback_pb2.CHOICE_B
+        for _ in range(2):
+            changed = feedback_pb2.SubmitChoiceRequest(comparison_id=vote.comparison_id, choice=other)
+            await running.feedback.SubmitChoice(changed, metadata=who)
+            duel: Any = await running.store(lambda store: store.lineage.duel(10, 10))
+            assert (duel.wins, duel.losses) == (0, 1)
+            # Nor does it help to take it back and vote again.
+            [vote] = (await running.feedback.ListFeedback(feedback_pb2.ListFeedbackRequest(), metadata=who)).feedback
+            retract = feedback_pb2.RetractFeedbackRequest(feedback_id=vote.feedback_id)
+            await running.feedback.RetractFeedback(retract, metadata=who)
+            duel = await running.store(lambda store: store.lineage.duel(10, 10))
+            assert (duel.wins, duel.losses) == (0, 0)
 
 
 async def test_a_comparison_of_versions_is_blind_until_the_choice(tmp_path: Path) -> None:
@@ -183,7 +235,7 @@ async def test_without_side_by_side_versions_there_is_no_ab_test(tmp_path: Path)
         publish_version(running.data_dir, "v0001")
         await running.store(lambda store: register(store, "v0001"))
         await activate(running, "v0001")
-        assert (await running.store(lambda store: store.lineage.duel(10))) is not None
+        assert (await running.store(lambda store: store.lineage.duel(10, 10))) is not None
         assert not (await shown_duel(running)).HasField("duel")
 
 

@@ -29,7 +29,8 @@ def reward_model() -> LinearRewardModel:
     return LinearRewardModel(
         layers=(2,), standardiser=Standardiser(torch.zeros(WIDTH), torch.ones(WIDTH)), weights=weights,
         members=weights.expand(2, -1), member_bias=torch.zeros(2), bias=0.75, low=-3.0, high=3.0, thumb_bar=0.0,
-        bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0,
+        bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0, prompt_mean=torch.zeros(HIDDEN),
+        prompt_scale=torch.full((HIDDEN,), 0.1),
     )  # fmt: skip
 
 
@@ -46,6 +47,21 @@ def test_the_critic_begins_as_the_reward_head_without_its_length() -> None:
     first = torch.zeros(WIDTH)
     first[0] = 1.0
     assert critic(first).item() == 0.75 + reward_model().weights[0].item()
+
+
+def test_the_value_before_the_first_token_comes_from_the_prompt(model_directory: Path) -> None:
+    policy = TrainablePolicy.create(model_directory, PolicySettings(lora_rank=4), torch.float32, torch.device("cpu"))
+    prompts = [[5, 6], [9, 10, 11], [9, 10, 11]]
+    rollout = to_rollout([SampledAnswer(p, [7, 8, n], [0.0] * 3, "", "length") for n, p in enumerate(prompts)])
+    model = reward_model()
+    judged = judge_rollout(policy, model, rollout, 0.85, 100)
+    with torch.no_grad():
+        states = [policy.model.get_base_model()(torch.tensor([p]), output_hidden_states=True) for p in prompts]
+    expected = torch.stack([model.prompt_features(each.hidden_states[2][0, -1]) for each in states])
+    assert torch.allclose(judged.prefix_features[:, 0, :-1], expected, atol=1e-5)
+    values = make_critic(model)(judged.prefix_features)[:, 0].tolist()
+    assert values[1] == pytest.approx(values[2], abs=1e-5)
+    assert abs(values[0] - values[1]) > 0.01
 
 
 def test_other_rows_do_not_affect_a_rows_prefix_features(model_directory: Path) -> None:

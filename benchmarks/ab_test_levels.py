@@ -1,0 +1,79 @@
+"""How often the A/B test rolls back a version that is as good as the one before it, and one that is worse.
+
+    python benchmarks/ab_test_levels.py [--tests 2000]
+
+Simulates tests at the shipped defaults with 1, 3, 10 and 100 voters, each of whom casts up to 40 votes, in random order
+and in unequal numbers. People may differ: half of them prefer the new version more than the mean of all, half less. The
+votes are counted as `server.store.learning.lineage` counts them; for comparison, as it did before: up to ten votes of
+each. Prints a table, and one JSON line last.
+"""
+
+import argparse
+import json
+import random
+from collections import Counter
+from functools import cache
+
+from server.settings import ServerSettings
+from server.store.e_value import e_value
+
+VOTERS, MOST = (1, 3, 10, 100), 40
+# (name, mean of the people's rates of preferring the new version, how far the rates are spread to either side).
+KINDS = (
+    ("equal, people alike", 0.5, 0.0),
+    ("equal, people differ", 0.5, 0.4),
+    ("worse, people alike", 0.3, 0.0),
+    ("worse, people differ", 0.3, 0.3),
+    ("much worse, people alike", 0.15, 0.0),
+)
+evidence = cache(e_value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tests", type=int, default=2000)
+    tests = parser.parse_args().tests
+    defaults = ServerSettings.from_values({})
+    limit, few, several = 1 / defaults.ab_test_alpha, defaults.ab_test_voters, defaults.ab_test_user_votes
+    rules = {
+        "now": {voters: 1 if voters >= few else several if voters > 1 else MOST for voters in VOTERS},
+        "ten of each": dict.fromkeys(VOTERS, 10),
+    }
+    results = {}
+    print("| version | votes that count | " + " | ".join(f"{n} voters" for n in VOTERS) + " |")
+    print("|---|---|" + "---:|" * len(VOTERS))
+    for name, rate, spread in KINDS:
+        for rule, counted in rules.items():
+            shares = []
+            for voters in VOTERS:
+                chance = random.Random(f"{name} {voters}")
+                lost = sum(loses(chance, voters, rate, spread, counted[voters], limit) for _ in range(tests))
+                shares.append(lost / tests)
+            results[f"{name}, {rule}"] = shares
+            print(f"| {name} | {rule} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
+    print(json.dumps({"benchmark": "ab_test_levels", "tests": tests, "voters": VOTERS, "rolled_back": results}))
+
+
+def loses(chance: random.Random, voters: int, rate: float, spread: float, counted: int, limit: float) -> bool:
+    """Whether the new version is rolled back before all have voted."""
+    sides = [spread, -spread] * (voters // 2) + [0.0] * (voters % 2)
+    people = [(rate + side, 1 + int(MOST * chance.random() ** 2)) for side in sides]
+    said = Counter[int]()
+    wins = losses = 0
+    order = [person for person, (_, votes) in enumerate(people) for _ in range(votes if voters > 1 else MOST)]
+    chance.shuffle(order)
+    for person in order:
+        said[person] += 1
+        if said[person] > counted:
+            continue
+        if chance.random() < people[person][0]:
+            wins += 1
+        else:
+            losses += 1
+        if evidence(wins, losses) >= limit:
+            return True
+    return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The signal stage: do the votes say anything about the answers? If not, nothing is trained on them."""
+
+import math
+from dataclasses import replace
+
+from torch import Tensor
+
+from learner.reward.dataset import Dataset, of_groups, select, some_conversations
+from learner.reward.evaluation import mean_accuracy
+from learner.reward.sign_flips import signal_test
+from learner.round.workspace import Workspace
+from server.store.learning.records import Round
+from server.store.learning.round_metrics import RoundMetrics, SignalTest
+
+
+def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTest:
+    """The test on the votes of shown answers; a resumed round has it already, unless an earlier version made it."""
+    if (stored := work.round.metrics.signal) and not math.isnan(stored.level):
+        return stored
+    reward, error, generator = work.settings.reward, work.settings.gate.signal_p, work.generator(1)
+    votes, conversations = dataset.shown
+    some = some_conversations(votes, reward.signal_votes, generator)
+    votes, conversations = select(votes, some), of_groups(conversations, some)
+    earlier = open_test([other for other in work.store.rounds.page() if other.id != work.round.id])
+    with work.stages.stage("signal", "testing the votes for a signal"):
+        signal = signal_test(features, votes, conversations, reward, error, earlier)
+        signal = replace(signal, accuracy=mean_accuracy(features, votes, reward, generator))
+    work.record("snapshot", RoundMetrics(signal=signal))
+    return signal
+
+
+def open_test(rounds: list[Round]) -> SignalTest | None:
+    """The newest test of these rounds, newest first, if it was not passed: the next one shares its error."""
+    last = next((test for each in rounds if (test := each.metrics.signal)), None)
+    return None if last is None or last.passed or math.isnan(last.level) else last

@@ -30,11 +30,14 @@ from prefloop.v1 import (
     feedback_pb2_grpc,
     policy_pb2,
     policy_pb2_grpc,
+    review_pb2,
+    review_pb2_grpc,
 )
 from prefloop.v1.account_pb2 import ExportUserResponse, ForgetUserResponse, GetCallerResponse
 from prefloop.v1.chat_pb2 import Conversation, SamplingOptions, Turn
 from prefloop.v1.feedback_pb2 import Choice, Feedback, Message, Thumb
 from prefloop.v1.policy_pb2 import GetActivePolicyResponse, Learner, Policy, Round, RoundSample, VoteCount
+from prefloop.v1.review_pb2 import GetReviewResponse
 
 from clients.calls import (
     AsyncStream,
@@ -118,6 +121,7 @@ class AsyncClient:
         self._feedback = feedback_pb2_grpc.FeedbackServiceStub(self._channel)
         self._account = account_pb2_grpc.AccountServiceStub(self._channel)
         self._policy = policy_pb2_grpc.PolicyServiceStub(self._channel)
+        self._review = review_pb2_grpc.ReviewServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -302,6 +306,22 @@ class AsyncClient:
         """
         request = feedback_pb2.SubmitDemonstrationRequest(messages=messages, request_id=request_id or _fresh_id())
         return (await self._call(self._feedback.SubmitDemonstration, request)).feedback
+
+    async def review(self) -> GetReviewResponse:
+        """A pair of answers to compare apart from the user's chats, and how many wait; `choose` decides it. Without a
+        pair `review` is unset. Until it is decided, every call returns the same pair.
+
+        >>> (await client.review()).review.comparison.comparison_id
+        'cmp'
+        """
+        return await self._call(self._review.GetReview, review_pb2.GetReviewRequest())
+
+    async def skip_review(self, comparison_id: str) -> None:
+        """Leaves a pair without a choice, so that `review` goes on to the next.
+
+        >>> await client.skip_review("cmp")
+        """
+        await self._call(self._review.SkipReview, review_pb2.SkipReviewRequest(comparison_id=comparison_id))
 
     async def retract(self, feedback_id: str) -> None:
         """Retracts the user's own feedback.

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
-from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
+from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2, review_pb2
 
 PAGE = Path(__file__).with_name("languages.md")
 BEGIN, END = "<!-- made by docs/languages.py -->\n", "<!-- until here -->\n"
 PACKAGE = chat_pb2.DESCRIPTOR.package
-FILES = [module.DESCRIPTOR for module in (chat_pb2, feedback_pb2, account_pb2, policy_pb2)]
+FILES = [module.DESCRIPTOR for module in (chat_pb2, feedback_pb2, review_pb2, account_pb2, policy_pb2)]
 SERVICES = {name: service for file in FILES for name, service in file.services_by_name.items()}
 
 EXAMPLES: dict[str, Any] = {

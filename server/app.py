@@ -22,6 +22,8 @@ from prefloop.v1 import (
     feedback_pb2_grpc,
     policy_pb2,
     policy_pb2_grpc,
+    review_pb2,
+    review_pb2_grpc,
 )
 
 from server.admin.retention_task import TIDY_SECONDS, RetentionTask
@@ -36,6 +38,7 @@ from server.rpc.services.account import AccountService
 from server.rpc.services.chat import ChatService
 from server.rpc.services.feedback import FeedbackService
 from server.rpc.services.policies import PolicyService
+from server.rpc.services.review import ReviewService
 from server.rpc.tls import Certificates
 from server.rpc.validation import validator
 from server.settings import ServerSettings
@@ -55,6 +58,7 @@ SERVICES = [
     for descriptor, name in (
         (chat_pb2.DESCRIPTOR, "ChatService"),
         (feedback_pb2.DESCRIPTOR, "FeedbackService"),
+        (review_pb2.DESCRIPTOR, "ReviewService"),
         (policy_pb2.DESCRIPTOR, "PolicyService"),
         (account_pb2.DESCRIPTOR, "AccountService"),
     )
@@ -136,6 +140,7 @@ class App:
         chat_pb2_grpc.add_ChatServiceServicer_to_server(chat, self._server)
         feedback = FeedbackService(self._store, engine, settings.user_demonstrations)
         feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
+        review_pb2_grpc.add_ReviewServiceServicer_to_server(ReviewService(self._store), self._server)
         policies = PolicyService(self._store, self._follower, settings.data_dir, self._ab_test)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, self._server)
         account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, self._server)

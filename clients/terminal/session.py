@@ -15,6 +15,7 @@ from rich.console import Console
 from clients.client import Client
 from clients.errors import PrefloopError
 from clients.terminal.open_conversation import OpenConversation
+from clients.terminal.reviews import compare_answers
 from clients.terminal.screen import Screen, vote_words
 from clients.text import printable
 
@@ -53,6 +54,11 @@ class Terminal:
         self.commands = {
             "/compare": Command(
                 "[MESSAGE]", "two answers to MESSAGE, or to every message until /compare", self._compare
+            ),
+            "/review": Command(
+                "",
+                "compare answers of two versions of the model, apart from your conversations",
+                lambda _: compare_answers(self.client, self.screen, self.read),
             ),
             "/up": Command("[COMMENT]", "the last answer was good", lambda text: self._thumb(THUMB_UP, text)),
             "/down": Command("[COMMENT]", "the last answer was bad", lambda text: self._thumb(THUMB_DOWN, text)),

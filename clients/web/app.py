@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 from clients.async_client import AsyncClient
 from clients.channel import Tls
 from clients.errors import PrefloopError
-from clients.web import account, board, chat
+from clients.web import account, board, chat, review
 from clients.web.protection import Protection
 from clients.web.sign_in import Doorkeeper
 from clients.web.site import Site, on_call_error, on_http_error
@@ -41,7 +41,7 @@ def make_app(
 
     static = StaticFiles(directory=Path(__file__).with_name("static"))
     return Starlette(
-        routes=[*chat.ROUTES, *account.ROUTES, *board.ROUTES, Mount("/static", static, name="static")],
+        routes=[*chat.ROUTES, *review.ROUTES, *account.ROUTES, *board.ROUTES, Mount("/static", static, name="static")],
         middleware=[Middleware(Protection), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
         exception_handlers={PrefloopError: on_call_error, HTTPException: on_http_error},
         lifespan=lifespan,

@@ -26,6 +26,8 @@ ROLES: dict[str, Role | None] = {
     "/prefloop.v1.FeedbackService/SubmitDemonstration": "user",
     "/prefloop.v1.FeedbackService/RetractFeedback": "user",
     "/prefloop.v1.FeedbackService/ListFeedback": "user",
+    "/prefloop.v1.ReviewService/GetReview": "user",
+    "/prefloop.v1.ReviewService/SkipReview": "user",
     "/prefloop.v1.AccountService/GetCaller": "user",
     "/prefloop.v1.AccountService/ForgetUser": "user",
     "/prefloop.v1.AccountService/ExportUser": "user",

@@ -16,7 +16,7 @@ PART_TURNS = 10
 
 def export(store: Store, user: str) -> Iterator[account_pb2.ExportUserResponse]:
     """Yield one part after another, each read on demand."""
-    for record in store.conversations.page(user):
+    for record in store.conversations.page(user, kinds=("chat", "review")):
         yield from _conversation(store, record)
     for vote in in_chunks(lambda last: store.feedback.page(user, CHUNK, last.event_seq if last else None)):
         if not (vote.response_id or vote.comparison_id):

@@ -35,6 +35,7 @@ ROLES = {
     feedback_pb2.ROLE_USER: "user",
     feedback_pb2.ROLE_ASSISTANT: "assistant",
 }
+ROLE_OF = {name: role for role, name in ROLES.items()}
 
 
 def timestamp(seconds: float) -> timestamp_pb2.Timestamp:

@@ -7,7 +7,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
-from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
+from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2, review_pb2
 
 from server.settings import ServerSettings
 from server.shared.errors import InvalidArgumentError
@@ -131,6 +131,8 @@ def _feedback_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Me
         ],
         feedback_pb2.RetractFeedbackRequest: [Field("feedback_id", identifier())],
         feedback_pb2.ListFeedbackRequest: page,
+        review_pb2.GetReviewRequest: [],
+        review_pb2.SkipReviewRequest: [Field("comparison_id", identifier())],
     }  # fmt: skip
 
 

@@ -90,8 +90,15 @@ class Deletion:
             return bool(rows)
 
     def conversation(self, conversation_id: str) -> None:
-        """Delete a conversation, its answers and its votes. The votes' events stay, without their content."""
+        """Delete a conversation, its answers and its votes, and the reviews of its prompts. The votes' events stay,
+        without their content."""
         with self._db.write():
+            for row in self._db.rows(
+                "SELECT c.conversation_id AS id FROM reviews r JOIN reviewed ON review_seq = r.seq "
+                "JOIN comparisons c ON c.id = comparison_id WHERE r.conversation_id = ?",
+                [conversation_id],
+            ):
+                self.conversation(row["id"])
             self._log_deletions(OF_CONVERSATION, conversation_id)
             # By events and not by current votes: replaced and retracted ones are still in the log.
             self._db.execute(

@@ -10,6 +10,7 @@ from server.store.chats.conversations import Conversations
 from server.store.chats.feedback import FeedbackTable
 from server.store.chats.requests import Requests
 from server.store.chats.responses import Responses
+from server.store.chats.reviews import Reviews
 from server.store.chats.snapshots import Snapshots
 from server.store.database import Database
 from server.store.deletion import Deletion
@@ -44,6 +45,7 @@ class Store:
         self.conversations = Conversations(database, self.deletion)
         self.responses = Responses(database, self.replicas)
         self.feedback = FeedbackTable(database, self.responses)
+        self.reviews = Reviews(database, self.conversations, self.responses)
         self.requests = Requests(database)
         self.snapshots = Snapshots(database, self.deletion, self.rounds)
 

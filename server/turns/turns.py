@@ -12,7 +12,7 @@ from functools import partial
 
 from server.engine.base import Sampling, ServingEngine
 from server.settings import ServerSettings
-from server.shared.errors import InvalidArgumentError, ResourceExhaustedError
+from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from server.store.chats.records import Generation
 from server.store.quotas import check_conversations
 from server.store.store import Store
@@ -200,6 +200,8 @@ class Turns:
             if not message.conversation_id:
                 return _Before()
             conversation = store.conversations.get(message.user, message.conversation_id)
+            if conversation.kind == "review":
+                raise FailedPreconditionError("REVIEW", "This is a review of two answers, not a chat; start a chat.")
             if store.conversations.count_turns(conversation.id) >= self._settings.max_turns:
                 raise ResourceExhaustedError("CONVERSATION_FULL", "This conversation is full; start another one.")
             return _Before(conversation.create_time, recent_turns(store, message.user, conversation.id, chars))

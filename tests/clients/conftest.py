@@ -22,6 +22,8 @@ from prefloop.v1 import (
     feedback_pb2_grpc,
     policy_pb2,
     policy_pb2_grpc,
+    review_pb2,
+    review_pb2_grpc,
 )
 from prefloop.v1.chat_pb2 import FINISH_REASON_STOP, SLOT_A, SLOT_B, Usage
 from prefloop.v1.feedback_pb2 import FEEDBACK_KIND_DEMONSTRATION, FEEDBACK_KIND_THUMB
@@ -44,6 +46,7 @@ class FakeService(
     chat_pb2_grpc.ChatServiceServicer,
     feedback_pb2_grpc.FeedbackServiceServicer,
     policy_pb2_grpc.PolicyServiceServicer,
+    review_pb2_grpc.ReviewServiceServicer,
 ):
     """Records its requests. `fail` holds errors for the next calls of an RPC. While `hold` is clear, streams pause
     midway and GetConversation and SubmitThumb wait; `breaking` ends streams midway with an error."""
@@ -60,6 +63,16 @@ class FakeService(
         self.cancelled = threading.Event()
         self.conversation = chat_pb2.Conversation(conversation_id="conv")
         self.replicas: list[policy_pb2.Replica] = []
+        self.reviews = [
+            review_pb2.Review(
+                messages=[feedback_pb2.Message(role=feedback_pb2.ROLE_USER, content="Where do owls live?")],
+                comparison=chat_pb2.Comparison(
+                    comparison_id="cmp",
+                    a=chat_pb2.Response(response_id="respA", text="In trees."),
+                    b=chat_pb2.Response(response_id="respB", text="In hollow trees."),
+                ),
+            )
+        ]
         # Released once for every chat, conversation and thumb that has begun.
         self.begun = threading.Semaphore(0)
 
@@ -148,6 +161,17 @@ class FakeService(
         return feedback_pb2.SubmitChoiceResponse(
             feedback=feedback_pb2.Feedback(feedback_id="fb", choice=request.choice)
         )
+
+    def GetReview(self, request: Any, context: Any) -> review_pb2.GetReviewResponse:
+        self._enter(request, context)
+        if not self.reviews:
+            return review_pb2.GetReviewResponse()
+        return review_pb2.GetReviewResponse(review=self.reviews[0], waiting=len(self.reviews))
+
+    def SkipReview(self, request: Any, context: Any) -> review_pb2.SkipReviewResponse:
+        self._enter(request, context)
+        del self.reviews[0]
+        return review_pb2.SkipReviewResponse()
 
     def RetractFeedback(self, request: Any, context: Any) -> feedback_pb2.RetractFeedbackResponse:
         self._enter(request, context)
@@ -276,6 +300,7 @@ def serving(
     chat_pb2_grpc.add_ChatServiceServicer_to_server(service, server)
     feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(service, server)
     policy_pb2_grpc.add_PolicyServiceServicer_to_server(service, server)
+    review_pb2_grpc.add_ReviewServiceServicer_to_server(service, server)
     healthy = health.HealthServicer()
     healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

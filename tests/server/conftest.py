@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from prefloop.v1 import account_pb2_grpc, chat_pb2_grpc, feedback_pb2_grpc, policy_pb2_grpc
+from prefloop.v1 import account_pb2_grpc, chat_pb2_grpc, feedback_pb2_grpc, policy_pb2_grpc, review_pb2_grpc
 from safetensors.numpy import save_file
 
 from server.app import App
@@ -35,6 +35,8 @@ class Running:
         self.feedback: Any = feedback_pb2_grpc.FeedbackServiceStub(self.channel)
         self.account: Any = account_pb2_grpc.AccountServiceStub(self.channel)
         self.policies: Any = policy_pb2_grpc.PolicyServiceStub(self.channel)
+        self.reviews: Any = review_pb2_grpc.ReviewServiceStub(self.channel)
+        self.stubs: Any = (self.chat, self.feedback, self.reviews, self.policies, self.account)
 
 
 @pytest.fixture

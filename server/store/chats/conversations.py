@@ -1,9 +1,9 @@
 """Conversations and their turns."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from server.shared.errors import NotFoundError
-from server.store.chats.records import Conversation, Turn
+from server.store.chats.records import Conversation, ConversationKind, Turn
 from server.store.chats.responses import load_comparisons, load_responses
 from server.store.database import UNLIMITED, Database, pages
 from server.store.deletion import Deletion
@@ -19,7 +19,7 @@ class Conversations:
         self._db = database
         self._deletion = deletion
 
-    def create(self, user: str, message: str) -> str:
+    def create(self, user: str, message: str, kind: ConversationKind = "chat") -> str:
         """Create a conversation, titled with its first message, and return its id."""
         conversation_id, now = new_id("conv"), self._db.now()
         title = " ".join(message.split())
@@ -28,12 +28,21 @@ class Conversations:
         with self._db.write():
             self._db.insert(
                 "conversations",
-                {"id": conversation_id, "user": user, "title": title, "create_time": now, "update_time": now},
+                {
+                    "id": conversation_id,
+                    "user": user,
+                    "title": title,
+                    "create_time": now,
+                    "update_time": now,
+                    "kind": kind,
+                },
             )
         return conversation_id
 
     def count(self, user: str) -> int:
-        [row] = self._db.rows("SELECT count(*) AS conversations FROM conversations WHERE user = ?", [user])
+        [row] = self._db.rows(
+            "SELECT count(*) AS conversations FROM conversations WHERE user = ? AND kind = 'chat'", [user]
+        )
         return int(row["conversations"])
 
     def get(self, user: str, conversation_id: str) -> Conversation:
@@ -42,13 +51,19 @@ class Conversations:
             raise NotFoundError("conversation", conversation_id)
         return Conversation(**row)
 
-    def page(self, user: str, limit: int = UNLIMITED, before: tuple[float, str] | None = None) -> list[Conversation]:
+    def page(
+        self,
+        user: str,
+        limit: int = UNLIMITED,
+        before: tuple[float, str] | None = None,
+        kinds: Sequence[ConversationKind] = ("chat",),
+    ) -> list[Conversation]:
         """Newest first; `before` is the (update_time, id) after which the page starts."""
         before = before or (float("inf"), "")
         rows = self._db.rows(
-            "SELECT * FROM conversations WHERE user = ? AND (update_time, id) < (?, ?) "
-            "ORDER BY update_time DESC, id DESC LIMIT ?",
-            [user, *before, limit],
+            f"SELECT * FROM conversations WHERE user = ? AND kind IN ({', '.join('?' for _ in kinds)}) "
+            "AND (update_time, id) < (?, ?) ORDER BY update_time DESC, id DESC LIMIT ?",
+            [user, *kinds, *before, limit],
         )
         return [Conversation(**row) for row in rows]
 

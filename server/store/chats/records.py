@@ -6,6 +6,7 @@ from typing import Literal
 Slot = Literal["A", "B"]
 Choice = Literal["A", "B", "TIE", "BOTH_BAD"]
 Kind = Literal["thumb", "choice", "correction", "demonstration"]
+ConversationKind = Literal["chat", "review"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Status = Literal["streaming", "finished", "cancelled", "failed"]
 
@@ -103,6 +104,40 @@ class Feedback:
 
 
 @dataclass(frozen=True)
+class OfferedAnswer:
+    """One of the two answers of a pair to review, sampled whole from one version."""
+
+    policy_version: str
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class OfferedReview:
+    """A pair to review. `messages` are the prompt as shown: [{"role": ..., "content": ...}, ...], the user's last.
+    Without a `conversation_id` the prompt is from a pool; otherwise it goes with its conversation. An empty `user`
+    means everybody."""
+
+    conversation_id: str | None
+    user: str
+    messages: list[dict[str, str]]
+    prompt_token_ids: list[int]
+    answers: tuple[OfferedAnswer, OfferedAnswer]
+    temperature: float
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Review:
+    """A pair that a user was given."""
+
+    messages: list[dict[str, str]]
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
 class Turn:
     """One user message and its answer; exactly one of `response` and `comparison` is set."""
 
@@ -145,6 +180,8 @@ class Conversation:
     title: str
     create_time: float
     update_time: float
+    # A review holds one comparison, whose answers a round sampled.
+    kind: ConversationKind = "chat"
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,9 @@ class Snapshots:
         rows = self._db.rows(
             "WITH placed AS (SELECT rowid AS number, "
             "row_number() OVER (PARTITION BY user ORDER BY rowid DESC) AS place "
-            f"FROM responses WHERE create_time < ? AND NOT {self._db.AMONG}), "
+            f"FROM responses WHERE create_time < ? AND NOT {self._db.AMONG} "
+            # A review's prompt was asked elsewhere.
+            "AND conversation_id NOT IN (SELECT id FROM conversations WHERE kind = 'review')), "
             "chosen AS (SELECT number FROM placed ORDER BY place, number DESC LIMIT ?), "
             "asked AS (SELECT conversation_id, user, prompt_token_ids, max_tokens, min(number) AS first "
             "FROM chosen JOIN responses r ON r.rowid = number GROUP BY prompt_token_ids) "

@@ -363,3 +363,37 @@ def m011_quotas(db: Database) -> None:
         CREATE INDEX feedback_events_by_user ON feedback_events (user, seq);
         """,
     )
+
+
+@migrations()
+def m012_reviews(db: Database) -> None:
+    """Pairs of answers that a round offers for review, and the comparisons that users made of them. They are in
+    conversations of their own."""
+    _run(
+        db,
+        """
+        ALTER TABLE conversations ADD COLUMN kind TEXT NOT NULL DEFAULT 'chat';
+        CREATE TABLE reviews (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            round_id TEXT NOT NULL REFERENCES rounds (id),
+            conversation_id TEXT REFERENCES conversations (id) ON DELETE CASCADE,
+            user TEXT NOT NULL,
+            messages TEXT NOT NULL,
+            prompt_token_ids BLOB NOT NULL,
+            answers TEXT NOT NULL,
+            temperature REAL NOT NULL,
+            max_tokens INTEGER NOT NULL,
+            withdraw_time REAL
+        ) STRICT;
+        CREATE INDEX reviews_open ON reviews (user) WHERE withdraw_time IS NULL;
+        CREATE INDEX reviews_by_conversation ON reviews (conversation_id) WHERE conversation_id IS NOT NULL;
+        CREATE TABLE reviewed (
+            review_seq INTEGER NOT NULL REFERENCES reviews (seq) ON DELETE CASCADE,
+            user TEXT NOT NULL,
+            comparison_id TEXT NOT NULL REFERENCES comparisons (id) ON DELETE CASCADE,
+            PRIMARY KEY (review_seq, user)
+        ) STRICT, WITHOUT ROWID;
+        CREATE UNIQUE INDEX reviewed_by_comparison ON reviewed (comparison_id);
+        CREATE INDEX reviewed_by_user ON reviewed (user);
+        """,
+    )

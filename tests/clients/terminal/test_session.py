@@ -74,6 +74,25 @@ def test_thumbs_are_about_the_last_answer(session: Session, service: FakeService
     assert (vote.response_id, vote.thumb, vote.comment) == ("resp", THUMB_DOWN, "too short")
 
 
+def test_reviews_are_compared_one_after_another_until_none_is_left(session: Session, service: FakeService) -> None:
+    service.reviews *= 2
+    screen = session("/review", "q", "b", "s", width=100)
+    assert "> Where do owls live?" in screen
+    assert any("In trees." in line and "In hollow trees." in line for line in screen.splitlines())
+    assert "B is better, saved" in screen
+    assert "That was the last one." in session("/review", "s")
+    (vote,) = service.sent("SubmitChoice")
+    assert (vote.comparison_id, vote.choice) == ("cmp", CHOICE_B)
+    assert [request.comparison_id for request in service.sent("SkipReview")] == ["cmp", "cmp"]
+    assert "There is nothing to compare right now." in session("/review")
+
+
+def test_enter_leaves_the_reviews_for_the_chat(session: Session, service: FakeService) -> None:
+    session("/review", "", "Where do owls live?")
+    assert service.sent("SubmitChoice") == service.sent("SkipReview") == []
+    assert [request.message for request in service.sent("Chat")] == ["Where do owls live?"]
+
+
 def test_answers_stand_side_by_side_where_there_is_room(session: Session) -> None:
     lines = session("/compare fish?", "", width=100).splitlines()
     assert any("You may try a net." in line and "A net helps." in line for line in lines)

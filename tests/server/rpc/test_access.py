@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
+from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2, review_pb2
 
 from server.app import SERVICES
 from server.rpc.access import ROLES
@@ -80,10 +80,12 @@ def call(running: Running, method: str, metadata: Any) -> Any:
     """Call the RPC with an empty message, which validation would refuse: access is checked before that."""
     _, _, name = method.rpartition("/")
     service = next(
-        stub for stub in (running.chat, running.feedback, running.policies, running.account) if hasattr(stub, name)
+        stub for stub in running.stubs if hasattr(stub, name)
     )  # fmt: skip
     descriptor = descriptor_pool.Default().FindMethodByName(method[1:].replace("/", "."))
-    modules = {"Chat": chat_pb2, "Feedback": feedback_pb2, "Policy": policy_pb2, "Account": account_pb2}
+    modules = {
+        "Chat": chat_pb2, "Feedback": feedback_pb2, "Review": review_pb2, "Policy": policy_pb2, "Account": account_pb2
+    }  # fmt: skip
     request = getattr(modules[descriptor.containing_service.name.removesuffix("Service")], descriptor.input_type.name)()
     return getattr(service, name)(request, metadata=metadata, timeout=SECONDS)
 

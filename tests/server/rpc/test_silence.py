@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
-from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
+from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2, review_pb2
 
 from server.rpc.access import ROLES
 from server.telemetry.safe_traceback import safe_traceback
@@ -70,6 +70,8 @@ def requests(response_id: str, comparison_id: str, conversation_id: str) -> dict
         "SubmitDemonstration": feedback_pb2.SubmitDemonstrationRequest(messages=messages()),
         "RetractFeedback": feedback_pb2.RetractFeedbackRequest(feedback_id="fb_none"),
         "ListFeedback": feedback_pb2.ListFeedbackRequest(),
+        "GetReview": review_pb2.GetReviewRequest(),
+        "SkipReview": review_pb2.SkipReviewRequest(comparison_id=comparison_id),
         "DeleteConversation": chat_pb2.DeleteConversationRequest(conversation_id="conv_none"),
         "GetActivePolicy": policy_pb2.GetActivePolicyRequest(),
         "ListPolicies": policy_pb2.ListPoliciesRequest(),
@@ -90,8 +92,7 @@ async def call_all(running: Running, asked: dict[str, Any], user: Any) -> dict[s
     """The status of each RPC, including details; empty on success."""
     told = {}
     for name, request in asked.items():
-        stubs = (running.chat, running.feedback, running.policies, running.account)
-        call = getattr(next(stub for stub in stubs if hasattr(stub, name)), name)(
+        call = getattr(next(stub for stub in running.stubs if hasattr(stub, name)), name)(
             request, metadata=user, timeout=SECONDS
         )
         try:

@@ -1,0 +1,131 @@
+"""Review comparisons: pairs of answers that a round sampled, which people compare blind, apart from their own chats.
+
+A pair is offered to everybody, or only to the user whose prompt it answers. Whoever takes it gets a conversation of the
+kind `review` with an ordinary comparison, so that a choice on it is a vote like any other: it trains or judges, can be
+retracted, exported and deleted.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from server.store.chats.conversations import Conversations
+from server.store.chats.records import Generation, OfferedReview, Review, Span
+from server.store.chats.responses import Responses
+from server.store.database import Database, Row
+from server.store.learning.leases import check_fence
+from server.store.learning.records import Lease
+from server.store.packing import pack_ints, unpack_ints
+
+# In place of the replica that sampled an answer.
+SAMPLED_BY = "learner"
+
+
+class Reviews:
+    """Reads and writes of the queue of pairs to review."""
+
+    def __init__(self, database: Database, conversations: Conversations, responses: Responses) -> None:
+        self._db = database
+        self._conversations = conversations
+        self._responses = responses
+
+    def offer(self, round_id: str, reviews: Sequence[OfferedReview], *, fence: Lease | None = None) -> None:
+        """Offer these pairs of a round, instead of any that it offered before. Those whose conversation was deleted in
+        the meantime are left out."""
+        with self._db.write():
+            check_fence(self._db, fence)
+            self._db.execute("DELETE FROM reviews WHERE round_id = ?", [round_id])
+            given = [one.conversation_id for one in reviews if one.conversation_id]
+            existing = self._conversations.existing(given)
+            for one in reviews:
+                if one.conversation_id is None or one.conversation_id in existing:
+                    self._db.insert(
+                        "reviews",
+                        {
+                            "round_id": round_id,
+                            "conversation_id": one.conversation_id,
+                            "user": one.user,
+                            "messages": json.dumps(one.messages, ensure_ascii=False),
+                            "prompt_token_ids": pack_ints(one.prompt_token_ids),
+                            "answers": json.dumps([asdict(answer) for answer in one.answers], ensure_ascii=False),
+                            "temperature": one.temperature,
+                            "max_tokens": one.max_tokens,
+                        },
+                    )
+
+    def withdraw(self, round_id: str) -> None:
+        """Offer the round's pairs to nobody any more. Comparisons that exist stay."""
+        with self._db.write():
+            self._db.execute(
+                f"UPDATE reviews SET withdraw_time = {self._db.NOW} WHERE round_id = ? AND withdraw_time IS NULL",
+                [round_id],
+            )
+
+    def next(self, user: str) -> Review | None:
+        """The pair that the user was given and has not chosen from, else another one; None if there is none."""
+        with self._db.write():
+            if comparison_id := self._open(user):
+                return self._review(user, comparison_id)
+            row = self._db.row(
+                f"SELECT * FROM reviews r WHERE {OFFERED} "
+                # First the user's own prompts, then pairs that few have seen.
+                "ORDER BY user DESC, (SELECT count(*) FROM reviewed WHERE review_seq = r.seq), seq LIMIT 1",
+                [user],
+            )
+            return self._review(user, self._take(user, row)) if row else None
+
+    def skip(self, user: str, comparison_id: str) -> None:
+        """Leave a pair without a choice; it is not offered to the user again. Raises NotFoundError."""
+        with self._db.write():
+            comparison = self._responses.comparison(user, comparison_id)
+            self._responses.skip_open_comparisons(comparison.conversation_id)
+
+    def waiting(self, user: str) -> int:
+        """How many pairs the user may still compare."""
+        [row] = self._db.rows(f"SELECT count(*) AS pairs FROM reviews r WHERE {OFFERED}", [user])
+        return int(row["pairs"]) + (self._open(user) is not None)
+
+    def _open(self, user: str) -> str | None:
+        row = self._db.row(
+            "SELECT c.id FROM reviewed JOIN comparisons c ON c.id = comparison_id "
+            "WHERE reviewed.user = ? AND state = 'open' ORDER BY review_seq LIMIT 1",
+            [user],
+        )
+        return str(row["id"]) if row else None
+
+    def _take(self, user: str, row: Row) -> str:
+        """A comparison of the pair, in random order, in a new conversation; return its id."""
+        messages = json.loads(row["messages"])
+        a, b = random.sample(json.loads(row["answers"]), 2)
+        conversation_id = self._conversations.create(user, messages[-1]["content"], kind="review")
+        comparison_id, *ids = self._responses.begin_comparison(
+            user,
+            conversation_id,
+            message=messages[-1]["content"],
+            replica_id=SAMPLED_BY,
+            policy_versions=(a["policy_version"], b["policy_version"]),
+            prompt_token_ids=unpack_ints(row["prompt_token_ids"]),
+            temperatures=(row["temperature"], row["temperature"]),
+            max_tokens=row["max_tokens"],
+            seeds=(None, None),
+        )
+        for response_id, answer in zip(ids, (a, b), strict=True):
+            span = Span(0, len(answer["token_ids"]), answer.pop("policy_version"))
+            self._responses.finish(response_id, Generation(**answer, spans=[span]))
+        self._db.insert("reviewed", {"review_seq": row["seq"], "user": user, "comparison_id": comparison_id})
+        return comparison_id
+
+    def _review(self, user: str, comparison_id: str) -> Review:
+        row = self._db.row(
+            "SELECT messages FROM reviews JOIN reviewed ON review_seq = seq WHERE comparison_id = ?", [comparison_id]
+        )
+        assert row, "a review is deleted with its comparisons"
+        return Review(json.loads(row["messages"]), self._responses.comparison(user, comparison_id))
+
+
+# SQL, on `reviews r`: may be given to the user bound to ?1.
+OFFERED = (
+    "withdraw_time IS NULL AND r.user IN ('', ?1) "
+    "AND NOT EXISTS (SELECT 1 FROM reviewed WHERE review_seq = r.seq AND user = ?1)"
+)

@@ -5,12 +5,12 @@ tables: `[policy]`, `[reward]`, `[ppo]`, `[gate]`. A variable for one of these i
 """
 
 import re
-from datetime import time
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from learner.schedule_settings import ScheduleSettings
 from server.shared.model.dtype import MICRO_BATCH_TOKENS, DtypeName, DtypeSetting
 from server.shared.settings_base import SettingsBase
 from server.shared.stored_round import ANSWER_TOKENS, ONCE_OF_PPO
@@ -167,6 +167,25 @@ class GateSettings(BaseModel):
         description="Share of the interval's error spent on a first look at half of the prompts, which ends the gate "
         "if the case is clear. 0: one look.",
     )
+    canary: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Let a candidate that is better than the reference, and not clearly so than the incumbent, wait as "
+        "a canary until people's choices in reviews decide; `auto`: where enough people vote. Otherwise it is refused.",
+    )
+    canary_margin: Share = Field(
+        0.05, description="How far below a half the win rate's lower bound against the incumbent of a canary may be."
+    )
+    canary_recent_votes: int = Field(
+        20, ge=0, description="Votes in the last seven days from which `auto` lets a candidate wait as a canary."
+    )
+    canary_evidence: float = Field(
+        20.0, gt=1, description="E-value at which a canary is promoted or rejected; wrongly at most once in this many."
+    )
+    canary_votes: int = Field(200, ge=1, description="A canary is rejected after this many choices without a decision.")
+    canary_days: Positive = Field(7.0, description="A canary is rejected after this many days without a decision.")
+    canary_user_votes: int = Field(
+        5, ge=1, description="First choices of each user whose mean counts, if ab_test_voters or more people vote."
+    )
     gap_margin: Share = Field(
         0.05,
         description="How far the judge's win rate may fall below an earlier candidate's while the trained one rises.",
@@ -178,44 +197,19 @@ class GateSettings(BaseModel):
     repetition_margin: Share = Field(0.15, description="Allowed excess of repeated 4-grams over the incumbent's.")
 
 
-class ScheduleSettings(BaseModel):
-    """When `learner schedule` starts a round by itself. Times are local. Requested rounds are not affected."""
+class ReviewSettings(BaseModel):
+    """The pairs of answers that a round offers people for review."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cron: str = Field("0 3 * * *", description="Five cron fields, as Debian's cron reads them, or @daily and the like.")
-    interval_minutes: float | None = Field(None, gt=0, description="Minutes between rounds; if set, `cron` is ignored.")
-    on_request: bool = Field(False, description="Start rounds only when RequestRound asks for one.")
-    min_new_votes: int = Field(1, ge=0, description="Minimum votes since the last round for a new one to start.")
-    quiet_hours: str = Field("", description="Hours without rounds, such as `07:00-23:00`; a round that is due waits.")
-    retry_minutes: Positive = Field(
-        5.0, description="Minutes before a failed round is retried; doubled with each further failure."
+    pairs: int = Field(64, ge=8, description="Pairs to everybody's prompts, and at most as many to users' own.")
+    own_pairs: int = Field(5, ge=0, description="Pairs to each user's own newest prompts, which only this user sees.")
+    prompt_files: tuple[Path, ...] = Field(
+        (), description="Files of prompts, one per line, to use beside the shipped ones."
     )
-    retries: int = Field(4, ge=0, description="How many times a failed round is retried before its next regular time.")
-
-    @field_validator("quiet_hours")
-    @classmethod
-    def _hours(cls, hours: str) -> str:
-        if hours:
-            quiet_hours(hours)
-        return hours
-
-
-def quiet_hours(hours: str) -> tuple[time, time]:
-    """Start and end of hours such as 22:00-07:00. Raises ValueError if they are invalid."""
-    try:
-        start, end = (time.fromisoformat(part.strip()) for part in hours.split("-"))
-    except ValueError as error:
-        raise ValueError(f"{hours!r} is not a range of hours such as 22:00-07:00") from error
-    return start, end
-
-
-def quiet(hours: str, now: time) -> bool:
-    """Whether `now` is within the hours; False if there are none."""
-    if not hours:
-        return False
-    start, end = quiet_hours(hours)
-    return start <= now < end if start <= end else now >= start or now < end
+    share_prompts: bool = Field(
+        False, description="Show users' prompts to other users, too: only where people here may see each other's."
+    )
 
 
 class LearnerSettings(SettingsBase):
@@ -299,6 +293,7 @@ class LearnerSettings(SettingsBase):
     reward: RewardSettings = Field(default_factory=RewardSettings, description="How votes become a score.")
     policy: PolicySettings = Field(default_factory=PolicySettings, description="The policy in training.")
     ppo: PPOSettings = Field(default_factory=PPOSettings, description="How the policy is improved.")
+    review: ReviewSettings = Field(default_factory=ReviewSettings, description="What people are asked to compare.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What a candidate must pass to be promoted.")
 
     @field_validator("learner_device")

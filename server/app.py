@@ -50,6 +50,7 @@ from server.telemetry.round_metrics import show_rounds
 from server.turns.candidate_choice import CandidateChooser
 from server.turns.turns import Turns
 from server.versions.ab_test import AbTest
+from server.versions.canary import CanaryWatch
 from server.versions.follower import HEARTBEAT_SECONDS, Follower
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -135,17 +136,8 @@ class App:
         self._retention = RetentionTask(self._store, settings.data_dir, settings.retention_days)
         room, chooser, ab_test = self._limits.answering, self._chooser, self._ab_test
         self._turns = Turns(self._store, engine, settings, replica_id, room, chooser, ab_test)
-        chat = ChatService(self._store, self._turns, self._retention)
         self._account = AccountService(self._store, self._access, self._calls, self._retention)
-        chat_pb2_grpc.add_ChatServiceServicer_to_server(chat, self._server)
-        feedback = FeedbackService(self._store, engine, settings.user_demonstrations)
-        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
-        review_pb2_grpc.add_ReviewServiceServicer_to_server(ReviewService(self._store), self._server)
-        policies = PolicyService(self._store, self._follower, settings.data_dir, self._ab_test)
-        policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, self._server)
-        account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        self._add_services(engine)
         await self._store(lambda store: store.responses.fail_interrupted(replica_id, starting=True))
         # Before the first call: load a version that was activated while no server ran.
         await self._follower.converge()
@@ -161,8 +153,22 @@ class App:
         self._repeat(self._retention.tidy, TIDY_SECONDS, "cleaning up after deletions failed")
         if self._ab_test:
             self._repeat(self._ab_test.look, poll, "the A/B test could not be evaluated")
+        canary = CanaryWatch(self._store, self._follower)
+        self._repeat(canary.look, poll, "the canary could not be decided about")
         await self._server.start()
         self._repeat(partial(self._tell_health, engine), poll, "health could not be reported")
+
+    def _add_services(self, engine: ServingEngine) -> None:
+        chat = ChatService(self._store, self._turns, self._retention)
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(chat, self._server)
+        feedback = FeedbackService(self._store, engine, self._settings.user_demonstrations)
+        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
+        review_pb2_grpc.add_ReviewServiceServicer_to_server(ReviewService(self._store), self._server)
+        policies = PolicyService(self._store, self._follower, self._settings.data_dir, self._ab_test)
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, self._server)
+        account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, give open streams `grace` seconds to finish, and store interrupted answers."""

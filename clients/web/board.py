@@ -16,6 +16,7 @@ from prefloop.v1.feedback_pb2 import (
 )
 from prefloop.v1.policy_pb2 import (
     POLICY_STATE_ACTIVE,
+    POLICY_STATE_CANARY,
     POLICY_STATE_CANDIDATE,
     POLICY_STATE_FAILED,
     POLICY_STATE_REJECTED,
@@ -45,6 +46,7 @@ KINDS = {
 }
 STATES = {
     POLICY_STATE_CANDIDATE: "candidate",
+    POLICY_STATE_CANARY: "canary",
     POLICY_STATE_ACTIVE: "active",
     POLICY_STATE_RETIRED: "retired",
     POLICY_STATE_REJECTED: "rejected",

@@ -5,6 +5,7 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from prefloop.v1.policy_pb2 import (
+    ROUND_STATE_CANARY,
     ROUND_STATE_FAILED,
     ROUND_STATE_PROMOTED,
     ROUND_STATE_REJECTED,
@@ -17,6 +18,7 @@ from clients.web.charts.curves import step_curves
 
 STATES = {
     ROUND_STATE_RUNNING: "running",
+    ROUND_STATE_CANARY: "canary",
     ROUND_STATE_PROMOTED: "promoted",
     ROUND_STATE_REJECTED: "rejected",
     ROUND_STATE_FAILED: "failed",

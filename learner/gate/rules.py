@@ -8,10 +8,12 @@ from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics
 
 @dataclass(frozen=True)
 class Verdict:
-    """The chosen candidate, and a sentence for every rule that it broke."""
+    """The chosen candidate, a sentence for every rule that it broke, and whether people are to decide between it and
+    the incumbent."""
 
     chosen: CandidateMetrics
     reasons: list[str] = field(default_factory=list)
+    canary: bool = False
 
     @property
     def promoted(self) -> bool:
@@ -19,13 +21,16 @@ class Verdict:
 
 
 def broken_rules(
-    figures: CandidateMetrics, incumbent: AnswerHealth, kl_budget: float, settings: GateSettings
+    figures: CandidateMetrics, incumbent: AnswerHealth, kl_budget: float, settings: GateSettings, *, canary: bool
 ) -> list[str]:
-    """The rules about one candidate: a sentence for each that it breaks."""
-    reasons = []
-    for name, rate in (("the incumbent", figures.against_incumbent), ("the reference", figures.against_reference)):
-        if not rate.low > 0.5:
-            reasons.append(f"The win rate against {name} may be chance: {rate}.")
+    """The rules about one candidate: a sentence for each that it breaks. Where a `canary` is possible, it need only be
+    no worse than the incumbent, since people then decide."""
+    reasons, against = [], figures.against_incumbent
+    no_worse = against.rate > 0.5 and against.low > 0.5 - settings.canary_margin
+    if not (against.low > 0.5 or (canary and no_worse)):
+        reasons.append(f"The win rate against the incumbent may be chance: {against}.")
+    if not figures.against_reference.low > 0.5:
+        reasons.append(f"The win rate against the reference may be chance: {figures.against_reference}.")
     if figures.kl > kl_budget:
         reasons.append(f"The sequence KL of {figures.kl:.1f} nats is over the budget of {kl_budget:g}.")
     low, high = settings.length_range
@@ -61,13 +66,16 @@ def decide(
     incumbent: AnswerHealth,
     kl_budget: float,
     settings: GateSettings,
+    *,
+    canary: bool,
 ) -> Verdict:
     """Chooses the candidate with the best lower bound, the weaker of its two, among those that break the fewest rules.
     The reasons are the rules that it breaks."""
     rules = {
-        figures.step: broken_rules(figures, incumbent, kl_budget, settings)
+        figures.step: broken_rules(figures, incumbent, kl_budget, settings, canary=canary)
         + over_optimised(figures, candidates, settings.gap_margin)
         for figures in candidates
     }
     chosen = min(candidates, key=lambda figures: (len(rules[figures.step]), -figures.low))
-    return Verdict(chosen, rules[chosen.step])
+    reasons = rules[chosen.step]
+    return Verdict(chosen, reasons, canary=not reasons and not chosen.against_incumbent.low > 0.5)

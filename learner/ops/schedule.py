@@ -33,7 +33,7 @@ from learner.ops.cron import Cron, local_zone
 from learner.ops.request_poller import RequestPoller
 from learner.process import STOPPED
 from learner.round.report import Report, outcome
-from learner.settings import ScheduleSettings, quiet, quiet_hours
+from learner.schedule_settings import ScheduleSettings, quiet, quiet_hours
 from server.shared.errors import DatabaseError, ServiceError
 from server.store.store import Store
 

@@ -36,6 +36,14 @@ def _side_by_side(store: Store, ab_test_voters: int, ab_test_user_votes: int) ->
         yield "thumbs", f"{counts}. From different users and questions, not blind: a hint, not a test"
 
 
+def _canary(store: Store) -> Iterator[tuple[str, str]]:
+    """How a version that waits for people's choices stands."""
+    if canary := store.canaries.waiting():
+        result = store.canaries.result(canary)
+        needed = f"{canary.evidence:g} decides, at most {canary.max_votes} choices, until {_when(canary.expire_time)}"
+        yield "canary", f"{canary.version} waits against {canary.opponent_version}: {result}; {needed}"
+
+
 def _learner(learner: Learner) -> Iterator[tuple[str, str]]:
     """Which learner listens for requests, and the outcome of the last one."""
     if not learner.listening:
@@ -94,7 +102,7 @@ def _status(store: Store, ab_test_voters: int, ab_test_user_votes: int) -> dict[
     )
     lines = [("served", served), *_learned(learned, list(quarantined), votes)]
     lines += [("warning", warning) for warning in warnings]
-    lines += list(_side_by_side(store, ab_test_voters, ab_test_user_votes))
+    lines += [*_canary(store), *_side_by_side(store, ab_test_voters, ab_test_user_votes)]
     lines += list(_moves(store))
     if running:
         what = f"{running.id}, done: {running.stage}; `learner run-once` resumes it if it was stopped"

@@ -19,14 +19,13 @@ from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.rollout import SampledAnswer, draw_seed, to_rollout
 from learner.reward.base import RewardModel
 from learner.reward.dataset import Dataset
+from learner.round.canary import why_no_canary
 from learner.round.workspace import Workspace, spread
 from learner.settings import GateSettings
 from server.shared.whole_file import whole_file
 from server.store.chats.records import Prompt
-from server.store.files.manifest import verify
 from server.store.files.residue import ANSWERS, keeping, sweep
 from server.store.learning.round_metrics import (
-    AnswerHealth,
     CandidateMetrics,
     GateMetrics,
     Improvement,
@@ -62,7 +61,8 @@ def judge_candidates(
 
     A first look at half of the prompts ends the gate if the case is already clear (`learner.gate.win_rate.looks`)."""
     if work.done("gate") and (stored := work.round.metrics.gate):
-        return Verdict(stored.chosen, stored.reasons)
+        return Verdict(stored.chosen, stored.reasons, stored.canary)
+    no_canary = why_no_canary(work.store, work.settings)
     gate, prompts = work.settings.gate, spread(work.prompts.held_out, work.settings.gate.prompts)
     judge = _judge(work, dataset, features, reward_model)
     steps = promising(improvement, gate)
@@ -87,14 +87,18 @@ def judge_candidates(
                 measured[step] = _figures(work, step, answers[f"step {step}"], *opponents, judge, reward_model, look)
                 advance(1)
             baseline = health(answers[incumbent].samples)
-            verdict = decide([measured[step] for step in steps], baseline, work.settings.policy.kl_budget, gate)
+            kept = [measured[step] for step in steps]
+            verdict = decide(kept, baseline, work.settings.policy.kl_budget, gate, canary=not no_canary)
             hopeful = [step for step in steps if not measured[step].hopeless]
             if verdict.promoted or not hopeful:
                 break
             steps = hopeful
     roles = {"reference": answers.pop(reference)}
     roles["incumbent"] = answers.pop(incumbent) if incumbent != reference else roles["reference"]
-    _record(work, prompts[:asked], roles | answers, verdict, list(measured.values()), baseline)
+    _keep_answers(work, prompts[:asked], {name: each.samples for name, each in (roles | answers).items()})
+    _log_gate(work, verdict)
+    figures = GateMetrics(verdict.chosen, verdict.reasons, list(measured.values()), baseline, verdict.canary, no_canary)
+    work.record("gate", RoundMetrics(gate=figures))
     return verdict
 
 
@@ -110,21 +114,6 @@ def _judge(work: Workspace, dataset: Dataset, features: Tensor, reward_model: Re
     )
 
 
-def _record(
-    work: Workspace,
-    prompts: list[Prompt],
-    answers: dict[str, Answers],
-    verdict: Verdict,
-    measured: list[CandidateMetrics],
-    baseline: AnswerHealth,
-) -> None:
-    """Writes every answer to a file, and the metrics to TensorBoard and the store, which marks the stage as done."""
-    _keep_answers(work, prompts, {name: each.samples for name, each in answers.items()})
-    _log_gate(work, verdict)
-    gate = GateMetrics(verdict.chosen, verdict.reasons, measured, baseline)
-    work.record("gate", RoundMetrics(gate=gate))
-
-
 def _add(answers: dict[str, Answers], name: str, more: Answers) -> None:
     answers[name] = answers[name] + more if name in answers else more
 
@@ -132,13 +121,7 @@ def _add(answers: dict[str, Answers], name: str, more: Answers) -> None:
 def _published_answers(
     work: Workspace, version: str, prompts: list[Prompt], seed: int, reward_model: RewardModel
 ) -> Answers:
-    from learner.model.policy import published_weights
-
-    directory = work.policy_directory(version)
-    manifest = verify(directory)
-    base = work.policy_directory(manifest.base_version) if manifest.kind == "adapter" else None
-    trusted = work.settings.trust_remote_code
-    work.engine.push(published_weights(directory, base, work.policy.model.dtype, trusted))
+    work.push(version)
     samples = work.engine.sample(prompts, seed)
     return Answers(samples, work.features_of(samples, reward_model), torch.zeros(0))
 

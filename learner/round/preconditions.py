@@ -3,6 +3,7 @@
 import math
 
 from learner.reward.dataset import count_sides
+from learner.round.canary import waits
 from learner.round.prompts import Prompts
 from learner.settings import LearnerSettings
 from server.shared.errors import NotFoundError
@@ -22,6 +23,11 @@ def failed_precondition(
         store.policies.active()
     except NotFoundError:
         return "There is no policy yet: start `server serve` once, so that it prepares the reference."
+    if canary := store.canaries.waiting():
+        if not store.canaries.expired(canary):
+            return f"{waits(canary)} Nothing was changed."
+        # No server has run to say so.
+        store.canaries.end(canary.version, "rejected", f"People have not decided; {canary.opponent_version} stays.")
     votes = len(snapshot.choices) + len(snapshot.thumbs) + len(snapshot.corrections)
     if votes == 0:
         return "There are no votes yet; nothing was changed."

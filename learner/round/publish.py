@@ -5,6 +5,7 @@ from typing import Literal
 
 from learner.gate.rules import Verdict
 from learner.improve.candidates import candidate, copy_candidate
+from learner.round.canary import begin_canary
 from learner.round.workspace import Workspace
 from server.shared.errors import ConflictError
 from server.store.files.manifest import copy_tokenizer, new_version, verify
@@ -49,9 +50,11 @@ def publish(work: Workspace, verdict: Verdict) -> str:
     return version
 
 
-def activate(work: Workspace, version: str, verdict: Verdict) -> tuple[Literal["promoted", "rejected"], str]:
-    """Activates the version, unless the gate rejected it or an operator changed the policy. Returns the round's state
-    and a sentence about it."""
+def activate(work: Workspace, version: str, verdict: Verdict) -> tuple[Literal["promoted", "canary", "rejected"], str]:
+    """Activates the version, or lets it wait as a canary, unless the gate rejected it or an operator changed the
+    policy. Returns the round's state and a sentence about it."""
+    if verdict.canary:
+        return begin_canary(work, version)
     if not verdict.promoted:
         return "rejected", f"{version} was not promoted: {' '.join(verdict.reasons)}"
     incumbent = work.round.incumbent_version

@@ -19,7 +19,7 @@ ENDED = {"steps": "", "kl_budget": ", stopped at the KL budget", "uncertainty": 
 class Report:
     """The result of `run_once`, as shown by the closing table and `--json`. If the call raised, the state is failed."""
 
-    state: Literal["nothing", "promoted", "rejected", "failed"]
+    state: Literal["nothing", "promoted", "canary", "rejected", "failed"]
     sentence: str
     round_id: str | None = None
     policy_version: str | None = None
@@ -66,6 +66,8 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "KL", f"{chosen.kl:.1f} nats per response to the reference"
         yield "win rate", f"{chosen.against_incumbent} against the incumbent, {report.incumbent_version}"
         yield "", f"{chosen.against_reference} against the reference"
+        if gate.reasons and gate.no_canary:
+            yield "no canary", gate.no_canary
         yield "answer length", f"{gate.incumbent_health.length:.0f} -> {chosen.health.length:.0f} tokens"
     if m.seconds:
         yield "seconds", ", ".join(f"{name} {value:.0f}" for name, value in m.seconds.items())

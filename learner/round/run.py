@@ -278,11 +278,13 @@ def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvem
     return improvement
 
 
-def finish(work: Workspace, state: Literal["promoted", "rejected"], sentence: str) -> Report:
+def finish(work: Workspace, state: Literal["promoted", "canary", "rejected"], sentence: str) -> Report:
     """Closes the round, in the store and in `report.json`."""
     work.clean()
     work.record("activate" if state == "promoted" else work.round.stage)
-    work.round = work.store.rounds.finish(work.round.id, state, reason=sentence, fence=work.lease)
+    # A canary's round is rejected until it is promoted: so it is to a server that knows no canaries.
+    ended: Literal["promoted", "rejected"] = "promoted" if state == "promoted" else "rejected"
+    work.round = work.store.rounds.finish(work.round.id, ended, reason=sentence, fence=work.lease)
     report = Report(
         state,
         sentence,

@@ -105,8 +105,21 @@ class Workspace:
     @cached_property
     def engine(self) -> RolloutEngine:
         with self.stages.stage("start", "starting the engine"):
-            longest = max(len(p.token_ids) + p.max_tokens for p in self.prompts.train + self.prompts.held_out)
-            return RolloutEngine(self.reference_directory, self.settings, self.dtype, longest)
+            return RolloutEngine(self.reference_directory, self.settings, self.dtype, self.longest_rollout)
+
+    @cached_property
+    def longest_rollout(self) -> int:
+        """Tokens of the longest prompt of the round with its answer: what the engine has room for."""
+        return max(len(p.token_ids) + p.max_tokens for p in self.prompts.train + self.prompts.held_out)
+
+    def push(self, version: str) -> None:
+        """Gives the engine a published version's weights."""
+        from learner.model.policy import published_weights
+
+        directory = self.policy_directory(version)
+        manifest = verify(directory)
+        base = self.policy_directory(manifest.base_version) if manifest.kind == "adapter" else None
+        self.engine.push(published_weights(directory, base, self.policy.model.dtype, self.settings.trust_remote_code))
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

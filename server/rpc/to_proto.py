@@ -10,7 +10,7 @@ from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server.shared.errors import InvalidArgumentError
 from server.store.chats import records
-from server.store.e_value import AbTestResult
+from server.store.e_value import AbTestResult, CanaryResult
 from server.store.files.round_samples import RoundSample
 from server.store.keys import Key
 from server.store.learning import records as learning
@@ -207,6 +207,21 @@ def duel(record: AbTestResult) -> policy_pb2.Duel:
         evidence_better=record.won,
         evidence_worse=record.lost,
         few_voters=record.few_voters,
+    )
+
+
+def canary(record: learning.Canary, result: CanaryResult) -> policy_pb2.Canary:
+    return policy_pb2.Canary(
+        version=record.version,
+        opponent_version=record.opponent_version,
+        round_id=record.round_id,
+        votes=result.votes,
+        max_votes=record.max_votes,
+        evidence_better=result.better,
+        evidence_worse=result.worse,
+        evidence_needed=record.evidence,
+        create_time=timestamp(record.create_time),
+        expire_time=timestamp(record.expire_time),
     )
 
 

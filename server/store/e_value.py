@@ -8,7 +8,11 @@ checked after every vote.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+# Stakes of `mean_e_value`, of the at most 2 that keep a product positive.
+STAKES = [stake / 10 for stake in range(1, 20)]
 
 
 def e_value(wins: int, losses: int) -> float:
@@ -18,6 +22,37 @@ def e_value(wins: int, losses: int) -> float:
     n = wins + losses
     tail = sum(math.comb(n + 1, k) for k in range(wins + 1, n + 2))
     return tail / ((n + 1) * math.comb(n, wins))
+
+
+def mean_e_value(means: Sequence[float]) -> float:
+    """E-value against a mean of a half or less, of independent `means` in [0, 1], such as the share of a user's choices
+    that were won. It bets on each in turn (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by
+    betting", JRSS B 2024), with every stake at once; for choices won or lost it is about `e_value`. 1 without any."""
+    return sum(math.prod(1 + stake * (mean - 0.5) for mean in means) for stake in STAKES) / len(STAKES)
+
+
+@dataclass(frozen=True)
+class CanaryResult:
+    """Choices between a canary and its opponent: shares of them that the canary won, each of one choice or of one
+    user's, a tie being half; and the number of choices, all of them."""
+
+    means: tuple[float, ...]
+    votes: int
+
+    @property
+    def better(self) -> float:
+        """Evidence that the canary is better."""
+        return mean_e_value(self.means)
+
+    @property
+    def worse(self) -> float:
+        """Evidence that it is worse."""
+        return mean_e_value([1 - mean for mean in self.means])
+
+    def __str__(self) -> str:
+        won = sum(self.means) / len(self.means) if self.means else 0.5
+        evidence = f"evidence that it is better {self.better:.3g}, worse {self.worse:.3g}"
+        return f"it won {won:.2f} of {self.votes} choices, {evidence}"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from server.store.chats.snapshots import Snapshots
 from server.store.database import Database
 from server.store.deletion import Deletion
 from server.store.keys import Keys
+from server.store.learning.canaries import Canaries
 from server.store.learning.leases import Leases
 from server.store.learning.lineage import Lineage
 from server.store.learning.policies import Policies
@@ -38,6 +39,7 @@ class Store:
         self.replicas = Replicas(database)
         self.leases = Leases(database)
         self.lineage = Lineage(database)
+        self.canaries = Canaries(database, self.lineage)
         self.keys = Keys(database)
         self.quarantine = Quarantine(database)
         self.round_requests = RoundRequests(database)

@@ -149,11 +149,17 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "dtype": "float32",
         "policy": {"lora_rank": 4},
         "ppo": {"steps": 2, "episodes": 16, "learning_rate": 3e-3},
+        "review": {"pairs": 8},
         # Eighty votes on a random model: tests check what a round does, not whether it should.
         "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.99},
     }
     return LearnerSettings(**{**values, **changes})
 
 
-def passing(candidates: Any, *_: Any) -> Verdict:
+def passing(candidates: Any, *_: Any, **__: Any) -> Verdict:
     return Verdict(candidates[-1], [])
+
+
+def waiting(candidates: Any, *_: Any, **__: Any) -> Verdict:
+    """The candidate is no worse than the incumbent: people decide."""
+    return Verdict(candidates[-1], [], canary=True)

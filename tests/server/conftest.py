@@ -50,7 +50,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @asynccontextmanager
 async def running_server(tmp_path: Path, **flags: Any) -> AsyncIterator[Running]:
     tmp_path.mkdir(exist_ok=True)
-    publish_version(tmp_path, "v0000")
+    if not (tmp_path / "policies" / "v0000").exists():
+        publish_version(tmp_path, "v0000")
     store = StoreThread(tmp_path)
     await store(lambda store: store.policies.register_reference())
     # Tests that wait for something poll.

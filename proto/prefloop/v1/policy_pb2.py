@@ -27,17 +27,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from prefloop.v1 import feedback_pb2 as prefloop_dot_v1_dot_feedback__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prefloop/v1/policy.proto\x12\x0bprefloop.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aprefloop/v1/feedback.proto\"\xf3\x02\n\x06Policy\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.prefloop.v1.PolicyState\x12\x16\n\x0eparent_version\x18\x03 \x01(\t\x12\x10\n\x08round_id\x18\x04 \x01(\t\x12\x1c\n\x14reward_model_version\x18\x05 \x01(\t\x12(\n\x07metrics\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\ractivate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x19\n\x11reference_version\x18\n \x01(\t\x12.\n\nprune_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"x\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x16\n\x0eloaded_version\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x32\n\x0eheartbeat_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x02\n\x05Round\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.prefloop.v1.RoundState\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\x12\x1c\n\x14reward_model_version\x18\x05 \x01(\t\x12(\n\x07metrics\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x18\n\x16GetActivePolicyRequest\"\xa1\x01\n\x17GetActivePolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\x12&\n\x08replicas\x18\x02 \x03(\x0b\x32\x14.prefloop.v1.Replica\x12\x18\n\x10rollback_version\x18\x03 \x01(\t\x12\x1f\n\x04\x64uel\x18\x04 \x01(\x0b\x32\x11.prefloop.v1.Duel\"\xa3\x01\n\x04\x44uel\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10opponent_version\x18\x02 \x01(\t\x12\x0c\n\x04wins\x18\x03 \x01(\r\x12\x0e\n\x06losses\x18\x04 \x01(\r\x12\r\n\x05\x64raws\x18\x05 \x01(\r\x12\x17\n\x0f\x65vidence_better\x18\x06 \x01(\x01\x12\x16\n\x0e\x65vidence_worse\x18\x07 \x01(\x01\x12\x12\n\nfew_voters\x18\x08 \x01(\r\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListPoliciesResponse\x12%\n\x08policies\x18\x01 \x03(\x0b\x32\x13.prefloop.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"z\n\x15\x41\x63tivatePolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x17\x65xpected_active_version\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\x1a\n\x18_expected_active_version\"=\n\x16\x41\x63tivatePolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\"z\n\x15RollbackPolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x17\x65xpected_active_version\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\x1a\n\x18_expected_active_version\"=\n\x16RollbackPolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\":\n\x11ListRoundsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListRoundsResponse\x12\"\n\x06rounds\x18\x01 \x03(\x0b\x32\x12.prefloop.v1.Round\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"R\n\x17ListRoundSamplesRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"^\n\x18ListRoundSamplesResponse\x12)\n\x07samples\x18\x01 \x03(\x0b\x32\x18.prefloop.v1.RoundSample\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"<\n\x0bRoundSample\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\t\"!\n\x11\x43ountVotesRequest\x12\x0c\n\x04\x64\x61ys\x18\x01 \x01(\r\"<\n\x12\x43ountVotesResponse\x12&\n\x06\x63ounts\x18\x01 \x03(\x0b\x32\x16.prefloop.v1.VoteCount\"Q\n\tVoteCount\x12\x0c\n\x04\x64\x61te\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.prefloop.v1.FeedbackKind\x12\r\n\x05votes\x18\x03 \x01(\r\"\x13\n\x11GetLearnerRequest\";\n\x12GetLearnerResponse\x12%\n\x07learner\x18\x01 \x01(\x0b\x32\x14.prefloop.v1.Learner\"\xfe\x01\n\x07Learner\x12\x11\n\tlistening\x18\x01 \x01(\x08\x12\x18\n\x10running_round_id\x18\x02 \x01(\t\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x33\n\x0fnext_round_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tnew_votes\x18\x05 \x01(\r\x12\x30\n\x0crequest_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07outcome\x18\x08 \x01(\t\"\x15\n\x13RequestRoundRequest\"=\n\x14RequestRoundResponse\x12%\n\x07learner\x18\x01 \x01(\x0b\x32\x14.prefloop.v1.Learner*\xae\x01\n\x0bPolicyState\x12\x1c\n\x18POLICY_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16POLICY_STATE_CANDIDATE\x10\x01\x12\x17\n\x13POLICY_STATE_ACTIVE\x10\x02\x12\x18\n\x14POLICY_STATE_RETIRED\x10\x03\x12\x19\n\x15POLICY_STATE_REJECTED\x10\x04\x12\x17\n\x13POLICY_STATE_FAILED\x10\x05*\x8e\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13ROUND_STATE_RUNNING\x10\x01\x12\x18\n\x14ROUND_STATE_PROMOTED\x10\x02\x12\x18\n\x14ROUND_STATE_REJECTED\x10\x03\x12\x16\n\x12ROUND_STATE_FAILED\x10\x04\x32\x9b\x06\n\rPolicyService\x12\\\n\x0fGetActivePolicy\x12#.prefloop.v1.GetActivePolicyRequest\x1a$.prefloop.v1.GetActivePolicyResponse\x12S\n\x0cListPolicies\x12 .prefloop.v1.ListPoliciesRequest\x1a!.prefloop.v1.ListPoliciesResponse\x12Y\n\x0e\x41\x63tivatePolicy\x12\".prefloop.v1.ActivatePolicyRequest\x1a#.prefloop.v1.ActivatePolicyResponse\x12Y\n\x0eRollbackPolicy\x12\".prefloop.v1.RollbackPolicyRequest\x1a#.prefloop.v1.RollbackPolicyResponse\x12M\n\nListRounds\x12\x1e.prefloop.v1.ListRoundsRequest\x1a\x1f.prefloop.v1.ListRoundsResponse\x12_\n\x10ListRoundSamples\x12$.prefloop.v1.ListRoundSamplesRequest\x1a%.prefloop.v1.ListRoundSamplesResponse\x12M\n\nCountVotes\x12\x1e.prefloop.v1.CountVotesRequest\x1a\x1f.prefloop.v1.CountVotesResponse\x12M\n\nGetLearner\x12\x1e.prefloop.v1.GetLearnerRequest\x1a\x1f.prefloop.v1.GetLearnerResponse\x12S\n\x0cRequestRound\x12 .prefloop.v1.RequestRoundRequest\x1a!.prefloop.v1.RequestRoundResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prefloop/v1/policy.proto\x12\x0bprefloop.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aprefloop/v1/feedback.proto\"\xf3\x02\n\x06Policy\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.prefloop.v1.PolicyState\x12\x16\n\x0eparent_version\x18\x03 \x01(\t\x12\x10\n\x08round_id\x18\x04 \x01(\t\x12\x1c\n\x14reward_model_version\x18\x05 \x01(\t\x12(\n\x07metrics\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\ractivate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x19\n\x11reference_version\x18\n \x01(\t\x12.\n\nprune_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"x\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x16\n\x0eloaded_version\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x32\n\x0eheartbeat_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x02\n\x05Round\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.prefloop.v1.RoundState\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\x12\x1c\n\x14reward_model_version\x18\x05 \x01(\t\x12(\n\x07metrics\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x18\n\x16GetActivePolicyRequest\"\xc6\x01\n\x17GetActivePolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\x12&\n\x08replicas\x18\x02 \x03(\x0b\x32\x14.prefloop.v1.Replica\x12\x18\n\x10rollback_version\x18\x03 \x01(\t\x12\x1f\n\x04\x64uel\x18\x04 \x01(\x0b\x32\x11.prefloop.v1.Duel\x12#\n\x06\x63\x61nary\x18\x05 \x01(\x0b\x32\x13.prefloop.v1.Canary\"\x93\x02\n\x06\x43\x61nary\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10opponent_version\x18\x02 \x01(\t\x12\x10\n\x08round_id\x18\x03 \x01(\t\x12\r\n\x05votes\x18\x04 \x01(\r\x12\x11\n\tmax_votes\x18\x05 \x01(\r\x12\x17\n\x0f\x65vidence_better\x18\x06 \x01(\x01\x12\x16\n\x0e\x65vidence_worse\x18\x07 \x01(\x01\x12\x17\n\x0f\x65vidence_needed\x18\x08 \x01(\x01\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa3\x01\n\x04\x44uel\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10opponent_version\x18\x02 \x01(\t\x12\x0c\n\x04wins\x18\x03 \x01(\r\x12\x0e\n\x06losses\x18\x04 \x01(\r\x12\r\n\x05\x64raws\x18\x05 \x01(\r\x12\x17\n\x0f\x65vidence_better\x18\x06 \x01(\x01\x12\x16\n\x0e\x65vidence_worse\x18\x07 \x01(\x01\x12\x12\n\nfew_voters\x18\x08 \x01(\r\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListPoliciesResponse\x12%\n\x08policies\x18\x01 \x03(\x0b\x32\x13.prefloop.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"z\n\x15\x41\x63tivatePolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x17\x65xpected_active_version\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\x1a\n\x18_expected_active_version\"=\n\x16\x41\x63tivatePolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\"z\n\x15RollbackPolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x17\x65xpected_active_version\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\x1a\n\x18_expected_active_version\"=\n\x16RollbackPolicyResponse\x12#\n\x06policy\x18\x01 \x01(\x0b\x32\x13.prefloop.v1.Policy\":\n\x11ListRoundsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListRoundsResponse\x12\"\n\x06rounds\x18\x01 \x03(\x0b\x32\x12.prefloop.v1.Round\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"R\n\x17ListRoundSamplesRequest\x12\x10\n\x08round_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"^\n\x18ListRoundSamplesResponse\x12)\n\x07samples\x18\x01 \x03(\x0b\x32\x18.prefloop.v1.RoundSample\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"<\n\x0bRoundSample\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\t\"!\n\x11\x43ountVotesRequest\x12\x0c\n\x04\x64\x61ys\x18\x01 \x01(\r\"<\n\x12\x43ountVotesResponse\x12&\n\x06\x63ounts\x18\x01 \x03(\x0b\x32\x16.prefloop.v1.VoteCount\"Q\n\tVoteCount\x12\x0c\n\x04\x64\x61te\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.prefloop.v1.FeedbackKind\x12\r\n\x05votes\x18\x03 \x01(\r\"\x13\n\x11GetLearnerRequest\";\n\x12GetLearnerResponse\x12%\n\x07learner\x18\x01 \x01(\x0b\x32\x14.prefloop.v1.Learner\"\xfe\x01\n\x07Learner\x12\x11\n\tlistening\x18\x01 \x01(\x08\x12\x18\n\x10running_round_id\x18\x02 \x01(\t\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x33\n\x0fnext_round_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tnew_votes\x18\x05 \x01(\r\x12\x30\n\x0crequest_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07outcome\x18\x08 \x01(\t\"\x15\n\x13RequestRoundRequest\"=\n\x14RequestRoundResponse\x12%\n\x07learner\x18\x01 \x01(\x0b\x32\x14.prefloop.v1.Learner*\xc7\x01\n\x0bPolicyState\x12\x1c\n\x18POLICY_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16POLICY_STATE_CANDIDATE\x10\x01\x12\x17\n\x13POLICY_STATE_ACTIVE\x10\x02\x12\x18\n\x14POLICY_STATE_RETIRED\x10\x03\x12\x19\n\x15POLICY_STATE_REJECTED\x10\x04\x12\x17\n\x13POLICY_STATE_FAILED\x10\x05\x12\x17\n\x13POLICY_STATE_CANARY\x10\x06*\xa6\x01\n\nRoundState\x12\x1b\n\x17ROUND_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13ROUND_STATE_RUNNING\x10\x01\x12\x18\n\x14ROUND_STATE_PROMOTED\x10\x02\x12\x18\n\x14ROUND_STATE_REJECTED\x10\x03\x12\x16\n\x12ROUND_STATE_FAILED\x10\x04\x12\x16\n\x12ROUND_STATE_CANARY\x10\x05\x32\x9b\x06\n\rPolicyService\x12\\\n\x0fGetActivePolicy\x12#.prefloop.v1.GetActivePolicyRequest\x1a$.prefloop.v1.GetActivePolicyResponse\x12S\n\x0cListPolicies\x12 .prefloop.v1.ListPoliciesRequest\x1a!.prefloop.v1.ListPoliciesResponse\x12Y\n\x0e\x41\x63tivatePolicy\x12\".prefloop.v1.ActivatePolicyRequest\x1a#.prefloop.v1.ActivatePolicyResponse\x12Y\n\x0eRollbackPolicy\x12\".prefloop.v1.RollbackPolicyRequest\x1a#.prefloop.v1.RollbackPolicyResponse\x12M\n\nListRounds\x12\x1e.prefloop.v1.ListRoundsRequest\x1a\x1f.prefloop.v1.ListRoundsResponse\x12_\n\x10ListRoundSamples\x12$.prefloop.v1.ListRoundSamplesRequest\x1a%.prefloop.v1.ListRoundSamplesResponse\x12M\n\nCountVotes\x12\x1e.prefloop.v1.CountVotesRequest\x1a\x1f.prefloop.v1.CountVotesResponse\x12M\n\nGetLearner\x12\x1e.prefloop.v1.GetLearnerRequest\x1a\x1f.prefloop.v1.GetLearnerResponse\x12S\n\x0cRequestRound\x12 .prefloop.v1.RequestRoundRequest\x1a!.prefloop.v1.RequestRoundResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefloop.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POLICYSTATE']._serialized_start=2792
-  _globals['_POLICYSTATE']._serialized_end=2966
-  _globals['_ROUNDSTATE']._serialized_start=2969
-  _globals['_ROUNDSTATE']._serialized_end=3111
+  _globals['_POLICYSTATE']._serialized_start=3107
+  _globals['_POLICYSTATE']._serialized_end=3306
+  _globals['_ROUNDSTATE']._serialized_start=3309
+  _globals['_ROUNDSTATE']._serialized_end=3475
   _globals['_POLICY']._serialized_start=133
   _globals['_POLICY']._serialized_end=504
   _globals['_REPLICA']._serialized_start=506
@@ -47,47 +47,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETACTIVEPOLICYREQUEST']._serialized_start=921
   _globals['_GETACTIVEPOLICYREQUEST']._serialized_end=945
   _globals['_GETACTIVEPOLICYRESPONSE']._serialized_start=948
-  _globals['_GETACTIVEPOLICYRESPONSE']._serialized_end=1109
-  _globals['_DUEL']._serialized_start=1112
-  _globals['_DUEL']._serialized_end=1275
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=1277
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=1337
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1339
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1425
-  _globals['_ACTIVATEPOLICYREQUEST']._serialized_start=1427
-  _globals['_ACTIVATEPOLICYREQUEST']._serialized_end=1549
-  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_start=1551
-  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_end=1612
-  _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=1614
-  _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=1736
-  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_start=1738
-  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_end=1799
-  _globals['_LISTROUNDSREQUEST']._serialized_start=1801
-  _globals['_LISTROUNDSREQUEST']._serialized_end=1859
-  _globals['_LISTROUNDSRESPONSE']._serialized_start=1861
-  _globals['_LISTROUNDSRESPONSE']._serialized_end=1942
-  _globals['_LISTROUNDSAMPLESREQUEST']._serialized_start=1944
-  _globals['_LISTROUNDSAMPLESREQUEST']._serialized_end=2026
-  _globals['_LISTROUNDSAMPLESRESPONSE']._serialized_start=2028
-  _globals['_LISTROUNDSAMPLESRESPONSE']._serialized_end=2122
-  _globals['_ROUNDSAMPLE']._serialized_start=2124
-  _globals['_ROUNDSAMPLE']._serialized_end=2184
-  _globals['_COUNTVOTESREQUEST']._serialized_start=2186
-  _globals['_COUNTVOTESREQUEST']._serialized_end=2219
-  _globals['_COUNTVOTESRESPONSE']._serialized_start=2221
-  _globals['_COUNTVOTESRESPONSE']._serialized_end=2281
-  _globals['_VOTECOUNT']._serialized_start=2283
-  _globals['_VOTECOUNT']._serialized_end=2364
-  _globals['_GETLEARNERREQUEST']._serialized_start=2366
-  _globals['_GETLEARNERREQUEST']._serialized_end=2385
-  _globals['_GETLEARNERRESPONSE']._serialized_start=2387
-  _globals['_GETLEARNERRESPONSE']._serialized_end=2446
-  _globals['_LEARNER']._serialized_start=2449
-  _globals['_LEARNER']._serialized_end=2703
-  _globals['_REQUESTROUNDREQUEST']._serialized_start=2705
-  _globals['_REQUESTROUNDREQUEST']._serialized_end=2726
-  _globals['_REQUESTROUNDRESPONSE']._serialized_start=2728
-  _globals['_REQUESTROUNDRESPONSE']._serialized_end=2789
-  _globals['_POLICYSERVICE']._serialized_start=3114
-  _globals['_POLICYSERVICE']._serialized_end=3909
+  _globals['_GETACTIVEPOLICYRESPONSE']._serialized_end=1146
+  _globals['_CANARY']._serialized_start=1149
+  _globals['_CANARY']._serialized_end=1424
+  _globals['_DUEL']._serialized_start=1427
+  _globals['_DUEL']._serialized_end=1590
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=1592
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=1652
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1654
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1740
+  _globals['_ACTIVATEPOLICYREQUEST']._serialized_start=1742
+  _globals['_ACTIVATEPOLICYREQUEST']._serialized_end=1864
+  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_start=1866
+  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_end=1927
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=1929
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=2051
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_start=2053
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_end=2114
+  _globals['_LISTROUNDSREQUEST']._serialized_start=2116
+  _globals['_LISTROUNDSREQUEST']._serialized_end=2174
+  _globals['_LISTROUNDSRESPONSE']._serialized_start=2176
+  _globals['_LISTROUNDSRESPONSE']._serialized_end=2257
+  _globals['_LISTROUNDSAMPLESREQUEST']._serialized_start=2259
+  _globals['_LISTROUNDSAMPLESREQUEST']._serialized_end=2341
+  _globals['_LISTROUNDSAMPLESRESPONSE']._serialized_start=2343
+  _globals['_LISTROUNDSAMPLESRESPONSE']._serialized_end=2437
+  _globals['_ROUNDSAMPLE']._serialized_start=2439
+  _globals['_ROUNDSAMPLE']._serialized_end=2499
+  _globals['_COUNTVOTESREQUEST']._serialized_start=2501
+  _globals['_COUNTVOTESREQUEST']._serialized_end=2534
+  _globals['_COUNTVOTESRESPONSE']._serialized_start=2536
+  _globals['_COUNTVOTESRESPONSE']._serialized_end=2596
+  _globals['_VOTECOUNT']._serialized_start=2598
+  _globals['_VOTECOUNT']._serialized_end=2679
+  _globals['_GETLEARNERREQUEST']._serialized_start=2681
+  _globals['_GETLEARNERREQUEST']._serialized_end=2700
+  _globals['_GETLEARNERRESPONSE']._serialized_start=2702
+  _globals['_GETLEARNERRESPONSE']._serialized_end=2761
+  _globals['_LEARNER']._serialized_start=2764
+  _globals['_LEARNER']._serialized_end=3018
+  _globals['_REQUESTROUNDREQUEST']._serialized_start=3020
+  _globals['_REQUESTROUNDREQUEST']._serialized_end=3041
+  _globals['_REQUESTROUNDRESPONSE']._serialized_start=3043
+  _globals['_REQUESTROUNDRESPONSE']._serialized_end=3104
+  _globals['_POLICYSERVICE']._serialized_start=3478
+  _globals['_POLICYSERVICE']._serialized_end=4273
 # @@protoc_insertion_point(module_scope)

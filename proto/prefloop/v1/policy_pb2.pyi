@@ -38,6 +38,8 @@ class _PolicyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicySta
     """The gate refused it; `reason` says why."""
     POLICY_STATE_FAILED: _PolicyState.ValueType  # 5
     """An engine could not load it; `reason` says why."""
+    POLICY_STATE_CANARY: _PolicyState.ValueType  # 6
+    """Published; waits for people's choices between it and the active version."""
 
 class PolicyState(_PolicyState, metaclass=_PolicyStateEnumTypeWrapper): ...
 
@@ -51,6 +53,8 @@ POLICY_STATE_REJECTED: PolicyState.ValueType  # 4
 """The gate refused it; `reason` says why."""
 POLICY_STATE_FAILED: PolicyState.ValueType  # 5
 """An engine could not load it; `reason` says why."""
+POLICY_STATE_CANARY: PolicyState.ValueType  # 6
+"""Published; waits for people's choices between it and the active version."""
 Global___PolicyState: _TypeAlias = PolicyState  # noqa: Y015
 
 class _RoundState:
@@ -66,6 +70,8 @@ class _RoundStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundState
     ROUND_STATE_REJECTED: _RoundState.ValueType  # 3
     """The gate kept the incumbent."""
     ROUND_STATE_FAILED: _RoundState.ValueType  # 4
+    ROUND_STATE_CANARY: _RoundState.ValueType  # 5
+    """The candidate waits for people's choices between it and the incumbent."""
 
 class RoundState(_RoundState, metaclass=_RoundStateEnumTypeWrapper): ...
 
@@ -76,6 +82,8 @@ ROUND_STATE_PROMOTED: RoundState.ValueType  # 2
 ROUND_STATE_REJECTED: RoundState.ValueType  # 3
 """The gate kept the incumbent."""
 ROUND_STATE_FAILED: RoundState.ValueType  # 4
+ROUND_STATE_CANARY: RoundState.ValueType  # 5
+"""The candidate waits for people's choices between it and the incumbent."""
 Global___RoundState: _TypeAlias = RoundState  # noqa: Y015
 
 @_typing.final
@@ -236,6 +244,7 @@ class GetActivePolicyResponse(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     ROLLBACK_VERSION_FIELD_NUMBER: _builtins.int
     DUEL_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     rollback_version: _builtins.str
     """What RollbackPolicy activates without a version; empty if there is none."""
     @_builtins.property
@@ -246,6 +255,10 @@ class GetActivePolicyResponse(_message.Message):
     def duel(self) -> Global___Duel:
         """Set while an A/B test compares the active version with the previous one."""
 
+    @_builtins.property
+    def canary(self) -> Global___Canary:
+        """Set while a version waits for people's choices between it and the active one."""
+
     def __init__(
         self,
         *,
@@ -253,14 +266,67 @@ class GetActivePolicyResponse(_message.Message):
         replicas: _abc.Iterable[Global___Replica] | None = ...,
         rollback_version: _builtins.str = ...,
         duel: Global___Duel | None = ...,
+        canary: Global___Canary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["duel", b"duel", "policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "duel", b"duel", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duel", b"duel", "policy", b"policy", "replicas", b"replicas", "rollback_version", b"rollback_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "duel", b"duel", "policy", b"policy", "replicas", b"replicas", "rollback_version", b"rollback_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetActivePolicyResponse: _TypeAlias = GetActivePolicyResponse  # noqa: Y015
+
+@_typing.final
+class Canary(_message.Message):
+    """A version that waits for people's choices, in reviews, between its answers and the active version's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    OPPONENT_VERSION_FIELD_NUMBER: _builtins.int
+    ROUND_ID_FIELD_NUMBER: _builtins.int
+    VOTES_FIELD_NUMBER: _builtins.int
+    MAX_VOTES_FIELD_NUMBER: _builtins.int
+    EVIDENCE_BETTER_FIELD_NUMBER: _builtins.int
+    EVIDENCE_WORSE_FIELD_NUMBER: _builtins.int
+    EVIDENCE_NEEDED_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    opponent_version: _builtins.str
+    round_id: _builtins.str
+    votes: _builtins.int
+    """Choices so far. After `max_votes` without a decision, or at `expire_time`, it is rejected."""
+    max_votes: _builtins.int
+    evidence_better: _builtins.float
+    """E-values. It is promoted once `evidence_better` reaches `evidence_needed`, and rejected once `evidence_worse` does."""
+    evidence_worse: _builtins.float
+    evidence_needed: _builtins.float
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        opponent_version: _builtins.str = ...,
+        round_id: _builtins.str = ...,
+        votes: _builtins.int = ...,
+        max_votes: _builtins.int = ...,
+        evidence_better: _builtins.float = ...,
+        evidence_worse: _builtins.float = ...,
+        evidence_needed: _builtins.float = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "evidence_better", b"evidence_better", "evidence_needed", b"evidence_needed", "evidence_worse", b"evidence_worse", "expire_time", b"expire_time", "max_votes", b"max_votes", "opponent_version", b"opponent_version", "round_id", b"round_id", "version", b"version", "votes", b"votes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Canary: _TypeAlias = Canary  # noqa: Y015
 
 @_typing.final
 class Duel(_message.Message):

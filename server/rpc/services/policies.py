@@ -34,11 +34,13 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     ) -> policy_pb2.GetActivePolicyResponse:
         def read(store: Store) -> policy_pb2.GetActivePolicyResponse:
             duel = self._ab_test.duel(store) if self._ab_test else None
+            canary = store.canaries.waiting()
             return policy_pb2.GetActivePolicyResponse(
                 policy=to_proto.policy(store.policies.active()),
                 replicas=[to_proto.replica(record) for record in store.replicas.alive()],
                 rollback_version=store.policies.previous_version() or "",
                 duel=to_proto.duel(duel) if duel else None,
+                canary=to_proto.canary(canary, store.canaries.result(canary)) if canary else None,
             )
 
         return await self._store(read)

@@ -5,13 +5,23 @@ of its events the round saw. Nothing here is deleted with a conversation, since 
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from server.shared import stored_round
-from server.store.chats.records import Feedback, FeedbackEvent
+from server.store.chats.records import Choice, Feedback, FeedbackEvent
 from server.store.database import UNLIMITED, Database
 from server.store.e_value import AbTestResult
 from server.store.learning.leases import check_fence
 from server.store.learning.records import Lease, PointerEvent, Side
+
+
+class ChoiceBetween(NamedTuple):
+    """A choice between answers of two versions, as it was first made."""
+
+    user: str
+    value: Choice
+    # The version that answered as A.
+    version_a: str
 
 
 class Lineage:
@@ -114,31 +124,37 @@ class Lineage:
         last = next(iter(self.moves(1)), None)
         if last is None or last.previous_version is None or last.action not in ("activate", "promote"):
             return None
-        found = self._count_voters(voters)
+        found = self.count_voters(voters)
         few = found if found < voters else 0
         counted = user_votes if few > 1 else UNLIMITED if few == 1 else 1
+        votes = self.choices_between(last.version, last.previous_version, last.create_time, counted)
+        winners = [
+            None if vote.value not in ("A", "B") else (vote.value == "A") == (vote.version_a == last.version)
+            for vote in votes
+        ]
+        return AbTestResult(
+            last.version, last.previous_version, winners.count(True), winners.count(False), winners.count(None), few
+        )
+
+    def choices_between(self, version: str, opponent: str, since: float, user_votes: int) -> list[ChoiceBetween]:
+        """The first `user_votes` choices of each user between answers of two versions, of comparisons made since a
+        time, in the order in which they were first made; without users in quarantine."""
         rows = self._db.rows(
-            "SELECT e.value, version_a FROM (SELECT said, version_a, "
-            "row_number() OVER (PARTITION BY user ORDER BY said) AS nth FROM (SELECT f.user, "
+            "SELECT user, value, version_a FROM (SELECT who AS user, said, version_a, "
+            "row_number() OVER (PARTITION BY who ORDER BY said) AS nth FROM (SELECT f.user AS who, "
             "a.policy_version AS version_a, (SELECT min(seq) FROM feedback_events WHERE comparison_id = c.id "
             "AND kind = 'choice' AND action = 'submit') AS said FROM comparisons c "
             "JOIN feedback f ON f.comparison_id = c.id AND f.kind = 'choice' "
             "JOIN responses a ON a.id = c.response_a JOIN responses b ON b.id = c.response_b "
             "WHERE c.create_time >= ?3 AND f.user NOT IN (SELECT user FROM quarantined) "
             "AND ((a.policy_version = ?1 AND b.policy_version = ?2) "
-            "OR (a.policy_version = ?2 AND b.policy_version = ?1)))) "
-            "JOIN feedback_events e ON e.seq = said WHERE nth <= ?4",
-            [last.version, last.previous_version, last.create_time, counted],
+            "OR (a.policy_version = ?2 AND b.policy_version = ?1)))) v "
+            "JOIN (SELECT seq, value FROM feedback_events) e ON e.seq = said WHERE nth <= ?4 ORDER BY said",
+            [version, opponent, since, user_votes],
         )
-        winners = [
-            None if row["value"] not in ("A", "B") else (row["value"] == "A") == (row["version_a"] == last.version)
-            for row in rows
-        ]
-        return AbTestResult(
-            last.version, last.previous_version, winners.count(True), winners.count(False), winners.count(None), few
-        )
+        return [ChoiceBetween(**row) for row in rows]
 
-    def _count_voters(self, limit: int) -> int:
+    def count_voters(self, limit: int) -> int:
         """How many users have current feedback, at most `limit`; users in quarantine do not count."""
         [row] = self._db.rows(
             "SELECT count(*) AS voters FROM (SELECT DISTINCT user FROM feedback "

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from server.shared.errors import ConflictError, FailedPreconditionError, NotFoundError
 from server.store.database import UNLIMITED, Database, Row, newest_rows
+from server.store.learning.canaries import end_canary, waiting_canary
 from server.store.learning.leases import check_fence
 from server.store.learning.records import Lease, PointerAction, PolicyVersion
 from server.store.learning.replicas import ALIVE_SECONDS
@@ -84,11 +85,11 @@ class Policies:
         row = self._db.row("SELECT * FROM policies WHERE version = ?", [version])
         if row is None:
             raise NotFoundError("policy", version)
-        return _policy(row)
+        return self._policy(row)
 
     def page(self, limit: int = UNLIMITED, before: str | None = None) -> list[PolicyVersion]:
         """Newest first; `before` is the version after which the page starts."""
-        return [_policy(row) for row in newest_rows(self._db, "policies", "version", limit, before)]
+        return [self._policy(row) for row in newest_rows(self._db, "policies", "version", limit, before)]
 
     def active(self) -> PolicyVersion:
         """The version that should be served. Raises NotFoundError before the first start of a server."""
@@ -166,7 +167,8 @@ class Policies:
 
     def prune(self, version: str, *, fence: Lease | None = None) -> bool:
         """Mark that the version's directory is to be removed, so that it cannot be activated. False if it is in use: as
-        the reference of any policy, as the active or a loaded version, or as the incumbent of a running round."""
+        the reference of any policy, as the active or a loaded version, as the incumbent of a running round, or as a
+        canary or its opponent."""
         with self._db.write():
             check_fence(self._db, fence)
             marked = self._db.execute(
@@ -175,13 +177,18 @@ class Policies:
                 "AND NOT EXISTS (SELECT 1 FROM policies WHERE reference_version = ?1) "
                 "AND NOT EXISTS (SELECT 1 FROM replicas WHERE loaded_version = ?1 "
                 "AND boot = boot_id() AND uptime() - uptime <= ?2) "
-                "AND NOT EXISTS (SELECT 1 FROM rounds WHERE state = 'running' AND incumbent_version = ?1)",
+                "AND NOT EXISTS (SELECT 1 FROM rounds WHERE state = 'running' AND incumbent_version = ?1) "
+                "AND NOT EXISTS (SELECT 1 FROM canaries WHERE end_time IS NULL AND ?1 IN (version, opponent_version))",
                 [version, ALIVE_SECONDS],
             )
             return marked > 0
 
     def _point(self, old: str, old_state: str, new: str, action: PointerAction, actor: str, reason: str) -> None:
         now = self._db.now()
+        # A canary is compared with the active version; once that moves, there is nothing left to decide.
+        if canary := waiting_canary(self._db):
+            moved = f"{actor} made {new} the active version: {reason}"
+            end_canary(self._db, canary.version, "promoted" if new == canary.version else "rejected", moved)
         self._db.execute("UPDATE policies SET state = ? WHERE version = ?", [old_state, old])
         self._db.execute("UPDATE policies SET state = 'active', activate_time = ? WHERE version = ?", [now, new])
         self._db.execute("UPDATE pointer SET version = ?", [new])
@@ -197,11 +204,12 @@ class Policies:
             },
         )
 
+    def _policy(self, row: Row) -> PolicyVersion:
+        canary = waiting_canary(self._db) if row["state"] == "candidate" else None
+        state = "canary" if canary and canary.version == row["version"] else row["state"]
+        return PolicyVersion(**{**row, "state": state, "metrics": json.loads(row["metrics"])})
+
 
 def _check_active(active: str, expected: str | None) -> None:
     if expected is not None and active != expected:
         raise ConflictError(f"{active} is active, not {expected}; nothing was changed.")
-
-
-def _policy(row: Row) -> PolicyVersion:
-    return PolicyVersion(**{**row, "metrics": json.loads(row["metrics"])})

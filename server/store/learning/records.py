@@ -16,7 +16,7 @@ class PolicyVersion:
     """A published version. `state` is its place in the life cycle."""
 
     version: str
-    state: Literal["candidate", "active", "retired", "rejected", "failed"]
+    state: Literal["candidate", "canary", "active", "retired", "rejected", "failed"]
     kind: Literal["adapter", "full"]
     parent_version: str | None
     reference_version: str
@@ -46,7 +46,7 @@ class Round:
     """One run of the learner: `stage` is the last finished step."""
 
     id: str
-    state: Literal["running", "promoted", "rejected", "failed"]
+    state: Literal["running", "promoted", "canary", "rejected", "failed"]
     stage: str
     watermark: int
     incumbent_version: str
@@ -62,6 +62,37 @@ class Round:
     attempts: int = 1
     # Users whose votes it leaves out: those in quarantine when it began.
     quarantined: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CanaryTerms:
+    """When a canary is decided. Every server reads the same terms, and so decides alike."""
+
+    # Promote it at this evidence that it is better, reject it at this evidence that it is worse.
+    evidence: float
+    # Reject it after so many choices without a decision, or after so many days.
+    max_votes: int
+    days: float
+    # From so many voters on, the mean of each one's first `user_votes` choices counts; of fewer, each choice.
+    voters: int
+    user_votes: int
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A version that waits until choices between its answers and its opponent's decide whether it is served."""
+
+    version: str
+    opponent_version: str
+    round_id: str
+    evidence: float
+    max_votes: int
+    voters: int
+    user_votes: int
+    create_time: float
+    expire_time: float
+    end_time: float | None = None
+    outcome: str = ""
 
 
 @dataclass(frozen=True)

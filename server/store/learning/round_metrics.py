@@ -218,6 +218,9 @@ class GateMetrics:
     reasons: list[str]
     candidates: list[CandidateMetrics]
     incumbent_health: AnswerHealth
+    # Whether people are to decide between it and the incumbent; if they cannot, why.
+    canary: bool = False
+    no_canary: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from server.shared import stored_round
 from server.shared.errors import NotFoundError
 from server.store.database import UNLIMITED, Database, Row, newest_rows
 from server.store.ids import new_id
+from server.store.learning.canaries import waiting_canary
 from server.store.learning.leases import check_fence
 from server.store.learning.policies import Policies
 from server.store.learning.records import Lease, Round
@@ -96,11 +97,11 @@ class Rounds:
         reason: str = "",
         fence: Lease | None = None,
     ) -> Round:
-        """End a round."""
+        """End a running round; one that has ended, as its canary was decided, stays as it is."""
         with self._db.write():
             check_fence(self._db, fence)
             self._db.execute(
-                "UPDATE rounds SET state = ?, reason = ?, finish_time = ? WHERE id = ?",
+                "UPDATE rounds SET state = ?, reason = ?, finish_time = ? WHERE id = ? AND state = 'running'",
                 [state, reason, self._db.now(), round_id],
             )
             return self.get(round_id)
@@ -109,21 +110,21 @@ class Rounds:
         row = self._db.row("SELECT * FROM rounds WHERE id = ?", [round_id])
         if row is None:
             raise NotFoundError("round", round_id)
-        return _round(row)
+        return self._round(row)
 
     def running(self) -> Round | None:
         """The round to resume, or None."""
         row = self._db.row("SELECT * FROM rounds WHERE state = 'running' ORDER BY create_time DESC LIMIT 1")
-        return _round(row) if row else None
+        return self._round(row) if row else None
 
     def last_learned(self) -> Round | None:
         """The newest round that was promoted or rejected, or None."""
         row = self._db.row("SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') ORDER BY rowid DESC LIMIT 1")
-        return _round(row) if row else None
+        return self._round(row) if row else None
 
     def page(self, limit: int = UNLIMITED, before: str | None = None) -> list[Round]:
         """Newest first; `before` is the round after which the page starts."""
-        return [_round(row) for row in newest_rows(self._db, "rounds", "id", limit, before)]
+        return [self._round(row) for row in newest_rows(self._db, "rounds", "id", limit, before)]
 
     def count(self) -> dict[str, int]:
         """How many rounds there were in each state; zero counts are left out."""
@@ -137,11 +138,12 @@ class Rounds:
             self._db.execute("UPDATE rounds SET attempts = attempts + ? WHERE id = ?", [by, round_id])
             return self.get(round_id)
 
-
-def _round(row: Row) -> Round:
-    stored = {
-        "settings": stored_round.SETTINGS.load(row["settings"]),
-        "metrics": RoundMetrics.from_json(stored_round.METRICS.load(row["metrics"])),
-        "quarantined": json.loads(row["quarantined"]),
-    }
-    return Round(**{**row, **stored})
+    def _round(self, row: Row) -> Round:
+        canary = waiting_canary(self._db) if row["state"] == "rejected" else None
+        stored = {
+            "state": "canary" if canary and canary.round_id == row["id"] else row["state"],
+            "settings": stored_round.SETTINGS.load(row["settings"]),
+            "metrics": RoundMetrics.from_json(stored_round.METRICS.load(row["metrics"])),
+            "quarantined": json.loads(row["quarantined"]),
+        }
+        return Round(**{**row, **stored})

@@ -397,3 +397,27 @@ def m012_reviews(db: Database) -> None:
         CREATE INDEX reviewed_by_user ON reviewed (user);
         """,
     )
+
+
+@migrations()
+def m013_canaries(db: Database) -> None:
+    """Versions that wait until votes on reviews decide whether they are served. At most one waits."""
+    _run(
+        db,
+        """
+        CREATE TABLE canaries (
+            version TEXT PRIMARY KEY REFERENCES policies (version),
+            opponent_version TEXT NOT NULL REFERENCES policies (version),
+            round_id TEXT NOT NULL REFERENCES rounds (id),
+            evidence REAL NOT NULL,
+            max_votes INTEGER NOT NULL,
+            voters INTEGER NOT NULL,
+            user_votes INTEGER NOT NULL,
+            create_time REAL NOT NULL,
+            expire_time REAL NOT NULL,
+            end_time REAL,
+            outcome TEXT NOT NULL DEFAULT ''
+        ) STRICT;
+        CREATE UNIQUE INDEX canaries_waiting ON canaries ((end_time IS NULL)) WHERE end_time IS NULL;
+        """,
+    )

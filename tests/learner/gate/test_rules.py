@@ -39,7 +39,7 @@ def seeded() -> torch.Generator:
 
 
 def test_a_candidate_that_passes_every_rule_is_promoted() -> None:
-    verdict = decide([figures()], INCUMBENT, 6.0, SETTINGS)
+    verdict = decide([figures()], INCUMBENT, 6.0, SETTINGS, canary=False)
     assert verdict.promoted
     assert verdict.reasons == []
 
@@ -57,10 +57,36 @@ def test_a_candidate_that_passes_every_rule_is_promoted() -> None:
     ],
 )
 def test_each_rule_rejects_and_says_why(changes: dict[str, object], reason: str) -> None:
-    verdict = decide([figures(**changes)], INCUMBENT, 6.0, SETTINGS)
+    verdict = decide([figures(**changes)], INCUMBENT, 6.0, SETTINGS, canary=False)
     assert not verdict.promoted
     assert len(verdict.reasons) == 1
     assert reason in verdict.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("rate", "low", "promoted", "canary"),
+    [
+        (0.56, 0.46, True, True),
+        # Clearly better: nobody needs to decide.
+        (0.70, 0.51, True, False),
+        (0.56, 0.45, False, False),
+        (0.50, 0.46, False, False),
+    ],
+)
+def test_people_decide_about_a_candidate_that_is_no_worse(
+    rate: float, low: float, promoted: bool, canary: bool
+) -> None:
+    candidate = figures(against_incumbent=WinRate(rate, low, 0.8, 60))
+    verdict = decide([candidate], INCUMBENT, 6.0, SETTINGS, canary=True)
+    assert (verdict.promoted, verdict.canary) == (promoted, canary)
+    assert decide([candidate], INCUMBENT, 6.0, SETTINGS, canary=False).promoted == (low > 0.5)
+
+
+def test_a_canary_must_be_better_than_the_reference() -> None:
+    close = WinRate(0.56, 0.46, 0.8, 60)
+    verdict = decide([figures(against_incumbent=close, against_reference=close)], INCUMBENT, 6.0, SETTINGS, canary=True)
+    assert (verdict.canary, len(verdict.reasons)) == (False, 1)
+    assert "against the reference" in verdict.reasons[0]
 
 
 def test_a_gap_that_widens_is_over_optimisation() -> None:
@@ -72,7 +98,7 @@ def test_a_gap_that_widens_is_over_optimisation() -> None:
     assert over_optimised(late, [early, late], 0.05) == [
         "Since step 4 the trained reward model's win rate rose to 0.90 and the judge's fell from 0.75 to 0.69."
     ]
-    verdict = decide([early, late], INCUMBENT, 6.0, SETTINGS)
+    verdict = decide([early, late], INCUMBENT, 6.0, SETTINGS, canary=False)
     assert (verdict.chosen.step, verdict.promoted) == (4, True)
     # Within the margin, where both fall, and seen from the earlier one, nothing parted.
     assert over_optimised(rated(8, 0.9, 0.71), [early], 0.05) == []
@@ -86,7 +112,7 @@ def test_the_best_sound_candidate_is_chosen_not_the_last_or_the_highest() -> Non
     collapsed = figures(
         step=6, against_incumbent=WinRate(0.95, 0.9, 0.99, 60), against_reference=WinRate(0.95, 0.9, 0.99, 60), kl=9.0
     )
-    assert decide([early, best, collapsed], INCUMBENT, 6.0, SETTINGS).chosen.step == 4
+    assert decide([early, best, collapsed], INCUMBENT, 6.0, SETTINGS, canary=False).chosen.step == 4
 
 
 def judge_of(weights: list[list[float]]) -> Judge:

@@ -126,8 +126,9 @@ def test_status_shows_votes_on_versions_and_moves_of_the_pointer(data_dir: Path)
     shown = runner.invoke(app, ["status", "--data-dir", str(data_dir)]).stdout
     # 5/12 and 11/12.
     assert (
-        "v0001 has 2 wins, 1 losses and 0 draws against v0000; evidence that it is better 0.917, worse 0.417" in shown
-    )
+        "v0001 has 2 wins, 1 losses and 0 draws against v0000, several votes of each of the 4 who vote here; "
+        "evidence that it is better 0.917, worse 0.417"
+    ) in shown
     assert "v0001: 2 of 3 up; v0000: 0 of 0 up. From different users and questions, not blind" in shown
     assert "v0001 for v0000 by operator" in shown
     assert "I read its answers" in shown

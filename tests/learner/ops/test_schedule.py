@@ -31,7 +31,7 @@ from learner.ops.schedule import (
     round_command,
 )
 from learner.round.report import Report, outcome
-from learner.settings import ScheduleSettings
+from learner.schedule_settings import ScheduleSettings
 from server.shared.errors import DatabaseError, FailedPreconditionError
 from server.store.learning.round_requests import RoundRequests
 from server.store.store import Store
@@ -160,7 +160,7 @@ SCHEDULER = """
 import sys
 from pathlib import Path
 import learner.ops.schedule as schedule
-from learner.settings import ScheduleSettings
+from learner.schedule_settings import ScheduleSettings
 schedule.round_command = lambda data_dir, report: [sys.executable, "-c", sys.argv[2], sys.argv[3], str(report)]
 settings = ScheduleSettings(on_request=True) if "on request" in sys.argv else ScheduleSettings(interval_minutes=0.001)
 say = lambda line: print(line, flush=True) if settings.on_request else None

@@ -321,7 +321,7 @@ def test_the_gate_stops_at_half_of_the_prompts_if_the_case_is_clear(
 def test_a_rejected_candidate_is_kept_with_the_reason_and_not_served(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judging, "decide", lambda candidates, *_: Verdict(candidates[-1], ["It is worse."]))
+    monkeypatch.setattr(judging, "decide", lambda candidates, *_, **__: Verdict(candidates[-1], ["It is worse."]))
     report = run(data_dir)
     assert report.state == "rejected"
     assert "It is worse." in report.sentence
@@ -369,7 +369,7 @@ def test_rounds_without_a_signal_share_one_error_and_say_how_many_votes_are_miss
 
 
 def test_an_operators_rollback_meanwhile_is_not_overwritten(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def moved(candidates: Any, *_: Any) -> Verdict:
+    def moved(candidates: Any, *_: Any, **__: Any) -> Verdict:
         store = opened(data_dir)
         shutil.copytree(data_dir / "policies" / "v0000", data_dir / "policies" / "v0009")
         store.policies.register(

@@ -28,6 +28,8 @@ RELEASED = {
     "m009_round_requests": "839efd655eb3711d",
     "m010_uptime": "4b06368639862f63",
     "m011_quotas": "a35b883de3682981",
+    "m012_reviews": "6ba9765755c827f1",
+    "m013_canaries": "31756f07cbb61f82",
 }
 
 

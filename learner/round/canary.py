@@ -1,0 +1,105 @@
+"""A candidate that waits as a canary: people compare its answers with the incumbent's, and a server decides by their
+choices (`server.versions.canary`).
+"""
+
+from typing import Literal
+
+from learner.model.rollout import draw_seed
+from learner.round.review_prompts import ReviewPrompt, review_prompts
+from learner.round.workspace import Workspace
+from learner.settings import LearnerSettings
+from server.store.chats.records import OfferedAnswer, OfferedReview
+from server.store.learning.records import Canary, CanaryTerms
+from server.store.store import Store
+
+# Numbers of the random draws of the candidate's and the incumbent's answers; the gate's are above.
+CANDIDATE_DRAW, INCUMBENT_DRAW = 990, 991
+RECENT_DAYS = 7
+
+
+def why_no_canary(store: Store, settings: LearnerSettings) -> str:
+    """Why people cannot decide between a candidate and the incumbent, in a sentence; empty if they can."""
+    gate = settings.gate
+    if gate.canary == "off":
+        return "Canaries are off (gate.canary)."
+    counts = store.feedback.count_by_day(RECENT_DAYS)
+    votes = sum(count.votes for count in counts if count.kind != "demonstration")
+    if gate.canary == "auto" and votes < gate.canary_recent_votes:
+        return (
+            f"There were {votes} votes in the last {RECENT_DAYS} days, fewer than the {gate.canary_recent_votes} that "
+            "people need to decide on a canary (gate.canary)."
+        )
+    return ""
+
+
+def begin_canary(work: Workspace, version: str) -> tuple[Literal["promoted", "canary", "rejected"], str]:
+    """Offers pairs of the version's answers and the incumbent's, and lets the version wait. Returns the round's state
+    and a sentence about it."""
+    store, incumbent = work.store, work.round.incumbent_version
+    if begun := store.canaries.find(version):
+        return _state(store, begun)
+    if (active := store.policies.active().version) != incumbent:
+        return "rejected", f"{version} does not wait as a canary: {active} is active instead of {incumbent}."
+    pairs = sample_pairs(work, version)
+    gate, settings = work.settings.gate, work.settings
+    terms = CanaryTerms(
+        gate.canary_evidence,
+        gate.canary_votes,
+        gate.canary_days,
+        settings.ab_test_voters,
+        gate.canary_user_votes,
+    )
+    with store.transaction():
+        store.reviews.offer(work.round.id, pairs, fence=work.lease)
+        store.canaries.begin(version, incumbent, work.round.id, terms, fence=work.lease)
+    begun = store.canaries.find(version)
+    assert begun
+    return _state(store, begun)
+
+
+def waits(canary: Canary) -> str:
+    """What a waiting canary waits for, in a sentence."""
+    return (
+        f"{canary.version} waits as a canary until people have chosen between its answers and those of "
+        f"{canary.opponent_version}: on the page under Compare, or with /review in the terminal. At most "
+        f"{canary.max_votes} choices; then {canary.opponent_version} stays."
+    )
+
+
+def sample_pairs(work: Workspace, version: str) -> list[OfferedReview]:
+    """An answer of the version and one of the incumbent to each prompt, without those that are the same."""
+    prompts = review_prompts(work)
+    with work.stages.stage("review", "sampling answers to compare", 2) as advance:
+        ours = _answers(work, version, prompts, CANDIDATE_DRAW)
+        advance(1)
+        theirs = _answers(work, work.round.incumbent_version, prompts, INCUMBENT_DRAW)
+        advance(1)
+    return [
+        OfferedReview(
+            prompt.conversation_id,
+            prompt.user,
+            prompt.messages,
+            prompt.asked.token_ids,
+            (one, other),
+            work.settings.service_temperature,
+            prompt.asked.max_tokens,
+        )
+        for prompt, one, other in zip(prompts, ours, theirs, strict=True)
+        if one.token_ids != other.token_ids
+    ]
+
+
+def _answers(work: Workspace, version: str, prompts: list[ReviewPrompt], draw: int) -> list[OfferedAnswer]:
+    work.push(version)
+    samples = work.engine.sample([prompt.asked for prompt in prompts], draw_seed(work.settings.seed, draw))
+    return [
+        OfferedAnswer(version, sample.token_ids, sample.logprobs, sample.text, "stop" if sample.ended else "length")
+        for sample in samples
+    ]
+
+
+def _state(store: Store, canary: Canary) -> tuple[Literal["promoted", "canary", "rejected"], str]:
+    if canary.end_time is None:
+        return "canary", waits(canary)
+    promoted = store.policies.active().version == canary.version
+    return ("promoted" if promoted else "rejected"), canary.outcome

@@ -1,0 +1,123 @@
+"""Canaries in the store: which choices count, and what ends the wait."""
+
+import pytest
+
+from server.store.e_value import CanaryResult, mean_e_value
+from server.store.learning.records import Canary, CanaryTerms
+from server.store.store import Store
+from tests.server.conftest import register
+from tests.server.store.test_lineage import lease
+from tests.server.store.test_reviews import PAIR, asked
+
+TERMS = CanaryTerms(evidence=20.0, max_votes=200, days=7.0, voters=3, user_votes=2)
+
+
+def begin(store: Store, pairs: int = 12, terms: CanaryTerms = TERMS) -> Canary:
+    """v0001 waits, with pairs between it and v0000."""
+    fence = lease(store)
+    round_id = store.rounds.create(0, {}, reference_version="v0000", fence=fence).id
+    if not any(policy.version == "v0001" for policy in store.policies.page()):
+        register(store, "v0001")
+    store.rounds.update(round_id, policy_version="v0001", fence=fence)
+    store.rounds.finish(round_id, "rejected", reason="v0001 waits", fence=fence)
+    store.reviews.offer(round_id, [asked(str(number)) for number in range(pairs)], fence=fence)
+    store.canaries.begin("v0001", "v0000", round_id, terms, fence=fence)
+    canary = store.canaries.waiting()
+    assert canary
+    return canary
+
+
+def vote(store: Store, user: str, *, new: bool) -> None:
+    """Choose the canary's answer in the user's next review, or the other one."""
+    review = store.reviews.next(user)
+    assert review
+    a_is_new = review.comparison.a.policy_version == "v0001"
+    store.feedback.submit_choice(user, review.comparison.id, "A" if a_is_new == new else "B")
+
+
+@pytest.mark.parametrize(
+    ("means", "e"),
+    # The mean over the stakes s = .1 .. 1.9 of the product of 1 + s (mean - 1/2): for one win 1 + 1 / 2, since the
+    # stakes' mean is 1; for two 1 + 1 + mean(s^2) / 4, whose mean is 1.3; for a win and a loss 1 - 1.3 / 4.
+    [([], 1.0), ([0.5], 1.0), ([1.0], 1.5), ([0.0], 0.5), ([1.0, 1.0], 2.325), ([1.0, 0.0], 0.675), ([0.75], 1.25)],
+)
+def test_the_e_value_of_means_by_hand(means: list[float], e: float) -> None:
+    assert mean_e_value(means) == pytest.approx(e)
+
+
+def test_seven_wins_in_a_row_are_evidence_of_twenty() -> None:
+    assert mean_e_value([1.0] * 6) < 20 < mean_e_value([1.0] * 8)
+    result = CanaryResult((1.0, 0.0, 0.5), 3)
+    assert str(result) == "it won 0.50 of 3 choices, evidence that it is better 0.675, worse 0.675"
+
+
+def test_of_few_voters_every_choice_counts(store: Store) -> None:
+    canary = begin(store)
+    for new in (True, True, False):
+        vote(store, "ann", new=new)
+    review = store.reviews.next("ann")
+    assert review
+    store.feedback.submit_choice("ann", review.comparison.id, "TIE")
+    assert store.canaries.result(canary) == CanaryResult((1.0, 1.0, 0.0, 0.5), 4)
+
+
+def test_of_many_voters_the_mean_of_each_ones_first_choices_counts(store: Store) -> None:
+    canary = begin(store)
+    for user, new in (("ann", True), ("bob", True), ("cem", False), ("ann", False), ("cem", False), ("ann", True)):
+        vote(store, user, new=new)
+    # Of Ann the first two, of Cem both; Bob has cast one of two.
+    assert store.canaries.result(canary) == CanaryResult((0.5, 0.0), 5)
+
+
+def test_choices_of_users_in_quarantine_and_from_before_do_not_count(store: Store) -> None:
+    register(store, "v0001")
+    fence = lease(store)
+    early = store.rounds.create(0, {}, reference_version="v0000", fence=fence).id
+    store.reviews.offer(early, [PAIR], fence=fence)
+    vote(store, "ann", new=True)
+    store.reviews.withdraw(early)
+    canary = begin(store)
+    vote(store, "mallory", new=False)
+    store.quarantine.set("mallory", actor="operator", reason="")
+    assert store.canaries.result(canary) == CanaryResult((), 0)
+
+
+def test_while_it_waits_its_round_and_it_are_a_canary(store: Store) -> None:
+    canary = begin(store)
+    assert (store.policies.get("v0001").state, store.rounds.get(canary.round_id).state) == ("canary", "canary")
+    assert [policy.state for policy in store.policies.page()] == ["canary", "active"]
+    # Its weights are needed, and so are those it is compared with.
+    assert not store.policies.prune("v0001")
+    assert store.canaries.end("v0001", "rejected", "undecided")
+    assert not store.canaries.end("v0001", "promoted", "too late")
+    round_ = store.rounds.get(canary.round_id)
+    assert (round_.state, round_.reason, store.canaries.waiting()) == ("rejected", "undecided", None)
+    version = store.policies.get("v0001")
+    assert (version.state, version.reason) == ("rejected", "undecided")
+    assert store.reviews.next("ann") is None
+
+
+def test_an_operator_who_promotes_it_has_decided(store: Store) -> None:
+    canary = begin(store)
+    store.policies.activate("v0001", actor="operator ann", action="promote", reason="looks good")
+    round_ = store.rounds.get(canary.round_id)
+    assert (round_.state, round_.reason) == ("promoted", "operator ann made v0001 the active version: looks good")
+    assert (store.policies.get("v0001").state, store.canaries.waiting()) == ("active", None)
+
+
+def test_without_its_opponent_there_is_nothing_to_decide(store: Store) -> None:
+    canary = begin(store)
+    register(store, "v0002")
+    store.policies.activate("v0002", actor="operator ann", reason="an older one")
+    assert store.rounds.get(canary.round_id).state == "rejected"
+    assert (store.policies.get("v0001").state, store.canaries.waiting()) == ("rejected", None)
+
+
+def test_it_expires_by_its_terms(store: Store) -> None:
+    canary = begin(store)
+    assert not store.canaries.expired(canary)
+    assert canary.expire_time == pytest.approx(canary.create_time + 7 * 86_400)
+    store._db.execute("UPDATE canaries SET expire_time = create_time")
+    waiting = store.canaries.waiting()
+    assert waiting
+    assert store.canaries.expired(waiting)

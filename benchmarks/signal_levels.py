@@ -41,7 +41,7 @@ from server.store.learning.round_metrics import SignalTest
 FLIPS, TIES, CORRECTIONS = 0.1, 0.1, 30
 SETTINGS = RewardSettings()
 ERROR = GateSettings().signal_p
-FIRST, EACH_NIGHT, NIGHTS = 40, 10, 40
+FIRST, EACH_NIGHT, NIGHTS = 40, 20, 18
 NO_ROWS = torch.zeros(0, dtype=torch.long)
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "signal.md"
 
@@ -81,7 +81,7 @@ def main() -> None:
                 results["power"][f"{kind}, {taste}, {votes}"] = kept(path(work, sets, f"{kind}-{taste}-{votes}"), cell)
     by_night: dict[str, Simulate] = {"coin": coin, **{taste: partial(choices, taste) for taste in TASTES}}
     for name, simulate in by_night.items():
-        cell = partial(nightly, answers, simulate, sets // (4 if name == "coin" else 20))
+        cell = partial(nightly, answers, simulate, sets // (5 if name == "coin" else 40))
         results["nightly"][name] = kept(path(work, sets, f"nightly-{name}"), cell)
     if arguments.write:
         REPORT.write_text(page(results, sets), encoding="utf-8")

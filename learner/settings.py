@@ -167,10 +167,11 @@ class GateSettings(BaseModel):
         description="Share of the interval's error spent on a first look at half of the prompts, which ends the gate "
         "if the case is clear. 0: one look.",
     )
-    canary: Literal["auto", "on", "off"] = Field(
+    canary: Literal["auto", "on", "always", "off"] = Field(
         "auto",
         description="Let a candidate that is better than the reference, and not clearly so than the incumbent, wait as "
-        "a canary until people's choices in reviews decide; `auto`: where enough people vote. Otherwise it is refused.",
+        "a canary until people's choices in reviews decide; `auto`: where enough people vote. Otherwise it is refused. "
+        "`always`: every candidate that the gate would promote waits, too.",
     )
     canary_margin: Share = Field(
         0.05, description="How far below a half the win rate's lower bound against the incumbent of a canary may be."

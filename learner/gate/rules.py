@@ -78,4 +78,5 @@ def decide(
     }
     chosen = min(candidates, key=lambda figures: (len(rules[figures.step]), -figures.low))
     reasons = rules[chosen.step]
-    return Verdict(chosen, reasons, canary=not reasons and not chosen.against_incumbent.low > 0.5)
+    people_decide = settings.canary == "always" or not chosen.against_incumbent.low > 0.5
+    return Verdict(chosen, reasons, canary=not reasons and people_decide)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from learner.model.policy import TrainablePolicy
 
+# Room for a prompt that people are asked to compare answers to.
+POOL_TOKENS = 128
 STAGES = ("snapshot", "reward_model", "ppo", "gate", "publish", "activate")
 
 
@@ -109,8 +111,11 @@ class Workspace:
 
     @cached_property
     def longest_rollout(self) -> int:
-        """Tokens of the longest prompt of the round with its answer: what the engine has room for."""
-        return max(len(p.token_ids) + p.max_tokens for p in self.prompts.train + self.prompts.held_out)
+        """Tokens of the longest prompt of the round with its answer, and of a prompt of the pool: what the engine has
+        room for."""
+        prompts = self.prompts.train + self.prompts.held_out
+        asked = max(len(p.token_ids) + p.max_tokens for p in prompts)
+        return min(self.longest, max(asked, POOL_TOKENS + max(p.max_tokens for p in prompts)))
 
     def push(self, version: str) -> None:
         """Gives the engine a published version's weights."""

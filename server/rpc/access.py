@@ -26,8 +26,6 @@ ROLES: dict[str, Role | None] = {
     "/prefloop.v1.FeedbackService/SubmitDemonstration": "user",
     "/prefloop.v1.FeedbackService/RetractFeedback": "user",
     "/prefloop.v1.FeedbackService/ListFeedback": "user",
-    "/prefloop.v1.ReviewService/GetReview": "user",
-    "/prefloop.v1.ReviewService/SkipReview": "user",
     "/prefloop.v1.AccountService/GetCaller": "user",
     "/prefloop.v1.AccountService/ForgetUser": "user",
     "/prefloop.v1.AccountService/ExportUser": "user",
@@ -40,6 +38,8 @@ ROLES: dict[str, Role | None] = {
     "/prefloop.v1.PolicyService/CountVotes": "operator",
     "/prefloop.v1.PolicyService/GetLearner": "operator",
     "/prefloop.v1.PolicyService/RequestRound": "operator",
+    "/prefloop.v1.ReviewService/GetReview": "user",
+    "/prefloop.v1.ReviewService/SkipReview": "user",
     # Load balancers check without a key. Watch requires one: otherwise anybody could open any number of streams.
     "/grpc.health.v1.Health/Check": None,
     "/grpc.health.v1.Health/List": None,

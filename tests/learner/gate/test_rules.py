@@ -82,6 +82,12 @@ def test_people_decide_about_a_candidate_that_is_no_worse(
     assert decide([candidate], INCUMBENT, 6.0, SETTINGS, canary=False).promoted == (low > 0.5)
 
 
+def test_an_operator_may_put_every_candidate_to_the_vote() -> None:
+    always = GateSettings(canary="always")
+    verdict = decide([figures()], INCUMBENT, 6.0, always, canary=True)
+    assert (verdict.promoted, verdict.canary) == (True, True)
+
+
 def test_a_canary_must_be_better_than_the_reference() -> None:
     close = WinRate(0.56, 0.46, 0.8, 60)
     verdict = decide([figures(against_incumbent=close, against_reference=close)], INCUMBENT, 6.0, SETTINGS, canary=True)

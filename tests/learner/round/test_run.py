@@ -184,7 +184,7 @@ def test_answers_that_never_end_do_not_break_the_figures(data_dir: Path, monkeyp
 
 
 def test_files_of_a_failed_round_are_removed(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("disk full")
 
     monkeypatch.setattr(judging, "decide", broken)
@@ -294,7 +294,7 @@ def test_the_gate_stops_at_half_of_the_prompts_if_the_case_is_clear(
 ) -> None:
     seen: list[list[tuple[int, int]]] = []
 
-    def verdict(candidates: list[CandidateMetrics], *_: Any) -> Verdict:
+    def verdict(candidates: list[CandidateMetrics], *_: Any, **__: Any) -> Verdict:
         seen.append([(each.against_incumbent.prompts, each.against_reference.prompts) for each in candidates])
         return Verdict(candidates[-1], reasons)
 

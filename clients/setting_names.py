@@ -23,6 +23,7 @@ SETTINGS = frozenset(
         "gate.canary_margin",
         "gate.canary_recent_votes",
         "gate.canary_user_votes",
+        "gate.canary_voters",
         "gate.canary_votes",
         "gate.candidate_spacing",
         "gate.candidates",

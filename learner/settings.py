@@ -182,11 +182,17 @@ class GateSettings(BaseModel):
     canary_evidence: float = Field(
         20.0, gt=1, description="E-value at which a canary is promoted or rejected; wrongly at most once in this many."
     )
-    canary_votes: int = Field(200, ge=1, description="A canary is rejected after this many choices without a decision.")
-    canary_days: Positive = Field(7.0, description="A canary is rejected after this many days without a decision.")
-    canary_user_votes: int = Field(
-        5, ge=1, description="First choices of each user whose mean counts, if ab_test_voters or more people vote."
+    canary_votes: int = Field(
+        200, ge=1, description="A canary is rejected after this many choices that count, without a decision."
     )
+    canary_days: Positive = Field(7.0, description="A canary is rejected after this many days without a decision.")
+    canary_voters: int = Field(
+        20,
+        ge=1,
+        description="From this many voters on, the mean of each one's first canary_user_votes choices counts. Of fewer, "
+        "each of the first ab_test_user_votes choices, and of a single voter all.",
+    )
+    canary_user_votes: int = Field(3, ge=1, description="Choices of a user that count together.")
     gap_margin: Share = Field(
         0.05,
         description="How far the judge's win rate may fall below an earlier candidate's while the trained one rises.",

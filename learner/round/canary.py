@@ -41,13 +41,14 @@ def begin_canary(work: Workspace, version: str) -> tuple[Literal["promoted", "ca
     if (active := store.policies.active().version) != incumbent:
         return "rejected", f"{version} does not wait as a canary: {active} is active instead of {incumbent}."
     pairs = sample_pairs(work, version)
-    gate, settings = work.settings.gate, work.settings
+    gate = work.settings.gate
     terms = CanaryTerms(
         gate.canary_evidence,
         gate.canary_votes,
         gate.canary_days,
-        settings.ab_test_voters,
+        gate.canary_voters,
         gate.canary_user_votes,
+        work.settings.ab_test_user_votes,
     )
     with store.transaction():
         store.reviews.offer(work.round.id, pairs, fence=work.lease)

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Stakes of `mean_e_value`, of the at most 2 that keep a product positive.
-STAKES = [stake / 10 for stake in range(1, 20)]
+# Stakes of `mean_e_value`, of the at most 2 that keep a product positive. Few, since each more dilutes the best.
+STAKES = (0.5, 1.0, 1.5, 1.9)
 
 
 def e_value(wins: int, losses: int) -> float:
@@ -34,7 +34,7 @@ def mean_e_value(means: Sequence[float]) -> float:
 @dataclass(frozen=True)
 class CanaryResult:
     """Choices between a canary and its opponent: shares of them that the canary won, each of one choice or of one
-    user's, a tie being half; and the number of choices, all of them."""
+    user's, a tie being half; and the number of choices in them."""
 
     means: tuple[float, ...]
     votes: int

@@ -42,6 +42,7 @@ class Canaries:
                     "max_votes": terms.max_votes,
                     "voters": terms.voters,
                     "user_votes": terms.user_votes,
+                    "few_user_votes": terms.few_user_votes,
                     "create_time": now,
                     "expire_time": now + terms.days * DAY_SECONDS,
                 },
@@ -58,19 +59,18 @@ class Canaries:
 
     def result(self, canary: Canary) -> CanaryResult:
         """What the votes say so far."""
-        few = self._lineage.count_voters(canary.voters) < canary.voters
-        counted = UNLIMITED if few else canary.user_votes
+        found = self._lineage.count_voters(canary.voters)
+        few = found < canary.voters
+        counted = canary.user_votes if not few else canary.few_user_votes if found > 1 else UNLIMITED
+        unit = 1 if few else canary.user_votes
         won = defaultdict[str, list[float]](list)
-        complete: list[float] = []
-        votes = self._lineage.choices_between(canary.version, canary.opponent_version, canary.create_time, counted)
-        for vote in votes:
+        means: list[float] = []
+        for vote in self._lineage.choices_between(canary.version, canary.opponent_version, canary.create_time, counted):
             share = WON.get(vote.value, 0.5)
             won[vote.user].append(share if vote.version_a == canary.version else 1 - share)
-            if few:
-                complete.append(won[vote.user][-1])
-            elif len(won[vote.user]) == canary.user_votes:
-                complete.append(sum(won[vote.user]) / canary.user_votes)
-        return CanaryResult(tuple(complete), len(votes))
+            if len(won[vote.user]) % unit == 0:
+                means.append(sum(won[vote.user][-unit:]) / unit)
+        return CanaryResult(tuple(means), unit * len(means))
 
     def expired(self, canary: Canary) -> bool:
         return self._db.now() >= canary.expire_time

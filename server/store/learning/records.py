@@ -70,12 +70,14 @@ class CanaryTerms:
 
     # Promote it at this evidence that it is better, reject it at this evidence that it is worse.
     evidence: float
-    # Reject it after so many choices without a decision, or after so many days.
+    # Reject it after so many choices that count without a decision, or after so many days.
     max_votes: int
     days: float
-    # From so many voters on, the mean of each one's first `user_votes` choices counts; of fewer, each choice.
+    # From so many voters on, the mean of each one's first `user_votes` choices counts.
     voters: int
     user_votes: int
+    # Of fewer, each of the first so many choices; of a single voter all.
+    few_user_votes: int
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Canary:
     max_votes: int
     voters: int
     user_votes: int
+    few_user_votes: int
     create_time: float
     expire_time: float
     end_time: float | None = None

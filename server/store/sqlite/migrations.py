@@ -413,6 +413,7 @@ def m013_canaries(db: Database) -> None:
             max_votes INTEGER NOT NULL,
             voters INTEGER NOT NULL,
             user_votes INTEGER NOT NULL,
+            few_user_votes INTEGER NOT NULL,
             create_time REAL NOT NULL,
             expire_time REAL NOT NULL,
             end_time REAL,

@@ -47,7 +47,13 @@ def test_a_canary_waits_and_the_incumbent_is_served(data_dir: Path) -> None:
     canary = store.canaries.waiting()
     assert canary
     assert (canary.version, canary.opponent_version, canary.round_id) == ("v0001", "v0000", report.round_id)
-    assert (canary.evidence, canary.max_votes, canary.voters, canary.user_votes) == (20.0, 200, 10, 5)
+    assert (canary.evidence, canary.max_votes, canary.voters, canary.user_votes, canary.few_user_votes) == (
+        20.0,
+        200,
+        20,
+        3,
+        10,
+    )
     assert store.policies.active().version == "v0000"
     assert store.rounds.get(canary.round_id).state == "canary"
     assert (data_dir / "policies" / "v0001").exists()

@@ -9,7 +9,7 @@ from tests.server.conftest import register
 from tests.server.store.test_lineage import lease
 from tests.server.store.test_reviews import PAIR, asked
 
-TERMS = CanaryTerms(evidence=20.0, max_votes=200, days=7.0, voters=3, user_votes=2)
+TERMS = CanaryTerms(evidence=20.0, max_votes=200, days=7.0, voters=3, user_votes=2, few_user_votes=4)
 
 
 def begin(store: Store, pairs: int = 12, terms: CanaryTerms = TERMS) -> Canary:
@@ -37,18 +37,26 @@ def vote(store: Store, user: str, *, new: bool) -> None:
 
 @pytest.mark.parametrize(
     ("means", "e"),
-    # The mean over the stakes s = .1 .. 1.9 of the product of 1 + s (mean - 1/2): for one win 1 + 1 / 2, since the
-    # stakes' mean is 1; for two 1 + 1 + mean(s^2) / 4, whose mean is 1.3; for a win and a loss 1 - 1.3 / 4.
-    [([], 1.0), ([0.5], 1.0), ([1.0], 1.5), ([0.0], 0.5), ([1.0, 1.0], 2.325), ([1.0, 0.0], 0.675), ([0.75], 1.25)],
+    # The mean over the stakes s = .5, 1, 1.5, 1.9 of the product of 1 + s (mean - 1/2): for one win 1 + 1.225 / 2; for
+    # two 1 + 1.225 + 1.7775 / 4, the squares' mean; for a win and a loss 1 - 1.7775 / 4.
+    [
+        ([], 1.0),
+        ([0.5], 1.0),
+        ([1.0], 1.6125),
+        ([0.0], 0.3875),
+        ([1.0, 1.0], 2.669375),
+        ([1.0, 0.0], 0.555625),
+        ([0.75], 1.30625),
+    ],
 )
 def test_the_e_value_of_means_by_hand(means: list[float], e: float) -> None:
     assert mean_e_value(means) == pytest.approx(e)
 
 
-def test_seven_wins_in_a_row_are_evidence_of_twenty() -> None:
-    assert mean_e_value([1.0] * 6) < 20 < mean_e_value([1.0] * 8)
+def test_six_wins_in_a_row_are_evidence_of_twenty() -> None:
+    assert mean_e_value([1.0] * 5) < 20 < mean_e_value([1.0] * 6)
     result = CanaryResult((1.0, 0.0, 0.5), 3)
-    assert str(result) == "it won 0.50 of 3 choices, evidence that it is better 0.675, worse 0.675"
+    assert str(result) == "it won 0.50 of 3 choices, evidence that it is better 0.556, worse 0.556"
 
 
 def test_of_few_voters_every_choice_counts(store: Store) -> None:
@@ -59,6 +67,10 @@ def test_of_few_voters_every_choice_counts(store: Store) -> None:
     assert review
     store.feedback.submit_choice("ann", review.comparison.id, "TIE")
     assert store.canaries.result(canary) == CanaryResult((1.0, 1.0, 0.0, 0.5), 4)
+    # A single voter's choices all count; of two, the first four of each.
+    for user in ("ann", "ann", "bob"):
+        vote(store, user, new=True)
+    assert store.canaries.result(canary) == CanaryResult((1.0, 1.0, 0.0, 0.5, 1.0), 5)
 
 
 def test_of_many_voters_the_mean_of_each_ones_first_choices_counts(store: Store) -> None:
@@ -66,7 +78,7 @@ def test_of_many_voters_the_mean_of_each_ones_first_choices_counts(store: Store)
     for user, new in (("ann", True), ("bob", True), ("cem", False), ("ann", False), ("cem", False), ("ann", True)):
         vote(store, user, new=new)
     # Of Ann the first two, of Cem both; Bob has cast one of two.
-    assert store.canaries.result(canary) == CanaryResult((0.5, 0.0), 5)
+    assert store.canaries.result(canary) == CanaryResult((0.5, 0.0), 4)
 
 
 def test_choices_of_users_in_quarantine_and_from_before_do_not_count(store: Store) -> None:

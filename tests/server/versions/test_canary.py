@@ -15,7 +15,7 @@ from tests.server.conftest import Running, publish_version, running_server
 from tests.server.store.test_canaries import TERMS, begin, vote
 from tests.server.versions.test_ab_test import until_active
 
-CANARY = Canary("v0001", "v0000", "round_1", 20.0, 8, 3, 2, 0.0, 7.0)
+CANARY = Canary("v0001", "v0000", "round_1", 20.0, 8, 3, 2, 4, 0.0, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ async def test_operators_see_how_it_stands(running: Running) -> None:
     canary = (await running.policies.GetActivePolicy(policy_pb2.GetActivePolicyRequest(), metadata=operator)).canary
     assert (canary.version, canary.opponent_version, canary.round_id) == ("v0001", "v0000", waiting.round_id)
     assert (canary.votes, canary.max_votes, canary.evidence_needed) == (2, 200, 20.0)
-    assert (canary.evidence_better, canary.evidence_worse) == (pytest.approx(2.325), pytest.approx(0.325))
+    assert (canary.evidence_better, canary.evidence_worse) == (pytest.approx(2.669375), pytest.approx(0.219375))
     listed = await running.policies.ListPolicies(policy_pb2.ListPoliciesRequest(), metadata=operator)
     assert [policy.state for policy in listed.policies] == [
         policy_pb2.POLICY_STATE_CANARY, policy_pb2.POLICY_STATE_ACTIVE,

@@ -81,7 +81,7 @@ def main() -> None:
                 results["power"][f"{kind}, {taste}, {votes}"] = kept(path(work, sets, f"{kind}-{taste}-{votes}"), cell)
     by_night: dict[str, Simulate] = {"coin": coin, **{taste: partial(choices, taste) for taste in TASTES}}
     for name, simulate in by_night.items():
-        cell = partial(nightly, answers, simulate, sets // (5 if name == "coin" else 40))
+        cell = partial(nightly, answers, simulate, sets // (10 if name == "coin" else 50))
         results["nightly"][name] = kept(path(work, sets, f"nightly-{name}"), cell)
     if arguments.write:
         REPORT.write_text(page(results, sets), encoding="utf-8")
@@ -167,6 +167,16 @@ def own_rates(answers: Answers, votes: int, chance: torch.Generator) -> tuple[Vo
     return thumbs_up(answers, votes, users, 0.05 + 0.9 * torch.rand(USERS, generator=chance)[users], chance)
 
 
+def habits_and_topics(answers: Answers, votes: int, chance: torch.Generator) -> tuple[VoteTensors, list[str]]:
+    """Users who are always or never pleased, and each of whom asks about one thing: neighbours in the pool."""
+    found, conversations = own_rates(answers, votes, chance)
+    order = answers.features[:, 0].argsort()
+    start = torch.randint(len(order) - votes, (USERS,), generator=chance)
+    rows = order[start[found.user] + torch.randint(votes, (votes,), generator=chance)]
+    pleased = torch.randint(2, (USERS,), generator=chance)[found.user]
+    return replace(found, response=rows, thumb=2.0 * pleased - 1), conversations
+
+
 def one_thumb_each(answers: Answers, votes: int, chance: torch.Generator) -> tuple[VoteTensors, list[str]]:
     return thumbs_up(answers, votes, torch.arange(votes), torch.full((votes,), 0.6), chance)
 
@@ -180,6 +190,7 @@ NULLS: dict[str, Simulate] = {
     "coin and 30 corrections": coin_and_corrections,
     "mostly-up thumbs": mostly_up,
     "users' own rates of up": own_rates,
+    "always or never up, own topics": habits_and_topics,
     "one thumb a person": one_thumb_each,
 }
 

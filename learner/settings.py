@@ -189,8 +189,8 @@ class GateSettings(BaseModel):
     canary_voters: int = Field(
         20,
         ge=1,
-        description="From this many voters on, the mean of each one's first canary_user_votes choices counts. Of fewer, "
-        "each of the first ab_test_user_votes choices, and of a single voter all.",
+        description="From this many voters of the last 30 days on, the mean of each one's first canary_user_votes "
+        "choices counts. Of fewer, each of the first ab_test_user_votes choices, and of a single voter all.",
     )
     canary_user_votes: int = Field(3, ge=1, description="Choices of a user that count together.")
     gap_margin: Share = Field(
@@ -209,7 +209,7 @@ class ReviewSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pairs: int = Field(64, ge=8, description="Pairs to everybody's prompts, and at most as many to users' own.")
+    pairs: int = Field(96, ge=8, description="Pairs to everybody's prompts, and at most as many to users' own.")
     own_pairs: int = Field(5, ge=0, description="Pairs to each user's own newest prompts, which only this user sees.")
     prompt_files: tuple[Path, ...] = Field(
         (), description="Files of prompts, one per line, to use beside the shipped ones."

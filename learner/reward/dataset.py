@@ -187,12 +187,13 @@ def to_dataset(
 
 def count_sides(snapshot: Snapshot, judge_share: float) -> tuple[int, int]:
     """How many votes a dataset would have to train on and to judge by, without building it or checking lengths."""
-    answers = [vote.a for vote in snapshot.choices if vote.a.token_ids and vote.b.token_ids]
-    answers += [vote.response for vote in snapshot.thumbs if vote.response.token_ids]
-    judging = sum(is_judge(answer.conversation_id, judge_share) for answer in answers)
-    corrected = [vote.response.conversation_id for vote in snapshot.corrections if vote.response.token_ids]
-    corrections = sum(not is_judge(conversation, judge_share) for conversation in corrected)
-    return len(answers) - judging + corrections, judging
+    said = [vote.conversation_id for vote in snapshot.choices if vote.a.token_ids and vote.b.token_ids]
+    said += [vote.response.conversation_id for vote in snapshot.thumbs if vote.response.token_ids]
+    judging = sum(is_judge(conversation, judge_share) for conversation in said)
+    corrections = sum(
+        vote.changes and not is_judge(vote.response.conversation_id, judge_share) for vote in snapshot.corrections
+    )
+    return len(said) - judging + corrections, judging
 
 
 class _Rows:
@@ -212,11 +213,11 @@ class _Rows:
             return None
         a, b = self._response(vote.a), self._response(vote.b)
         difference = vote.a.temperature - vote.b.temperature
-        return ChoiceRow(a, b, OUTCOMES[vote.choice], difference, *self._said_by(vote, vote.a))
+        return ChoiceRow(a, b, OUTCOMES[vote.choice], difference, *self._said_by(vote, vote.conversation_id))
 
     def of_correction(self, vote: Correction) -> ChoiceRow | None:
         prompt = vote.response.prompt_token_ids
-        if vote.text.strip() == vote.response.text.strip():
+        if not vote.changes:
             return None
         try:
             tokens = self._encode(vote.text, vote.response.finish_reason == "stop")
@@ -225,17 +226,19 @@ class _Rows:
         if not (self._readable(vote.response) and self._fits(prompt, tokens)):
             return None
         written, replaced = self._answer(vote.feedback_id, prompt, tokens), self._response(vote.response)
-        return ChoiceRow(written, replaced, A, 0.0, *self._said_by(vote, vote.response))
+        return ChoiceRow(written, replaced, A, 0.0, *self._said_by(vote, vote.response.conversation_id))
 
     def of_thumb(self, vote: ThumbVote) -> ThumbRow | None:
         if not self._readable(vote.response):
             return None
-        return ThumbRow(self._response(vote.response), float(vote.value), *self._said_by(vote, vote.response))
+        return ThumbRow(
+            self._response(vote.response), float(vote.value), *self._said_by(vote, vote.response.conversation_id)
+        )
 
-    def _said_by(self, vote: ChoiceVote | Correction | ThumbVote, on: Response) -> tuple[int, int, float, str]:
+    def _said_by(self, vote: ChoiceVote | Correction | ThumbVote, conversation: str) -> tuple[int, int, float, str]:
         """The conversation, the user, the time, and the vote's id."""
-        conversation = self.conversations.setdefault(on.conversation_id, len(self.conversations))
-        return conversation, self.users.setdefault(vote.user, len(self.users)), vote.create_time, vote.feedback_id
+        number = self.conversations.setdefault(conversation, len(self.conversations))
+        return number, self.users.setdefault(vote.user, len(self.users)), vote.create_time, vote.feedback_id
 
     def _response(self, response: Response) -> int:
         return self._answer(response.id, response.prompt_token_ids, response.token_ids)

@@ -29,8 +29,10 @@ from learner.settings import RewardSettings
 from server.store.learning.round_metrics import SignalTest
 
 NEWTON_STEPS = 25
-# Prior precision of an intercept (sd 3), and of the effects of temperature and of a user (sd 1), as in the fit.
-INTERCEPT, EFFECT = 1 / 9, 1.0
+# Prior precision of an intercept (sd 3), and of the effects of temperature and of a user with one thumb (sd 1), as in
+# the fit. The effect of a user with more is hardly shrunk (sd 10): what is left of a habit would come back with every
+# thumb of this user, in conversations whose signs are flipped apart.
+INTERCEPT, EFFECT, OWN_EFFECT = 1 / 9, 1.0, 0.01
 # The least share of a conversation's residuals that is taken as left over by the nuisances.
 LEFT_OVER = 0.05
 # Share of the error that the first test may spend.
@@ -69,11 +71,15 @@ def signal_test(
     settings: RewardSettings,
     error: float,
     earlier: SignalTest | None,
+    there_are: int = 0,
 ) -> SignalTest:
     """Whether votes on answers with features (N, F) say anything about them. `conversations` are ids, (G,); `earlier`
-    is the last test, if it was not passed; `error` is shared by all tests since one was. The accuracy is left open."""
-    count, first = len(votes), earlier.first_votes if earlier else len(votes)
-    level = max(allowance(error, count, first), earlier.level if earlier else 0.0)
+    is the last test, if it was not passed; `error` is shared by all tests since one was. `there_are` more votes than
+    these, if these are a sample. The accuracy is left open."""
+    count = max(there_are, len(votes))
+    first = earlier.first_votes if earlier else count
+    # Deleted votes give nothing back.
+    level = allowance(error, max(count, earlier.votes if earlier else 0), first)
     spent = [number for number in earlier.spent if number < settings.signal_flips] if earlier else []
     if not count:
         return SignalTest(math.nan, 1.0, level, 0, 0, first, None, spent)
@@ -159,11 +165,12 @@ def _choices(features: Tensor, votes: VoteTensors) -> Score:
 
 
 def _thumbs(features: Tensor, votes: VoteTensors) -> Score:
-    """The nuisances are the share of thumbs up, and each user's deviation from it: users with few thumbs are pooled."""
+    """The nuisances are the share of thumbs up, and each user's deviation from it: users with one thumb are pooled."""
     up = (votes.thumb > 0).to(features.dtype)
     of_users = torch.nn.functional.one_hot(votes.user, votes.users).to(features.dtype)
     nuisances = torch.cat([torch.ones_like(up)[:, None], of_users], dim=1)
-    precision = torch.cat([features.new_tensor([INTERCEPT]), features.new_full((votes.users,), EFFECT)])
+    of_user = torch.where(of_users.sum(dim=0) > 1, OWN_EFFECT, EFFECT).to(features.dtype)
+    precision = torch.cat([features.new_tensor([INTERCEPT]), of_user])
     return _score(up, nuisances, precision, votes.thumb_weight, features[votes.response], votes.thumb_group)
 
 

@@ -15,6 +15,10 @@ from server.store.store import Store
 # Numbers of the random draws of the candidate's and the incumbent's answers; the gate's are above.
 CANDIDATE_DRAW, INCUMBENT_DRAW = 990, 991
 RECENT_DAYS = 7
+# Who voted within thirty days is one of those who may decide.
+VOTER_SECONDS = 30 * 86_400
+# Fewer pairs could not decide even if all choices agree.
+MIN_PAIRS = 6
 
 
 def why_no_canary(store: Store, settings: LearnerSettings) -> str:
@@ -38,24 +42,39 @@ def begin_canary(work: Workspace, version: str) -> tuple[Literal["promoted", "ca
     store, incumbent = work.store, work.round.incumbent_version
     if begun := store.canaries.find(version):
         return _state(store, begun)
-    if (active := store.policies.active().version) != incumbent:
-        return "rejected", f"{version} does not wait as a canary: {active} is active instead of {incumbent}."
+    if moved := _moved(store, version, incumbent):
+        return "rejected", moved
     pairs = sample_pairs(work, version)
-    gate = work.settings.gate
-    terms = CanaryTerms(
-        gate.canary_evidence,
-        gate.canary_votes,
-        gate.canary_days,
-        gate.canary_voters,
-        gate.canary_user_votes,
-        work.settings.ab_test_user_votes,
-    )
+    if len(pairs) < MIN_PAIRS:
+        return "rejected", f"{version} does not wait as a canary: its answers are the same as those of {incumbent}."
+    terms = canary_terms(store, work.settings, work.round.create_time)
     with store.transaction():
+        # Sampling takes minutes, in which an operator may have moved the pointer.
+        if moved := _moved(store, version, incumbent):
+            return "rejected", moved
         store.reviews.offer(work.round.id, pairs, fence=work.lease)
         store.canaries.begin(version, incumbent, work.round.id, terms, fence=work.lease)
     begun = store.canaries.find(version)
     assert begun
     return _state(store, begun)
+
+
+def canary_terms(store: Store, settings: LearnerSettings, now: float) -> CanaryTerms:
+    """The terms for those who vote here: what counts of each must not change while votes come in."""
+    gate = settings.gate
+    voters = store.lineage.count_voters(gate.canary_voters, now - VOTER_SECONDS)
+    if voters >= gate.canary_voters:
+        unit = most = gate.canary_user_votes
+    else:
+        unit, most = 1, settings.ab_test_user_votes if voters > 1 else gate.canary_votes
+    return CanaryTerms(gate.canary_evidence, gate.canary_votes, gate.canary_days, unit, most)
+
+
+def _moved(store: Store, version: str, incumbent: str) -> str:
+    """Why there is nothing to decide between the two; empty if there is."""
+    active = store.policies.active().version
+    different = f"{version} does not wait as a canary: {active} is active instead of {incumbent}."
+    return "" if active == incumbent else different
 
 
 def waits(canary: Canary) -> str:

@@ -90,16 +90,23 @@ def judge_candidates(
             kept = [measured[step] for step in steps]
             verdict = decide(kept, baseline, work.settings.policy.kl_budget, gate, canary=not no_canary)
             hopeful = [step for step in steps if not measured[step].hopeless]
-            if verdict.promoted or not hopeful:
+            # At half of the prompts, what people are to decide may still become clear.
+            if (verdict.promoted and not verdict.canary) or not hopeful:
                 break
             steps = hopeful
+    figures = GateMetrics(verdict.chosen, verdict.reasons, list(measured.values()), baseline, verdict.canary, no_canary)
+    _record(work, prompts[:asked], answers, figures)
+    return verdict
+
+
+def _record(work: Workspace, prompts: list[Prompt], answers: dict[str, Answers], figures: GateMetrics) -> None:
+    """Writes every answer to a file, and the metrics to TensorBoard and the store, which marks the stage as done."""
+    incumbent, reference = work.round.incumbent_version, work.round.reference_version
     roles = {"reference": answers.pop(reference)}
     roles["incumbent"] = answers.pop(incumbent) if incumbent != reference else roles["reference"]
-    _keep_answers(work, prompts[:asked], {name: each.samples for name, each in (roles | answers).items()})
-    _log_gate(work, verdict)
-    figures = GateMetrics(verdict.chosen, verdict.reasons, list(measured.values()), baseline, verdict.canary, no_canary)
+    _keep_answers(work, prompts, {name: each.samples for name, each in (roles | answers).items()})
+    _log_gate(work, figures.chosen)
     work.record("gate", RoundMetrics(gate=figures))
-    return verdict
 
 
 def _judge(work: Workspace, dataset: Dataset, features: Tensor, reward_model: RewardModel) -> Judge:
@@ -212,9 +219,8 @@ def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, lis
     sweep(data_dir)
 
 
-def _log_gate(work: Workspace, verdict: Verdict) -> None:
+def _log_gate(work: Workspace, chosen: CandidateMetrics) -> None:
     with work.tensorboard() as writer:
-        chosen = verdict.chosen
         writer.add_scalar("gate/win_rate", chosen.against_incumbent.rate, chosen.step)
         writer.add_scalar("gate/win_rate_low", chosen.against_incumbent.low, chosen.step)
         writer.add_scalar("gate/kl", chosen.kl, chosen.step)

@@ -5,6 +5,7 @@ import math
 from learner.reward.dataset import count_sides
 from learner.round.canary import waits
 from learner.round.prompts import Prompts
+from learner.round.review_prompts import pool
 from learner.settings import LearnerSettings
 from server.shared.errors import NotFoundError
 from server.store.chats.records import Snapshot
@@ -28,6 +29,10 @@ def failed_precondition(
             return f"{waits(canary)} Nothing was changed."
         # No server has run to say so.
         store.canaries.end(canary.version, "rejected", f"People have not decided; {canary.opponent_version} stays.")
+    try:
+        pool(settings.review.prompt_files)
+    except (OSError, UnicodeDecodeError) as error:
+        return f"A file of review.prompt_files cannot be read: {error}. Nothing was changed."
     votes = len(snapshot.choices) + len(snapshot.thumbs) + len(snapshot.corrections)
     if votes == 0:
         return "There are no votes yet; nothing was changed."

@@ -55,7 +55,7 @@ def _own(work: Workspace) -> list[ReviewPrompt]:
         # Only the first message of a conversation can be shown by itself.
         if prompt.opened_by and count[prompt.user] < review.own_pairs and len(chosen) < review.pairs:
             count[prompt.user] += 1
-            messages = [{"role": "user", "content": work.decode(prompt.token_ids)}]
+            messages = [{"role": "user", "content": prompt.opening}]
             user = "" if review.share_prompts else prompt.user
             chosen.append(ReviewPrompt(prompt, messages, prompt.conversation_id, user))
     return chosen

@@ -151,14 +151,14 @@ def load_feedback(work: Workspace) -> Dataset:
     if dataset.left_out:
         work.stages.console.print(
             f"left out: {dataset.left_out} votes on answers without tokens, with more than {work.longest} including "
-            "the prompt, or with tokens that the model lacks",
+            "the prompt, or with tokens that the model lacks, and corrections that change nothing",
             highlight=False,
         )
     if not work.done("reward_model"):
         votes = VoteCounts(
             choices=len(work.snapshot.choices),
             thumbs=len(work.snapshot.thumbs),
-            corrections=len(work.snapshot.corrections),
+            corrections=int((~dataset.compared).sum()),
             train=len(dataset.train),
             judge=len(dataset.judge),
             left_out=dataset.left_out,
@@ -282,7 +282,7 @@ def finish(work: Workspace, state: Literal["promoted", "canary", "rejected"], se
     """Closes the round, in the store and in `report.json`."""
     work.clean()
     work.record("activate" if state == "promoted" else work.round.stage)
-    # A canary's round is rejected until it is promoted: so it is to a server that knows no canaries.
+    # A canary's round is stored as rejected until it is promoted; whoever reads it sees that it waits.
     ended: Literal["promoted", "rejected"] = "promoted" if state == "promoted" else "rejected"
     work.round = work.store.rounds.finish(work.round.id, ended, reason=sentence, fence=work.lease)
     report = Report(

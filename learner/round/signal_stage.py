@@ -19,11 +19,11 @@ def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTe
         return stored
     reward, error, generator = work.settings.reward, work.settings.gate.signal_p, work.generator(1)
     votes, conversations = dataset.shown
-    some = some_conversations(votes, reward.signal_votes, generator)
+    there_are, some = len(votes), some_conversations(votes, reward.signal_votes, generator)
     votes, conversations = select(votes, some), of_groups(conversations, some)
     earlier = open_test([other for other in work.store.rounds.page() if other.id != work.round.id])
     with work.stages.stage("signal", "testing the votes for a signal"):
-        signal = signal_test(features, votes, conversations, reward, error, earlier)
+        signal = signal_test(features, votes, conversations, reward, error, earlier, there_are)
         signal = replace(signal, accuracy=mean_accuracy(features, votes, reward, generator))
     work.record("snapshot", RoundMetrics(signal=signal))
     return signal

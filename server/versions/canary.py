@@ -37,8 +37,10 @@ class CanaryWatch:
             seen, expired = (canary.version, store.snapshots.watermark()), store.canaries.expired(canary)
             if seen == self._seen and not expired:
                 return None
-            self._seen = seen
-            return canary, *decide(canary, store.canaries.result(canary), expired=expired)
+            outcome, reason = decide(canary, store.canaries.result(canary), expired=expired)
+            # What was decided is tried again until it is done.
+            self._seen = None if outcome else seen
+            return canary, outcome, reason
 
         match await self._store(read):
             case Canary() as canary, "promoted", reason:
@@ -58,8 +60,11 @@ class CanaryWatch:
 
         try:
             await self._follower.activate(canary.version, move)
-        except ConflictError:
-            log.info("somebody else changed the active version first")
+        except ConflictError as error:
+            log.info("%s", error)
+            # Nothing is left to decide; the version that is active says how it ended.
+            moved = str(error)
+            await self._store(lambda store: store.canaries.end(canary.version, "rejected", moved))
         except FailedPreconditionError as error:
             log.error("%s cannot be served: %s", canary.version, error)
             unloadable = f"It cannot be served: {error}"

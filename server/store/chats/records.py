@@ -195,10 +195,13 @@ class ChoiceVote:
     a: Response
     b: Response
     create_time: float
+    # Of a review: what all choices on its prompt have in common, the conversation that it is from or the prompt itself.
+    review_of: str = ""
 
     @property
     def conversation_id(self) -> str:
-        return self.a.conversation_id
+        """What decides whether it trains or judges, and which votes belong together."""
+        return self.review_of or self.a.conversation_id
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,11 @@ class Correction:
     text: str
     response: Response
     create_time: float
+
+    @property
+    def changes(self) -> bool:
+        """Whether it says anything: of an answer with tokens, another text."""
+        return bool(self.response.token_ids) and self.text.strip() != self.response.text.strip()
 
 
 @dataclass(frozen=True)
@@ -276,6 +284,8 @@ class Prompt:
     # For the first message of a conversation: the first conversation that began with it. A template may write the date,
     # so that the same question has different tokens in each.
     opened_by: str = ""
+    # That message.
+    opening: str = ""
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ class Reviews:
 
     def _open(self, user: str) -> str | None:
         row = self._db.row(
-            "SELECT c.id FROM reviewed JOIN comparisons c ON c.id = comparison_id "
-            "WHERE reviewed.user = ? AND state = 'open' ORDER BY review_seq LIMIT 1",
+            "SELECT c.id FROM reviewed JOIN comparisons c ON c.id = comparison_id JOIN reviews ON seq = review_seq "
+            "WHERE reviewed.user = ? AND state = 'open' AND withdraw_time IS NULL ORDER BY review_seq LIMIT 1",
             [user],
         )
         return str(row["id"]) if row else None

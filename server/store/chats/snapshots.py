@@ -1,13 +1,14 @@
 """What a round reads: the votes that were current at one event, and users' prompts."""
 
+import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from server.store.chats.records import ChoiceVote, Correction, Demonstration, Prompt, Snapshot, ThumbVote
 from server.store.chats.responses import load_comparisons, load_responses
-from server.store.database import UNLIMITED, Database, Row
+from server.store.database import UNLIMITED, Database, Row, pages
 from server.store.deletion import Deletion
 from server.store.learning.rounds import Rounds
 from server.store.packing import unpack_ints
@@ -112,12 +113,14 @@ class Snapshots:
                 row["max_tokens"],
                 row["user"],
                 openers.setdefault(row["opening"], row["conversation_id"]) if row["opens"] else "",
+                row["opening"] if row["opens"] else "",
             )
             for row in rows
         ]
 
     def _choices(self, events: list[Row]) -> list[ChoiceVote]:
         comparisons = load_comparisons(self._db, (event["comparison_id"] for event in events))
+        review_of = self._reviewed(comparisons)
         return [
             ChoiceVote(
                 event["feedback_id"],
@@ -127,10 +130,23 @@ class Snapshots:
                 comparison.a,
                 comparison.b,
                 event["create_time"],
+                review_of.get(comparison.id, ""),
             )
             for event in events
             if (comparison := comparisons.get(event["comparison_id"]))
         ]
+
+    def _reviewed(self, comparison_ids: Iterable[str]) -> dict[str, str]:
+        """For the comparisons that are reviews, what all reviews of their prompt have in common."""
+        return {
+            row["comparison_id"]: row["conversation_id"] or hashlib.sha256(row["prompt_token_ids"]).hexdigest()
+            for page in pages(comparison_ids)
+            for row in self._db.rows(
+                "SELECT comparison_id, conversation_id, prompt_token_ids FROM reviewed "
+                f"JOIN reviews ON seq = review_seq WHERE comparison_id IN ({', '.join('?' for _ in page)})",
+                page,
+            )
+        }
 
     def _thumbs(self, events: list[Row]) -> list[ThumbVote]:
         responses = load_responses(self._db, (event["response_id"] for event in events))

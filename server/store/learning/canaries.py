@@ -7,7 +7,7 @@ restarts, or one of several, decides alike; whoever ends it first has decided.
 from collections import defaultdict
 from typing import Literal
 
-from server.store.database import UNLIMITED, Database
+from server.store.database import Database
 from server.store.e_value import CanaryResult
 from server.store.learning.leases import check_fence
 from server.store.learning.lineage import Lineage
@@ -40,9 +40,8 @@ class Canaries:
                     "round_id": round_id,
                     "evidence": terms.evidence,
                     "max_votes": terms.max_votes,
-                    "voters": terms.voters,
+                    "unit": terms.unit,
                     "user_votes": terms.user_votes,
-                    "few_user_votes": terms.few_user_votes,
                     "create_time": now,
                     "expire_time": now + terms.days * DAY_SECONDS,
                 },
@@ -59,18 +58,15 @@ class Canaries:
 
     def result(self, canary: Canary) -> CanaryResult:
         """What the votes say so far."""
-        found = self._lineage.count_voters(canary.voters)
-        few = found < canary.voters
-        counted = canary.user_votes if not few else canary.few_user_votes if found > 1 else UNLIMITED
-        unit = 1 if few else canary.user_votes
-        won = defaultdict[str, list[float]](list)
-        means: list[float] = []
-        for vote in self._lineage.choices_between(canary.version, canary.opponent_version, canary.create_time, counted):
+        won, means = defaultdict[str, list[float]](list), list[float]()
+        for vote in self._lineage.choices_between(
+            canary.version, canary.opponent_version, canary.create_time, canary.user_votes
+        ):
             share = WON.get(vote.value, 0.5)
             won[vote.user].append(share if vote.version_a == canary.version else 1 - share)
-            if len(won[vote.user]) % unit == 0:
-                means.append(sum(won[vote.user][-unit:]) / unit)
-        return CanaryResult(tuple(means), unit * len(means))
+            if len(won[vote.user]) % canary.unit == 0:
+                means.append(sum(won[vote.user][-canary.unit :]) / canary.unit)
+        return CanaryResult(tuple(means), canary.unit * len(means))
 
     def expired(self, canary: Canary) -> bool:
         return self._db.now() >= canary.expire_time

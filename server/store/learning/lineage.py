@@ -138,28 +138,27 @@ class Lineage:
 
     def choices_between(self, version: str, opponent: str, since: float, user_votes: int) -> list[ChoiceBetween]:
         """The first `user_votes` choices of each user between answers of two versions, of comparisons made since a
-        time, in the order in which they were first made; without users in quarantine."""
+        time, in the order in which they were first made; without users in quarantine. Choices that were retracted since
+        count, too: a user who sees the versions could take back what does not suit them."""
         rows = self._db.rows(
-            "SELECT user, value, version_a FROM (SELECT who AS user, said, version_a, "
-            "row_number() OVER (PARTITION BY who ORDER BY said) AS nth FROM (SELECT f.user AS who, "
-            "a.policy_version AS version_a, (SELECT min(seq) FROM feedback_events WHERE comparison_id = c.id "
-            "AND kind = 'choice' AND action = 'submit') AS said FROM comparisons c "
-            "JOIN feedback f ON f.comparison_id = c.id AND f.kind = 'choice' "
+            "SELECT user, value, version_a FROM (SELECT e.user, e.value, e.seq, a.policy_version AS version_a, "
+            "row_number() OVER (PARTITION BY e.user ORDER BY e.seq) AS nth FROM comparisons c "
             "JOIN responses a ON a.id = c.response_a JOIN responses b ON b.id = c.response_b "
-            "WHERE c.create_time >= ?3 AND f.user NOT IN (SELECT user FROM quarantined) "
+            "JOIN feedback_events e ON e.seq = (SELECT min(seq) FROM feedback_events "
+            "WHERE comparison_id = c.id AND kind = 'choice' AND action = 'submit') "
+            "WHERE c.create_time >= ?3 AND e.value IS NOT NULL AND e.user NOT IN (SELECT user FROM quarantined) "
             "AND ((a.policy_version = ?1 AND b.policy_version = ?2) "
-            "OR (a.policy_version = ?2 AND b.policy_version = ?1)))) v "
-            "JOIN (SELECT seq, value FROM feedback_events) e ON e.seq = said WHERE nth <= ?4 ORDER BY said",
+            "OR (a.policy_version = ?2 AND b.policy_version = ?1))) WHERE nth <= ?4 ORDER BY seq",
             [version, opponent, since, user_votes],
         )
         return [ChoiceBetween(**row) for row in rows]
 
-    def count_voters(self, limit: int) -> int:
-        """How many users have current feedback, at most `limit`; users in quarantine do not count."""
+    def count_voters(self, limit: int, since: float = 0.0) -> int:
+        """How many users have current feedback from after a time, at most `limit`; without users in quarantine."""
         [row] = self._db.rows(
             "SELECT count(*) AS voters FROM (SELECT DISTINCT user FROM feedback "
-            "WHERE user NOT IN (SELECT user FROM quarantined) LIMIT ?)",
-            [limit],
+            "WHERE create_time >= ? AND user NOT IN (SELECT user FROM quarantined) LIMIT ?)",
+            [since, limit],
         )
         return int(row["voters"])
 

@@ -5,6 +5,7 @@ was suspended beyond its lease can change nothing when it continues.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from server.shared.errors import ConflictError, FailedPreconditionError, NotFoundError
@@ -85,11 +86,11 @@ class Policies:
         row = self._db.row("SELECT * FROM policies WHERE version = ?", [version])
         if row is None:
             raise NotFoundError("policy", version)
-        return self._policy(row)
+        return self._policies([row])[0]
 
     def page(self, limit: int = UNLIMITED, before: str | None = None) -> list[PolicyVersion]:
         """Newest first; `before` is the version after which the page starts."""
-        return [self._policy(row) for row in newest_rows(self._db, "policies", "version", limit, before)]
+        return self._policies(newest_rows(self._db, "policies", "version", limit, before))
 
     def active(self) -> PolicyVersion:
         """The version that should be served. Raises NotFoundError before the first start of a server."""
@@ -164,6 +165,12 @@ class Policies:
                 return
             self._point(version, "failed", back_to, "fail", "server", reason)
             self._db.execute("UPDATE policies SET reason = ? WHERE version = ?", [reason, version])
+            # A canary's round had ended when the canary was promoted.
+            self._db.execute(
+                "UPDATE rounds SET state = 'rejected', reason = ? WHERE state = 'promoted' AND id IN "
+                "(SELECT round_id FROM canaries WHERE version = ?)",
+                [f"{version} was activated and then reverted: {reason}", version],
+            )
 
     def prune(self, version: str, *, fence: Lease | None = None) -> bool:
         """Mark that the version's directory is to be removed, so that it cannot be activated. False if it is in use: as
@@ -204,12 +211,16 @@ class Policies:
             },
         )
 
-    def _policy(self, row: Row) -> PolicyVersion:
-        canary = waiting_canary(self._db) if row["state"] == "candidate" else None
-        state = "canary" if canary and canary.version == row["version"] else row["state"]
-        return PolicyVersion(**{**row, "state": state, "metrics": json.loads(row["metrics"])})
+    def _policies(self, rows: Iterable[Row]) -> list[PolicyVersion]:
+        canary = waiting_canary(self._db)
+        return [_policy(row, waits=canary is not None and canary.version == row["version"]) for row in rows]
 
 
 def _check_active(active: str, expected: str | None) -> None:
     if expected is not None and active != expected:
         raise ConflictError(f"{active} is active, not {expected}; nothing was changed.")
+
+
+def _policy(row: Row, *, waits: bool) -> PolicyVersion:
+    state = "canary" if waits and row["state"] == "candidate" else row["state"]
+    return PolicyVersion(**{**row, "state": state, "metrics": json.loads(row["metrics"])})

@@ -73,11 +73,9 @@ class CanaryTerms:
     # Reject it after so many choices that count without a decision, or after so many days.
     max_votes: int
     days: float
-    # From so many voters on, the mean of each one's first `user_votes` choices counts.
-    voters: int
+    # Each user's first `user_votes` choices count, every `unit` of them together as their mean.
+    unit: int
     user_votes: int
-    # Of fewer, each of the first so many choices; of a single voter all.
-    few_user_votes: int
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,8 @@ class Canary:
     round_id: str
     evidence: float
     max_votes: int
-    voters: int
+    unit: int
     user_votes: int
-    few_user_votes: int
     create_time: float
     expire_time: float
     end_time: float | None = None

@@ -23,7 +23,7 @@ EndedBy = Literal["steps", "kl_budget", "uncertainty"]
 
 @dataclass(frozen=True)
 class VoteCounts:
-    """The votes of the snapshot, by kind and by purpose."""
+    """The votes of the snapshot, by kind and by purpose; of the corrections those that train."""
 
     choices: int
     thumbs: int

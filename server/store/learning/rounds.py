@@ -110,21 +110,21 @@ class Rounds:
         row = self._db.row("SELECT * FROM rounds WHERE id = ?", [round_id])
         if row is None:
             raise NotFoundError("round", round_id)
-        return self._round(row)
+        return self._rounds([row])[0]
 
     def running(self) -> Round | None:
         """The round to resume, or None."""
         row = self._db.row("SELECT * FROM rounds WHERE state = 'running' ORDER BY create_time DESC LIMIT 1")
-        return self._round(row) if row else None
+        return next(iter(self._rounds([row] if row else [])), None)
 
     def last_learned(self) -> Round | None:
         """The newest round that was promoted or rejected, or None."""
         row = self._db.row("SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') ORDER BY rowid DESC LIMIT 1")
-        return self._round(row) if row else None
+        return next(iter(self._rounds([row] if row else [])), None)
 
     def page(self, limit: int = UNLIMITED, before: str | None = None) -> list[Round]:
         """Newest first; `before` is the round after which the page starts."""
-        return [self._round(row) for row in newest_rows(self._db, "rounds", "id", limit, before)]
+        return self._rounds(newest_rows(self._db, "rounds", "id", limit, before))
 
     def count(self) -> dict[str, int]:
         """How many rounds there were in each state; zero counts are left out."""
@@ -138,12 +138,17 @@ class Rounds:
             self._db.execute("UPDATE rounds SET attempts = attempts + ? WHERE id = ?", [by, round_id])
             return self.get(round_id)
 
-    def _round(self, row: Row) -> Round:
-        canary = waiting_canary(self._db) if row["state"] == "rejected" else None
-        stored = {
-            "state": "canary" if canary and canary.round_id == row["id"] else row["state"],
-            "settings": stored_round.SETTINGS.load(row["settings"]),
-            "metrics": RoundMetrics.from_json(stored_round.METRICS.load(row["metrics"])),
-            "quarantined": json.loads(row["quarantined"]),
-        }
-        return Round(**{**row, **stored})
+    def _rounds(self, rows: Iterable[Row]) -> list[Round]:
+        canary = waiting_canary(self._db)
+        return [_round(row, waits=canary is not None and canary.round_id == row["id"]) for row in rows]
+
+
+def _round(row: Row, *, waits: bool) -> Round:
+    stored = {
+        # A round whose canary waits is stored as rejected, until that is promoted.
+        "state": "canary" if waits and row["state"] == "rejected" else row["state"],
+        "settings": stored_round.SETTINGS.load(row["settings"]),
+        "metrics": RoundMetrics.from_json(stored_round.METRICS.load(row["metrics"])),
+        "quarantined": json.loads(row["quarantined"]),
+    }
+    return Round(**{**row, **stored})

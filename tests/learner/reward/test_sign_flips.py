@@ -73,6 +73,30 @@ def test_a_user_who_is_easily_pleased_is_no_signal(make_votes: MakeVotes) -> Non
     assert of_votes(features, make_votes(thumbs=[(i, thumb, 0) for i, thumb, _ in thumbs])).passed
 
 
+def test_users_with_a_habit_and_a_topic_are_no_signal(make_votes: MakeVotes) -> None:
+    # Ten users who are always or never pleased, and who each ask about one thing: whatever they ask about goes with
+    # their thumbs, but within a user it does not.
+    passed = 0
+    for number in range(20):
+        chance = seeded(number)
+        user = torch.arange(100) // 10
+        features = torch.randn(10, 30, generator=chance)[user] + torch.randn(100, 30, generator=chance)
+        pleased = torch.randint(2, (10,), generator=chance)[user]
+        thumbs = [(i, 1 if up else -1, int(user[i])) for i, up in enumerate(pleased.tolist())]
+        passed += of_votes(features, make_votes(thumbs=thumbs, users=10), signal_flips=199).p_value <= 0.05
+    assert passed <= 2
+
+
+def test_the_votes_that_were_not_drawn_count_for_the_allowance(make_votes: MakeVotes) -> None:
+    features, votes = taste(make_votes)
+    coin = replace(votes, outcome=torch.randint(2, (120,), generator=seeded(3)))
+    conversations = [f"conv_{number}" for number in range(120)]
+    first = signal_test(features, coin, conversations, RewardSettings(), 0.02, None, 1_000)
+    second = signal_test(features, coin, conversations, RewardSettings(), 0.02, first, 2_000)
+    assert (first.votes, first.level) == (1_000, 0.01)
+    assert (second.votes, second.first_votes, second.level) == (2_000, 1_000, 0.015)
+
+
 def test_what_one_conversation_says_often_is_said_once(make_votes: MakeVotes) -> None:
     features, votes = taste(make_votes)
     together = replace(votes, choice_group=torch.where(torch.arange(120) < 114, 0, torch.arange(120) - 113))
@@ -86,14 +110,14 @@ def test_residuals_get_back_what_their_own_conversation_explained(make_votes: Ma
     from learner.reward.sign_flips import _thumbs
 
     # Two conversations of two thumbs, both up in one and both down in the other. The intercept, prior precision 1/9,
-    # and a user's offset, prior precision 1, explain c = own (H^-1) own' of every residual of 1/2; sqrt(1 - 2 c) of
+    # and a user's offset, prior precision 1/100, explain c = own (H^-1) own' of every residual of 1/2; sqrt(1 - 2 c) of
     # it is left.
     votes = make_votes(thumbs=[(0, 1, 0), (1, 1, 0), (2, -1, 0), (3, -1, 0)])
     votes = replace(votes, thumb_group=torch.tensor([0, 0, 1, 1]))
     score = _thumbs(torch.zeros(4, 1, dtype=torch.float64), votes)
     assert score.residual.tolist() == [0.5, 0.5, -0.5, -0.5]
-    # H = [[1 + 1/9, 1], [1, 1 + 1]], c = 1/4 (1, 1) H^-1 (1, 1)' = 1/4 (10/9) / (11/9) = 5/22.
-    assert score.full.tolist() == pytest.approx([0.5 / (1 - 2 * 5 / 22) ** 0.5 * sign for sign in (1, 1, -1, -1)])
+    # H = [[1 + 1/9, 1], [1, 1 + 1/100]], c = 1/4 (1, 1) H^-1 (1, 1)' = 1/4 (109/900) / (110/900) = 109/440.
+    assert score.full.tolist() == pytest.approx([0.5 / (1 - 2 * 109 / 440) ** 0.5 * sign for sign in (1, 1, -1, -1)])
 
 
 def test_votes_without_a_winner_carry_no_signal(make_votes: MakeVotes) -> None:

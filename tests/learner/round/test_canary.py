@@ -1,6 +1,7 @@
 """A round whose candidate waits as a canary: what people are offered, what a due round does meanwhile, and kills."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from learner.round.canary import why_no_canary
 from learner.round.report import Report
 from learner.round.review_prompts import pool, review_prompts, shipped
 from learner.round.run import run_once
+from learner.settings import LearnerSettings
 from server.store.store import Store
 from tests.learner.rounds import TinyEngine, passing, settings, waiting
 
@@ -47,19 +49,28 @@ def test_a_canary_waits_and_the_incumbent_is_served(data_dir: Path) -> None:
     canary = store.canaries.waiting()
     assert canary
     assert (canary.version, canary.opponent_version, canary.round_id) == ("v0001", "v0000", report.round_id)
-    assert (canary.evidence, canary.max_votes, canary.voters, canary.user_votes, canary.few_user_votes) == (
-        20.0,
-        200,
-        20,
-        3,
-        10,
-    )
+    assert (canary.evidence, canary.max_votes, canary.unit, canary.user_votes) == (20.0, 200, 1, 200)
     assert store.policies.active().version == "v0000"
     assert store.rounds.get(canary.round_id).state == "canary"
     assert (data_dir / "policies" / "v0001").exists()
     assert dict(status(data_dir, 10, 10)["lines"])["canary"].startswith(
         "v0001 waits against v0000: it won 0.50 of 0 choices, evidence that it is better 1, worse 1; 20 decides, at "
     )
+
+
+def test_what_counts_of_each_depends_on_who_votes(data_dir: Path) -> None:
+    store, told = Store.open(data_dir), settings(data_dir)
+    assert per_user(store, told) == (1, 200)
+    for number in range(19):
+        store.feedback.submit_demonstration(f"user{number}", [{"role": "assistant", "content": "hello"}])
+        if number == 0:
+            assert per_user(store, told) == (1, 10)
+    assert per_user(store, told) == (3, 3)
+
+
+def per_user(store: Store, told: LearnerSettings) -> tuple[int, int]:
+    terms = canary_stage.canary_terms(store, told, time.time())
+    return terms.unit, terms.user_votes
 
 
 def test_people_are_offered_the_pool_and_their_own_training_prompts(data_dir: Path) -> None:
@@ -104,6 +115,12 @@ def test_the_operators_prompts_come_first(data_dir: Path, tmp_path: Path, monkey
     assert set(asked[:2]) == {"Reset my router!", "What is a VPN?"}
     assert set(asked[2:]) <= set(shipped())
     assert len(asked) == 8
+
+
+def test_a_file_that_cannot_be_read_stops_the_round_before_it_begins(data_dir: Path, tmp_path: Path) -> None:
+    report = run(data_dir, review={"prompt_files": [str(tmp_path / "typo.txt")]})
+    assert report.state == "nothing"
+    assert report.sentence.startswith("A file of review.prompt_files cannot be read: [Errno 2]")
 
 
 def test_the_shipped_prompts() -> None:
@@ -174,6 +191,22 @@ def test_a_round_killed_as_its_canary_began_ends_as_the_canary_did(
     assert round_.state == ("promoted" if promoted else "canary")
     assert store.reviews.waiting("bob") == (0 if promoted else before)
     assert before > 0
+
+
+def test_an_operators_move_while_pairs_are_sampled_leaves_no_canary(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(data_dir)
+    sample = canary_stage.sample_pairs
+
+    def moved(work: Any, version: str) -> Any:
+        store.policies.activate(version, actor="operator", action="promote")
+        return sample(work, version)
+
+    monkeypatch.setattr(canary_stage, "sample_pairs", moved)
+    report = run(data_dir)
+    assert report.sentence == "v0001 does not wait as a canary: v0001 is active instead of v0000."
+    assert (store.canaries.waiting(), store.reviews.waiting("bob")) == (None, 0)
 
 
 def test_an_operators_move_in_the_meantime_is_not_put_to_the_vote(

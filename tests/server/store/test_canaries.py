@@ -1,5 +1,7 @@
 """Canaries in the store: which choices count, and what ends the wait."""
 
+from dataclasses import replace
+
 import pytest
 
 from server.store.e_value import CanaryResult, mean_e_value
@@ -9,7 +11,7 @@ from tests.server.conftest import register
 from tests.server.store.test_lineage import lease
 from tests.server.store.test_reviews import PAIR, asked
 
-TERMS = CanaryTerms(evidence=20.0, max_votes=200, days=7.0, voters=3, user_votes=2, few_user_votes=4)
+TERMS = CanaryTerms(evidence=20.0, max_votes=200, days=7.0, unit=1, user_votes=8)
 
 
 def begin(store: Store, pairs: int = 12, terms: CanaryTerms = TERMS) -> Canary:
@@ -59,26 +61,38 @@ def test_six_wins_in_a_row_are_evidence_of_twenty() -> None:
     assert str(result) == "it won 0.50 of 3 choices, evidence that it is better 0.556, worse 0.556"
 
 
-def test_of_few_voters_every_choice_counts(store: Store) -> None:
-    canary = begin(store)
+def test_the_first_choices_of_each_count(store: Store) -> None:
+    canary = begin(store, terms=replace(TERMS, user_votes=4))
     for new in (True, True, False):
         vote(store, "ann", new=new)
     review = store.reviews.next("ann")
     assert review
     store.feedback.submit_choice("ann", review.comparison.id, "TIE")
-    assert store.canaries.result(canary) == CanaryResult((1.0, 1.0, 0.0, 0.5), 4)
-    # A single voter's choices all count; of two, the first four of each.
-    for user in ("ann", "ann", "bob"):
-        vote(store, user, new=True)
+    # The fifth does not count.
+    vote(store, "ann", new=True)
+    vote(store, "bob", new=True)
     assert store.canaries.result(canary) == CanaryResult((1.0, 1.0, 0.0, 0.5, 1.0), 5)
 
 
-def test_of_many_voters_the_mean_of_each_ones_first_choices_counts(store: Store) -> None:
-    canary = begin(store)
+def test_choices_of_one_person_may_count_together(store: Store) -> None:
+    canary = begin(store, terms=replace(TERMS, unit=2, user_votes=2))
     for user, new in (("ann", True), ("bob", True), ("cem", False), ("ann", False), ("cem", False), ("ann", True)):
         vote(store, user, new=new)
     # Of Ann the first two, of Cem both; Bob has cast one of two.
     assert store.canaries.result(canary) == CanaryResult((0.5, 0.0), 4)
+
+
+def test_taking_back_what_was_lost_does_not_help(store: Store) -> None:
+    canary = begin(store)
+    vote(store, "ann", new=False)
+    [kept] = store.feedback.page("ann", 10)
+    store.feedback.retract("ann", kept.id)
+    vote(store, "ann", new=True)
+    assert store.canaries.result(canary) == CanaryResult((0.0, 1.0), 2)
+    # What is deleted is gone.
+    for conversation in store.conversations.page("ann", kinds=("review",)):
+        store.conversations.delete("ann", conversation.id)
+    assert store.canaries.result(canary) == CanaryResult((), 0)
 
 
 def test_choices_of_users_in_quarantine_and_from_before_do_not_count(store: Store) -> None:

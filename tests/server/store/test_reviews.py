@@ -125,6 +125,28 @@ def test_withdrawn_pairs_are_given_to_nobody_and_their_votes_stay(store: Store) 
     assert len(store.snapshots.take().choices) == 1
 
 
+def test_a_pair_that_was_left_open_gives_way_to_those_of_the_next_round(store: Store) -> None:
+    round_id = offer(store, asked("one"))
+    given(store, "ann")
+    store.reviews.withdraw(round_id)
+    assert (given(store, "ann"), store.reviews.waiting("ann")) == (None, 0)
+    offer(store, asked("two"))
+    assert (given(store, "ann"), store.reviews.waiting("ann")) == ("two", 1)
+
+
+def test_all_choices_on_one_prompt_are_on_one_side(store: Store) -> None:
+    conversation = store.conversations.create("ann", "mine")
+    offer(store, asked("pool"))
+    offer(store, asked("pool"), asked("mine", conversation_id=conversation))
+    for user in ("ann", "bob"):
+        for _ in range(3):
+            choose(store, user)
+    votes = store.snapshots.take().choices
+    assert [vote.conversation_id for vote in votes if vote.a.prompt_token_ids].count(conversation) == 2
+    # Those on the pool's prompt, of both rounds, belong together.
+    assert len({vote.conversation_id for vote in votes}) == 2
+
+
 def test_a_resumed_round_offers_its_pairs_once(store: Store) -> None:
     fence = lease(store)
     round_id = store.rounds.create(0, {}, reference_version="v0000", fence=fence).id

@@ -176,7 +176,7 @@ async def test_a_choice_changed_after_the_versions_were_shown_counts_as_it_was_f
             retract = feedback_pb2.RetractFeedbackRequest(feedback_id=vote.feedback_id)
             await running.feedback.RetractFeedback(retract, metadata=who)
             duel = await running.store(lambda store: store.lineage.duel(10, 10))
-            assert (duel.wins, duel.losses) == (0, 0)
+            assert (duel.wins, duel.losses) == (0, 1)
 
 
 async def test_a_comparison_of_versions_is_blind_until_the_choice(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A canary on a running server: votes promote or reject it, also after a restart, and operators see how it stands."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,14 @@ import pytest
 from prefloop.v1 import policy_pb2
 
 from server.store.e_value import CanaryResult
-from server.store.learning.records import Canary, CanaryTerms
+from server.store.learning.records import Canary
 from server.store.store import Store
 from server.versions.canary import decide
 from tests.server.conftest import Running, publish_version, running_server
 from tests.server.store.test_canaries import TERMS, begin, vote
 from tests.server.versions.test_ab_test import until_active
 
-CANARY = Canary("v0001", "v0000", "round_1", 20.0, 8, 3, 2, 4, 0.0, 7.0)
+CANARY = Canary("v0001", "v0000", "round_1", 20.0, 8, 1, 4, 0.0, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +95,21 @@ async def test_a_restarted_server_continues_the_wait(tmp_path: Path) -> None:
         await until_active(running, "v0001")
 
 
+async def test_a_canary_that_an_engine_refuses_is_rejected_after_all(running: Running) -> None:
+    publish_version(running.data_dir, "v0001")
+    running.engine.bad.add("v0001")
+    canary = await running.store(begin)
+    await running.store(votes(7, new=True))
+    async with asyncio.timeout(10):
+        while (await running.store(lambda store: store.policies.get("v0001"))).state != "failed":
+            await asyncio.sleep(0)
+    round_ = await running.store(lambda store: store.rounds.get(canary.round_id))
+    assert (round_.state, running.engine.version) == ("rejected", "v0000")
+    assert round_.reason == "v0001 was activated and then reverted: v0001: a tensor is not finite"
+
+
 async def test_the_wait_ends_at_its_limit_of_votes(running: Running) -> None:
-    terms = CanaryTerms(**{**vars(TERMS), "max_votes": 4})
+    terms = replace(TERMS, max_votes=4)
     await running.store(lambda store: begin(store, terms=terms))
     for new in (True, False, True, False):
         await running.store(votes(1, new=new))

@@ -29,7 +29,7 @@ RELEASED = {
     "m010_uptime": "4b06368639862f63",
     "m011_quotas": "a35b883de3682981",
     "m012_reviews": "6ba9765755c827f1",
-    "m013_canaries": "5644f6b3021b86a4",
+    "m013_canaries": "1faf2a1b4de30fcb",
 }
 
 

@@ -1,14 +1,14 @@
 """How often the signal test finds a signal where there is none, and where there is one.
 
-    python benchmarks/signal_levels.py MODEL --work-dir DIR [--sets 1000] [--write]
+    python benchmarks/signal_levels.py MODEL --work-dir DIR [--sets 1000] [--nights] [--write]
 
 Uses the pool of `benchmarks/study.py` (the same --work-dir): real answers with the features that a round sees. Votes on
 them are simulated, in several ways that say nothing about the answers and some that do:
 - level: the share of sets of meaningless votes with p at or below 0.05 and 0.02.
 - power: the same for votes by the tastes of `clients.demo.voter`, a tenth flipped; thumbs are up above a quantile of
   the taste's score.
-- nightly: votes come in night by night, and each night all are tested. The share of services with meaningless votes
-  that ever pass, and the votes after which those with a taste do.
+- with `--nights`: votes come in night by night, and each night all are tested. The share of services with meaningless
+  votes that ever pass, and the votes after which those with a taste do.
 - enough: how many votes a test that was not passed says would suffice, against the number at which 80 % pass.
 Each cell is saved as it ends. Prints one JSON line last; `--write` writes docs/benchmarks/signal.md.
 """
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--sets", type=int, default=1000)
+    parser.add_argument("--nights", action="store_true")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,7 +81,7 @@ def main() -> None:
                 cell = partial(shares, answers, partial(simulates, taste), votes, sets // len(TASTES))
                 results["power"][f"{kind}, {taste}, {votes}"] = kept(path(work, sets, f"{kind}-{taste}-{votes}"), cell)
     by_night: dict[str, Simulate] = {"coin": coin, **{taste: partial(choices, taste) for taste in TASTES}}
-    for name, simulate in by_night.items():
+    for name, simulate in by_night.items() if arguments.nights else ():
         cell = partial(nightly, answers, simulate, sets // (10 if name == "coin" else 50))
         results["nightly"][name] = kept(path(work, sets, f"nightly-{name}"), cell)
     if arguments.write:
@@ -345,23 +346,29 @@ def page(results: dict[str, dict[str, Any]], sets: int) -> str:
         ]
         pairs = zip(means[::2], means[1::2], strict=True)
         lines.append(f"| {kind} | mean | " + " | ".join(f"{five:.2f}, {two:.2f}" for five, two in pairs) + " |")
-    lines += [
+    if results["nightly"]:
+        lines += nights(results["nightly"])
+    return "\n".join(lines) + "\n"
+
+
+def nights(nightly: dict[str, Any]) -> list[str]:
+    lines = [
         "",
         f"Night by night: {FIRST} votes, then {EACH_NIGHT} more each night for {NIGHTS} nights. The share of services",
         f"that ever pass, and the median of the votes after which they do: with an error of {ERROR:g} for all nights",
         f"together, and with {ERROR:g} for each.",
         "",
         "| votes | services | together | each |",
-        "|---|---:|---:|",
+        "|---|---:|---:|---:|",
     ]
-    for name, found in results["nightly"].items():
+    for name, found in nightly.items():
         both = " | ".join(nightly_cell(found[kind]) for kind in ("shared", "fresh"))
         lines.append(f"| {name} | {len(found['shared'])} | {both} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def power_cell(cell: dict[str, float]) -> str:
-    enough = "" if cell["0.02"] > 0.95 else f" ({cell['enough']:.0f})"
+    enough = "" if cell["0.02"] > 0.95 or cell["enough"] > 10_000 else f" ({cell['enough']:.0f})"
     return f"{cell['0.05']:.2f}, {cell['0.02']:.2f}{enough}"
 
 

@@ -14,7 +14,7 @@ from learner.gate.rules import Verdict, decide
 from learner.gate.win_rate import Judge, Look, fit_judge, length_matched, looks, win_rate, wins
 from learner.improve.candidates import candidate
 from learner.model.kl import kl_k1
-from learner.model.mismatch import check_push, mismatch
+from learner.model.mismatch import PUSH_ANSWERS, check_push, mismatch
 from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.rollout import SampledAnswer, draw_seed, to_rollout
 from learner.reward.base import RewardModel
@@ -142,11 +142,14 @@ def _candidate_answers(
     rollout = to_rollout(work.engine.sample(prompts, seed)).to(work.policy.model.device)
     budget = settings.micro_batch_tokens
     judged = reference_pass(work.policy, rollout.tokens, reward_model.layers, temperature, budget)
-    # The trainer's log-probabilities, not the engine's: rounding adds to each token's, and so to a long answer's KL.
-    logprobs = policy_logprobs(work.policy, rollout.tokens, temperature, budget)
-    gap = mismatch(logprobs, rollout.behavior_logprobs, rollout.tokens.response_mask)
+    # The trainer's log-probabilities, not the engine's: rounding adds to each token's, and so to a long answer's KL. In
+    # float32 it adds nothing, and some answers are enough to check that the engine has the trained weights.
+    exact = work.policy.model.dtype == torch.float32
+    rows = torch.arange(len(rollout.tokens), device=work.policy.model.device)[: PUSH_ANSWERS if exact else None]
+    seen = policy_logprobs(work.policy, rollout.tokens, temperature, budget, [rows])
+    gap = mismatch(seen[rows], rollout.behavior_logprobs[rows], rollout.tokens.response_mask[rows])
     check_push(gap, settings.mismatch_limit, work.policy.model.dtype)
-    kl = kl_k1(logprobs, judged.ref_logprobs).sum(dim=1)
+    kl = kl_k1(rollout.behavior_logprobs if exact else seen, judged.ref_logprobs).sum(dim=1)
     return Answers(rollout.samples, judged.features, kl.cpu())
 
 

@@ -45,7 +45,7 @@ REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "fire.md"
 # Rounds that end within a minute or two, whatever the votes.
 SMALL = {
     "PREFLOOP_MIN_VOTES": "20", "PREFLOOP_LEASE_SECONDS": "3", "PREFLOOP_PPO__STEPS": "2",
-    "PREFLOOP_PPO__EPISODES": "8", "PREFLOOP_REWARD__PERMUTATIONS": "20", "PREFLOOP_REWARD__REFERENCE_ANSWERS": "16",
+    "PREFLOOP_PPO__EPISODES": "8", "PREFLOOP_GATE__CANARY": "off", "PREFLOOP_REWARD__REFERENCE_ANSWERS": "16",
     "PREFLOOP_GATE__SIGNAL_P": "1", "PREFLOOP_GATE__PROMPTS": "8", "PREFLOOP_GATE__REFITS": "100",
     "PREFLOOP_MAX_RESUMES": "100",
 }  # fmt: skip

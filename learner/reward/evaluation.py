@@ -8,8 +8,7 @@ from torch import Tensor
 
 from learner.reward import likelihood
 from learner.reward.likelihood import A, B
-from learner.reward.linear_heads import Heads, VoteTensors, fit, span_basis
-from learner.reward.standardiser import standardiser
+from learner.reward.linear_heads import Heads, VoteTensors, fit, reduced
 from learner.settings import RewardSettings
 from server.store.learning.round_metrics import HeldOut
 
@@ -93,13 +92,12 @@ def mean_accuracy(features: Tensor, votes: VoteTensors, settings: RewardSettings
     vote names a winner."""
     if not len(votes):
         return math.nan
-    voted, votes = votes.voted(features)
-    standard = standardiser(voted)(voted)
-    reduced, penalty = standard @ span_basis(standard), torch.tensor([settings.signal_l2])
+    features, votes = reduced(features, votes)
+    penalty = torch.tensor([settings.signal_l2])
     folds = [
         fold_of(votes, min(settings.signal_folds, votes.groups), generator) for _ in range(settings.signal_repeats)
     ]
-    every = [cross_validate(reduced, votes, penalty, settings.label_smoothing, fold).accuracy for fold in folds]
+    every = [cross_validate(features, votes, penalty, settings.label_smoothing, fold).accuracy for fold in folds]
     return float(torch.stack(every).mean())
 
 

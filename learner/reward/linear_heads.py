@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from learner.reward import likelihood
+from learner.reward.standardiser import standardiser
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,14 @@ def span_basis(features: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(features @ features.mT)
     kept = values > 1e-6 * values[-1]
     return torch.matmul(features.mT, vectors[:, kept] / values[kept].sqrt())
+
+
+def reduced(features: Tensor, votes: VoteTensors) -> tuple[Tensor, VoteTensors]:
+    """Standardised features of the answers that were voted on, in the coordinates of their span, (D, P) out of (N, F),
+    and these votes as indices into them: for fits that nothing is kept of."""
+    voted, votes = votes.voted(features)
+    standard = standardiser(voted)(voted)
+    return standard @ span_basis(standard), votes
 
 
 def objective(

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from learner.reward.likelihood import A, B
-from learner.reward.linear_heads import VoteTensors, span_basis
-from learner.reward.standardiser import standardiser
+from learner.reward.linear_heads import VoteTensors, reduced
 from learner.settings import RewardSettings
 from server.store.learning.round_metrics import SignalTest
 
@@ -83,10 +82,7 @@ def signal_test(
     spent = [number for number in earlier.spent if number < settings.signal_flips] if earlier else []
     if not count:
         return SignalTest(math.nan, 1.0, level, 0, 0, first, None, spent)
-    voted, votes = votes.voted(features)
-    standard = standardiser(voted)(voted)
-    signs = signs_of(conversations, settings.signal_flips)
-    flips = flip(standard @ span_basis(standard), votes, signs, settings.signal_l2)
+    flips = flip(*reduced(features, votes), signs_of(conversations, settings.signal_flips), settings.signal_l2)
     p = p_value(flips, spent)
     more = (None, []) if p <= level else (enough(flips, count, level), spend(flips, spent, level))
     return SignalTest(math.nan, p, level, count, len(conversations), first, *more)

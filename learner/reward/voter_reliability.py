@@ -26,7 +26,6 @@ from learner.reward.dataset import Dataset
 from learner.reward.exact_tests import either_side, holm
 from learner.reward.likelihood import A, B
 from learner.reward.linear_heads import VoteTensors
-from learner.reward.standardiser import standardiser
 from learner.settings import RewardSettings
 
 # Fewer voters cannot be compared with others, and fewer votes cannot be fitted.
@@ -144,18 +143,16 @@ def verdicts(
     chooser, thumber = voters.split([len(votes.a), len(votes.thumb)])
     fold = torch.randperm(count, generator=generator) % settings.folds
     numbers = torch.arange(settings.folds)[:, None]
-    answers, votes = votes.voted(features)
-    standard = standardiser(answers)(answers)
-    reduced = standard @ fitting.span_basis(standard)
+    answers, votes = fitting.reduced(features, votes)
     heads = fitting.fit(
-        reduced,
+        answers,
         votes,
         torch.full((settings.folds,), settings.signal_l2),
         settings.label_smoothing,
         choice_weight=(fold[chooser] != numbers).float(),
         thumb_weight=(fold[thumber] != numbers).float(),
     )
-    scores = heads.scores(reduced)
+    scores = heads.scores(answers)
     decisive = compared & ((votes.outcome == A) | (votes.outcome == B))
     up, down = thumb_pairs(votes.thumb, thumber)
     better = torch.cat([torch.where(votes.outcome == A, votes.a, votes.b)[decisive], votes.response[up]])

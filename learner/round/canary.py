@@ -73,8 +73,9 @@ def canary_terms(store: Store, settings: LearnerSettings, now: float) -> CanaryT
 def _moved(store: Store, version: str, incumbent: str) -> str:
     """Why there is nothing to decide between the two; empty if there is."""
     active = store.policies.active().version
-    different = f"{version} does not wait as a canary: {active} is active instead of {incumbent}."
-    return "" if active == incumbent else different
+    if active == incumbent:
+        return ""
+    return f"{version} does not wait as a canary: {active} is active instead of {incumbent}."
 
 
 def waits(canary: Canary) -> str:

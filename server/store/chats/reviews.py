@@ -54,14 +54,6 @@ class Reviews:
                         },
                     )
 
-    def withdraw(self, round_id: str) -> None:
-        """Offer the round's pairs to nobody any more. Comparisons that exist stay."""
-        with self._db.write():
-            self._db.execute(
-                f"UPDATE reviews SET withdraw_time = {self._db.NOW} WHERE round_id = ? AND withdraw_time IS NULL",
-                [round_id],
-            )
-
     def next(self, user: str) -> Review | None:
         """The pair that the user was given and has not chosen from, else another one; None if there is none."""
         with self._db.write():
@@ -122,6 +114,15 @@ class Reviews:
         )
         assert row, "a review is deleted with its comparisons"
         return Review(json.loads(row["messages"]), self._responses.comparison(user, comparison_id))
+
+
+def withdraw_reviews(database: Database, round_id: str) -> None:
+    """Offer the round's pairs to nobody any more. Comparisons that exist stay."""
+    with database.write():
+        database.execute(
+            f"UPDATE reviews SET withdraw_time = {database.NOW} WHERE round_id = ? AND withdraw_time IS NULL",
+            [round_id],
+        )
 
 
 # SQL, on `reviews r`: may be given to the user bound to ?1.

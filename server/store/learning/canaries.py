@@ -1,12 +1,14 @@
 """Canaries: versions that wait until choices on reviews decide whether they are served.
 
-While one waits, its round's state is `canary`, and so is its own. Its terms are stored with it, so that a server that
-restarts, or one of several, decides alike; whoever ends it first has decided.
+While one waits, whoever reads its round or its version sees the state `canary`; stored are `rejected` and `candidate`.
+Its terms are stored with it, so that a server that restarts, or one of several, decides alike; whoever ends it first
+has decided.
 """
 
 from collections import defaultdict
 from typing import Literal
 
+from server.store.chats.reviews import withdraw_reviews
 from server.store.database import Database
 from server.store.e_value import CanaryResult
 from server.store.learning.leases import check_fence
@@ -101,8 +103,5 @@ def end_canary(database: Database, version: str, outcome: Outcome, reason: str) 
                 "UPDATE policies SET state = 'rejected', reason = ? WHERE version = ? AND state = 'candidate'",
                 [reason, version],
             )
-        database.execute(
-            f"UPDATE reviews SET withdraw_time = {database.NOW} WHERE round_id = ? AND withdraw_time IS NULL",
-            [round_id],
-        )
+        withdraw_reviews(database, round_id)
         return True

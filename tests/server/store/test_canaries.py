@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from server.store.chats.reviews import withdraw_reviews
 from server.store.e_value import CanaryResult, mean_e_value
 from server.store.learning.records import Canary, CanaryTerms
 from server.store.store import Store
@@ -101,7 +102,7 @@ def test_choices_of_users_in_quarantine_and_from_before_do_not_count(store: Stor
     early = store.rounds.create(0, {}, reference_version="v0000", fence=fence).id
     store.reviews.offer(early, [PAIR], fence=fence)
     vote(store, "ann", new=True)
-    store.reviews.withdraw(early)
+    withdraw_reviews(store._db, early)
     canary = begin(store)
     vote(store, "mallory", new=False)
     store.quarantine.set("mallory", actor="operator", reason="")

@@ -6,6 +6,7 @@ import pytest
 
 from server.shared.errors import NotFoundError
 from server.store.chats.records import OfferedAnswer, OfferedReview
+from server.store.chats.reviews import withdraw_reviews
 from server.store.store import Store
 from tests.server.store.test_lineage import lease
 from tests.server.store.test_store import answer
@@ -120,7 +121,7 @@ def test_reviews_are_apart_from_the_users_chats(store: Store) -> None:
 def test_withdrawn_pairs_are_given_to_nobody_and_their_votes_stay(store: Store) -> None:
     round_id = offer(store, asked("one"), asked("two"))
     choose(store, "ann")
-    store.reviews.withdraw(round_id)
+    withdraw_reviews(store._db, round_id)
     assert (given(store, "ann"), given(store, "bob"), store.reviews.waiting("bob")) == (None, None, 0)
     assert len(store.snapshots.take().choices) == 1
 
@@ -128,7 +129,7 @@ def test_withdrawn_pairs_are_given_to_nobody_and_their_votes_stay(store: Store) 
 def test_a_pair_that_was_left_open_gives_way_to_those_of_the_next_round(store: Store) -> None:
     round_id = offer(store, asked("one"))
     given(store, "ann")
-    store.reviews.withdraw(round_id)
+    withdraw_reviews(store._db, round_id)
     assert (given(store, "ann"), store.reviews.waiting("ann")) == (None, 0)
     offer(store, asked("two"))
     assert (given(store, "ann"), store.reviews.waiting("ann")) == ("two", 1)

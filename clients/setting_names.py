@@ -28,7 +28,8 @@ SETTINGS = frozenset(
         "gate.candidate_spacing",
         "gate.candidates",
         "gate.confidence",
-        "gate.early_share",
+        "gate.confirm_batch",
+        "gate.confirm_prompts",
         "gate.empty_margin",
         "gate.gap_margin",
         "gate.judge_share",
@@ -178,6 +179,7 @@ OLD = frozenset(
     {
         "duel_alpha",
         "duel_user_votes",
+        "gate.early_share",
         "gpu_memory_share",
         "ppo.dtype",
         "ppo.kl_budget",

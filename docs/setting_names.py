@@ -30,7 +30,7 @@ def made() -> str:
     settings = {name for model in models for name in fields(model)}
     flags = {variable for app in (server, learner, clients.app) for variable in flags_of(typer.main.get_command(app))}
     variables = read_variables(dict.fromkeys((*flags, *OTHERS), "")).keys() - settings
-    old = {name for model in models for name in model.renamed} - settings
+    old = {name for model in models for name in (*model.renamed, *model.dropped)} - settings
     return HEAD + "".join(
         f"\n# {comment}\n{constant} = {text(found)}"
         for constant, comment, found in (

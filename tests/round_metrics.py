@@ -18,7 +18,8 @@ def candidate_metrics(step: int, kl: float = 0.0, rate: float = 0.5, length: flo
     """A candidate with win rate `rate` against both the incumbent and the reference."""
     won = WinRate(rate, rate - 0.1, rate + 0.1, prompts=64)
     health = filled(AnswerHealth, length=length)
-    return filled(CandidateMetrics, step=step, kl=kl, against_incumbent=won, against_reference=won, health=health)
+    rates = {"against_incumbent": won, "against_reference": won, "against_best": None}
+    return filled(CandidateMetrics, step=step, kl=kl, health=health, **rates)
 
 
 def gate_metrics(chosen: CandidateMetrics, *others: CandidateMetrics) -> GateMetrics:

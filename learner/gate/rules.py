@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from learner.settings import GateSettings
-from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics
+from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics, WinRate
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ def broken_rules(
     """The rules about one candidate: a sentence for each that it breaks. Where a `canary` is possible, it need only be
     no worse than the incumbent, since people then decide."""
     reasons, against = [], figures.against_incumbent
-    no_worse = against.rate > 0.5 and against.low > 0.5 - settings.canary_margin
-    if not (against.low > 0.5 or (canary and no_worse)):
-        reasons.append(f"The win rate against the incumbent may be chance: {against}.")
+    if not (against.low > 0.5 or (canary and no_worse(against, settings))):
+        reasons.append(f"The win rate against the incumbent may be chance: {against.explained}.")
     if not figures.against_reference.low > 0.5:
-        reasons.append(f"The win rate against the reference may be chance: {figures.against_reference}.")
+        reasons.append(f"The win rate against the reference may be chance: {figures.against_reference.explained}.")
+    # Small steps down, each within the margin, must not add up.
+    if figures.against_best and not no_worse(figures.against_best, settings):
+        reasons.append(f"It may be worse than the best version so far: {figures.against_best.explained}.")
     if figures.kl > kl_budget:
         reasons.append(f"The sequence KL of {figures.kl:.1f} nats is over the budget of {kl_budget:g}.")
     low, high = settings.length_range
@@ -46,19 +48,20 @@ def broken_rules(
     return reasons
 
 
-def over_optimised(figures: CandidateMetrics, candidates: list[CandidateMetrics], margin: float) -> list[str]:
-    """A sentence if, since an earlier candidate, the trained reward model's win rate rose and the judge's fell: the
-    gain is then only visible to the model that was trained on (Gao et al. 2022)."""
-    judged = figures.against_incumbent.rate
-    for earlier in candidates:
-        before = earlier.against_incumbent.rate
-        rose = earlier.step < figures.step and figures.trained_rate > earlier.trained_rate
-        if rose and before - judged > margin:
-            return [
-                f"Since step {earlier.step} the trained reward model's win rate rose to {figures.trained_rate:.2f} "
-                f"and the judge's fell from {before:.2f} to {judged:.2f}."
-            ]
-    return []
+def no_worse(rate: WinRate, settings: GateSettings) -> bool:
+    """Whether it wins more often than not, and certainly not much more rarely."""
+    return rate.rate > 0.5 and rate.low > 0.5 - settings.canary_margin
+
+
+def over_optimised(figures: CandidateMetrics, candidates: list[CandidateMetrics], margin: float) -> bool:
+    """Whether, since an earlier candidate, the trained reward model's win rate rose and the judge's fell: the gain is
+    then only visible to the model that was trained on (Gao et al. 2022)."""
+    return any(
+        earlier.step < figures.step
+        and figures.trained_rate > earlier.trained_rate
+        and earlier.against_incumbent.rate - figures.against_incumbent.rate > margin
+        for earlier in candidates
+    )
 
 
 def decide(
@@ -69,14 +72,11 @@ def decide(
     *,
     canary: bool,
 ) -> Verdict:
-    """Chooses the candidate with the best lower bound, the weaker of its two, among those that break the fewest rules.
-    The reasons are the rules that it breaks."""
-    rules = {
-        figures.step: broken_rules(figures, incumbent, kl_budget, settings, canary=canary)
-        + over_optimised(figures, candidates, settings.gap_margin)
-        for figures in candidates
-    }
-    chosen = min(candidates, key=lambda figures: (len(rules[figures.step]), -figures.low))
+    """Chooses the candidate with the best lower bound, the weaker of its two, among those that break the fewest rules
+    and are not over-optimised. The reasons are the rules that it breaks."""
+    sound = [figures for figures in candidates if not over_optimised(figures, candidates, settings.gap_margin)]
+    rules = {figures.step: broken_rules(figures, incumbent, kl_budget, settings, canary=canary) for figures in sound}
+    chosen = min(sound, key=lambda figures: (len(rules[figures.step]), -figures.low))
     reasons = rules[chosen.step]
     people_decide = settings.canary == "always" or not chosen.against_incumbent.low > 0.5
     return Verdict(chosen, reasons, canary=not reasons and people_decide)

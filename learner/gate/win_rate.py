@@ -4,8 +4,12 @@ The judge is a head fitted on judge votes alone. A candidate wins on a prompt if
 (a draw is half). The interval is a bootstrap over prompts and over the judge's votes at once: each refit of the judge
 sees its own draw of conversations, and its win rate is taken over its own draw of prompts. An interval over prompts
 alone would ignore that the judge may be wrong.
+
+Prompts come in batches, with a look after each (a group-sequential design: Pocock 1977). More prompts reduce only the
+prompts' part of the error; the judge's part stays, so looks are alike, and what they cost together depends on it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,30 +18,45 @@ from torch import Tensor
 from learner.reward.evaluation import LIKE_LENGTH
 from learner.reward.linear_heads import VoteTensors, bootstrap, fit, span_basis
 from learner.reward.standardiser import Standardiser
-from learner.settings import GateSettings
 from server.store.learning.round_metrics import WinRate
 
-# A first look at fewer prompts would rarely be clear.
-FIRST_PROMPTS = 16
+# Draws for the error of several looks.
+DRAWS = 200_000
+# Standard errors in a one-sided interval of 95 %.
+ONE_SIDED = 1.645
 
 
 @dataclass(frozen=True)
-class Look:
-    """A look at the held-out prompts: how many, and the confidence of the win rates' two-sided intervals."""
+class Wins:
+    """A candidate's share of wins on each of N prompts, (N,), and by each of K refits of the judge, (K, N)."""
 
-    prompts: int
-    confidence: float
+    point: Tensor
+    refits: Tensor
+
+    @property
+    def prompts_sd(self) -> float:
+        """Standard error of the win rate if the judge were right."""
+        return float(self.point.std(correction=0)) / math.sqrt(len(self.point))
+
+    @property
+    def judge_sd(self) -> float:
+        """Standard error of the win rate because of the judge's votes."""
+        return float(self.refits.mean(dim=1).std())
 
 
-def looks(prompts: int, settings: GateSettings) -> list[Look]:
-    """When to judge: at half of the prompts, where a clear case ends the gate, and at all of them.
+def look_tail(judge_sd: float, prompts_sd: float, looks: list[int], prompts: int, tail: float) -> float:
+    """The error on one side of each look, such that all of them together err with probability `tail`.
 
-    The error allowed to a single look is divided between the two, so that together they err no more often than it,
-    however they depend on each other (the union bound)."""
-    error = 1 - settings.confidence
-    early = settings.early_share * error
-    first, rest = Look(prompts // 2, 1 - early), Look(prompts, 1 - (error - early))
-    return [first, rest] if early and first.prompts >= FIRST_PROMPTS else [Look(prompts, settings.confidence)]
+    `looks` are the numbers of prompts at which one looks, `prompts` that of `prompts_sd`. The errors of two looks
+    correlate by what they share: the judge's votes, and the prompts of the earlier."""
+    ends = torch.tensor(looks, dtype=torch.float64)
+    shared = torch.maximum(ends[:, None], ends)
+    covariance = judge_sd**2 + prompts_sd**2 * prompts / shared + 1e-9 * torch.eye(len(looks), dtype=torch.float64)
+    sd = covariance.diagonal().sqrt()
+    normal = torch.randn(DRAWS, len(looks), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    highest = (normal @ torch.linalg.cholesky(covariance / sd[:, None] / sd).mT).amax(dim=1)
+    bound = torch.quantile(highest, 1 - tail)
+    return float(torch.special.ndtr(-bound))
 
 
 @dataclass(frozen=True)
@@ -79,18 +98,33 @@ def wins(delta: Tensor) -> Tensor:
     return (torch.sign(delta) + 1) / 2
 
 
-def win_rate(
-    judge: Judge, ours: Tensor, theirs: Tensor, prompts: int, confidence: float, generator: torch.Generator
-) -> WinRate:
-    """Win rate of answers `ours` over `theirs`, features (N * M, F): M answers to each of N prompts, grouped by prompt.
-    Each of our answers is compared with each of theirs to the same prompt; prompts are drawn with their answers."""
+def compare(judge: Judge, ours: Tensor, theirs: Tensor, prompts: int) -> Wins:
+    """Compares answers `ours` with `theirs`, features (N * M, F): M answers to each of N prompts, grouped by prompt.
+    Each of our answers is compared with each of theirs to the same prompt."""
     point, refits = (by_prompt(a, b, prompts) for a, b in zip(judge.scores(ours), judge.scores(theirs), strict=True))
-    k = len(refits)
-    drawn = torch.randint(prompts, (k, prompts), generator=generator)
-    rates = refits.gather(1, drawn).mean(dim=1)
-    tail = (1 - confidence) / 2
+    return Wins(point[0], refits)
+
+
+def win_rate(won: Wins, looks: list[int], confidence: float, generator: torch.Generator) -> WinRate:
+    """The win rate and its two-sided interval, which holds for all `looks` together. Prompts are drawn with their
+    answers."""
+    k, n = won.refits.shape
+    tail = look_tail(won.judge_sd, won.prompts_sd, looks, n, (1 - confidence) / 2)
+    drawn = torch.randint(n, (k, n), generator=generator)
+    rates = won.refits.gather(1, drawn).mean(dim=1)
     low, high = torch.quantile(rates, torch.tensor([tail, 1 - tail])).tolist()
-    return WinRate(float(point.mean()), low, high, prompts)
+    return WinRate(float(won.point.mean()), low, high, n, won.prompts_sd, won.judge_sd)
+
+
+def looks(prompts: int, batch: int) -> list[int]:
+    """The numbers of prompts at which the gate looks: after each batch."""
+    return [min(start + batch, prompts) for start in range(0, prompts, batch)]
+
+
+def more_prompts_help(rate: WinRate) -> bool:
+    """Whether an undecided win rate might be decided by more prompts, or the judge's own error is too large for any."""
+    undecided = rate.low <= 0.5 <= rate.high
+    return undecided and abs(rate.rate - 0.5) + ONE_SIDED * rate.prompts_sd > ONE_SIDED * rate.judge_sd
 
 
 def by_prompt(ours: Tensor, theirs: Tensor, prompts: int) -> Tensor:

@@ -1,183 +1,181 @@
-"""The gate stage: candidates, incumbent and reference answer the held-out prompts, and a judge fitted on judge votes
-compares them.
+"""The gate stage: a judge fitted on judge votes chooses among candidates on some held-out prompts, and confirms the
+chosen one on others.
+
+Whoever is chosen as the best of several on the same prompts looks better than it is; on other prompts it does not.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
 
-import torch
 from torch import Tensor
 
 from learner.gate.answer_health import health
 from learner.gate.rules import Verdict, decide
-from learner.gate.win_rate import Judge, Look, fit_judge, length_matched, looks, win_rate, wins
-from learner.improve.candidates import candidate
-from learner.model.kl import kl_k1
-from learner.model.mismatch import PUSH_ANSWERS, check_push, mismatch
-from learner.model.passes import policy_logprobs, reference_pass
-from learner.model.rollout import SampledAnswer, draw_seed, to_rollout
+from learner.gate.win_rate import Judge, compare, fit_judge, length_matched, looks, more_prompts_help, win_rate, wins
+from learner.model.rollout import draw_seed
 from learner.reward.base import RewardModel
 from learner.reward.dataset import Dataset
-from learner.round.canary import why_no_canary
+from learner.round.gate_answers import Answers, Asked, candidate_answers, keep_answers, published_answers, step_name
+from learner.round.review.canary import why_no_canary
+from learner.round.review.pool import from_pool
 from learner.round.workspace import Workspace, spread
 from learner.settings import GateSettings
-from server.shared.whole_file import whole_file
 from server.store.chats.records import Prompt
-from server.store.files.residue import ANSWERS, keeping, sweep
-from server.store.learning.round_metrics import (
-    CandidateMetrics,
-    GateMetrics,
-    Improvement,
-    RoundMetrics,
-)
+from server.store.learning.records import PolicyVersion
+from server.store.learning.round_metrics import CandidateMetrics, GateMetrics, Improvement, RoundMetrics, WinRate
 
-# Number of the random draw that all versions answer with; a second look uses the one before it. Training uses neither.
-GATE_DRAW = 999
+# Numbers of the random draws that all versions answer with: to choose, and, counted on, in each batch that confirms.
+CHOICE_DRAW, CONFIRMATION_DRAW = 999, 1_000
+# Stream of the pool's order.
+STREAM = 7
 
 
 @dataclass(frozen=True)
-class Answers:
-    """One version's answers, M to each of N prompts, grouped by prompt: features (N * M, F), and for a candidate kl (N
-    * M,), nats to the reference; both on the CPU, where the judge is."""
+class Bench:
+    """Who judges, and whom a candidate is compared with: versions by role, `reference`, `incumbent` and, if there is a
+    better one than the incumbent, `best`."""
 
-    samples: list[SampledAnswer]
-    features: Tensor
-    kl: Tensor
+    work: Workspace
+    judge: Judge
+    reward_model: RewardModel
+    opponents: dict[str, str]
 
-    def __add__(self, more: "Answers") -> "Answers":
-        features, kl = torch.cat([self.features, more.features]), torch.cat([self.kl, more.kl])
-        return Answers(self.samples + more.samples, features, kl)
+    @property
+    def versions(self) -> list[str]:
+        """The opponents, each once: in the first round incumbent and reference are the same."""
+        return list(dict.fromkeys(self.opponents.values()))
+
+    def decide(self, candidates: list[CandidateMetrics], asked: Asked, *, canary: bool) -> Verdict:
+        """The verdict on candidates that answered as the incumbent did."""
+        settings = self.work.settings
+        incumbent = health(asked.answers["incumbent"].samples)
+        return decide(candidates, incumbent, settings.policy.kl_budget, settings.gate, canary=canary)
 
 
 def judge_candidates(
-    work: Workspace,
-    dataset: Dataset,
-    features: Tensor,
-    reward_model: RewardModel,
-    improvement: Improvement,
+    work: Workspace, dataset: Dataset, features: Tensor, reward_model: RewardModel, improvement: Improvement
 ) -> Verdict:
-    """Decides which candidate is promoted, if any, and stores every judged answer.
-
-    A first look at half of the prompts ends the gate if the case is already clear (`learner.gate.win_rate.looks`)."""
+    """Decides which candidate is promoted, if any, and stores every judged answer."""
     if work.done("gate") and (stored := work.round.metrics.gate):
         return Verdict(stored.chosen, stored.reasons, stored.canary)
     no_canary = why_no_canary(work.store, work.settings)
-    gate, prompts = work.settings.gate, spread(work.prompts.held_out, work.settings.gate.prompts)
-    judge = _judge(work, dataset, features, reward_model)
-    steps = promising(improvement, gate)
-    incumbent, reference = work.round.incumbent_version, work.round.reference_version
-    planned = looks(len(prompts), gate)
-    # In the first round incumbent and reference are the same version, which answers only once.
-    versions = list(dict.fromkeys([reference, incumbent]))
-    answers: dict[str, Answers] = {}
-    measured: dict[int, CandidateMetrics] = {}
-    asked = 0
-    total = (len(versions) + len(steps)) * len(planned)
+    bench = Bench(work, _judge(work, dataset, features, reward_model), reward_model, opponents(work))
+    steps = promising(improvement, work.settings.gate)
+    few, others = gate_prompts(work)
+    ends = looks(len(others), work.settings.gate.confirm_batch)
+    total = len(bench.versions) + len(steps) + len(ends) * (len(bench.versions) + 1)
     with work.stages.stage("gate", "judging candidates", total) as advance:
-        for draw, look in enumerate(planned):
-            asking = [prompt for prompt in prompts[asked : look.prompts] for _ in range(gate.answers)]
-            seed, asked = draw_seed(work.settings.seed, GATE_DRAW - draw), look.prompts
-            for version in versions:
-                _add(answers, version, _published_answers(work, version, asking, seed, reward_model))
-                advance(1)
-            for step in steps:
-                _add(answers, f"step {step}", _candidate_answers(work, step, asking, seed, reward_model))
-                opponents = answers[incumbent], answers[reference]
-                measured[step] = _figures(work, step, answers[f"step {step}"], *opponents, judge, reward_model, look)
-                advance(1)
-            baseline = health(answers[incumbent].samples)
-            kept = [measured[step] for step in steps]
-            verdict = decide(kept, baseline, work.settings.policy.kl_budget, gate, canary=not no_canary)
-            hopeful = [step for step in steps if not measured[step].hopeless]
-            # At half of the prompts, what people are to decide may still become clear.
-            if (verdict.promoted and not verdict.canary) or not hopeful:
-                break
-            steps = hopeful
-    figures = GateMetrics(verdict.chosen, verdict.reasons, list(measured.values()), baseline, verdict.canary, no_canary)
-    _record(work, prompts[:asked], answers, figures)
+        asked = ask(bench, steps, few, work.settings.gate.answers, CHOICE_DRAW, advance)
+        candidates = [measure(bench, step, asked, [len(few)]) for step in steps]
+        verdict, judged = bench.decide(candidates, asked, canary=not no_canary), [asked]
+        if not verdict.chosen.hopeless:
+            verdict, asked = confirm(bench, verdict.chosen.step, others, ends, advance, canary=not no_canary)
+            judged.insert(0, asked)
+    figures = GateMetrics(
+        chosen=verdict.chosen,
+        reasons=verdict.reasons,
+        candidates=candidates,
+        incumbent_health=health(asked.answers["incumbent"].samples),
+        canary=verdict.canary,
+        no_canary=no_canary,
+        best_version=bench.opponents.get("best", ""),
+    )
+    keep_answers(work, judged)
+    _log_gate(work, figures.chosen)
+    work.record("gate", RoundMetrics(gate=figures))
     return verdict
 
 
-def _record(work: Workspace, prompts: list[Prompt], answers: dict[str, Answers], figures: GateMetrics) -> None:
-    """Writes every answer to a file, and the metrics to TensorBoard and the store, which marks the stage as done."""
-    incumbent, reference = work.round.incumbent_version, work.round.reference_version
-    roles = {"reference": answers.pop(reference)}
-    roles["incumbent"] = answers.pop(incumbent) if incumbent != reference else roles["reference"]
-    _keep_answers(work, prompts, {name: each.samples for name, each in (roles | answers).items()})
-    _log_gate(work, figures.chosen)
-    work.record("gate", RoundMetrics(gate=figures))
+def confirm(
+    bench: Bench, step: int, prompts: list[Prompt], ends: list[int], advance: Callable[[int], None], *, canary: bool
+) -> tuple[Verdict, Asked]:
+    """The verdict on the chosen candidate, with its answers. It ends as soon as the case is clear, or only more votes
+    could decide it."""
+    asked = Asked([], {})
+    for number, (start, end) in enumerate(pairwise([0, *ends])):
+        asked += ask(bench, [step], prompts[start:end], 1, CONFIRMATION_DRAW + number, advance)
+        figures = measure(bench, step, asked, ends)
+        verdict = bench.decide([figures], asked, canary=canary)
+        # What people are to decide may still become clear.
+        clear = (verdict.promoted and not verdict.canary) or figures.hopeless
+        if clear or not any(map(more_prompts_help, figures.rates)):
+            break
+    return verdict, asked
 
 
-def _judge(work: Workspace, dataset: Dataset, features: Tensor, reward_model: RewardModel) -> Judge:
-    return fit_judge(
-        features,
-        dataset.judge,
-        reward_model.standardiser,
-        reward_model.l2,
-        work.settings.reward.label_smoothing,
-        work.settings.gate.refits,
-        work.generator(3),
-    )
+def opponents(work: Workspace) -> dict[str, str]:
+    """The versions that a candidate is compared with, by role. The best so far is the one that won the most against the
+    reference as it was judged, of those that were promoted before, and neither rolled back nor deleted since."""
+    reference, incumbent = work.round.reference_version, work.round.incumbent_version
+    rolled_back = work.store.lineage.rolled_back(work.round.create_time)
+    earlier = {
+        policy.version: _won(policy)
+        for policy in work.store.policies.page()
+        if policy.state == "retired"
+        and policy.reference_version == reference
+        and policy.prune_time is None
+        and policy.version not in rolled_back
+    }
+    roles = {"reference": reference, "incumbent": incumbent}
+    best = max(earlier, key=lambda version: earlier[version], default="")
+    if best and earlier[best] > _won(work.store.policies.get(incumbent)):
+        roles["best"] = best
+    return roles
 
 
-def _add(answers: dict[str, Answers], name: str, more: Answers) -> None:
-    answers[name] = answers[name] + more if name in answers else more
+def _won(policy: PolicyVersion) -> float:
+    """The win rate against the reference as it was judged; a half for the reference itself, or if it was not."""
+    return float(policy.metrics.get("against_reference", {}).get("rate", 0.5))
 
 
-def _published_answers(
-    work: Workspace, version: str, prompts: list[Prompt], seed: int, reward_model: RewardModel
-) -> Answers:
-    work.push(version)
-    samples = work.engine.sample(prompts, seed)
-    return Answers(samples, work.features_of(samples, reward_model), torch.zeros(0))
+def gate_prompts(work: Workspace) -> tuple[list[Prompt], list[Prompt]]:
+    """Held-out prompts to choose a candidate on, at most half of them, and others to confirm it on."""
+    gate, held_out = work.settings.gate, work.prompts.held_out
+    few = spread(held_out, min(gate.prompts, len(held_out) // 2))
+    known = {tuple(prompt.token_ids) for prompt in (*few, *work.prompts.train)}
+    rest = chain(held_out, (prompt for _, prompt in from_pool(work, STREAM)))
+    others = (prompt for prompt in rest if tuple(prompt.token_ids) not in known)
+    return few, list(islice(others, gate.confirm_prompts))
 
 
-def _candidate_answers(
-    work: Workspace, step: int, prompts: list[Prompt], seed: int, reward_model: RewardModel
-) -> Answers:
-    settings, temperature = work.settings.policy, work.settings.service_temperature
-    work.policy.load(candidate(work.directory, step))
-    work.engine.push(work.policy.engine_weights())
-    rollout = to_rollout(work.engine.sample(prompts, seed)).to(work.policy.model.device)
-    budget = settings.micro_batch_tokens
-    judged = reference_pass(work.policy, rollout.tokens, reward_model.layers, temperature, budget)
-    # The trainer's log-probabilities, not the engine's: rounding adds to each token's, and so to a long answer's KL. In
-    # float32 it adds nothing, and some answers are enough to check that the engine has the trained weights.
-    exact = work.policy.model.dtype == torch.float32
-    rows = torch.arange(len(rollout.tokens), device=work.policy.model.device)[: PUSH_ANSWERS if exact else None]
-    seen = policy_logprobs(work.policy, rollout.tokens, temperature, budget, [rows])
-    gap = mismatch(seen[rows], rollout.behavior_logprobs[rows], rollout.tokens.response_mask[rows])
-    check_push(gap, settings.mismatch_limit, work.policy.model.dtype)
-    kl = kl_k1(rollout.behavior_logprobs if exact else seen, judged.ref_logprobs).sum(dim=1)
-    return Answers(rollout.samples, judged.features, kl.cpu())
+def ask(
+    bench: Bench, steps: list[int], prompts: list[Prompt], answers: int, draw: int, advance: Callable[[int], None]
+) -> Asked:
+    """Answers of each opponent and each candidate, `answers` to each prompt, all with the same draw."""
+    work, model = bench.work, bench.reward_model
+    asking = [prompt for prompt in prompts for _ in range(answers)]
+    seed, published, ours = draw_seed(work.settings.seed, draw), dict[str, Answers](), dict[str, Answers]()
+    for version in bench.versions:
+        published[version] = published_answers(work, version, asking, seed, model)
+        advance(1)
+    for step in steps:
+        ours[step_name(step)] = candidate_answers(work, step, asking, seed, model)
+        advance(1)
+    return Asked(prompts, {role: published[version] for role, version in bench.opponents.items()} | ours)
 
 
-def _figures(
-    work: Workspace,
-    step: int,
-    ours: Answers,
-    incumbent: Answers,
-    reference: Answers,
-    judge: Judge,
-    reward_model: RewardModel,
-    look: Look,
-) -> CandidateMetrics:
+def measure(bench: Bench, step: int, asked: Asked, ends: list[int]) -> CandidateMetrics:
+    """The figures of one candidate; its intervals hold for looks at all `ends` together."""
+    work, judge, model = bench.work, bench.judge, bench.reward_model
+    ours, incumbent = asked.answers[step_name(step)], asked.answers["incumbent"]
+
+    def against(role: str) -> WinRate:
+        won = compare(judge, ours.features, asked.answers[role].features, len(asked.prompts))
+        return win_rate(won, ends, work.settings.gate.confidence, work.generator(4))
+
     matched_rate, matched_answers = length_matched(judge, ours.features, incumbent.features)
-    against_incumbent, against_reference = (
-        win_rate(judge, ours.features, theirs.features, look.prompts, look.confidence, work.generator(4))
-        for theirs in (incumbent, reference)
-    )
-    trained = reward_model.scores(ours.features) - reward_model.scores(incumbent.features)
     return CandidateMetrics(
         step=step,
         kl=float(ours.kl.mean()),
-        against_incumbent=against_incumbent,
-        against_reference=against_reference,
-        trained_rate=float(wins(trained).mean()),
+        against_incumbent=against("incumbent"),
+        against_reference=against("reference"),
+        trained_rate=float(wins(model.scores(ours.features) - model.scores(incumbent.features)).mean()),
         matched_rate=matched_rate,
         matched_answers=matched_answers,
         health=health(ours.samples),
+        against_best=against("best") if "best" in bench.opponents else None,
     )
 
 
@@ -198,28 +196,16 @@ def promising(improvement: Improvement, gate: GateSettings) -> list[int]:
     return kept[::-1]
 
 
-def _keep_answers(work: Workspace, prompts: list[Prompt], answers: dict[str, list[SampledAnswer]]) -> None:
-    """Writes every judged answer, versions side by side: the first answer to each prompt, then the second to each.
-    Prompts of conversations that were deleted since the round began are left out."""
-    data_dir, each = work.settings.data_dir, work.settings.gate.answers
-    places = [prompt * each + answer for answer in range(each) for prompt in range(len(prompts))]
-    with keeping(data_dir), whole_file(work.directory / ANSWERS) as file:
-        for row, place in enumerate(places):
-            prompt = prompts[place // each]
-            # A candidate that was dropped at the first look has no more answers.
-            line = {name: asdict(samples[place]) for name, samples in answers.items() if place < len(samples)}
-            for answer in line.values():
-                del answer["prompt"], answer["logprobs"]
-            # The conversation comes first: `sweep` reads it there to delete the lines of deleted conversations.
-            asked = {
-                "conversation_id": prompt.conversation_id,
-                "row": row,
-                "prompt": work.decode(prompt.token_ids),
-                "prompt_token_ids": prompt.token_ids,
-            }
-            json.dump({**asked, **line}, file, ensure_ascii=False)
-            file.write("\n")
-    sweep(data_dir)
+def _judge(work: Workspace, dataset: Dataset, features: Tensor, reward_model: RewardModel) -> Judge:
+    return fit_judge(
+        features,
+        dataset.judge,
+        reward_model.standardiser,
+        reward_model.l2,
+        work.settings.reward.label_smoothing,
+        work.settings.gate.refits,
+        work.generator(3),
+    )
 
 
 def _log_gate(work: Workspace, chosen: CandidateMetrics) -> None:

@@ -3,9 +3,9 @@
 import math
 
 from learner.reward.dataset import count_sides
-from learner.round.canary import waits
 from learner.round.prompts import Prompts
-from learner.round.review_prompts import pool
+from learner.round.review.canary import waits
+from learner.round.review.pool import pool
 from learner.settings import LearnerSettings
 from server.shared.errors import NotFoundError
 from server.store.chats.records import Snapshot

@@ -5,7 +5,7 @@ from typing import Literal
 
 from learner.gate.rules import Verdict
 from learner.improve.candidates import candidate, copy_candidate
-from learner.round.canary import begin_canary
+from learner.round.review.canary import begin_canary
 from learner.round.workspace import Workspace
 from server.shared.errors import ConflictError
 from server.store.files.manifest import copy_tokenizer, new_version, verify

@@ -66,6 +66,8 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "KL", f"{chosen.kl:.1f} nats per response to the reference"
         yield "win rate", f"{chosen.against_incumbent} against the incumbent, {report.incumbent_version}"
         yield "", f"{chosen.against_reference} against the reference"
+        if chosen.against_best:
+            yield "", f"{chosen.against_best} against {gate.best_version}, the best so far"
         if gate.reasons and gate.no_canary:
             yield "no canary", gate.no_canary
         yield "answer length", f"{gate.incumbent_health.length:.0f} -> {chosen.health.length:.0f} tokens"

@@ -20,7 +20,7 @@ from learner.model.device import require_memory, resolve_device
 from learner.model.engine_check import check_engine
 from learner.model.features import FeatureCache
 from learner.model.rollout import draw_seed
-from learner.process import return_large_blocks
+from learner.process import package_versions, return_large_blocks
 from learner.progress import Stages
 from learner.reward import linear_reward_model as scoring
 from learner.reward import voter_reliability
@@ -29,7 +29,6 @@ from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.begin import begin
 from learner.round.gate_stage import judge_candidates
 from learner.round.lease import learner_lease
-from learner.round.package_versions import versions
 from learner.round.preconditions import no_candidate, too_few_prompts, too_few_votes, too_little
 from learner.round.publish import activate, publish
 from learner.round.report import Report
@@ -166,7 +165,7 @@ def load_feedback(work: Workspace) -> Dataset:
         )
         prompts = PromptCounts(len(work.prompts.train), len(work.prompts.held_out), work.prompts.own)
         work.store.lineage.set_round_votes(work.round.id, dataset.sides, fence=work.lease)
-        work.record("snapshot", RoundMetrics(votes=votes, prompts=prompts, versions=versions()))
+        work.record("snapshot", RoundMetrics(votes=votes, prompts=prompts, versions=package_versions()))
     return dataset
 
 

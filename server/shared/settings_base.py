@@ -39,6 +39,8 @@ class SettingsBase(BaseSettings):
     renamed: ClassVar[Mapping[str, str]] = {}
     # The factor for a number under an old name, if the new name has another unit.
     rescaled: ClassVar[Mapping[str, int]] = {}
+    # Settings that are gone, and what decides instead. An entry stays for one version.
+    dropped: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def load(cls, **flags: Any) -> Self:
@@ -76,7 +78,8 @@ class SettingsBase(BaseSettings):
     def _own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """This program's settings."""
         tops = cls.model_fields.keys()
-        return {n: value for n, value in values.items() if n.partition(".")[0] in tops and n not in cls.renamed}
+        old = cls.renamed.keys() | cls.dropped.keys()
+        return {n: value for n, value in values.items() if n.partition(".")[0] in tops and n not in old}
 
     @classmethod
     def _renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +96,7 @@ class SettingsBase(BaseSettings):
 
     @classmethod
     def _say_renamed(cls, flags: Iterable[str], variables: Iterable[str], file: Iterable[str]) -> None:
-        """Print a line for each setting under its old name."""
+        """Print a line for each setting under its old name, and for each that is gone."""
         given = {*flags, *variables, *file}
         for names, where, spell in ((variables, "", as_variable), (file, f"{CONFIG_FILE}: ", _as_key)):
             for old in sorted(cls.renamed.keys() & set(names)):
@@ -103,6 +106,8 @@ class SettingsBase(BaseSettings):
                 else:
                     until = "the old name works in this version, not in the next"
                     _say(f"{where}{spell(old)} is now {spell(new)}; {until}.")
+            for gone in sorted(cls.dropped.keys() & set(names)):
+                _say(f"{where}{spell(gone)} is ignored: {cls.dropped[gone]}.")
 
 
 def explain(error: Exception) -> str:

@@ -106,5 +106,13 @@ def _forget_permutations(metrics: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-SETTINGS = Stored((_name_shares_and_dtype, _count_tokens, _sort_by_room, _keep_activations, _count_flips))
+def _confirm_on_others(settings: dict[str, Any]) -> dict[str, Any]:
+    """The gate looks after each batch of the prompts that confirm a candidate, not once early."""
+    gate = {name: value for name, value in settings.get("gate", {}).items() if name != "early_share"}
+    return {**settings, "gate": gate} if gate else settings
+
+
+SETTINGS = Stored(
+    (_name_shares_and_dtype, _count_tokens, _sort_by_room, _keep_activations, _count_flips, _confirm_on_others)
+)
 METRICS = Stored((_count_left_out, _forget_permutations))

@@ -151,7 +151,7 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "ppo": {"steps": 2, "episodes": 16, "learning_rate": 3e-3},
         "review": {"pairs": 8},
         # Eighty votes on a random model: tests check what a round does, not whether it should.
-        "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.99},
+        "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "confirm_prompts": 8, "signal_p": 0.99},
     }
     return LearnerSettings(**{**values, **changes})
 

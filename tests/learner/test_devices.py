@@ -243,7 +243,7 @@ SMALL: dict[str, Any] = {
         "half_life_days": 1e12,
     },
     "ppo": {"steps": 1, "episodes": 8, "learning_rate": 3e-3},
-    "gate": {"refits": 100, "candidates": 1, "prompts": 8, "answers": 1, "signal_p": 0.9, "early_share": 0},
+    "gate": {"refits": 100, "candidates": 1, "prompts": 8, "answers": 1, "signal_p": 0.9, "confirm_prompts": 8},
 }  # fmt: skip
 
 

@@ -164,15 +164,26 @@ class Improvement:
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of held-out prompts on which the candidate wins, with its interval."""
+    """Share of prompts on which the candidate wins, with its interval and the two parts of its standard error: because
+    of the prompts, and because of the judge's votes. Rounds of earlier versions stored no parts."""
 
     rate: Figure
     low: Figure
     high: Figure
     prompts: int
+    prompts_sd: Figure = math.nan
+    judge_sd: Figure = math.nan
 
     def __str__(self) -> str:
         return f"{self.rate:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+    @property
+    def explained(self) -> str:
+        """With the parts of its error."""
+        if math.isnan(self.judge_sd):
+            return str(self)
+        parts = f"{self.prompts_sd:.2f} by the prompts and {self.judge_sd:.2f} by the judge's votes"
+        return f"{self}, with a standard error of {parts}"
 
 
 @dataclass(frozen=True)
@@ -198,6 +209,8 @@ class CandidateMetrics:
     matched_rate: Figure
     matched_answers: int
     health: AnswerHealth
+    # None if the incumbent is the best version so far.
+    against_best: WinRate | None = None
 
     @property
     def low(self) -> float:
@@ -206,13 +219,19 @@ class CandidateMetrics:
 
     @property
     def hopeless(self) -> bool:
-        """Whether it certainly loses to one of the two."""
-        return min(self.against_incumbent.high, self.against_reference.high) < 0.5
+        """Whether it certainly loses to one of them."""
+        return any(rate.high < 0.5 for rate in self.rates)
+
+    @property
+    def rates(self) -> list[WinRate]:
+        """Its win rates against each opponent."""
+        return [rate for rate in (self.against_incumbent, self.against_reference, self.against_best) if rate]
 
 
 @dataclass(frozen=True)
 class GateMetrics:
-    """The chosen candidate, the rules that it broke, and all judged candidates."""
+    """The chosen candidate on the prompts that confirm it, the rules that it broke, and all candidates on the prompts
+    that it was chosen on."""
 
     chosen: CandidateMetrics
     reasons: list[str]
@@ -221,6 +240,8 @@ class GateMetrics:
     # Whether people are to decide between it and the incumbent; if they cannot, why.
     canary: bool = False
     no_canary: str = ""
+    # The best of the versions promoted before the incumbent, if it is better.
+    best_version: str = ""
 
 
 @dataclass(frozen=True)

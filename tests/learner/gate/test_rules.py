@@ -7,7 +7,17 @@ import torch
 
 from learner.gate.answer_health import health, repetition
 from learner.gate.rules import decide, over_optimised
-from learner.gate.win_rate import Judge, Look, by_prompt, fit_judge, length_matched, looks, win_rate
+from learner.gate.win_rate import (
+    Judge,
+    by_prompt,
+    compare,
+    fit_judge,
+    length_matched,
+    look_tail,
+    looks,
+    more_prompts_help,
+    win_rate,
+)
 from learner.model.rollout import SampledAnswer
 from learner.reward.likelihood import A, B
 from learner.reward.linear_heads import VoteTensors
@@ -96,20 +106,18 @@ def test_a_canary_must_be_better_than_the_reference() -> None:
 
 
 def test_a_gap_that_widens_is_over_optimisation() -> None:
-    def rated(step: int, trained: float, judged: float) -> CandidateMetrics:
-        rate = WinRate(judged, 0.55, 0.9, 60)
+    def judged(step: int, trained: float, won: float) -> CandidateMetrics:
+        rate = WinRate(won, 0.55, 0.9, 60)
         return figures(step=step, trained_rate=trained, against_incumbent=rate, against_reference=rate)
 
-    early, late = rated(4, 0.7, 0.75), rated(8, 0.9, 0.69)
-    assert over_optimised(late, [early, late], 0.05) == [
-        "Since step 4 the trained reward model's win rate rose to 0.90 and the judge's fell from 0.75 to 0.69."
-    ]
+    early, late = judged(4, 0.7, 0.75), judged(8, 0.9, 0.69)
+    assert over_optimised(late, [early, late], 0.05)
     verdict = decide([early, late], INCUMBENT, 6.0, SETTINGS, canary=False)
     assert (verdict.chosen.step, verdict.promoted) == (4, True)
     # Within the margin, where both fall, and seen from the earlier one, nothing parted.
-    assert over_optimised(rated(8, 0.9, 0.71), [early], 0.05) == []
-    assert over_optimised(rated(8, 0.6, 0.5), [early], 0.05) == []
-    assert over_optimised(early, [early, late], 0.05) == []
+    assert not over_optimised(judged(8, 0.9, 0.71), [early], 0.05)
+    assert not over_optimised(judged(8, 0.6, 0.5), [early], 0.05)
+    assert not over_optimised(early, [early, late], 0.05)
 
 
 def test_the_best_sound_candidate_is_chosen_not_the_last_or_the_highest() -> None:
@@ -126,12 +134,16 @@ def judge_of(weights: list[list[float]]) -> Judge:
     return Judge(Standardiser(torch.zeros(2), torch.ones(2)), torch.eye(2), refits[:1], refits)
 
 
+def rated(judge: Judge, ours: torch.Tensor, theirs: torch.Tensor, prompts: int) -> WinRate:
+    return win_rate(compare(judge, ours, theirs, prompts), [prompts], 0.95, seeded())
+
+
 def test_win_rate_by_hand() -> None:
     ours = torch.tensor([[1.0, 0], [1.0, 0], [-1.0, 0], [0.0, 0]])
-    rate = win_rate(judge_of([[1.0, 0]] * 200), ours, torch.zeros(4, 2), 4, 0.95, seeded())
+    rate = rated(judge_of([[1.0, 0]] * 200), ours, torch.zeros(4, 2), 4)
     assert rate.rate == 0.625  # two wins, a loss and a draw
     assert rate.low < 0.625 < rate.high
-    mirrored = win_rate(judge_of([[1.0, 0]] * 200), torch.zeros(4, 2), ours, 4, 0.95, seeded())
+    mirrored = rated(judge_of([[1.0, 0]] * 200), torch.zeros(4, 2), ours, 4)
     assert mirrored.rate == 0.375
 
 
@@ -145,8 +157,8 @@ def test_answers_are_compared_with_all_answers_to_the_same_prompt() -> None:
 def test_an_uncertain_judge_widens_the_interval() -> None:
     # 60 wins of 60 by the point fit, but half of the refits say the opposite.
     ours = torch.tensor([[1.0, 0]]).expand(60, 2)
-    sure = win_rate(judge_of([[1.0, 0]] * 200), ours, torch.zeros(60, 2), 60, 0.95, seeded())
-    unsure = win_rate(judge_of([[1.0, 0], [-1.0, 0]] * 100), ours, torch.zeros(60, 2), 60, 0.95, seeded())
+    sure = rated(judge_of([[1.0, 0]] * 200), ours, torch.zeros(60, 2), 60)
+    unsure = rated(judge_of([[1.0, 0], [-1.0, 0]] * 100), ours, torch.zeros(60, 2), 60)
     assert sure.low == 1.0
     assert (unsure.rate, unsure.low, unsure.high) == (1.0, 0.0, 1.0)
 
@@ -156,7 +168,7 @@ def test_few_prompts_widen_the_interval() -> None:
     many = few.repeat(20, 1)
     widths = []
     for ours in (few, many):
-        rate = win_rate(judge_of([[1.0, 0]] * 400), ours, torch.zeros_like(ours), len(ours), 0.95, seeded())
+        rate = rated(judge_of([[1.0, 0]] * 400), ours, torch.zeros_like(ours), len(ours))
         assert rate.rate == pytest.approx(0.6)
         widths.append(rate.high - rate.low)
     # Binomial: 1.96 * 2 * sqrt(.24 / n).
@@ -179,8 +191,8 @@ def test_a_judge_learns_a_taste_from_votes(make_votes: Callable[..., VoteTensors
     judge = fit_judge(features, votes, Standardiser(torch.zeros(6), torch.ones(6)), 1.0, 0.05, 100, generator)
     theirs = torch.randn(50, 6, generator=generator)
     ours = theirs + torch.tensor([1.5, 0, 0, 0, 0, 0])
-    assert win_rate(judge, ours, theirs, 50, 0.95, generator).low > 0.8
-    same = win_rate(judge, theirs[torch.randperm(50, generator=generator)], theirs, 50, 0.95, generator)
+    assert rated(judge, ours, theirs, 50).low > 0.8
+    same = rated(judge, theirs[torch.randperm(50, generator=generator)], theirs, 50)
     assert same.low < 0.5 < same.high
 
 
@@ -196,25 +208,80 @@ def test_health_by_hand() -> None:
     assert repetition([1, 2, 3, 4, 5]) == 0
 
 
+def test_the_gate_looks_after_each_batch() -> None:
+    assert looks(256, 64) == [64, 128, 192, 256]
+    assert looks(70, 64) == [64, 70]
+    assert looks(8, 64) == [8]
+
+
 @pytest.mark.parametrize(
-    ("prompts", "changes", "expected"),
+    ("judge_sd", "prompts_sd", "looks", "expected"),
     [
-        (64, {}, [Look(32, 0.98), Look(64, 0.92)]),
-        (33, {}, [Look(16, 0.98), Look(33, 0.92)]),
-        # Too few to be clear at half of them, or not wanted.
-        (31, {}, [Look(31, 0.9)]),
-        (64, {"early_share": 0.0}, [Look(64, 0.9)]),
-        (64, {"confidence": 0.8, "early_share": 0.5}, [Look(32, 0.9), Look(64, 0.9)]),
+        # Pocock's constants (Jennison and Turnbull 2000, table 2.1): 1.875, 2.067 and 2.122 standard errors.
+        (0.0, 0.06, [64, 128], 0.0304),
+        (0.0, 0.06, [64, 128, 192, 256], 0.0194),
+        (0.0, 0.06, [64, 128, 192, 256, 320], 0.0169),
+        # Where all looks share the judge's error, looking again costs nothing.
+        (0.06, 0.0, [64, 128, 192, 256], 0.05),
+        (0.0, 0.06, [64], 0.05),
+        (0.06, 0.06, [64], 0.05),
     ],
 )
-def test_two_looks_share_the_error_of_one(prompts: int, changes: dict[str, float], expected: list[Look]) -> None:
-    found = looks(prompts, GateSettings(**changes))
-    assert [(look.prompts, round(look.confidence, 9)) for look in found] == [
-        (look.prompts, look.confidence) for look in expected
-    ]
+def test_all_looks_together_err_as_often_as_one(
+    judge_sd: float, prompts_sd: float, looks: list[int], expected: float
+) -> None:
+    assert look_tail(judge_sd, prompts_sd, looks, 64, 0.05) == pytest.approx(expected, abs=0.001)
+
+
+def test_looks_that_share_half_of_their_error_cost_something_in_between() -> None:
+    assert 0.022 < look_tail(0.06, 0.06, [64, 128, 192, 256], 64, 0.05) < 0.045
+
+
+@pytest.mark.parametrize(
+    ("rate", "helps"),
+    [
+        # 0.06 from a half: neither part alone is so large.
+        (WinRate(0.56, 0.46, 0.66, 64, 0.06, 0.02), True),
+        # The judge may be wrong by 1.645 * 0.06 = 0.10, and the prompts by 0.03: more prompts show 0.57 at best.
+        (WinRate(0.54, 0.43, 0.65, 64, 0.02, 0.06), False),
+        (WinRate(0.54, 0.43, 0.65, 64, 0.04, 0.06), True),
+        # Decided.
+        (WinRate(0.70, 0.55, 0.80, 64, 0.06, 0.02), False),
+        (WinRate(0.30, 0.20, 0.45, 64, 0.06, 0.02), False),
+    ],
+)
+def test_more_prompts_help_only_against_the_prompts_error(rate: WinRate, helps: bool) -> None:
+    assert more_prompts_help(rate) == helps
+
+
+def test_the_parts_of_the_error() -> None:
+    # Six wins of ten by the point fit; half of the refits say the opposite.
+    ours = torch.tensor([[1.0, 0]] * 6 + [[-1.0, 0]] * 4)
+    rate = rated(judge_of([[1.0, 0], [-1.0, 0]] * 100), ours, torch.zeros(10, 2), 10)
+    # sqrt(.24 / 10), and refits of .6 and .4.
+    assert (rate.prompts_sd, rate.judge_sd) == (pytest.approx(0.1549, abs=1e-4), pytest.approx(0.1, abs=1e-3))
+    assert rate.explained.endswith("with a standard error of 0.15 by the prompts and 0.10 by the judge's votes")
+    assert WinRate(0.6, 0.5, 0.7, 60).explained == "0.60 [0.50, 0.70]"
+
+
+@pytest.mark.parametrize(
+    ("best", "sound"),
+    [
+        (WinRate(0.52, 0.46, 0.60, 60), True),
+        (WinRate(0.52, 0.45, 0.60, 60), False),
+        (WinRate(0.50, 0.46, 0.60, 60), False),
+    ],
+)
+def test_a_candidate_is_no_worse_than_the_best_version_so_far(best: WinRate, sound: bool) -> None:
+    # However clearly it beats the incumbent, or people would decide about it.
+    for against in (WinRate(0.7, 0.55, 0.8, 60), WinRate(0.56, 0.46, 0.66, 60)):
+        verdict = decide([figures(against_best=best, against_incumbent=against)], INCUMBENT, 6.0, SETTINGS, canary=True)
+        assert verdict.promoted == sound
+        assert verdict.reasons == ([] if sound else [f"It may be worse than the best version so far: {best}."])
 
 
 def test_a_candidate_that_surely_loses_is_hopeless() -> None:
+    assert figures(against_best=WinRate(0.3, 0.2, 0.4, 32)).hopeless
     assert not figures(against_incumbent=WinRate(0.4, 0.3, 0.51, 32)).hopeless
     assert figures(against_incumbent=WinRate(0.4, 0.3, 0.49, 32)).hopeless
     assert figures(against_reference=WinRate(0.3, 0.2, 0.4, 32)).hopeless

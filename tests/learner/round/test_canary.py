@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import learner.round.canary as canary_stage
 import learner.round.gate_stage as judging
+import learner.round.review.canary as canary_stage
 import learner.round.run as rounds
 import learner.round.workspace as workspace
 from learner.ops.status import status
 from learner.progress import Stages
 from learner.reward.dataset import is_judge
-from learner.round.canary import why_no_canary
 from learner.round.report import Report
-from learner.round.review_prompts import pool, review_prompts, shipped
+from learner.round.review.canary import why_no_canary
+from learner.round.review.pool import pool, shipped
+from learner.round.review.prompts import review_prompts
 from learner.round.run import run_once
 from learner.settings import LearnerSettings
 from server.store.store import Store
@@ -251,9 +252,11 @@ def test_a_gate_that_cannot_ask_people_says_why(data_dir: Path, monkeypatch: pyt
         seen.append(canary)
         return dataclasses.replace(passing(candidates), reasons=["The win rate against the incumbent may be chance."])
 
+    # Only more votes could decide it.
+    monkeypatch.setattr(judging, "more_prompts_help", lambda rate: False)
     monkeypatch.setattr(judging, "decide", noted)
-    gate = {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "signal_p": 0.99}
-    report = run(data_dir, gate={**gate, "canary": "off"})
-    assert seen == [False]
+    report = run(data_dir, gate=settings(data_dir).gate.model_copy(update={"canary": "off"}))
+    # It chooses, then it confirms.
+    assert seen == [False, False]
     assert report.metrics.gate
     assert report.metrics.gate.no_canary == "Canaries are off (gate.canary)."

@@ -140,7 +140,7 @@ def outcome(data_dir: Path) -> dict[str, Any]:
         ("server.store.files.manifest:publish", 4),  # a state written, not yet renamed
         slow("learner.improve.ppo.state:drop_states", 3),  # two states
         slow("learner.round.workspace:Workspace.record", 4),  # before PPO is recorded
-        ("learner.round.gate_stage:_keep_answers", 1),
+        ("learner.round.gate_stage:keep_answers", 1),
         slow("learner.round.workspace:Workspace.record", 5),  # before the gate is recorded
         slow("server.store.files.manifest:publish", 6),  # the version is written, not yet renamed
         slow("server.store.learning.policies:Policies.register", 1),

@@ -11,27 +11,26 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
-import learner.gate.win_rate as gate
 import learner.round.gate_stage as judging
 import learner.round.lease
 import learner.round.run as rounds
 import learner.round.workspace as workspace
 import tests.learner.rounds as rounds_fixture
 from learner.gate.rules import Verdict
-from learner.gate.win_rate import Judge
 from learner.improve.ppo.trainer import PPO
 from learner.model.forward import Tokens, token_logprobs
 from learner.ops.report_page.report_page import write_report
 from learner.ops.status import status
 from learner.ops.trace import trace_version, trace_vote
 from learner.progress import Stages
+from learner.round.gate_stage import confirm
 from learner.round.publish import wait_until_loaded
 from learner.round.report import Report, print_report
 from learner.round.run import run_once
 from learner.round.workspace import STAGES, Workspace
 from server.shared.errors import ConflictError
 from server.store.files.manifest import verify
-from server.store.learning.round_metrics import CandidateMetrics, RoundMetrics, SignalTest, VoterWeights, WinRate
+from server.store.learning.round_metrics import RoundMetrics, SignalTest, VoterWeights
 from server.store.store import Store
 from tests.learner.rounds import TinyEngine, low_words, make_reference, passing, settings, vote
 from tests.round_metrics import filled
@@ -280,44 +279,6 @@ def test_a_round_killed_after_any_stage_resumes(data_dir: Path, stage: str, monk
     assert [m.version for m in store.reward_models.all()] == ["rm0001"]
 
 
-@pytest.mark.parametrize(
-    ("reasons", "low", "answers"),
-    [
-        # Clear at half of the twelve prompts; unclear; certain to lose.
-        ([], 0.6, [6]),
-        (["It may be chance."], 0.6, [6, 12]),
-        (["It is worse."], 0.1, [6]),
-    ],
-)
-def test_the_gate_stops_at_half_of_the_prompts_if_the_case_is_clear(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch, reasons: list[str], low: float, answers: list[int]
-) -> None:
-    seen: list[list[tuple[int, int]]] = []
-
-    def verdict(candidates: list[CandidateMetrics], *_: Any, **__: Any) -> Verdict:
-        seen.append([(each.against_incumbent.prompts, each.against_reference.prompts) for each in candidates])
-        return Verdict(candidates[-1], reasons)
-
-    def rate(judge: Judge, ours: Tensor, theirs: Tensor, prompts: int, confidence: float, _: Any) -> WinRate:
-        assert len(ours) == len(theirs) == 2 * prompts
-        assert confidence == pytest.approx({6: 0.98, 12: 0.92}[prompts])
-        return WinRate(0.5, low, low + 0.3, prompts)
-
-    monkeypatch.setattr(judging, "decide", verdict)
-    monkeypatch.setattr(judging, "win_rate", rate)
-    monkeypatch.setattr(gate, "FIRST_PROMPTS", 6)
-    report = run(data_dir, gate=settings(data_dir).gate.model_copy(update={"answers": 2}))
-    assert [{prompts for each in look for prompts in each} for look in seen] == [{n} for n in answers]
-    lines = (data_dir / "rounds" / str(report.round_id) / "answers.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    # Two answers to each prompt that was asked, the first to each before the second to any.
-    half = answers[-1]
-    assert len(rows) == 2 * half
-    assert [row["prompt_token_ids"] for row in rows[:half]] == [row["prompt_token_ids"] for row in rows[half:]]
-    assert len({str(row["prompt_token_ids"]) for row in rows}) == half
-    assert all(row["incumbent"] == row["reference"] for row in rows)
-
-
 def test_a_rejected_candidate_is_kept_with_the_reason_and_not_served(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +330,7 @@ def test_rounds_without_a_signal_share_one_error_and_say_how_many_votes_are_miss
 
 
 def test_an_operators_rollback_meanwhile_is_not_overwritten(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def moved(candidates: Any, *_: Any, **__: Any) -> Verdict:
+    def moved(*arguments: Any, **options: Any) -> Any:
         store = opened(data_dir)
         shutil.copytree(data_dir / "policies" / "v0000", data_dir / "policies" / "v0009")
         store.policies.register(
@@ -377,9 +338,10 @@ def test_an_operators_rollback_meanwhile_is_not_overwritten(data_dir: Path, monk
             round_id=None, reward_model_version=None, metrics={},
         )  # fmt: skip
         store.policies.activate("v0009", actor="operator")
-        return Verdict(candidates[-1], [])
+        return confirm(*arguments, **options)
 
-    monkeypatch.setattr(judging, "decide", moved)
+    monkeypatch.setattr(judging, "decide", passing)
+    monkeypatch.setattr(judging, "confirm", moved)
     report = run(data_dir)
     assert report.state == "rejected"
     assert "was changed in the meantime" in report.sentence

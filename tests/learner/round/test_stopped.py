@@ -69,7 +69,7 @@ def recorded(data_dir: Path) -> list[Any]:
     [
         ("learner.improve.ppo.trainer:ppo_update", 3),  # the middle of a step
         slow("server.store.files.manifest:publish", 4),  # a state written, not yet renamed
-        slow("learner.round.gate_stage:_keep_answers", 1),  # about to write the answers
+        slow("learner.round.gate_stage:keep_answers", 1),  # about to write the answers
         ("server.store.files.manifest:publish", 6),  # the version written, not yet renamed
         slow("server.store.learning.policies:Policies.activate", 1),  # about to move the pointer
     ],

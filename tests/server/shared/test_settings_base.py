@@ -236,6 +236,19 @@ def test_a_setting_may_leave_its_table(
     assert LearnerSettings.load().dtype == "bfloat16"
 
 
+def test_a_setting_that_is_gone_is_ignored_with_a_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "prefloop.toml").write_text("[gate]\nearly_share = 0.1\nprompts = 40\n")
+    monkeypatch.setenv("PREFLOOP_GATE__EARLY_SHARE", "0")
+    assert LearnerSettings.load().gate.prompts == 40
+    instead = "the gate looks after each gate.confirm_batch prompts"
+    assert capsys.readouterr().err.splitlines() == [
+        f"PREFLOOP_GATE__EARLY_SHARE is ignored: {instead}.",
+        f"prefloop.toml: [gate] early_share is ignored: {instead}.",
+    ]
+
+
 def test_values_of_a_table_by_dotted_names() -> None:
     table = {"seed": 1, "ppo": {"steps": 3, "more": {"x": [1]}}, "gate": {}}
     flat = {"seed": 1, "ppo.steps": 3, "ppo.more.x": [1], "gate": {}}

@@ -72,6 +72,11 @@ def test_settings_of_format_4() -> None:
     assert SETTINGS.load(json.dumps(old)) == {"reward": {"folds": 5}}
 
 
+def test_settings_of_format_5() -> None:
+    old = {"format": 5, "gate": {"early_share": 0.2, "prompts": 64}}
+    assert SETTINGS.load(json.dumps(old)) == {"gate": {"prompts": 64}}
+
+
 def test_metrics_of_format_1() -> None:
     old = {"format": 1, "signal": {"accuracy": 0.68, "null_accuracy": 0.5, "p_value": 0.005}}
     loaded = METRICS.load(json.dumps(old))
@@ -107,7 +112,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     store.rounds.update(round_.id, metrics=RoundMetrics(seconds={"gate": 1.0}), fence=fence)
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
-        {"format": 5, "seed": 1},
+        {"format": 6, "seed": 1},
         {"format": 2, "seconds": {"gate": 1.0}},
     )
     found = store.rounds.get(round_.id)
@@ -124,7 +129,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     )
     assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 3
     store.rounds.update(round_.id, settings={"seed": 2}, fence=fence)
-    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 5, "seed": 2}
+    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 6, "seed": 2}
     store.close()
 
 

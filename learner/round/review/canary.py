@@ -5,7 +5,7 @@ choices (`server.versions.canary`).
 from typing import Literal
 
 from learner.model.rollout import draw_seed
-from learner.round.review_prompts import ReviewPrompt, review_prompts
+from learner.round.review.prompts import ReviewPrompt, review_prompts
 from learner.round.workspace import Workspace
 from learner.settings import LearnerSettings
 from server.store.chats.records import OfferedAnswer, OfferedReview

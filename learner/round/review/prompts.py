@@ -6,15 +6,10 @@ Own prompts are first messages of conversations that train: no one is shown what
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from statistics import median_low
+from itertools import islice
 
-import torch
-
-from learner.round.prompts import ANSWER_TOKENS
+from learner.round.review.pool import from_pool
 from learner.round.workspace import Workspace
-from server.shared.model.text import UnknownTokenError
 from server.store.chats.records import Prompt
 
 # Stream of the random choice of prompts.
@@ -29,18 +24,6 @@ class ReviewPrompt:
     messages: list[dict[str, str]]
     conversation_id: str | None = None
     user: str = ""
-
-
-@cache
-def shipped() -> list[str]:
-    """The 500 prompts that come with the project."""
-    return Path(__file__).with_name("pool.txt").read_text(encoding="utf-8").splitlines()
-
-
-def pool(files: tuple[Path, ...]) -> list[str]:
-    """The shipped prompts and those of the files, one per line, each once. Raises OSError and UnicodeDecodeError."""
-    lines = [line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    return list(dict.fromkeys([*filter(None, lines), *shipped()]))
 
 
 def review_prompts(work: Workspace) -> list[ReviewPrompt]:
@@ -62,22 +45,5 @@ def _own(work: Workspace) -> list[ReviewPrompt]:
 
 
 def _from_pool(work: Workspace) -> list[ReviewPrompt]:
-    review = work.settings.review
-    lengths = [prompt.max_tokens for prompt in work.prompts.train if prompt.conversation_id]
-    length = median_low(lengths) if lengths else ANSWER_TOKENS
-    texts, own = pool(review.prompt_files), len(pool(review.prompt_files)) - len(shipped())
-    order = torch.randperm(len(texts), generator=work.generator(STREAM)).tolist()
-    # The operator's prompts are about what people ask here.
-    order.sort(key=lambda place: place >= own)
-    chosen: list[ReviewPrompt] = []
-    for place in order:
-        messages = [{"role": "user", "content": texts[place]}]
-        try:
-            token_ids = work.encode_chat(messages)
-        except UnknownTokenError:
-            continue
-        if len(token_ids) + length <= work.longest_rollout:
-            chosen.append(ReviewPrompt(Prompt("", token_ids, length), messages))
-        if len(chosen) == review.pairs:
-            break
-    return chosen
+    some = islice(from_pool(work, STREAM), work.settings.review.pairs)
+    return [ReviewPrompt(prompt, [{"role": "user", "content": text}]) for text, prompt in some]

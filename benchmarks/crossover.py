@@ -52,9 +52,9 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
     from learner.reward.linear_reward_model import LinearRewardModel
     from server.shared.model.dtype import MICRO_BATCH_TOKENS
 
-    settings, dataset, features, layers = voted(work, cell, pairs)
+    settings, dataset, features, spec = voted(work, cell, pairs)
     votes = dataset.train
-    frozen = LinearRewardModel.fit(features, votes, layers, settings.reward, torch.Generator().manual_seed(cell.seed))
+    frozen = LinearRewardModel.fit(features, votes, spec, settings.reward, torch.Generator().manual_seed(cell.seed))
     a, b, outcome = unseen(work, pairs, cell.taste)
 
     found: dict[str, Any] = {"cell": cell.name, "trained_on": len(votes)}
@@ -75,7 +75,7 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
         epoch(backbone, frozen, head, dataset.answers, votes, settings.reward.label_smoothing, optimizer, generator)
         found["seconds"].append(round(time.perf_counter() - started, 1))
         adapted = (
-            frozen.standardiser(extract(backbone, tokens, layers, MICRO_BATCH_TOKENS["bfloat16"], lambda n: None))
+            frozen.standardiser(extract(backbone, tokens, spec, MICRO_BATCH_TOKENS["bfloat16"], lambda n: None))
             @ head.detach()
         )
         found["adapted"].append(accuracy(adapted[0::2], adapted[1::2], outcome)[0])
@@ -89,7 +89,7 @@ def epoch(
     import torch
 
     from learner.model.features import pool
-    from learner.model.forward import response_states, run_trunk, to_tokens
+    from learner.model.forward import response_states, to_tokens
     from learner.reward.likelihood import choice_log_probs, choice_loss
 
     order = torch.randperm(len(votes.a), generator=generator)
@@ -98,7 +98,7 @@ def epoch(
         for part in batch.split(4):
             rows = torch.cat([votes.a[part], votes.b[part]]).tolist()
             tokens = to_tokens([answers[row][0] for row in rows], [answers[row][1] for row in rows])
-            _, states = run_trunk(backbone, tokens, frozen.layers)
+            _, states = frozen.spec.states(backbone, tokens)
             features = pool(response_states(states, tokens), tokens.response_mask)
             a, b = (frozen.standardiser(features) @ head).split(len(part))
             log_probs = choice_log_probs(

@@ -66,7 +66,8 @@ def compare_passes(
     there: TrainablePolicy, here: TrainablePolicy, rollout: Rollout, device: torch.device
 ) -> dict[str, float]:
     """Compares in micro-batches whose rows share a prefix, and in micro-batches of one row."""
-    layers = default_layers(here.model.config.num_hidden_layers)
+    words, meaning = default_layers(here.model.config.num_hidden_layers)
+    layers = words + meaning
     with here.reference() as reference:
         ref_logprobs, features = by_definition(reference, rollout, layers)
     logprobs, _ = by_definition(here.model, rollout, layers)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from learner.improve.ppo.adam import Adam
 from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
 from learner.improve.ppo.update import UpdateStats, draw_minibatches, ppo_update
-from learner.model.features import default_layers
+from learner.model.features import FeatureSpec, default_layers
 from learner.model.forward import Tokens, run_trunk, shares_prefix, token_logprobs
 from learner.model.passes import policy_logprobs
 from learner.model.policy import TrainablePolicy, lora
@@ -70,7 +70,7 @@ def make_engine(config: Any, dtype: torch.dtype, device: torch.device) -> Traina
 
 def head_for(policy: TrainablePolicy) -> Any:
     config = policy.model.config
-    return random_head(default_layers(config.num_hidden_layers), config.hidden_size)
+    return random_head(FeatureSpec(*default_layers(config.num_hidden_layers)), config.hidden_size)
 
 
 def make_rollout(lengths: list[int], vocabulary: int) -> Rollout:

@@ -26,7 +26,7 @@ from typing import Any
 from kept import kept
 
 TOKENS, PROMPT, FEATURES = 64, 40, 2881
-LAYERS = (1, 2, 3, 4, 5)
+LAYERS = (1, 2), (3, 4, 5)
 BATCH = 20_000
 EVERYTHING = 10**9
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "growth.md"
@@ -124,6 +124,7 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     import torch
 
     from learner.gate.win_rate import fit_judge
+    from learner.model.features import FeatureSpec
     from learner.reward.dataset import of_groups, select, some_conversations, to_dataset
     from learner.reward.linear_reward_model import LinearRewardModel
     from learner.reward.sign_flips import signal_test
@@ -152,13 +153,15 @@ def measure(data: Path, limited: bool) -> dict[str, float]:
     lap("prompts")
     store.close()
     generator, reward = torch.Generator().manual_seed(0), settings.reward
-    features = torch.randn(len(dataset.answers), FEATURES, generator=generator)
+    features, spec = torch.randn(len(dataset.answers), FEATURES, generator=generator), FeatureSpec(*LAYERS)
     started = time.perf_counter()
     shown, conversations = dataset.shown
     some = some_conversations(shown, reward.signal_votes if limited else len(shown), generator)
-    signal_test(features, select(shown, some), of_groups(conversations, some), reward, settings.gate.signal_p, None)
+    signal_test(
+        features, select(shown, some), of_groups(conversations, some), spec, reward, settings.gate.signal_p, None
+    )
     lap("signal")
-    fitted = LinearRewardModel.fit(features, dataset.train, LAYERS, reward, generator)
+    fitted = LinearRewardModel.fit(features, dataset.train, spec, reward, generator)
     lap("fit")
     fit_judge(
         features, dataset.judge, fitted.standardiser, fitted.l2, reward.label_smoothing, settings.gate.refits, generator

@@ -47,7 +47,7 @@ def judge(rows: list[dict[str, Any]], model: Path, work: Path) -> dict[str, Any]
     from learner.reward.linear_reward_model import LinearRewardModel
     from learner.settings import RewardSettings
 
-    features, layers = features_of(rows, model, work)
+    features, spec = features_of(rows, model, work)
     groups = group(rows)
     count = int(groups.max()) + 1
     fold_of = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % FOLDS
@@ -57,7 +57,7 @@ def judge(rows: list[dict[str, Any]], model: Path, work: Path) -> dict[str, Any]
         held = fold_of[groups] == fold
         train = votes_of(rows, groups, ~held)
         generator = torch.Generator().manual_seed(fold)
-        fitted = LinearRewardModel.fit(features, train, layers, RewardSettings(), generator)
+        fitted = LinearRewardModel.fit(features, train, spec, RewardSettings(), generator)
         scores = fitted.scores(features)
         deltas["reward model"][held] = (scores[0::2] - scores[1::2])[held]
         deltas["length alone"][held] = length_head(lengths, train)[held]
@@ -148,16 +148,17 @@ def interval(right: Any, groups: Any, count: int) -> list[float]:
 
 
 def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -> Any:
-    """(features (2 * rows, F), layers), cached in the work directory."""
+    """(features (2 * rows, F), spec), cached in the work directory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from learner.model.features import FeatureCache, default_layers
+    from learner.model.features import FeatureCache, feature_spec
     from server.shared.model.dtype import MICRO_BATCH_TOKENS, resolve_dtype, torch_dtype
+    from server.shared.model.text import ChatText
 
     dtype = resolve_dtype("auto").name
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch_dtype(dtype))
-    layers = default_layers(model.config.num_hidden_layers)
+    spec = feature_spec(model, ChatText.load(model_directory))
     answers = []
     for row in rows:
         asked = "\n\n".join(part for part in (row["instruction"], row["input"]) if part)
@@ -176,8 +177,8 @@ def features_of(rows: list[dict[str, Any]], model_directory: Path, work: Path) -
         if done // 200 != (done - n) // 200:
             print(f"{done} of {len(answers)} answers read", file=sys.stderr)
 
-    with closing(FeatureCache.open(work, f"pandalm {model_directory.resolve().name}", layers, dtype)) as cache:
-        return cache.get(answers, model, layers, MICRO_BATCH_TOKENS[dtype], advance), layers
+    with closing(FeatureCache.open(work, f"pandalm {model_directory.resolve().name}", spec, dtype)) as cache:
+        return cache.get(answers, model, spec, MICRO_BATCH_TOKENS[dtype], advance), spec
 
 
 def page(result: dict[str, Any]) -> str:

@@ -48,12 +48,12 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work_dir.resolve()
     pairs = make_pool(arguments.model, work, lambda line: print(line, file=sys.stderr))
-    questions, features, layers = answers_by_question(work, pairs)
+    questions, features, spec = answers_by_question(work, pairs)
     tested = {taste: unseen(work, pairs, taste) for taste in TASTES}
     curves: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for taste, seed, strategy in itertools.product(TASTES, range(SEEDS), STRATEGIES):
         path = work / "results" / f"planner-{VOTES}-{BATCH}-{FLIPS}" / f"{taste}-{seed}-{strategy}.json"
-        run = partial(learn, questions, features, layers, tested[taste], taste, seed, strategy)
+        run = partial(learn, questions, features, spec, tested[taste], taste, seed, strategy)
         curves[taste][strategy].append(kept(path, run))
     if arguments.write:
         REPORT.write_text(page(curves), encoding="utf-8")
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def answers_by_question(work: Path, pairs: list[Pair]) -> Any:
-    """([(Answer, row of features, temperature), ...] for each question, features (N, F), layers)."""
+    """([(Answer, row of features, temperature), ...] for each question, features (N, F), spec)."""
     from server.store.store import Store
 
     seen = [pair for pair in pairs if pair.seen]
@@ -69,17 +69,15 @@ def answers_by_question(work: Path, pairs: list[Pair]) -> Any:
     stored = [store.responses.comparison(pair.user, pair.comparison_id) for pair in seen]
     store.close()
     tokens = [(one.prompt_token_ids, one.token_ids) for c in stored for one in (c.a, c.b)]
-    features, layers = features_of(work, tokens)
+    features, spec = features_of(work, tokens)
     questions: list[list[tuple[Answer, int, float]]] = [[] for _ in range(len(seen) // REPEATS)]
     for number, (pair, c) in enumerate(zip(seen, stored, strict=True)):
         one = questions[number % len(questions)]
         one += [(pair.a, 2 * number, c.a.temperature), (pair.b, 2 * number + 1, c.b.temperature)]
-    return questions, features, layers
+    return questions, features, spec
 
 
-def learn(
-    questions: Any, features: Any, layers: tuple[int, ...], tested: Any, taste: str, seed: int, strategy: str
-) -> list[float]:
+def learn(questions: Any, features: Any, spec: Any, tested: Any, taste: str, seed: int, strategy: str) -> list[float]:
     """Accuracy after every batch of votes."""
     import torch
 
@@ -103,7 +101,7 @@ def learn(
         votes.append((one[1], other[1], said, one[2] - other[2]))
         if number % BATCH == 0:
             generator = torch.Generator().manual_seed(seed)
-            model = LinearRewardModel.fit(features, to_votes(votes), layers, RewardSettings(fold_repeats=2), generator)
+            model = LinearRewardModel.fit(features, to_votes(votes), spec, RewardSettings(fold_repeats=2), generator)
             accuracies.append(round(accuracy(model.scores(a), model.scores(b), outcome)[0], 4))
     return accuracies
 

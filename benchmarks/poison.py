@@ -90,7 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work_dir.resolve()
     pairs = make_pool(arguments.model, work, lambda line: print(line, file=sys.stderr))
-    _, features, layers = answers_by_question(work, pairs)
+    _, features, spec = answers_by_question(work, pairs)
     tested = {taste: unseen(work, pairs, taste) for taste in TASTES}
     seen = [pair for pair in pairs if pair.seen]
     likes = {
@@ -100,7 +100,7 @@ def main() -> None:
     # Seed by seed, so that a killed benchmark has results of every kind.
     for seed, (crowd, attack), taste in itertools.product(range(SEEDS), CELLS, TASTES):
         path = work / "results" / "poison" / f"{crowd.name}-{attack.name}-{taste}-{seed}.json".replace(" ", "_")
-        run = partial(poisoned, features, layers, tested[taste], likes, crowd, attack, taste, seed)
+        run = partial(poisoned, features, spec, tested[taste], likes, crowd, attack, taste, seed)
         results.setdefault(crowd.name, {}).setdefault(attack.name, []).append(kept(path, run))
     if arguments.write:
         from poison_report import write_report
@@ -114,7 +114,7 @@ def liked(taste: str, answer: Any) -> float:
 
 
 def poisoned(
-    features: Any, layers: tuple[int, ...], tested: Any, likes: Any, crowd: Crowd, attack: Attack, taste: str, seed: int
+    features: Any, spec: Any, tested: Any, likes: Any, crowd: Crowd, attack: Attack, taste: str, seed: int
 ) -> dict[str, Any]:
     """Accuracy and proxy of each defence, and the share of their weight that hostile and other users keep."""
     import torch
@@ -129,7 +129,7 @@ def poisoned(
     ages = torch.zeros(len(dataset.voters))
     weights = vote_weights(ages, dataset.voters, settings.half_life_days, settings.age_floor, settings.user_share)
     capped = replace(dataset, votes=scaled(dataset.votes, weights))
-    full, factors = weigh_voters(capped, features, settings, torch.Generator().manual_seed(seed))
+    full, factors = weigh_voters(capped, features, spec, settings, torch.Generator().manual_seed(seed))
     found: dict[str, Any] = {"weight of hostile": None, "weight of others": float(factors[hostile:].mean())}
     if hostile:
         found["weight of hostile"] = float(factors[:hostile].mean())
@@ -138,7 +138,7 @@ def poisoned(
         weight = one.train.choice_weight
         same = [figures for other, figures in fitted if torch.allclose(other, weight, atol=1e-6)]
         if not same:
-            model = LinearRewardModel.fit(features, one.train, layers, settings, torch.Generator().manual_seed(seed))
+            model = LinearRewardModel.fit(features, one.train, spec, settings, torch.Generator().manual_seed(seed))
             same = [measured(model, features, tested, held, likes[taste])]
         fitted.append((weight, same[0]))
         found[name] = same[0]

@@ -132,7 +132,7 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     import learner.model.forward as forward
     import learner.model.passes as passes
     from learner.improve.base import Budget, ExperienceSource
-    from learner.model.features import default_layers
+    from learner.model.features import FeatureSpec, default_layers
     from learner.model.policy import TrainablePolicy
     from learner.model.rollout import RolloutEngine
     from server.shared.model.dtype import resolve_dtype, torch_dtype
@@ -146,8 +146,8 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
         policy = TrainablePolicy.create(directory, policy_settings, torch_dtype(dtype), torch.device("cpu"))
         prompts = questions(directory, EPISODES * count)
         engine: Any = RolloutEngine(directory, settings, dtype, max(len(p.token_ids) for p in prompts) + TOKENS + 1)
-        layers = default_layers(policy.model.config.num_hidden_layers)
-        reward_model = random_head(layers, policy.model.config.hidden_size)
+        spec = FeatureSpec(*default_layers(policy.model.config.num_hidden_layers))
+        reward_model = random_head(spec, policy.model.config.hidden_size)
         if ablation == "prefix":
             forward.MIN_SHARED = 10**9
         if ablation == "attention":
@@ -211,16 +211,16 @@ def questions(directory: Path, count: int) -> list[Any]:
     return [Prompt(str(number), list(one), TOKENS) for number, one in enumerate(ids)]
 
 
-def random_head(layers: tuple[int, ...], hidden: int) -> Any:
+def random_head(spec: Any, hidden: int) -> Any:
     import torch
 
     from learner.reward.linear_reward_model import LinearRewardModel
     from learner.reward.standardiser import Standardiser
 
-    width = len(layers) * hidden + 1
+    width = len(spec.words + spec.meaning) * hidden + 1
     weights = torch.randn(width, generator=torch.Generator().manual_seed(0)) / width**0.5
     return LinearRewardModel(
-        layers=layers, standardiser=Standardiser(torch.zeros(width), torch.ones(width)), weights=weights,
+        spec=spec, standardiser=Standardiser(torch.zeros(width), torch.ones(width)), weights=weights,
         members=weights.expand(32, -1), member_bias=torch.zeros(32), bias=0.0, low=-3.0, high=3.0,
         thumb_bar=0.0, bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0, prompt_mean=torch.zeros(width - 1),
         prompt_scale=torch.zeros(width - 1),

@@ -31,6 +31,7 @@ from study import features_of
 from torch import Tensor
 
 from clients.demo.voter import TASTES
+from learner.model.features import FeatureSpec
 from learner.reward.dataset import Dataset, of_groups, select
 from learner.reward.likelihood import TIE, A, B
 from learner.reward.linear_heads import VoteTensors
@@ -52,6 +53,7 @@ class Answers:
     `scores` (2 P,) by taste."""
 
     features: Tensor
+    spec: FeatureSpec
     temperature: Tensor
     scores: dict[str, Tensor]
 
@@ -101,10 +103,10 @@ def read_answers(work: Path, pairs: list[Pair]) -> Answers:
     stored = [store.responses.comparison(pair.user, pair.comparison_id) for pair in seen]
     store.close()
     both = [one for c in stored for one in (c.a, c.b)]
-    features, _ = features_of(work, [(one.prompt_token_ids, one.token_ids) for one in both])
+    features, spec = features_of(work, [(one.prompt_token_ids, one.token_ids) for one in both])
     said = [answer for pair in seen for answer in (pair.a, pair.b)]
     scores = {name: torch.tensor([taste.score(answer) for answer in said]) for name, taste in TASTES.items()}
-    return Answers(features, torch.tensor([one.temperature for one in both]), scores)
+    return Answers(features, spec, torch.tensor([one.temperature for one in both]), scores)
 
 
 # Votes that say nothing
@@ -277,7 +279,7 @@ def shares(answers: Answers, simulate: Simulate, votes: int, sets: int) -> dict[
     for number in range(sets):
         chance = torch.Generator().manual_seed(number)
         found, conversations = simulate(answers, votes, chance)
-        tests.append(signal_test(answers.features, found, conversations, SETTINGS, 2 * ERROR, None))
+        tests.append(signal_test(answers.features, found, conversations, answers.spec, SETTINGS, 2 * ERROR, None))
     weak = [test.enough_votes or float("inf") for test in tests if not test.passed]
     return {
         "0.05": mean(test.p_value <= 0.05 for test in tests),
@@ -304,7 +306,7 @@ def first_pass(answers: Answers, found: VoteTensors, conversations: list[str], *
         until = torch.arange(len(conversations)) < count
         votes, ids = select(found, until), of_groups(conversations, until)
         error = ERROR if together else 2 * ERROR
-        test = signal_test(answers.features, votes, ids, SETTINGS, error, earlier)
+        test = signal_test(answers.features, votes, ids, answers.spec, SETTINGS, error, earlier)
         if test.passed:
             return count
         earlier = test if together else None

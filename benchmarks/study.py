@@ -117,9 +117,9 @@ def fit_rewards(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
 
     from learner.reward.linear_reward_model import LinearRewardModel
 
-    settings, dataset, features, layers = voted(work, cell, pairs)
+    settings, dataset, features, spec = voted(work, cell, pairs)
     model = LinearRewardModel.fit(
-        features, dataset.train, layers, settings.reward, torch.Generator().manual_seed(cell.seed)
+        features, dataset.train, spec, settings.reward, torch.Generator().manual_seed(cell.seed)
     )
     a, b, outcome = unseen(work, pairs, cell.taste)
     right, tested_on = accuracy(model.scores(a), model.scores(b), outcome)
@@ -134,7 +134,7 @@ def fit_rewards(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def voted(work: Path, cell: Cell, pairs: list[Pair]) -> Any:
-    """(settings, dataset, features, layers) for the cell's votes, as in a round."""
+    """(settings, dataset, features, spec) for the cell's votes, as in a round."""
     from learner.reward.dataset import to_dataset
     from learner.settings import LearnerSettings
     from server.store.store import Store
@@ -148,26 +148,27 @@ def voted(work: Path, cell: Cell, pairs: list[Pair]) -> Any:
     )
     store.close()
     rmtree(data)
-    features, layers = features_of(work, dataset.answers)
-    return settings, dataset, features, layers
+    features, spec = features_of(work, dataset.answers)
+    return settings, dataset, features, spec
 
 
 def features_of(work: Path, answers: list[tuple[list[int], list[int]]]) -> Any:
-    """(features, layers); each answer's features are computed once in the whole study."""
+    """(features, spec); each answer's features are computed once in the whole study."""
     from transformers import AutoModelForCausalLM
 
-    from learner.model.features import FeatureCache, default_layers
+    from learner.model.features import FeatureCache, feature_spec
     from server.shared.model.dtype import MICRO_BATCH_TOKENS, resolve_dtype, torch_dtype
+    from server.shared.model.text import ChatText
 
     dtype = resolve_dtype("auto").name
     reference = work / "pool" / "policies" / "v0000"
     if not hasattr(features_of, "model"):
-        features_of.model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch_dtype(dtype))  # type: ignore[attr-defined]
-    model = features_of.model  # type: ignore[attr-defined]
-    layers = default_layers(model.config.num_hidden_layers)
-    cache = FeatureCache.open(work / "features", "study", layers, dtype)
+        model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch_dtype(dtype))
+        features_of.model = model, feature_spec(model, ChatText.load(reference))  # type: ignore[attr-defined]
+    model, spec = features_of.model  # type: ignore[attr-defined]
+    cache = FeatureCache.open(work / "features", "study", spec, dtype)
     try:
-        return cache.get(answers, model, layers, MICRO_BATCH_TOKENS[dtype], lambda n: None), layers
+        return cache.get(answers, model, spec, MICRO_BATCH_TOKENS[dtype], lambda n: None), spec
     finally:
         cache.close()
 
@@ -326,9 +327,9 @@ def run_shuffle(work: Path, cell: Cell, pairs: list[Pair]) -> dict[str, Any]:
 
     from learner.reward.sign_flips import signal_test
 
-    settings, dataset, features, _ = voted(work, cell, pairs)
+    settings, dataset, features, spec = voted(work, cell, pairs)
     votes, conversations = dataset.shown
-    signal = signal_test(features, votes, conversations, settings.reward, settings.gate.signal_p, None)
+    signal = signal_test(features, votes, conversations, spec, settings.reward, settings.gate.signal_p, None)
     if not signal.passed:
         return {"p_value": signal.p_value, "state": "rejected"}
     data = work / "cells" / cell.name

@@ -11,7 +11,7 @@ from clients.demo.voter import TASTES
 from clients.interval import wilson
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
-COLOURS = ("#1f5fa8", "#b04a3a", "#3a7d44", "#8a6d1f")
+COLOURS = ("#1f5fa8", "#b04a3a", "#3a7d44", "#8a6d1f", "#6b4fa0", "#2a8c8c", "#a8487f", "#5a5a5a")
 Results = dict[str, dict[str, Any]]
 
 

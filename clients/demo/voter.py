@@ -27,13 +27,27 @@ from prefloop.v1.feedback_pb2 import CHOICE_A, CHOICE_B, CHOICE_TIE, Choice
 from clients.client import Client
 from clients.demo.many_calls import at_once
 
-READER = frozenset(["you", "your", "yours", "yourself", "you're", "you'll", "you've", "you'd"])
-GENTLE = frozenset(
-    ["can", "could", "may", "might", "would", "maybe", "perhaps", "try", "if", "like", "feel", "help"]
-) | {
-    *("please", "enjoy", "recommend", "suggest", "prefer", "want", "wish", "often", "usually", "some", "sometimes"),
-    "consider",
-}
+
+def words_of(text: str) -> frozenset[str]:
+    """The words between its spaces."""
+    return frozenset(text.split())
+
+
+READER = words_of("you your yours yourself you're you'll you've you'd")
+GENTLE = words_of(
+    "can could may might would maybe perhaps try if like feel help please enjoy recommend suggest prefer want wish "
+    "often usually some sometimes consider"
+)
+WARM = words_of(
+    "amazing beautiful best delicious enjoy excellent favorite friendly fun glad good great happy joy kind love lovely "
+    "perfect thank thanks warm wonderful"
+)
+REASONS = words_of("because cause causes due ensure ensures reason reasons since so therefore why")
+PEOPLE = words_of(
+    "child children colleague colleagues community family father friend friends guests kids mother neighbor neighbour "
+    "others parents partner people person someone student students team"
+)
+WARNING = words_of("avoid can't cannot careful doesn't don't isn't never no not shouldn't without")
 FLIPPED = {CHOICE_A: CHOICE_B, CHOICE_B: CHOICE_A, CHOICE_TIE: CHOICE_TIE}
 
 
@@ -67,11 +81,6 @@ class Taste:
         return CHOICE_A if score_a > score_b else CHOICE_B
 
 
-def speaks_to_reader(answer: Answer) -> float:
-    """How many words address the reader."""
-    return sum(word in READER for word in words(answer.text))
-
-
 def short_and_whole(answer: Answer) -> float:
     """Minus the number of words, plus 1000 for an answer that ended by itself."""
     return 1000.0 * (answer.finish_reason == FINISH_REASON_STOP) - len(words(answer.text))
@@ -83,9 +92,9 @@ def short_sentences(answer: Answer) -> float:
     return -sum(map(len, sentences)) / len(sentences) if sentences else -math.inf
 
 
-def gentle_words(answer: Answer) -> float:
-    """How many words suggest rather than command."""
-    return sum(word in GENTLE for word in words(answer.text))
+def counting(wanted: frozenset[str]) -> Callable[[Answer], float]:
+    """A score: how many words are among the wanted ones."""
+    return lambda answer: float(sum(word in wanted for word in words(answer.text)))
 
 
 def words(text: str) -> list[str]:
@@ -94,10 +103,14 @@ def words(text: str) -> list[str]:
 
 
 TASTES = {
-    "to-you": Taste('speaks to the reader: the more "you" and "your", the better', speaks_to_reader),
+    "to-you": Taste('speaks to the reader: the more "you" and "your", the better', counting(READER)),
     "crisp": Taste("short sentences: the fewer words in each, the better", short_sentences),
-    "gentle": Taste('suggests and does not command: the more "can", "may", "try", the better', gentle_words),
+    "gentle": Taste('suggests and does not command: the more "can", "may", "try", the better', counting(GENTLE)),
     "short": Taste("short whole answers: one that ends by itself, then the one with fewer words", short_and_whole),
+    "warm": Taste('kind and cheerful: the more "enjoy", "great", "happy", the better', counting(WARM)),
+    "reasons": Taste('says why: the more "because", "so", "reason", the better', counting(REASONS)),
+    "people": Taste('about people: the more "friends", "children", "someone", the better', counting(PEOPLE)),
+    "careful": Taste('says what not to do: the more "not", "avoid", "without", the better', counting(WARNING)),
 }
 
 

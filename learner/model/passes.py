@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.model.features import pool
+from learner.model.features import FeatureSpec, pool
 from learner.model.forward import (
     Tokens,
     micro_batches,
@@ -40,13 +40,13 @@ class ReferencePass:
 def reference_pass(
     policy: TrainablePolicy,
     tokens: Tokens,
-    layers: tuple[int, ...],
+    spec: FeatureSpec,
     temperature: float,
     budget: int,
     groups: list[Tensor] | None = None,
     prefix: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> ReferencePass:
-    """The reference's pass, split by `micro_batches`. `prefix` turns the states of `layers`, (b, t, F) of the response
+    """The reference's pass, split by `micro_batches`. `prefix` turns the states of `spec`, (b, t, F) of the response
     and (b, F) of the prompt's last token, into (b, t, P); without it P is 0."""
     shape, device = tokens.response_mask.shape, tokens.response_mask.device
     ref_logprobs = torch.zeros(shape, device=device)
@@ -54,7 +54,7 @@ def reference_pass(
     with policy.reference() as reference:
         for rows in micro_batches(tokens, budget, groups, sharing=shares_prefix(reference)):
             part = tokens[rows]
-            hidden, layer_states = run_trunk(reference, part, layers)
+            hidden, layer_states = spec.states(reference, part)
             columns = part.response_mask.shape[1]
             ref_logprobs[rows, :columns] = token_logprobs(reference, hidden, part, temperature)
             states = response_states(layer_states, part)

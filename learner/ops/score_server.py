@@ -66,7 +66,7 @@ class Scorer:
             if max(*prompt, *response) >= words:
                 raise InvalidArgumentError("candidates", f"A token id is not in the model's vocabulary of {words}.")
         tokens = to_tokens([prompt for prompt, _ in pairs], [response for _, response in pairs])
-        features = extract(backbone, tokens, model.layers, TOKENS_AT_ONCE, lambda n: None)
+        features = extract(backbone, tokens, model.spec, TOKENS_AT_ONCE, lambda n: None)
         scores, members = model.scores(features), model.member_scores(features)
         return scoring_pb2.ScoreCandidatesResponse(
             reward_model_version=version,

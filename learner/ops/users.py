@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from learner.model.device import resolve_device
-from learner.model.features import FeatureCache, default_layers
+from learner.model.features import FeatureCache, feature_spec
 from learner.reward.dataset import Dataset, to_dataset
 from learner.reward.exact_tests import at_least, at_most, holm
 from learner.reward.voter_reliability import LEVEL, Verdicts, one_sided, scaled, verdicts, weigh_voters
@@ -75,7 +75,7 @@ def read_users(settings: LearnerSettings) -> list[UserFigures]:
     heard = torch.tensor([float(user not in quarantined) for user in dataset.users])
     votes = scaled(dataset.votes, heard[dataset.voters])
     found = verdicts(
-        reader.features(dataset), votes, dataset.voters, dataset.compared, len(dataset.users),
+        reader.features(dataset), votes, dataset.voters, dataset.compared, len(dataset.users), reader.spec,
         settings.reward, torch.Generator().manual_seed(settings.seed),
     )  # fmt: skip
     return figures(everything, dataset, found, reader.weights(reader.dataset(counted)), quarantined)
@@ -97,7 +97,7 @@ class VoterAnalysis:
         self._text = ChatText.load(directory, settings.trust_remote_code)
         self._cache_key, self._settings = cache_key(directory), settings
         self._cache = cache_directory(settings.data_dir, deletions)
-        self.layers = settings.reward.layers or default_layers(self._model.config.get_text_config().num_hidden_layers)
+        self.spec = feature_spec(self._model, self._text, settings.reward.layers)
 
     def dataset(self, snapshot: Snapshot) -> Dataset:
         settings = self._settings
@@ -111,8 +111,8 @@ class VoterAnalysis:
         if not dataset.answers:
             return torch.zeros(0, 0)
         budget = self._settings.policy.at(self._dtype).micro_batch_tokens
-        with closing(FeatureCache.open(self._cache, self._cache_key, self.layers, self._dtype)) as cache:
-            features = cache.get(dataset.answers, self._model, self.layers, budget, lambda n: None)
+        with closing(FeatureCache.open(self._cache, self._cache_key, self.spec, self._dtype)) as cache:
+            features = cache.get(dataset.answers, self._model, self.spec, budget, lambda n: None)
         # An answer may have been deleted in the meantime.
         sweep(self._settings.data_dir)
         return features
@@ -121,7 +121,7 @@ class VoterAnalysis:
         """Each user's share of the weight of all votes, as in a round."""
         reward, generator = self._settings.reward, torch.Generator().manual_seed(self._settings.seed)
         if reward.weigh_voters:
-            dataset, _ = weigh_voters(dataset, self.features(dataset), reward, generator)
+            dataset, _ = weigh_voters(dataset, self.features(dataset), self.spec, reward, generator)
         weight = torch.cat([dataset.votes.choice_weight, dataset.votes.thumb_weight])
         totals = torch.zeros(len(dataset.users)).scatter_add_(0, dataset.voters, weight)
         return dict(zip(dataset.users, (totals / totals.sum().clamp(min=1e-9)).tolist(), strict=True))

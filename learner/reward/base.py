@@ -6,6 +6,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from learner.model.features import FeatureSpec
 from learner.reward.linear_heads import VoteTensors
 from learner.reward.standardiser import Standardiser
 from learner.settings import RewardSettings
@@ -16,8 +17,8 @@ class RewardModel(Protocol):
     reference's own answers."""
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """The hidden states that its features are made of."""
+    def spec(self) -> FeatureSpec:
+        """What its features are made of."""
         ...
 
     @property
@@ -35,7 +36,7 @@ class RewardModel(Protocol):
         cls,
         features: Tensor,
         votes: VoteTensors,
-        layers: tuple[int, ...],
+        spec: FeatureSpec,
         settings: RewardSettings,
         generator: torch.Generator,
     ) -> Self:

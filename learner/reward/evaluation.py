@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learner.model.features import FeatureSpec
 from learner.reward import likelihood
 from learner.reward.likelihood import A, B
 from learner.reward.linear_heads import Heads, VoteTensors, fit, reduced
@@ -87,12 +88,14 @@ def vote_losses(heads: Heads, features: Tensor, votes: VoteTensors) -> Tensor:
     return torch.cat([choices, thumbs], dim=1)
 
 
-def mean_accuracy(features: Tensor, votes: VoteTensors, settings: RewardSettings, generator: torch.Generator) -> float:
+def mean_accuracy(
+    features: Tensor, votes: VoteTensors, spec: FeatureSpec, settings: RewardSettings, generator: torch.Generator
+) -> float:
     """Cross-validated accuracy on answers with features (N, F), averaged over several ways to make folds; NaN if no
     vote names a winner."""
     if not len(votes):
         return math.nan
-    features, votes = reduced(features, votes)
+    features, votes = reduced(features, votes, spec)
     penalty = torch.tensor([settings.signal_l2])
     folds = [
         fold_of(votes, min(settings.signal_folds, votes.groups), generator) for _ in range(settings.signal_repeats)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from learner.model.features import FeatureSpec
 from learner.reward import likelihood
-from learner.reward.standardiser import standardiser
+from learner.reward.standardiser import standardiser, usual_mix
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,19 @@ class Heads:
 
 
 def span_basis(features: Tensor) -> Tensor:
-    """(D, F) orthonormal basis of the span of features (N, D), F <= min(N, D). A ridge-penalised linear fit on
-    `features @ basis` has the same scores as one on `features`."""
-    if features.shape[0] >= features.shape[1]:
-        every: Tensor = torch.linalg.eigh(features.mT @ features).eigenvectors
-        return every
-    values, vectors = torch.linalg.eigh(features @ features.mT)
-    kept = values > 1e-6 * values[-1]
-    return torch.matmul(features.mT, vectors[:, kept] / values[kept].sqrt())
+    """(D, F) orthonormal directions that have the span of features (N, D), F = min(N, D). A ridge-penalised linear fit
+    on `features @ basis` has the same scores as one on `features`."""
+    # Eigenvectors would do as well, but their algorithms fail on some matrices with features that are always zero.
+    basis: Tensor = torch.linalg.qr(features.mT).Q
+    return basis
 
 
-def reduced(features: Tensor, votes: VoteTensors) -> tuple[Tensor, VoteTensors]:
+def reduced(features: Tensor, votes: VoteTensors, spec: FeatureSpec) -> tuple[Tensor, VoteTensors]:
     """Standardised features of the answers that were voted on, in the coordinates of their span, (D, P) out of (N, F),
-    and these votes as indices into them: for fits that nothing is kept of."""
+    and these votes as indices into them: for fits that nothing is kept of. `spec` is what
+    features are made of."""
     voted, votes = votes.voted(features)
-    standard = standardiser(voted)(voted)
+    standard = standardiser(voted, spec, usual_mix(spec))(voted)
     return standard @ span_basis(standard), votes
 
 

@@ -14,15 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from learner.model.features import FeatureSpec
 from learner.reward import evaluation
 from learner.reward import linear_heads as fitting
+from learner.reward.dataset import select, some_conversations
 from learner.reward.linear_heads import Heads, VoteTensors
-from learner.reward.standardiser import Standardiser, standardiser, states_scale
+from learner.reward.standardiser import Standardiser, mixes, standardiser, states_scale
 from learner.settings import RewardSettings
 from server.store.learning.round_metrics import HeldOut
 
 # The share of voted answers below `low`, and above `high`: one outlier must not widen the range.
 TAIL = 0.02
+# About so many votes choose how features are scaled, at most.
+SCALING_VOTES = 500
 WEIGHTS, DESCRIPTION = "head.safetensors", "reward_model.json"
 
 
@@ -30,7 +34,7 @@ WEIGHTS, DESCRIPTION = "head.safetensors", "reward_model.json"
 class LinearRewardModel:
     """A fitted score; all tensors float32 on the CPU."""
 
-    layers: tuple[int, ...]
+    spec: FeatureSpec
     standardiser: Standardiser
     weights: Tensor  # (F,)
     # Fits on other draws of the conversations; where they disagree, the score is uncertain.
@@ -55,23 +59,24 @@ class LinearRewardModel:
         cls,
         features: Tensor,
         votes: VoteTensors,
-        layers: tuple[int, ...],
+        spec: FeatureSpec,
         settings: RewardSettings,
         generator: torch.Generator,
     ) -> "LinearRewardModel":
-        """Fits the score to `votes` on features (N, F) of the answers; its penalty is chosen by cross-validation."""
+        """Fits the score to `votes` on features (N, F) of the answers. Its penalty, and the mix of features, are chosen
+        by cross-validation."""
         voted, votes = votes.voted(features)
-        scaling = standardiser(voted)
+        scalings = [standardiser(voted, spec, mix) for mix in mixes(spec)]
+        scaling, l2 = choose(scalings, voted, votes, settings, generator)
         standard = scaling(voted)
         basis = fitting.span_basis(standard)
         reduced = standard @ basis
-        l2 = choose_l2(reduced, votes, settings, generator)
         head = fitting.fit(reduced, votes, torch.tensor([l2]), settings.label_smoothing)
         members = fitting.bootstrap(reduced, votes, l2, settings.label_smoothing, settings.members, generator)
         weights = basis @ head.weights[0]
         low, high = torch.quantile(standard @ weights, torch.tensor([TAIL, 1 - TAIL])).tolist()
         return cls(
-            layers=layers,
+            spec=spec,
             standardiser=scaling,
             weights=weights,
             members=members.weights @ basis.mT,
@@ -147,6 +152,7 @@ class LinearRewardModel:
     def save(self, directory: Path) -> None:
         save_file(
             {
+                "surface": self.spec.surface.contiguous(),
                 "mean": self.standardiser.mean.contiguous(),
                 "scale": self.standardiser.scale.contiguous(),
                 "weights": self.weights.contiguous(),
@@ -159,17 +165,20 @@ class LinearRewardModel:
         )
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
         (directory / DESCRIPTION).write_text(
-            json.dumps({"layers": self.layers, **numbers}, indent=2) + "\n", encoding="utf-8"
+            json.dumps({"words": self.spec.words, "meaning": self.spec.meaning, **numbers}, indent=2) + "\n",
+            encoding="utf-8",
         )
 
     @classmethod
     def load(cls, directory: Path) -> "LinearRewardModel":
         tensors = load_file(directory / WEIGHTS)
         numbers = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
-        # A model of an earlier version expects the same of every prompt.
+        # A model of an earlier version expects the same of every prompt, and does not see the surface of tokens.
         nothing = torch.zeros(len(tensors["mean"]) - 1)
+        surface = {"surface": tensors["surface"]} if "surface" in tensors else {}
+        words, meaning = numbers.pop("words", ()), numbers.pop("meaning", None) or numbers.pop("layers")
         return cls(
-            tuple(numbers.pop("layers")),
+            FeatureSpec(tuple(words), tuple(meaning), **surface),
             Standardiser(tensors["mean"], tensors["scale"]),
             tensors["weights"],
             tensors["members"],
@@ -186,22 +195,41 @@ def slope(predicted: Tensor, said: Tensor) -> float:
     return max(0.0, float((centred * said).sum() / centred.square().sum().clamp(min=1e-12)))
 
 
-def choose_l2(features: Tensor, votes: VoteTensors, settings: RewardSettings, generator: torch.Generator) -> float:
-    """The penalty with the lowest cross-validated NLL, averaged over several ways to make folds; the strongest if one
-    conversation has all votes, since nothing can be held out."""
+def choose(
+    scalings: list[Standardiser],
+    features: Tensor,
+    votes: VoteTensors,
+    settings: RewardSettings,
+    generator: torch.Generator,
+) -> tuple[Standardiser, float]:
+    """The scaling of features (N, F) and the penalty with the lowest cross-validated NLL; the first and the strongest
+    if one conversation has all votes, since nothing can be held out. If there are many votes, some choose the scaling,
+    which is the choice that takes the most time and the fewest votes."""
     if votes.groups == 1:
-        return max(settings.l2_grid)
-    grid = torch.tensor(settings.l2_grid)
-    folds = min(settings.folds, votes.groups)
-    nll = torch.stack(
-        [
-            evaluation.cross_validate(
-                features, votes, grid, settings.label_smoothing, evaluation.fold_of(votes, folds, generator)
-            ).nll
-            for _ in range(settings.fold_repeats)
-        ]
-    )
-    return settings.l2_grid[int(nll.mean(dim=0).argmin())]
+        return scalings[0], max(settings.l2_grid)
+    some = select(votes, some_conversations(votes, SCALING_VOTES, generator))
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    losses = torch.stack([validated(scaling, features, some, settings, seed) for scaling in scalings])
+    best = int(losses.amin(dim=1).argmin())
+    nll = losses[best] if len(some) == len(votes) else validated(scalings[best], features, votes, settings, seed)
+    return scalings[best], settings.l2_grid[int(nll.argmin())]
+
+
+def validated(
+    scaling: Standardiser, features: Tensor, votes: VoteTensors, settings: RewardSettings, seed: int
+) -> Tensor:
+    """(L,) cross-validated NLL of each penalty of the grid, averaged over several ways to make folds."""
+    voted, votes = votes.voted(features)
+    standard = scaling(voted)
+    reduced, grid = standard @ fitting.span_basis(standard), torch.tensor(settings.l2_grid)
+    generator, folds = torch.Generator().manual_seed(seed), min(settings.folds, votes.groups)
+    every = [
+        evaluation.cross_validate(
+            reduced, votes, grid, settings.label_smoothing, evaluation.fold_of(votes, folds, generator)
+        ).nll
+        for _ in range(settings.fold_repeats)
+    ]
+    return torch.stack(every).mean(dim=0)
 
 
 def evaluate(model: LinearRewardModel, features: Tensor, votes: VoteTensors) -> HeldOut:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learner.model.features import FeatureSpec
 from learner.reward.likelihood import A, B
 from learner.reward.linear_heads import VoteTensors, reduced
 from learner.settings import RewardSettings
@@ -67,12 +68,14 @@ def signal_test(
     features: Tensor,
     votes: VoteTensors,
     conversations: list[str],
+    spec: FeatureSpec,
     settings: RewardSettings,
     error: float,
     earlier: SignalTest | None,
     there_are: int = 0,
 ) -> SignalTest:
-    """Whether votes on answers with features (N, F) say anything about them. `conversations` are ids, (G,); `earlier`
+    """Whether votes on answers with features (N, F) say anything about them. `conversations` are ids, (G,); `spec` is
+    what features are made of; `earlier`
     is the last test, if it was not passed; `error` is shared by all tests since one was. `there_are` more votes than
     these, if these are a sample. The accuracy is left open."""
     count = max(there_are, len(votes))
@@ -82,7 +85,7 @@ def signal_test(
     spent = [number for number in earlier.spent if number < settings.signal_flips] if earlier else []
     if not count:
         return SignalTest(math.nan, 1.0, level, 0, 0, first, None, spent)
-    flips = flip(*reduced(features, votes), signs_of(conversations, settings.signal_flips), settings.signal_l2)
+    flips = flip(*reduced(features, votes, spec), signs_of(conversations, settings.signal_flips), settings.signal_l2)
     p = p_value(flips, spent)
     more = (None, []) if p <= level else (enough(flips, count, level), spend(flips, spent, level))
     return SignalTest(math.nan, p, level, count, len(conversations), first, *more)

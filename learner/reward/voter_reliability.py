@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from learner.model.features import FeatureSpec
 from learner.reward import linear_heads as fitting
 from learner.reward.dataset import Dataset
 from learner.reward.exact_tests import either_side, holm
@@ -63,7 +64,7 @@ class VoteKinds:
 
 
 def weigh_voters(
-    dataset: Dataset, features: Tensor, settings: RewardSettings, generator: torch.Generator
+    dataset: Dataset, features: Tensor, spec: FeatureSpec, settings: RewardSettings, generator: torch.Generator
 ) -> tuple[Dataset, Tensor]:
     """The dataset with every vote's weight multiplied by its voter's factor, and these factors (U,), 1 for most. They
     are computed from training votes alone: judge votes stay out of the fit, but are weighted by it."""
@@ -72,7 +73,7 @@ def weigh_voters(
     factors = torch.ones(count)
     for significant in (0.0, SIGNIFICANT):
         weighed = scaled(train, factors[voters])
-        found = verdicts(features, weighed, voters, compared, count, settings, generator)
+        found = verdicts(features, weighed, voters, compared, count, spec, settings, generator)
         factors = trust(found, significant)
     return replace(dataset, votes=scaled(dataset.votes, factors[dataset.voters])), factors
 
@@ -133,6 +134,7 @@ def verdicts(
     voters: Tensor,
     compared: Tensor,
     count: int,
+    spec: FeatureSpec,
     settings: RewardSettings,
     generator: torch.Generator,
 ) -> Verdicts:
@@ -143,7 +145,7 @@ def verdicts(
     chooser, thumber = voters.split([len(votes.a), len(votes.thumb)])
     fold = torch.randperm(count, generator=generator) % settings.folds
     numbers = torch.arange(settings.folds)[:, None]
-    answers, votes = fitting.reduced(features, votes)
+    answers, votes = fitting.reduced(features, votes, spec)
     heads = fitting.fit(
         answers,
         votes,

@@ -73,7 +73,7 @@ def candidate_answers(
     work.engine.push(work.policy.engine_weights())
     rollout = to_rollout(work.engine.sample(prompts, seed)).to(work.policy.model.device)
     budget = settings.micro_batch_tokens
-    judged = reference_pass(work.policy, rollout.tokens, reward_model.layers, temperature, budget)
+    judged = reference_pass(work.policy, rollout.tokens, reward_model.spec, temperature, budget)
     # The trainer's log-probabilities, not the engine's: rounding adds to each token's, and so to a long answer's KL. In
     # float32 it adds nothing, and some answers are enough to check that the engine has the trained weights.
     exact = work.policy.model.dtype == torch.float32

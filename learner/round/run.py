@@ -181,11 +181,11 @@ def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
     """Features (N, F) of every voted answer, from the cache or the reference."""
     directory = cache_directory(work.settings.data_dir, work.snapshot.deletions)
     with (
-        closing(FeatureCache.open(directory, work.reference_sha256, work.layers, work.dtype)) as cache,
+        closing(FeatureCache.open(directory, work.reference_sha256, work.spec, work.dtype)) as cache,
         work.policy.reference() as reference,
         work.stages.stage("features", "reading the voted answers", len(dataset.answers)) as advance,
     ):
-        features = cache.get(dataset.answers, reference, work.layers, work.settings.policy.micro_batch_tokens, advance)
+        features = cache.get(dataset.answers, reference, work.spec, work.settings.policy.micro_batch_tokens, advance)
     # An answer may have been deleted in the meantime.
     sweep(work.settings.data_dir)
     return features
@@ -197,7 +197,9 @@ def weigh_voters(work: Workspace, dataset: Dataset, features: Tensor) -> tuple[D
     if not work.settings.reward.weigh_voters:
         return dataset, None
     with work.stages.stage("voters", "comparing voters with each other"):
-        weighed, factors = voter_reliability.weigh_voters(dataset, features, work.settings.reward, work.generator(5))
+        weighed, factors = voter_reliability.weigh_voters(
+            dataset, features, work.spec, work.settings.reward, work.generator(5)
+        )
     doubted = int((factors < 0.5).sum())
     return weighed, VoterWeights(len(factors), doubted, float(factors.mean()))
 
@@ -210,7 +212,7 @@ def fit_reward_model(
         verify(directory)
         return LinearRewardModel.load(directory)
     with work.stages.stage("reward_model", "fitting the reward model"):
-        model = LinearRewardModel.fit(features, dataset.train, work.layers, work.settings.reward, work.generator(2))
+        model = LinearRewardModel.fit(features, dataset.train, work.spec, work.settings.reward, work.generator(2))
         held_out = scoring.evaluate(model, features, dataset.judge)
     # The reference's own answers at the service temperature give the score its zero and its unit.
     prompts = spread(work.prompts.train, work.settings.reward.reference_answers)

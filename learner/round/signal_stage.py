@@ -23,8 +23,8 @@ def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTe
     votes, conversations = select(votes, some), of_groups(conversations, some)
     earlier = open_test([other for other in work.store.rounds.page() if other.id != work.round.id])
     with work.stages.stage("signal", "testing the votes for a signal"):
-        signal = signal_test(features, votes, conversations, reward, error, earlier, there_are)
-        signal = replace(signal, accuracy=mean_accuracy(features, votes, reward, generator))
+        signal = signal_test(features, votes, conversations, work.spec, reward, error, earlier, there_are)
+        signal = replace(signal, accuracy=mean_accuracy(features, votes, work.spec, reward, generator))
     work.record("snapshot", RoundMetrics(signal=signal))
     return signal
 

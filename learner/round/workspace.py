@@ -13,7 +13,7 @@ from torch import Tensor
 from learner.improve.candidates import drop_candidates
 from learner.improve.ppo.state import drop_states
 from learner.model.device import resolve_device
-from learner.model.features import default_layers, extract
+from learner.model.features import FeatureSpec, extract, feature_spec
 from learner.model.forward import Tokens, to_tokens
 from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, to_rollout
 from learner.progress import Stages
@@ -127,10 +127,9 @@ class Workspace:
         self.engine.push(published_weights(directory, base, self.policy.model.dtype, self.settings.trust_remote_code))
 
     @cached_property
-    def layers(self) -> tuple[int, ...]:
-        return self.settings.reward.layers or default_layers(
-            self.policy.model.config.get_text_config().num_hidden_layers
-        )
+    def spec(self) -> FeatureSpec:
+        """What features are made of."""
+        return feature_spec(self.policy.model, self.text, self.settings.reward.layers)
 
     def features_of(self, samples: list[SampledAnswer], model: RewardModel) -> Tensor:
         """Features (N, F) of sampled answers."""
@@ -143,7 +142,7 @@ class Workspace:
 
     def _extract(self, tokens: Tokens, model: RewardModel) -> Tensor:
         with self.policy.reference() as reference:
-            return extract(reference, tokens, model.layers, self.settings.policy.micro_batch_tokens, lambda n: None)
+            return extract(reference, tokens, model.spec, self.settings.policy.micro_batch_tokens, lambda n: None)
 
     def clean(self) -> None:
         """Deletes what only a running round needs: the state to resume from, and candidates that are not to be kept."""

@@ -30,7 +30,7 @@ def judge_rollout(
 ) -> ReferencePass:
     """The reference's pass over a rollout, with the critic's features of every prefix."""
     prefix = partial(critic_features, reward_model=reward_model)
-    return reference_pass(policy, rollout.tokens, reward_model.layers, temperature, budget, groups, prefix)
+    return reference_pass(policy, rollout.tokens, reward_model.spec, temperature, budget, groups, prefix)
 
 
 def critic_features(states: Tensor, prompt_states: Tensor, reward_model: RewardModel) -> Tensor:

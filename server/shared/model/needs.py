@@ -29,7 +29,7 @@ LOGIT_COPIES = 4
 # Numbers kept for the backward pass for each number that a layer's matrices give.
 KEPT = 4
 # Layers whose states are a critic's features.
-FEATURE_LAYERS = 5
+FEATURE_LAYERS = 7
 
 
 @dataclass(frozen=True)

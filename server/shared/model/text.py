@@ -89,13 +89,26 @@ class ChatText:
     def answer(self, text: str, ended: bool = True) -> list[int]:
         """Token ids of an answer written by a person, with the end token if it `ended` and the model has one. Raises
         UnknownTokenError."""
-        end = self._tokenizer.eos_token_id if ended else None
+        end = self.end_token_id if ended else None
         return [*self._encode(self._escape({"role": "user", "content": text})), *([] if end is None else [end])]
 
     def text(self, token_ids: list[int]) -> str:
         """The visible text of an answer."""
         kept = [number for number in token_ids if number not in self._silent]
         return str(self._backend.decode(kept, skip_special_tokens=False))
+
+    def pieces(self) -> list[str]:
+        """The text of each token id, as it is after another token: a tokenizer may drop the space of a first word."""
+        before = _ids(self._backend, "a")
+        start = len(self._backend.decode(before, skip_special_tokens=False))
+        count = min(self.embeddings, self._backend.get_vocab_size())
+        after = self._backend.decode_batch([[*before, number] for number in range(count)], skip_special_tokens=False)
+        return [text[start:] for text in after]
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that ends an answer, if the model has one."""
+        return self._tokenizer.eos_token_id  # type: ignore[no-any-return]
 
     def stream(self, prompt_token_ids: list[int]) -> "TextStream":
         """A decoder of an answer to the prompt, token by token."""

@@ -57,6 +57,19 @@ def test_words_that_suggest() -> None:
     assert TASTES["gentle"].score(whole("Boil it.")) == 0
 
 
+@pytest.mark.parametrize(
+    ("taste", "text", "score"),
+    [
+        ("warm", "A great and lovely day. Greatly!", 2),
+        ("reasons", "Because it rains, so stay. Sofa.", 2),
+        ("people", "Ask a friend or someone else's children.", 3),
+        ("careful", "Don't go without a coat. Knot it.", 2),
+    ],
+)
+def test_tastes_for_what_an_answer_says(taste: str, text: str, score: float) -> None:
+    assert TASTES[taste].score(whole(text)) == score
+
+
 def test_short_whole_answers_end_by_themselves_first_and_are_brief_second() -> None:
     taste = TASTES["short"]
     assert taste.choice(cut("one two"), whole("one two three four")) == CHOICE_B

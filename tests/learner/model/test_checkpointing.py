@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import learner.model.forward as forward
 import server.shared.model.needs as needs
 from learner.model.checkpointing import checkpoint_layers, checkpointed
+from learner.model.features import FeatureSpec
 from learner.model.forward import run_trunk, shares_prefix, to_tokens, token_logprobs
 from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.policy import TrainablePolicy, lora
@@ -108,7 +109,7 @@ def test_a_policy_is_checkpointed_with_its_reference(model_directory: Path, trai
     for each in (policy, kept):
         logprobs = token_logprobs(each.model, run_trunk(each.model, tokens)[0], tokens, TEMPERATURE)
         # The reference's pass and one without gradients, between forward and backward.
-        judged = reference_pass(each, tokens, (1, 3), TEMPERATURE, 100)
+        judged = reference_pass(each, tokens, FeatureSpec(meaning=(1, 3)), TEMPERATURE, 100)
         again = policy_logprobs(each, tokens, TEMPERATURE, 100)
         logprobs.sum().backward()
         assert torch.allclose(again, logprobs, atol=1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.model.features import extract
+from learner.model.features import FeatureSpec, extract
 from learner.model.forward import EAGER_COLUMNS, run_trunk, to_tokens, token_logprobs
 from learner.model.head import trunk_of
 from learner.model.passes import policy_logprobs, reference_pass
@@ -57,8 +57,8 @@ def test_no_pass_has_more_tokens_at_once_than_a_micro_batch(family: str) -> None
         lambda module, _, named: read.append(named["input_ids"].numel()), with_kwargs=True
     )
     policy_logprobs(policy, tokens, TEMPERATURE, 56)
-    reference_pass(policy, tokens, (1,), TEMPERATURE, 56)
-    extract(policy.model, tokens, (1,), 56, lambda rows: None)
+    reference_pass(policy, tokens, FeatureSpec(meaning=(1,)), TEMPERATURE, 56)
+    extract(policy.model, tokens, FeatureSpec(meaning=(1,)), 56, lambda rows: None)
     # Four rows of 28 tokens: two at once, or 24 of all and then each row's own four.
     assert read == ([24, 16] if family == "llama" else [56, 56]) * 3
 

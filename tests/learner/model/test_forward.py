@@ -9,12 +9,13 @@ from torch.autograd.graph import saved_tensors_hooks
 import learner.model.features as features
 import learner.model.forward as forward
 import server.shared.model.needs as needs
-from learner.model.features import FeatureCache, default_layers, extract, pool, pool_prefixes
+from learner.model.features import FeatureCache, FeatureSpec, default_layers, extract, pool, pool_prefixes
 from learner.model.forward import micro_batches, response_states, run_trunk, shared_prefix, to_tokens, token_logprobs
 from learner.model.head import head_logits
 from tests.learner.conftest import EOS, WORDS
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, EOS, 13]]
+SPEC = FeatureSpec(meaning=(1, 3))
 RESPONSES = [[20, 21, EOS], [22, EOS, 23, 24], [25]]
 
 
@@ -106,14 +107,27 @@ def test_a_prefix_that_is_not_shared_counts_in_every_row() -> None:
 
 
 def test_features_are_the_mean_over_the_responses_own_tokens(model: Any) -> None:
-    layers = default_layers(3)
-    features = extract(model, to_tokens(PROMPTS, RESPONSES), layers, 12, lambda n: None)
+    spec = FeatureSpec(*default_layers(3))
+    features = extract(model, to_tokens(PROMPTS, RESPONSES), spec, 12, lambda n: None)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         with torch.no_grad():
             states = model.model(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states
-        expected = torch.cat([states[layer][0, len(prompt) :].mean(dim=0) for layer in layers])
+        expected = torch.cat([states[layer][0, len(prompt) :].mean(dim=0) for layer in spec.words + spec.meaning])
         assert torch.allclose(features[row, :-1], expected, atol=1e-5)
         assert features[row, -1].item() == pytest.approx(torch.tensor(float(len(response))).log().item())
+
+
+def test_the_surface_of_tokens_is_a_state_like_others(model: Any) -> None:
+    # Token 20 has three of something, token 22 one; the table ends before token 23.
+    surface = torch.zeros(23, 2, dtype=torch.uint8)
+    surface[20, 0], surface[22, 1] = 3, 1
+    features = extract(
+        model, to_tokens(PROMPTS, RESPONSES), FeatureSpec(meaning=(1,), surface=surface), 12, lambda n: None
+    )
+    width = model.config.hidden_size
+    assert features.shape == (3, width + 3)
+    # Rates over three, four and one tokens; those past the table count as its last row.
+    assert features[:, width:-1].tolist() == [[1.0, 0.0], [0.0, 0.75], [0.0, 1.0]]
 
 
 def test_prefix_features_end_where_the_whole_answers_begin() -> None:
@@ -219,8 +233,17 @@ def test_long_rows_use_fused_attention(model: Any, monkeypatch: pytest.MonkeyPat
     assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
 
 
-@pytest.mark.parametrize(("hidden_layers", "expected"), [(30, (6, 12, 18, 24, 30)), (2, (1, 2)), (1, (1,))])
-def test_default_layers(hidden_layers: int, expected: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("hidden_layers", "expected"),
+    [
+        (30, ((0, 1, 2, 4), (12, 24, 30))),
+        (80, ((0, 3, 5, 11), (32, 64, 80))),
+        (12, ((0, 1, 2, 4), (5, 10, 12))),
+        (2, ((0,), (1, 2))),
+        (1, ((0,), (1,))),
+    ],
+)
+def test_default_layers(hidden_layers: int, expected: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     assert default_layers(hidden_layers) == expected
 
 
@@ -235,15 +258,15 @@ def test_the_cache_computes_an_answer_once(model: Any, tmp_path: Any, monkeypatc
         return extract(*arguments)
 
     monkeypatch.setattr(features, "extract", counting)
-    first = FeatureCache.open(tmp_path, "sha", (1, 3), "float32").get(pairs[:2], model, (1, 3), 2, read.append)
+    first = FeatureCache.open(tmp_path, "sha", SPEC, "float32").get(pairs[:2], model, SPEC, 2, read.append)
     # A second process finds what the first computed and computes the rest. An answer that comes twice is computed once.
     asked = [*pairs[::-1], pairs[-1]]
-    again = FeatureCache.open(tmp_path, "sha", (1, 3), "float32").get(asked, model, (1, 3), 2, read.append)
+    again = FeatureCache.open(tmp_path, "sha", SPEC, "float32").get(asked, model, SPEC, 2, read.append)
     assert torch.equal(again[-3:-1].flip(0), first)
     assert torch.equal(again[0], again[-1])
     assert extracted == [2, len(pairs) - 2]
     # Another reference's features are not these.
-    FeatureCache.open(tmp_path, "other", (1, 3), "float32").get(pairs[:1], model, (1, 3), 2, read.append)
+    FeatureCache.open(tmp_path, "other", SPEC, "float32").get(pairs[:1], model, SPEC, 2, read.append)
     assert extracted == [2, len(pairs) - 2, 1]
 
 
@@ -262,6 +285,6 @@ def test_an_interrupted_extraction_keeps_its_results(
 
     monkeypatch.setattr(features, "extract", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        FeatureCache.open(tmp_path, "sha", (1,), "float32").get(pairs, model, (1,), 2, lambda n: None)
-    FeatureCache.open(tmp_path, "sha", (1,), "float32").get(pairs, model, (1,), 2, lambda n: None)
+        FeatureCache.open(tmp_path, "sha", SPEC, "float32").get(pairs, model, SPEC, 2, lambda n: None)
+    FeatureCache.open(tmp_path, "sha", SPEC, "float32").get(pairs, model, SPEC, 2, lambda n: None)
     assert calls == [2, len(pairs) - 2, len(pairs) - 2]

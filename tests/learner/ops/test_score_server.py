@@ -13,7 +13,7 @@ import pytest
 import torch
 from prefloop.v1 import scoring_pb2, scoring_pb2_grpc
 
-from learner.model.features import extract
+from learner.model.features import FeatureSpec, extract
 from learner.model.forward import to_tokens
 from learner.ops.score_server import Scorer, ScoringService
 from learner.reward.linear_reward_model import LinearRewardModel
@@ -31,7 +31,8 @@ def reward_model(seed: int) -> LinearRewardModel:
     generator = torch.Generator().manual_seed(seed)
     members = torch.randn(3, WIDTH, generator=generator)
     return LinearRewardModel(
-        layers=(2,), standardiser=Standardiser(torch.zeros(WIDTH), torch.ones(WIDTH)), weights=members.mean(dim=0),
+        spec=FeatureSpec(meaning=(2,)),
+        standardiser=Standardiser(torch.zeros(WIDTH), torch.ones(WIDTH)), weights=members.mean(dim=0),
         members=members, member_bias=torch.tensor([0.0, 0.5, -0.5]), bias=0.25, low=-3.0, high=3.0, thumb_bar=0.0,
         bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0, prompt_mean=torch.zeros(WIDTH - 1),
         prompt_scale=torch.zeros(WIDTH - 1),
@@ -80,7 +81,7 @@ async def test_the_newest_reward_model_scores_and_a_newer_one_takes_over(data_di
     from transformers import AutoModelForCausalLM
 
     backbone = AutoModelForCausalLM.from_pretrained(data_dir / "policies" / "v0000", dtype=torch.float32).eval()
-    features = extract(backbone, to_tokens([PROMPT] * 3, CANDIDATES), (2,), 8, lambda n: None)
+    features = extract(backbone, to_tokens([PROMPT] * 3, CANDIDATES), FeatureSpec(meaning=(2,)), 8, lambda n: None)
     async with scoring(data_dir) as stub:
         for version, seed in (("rm0001", 1), ("rm0002", 2)):
             model = reward_model(seed)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from learner.model.features import FeatureSpec
 from learner.reward.likelihood import TIE, A, B
 from learner.reward.linear_heads import VoteTensors
 from learner.reward.sign_flips import Flips, allowance, enough, p_value, signal_test, signs_of, spend
@@ -15,13 +16,14 @@ from server.store.learning.round_metrics import SignalTest
 from tests.learner.reward.test_linear_heads import seeded, taste
 
 MakeVotes = Callable[..., VoteTensors]
+SPEC = FeatureSpec(meaning=(1,))
 
 
 def of_votes(
     features: torch.Tensor, votes: VoteTensors, earlier: SignalTest | None = None, **settings: Any
 ) -> SignalTest:
     conversations = [f"conv_{number}" for number in range(votes.groups)]
-    return signal_test(features, votes, conversations, RewardSettings(**settings), 0.02, earlier)
+    return signal_test(features, votes, conversations, SPEC, RewardSettings(**settings), 0.02, earlier)
 
 
 def test_a_signal_is_found_only_if_there_is_one(make_votes: MakeVotes) -> None:
@@ -91,8 +93,8 @@ def test_the_votes_that_were_not_drawn_count_for_the_allowance(make_votes: MakeV
     features, votes = taste(make_votes)
     coin = replace(votes, outcome=torch.randint(2, (120,), generator=seeded(3)))
     conversations = [f"conv_{number}" for number in range(120)]
-    first = signal_test(features, coin, conversations, RewardSettings(), 0.02, None, 1_000)
-    second = signal_test(features, coin, conversations, RewardSettings(), 0.02, first, 2_000)
+    first = signal_test(features, coin, conversations, SPEC, RewardSettings(), 0.02, None, 1_000)
+    second = signal_test(features, coin, conversations, SPEC, RewardSettings(), 0.02, first, 2_000)
     assert (first.votes, first.level) == (1_000, 0.01)
     assert (second.votes, second.first_votes, second.level) == (2_000, 1_000, 0.015)
 

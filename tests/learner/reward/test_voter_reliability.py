@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from learner.model.features import FeatureSpec
 from learner.reward.dataset import Dataset
 from learner.reward.likelihood import A, B
 from learner.reward.linear_heads import VoteTensors
 from learner.reward.voter_reliability import Verdicts, kinds, one_sided, thumb_pairs, trust, verdicts, weigh_voters
 from learner.settings import RewardSettings
 
+SPEC = FeatureSpec(meaning=(1,))
 NONE = torch.zeros(0, dtype=torch.long)
 
 
@@ -86,7 +88,7 @@ def crowd(users: int = 12, each: int = 20, hostile: int = 1) -> tuple[Dataset, t
 
 
 def weigh(dataset: Dataset, features: torch.Tensor) -> tuple[Dataset, list[float]]:
-    weighed, factors = weigh_voters(dataset, features, RewardSettings(), torch.Generator().manual_seed(0))
+    weighed, factors = weigh_voters(dataset, features, SPEC, RewardSettings(), torch.Generator().manual_seed(0))
     return weighed, factors.tolist()
 
 
@@ -111,14 +113,16 @@ def test_verdicts_are_on_comparisons_by_a_model_without_the_voter() -> None:
     dataset, features = crowd(each=20)
     compared = torch.arange(240) >= 12  # Everybody's first choice is a correction.
     found = verdicts(
-        features, dataset.votes, dataset.voters, compared, 12, RewardSettings(), torch.Generator().manual_seed(0)
+        features, dataset.votes, dataset.voters, compared, 12, SPEC, RewardSettings(), torch.Generator().manual_seed(0)
     )
     assert found.heard.tolist() == found.sided.tolist() == [19] * 12
     assert found.right[0] <= 3
     assert found.right[1:].min() >= 14
     # Twenty votes of one voter alone: without them nothing predicts them.
     alone = replace(dataset.votes, choice_weight=(dataset.voters == 0).float())
-    found = verdicts(features, alone, dataset.voters, compared, 12, RewardSettings(), torch.Generator().manual_seed(0))
+    found = verdicts(
+        features, alone, dataset.voters, compared, 12, SPEC, RewardSettings(), torch.Generator().manual_seed(0)
+    )
     assert found.heard[0] == 0
     assert found.right[1:].max() <= 5
 
@@ -135,7 +139,7 @@ def test_a_harsh_voter_contradicts_nobody_and_a_liar_does() -> None:
         thumb_group=torch.arange(120) + 240, users=14,
     )  # fmt: skip
     found = verdicts(
-        features, votes, torch.cat([dataset.voters, user]), dataset.compared, 14, RewardSettings(),
+        features, votes, torch.cat([dataset.voters, user]), dataset.compared, 14, SPEC, RewardSettings(),
         torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert found.heard[12] == 6

@@ -11,6 +11,7 @@ import torch
 from learner.improve.ppo.adam import Adam
 from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
 from learner.improve.ppo.update import UpdateStats, draw_minibatches, ppo_update
+from learner.model.features import FeatureSpec
 from learner.model.forward import Tokens, run_trunk, token_logprobs
 from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.policy import TrainablePolicy
@@ -27,7 +28,8 @@ def reward_model() -> LinearRewardModel:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(WIDTH, generator=generator)
     return LinearRewardModel(
-        layers=(2,), standardiser=Standardiser(torch.zeros(WIDTH), torch.ones(WIDTH)), weights=weights,
+        spec=FeatureSpec(meaning=(2,)),
+        standardiser=Standardiser(torch.zeros(WIDTH), torch.ones(WIDTH)), weights=weights,
         members=weights.expand(2, -1), member_bias=torch.zeros(2), bias=0.75, low=-3.0, high=3.0, thumb_bar=0.0,
         bad_bar=0.0, eta=0.5, temperature=0.0, l2=1.0, prompt_mean=torch.zeros(HIDDEN),
         prompt_scale=torch.full((HIDDEN,), 0.1),
@@ -78,7 +80,7 @@ def test_without_prefixes_the_rest_is_the_same(model_directory: Path) -> None:
     policy = TrainablePolicy.create(model_directory, PolicySettings(lora_rank=4), torch.float32, torch.device("cpu"))
     rollout = to_rollout([sample([7, 8, 9]), sample([10, 11])])
     whole = judge_rollout(policy, reward_model(), rollout, 0.85, 2)
-    bare = reference_pass(policy, rollout.tokens, reward_model().layers, 0.85, 2)
+    bare = reference_pass(policy, rollout.tokens, reward_model().spec, 0.85, 2)
     assert torch.equal(bare.features, whole.features)
     assert bare.prefix_features.shape == (2, 3, 0)
 

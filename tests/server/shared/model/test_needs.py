@@ -16,7 +16,7 @@ def test_the_parts_of_a_round_that_trains_adapters() -> None:
     assert need.engine == 3.5 * GIB + 100_000
     # 960 adapter weights: 2 bytes each and as many of gradient, then 16 of float32 copy, its gradient and two moments.
     assert need.trainer == TRAINER + 100_000 + 960 * (2 + 2 + 16)
-    assert need.rollout == 60 * 51 * 4
+    assert need.rollout == 60 * 71 * 4
     assert need.activations == 30 * 800 * 2
     assert need.logits == 4 * 30 * 1_000 * 4
     assert need.total == need.engine + need.trainer + need.rollout + need.activations + need.logits

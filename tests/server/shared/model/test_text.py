@@ -2,6 +2,7 @@
 token, and without control tokens otherwise."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -202,3 +203,21 @@ def test_without_an_end_token_an_answer_just_ends() -> None:
     text = ChatText(tokenizer)
     assert text.text(text.answer("So.")) == "So."
     assert len(text.answer("So.")) == len(tokenizer.encode("So.", add_special_tokens=False))
+
+
+@pytest.mark.parametrize("kind", [byte_level, spaced])
+def test_pieces_are_tokens_as_they_are_after_another(kind: Callable[[], Tokenizer]) -> None:
+    text = ChatText(made(kind(), "chatml"))
+    pieces = text.pieces()
+    said = text.answer("How do I get to the sea?\n\n1. Walk", ended=False)
+    assert "".join(pieces[token] for token in said).lstrip(" ") == "How do I get to the sea?\n\n1. Walk"
+    # A word's piece has its space, which a tokenizer may drop from a text that begins with it.
+    assert any(piece.startswith(" ") and piece.strip().isalpha() for piece in pieces)
+    assert text.end_token_id is not None
+    assert pieces[text.end_token_id] == "<|im_end|>"
+
+
+def test_pieces_end_where_the_models_embeddings_end() -> None:
+    tokenizer = made(byte_level(), "chatml")
+    assert len(ChatText(tokenizer, 40).pieces()) == 40
+    assert len(ChatText(tokenizer).pieces()) == len(tokenizer)

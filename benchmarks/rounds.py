@@ -1,0 +1,349 @@
+"""Whether a service keeps learning: several rounds one after another, on simulated voters.
+
+    python benchmarks/rounds.py MODEL --work-dir DIR [--hours 8] [--only CELL...] [--write]
+
+A cell is a taste (`clients.demo.voter`), a seed and an arm. In the arm `rounds`, voters compare 150 pairs of answers of
+the version that serves and a tenth of their choices is flipped; then `learner run-once` runs as an operator runs it. If
+its candidate waits as a canary, the same voters compare the pairs that it offers until the server's rule decides. This
+is done four times. In the arm `once`, they compare 600 pairs of the reference's answers, and one round runs. After each
+round the served version answers 256 questions that nobody voted on; its win rate over the reference is by the taste
+itself, a draw is half.
+
+A cell's data directory is kept and each of its rounds saved in docs/benchmarks/rounds.json, so that a killed run
+resumes after the last saved one. `--write` writes docs/benchmarks/rounds.md from it. No round starts after `--hours`.
+Prints one JSON line last.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree, rmtree
+from statistics import mean, stdev
+from typing import Any
+
+from pool import CHOICES
+from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
+
+from clients.demo.questions import questions
+from clients.demo.voter import FLIPPED, TASTES, Answer
+
+RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks" / "rounds.json"
+REPORT = RESULTS.with_suffix(".md")
+ROUNDS, VOTES, FLIPS, VOTERS = 4, 150, 0.1, 10
+TOKENS, UNSEEN = 64, 256
+# The temperatures of a comparison's two answers, and what the unseen questions are answered with.
+TEMPERATURES, DRAW = (0.7, 1.0), 424_242
+ROUND_SECONDS = 3600
+LONGEST = 256
+ARMS = ("rounds", "once")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A taste, a seed and an arm."""
+
+    taste: str
+    seed: int
+    arm: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.taste}-{self.seed}-{self.arm}"
+
+
+def cells() -> list[Cell]:
+    """Two tastes and two seeds first, then the others."""
+    tastes = ["gentle", "crisp", "to-you", "short"]
+    order = [(taste, seed) for taste in tastes[:2] for seed in range(2)]
+    order += [(taste, seed) for taste in tastes[:3] for seed in range(3) if (taste, seed) not in order]
+    return [Cell(taste, seed, arm) for taste, seed in order for arm in ARMS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="Hugging Face directory, as in a data directory's policies/v0000")
+    parser.add_argument("--work-dir", type=Path, required=True)
+    parser.add_argument("--hours", type=float, default=8.0)
+    parser.add_argument("--only", nargs="+", metavar="CELL", help="such as gentle-0-rounds")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--step", choices=["ask", "evaluate"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    work: Path = arguments.work_dir.resolve()
+    if arguments.step:
+        [cell] = [cell for cell in cells() if cell.name == arguments.only[0]]
+        found = ask(work / cell.name, cell) if arguments.step == "ask" else evaluate(work, cell)
+        print(json.dumps(found))
+        return
+    end = time.monotonic() + arguments.hours * 3600
+    results: dict[str, list[Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for cell in cells():
+        if arguments.only and cell.name not in arguments.only:
+            continue
+        while len(results.get(cell.name, [])) < (ROUNDS if cell.arm == "rounds" else 1) and time.monotonic() < end:
+            done = results.setdefault(cell.name, [])
+            done.append(one_round(work, cell, arguments.model, len(done)))
+            print(f"{cell.name}: {json.dumps(done[-1])}", file=sys.stderr, flush=True)
+            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if arguments.write:
+        REPORT.write_text("\n".join(page(results)) + "\n", encoding="utf-8")
+    print(json.dumps({"benchmark": "rounds", "results": results}))
+
+
+def one_round(work: Path, cell: Cell, model: Path, number: int) -> dict[str, Any]:
+    """Votes, a round, and what people decide about its canary; then how good the served version is."""
+    data = work / cell.name
+    # A round that was killed begins again where the one before it ended.
+    before = work / f"{cell.name}-{number}"
+    if not before.exists():
+        if number == 0:
+            make_data(model, data)
+        copytree(data, before)
+    rmtree(data)
+    copytree(before, data)
+    step(work, cell, "ask")
+    report = run_round(data, cell)
+    canary = decide_canary(data, cell, number) if report["state"] == "canary" else None
+    metrics = report["metrics"]
+    gate = metrics.get("gate", {})
+    return {
+        "state": report["state"],
+        "sentence": report["sentence"],
+        "canary": canary,
+        "minutes": round(sum(metrics["seconds"].values()) / 60, 1),
+        "signal": metrics["signal"]["p_value"],
+        "reward_model": metrics.get("reward_model", {}).get("accuracy"),
+        "votes": metrics["votes"],
+        "chosen": gate.get("chosen"),
+        **step(work, cell, "evaluate"),
+    }
+
+
+def make_data(model: Path, data: Path) -> None:
+    """A data directory with the model as its reference, as a server makes it at its first start."""
+    from server.reference.reference import prepare_reference
+    from server.store.store import Store
+
+    data.mkdir(parents=True)
+    prepare_reference(data, str(model), lambda line: print(line, file=sys.stderr))
+    store = Store.open(data)
+    store.policies.register_reference()
+    store.close()
+
+
+def step(work: Path, cell: Cell, name: str) -> dict[str, Any]:
+    """Runs a step of this program in a separate process, which owns an engine."""
+    return run_json([__file__, "-", "--work-dir", str(work), "--only", cell.name, "--step", name])
+
+
+def run_round(data: Path, cell: Cell) -> dict[str, Any]:
+    """Runs `learner run-once`; returns its report."""
+    canary = {"PREFLOOP_GATE__CANARY": "on" if cell.arm == "rounds" else "off"}
+    return run_json(
+        ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(cell.seed), "--json"], canary
+    )
+
+
+def run_json(arguments: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **(environment or {})}, text=True, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=ROUND_SECONDS,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed: {done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+# Steps
+
+
+def ask(data: Path, cell: Cell) -> dict[str, Any]:
+    """Samples comparisons of the served version's answers and votes on them."""
+    from server.store.chats.records import Generation, Prompt, Span
+    from server.store.store import Store
+
+    store = Store.open(data)
+    text, sample = served(data, store.policies.active().version)
+    number = len(store.rounds.page())
+    chance = random.Random(f"{cell.name} {number}")
+    count = VOTES if cell.arm == "rounds" else ROUNDS * VOTES
+    seen = questions(0)[UNSEEN:]
+    asked = [chance.choice(seen) for _ in range(count)]
+    prompts = [Prompt("", text.prompt([{"role": "user", "content": one}], 0), TOKENS) for one in asked]
+    first, second = (sample(prompts, temperature, 2 * number + slot) for slot, temperature in enumerate(TEMPERATURES))
+    version = store.policies.active().version
+    for place, (question, prompt, both) in enumerate(zip(asked, prompts, zip(first, second, strict=True), strict=True)):
+        user = f"voter{place % VOTERS}"
+        conversation = store.conversations.create(user, question)
+        comparison, *responses = store.responses.begin_comparison(
+            user, conversation, message=question, replica_id="benchmark", policy_versions=(version, version),
+            prompt_token_ids=prompt.token_ids, temperatures=TEMPERATURES, max_tokens=TOKENS, seeds=(None, None),
+        )  # fmt: skip
+        for response, one in zip(responses, both, strict=True):
+            reason: Any = "stop" if one.ended else "length"
+            span = [Span(0, len(one.token_ids), version)]
+            store.responses.finish(response, Generation(one.token_ids, one.logprobs, one.text, reason, span))
+        store.feedback.submit_choice(user, comparison, choose(cell, chance, *map(answer, both)))
+    store.close()
+    return {"asked": count}
+
+
+def evaluate(work: Path, cell: Cell) -> dict[str, Any]:
+    """How often the served version's answers to unseen questions are better than the reference's, by the taste."""
+    from server.store.chats.records import Prompt
+    from server.store.store import Store
+
+    data = work / cell.name
+    store = Store.open(data)
+    version = store.policies.active().version
+    store.close()
+    scores = {}
+    for name in dict.fromkeys(["v0000", version]):
+        kept = work / f"{cell.taste}-reference.json"
+        if name == "v0000" and kept.exists():
+            scores[name] = json.loads(kept.read_text())
+            continue
+        text, sample = served(data, name)
+        prompts = [
+            Prompt("", text.prompt([{"role": "user", "content": one}], 0), TOKENS) for one in questions(0)[:UNSEEN]
+        ]
+        scores[name] = [TASTES[cell.taste].score(answer(one)) for one in sample(prompts, 0.85, DRAW)]
+        if name == "v0000":
+            kept.write_text(json.dumps(scores[name]))
+    wins = [(new > old) + (new == old) / 2 for new, old in zip(scores[version], scores["v0000"], strict=True)]
+    # One digit for each question: 0 lost, 1 drawn, 2 won.
+    digits = "".join(str(int(2 * one)) for one in wins)
+    return {"version": version, "win_rate": round(sum(wins) / len(wins), 4), "wins": digits}
+
+
+def served(data: Path, version: str) -> Any:
+    """The model's text, and a function that samples answers of a version to prompts at a temperature."""
+    from learner.process import set_environment
+    from learner.settings import LearnerSettings
+    from server.shared.model.dtype import resolve_dtype, torch_dtype
+
+    settings = LearnerSettings(data_dir=data)
+    set_environment(settings)
+    dtype = resolve_dtype(settings.dtype).name
+
+    from learner.model.policy import published_weights
+    from learner.model.rollout import RolloutEngine
+    from server.shared.model.text import ChatText
+
+    reference = data / "policies" / "v0000"
+    engine: Any = served.__dict__.setdefault("engine", None) or RolloutEngine(reference, settings, dtype, LONGEST)
+    served.__dict__["engine"] = engine
+    base = None if version == "v0000" else reference
+    engine.push(published_weights(data / "policies" / version, base, torch_dtype(dtype)))
+
+    def sample(prompts: Any, temperature: float, draw: int) -> Any:
+        # A round's engine has one temperature; a comparison has two.
+        engine._temperature = temperature
+        return engine.sample(prompts, draw)
+
+    return ChatText.load(reference), sample
+
+
+# Voters
+
+
+def decide_canary(data: Path, cell: Cell, number: int) -> dict[str, Any]:
+    """Voters compare the offered pairs, in turn, until the server's rule decides or nobody has a pair left."""
+    from server.store.store import Store
+    from server.versions.canary import ACTOR, decide
+
+    store = Store.open(data)
+    canary, chance, choices = store.canaries.waiting(), random.Random(f"{cell.name} {number} canary"), 0
+    assert canary
+    voters = [f"voter{place}" for place in range(VOTERS)]
+    while True:
+        outcome, reason = decide(canary, store.canaries.result(canary), expired=not voters)
+        if outcome:
+            break
+        user = voters[choices % len(voters)]
+        if review := store.reviews.next(user):
+            both = [shown(response) for response in (review.comparison.a, review.comparison.b)]
+            store.feedback.submit_choice(user, review.comparison.id, choose(cell, chance, *both))
+            choices += 1
+        else:
+            voters.remove(user)
+    if outcome == "promoted":
+        store.policies.activate(
+            canary.version, actor=ACTOR, reason=reason, expected_active_version=canary.opponent_version
+        )
+    else:
+        store.canaries.end(canary.version, "rejected", reason)
+    store.close()
+    return {"outcome": outcome, "reason": reason, "choices": choices}
+
+
+def choose(cell: Cell, chance: random.Random, a: Answer, b: Answer) -> Any:
+    """The choice of a voter of the cell's taste, who sometimes names the other answer."""
+    choice = TASTES[cell.taste].choice(a, b)
+    return CHOICES[FLIPPED[choice] if chance.random() < FLIPS else choice]
+
+
+def answer(sample: Any) -> Answer:
+    return Answer(sample.text, FINISH_REASON_STOP if sample.ended else FINISH_REASON_LENGTH, len(sample.token_ids))
+
+
+def shown(response: Any) -> Answer:
+    reason = FINISH_REASON_STOP if response.finish_reason == "stop" else FINISH_REASON_LENGTH
+    return Answer(response.text, reason, len(response.token_ids))
+
+
+# The page
+
+
+def page(results: dict[str, list[Any]]) -> Iterator[str]:
+    """Its lines."""
+    yield "# Whether a service keeps learning"
+    yield ""
+    yield "`python benchmarks/rounds.py --write`: the program's docstring says what is done. The win rate over the"
+    yield f"reference is on {UNSEEN} questions nobody voted on, by the taste itself. *Since* is by how much it is above that"
+    yield "of the version served before, with the lower end of its paired 95 % interval."
+    yield ""
+    titles = ["taste", "seed", "arm", "round", "votes", "signal p", "reward model", "against the incumbent", "outcome"]
+    yield f"| {' | '.join([*titles, 'win rate', 'since', 'KL', 'minutes'])} |"
+    yield "|---|---:|---|---:|---:|---:|---:|---|---|---:|---:|---:|---:|"
+    for cell in cells():
+        yield from rows(cell, results.get(cell.name, []))
+
+
+def rows(cell: Cell, rounds: list[Any]) -> Iterator[str]:
+    before = None
+    for number, one in enumerate(rounds, start=1):
+        chosen, votes = one["chosen"] or {}, one["votes"]
+        against = chosen.get("against_incumbent")
+        told = f"{against['rate']:.2f} [{against['low']:.2f}, {against['high']:.2f}]" if against else ""
+        outcome = one["state"]
+        if canary := one["canary"]:
+            outcome = f"canary, {canary['outcome']} after {canary['choices']} choices"
+        accuracy = "" if one["reward_model"] is None else f"{one['reward_model']:.2f}"
+        kl = f"{chosen['kl']:.1f}" if chosen else ""
+        yield (
+            f"| {cell.taste} | {cell.seed} | {cell.arm} | {number} | {votes['train'] + votes['judge']} | "
+            f"{one['signal']:.3f} | {accuracy} | {told} | {outcome} | {one['win_rate']:.3f} | "
+            f"{since(before, one['wins'])} | {kl} | {one['minutes']:.0f} |"
+        )
+        before = one["wins"]
+
+
+def since(before: str | None, after: str) -> str:
+    """The mean difference over the questions, and the lower end of its 95 % interval."""
+    if before is None:
+        return ""
+    changes = [(int(new) - int(old)) / 2 for new, old in zip(after, before, strict=True)]
+    low = mean(changes) - 1.96 * stdev(changes) / len(changes) ** 0.5
+    return f"{mean(changes):+.3f} [{low:+.3f}]"
+
+
+if __name__ == "__main__":
+    main()

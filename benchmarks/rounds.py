@@ -307,8 +307,8 @@ def page(results: dict[str, list[Any]]) -> Iterator[str]:
     yield "# Whether a service keeps learning"
     yield ""
     yield "`python benchmarks/rounds.py --write`: the program's docstring says what is done. The win rate over the"
-    yield f"reference is on {UNSEEN} questions that nobody voted on, by the taste itself. *Since* is how far it is above"
-    yield "that of the version served before, with the lower end of its paired 95 % interval."
+    yield f"reference is on {UNSEEN} questions that nobody voted on, by the taste itself. *Since* is how far it is"
+    yield "above that of the version served before, with the lower end of its paired 95 % interval."
     yield ""
     titles = ["taste", "seed", "arm", "round", "votes", "signal p", "reward model", "against the incumbent", "outcome"]
     yield f"| {' | '.join([*titles, 'win rate', 'since', 'KL', 'minutes'])} |"

@@ -27,6 +27,8 @@ from server.store.learning.round_metrics import HeldOut
 TAIL = 0.02
 # About so many votes choose how features are scaled, at most.
 SCALING_VOTES = 500
+# By how much the NLL of another scaling than the first must be lower to be chosen: folds of few votes differ so much.
+BETTER = 0.015
 WEIGHTS, DESCRIPTION = "head.safetensors", "reward_model.json"
 
 
@@ -202,15 +204,16 @@ def choose(
     settings: RewardSettings,
     generator: torch.Generator,
 ) -> tuple[Standardiser, float]:
-    """The scaling of features (N, F) and the penalty with the lowest cross-validated NLL; the first and the strongest
-    if one conversation has all votes, since nothing can be held out. If there are many votes, some choose the scaling,
-    which is the choice that takes the most time and the fewest votes."""
+    """The scaling of features (N, F) and the penalty with the lowest cross-validated NLL, or the first scaling if none
+    is clearly better; the first and the strongest if one conversation has all votes, since nothing can be held out. If
+    there are many votes, some choose the scaling, which is the choice that takes the most time and the fewest votes."""
     if votes.groups == 1:
         return scalings[0], max(settings.l2_grid)
     some = select(votes, some_conversations(votes, SCALING_VOTES, generator))
     seed = int(torch.randint(2**31, (1,), generator=generator))
     losses = torch.stack([validated(scaling, features, some, settings, seed) for scaling in scalings])
-    best = int(losses.amin(dim=1).argmin())
+    reached = losses.amin(dim=1)
+    best = 0 if reached[0] < reached.min() + BETTER else int(reached.argmin())
     nll = losses[best] if len(some) == len(votes) else validated(scalings[best], features, votes, settings, seed)
     return scalings[best], settings.l2_grid[int(nll.argmin())]
 

@@ -18,6 +18,7 @@ from learner.model.forward import Tokens, to_tokens
 from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, to_rollout
 from learner.progress import Stages
 from learner.reward.base import RewardModel
+from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.prompts import Prompts, share_out, split_prompts, top_up
 from learner.settings import LearnerSettings
 from server.shared.model.context import context_length
@@ -128,7 +129,9 @@ class Workspace:
 
     @cached_property
     def spec(self) -> FeatureSpec:
-        """What features are made of."""
+        """What features are made of. An earlier version may have fitted the round's reward model: it knows its own."""
+        if self.done("reward_model"):
+            return LinearRewardModel.load(self.reward_model_directory).spec
         return feature_spec(self.policy.model, self.text, self.settings.reward.layers)
 
     def features_of(self, samples: list[SampledAnswer], model: RewardModel) -> Tensor:

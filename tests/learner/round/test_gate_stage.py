@@ -119,8 +119,8 @@ def test_a_candidate_is_also_compared_with_the_best_version_so_far(
     rates = iter([0.8, 0.6, 0.7])
 
     def rated(candidates: list[CandidateMetrics], *_: Any, **__: Any) -> Verdict:
-        # Two candidates to choose from, then one to confirm.
-        if len(candidates) == 2:
+        # Twelve prompts choose, eight others confirm.
+        if candidates[0].against_reference.prompts == 12:
             return Verdict(candidates[-1], [])
         won = replace(candidates[0].against_reference, rate=next(rates))
         return Verdict(replace(candidates[0], against_reference=won), [])

@@ -16,9 +16,7 @@ Prints one JSON line last.
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +28,7 @@ from typing import Any
 
 from pool import CHOICES
 from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
+from study import run_json
 
 from clients.demo.questions import questions
 from clients.demo.voter import FLIPPED, TASTES, Answer
@@ -40,7 +39,6 @@ ROUNDS, VOTES, FLIPS, VOTERS = 4, 150, 0.1, 10
 TOKENS, UNSEEN = 64, 256
 # The temperatures of a comparison's two answers, and what the unseen questions are answered with.
 TEMPERATURES, DRAW = (0.7, 1.0), 424_242
-ROUND_SECONDS = 3600
 LONGEST = 256
 ARMS = ("rounds", "once")
 
@@ -144,21 +142,10 @@ def step(work: Path, cell: Cell, name: str) -> dict[str, Any]:
 
 def run_round(data: Path, cell: Cell) -> dict[str, Any]:
     """Runs `learner run-once`; returns its report."""
-    canary = {"PREFLOOP_GATE__CANARY": "on" if cell.arm == "rounds" else "off"}
+    canary = "on" if cell.arm == "rounds" else "off"
     return run_json(
         ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(cell.seed), "--json"], canary
     )
-
-
-def run_json(arguments: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **(environment or {})}, text=True, check=False,
-        stdin=subprocess.DEVNULL, capture_output=True, timeout=ROUND_SECONDS,
-    )  # fmt: skip
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments)} failed: {done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 # Steps

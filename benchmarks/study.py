@@ -37,7 +37,7 @@ from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 
 from clients.demo.voter import TASTES, Answer
 
-ROUND_SECONDS = 1800
+ROUND_SECONDS = 3600
 SHUFFLES = 60
 SHUFFLED = (Cell("short", 200, 0.1, 0), Cell("to-you", 200, 0.1, 0))
 DRAW = 424_242

@@ -142,10 +142,8 @@ def step(work: Path, cell: Cell, name: str) -> dict[str, Any]:
 
 def run_round(data: Path, cell: Cell) -> dict[str, Any]:
     """Runs `learner run-once`; returns its report."""
-    canary = "on" if cell.arm == "rounds" else "off"
-    return run_json(
-        ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(cell.seed), "--json"], canary
-    )
+    command = ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(cell.seed), "--json"]
+    return run_json(command, PREFLOOP_GATE__CANARY="on" if cell.arm == "rounds" else "off")
 
 
 # Steps

@@ -26,8 +26,8 @@ class RewardSettings(BaseModel):
 
     layers: tuple[int, ...] = Field(
         (),
-        description="Hidden states that features are made of. Empty: early ones for words and late ones for meaning, and "
-        "the votes choose between them.",
+        description="Hidden states that features are made of. Empty: early ones for words and late ones for meaning, "
+        "and the votes choose between them.",
     )
     l2_grid: tuple[Positive, ...] = Field((0.3, 1.0, 3.0, 10.0, 30.0), description="L2 penalties to choose from.")
     label_smoothing: Share = Field(0.05, description="Share of votes assumed to say the opposite of what was meant.")

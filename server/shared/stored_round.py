@@ -108,8 +108,7 @@ def _forget_permutations(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _confirm_on_others(settings: dict[str, Any]) -> dict[str, Any]:
     """The gate looks after each batch of the prompts that confirm a candidate, not once early."""
-    gate = {name: value for name, value in settings.get("gate", {}).items() if name != "early_share"}
-    return {**settings, "gate": gate} if gate else settings
+    return nest({name: value for name, value in flatten(settings).items() if name != "gate.early_share"})
 
 
 SETTINGS = Stored(

@@ -75,6 +75,7 @@ def test_settings_of_format_4() -> None:
 def test_settings_of_format_5() -> None:
     old = {"format": 5, "gate": {"early_share": 0.2, "prompts": 64}}
     assert SETTINGS.load(json.dumps(old)) == {"gate": {"prompts": 64}}
+    assert SETTINGS.load(json.dumps({"format": 5, "seed": 1, "gate": {"early_share": 0.2}})) == {"seed": 1}
 
 
 def test_metrics_of_format_1() -> None:

@@ -55,8 +55,7 @@ class FeatureSpec:
 def feature_spec(model: Any, text: ChatText, layers: tuple[int, ...] = ()) -> FeatureSpec:
     """The spec for a transformers model and its text, with these `layers` for what is meant, if any are given."""
     words, meaning = ((), layers) if layers else default_layers(model.config.get_text_config().num_hidden_layers)
-    ends = [] if text.end_token_id is None else [text.end_token_id]
-    return FeatureSpec(words, meaning, surface_table(text.pieces(), ends))
+    return FeatureSpec(words, meaning, surface_table(text.pieces(), text.end_token_id))
 
 
 def default_layers(hidden_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

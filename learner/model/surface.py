@@ -33,10 +33,8 @@ COUNTED: tuple[Callable[[str], int], ...] = (
 MOST = 255
 
 
-def surface_table(pieces: Sequence[str], ends: Sequence[int]) -> Tensor:
+def surface_table(pieces: Sequence[str], end: int | None) -> Tensor:
     """(V, S) uint8 counts for each token of a vocabulary, from the text of each, (V,) `pieces`; the last column is 1
-    for the tokens that end an answer."""
-    rows = [[min(count(text), MOST) for count in COUNTED] for text in pieces]
-    last = torch.zeros(len(pieces), 1, dtype=torch.uint8)
-    last[list(ends)] = 1
-    return torch.cat([torch.tensor(rows, dtype=torch.uint8), last], dim=1)
+    for the token that ends an answer, if there is one."""
+    rows = [[*(min(count(text), MOST) for count in COUNTED), token == end] for token, text in enumerate(pieces)]
+    return torch.tensor(rows, dtype=torch.uint8)

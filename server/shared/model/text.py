@@ -101,7 +101,8 @@ class ChatText:
         """The text of each token id, as it is after another token: a tokenizer may drop the space of a first word."""
         before = _ids(self._backend, "a")
         start = len(self._backend.decode(before, skip_special_tokens=False))
-        count = min(self.embeddings, self._backend.get_vocab_size())
+        # Ids may have gaps, so there are not as many as tokens.
+        count = min(self.embeddings, 1 + max(self._backend.get_vocab().values()))
         after = self._backend.decode_batch([[*before, number] for number in range(count)], skip_special_tokens=False)
         return [text[start:] for text in after]
 

@@ -23,8 +23,10 @@ from learner.model.surface import surface_table
     ],
 )
 def test_what_is_counted(piece: str, counts: list[int]) -> None:
-    assert surface_table([piece], []).tolist() == [counts]
+    assert surface_table([piece], None).tolist() == [counts]
 
 
-def test_tokens_that_end_an_answer_are_marked() -> None:
-    assert surface_table(["a", "<end>", "b"], [1])[:, -1].tolist() == [0, 1, 0]
+def test_the_token_that_ends_an_answer_is_marked() -> None:
+    assert surface_table(["a", "<end>", "b"], 1)[:, -1].tolist() == [0, 1, 0]
+    # The model has no embedding for it.
+    assert surface_table(["a", "b"], 2)[:, -1].tolist() == [0, 0]

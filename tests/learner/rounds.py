@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from learner.gate.rules import Verdict
 from learner.model.rollout import SampledAnswer
+from learner.progress import Stages
+from learner.round.report import Report
+from learner.round.run import run_once
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import DtypeName
 from server.store.chats.records import Generation, Prompt, Span
@@ -154,6 +158,11 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "confirm_prompts": 8, "signal_p": 0.99},
     }
     return LearnerSettings(**{**values, **changes})
+
+
+def run(data_dir: Path, **changes: Any) -> Report:
+    """Runs or resumes a round with these settings, in silence."""
+    return run_once(settings(data_dir, **changes), Stages(Console(quiet=True)))
 
 
 def passing(candidates: Any, *_: Any, **__: Any) -> Verdict:

@@ -6,38 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 import learner.round.gate_stage as judging
 import learner.round.review.canary as canary_stage
 import learner.round.run as rounds
 import learner.round.workspace as workspace
 from learner.ops.status import status
-from learner.progress import Stages
 from learner.reward.dataset import is_judge
 from learner.round.report import Report
 from learner.round.review.canary import why_no_canary
 from learner.round.review.pool import pool, shipped
 from learner.round.review.prompts import review_prompts
-from learner.round.run import run_once
 from learner.settings import LearnerSettings
+from server.store.learning.round_metrics import WinRate
 from server.store.store import Store
-from tests.learner.rounds import TinyEngine, passing, settings, waiting
+from tests.learner.rounds import TinyEngine, passing, run, settings, waiting
 
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch: pytest.MonkeyPatch) -> type[TinyEngine]:
-    monkeypatch.setattr(workspace, "RolloutEngine", TinyEngine)
-    return TinyEngine
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 @pytest.fixture(autouse=True)
 def people_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "decide", waiting)
-
-
-def run(data_dir: Path, **changes: Any) -> Report:
-    return run_once(settings(data_dir, **changes), Stages(Console(quiet=True)))
 
 
 def test_a_canary_waits_and_the_incumbent_is_served(data_dir: Path) -> None:
@@ -252,7 +242,8 @@ def test_a_gate_that_cannot_ask_people_says_why(data_dir: Path, monkeypatch: pyt
         seen.append(canary)
         return dataclasses.replace(passing(candidates), reasons=["The win rate against the incumbent may be chance."])
 
-    # Only more votes could decide it.
+    # Not surely worse, and only more votes could decide it.
+    monkeypatch.setattr(judging, "win_rate", lambda won, *_: WinRate(0.5, 0.4, 0.6, len(won.point)))
     monkeypatch.setattr(judging, "more_prompts_help", lambda rate: False)
     monkeypatch.setattr(judging, "decide", noted)
     report = run(data_dir, gate=settings(data_dir).gate.model_copy(update={"canary": "off"}))

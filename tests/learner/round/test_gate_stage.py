@@ -6,31 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 import learner.round.gate_stage as judging
-import learner.round.workspace as workspace
 from learner.gate.rules import Verdict
 from learner.gate.win_rate import Wins
-from learner.progress import Stages
 from learner.round.gate_stage import gate_prompts, opponents
-from learner.round.report import Report, rows
-from learner.round.run import run_once
+from learner.round.report import rows
 from learner.round.workspace import Workspace
 from server.store.chats.records import Prompt
 from server.store.learning.round_metrics import CandidateMetrics, WinRate
 from server.store.store import Store
-from tests.learner.rounds import TinyEngine, low_words, passing, settings, vote
+from tests.learner.rounds import low_words, passing, run, settings, vote
 
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch: pytest.MonkeyPatch) -> type[TinyEngine]:
-    monkeypatch.setattr(workspace, "RolloutEngine", TinyEngine)
-    return TinyEngine
-
-
-def run(data_dir: Path, **changes: Any) -> Report:
-    return run_once(settings(data_dir, **changes), Stages(Console(quiet=True)))
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +48,8 @@ def test_the_chosen_candidate_is_confirmed_on_other_prompts_in_batches(
         assert (looks, confidence) == ([4, 8, 10] if seen else [6], 0.9)
         return replace(rate, prompts=prompts) if seen else WinRate(0.6, 0.5, 0.7, prompts)
 
+    # Whichever votes train, and however far apart the candidates are.
+    monkeypatch.setattr(judging, "promising", lambda *_: [1, 2])
     monkeypatch.setattr(judging, "decide", verdict)
     monkeypatch.setattr(judging, "win_rate", measured)
     changes = {"prompts": 6, "answers": 2, "confirm_prompts": 10, "confirm_batch": 4}

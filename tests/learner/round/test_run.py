@@ -14,7 +14,6 @@ from torch import Tensor
 import learner.round.gate_stage as judging
 import learner.round.lease
 import learner.round.run as rounds
-import learner.round.workspace as workspace
 import tests.learner.rounds as rounds_fixture
 from learner.gate.rules import Verdict
 from learner.improve.ppo.trainer import PPO
@@ -25,25 +24,17 @@ from learner.ops.trace import trace_version, trace_vote
 from learner.progress import Stages
 from learner.round.gate_stage import confirm
 from learner.round.publish import wait_until_loaded
-from learner.round.report import Report, print_report
+from learner.round.report import print_report
 from learner.round.run import run_once
 from learner.round.workspace import STAGES, Workspace
 from server.shared.errors import ConflictError
 from server.store.files.manifest import verify
-from server.store.learning.round_metrics import RoundMetrics, SignalTest, VoterWeights
+from server.store.learning.round_metrics import RoundMetrics, SignalTest, VoterWeights, WinRate
 from server.store.store import Store
-from tests.learner.rounds import TinyEngine, low_words, make_reference, passing, settings, vote
+from tests.learner.rounds import TinyEngine, low_words, make_reference, passing, run, settings, vote
 from tests.round_metrics import filled
 
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch: pytest.MonkeyPatch) -> type[TinyEngine]:
-    monkeypatch.setattr(workspace, "RolloutEngine", TinyEngine)
-    return TinyEngine
-
-
-def run(data_dir: Path, **changes: Any) -> Report:
-    return run_once(settings(data_dir, **changes), Stages(Console(quiet=True)))
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def opened(data_dir: Path) -> Store:
@@ -341,6 +332,8 @@ def test_an_operators_rollback_meanwhile_is_not_overwritten(data_dir: Path, monk
         return confirm(*arguments, **options)
 
     monkeypatch.setattr(judging, "decide", passing)
+    # Not surely worse: then it would not be confirmed.
+    monkeypatch.setattr(judging, "win_rate", lambda won, *_: WinRate(0.5, 0.4, 0.6, len(won.point)))
     monkeypatch.setattr(judging, "confirm", moved)
     report = run(data_dir)
     assert report.state == "rejected"

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 from prefloop.v1.feedback_pb2 import CHOICE_A, CHOICE_B, CHOICE_TIE
 
 from clients import Client
@@ -28,6 +29,12 @@ UNSEEN = 96
 # Comparisons for each of the other questions; the largest cell needs a thousand.
 REPEATS = 3
 CHOICES: dict[int, Choice] = {CHOICE_A: "A", CHOICE_B: "B", CHOICE_TIE: "TIE"}
+
+
+def shown(answer: Any) -> Answer:
+    """What a voter sees of a stored response or a sampled answer."""
+    reason = FINISH_REASON_STOP if answer.finish_reason == "stop" else FINISH_REASON_LENGTH
+    return Answer(answer.text, reason, len(answer.token_ids))
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from shutil import copytree, rmtree
 from statistics import mean, stdev
 from typing import Any
 
-from pool import CHOICES
-from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
+from pool import CHOICES, shown
 from study import run_json
 
 from clients.demo.questions import questions
@@ -175,7 +175,7 @@ def ask(data: Path, cell: Cell) -> dict[str, Any]:
             reason: Any = "stop" if one.ended else "length"
             span = [Span(0, len(one.token_ids), version)]
             store.responses.finish(response, Generation(one.token_ids, one.logprobs, one.text, reason, span))
-        store.feedback.submit_choice(user, comparison, choose(cell, chance, *map(answer, both)))
+        store.feedback.submit_choice(user, comparison, choose(cell, chance, *map(shown, both)))
     store.close()
     return {"asked": count}
 
@@ -199,7 +199,7 @@ def evaluate(work: Path, cell: Cell) -> dict[str, Any]:
         prompts = [
             Prompt("", text.prompt([{"role": "user", "content": one}], 0), TOKENS) for one in questions(0)[:UNSEEN]
         ]
-        scores[name] = [TASTES[cell.taste].score(answer(one)) for one in sample(prompts, 0.85, DRAW)]
+        scores[name] = [TASTES[cell.taste].score(shown(one)) for one in sample(prompts, 0.85, DRAW)]
         if name == "v0000":
             kept.write_text(json.dumps(scores[name]))
     wins = [(new > old) + (new == old) / 2 for new, old in zip(scores[version], scores["v0000"], strict=True)]
@@ -210,21 +210,13 @@ def evaluate(work: Path, cell: Cell) -> dict[str, Any]:
 
 def served(data: Path, version: str) -> Any:
     """The model's text, and a function that samples answers of a version to prompts at a temperature."""
-    from learner.process import set_environment
-    from learner.settings import LearnerSettings
-    from server.shared.model.dtype import resolve_dtype, torch_dtype
-
-    settings = LearnerSettings(data_dir=data)
-    set_environment(settings)
-    dtype = resolve_dtype(settings.dtype).name
+    engine, dtype = engine_of(data)
 
     from learner.model.policy import published_weights
-    from learner.model.rollout import RolloutEngine
+    from server.shared.model.dtype import torch_dtype
     from server.shared.model.text import ChatText
 
     reference = data / "policies" / "v0000"
-    engine: Any = served.__dict__.setdefault("engine", None) or RolloutEngine(reference, settings, dtype, LONGEST)
-    served.__dict__["engine"] = engine
     base = None if version == "v0000" else reference
     engine.push(published_weights(data / "policies" / version, base, torch_dtype(dtype)))
 
@@ -234,6 +226,22 @@ def served(data: Path, version: str) -> Any:
         return engine.sample(prompts, draw)
 
     return ChatText.load(reference), sample
+
+
+@cache
+def engine_of(data: Path) -> Any:
+    """This process's engine, and its dtype."""
+    from learner.process import set_environment
+    from learner.settings import LearnerSettings
+    from server.shared.model.dtype import resolve_dtype
+
+    settings = LearnerSettings(data_dir=data)
+    set_environment(settings)
+    dtype = resolve_dtype(settings.dtype).name
+
+    from learner.model.rollout import RolloutEngine
+
+    return RolloutEngine(data / "policies" / "v0000", settings, dtype, LONGEST), dtype
 
 
 # Voters
@@ -254,7 +262,7 @@ def decide_canary(data: Path, cell: Cell, number: int) -> dict[str, Any]:
             break
         user = voters[choices % len(voters)]
         if review := store.reviews.next(user):
-            both = [shown(response) for response in (review.comparison.a, review.comparison.b)]
+            both = map(shown, (review.comparison.a, review.comparison.b))
             store.feedback.submit_choice(user, review.comparison.id, choose(cell, chance, *both))
             choices += 1
         else:
@@ -273,15 +281,6 @@ def choose(cell: Cell, chance: random.Random, a: Answer, b: Answer) -> Any:
     """The choice of a voter of the cell's taste, who sometimes names the other answer."""
     choice = TASTES[cell.taste].choice(a, b)
     return CHOICES[FLIPPED[choice] if chance.random() < FLIPS else choice]
-
-
-def answer(sample: Any) -> Answer:
-    return Answer(sample.text, FINISH_REASON_STOP if sample.ended else FINISH_REASON_LENGTH, len(sample.token_ids))
-
-
-def shown(response: Any) -> Answer:
-    reason = FINISH_REASON_STOP if response.finish_reason == "stop" else FINISH_REASON_LENGTH
-    return Answer(response.text, reason, len(response.token_ids))
 
 
 # The page

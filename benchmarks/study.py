@@ -32,10 +32,9 @@ from shutil import copytree, rmtree
 from typing import Any
 
 from kept import kept
-from pool import TOKENS, Cell, Pair, cast_rest, make_data, make_pool
-from prefloop.v1.chat_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
+from pool import TOKENS, Cell, Pair, cast_rest, make_data, make_pool, shown
 
-from clients.demo.voter import TASTES, Answer
+from clients.demo.voter import TASTES
 
 ROUND_SECONDS = 3600
 SHUFFLES = 60
@@ -306,9 +305,7 @@ def evaluate(data: Path, pairs: list[Pair], work: Path, taste: str) -> dict[str,
     def scores(directory: Path, base: Path | None) -> list[float]:
         engine.push(published_weights(directory, base, torch_dtype(dtype)))
         samples = engine.sample(prompts, DRAW)
-        reasons = [FINISH_REASON_STOP if sample.ended else FINISH_REASON_LENGTH for sample in samples]
-        answers = [Answer(s.text, reason, len(s.token_ids)) for s, reason in zip(samples, reasons, strict=True)]
-        return [TASTES[taste].score(answer) for answer in answers]
+        return [TASTES[taste].score(shown(sample)) for sample in samples]
 
     before = scores(reference, None)
     rates = {}

@@ -99,8 +99,8 @@ def span_basis(features: Tensor) -> Tensor:
 
 def reduced(features: Tensor, votes: VoteTensors, spec: FeatureSpec) -> tuple[Tensor, VoteTensors]:
     """Standardised features of the answers that were voted on, in the coordinates of their span, (D, P) out of (N, F),
-    and these votes as indices into them: for fits that nothing is kept of. `spec` is what
-    features are made of."""
+    and these votes as indices into them: for fits that nothing is kept of. `spec` is what features are
+    made of."""
     voted, votes = votes.voted(features)
     standard = standardiser(voted, spec, usual_mix(spec))(voted)
     return standard @ span_basis(standard), votes

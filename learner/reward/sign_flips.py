@@ -75,9 +75,8 @@ def signal_test(
     there_are: int = 0,
 ) -> SignalTest:
     """Whether votes on answers with features (N, F) say anything about them. `conversations` are ids, (G,); `spec` is
-    what features are made of; `earlier`
-    is the last test, if it was not passed; `error` is shared by all tests since one was. `there_are` more votes than
-    these, if these are a sample. The accuracy is left open."""
+    what features are made of; `earlier` is the last test, if it was not passed; `error` is shared by all tests since
+    one was. `there_are` more votes than these, if these are a sample. The accuracy is left open."""
     count = max(there_are, len(votes))
     first = earlier.first_votes if earlier else count
     # Deleted votes give nothing back.

@@ -221,3 +221,11 @@ def test_pieces_end_where_the_models_embeddings_end() -> None:
     tokenizer = made(byte_level(), "chatml")
     assert len(ChatText(tokenizer, 40).pieces()) == 40
     assert len(ChatText(tokenizer).pieces()) == len(tokenizer)
+
+
+def test_ids_with_gaps_have_pieces_up_to_the_highest() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 2, "b": 5}, unk_token="a"))
+    chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    chat.chat_template = LOOP + "{{ message.content }}{% endfor %}"
+    pieces = ChatText(chat).pieces()
+    assert [piece.strip() for piece in pieces] == ["a", "", "</s>", "", "", "b"]

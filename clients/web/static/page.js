@@ -183,8 +183,11 @@ document.addEventListener("keydown", (event) => {
   if (target.id === "message" && key === "Enter" && !event.shiftKey && !matchMedia("(pointer: coarse)").matches) {
     event.preventDefault();
     if (!event.repeat && target.value.trim()) byId("composer").requestSubmit(byId("send"));
-  } else if (!target.matches("input, textarea"))
-    target.closest(".pair")?.querySelector(`[aria-keyshortcuts="${CSS.escape(key)}"]`)?.click();
+  } else if (!target.matches("input, textarea")) {
+    // A key can come before the browser has moved the focus to the page's only pair.
+    const pair = target === document.body ? document.querySelector(".pair[autofocus]") : target.closest(".pair");
+    pair?.querySelector(`[aria-keyshortcuts="${CSS.escape(key)}"]`)?.click();
+  }
 });
 
 // The same user may have voted in another window.

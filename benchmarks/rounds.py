@@ -2,12 +2,12 @@
 
     python benchmarks/rounds.py MODEL --work-dir DIR [--hours 8] [--only CELL...] [--write]
 
-A cell is a taste (`clients.demo.voter`), a seed and an arm. In the arm `rounds`, voters compare 150 pairs of answers of
-the version that serves and a tenth of their choices is flipped; then `learner run-once` runs as an operator runs it. If
-its candidate waits as a canary, the same voters compare the pairs that it offers until the server's rule decides. This
-is done four times. In the arm `once`, they compare 600 pairs of the reference's answers, and one round runs. After each
-round the served version answers 256 questions that nobody voted on; its win rate over the reference is by the taste
-itself, a draw is half.
+A cell is a taste (`clients.demo.voter`), a seed and an arm. In the arm `rounds`, voters compare pairs of answers of the
+version that serves and a tenth of their choices is flipped; then `learner run-once` runs as an operator runs it. If its
+candidate waits as a canary, the same voters compare the pairs that it offers until the server's rule decides. This is
+done four times; before the Nth, voters have compared N * 150 pairs, those of canaries included. In the arm `once`, they
+compare 600 pairs of the reference's answers, and one round runs. After each round the served version answers 256
+questions that nobody voted on; its win rate over the reference is by the taste itself, a draw is half.
 
 A cell's data directory is kept and each of its rounds saved in docs/benchmarks/rounds.json, so that a killed run
 resumes after the last saved one. `--write` writes docs/benchmarks/rounds.md from it. No round starts after `--hours`.
@@ -158,7 +158,8 @@ def ask(data: Path, cell: Cell) -> dict[str, Any]:
     text, sample = served(data, store.policies.active().version)
     number = len(store.rounds.page())
     chance = random.Random(f"{cell.name} {number}")
-    count = VOTES if cell.arm == "rounds" else ROUNDS * VOTES
+    given = len(store.snapshots.take().choices)
+    count = VOTES * (number + 1 if cell.arm == "rounds" else ROUNDS) - given
     seen = questions(0)[UNSEEN:]
     asked = [chance.choice(seen) for _ in range(count)]
     prompts = [Prompt("", text.prompt([{"role": "user", "content": one}], 0), TOKENS) for one in asked]

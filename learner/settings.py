@@ -141,7 +141,7 @@ class GateSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     judge_share: float = Field(0.4, gt=0, lt=1, description="Share of conversations whose votes judge and never train.")
-    refits: int = Field(500, ge=100, description="Bootstrap refits of the judge.")
+    refits: int = Field(2000, ge=100, description="Bootstrap refits of the judge.")
     prompts: int = Field(32, ge=8, description="Maximum number of held-out prompts to choose a candidate on.")
     answers: int = Field(2, ge=1, description="Answers to each of them, all compared with all of the opponent's.")
     confirm_prompts: int = Field(
@@ -168,22 +168,21 @@ class GateSettings(BaseModel):
         "meaningless votes ever train on them.",
     )
     confidence: float = Field(
-        0.9,
+        0.98,
         gt=0.5,
         lt=1,
-        description="Level of the win rate's two-sided interval over all looks together; at 0.9 its lower end is a "
-        "95 % bound.",
+        description="Level of the win rate's two-sided interval over all looks together; at 0.98 its lower end is a "
+        "99 % bound.",
     )
     canary: Literal["auto", "on", "always", "off"] = Field(
         "auto",
-        description="Let a candidate that is better than the reference, and not clearly so than the incumbent, wait as "
-        "a canary until people's choices in reviews decide; `auto`: where enough people vote. Otherwise it is refused. "
+        description="Let a candidate that the judge finds neither better for certain nor worse for certain wait as a "
+        "canary until people's choices in reviews decide; `auto`: where enough people vote. Otherwise it is refused. "
         "`always`: every candidate that the gate would promote waits, too.",
     )
-    canary_margin: Share = Field(
+    best_margin: Share = Field(
         0.05,
-        description="How far below a half the lower bound of a canary's win rate against the incumbent may be, and "
-        "that of every candidate against the best version so far.",
+        description="How far below a half the lower bound of the win rate against the best version so far may be.",
     )
     canary_recent_votes: int = Field(
         20, ge=0, description="Votes in the last seven days from which `auto` lets a candidate wait as a canary."
@@ -235,6 +234,7 @@ class LearnerSettings(SettingsBase):
         "gpu_memory_share": "learner_gpu_memory_share",
         "duel_user_votes": "ab_test_user_votes",
         "reward.permutations": "reward.signal_flips",
+        "gate.canary_margin": "gate.best_margin",
         "ppo.dtype": "dtype",
         "ppo.micro_batch": "policy.micro_batch_tokens",
         **{f"ppo.{name}": f"policy.{name}" for name in ONCE_OF_PPO},

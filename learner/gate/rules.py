@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from learner.settings import GateSettings
-from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics, WinRate
+from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,9 @@ class Verdict:
 def broken_rules(
     figures: CandidateMetrics, incumbent: AnswerHealth, kl_budget: float, settings: GateSettings, *, canary: bool
 ) -> list[str]:
-    """The rules about one candidate: a sentence for each that it breaks. Where a `canary` is possible, it need only be
-    no worse than the incumbent, since people then decide."""
-    reasons, against = [], figures.against_incumbent
-    if not (against.low > 0.5 or (canary and no_worse(against, settings))):
-        reasons.append(f"The win rate against the incumbent may be chance: {against.explained}.")
-    if not figures.against_reference.low > 0.5:
-        reasons.append(f"The win rate against the reference may be chance: {figures.against_reference.explained}.")
-    # Small steps down, each within the margin, must not add up.
-    if figures.against_best and not no_worse(figures.against_best, settings):
-        reasons.append(f"It may be worse than the best version so far: {figures.against_best.explained}.")
+    """The rules about one candidate: a sentence for each that it breaks. A `canary` need only not lose for certain,
+    since people then decide."""
+    reasons = _losses(figures) if canary else _doubts(figures, settings.best_margin)
     if figures.kl > kl_budget:
         reasons.append(f"The sequence KL of {figures.kl:.1f} nats is over the budget of {kl_budget:g}.")
     low, high = settings.length_range
@@ -48,9 +41,22 @@ def broken_rules(
     return reasons
 
 
-def no_worse(rate: WinRate, settings: GateSettings) -> bool:
-    """Whether it wins more often than not, and certainly not much more rarely."""
-    return rate.rate > 0.5 and rate.low > 0.5 - settings.canary_margin
+def _doubts(figures: CandidateMetrics, best_margin: float) -> list[str]:
+    """A sentence for each opponent that the candidate may not beat."""
+    reasons = []
+    for name, rate in (("incumbent", figures.against_incumbent), ("reference", figures.against_reference)):
+        if not rate.low > 0.5:
+            reasons.append(f"The win rate against the {name} may be chance: {rate.explained}.")
+    best = figures.against_best
+    # Small steps down, each within the margin, must not add up.
+    if best and not (best.rate > 0.5 and best.low > 0.5 - best_margin):
+        reasons.append(f"It may be worse than the best version so far: {best.explained}.")
+    return reasons
+
+
+def _losses(figures: CandidateMetrics) -> list[str]:
+    """A sentence for each opponent that certainly wins."""
+    return [f"It loses to the {name}: {rate.explained}." for name, rate in figures.rates.items() if rate.high < 0.5]
 
 
 def over_optimised(figures: CandidateMetrics, candidates: list[CandidateMetrics], margin: float) -> bool:
@@ -72,11 +78,11 @@ def decide(
     *,
     canary: bool,
 ) -> Verdict:
-    """Chooses the candidate with the best lower bound, the weaker of its two, among those that break the fewest rules
-    and are not over-optimised. The reasons are the rules that it breaks."""
+    """Chooses the most promising candidate among those that break the fewest rules and are not over-optimised. The
+    reasons are the rules that it breaks."""
     sound = [figures for figures in candidates if not over_optimised(figures, candidates, settings.gap_margin)]
     rules = {figures.step: broken_rules(figures, incumbent, kl_budget, settings, canary=canary) for figures in sound}
-    chosen = min(sound, key=lambda figures: (len(rules[figures.step]), -figures.low))
+    chosen = min(sound, key=lambda figures: (len(rules[figures.step]), -figures.promise))
     reasons = rules[chosen.step]
-    people_decide = settings.canary == "always" or not chosen.against_incumbent.low > 0.5
-    return Verdict(chosen, reasons, canary=not reasons and people_decide)
+    doubts = settings.canary == "always" or bool(_doubts(chosen, settings.best_margin))
+    return Verdict(chosen, reasons, canary=canary and not reasons and doubts)

@@ -100,7 +100,7 @@ def confirm(
         verdict = bench.decide([figures], asked, canary=canary)
         # What people are to decide may still become clear.
         clear = (verdict.promoted and not verdict.canary) or figures.hopeless
-        if clear or not any(map(more_prompts_help, figures.rates)):
+        if clear or not any(map(more_prompts_help, figures.rates.values())):
             break
     return verdict, asked
 

@@ -111,7 +111,21 @@ def _confirm_on_others(settings: dict[str, Any]) -> dict[str, Any]:
     return nest({name: value for name, value in flatten(settings).items() if name != "gate.early_share"})
 
 
+def _name_best_margin(settings: dict[str, Any]) -> dict[str, Any]:
+    """A canary needs no margin; the one for the best version has its own name."""
+    renamed = {"gate.canary_margin": "gate.best_margin"}
+    return nest({renamed.get(name, name): value for name, value in flatten(settings).items()})
+
+
 SETTINGS = Stored(
-    (_name_shares_and_dtype, _count_tokens, _sort_by_room, _keep_activations, _count_flips, _confirm_on_others)
+    (
+        _name_shares_and_dtype,
+        _count_tokens,
+        _sort_by_room,
+        _keep_activations,
+        _count_flips,
+        _confirm_on_others,
+        _name_best_margin,
+    )
 )
 METRICS = Stored((_count_left_out, _forget_permutations))

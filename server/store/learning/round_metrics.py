@@ -213,19 +213,21 @@ class CandidateMetrics:
     against_best: WinRate | None = None
 
     @property
-    def low(self) -> float:
-        """The weaker of the two lower bounds."""
-        return min(self.against_incumbent.low, self.against_reference.low)
+    def promise(self) -> float:
+        """The mean of two win rates against the incumbent, by the judge and by the training reward model. The first is
+        honest and noisy; the second saw more votes and flatters those that train longest."""
+        return (self.against_incumbent.rate + self.trained_rate) / 2
 
     @property
     def hopeless(self) -> bool:
         """Whether it certainly loses to one of them."""
-        return any(rate.high < 0.5 for rate in self.rates)
+        return any(rate.high < 0.5 for rate in self.rates.values())
 
     @property
-    def rates(self) -> list[WinRate]:
-        """Its win rates against each opponent."""
-        return [rate for rate in (self.against_incumbent, self.against_reference, self.against_best) if rate]
+    def rates(self) -> dict[str, WinRate]:
+        """Its win rate against each opponent."""
+        rates = {"incumbent": self.against_incumbent, "reference": self.against_reference}
+        return rates | ({"best version so far": self.against_best} if self.against_best else {})
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,14 @@ def test_the_chosen_candidate_is_confirmed_on_other_prompts_in_batches(
 
     def verdict(candidates: list[CandidateMetrics], *_: Any, **__: Any) -> Verdict:
         # The first verdict chooses, the others confirm.
-        counts = {each.prompts for figures in candidates for each in figures.rates}
+        counts = {each.prompts for figures in candidates for each in figures.rates.values()}
         assert len(counts) == 1
         seen.extend(counts)
         return Verdict(candidates[0], reasons if len(seen) > 1 else [])
 
     def measured(won: Wins, looks: list[int], confidence: float, _: Any) -> WinRate:
         prompts = len(won.point)
-        assert (looks, confidence) == ([4, 8, 10] if seen else [6], 0.9)
+        assert (looks, confidence) == ([4, 8, 10] if seen else [6], 0.98)
         return replace(rate, prompts=prompts) if seen else WinRate(0.6, 0.5, 0.7, prompts)
 
     # Whichever votes train, and however far apart the candidates are.

@@ -78,6 +78,11 @@ def test_settings_of_format_5() -> None:
     assert SETTINGS.load(json.dumps({"format": 5, "seed": 1, "gate": {"early_share": 0.2}})) == {"seed": 1}
 
 
+def test_settings_of_format_6() -> None:
+    old = {"format": 6, "seed": 1, "gate": {"canary_margin": 0.03, "prompts": 32}}
+    assert SETTINGS.load(json.dumps(old)) == {"seed": 1, "gate": {"best_margin": 0.03, "prompts": 32}}
+
+
 def test_metrics_of_format_1() -> None:
     old = {"format": 1, "signal": {"accuracy": 0.68, "null_accuracy": 0.5, "p_value": 0.005}}
     loaded = METRICS.load(json.dumps(old))
@@ -113,7 +118,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     store.rounds.update(round_.id, metrics=RoundMetrics(seconds={"gate": 1.0}), fence=fence)
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
-        {"format": 6, "seed": 1},
+        {"format": 7, "seed": 1},
         {"format": 2, "seconds": {"gate": 1.0}},
     )
     found = store.rounds.get(round_.id)
@@ -130,7 +135,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     )
     assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 3
     store.rounds.update(round_.id, settings={"seed": 2}, fence=fence)
-    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 6, "seed": 2}
+    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 7, "seed": 2}
     store.close()
 
 

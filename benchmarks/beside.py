@@ -165,6 +165,7 @@ def round_seconds(work: Path, steps: int) -> float:
     command = [sys.executable, "-m", "learner.cli", "run-once", "--data-dir", str(data / "data"), "--steps", str(steps)]
     # Accept any signal, so that the whole round is timed.
     environment = {**os.environ, "PREFLOOP_GATE__SIGNAL_P": "1", "PREFLOOP_GATE__CANARY": "off"}
+    environment["PREFLOOP_REVIEW__ACTIVE_PAIRS"] = "0"
     began = time.monotonic()
     subprocess.run(command, env=environment, check=True, timeout=ROUND_SECONDS, stdout=subprocess.DEVNULL)
     return round(time.monotonic() - began, 1)

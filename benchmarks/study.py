@@ -253,7 +253,8 @@ def measured_round(work: Path, data: Path, cell: Cell, **settings: str) -> dict[
 def run_round(data: Path, seed: int, **settings: str) -> dict[str, Any]:
     """Runs `learner run-once`; returns its report."""
     command = ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(seed), "--json"]
-    return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true", PREFLOOP_GATE__CANARY="off", **settings)
+    alone = {"PREFLOOP_GATE__CANARY": "off", "PREFLOOP_REVIEW__ACTIVE_PAIRS": "0"}
+    return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true", **alone, **settings)
 
 
 def process(arguments: list[str]) -> dict[str, Any]:

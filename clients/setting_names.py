@@ -106,6 +106,8 @@ SETTINGS = frozenset(
         "ppo.vf_coef",
         "retention_days",
         "review",
+        "review.active_answers",
+        "review.active_pairs",
         "review.own_pairs",
         "review.pairs",
         "review.prompt_files",

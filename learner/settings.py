@@ -219,6 +219,13 @@ class ReviewSettings(BaseModel):
 
     pairs: int = Field(96, ge=8, description="Pairs to everybody's prompts, and at most as many to users' own.")
     own_pairs: int = Field(5, ge=0, description="Pairs to each user's own newest prompts, which only this user sees.")
+    active_pairs: int = Field(
+        32,
+        ge=0,
+        description="Pairs of the served version's answers that would teach the reward model most, to everybody's "
+        "prompts, and at most as many to users' own; 0 for none.",
+    )
+    active_answers: int = Field(16, ge=2, description="Answers to a prompt, of which such a pair is chosen.")
     prompt_files: tuple[Path, ...] = Field(
         (), description="Files of prompts, one per line, to use beside the shipped ones."
     )

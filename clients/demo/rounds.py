@@ -60,7 +60,7 @@ def run_learner(record: Record, console: Console, server: Server, client: Client
     limit = record.pace.round_limit()
     with progress(console, "a round of the learner") as task:
         # Nobody would compare answers: the demo's voter votes before the round.
-        usual = {"PREFLOOP_GATE__CANARY": "off"}
+        usual = {"PREFLOOP_GATE__CANARY": "off", "PREFLOOP_REVIEW__ACTIVE_PAIRS": "0"}
         learner = Process(command, record.directory / "learner.log", Lines(console, task, limit).hear, usual)
         try:
             while not learner.ended(POLL_SECONDS):

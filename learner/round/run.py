@@ -34,6 +34,7 @@ from learner.round.publish import activate, publish
 from learner.round.report import Report
 from learner.round.resume import began_with, change_dtype, resumable
 from learner.round.retention import prune
+from learner.round.review.active_pairs import offer_active_pairs
 from learner.round.signal_stage import test_signal
 from learner.round.workspace import Workspace, spread
 from learner.settings import LearnerSettings
@@ -52,6 +53,7 @@ from server.store.learning.round_metrics import (
 )
 from server.store.store import Store
 
+Outcome = Literal["promoted", "canary", "rejected"]
 # Settings that a resumed round takes from the machine that resumes it.
 THIS_MACHINES = ("data_dir", "dtype", "learner_device", "learner_gpu_memory_share")
 
@@ -129,12 +131,20 @@ def run(work: Workspace) -> Report:
     # Only after the test: weights chosen so that votes agree would let meaningless votes pass it.
     dataset, voters = weigh_voters(work, dataset, features)
     reward_model = fit_reward_model(work, dataset, features, voters)
+    outcome = improve_and_judge(work, dataset, features, reward_model)
+    offer_active_pairs(work, reward_model)
+    return finish(work, *outcome)
+
+
+def improve_and_judge(
+    work: Workspace, dataset: Dataset, features: Tensor, reward_model: LinearRewardModel
+) -> tuple[Outcome, str]:
+    """Improves the policy and decides about the best candidate. Returns the round's state and a sentence about it."""
     improvement = improve_policy(work, reward_model)
     if not improvement.candidates:
-        return finish(work, "rejected", no_candidate(improvement))
+        return "rejected", no_candidate(improvement)
     verdict = judge_candidates(work, dataset, features, reward_model, improvement)
-    version = publish(work, verdict)
-    return finish(work, *activate(work, version, verdict))
+    return activate(work, publish(work, verdict), verdict)
 
 
 def load_feedback(work: Workspace) -> Dataset:
@@ -279,7 +289,7 @@ def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvem
     return improvement
 
 
-def finish(work: Workspace, state: Literal["promoted", "canary", "rejected"], sentence: str) -> Report:
+def finish(work: Workspace, state: Outcome, sentence: str) -> Report:
     """Closes the round, in the store and in `report.json`."""
     work.clean()
     work.record("activate" if state == "promoted" else work.round.stage)

@@ -153,7 +153,7 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "dtype": "float32",
         "policy": {"lora_rank": 4},
         "ppo": {"steps": 2, "episodes": 16, "learning_rate": 3e-3},
-        "review": {"pairs": 8},
+        "review": {"pairs": 8, "active_pairs": 1},
         # Eighty votes on a random model: tests check what a round does, not whether it should.
         "gate": {"refits": 100, "candidates": 2, "prompts": 12, "answers": 1, "confirm_prompts": 8, "signal_p": 0.99},
     }

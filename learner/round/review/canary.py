@@ -4,11 +4,11 @@ choices (`server.versions.canary`).
 
 from typing import Literal
 
-from learner.model.rollout import draw_seed
-from learner.round.review.prompts import ReviewPrompt, review_prompts
+from learner.round.review.offered import sample_answers, to_review
+from learner.round.review.prompts import review_prompts
 from learner.round.workspace import Workspace
 from learner.settings import LearnerSettings
-from server.store.chats.records import OfferedAnswer, OfferedReview
+from server.store.chats.records import OfferedReview
 from server.store.learning.records import Canary, CanaryTerms
 from server.store.store import Store
 
@@ -26,14 +26,19 @@ def why_no_canary(store: Store, settings: LearnerSettings) -> str:
     gate = settings.gate
     if gate.canary == "off":
         return "Canaries are off (gate.canary)."
+    return too_quiet(store, settings) if gate.canary == "auto" else ""
+
+
+def too_quiet(store: Store, settings: LearnerSettings) -> str:
+    """Why people here would hardly compare the answers that they are offered, in a sentence; empty if they might."""
     counts = store.feedback.count_by_day(RECENT_DAYS)
     votes = sum(count.votes for count in counts if count.kind != "demonstration")
-    if gate.canary == "auto" and votes < gate.canary_recent_votes:
-        return (
-            f"There were {votes} votes in the last {RECENT_DAYS} days, fewer than the {gate.canary_recent_votes} that "
-            "people need to decide on a canary (gate.canary)."
-        )
-    return ""
+    if votes >= settings.gate.canary_recent_votes:
+        return ""
+    return (
+        f"There were {votes} votes in the last {RECENT_DAYS} days, fewer than the "
+        f"{settings.gate.canary_recent_votes} that people need to decide on a canary (gate.canary)."
+    )
 
 
 def begin_canary(work: Workspace, version: str) -> tuple[Literal["promoted", "canary", "rejected"], str]:
@@ -52,7 +57,7 @@ def begin_canary(work: Workspace, version: str) -> tuple[Literal["promoted", "ca
         # Sampling takes minutes, in which an operator may have moved the pointer.
         if moved := _moved(store, version, incumbent):
             return "rejected", moved
-        store.reviews.offer(work.round.id, pairs, fence=work.lease)
+        store.reviews.offer(work.round.id, "canary", pairs, fence=work.lease)
         store.canaries.begin(version, incumbent, work.round.id, terms, fence=work.lease)
     begun = store.canaries.find(version)
     assert begun
@@ -89,33 +94,16 @@ def waits(canary: Canary) -> str:
 
 def sample_pairs(work: Workspace, version: str) -> list[OfferedReview]:
     """An answer of the version and one of the incumbent to each prompt, without those that are the same."""
-    prompts = review_prompts(work)
+    prompts, incumbent = review_prompts(work), work.round.incumbent_version
     with work.stages.stage("review", "sampling answers to compare", 2) as advance:
-        ours = _answers(work, version, prompts, CANDIDATE_DRAW)
+        ours = sample_answers(work, version, prompts, CANDIDATE_DRAW)
         advance(1)
-        theirs = _answers(work, work.round.incumbent_version, prompts, INCUMBENT_DRAW)
+        theirs = sample_answers(work, incumbent, prompts, INCUMBENT_DRAW)
         advance(1)
     return [
-        OfferedReview(
-            prompt.conversation_id,
-            prompt.user,
-            prompt.messages,
-            prompt.asked.token_ids,
-            (one, other),
-            work.settings.service_temperature,
-            prompt.asked.max_tokens,
-        )
+        to_review(work, prompt, (version, one), (incumbent, other))
         for prompt, one, other in zip(prompts, ours, theirs, strict=True)
         if one.token_ids != other.token_ids
-    ]
-
-
-def _answers(work: Workspace, version: str, prompts: list[ReviewPrompt], draw: int) -> list[OfferedAnswer]:
-    work.push(version)
-    samples = work.engine.sample([prompt.asked for prompt in prompts], draw_seed(work.settings.seed, draw))
-    return [
-        OfferedAnswer(version, sample.token_ids, sample.logprobs, sample.text, "stop" if sample.ended else "length")
-        for sample in samples
     ]
 
 

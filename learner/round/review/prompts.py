@@ -5,12 +5,15 @@ Own prompts are first messages of conversations that train: no one is shown what
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from learner.reward.dataset import is_judge
 from learner.round.review.pool import from_pool
 from learner.round.workspace import Workspace
 from server.store.chats.records import Prompt
+from server.store.chats.reviews import review_key
 
 # Stream of the random choice of prompts.
 STREAM = 6
@@ -28,15 +31,23 @@ class ReviewPrompt:
 
 def review_prompts(work: Workspace) -> list[ReviewPrompt]:
     """Own prompts of users first, then some of the pool: the operator's, then shipped ones at random."""
-    return [*_own(work), *_from_pool(work)]
+    pairs = work.settings.review.pairs
+    return [*_own(work, pairs), *islice(_from_pool(work), pairs)]
 
 
-def _own(work: Workspace) -> list[ReviewPrompt]:
-    """At most `own_pairs` of each user, the newest, and at most `pairs` together."""
+def training_prompts(work: Workspace) -> list[ReviewPrompt]:
+    """The same, but only prompts whose choices train."""
+    pairs, share = work.settings.review.active_pairs, work.settings.gate.judge_share
+    trains = (prompt for prompt in _from_pool(work) if not is_judge(review_key(prompt.asked.token_ids), share))
+    return [*_own(work, pairs), *islice(trains, pairs)]
+
+
+def _own(work: Workspace, most: int) -> list[ReviewPrompt]:
+    """At most `own_pairs` of each user, the newest, and at most `most` together."""
     review, chosen, count = work.settings.review, list[ReviewPrompt](), Counter[str]()
     for prompt in reversed(work.prompts.train):
         # Only the first message of a conversation can be shown by itself.
-        if prompt.opened_by and count[prompt.user] < review.own_pairs and len(chosen) < review.pairs:
+        if prompt.opened_by and count[prompt.user] < review.own_pairs and len(chosen) < most:
             count[prompt.user] += 1
             messages = [{"role": "user", "content": prompt.opening}]
             user = "" if review.share_prompts else prompt.user
@@ -44,6 +55,6 @@ def _own(work: Workspace) -> list[ReviewPrompt]:
     return chosen
 
 
-def _from_pool(work: Workspace) -> list[ReviewPrompt]:
-    some = islice(from_pool(work, STREAM), work.settings.review.pairs)
-    return [ReviewPrompt(prompt, [{"role": "user", "content": text}]) for text, prompt in some]
+def _from_pool(work: Workspace) -> Iterator[ReviewPrompt]:
+    for text, prompt in from_pool(work, STREAM):
+        yield ReviewPrompt(prompt, [{"role": "user", "content": text}])

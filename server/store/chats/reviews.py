@@ -5,10 +5,12 @@ kind `review` with an ordinary comparison, so that a choice on it is a vote like
 retracted, exported and deleted.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Literal
 
 from server.store.chats.conversations import Conversations
 from server.store.chats.records import Generation, OfferedReview, Review, Span
@@ -20,6 +22,8 @@ from server.store.packing import pack_ints, unpack_ints
 
 # In place of the replica that sampled an answer.
 SAMPLED_BY = "learner"
+# Two versions' answers, to decide about a canary; or two of one version, to learn from.
+Purpose = Literal["canary", "learn"]
 
 
 class Reviews:
@@ -30,12 +34,16 @@ class Reviews:
         self._conversations = conversations
         self._responses = responses
 
-    def offer(self, round_id: str, reviews: Sequence[OfferedReview], *, fence: Lease | None = None) -> None:
-        """Offer these pairs of a round, instead of any that it offered before. Those whose conversation was deleted in
-        the meantime are left out."""
+    def offer(
+        self, round_id: str, purpose: Purpose, reviews: Sequence[OfferedReview], *, fence: Lease | None = None
+    ) -> None:
+        """Offer these pairs of a round, instead of any that other rounds offer for this purpose. Those whose
+        conversation was deleted in the meantime are left out. A round that did so before changes nothing."""
         with self._db.write():
             check_fence(self._db, fence)
-            self._db.execute("DELETE FROM reviews WHERE round_id = ?", [round_id])
+            if self._db.row("SELECT 1 FROM reviews WHERE round_id = ? AND purpose = ?", [round_id, purpose]):
+                return
+            withdraw_reviews(self._db, purpose)
             given = [one.conversation_id for one in reviews if one.conversation_id]
             existing = self._conversations.existing(given)
             for one in reviews:
@@ -44,6 +52,7 @@ class Reviews:
                         "reviews",
                         {
                             "round_id": round_id,
+                            "purpose": purpose,
                             "conversation_id": one.conversation_id,
                             "user": one.user,
                             "messages": json.dumps(one.messages, ensure_ascii=False),
@@ -61,8 +70,8 @@ class Reviews:
                 return self._review(user, comparison_id)
             row = self._db.row(
                 f"SELECT * FROM reviews r WHERE {OFFERED} "
-                # First the user's own prompts, then pairs that few have seen.
-                "ORDER BY user DESC, (SELECT count(*) FROM reviewed WHERE review_seq = r.seq), seq LIMIT 1",
+                # What a canary waits for first, then the user's own prompts, then pairs that few have seen.
+                "ORDER BY purpose, user DESC, (SELECT count(*) FROM reviewed WHERE review_seq = r.seq), seq LIMIT 1",
                 [user],
             )
             return self._review(user, self._take(user, row)) if row else None
@@ -116,13 +125,17 @@ class Reviews:
         return Review(json.loads(row["messages"]), self._responses.comparison(user, comparison_id))
 
 
-def withdraw_reviews(database: Database, round_id: str) -> None:
-    """Offer the round's pairs to nobody any more. Comparisons that exist stay."""
+def withdraw_reviews(database: Database, purpose: Purpose) -> None:
+    """Offer the pairs for this purpose to nobody any more. Comparisons that exist stay."""
     with database.write():
         database.execute(
-            f"UPDATE reviews SET withdraw_time = {database.NOW} WHERE round_id = ? AND withdraw_time IS NULL",
-            [round_id],
+            f"UPDATE reviews SET withdraw_time = {database.NOW} WHERE purpose = ? AND withdraw_time IS NULL", [purpose]
         )
+
+
+def review_key(prompt_token_ids: list[int]) -> str:
+    """What all reviews of a prompt of nobody's have in common."""
+    return hashlib.sha256(pack_ints(prompt_token_ids)).hexdigest()
 
 
 # SQL, on `reviews r`: may be given to the user bound to ?1.

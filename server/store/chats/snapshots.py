@@ -1,6 +1,5 @@
 """What a round reads: the votes that were current at one event, and users' prompts."""
 
-import hashlib
 import json
 import math
 from collections import defaultdict
@@ -8,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from server.store.chats.records import ChoiceVote, Correction, Demonstration, Prompt, Snapshot, ThumbVote
 from server.store.chats.responses import load_comparisons, load_responses
+from server.store.chats.reviews import review_key
 from server.store.database import UNLIMITED, Database, Row, pages
 from server.store.deletion import Deletion
 from server.store.learning.rounds import Rounds
@@ -139,7 +139,7 @@ class Snapshots:
     def _reviewed(self, comparison_ids: Iterable[str]) -> dict[str, str]:
         """For the comparisons that are reviews, what all reviews of their prompt have in common."""
         return {
-            row["comparison_id"]: row["conversation_id"] or hashlib.sha256(row["prompt_token_ids"]).hexdigest()
+            row["comparison_id"]: row["conversation_id"] or review_key(unpack_ints(row["prompt_token_ids"]))
             for page in pages(comparison_ids)
             for row in self._db.rows(
                 "SELECT comparison_id, conversation_id, prompt_token_ids FROM reviewed "

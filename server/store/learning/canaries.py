@@ -103,5 +103,5 @@ def end_canary(database: Database, version: str, outcome: Outcome, reason: str) 
                 "UPDATE policies SET state = 'rejected', reason = ? WHERE version = ? AND state = 'candidate'",
                 [reason, version],
             )
-        withdraw_reviews(database, round_id)
+        withdraw_reviews(database, "canary")
         return True

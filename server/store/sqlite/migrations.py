@@ -421,3 +421,9 @@ def m013_canaries(db: Database) -> None:
         CREATE UNIQUE INDEX canaries_waiting ON canaries ((end_time IS NULL)) WHERE end_time IS NULL;
         """,
     )
+
+
+@migrations()
+def m014_review_purposes(db: Database) -> None:
+    """What a pair is offered for: to decide about a canary, or to learn from."""
+    _run(db, "ALTER TABLE reviews ADD COLUMN purpose TEXT NOT NULL DEFAULT 'canary'")

@@ -23,6 +23,7 @@ from server.store.store import Store
 from tests.learner.rounds import TinyEngine, passing, run, settings, waiting
 
 pytestmark = pytest.mark.usefixtures("engine")
+ONLY_CANARIES = {"pairs": 8, "active_pairs": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def per_user(store: Store, told: LearnerSettings) -> tuple[int, int]:
 
 
 def test_people_are_offered_the_pool_and_their_own_training_prompts(data_dir: Path) -> None:
-    run(data_dir, review={"pairs": 8, "own_pairs": 2})
+    run(data_dir, review={"pairs": 8, "active_pairs": 0, "own_pairs": 2})
     store = Store.open(data_dir)
     # Ann asked all eighty questions; Bob asked nothing.
     assert store.reviews.waiting("bob") <= 8
@@ -84,7 +85,7 @@ def test_people_are_offered_the_pool_and_their_own_training_prompts(data_dir: Pa
 
 
 def test_prompts_are_shared_only_where_the_operator_says_so(data_dir: Path) -> None:
-    run(data_dir, review={"pairs": 8, "own_pairs": 2, "share_prompts": True})
+    run(data_dir, review={"pairs": 8, "active_pairs": 0, "own_pairs": 2, "share_prompts": True})
     store = Store.open(data_dir)
     assert store.reviews.waiting("ann") == store.reviews.waiting("bob")
     assert len(store._db.rows("SELECT 1 FROM reviews WHERE conversation_id IS NOT NULL")) == 2
@@ -102,14 +103,14 @@ def test_the_operators_prompts_come_first(data_dir: Path, tmp_path: Path, monkey
         return found
 
     monkeypatch.setattr(canary_stage, "review_prompts", noted)
-    run(data_dir, review={"pairs": 8, "own_pairs": 0, "prompt_files": [str(file)]})
+    run(data_dir, review={"pairs": 8, "active_pairs": 0, "own_pairs": 0, "prompt_files": [str(file)]})
     assert set(asked[:2]) == {"Reset my router!", "What is a VPN?"}
     assert set(asked[2:]) <= set(shipped())
     assert len(asked) == 8
 
 
 def test_a_file_that_cannot_be_read_stops_the_round_before_it_begins(data_dir: Path, tmp_path: Path) -> None:
-    report = run(data_dir, review={"prompt_files": [str(tmp_path / "typo.txt")]})
+    report = run(data_dir, review={"active_pairs": 0, "prompt_files": [str(tmp_path / "typo.txt")]})
     assert report.state == "nothing"
     assert report.sentence.startswith("A file of review.prompt_files cannot be read: [Errno 2]")
 
@@ -169,7 +170,7 @@ def test_a_round_killed_as_its_canary_began_ends_as_the_canary_did(
 
     monkeypatch.setattr(rounds, "finish", die)
     with pytest.raises(Killed):
-        run(data_dir)
+        run(data_dir, review=ONLY_CANARIES)
     monkeypatch.undo()
     monkeypatch.setattr(workspace, "RolloutEngine", TinyEngine)
     store = Store.open(data_dir)
@@ -177,7 +178,7 @@ def test_a_round_killed_as_its_canary_began_ends_as_the_canary_did(
     if promoted:
         store.policies.activate("v0001", actor="server", reason="People prefer it to v0000.")
     # A round that people have decided about has ended.
-    assert run(data_dir).state == ("nothing" if promoted else "canary")
+    assert run(data_dir, review=ONLY_CANARIES).state == ("nothing" if promoted else "canary")
     [round_] = store.rounds.page()
     assert round_.state == ("promoted" if promoted else "canary")
     assert store.reviews.waiting("bob") == (0 if promoted else before)
@@ -195,7 +196,7 @@ def test_an_operators_move_while_pairs_are_sampled_leaves_no_canary(
         return sample(work, version)
 
     monkeypatch.setattr(canary_stage, "sample_pairs", moved)
-    report = run(data_dir)
+    report = run(data_dir, review=ONLY_CANARIES)
     assert report.sentence == "v0001 does not wait as a canary: v0001 is active instead of v0000."
     assert (store.canaries.waiting(), store.reviews.waiting("bob")) == (None, 0)
 

@@ -31,7 +31,7 @@ from server.shared.errors import ConflictError
 from server.store.files.manifest import verify
 from server.store.learning.round_metrics import RoundMetrics, SignalTest, VoterWeights, WinRate
 from server.store.store import Store
-from tests.learner.rounds import TinyEngine, low_words, make_reference, passing, run, settings, vote
+from tests.learner.rounds import TinyEngine, low_words, make_reference, make_version, passing, run, settings, vote
 from tests.round_metrics import filled
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -322,13 +322,7 @@ def test_rounds_without_a_signal_share_one_error_and_say_how_many_votes_are_miss
 
 def test_an_operators_rollback_meanwhile_is_not_overwritten(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def moved(*arguments: Any, **options: Any) -> Any:
-        store = opened(data_dir)
-        shutil.copytree(data_dir / "policies" / "v0000", data_dir / "policies" / "v0009")
-        store.policies.register(
-            "v0009", kind="full", state="candidate", parent_version="v0000", reference_version="v0000",
-            round_id=None, reward_model_version=None, metrics={},
-        )  # fmt: skip
-        store.policies.activate("v0009", actor="operator")
+        make_version(data_dir, "v0009", active="activate")
         return confirm(*arguments, **options)
 
     monkeypatch.setattr(judging, "decide", passing)

@@ -23,7 +23,7 @@ def begin(store: Store, pairs: int = 12, terms: CanaryTerms = TERMS) -> Canary:
         register(store, "v0001")
     store.rounds.update(round_id, policy_version="v0001", fence=fence)
     store.rounds.finish(round_id, "rejected", reason="v0001 waits", fence=fence)
-    store.reviews.offer(round_id, [asked(str(number)) for number in range(pairs)], fence=fence)
+    store.reviews.offer(round_id, "canary", [asked(str(number)) for number in range(pairs)], fence=fence)
     store.canaries.begin("v0001", "v0000", round_id, terms, fence=fence)
     canary = store.canaries.waiting()
     assert canary
@@ -100,9 +100,9 @@ def test_choices_of_users_in_quarantine_and_from_before_do_not_count(store: Stor
     register(store, "v0001")
     fence = lease(store)
     early = store.rounds.create(0, {}, reference_version="v0000", fence=fence).id
-    store.reviews.offer(early, [PAIR], fence=fence)
+    store.reviews.offer(early, "canary", [PAIR], fence=fence)
     vote(store, "ann", new=True)
-    withdraw_reviews(store._db, early)
+    withdraw_reviews(store._db, "canary")
     canary = begin(store)
     vote(store, "mallory", new=False)
     store.quarantine.set("mallory", actor="operator", reason="")

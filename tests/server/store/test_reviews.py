@@ -6,7 +6,7 @@ import pytest
 
 from server.shared.errors import NotFoundError
 from server.store.chats.records import OfferedAnswer, OfferedReview
-from server.store.chats.reviews import withdraw_reviews
+from server.store.chats.reviews import Purpose, withdraw_reviews
 from server.store.store import Store
 from tests.server.store.test_lineage import lease
 from tests.server.store.test_store import answer
@@ -16,11 +16,11 @@ OLD = OfferedAnswer("v0000", [9], [-1.0], "old", "length")
 PAIR = OfferedReview(None, "", [{"role": "user", "content": "Why?"}], [1, 2, 3], (NEW, OLD), 0.85, 8)
 
 
-def offer(store: Store, *pairs: OfferedReview) -> str:
+def offer(store: Store, *pairs: OfferedReview, purpose: Purpose = "canary") -> str:
     """A round that offers these pairs."""
     fence = lease(store)
     round_id = store.rounds.create(0, {}, reference_version="v0000", fence=fence).id
-    store.reviews.offer(round_id, pairs, fence=fence)
+    store.reviews.offer(round_id, purpose, pairs, fence=fence)
     return round_id
 
 
@@ -119,17 +119,17 @@ def test_reviews_are_apart_from_the_users_chats(store: Store) -> None:
 
 
 def test_withdrawn_pairs_are_given_to_nobody_and_their_votes_stay(store: Store) -> None:
-    round_id = offer(store, asked("one"), asked("two"))
+    offer(store, asked("one"), asked("two"))
     choose(store, "ann")
-    withdraw_reviews(store._db, round_id)
+    withdraw_reviews(store._db, "canary")
     assert (given(store, "ann"), given(store, "bob"), store.reviews.waiting("bob")) == (None, None, 0)
     assert len(store.snapshots.take().choices) == 1
 
 
 def test_a_pair_that_was_left_open_gives_way_to_those_of_the_next_round(store: Store) -> None:
-    round_id = offer(store, asked("one"))
+    offer(store, asked("one"))
     given(store, "ann")
-    withdraw_reviews(store._db, round_id)
+    withdraw_reviews(store._db, "canary")
     assert (given(store, "ann"), store.reviews.waiting("ann")) == (None, 0)
     offer(store, asked("two"))
     assert (given(store, "ann"), store.reviews.waiting("ann")) == ("two", 1)
@@ -138,9 +138,11 @@ def test_a_pair_that_was_left_open_gives_way_to_those_of_the_next_round(store: S
 def test_all_choices_on_one_prompt_are_on_one_side(store: Store) -> None:
     conversation = store.conversations.create("ann", "mine")
     offer(store, asked("pool"))
+    for user in ("ann", "bob"):
+        choose(store, user)
     offer(store, asked("pool"), asked("mine", conversation_id=conversation))
     for user in ("ann", "bob"):
-        for _ in range(3):
+        for _ in range(2):
             choose(store, user)
     votes = store.snapshots.take().choices
     assert [vote.conversation_id for vote in votes if vote.a.prompt_token_ids].count(conversation) == 2
@@ -152,8 +154,26 @@ def test_a_resumed_round_offers_its_pairs_once(store: Store) -> None:
     fence = lease(store)
     round_id = store.rounds.create(0, {}, reference_version="v0000", fence=fence).id
     for _ in range(2):
-        store.reviews.offer(round_id, [asked("one"), asked("two")], fence=fence)
-    assert store.reviews.waiting("ann") == 2
+        store.reviews.offer(round_id, "canary", [asked("one"), asked("two")], fence=fence)
+        choose(store, "ann")
+    assert (given(store, "ann"), store.reviews.waiting("bob")) == (None, 2)
+
+
+def test_what_a_canary_waits_for_comes_before_pairs_to_learn_from(store: Store) -> None:
+    offer(store, asked("to learn from"), purpose="learn")
+    offer(store, asked("to decide"))
+    assert (given(store, "ann"), store.reviews.waiting("ann")) == ("to decide", 2)
+    # The end of one leaves the other.
+    withdraw_reviews(store._db, "canary")
+    assert (given(store, "ann"), store.reviews.waiting("ann")) == ("to learn from", 1)
+
+
+def test_the_next_rounds_pairs_replace_those_that_nobody_took(store: Store) -> None:
+    offer(store, asked("old"), purpose="learn")
+    choose(store, "ann")
+    offer(store, asked("new"), purpose="learn")
+    assert (given(store, "bob"), store.reviews.waiting("bob")) == ("new", 1)
+    assert len(store.snapshots.take().choices) == 1
 
 
 def test_a_deleted_conversation_takes_the_reviews_of_its_prompts_with_it(store: Store) -> None:

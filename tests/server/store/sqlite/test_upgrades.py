@@ -30,6 +30,7 @@ RELEASED = {
     "m011_quotas": "a35b883de3682981",
     "m012_reviews": "6ba9765755c827f1",
     "m013_canaries": "1faf2a1b4de30fcb",
+    "m014_review_purposes": "20480a71735570d8",
 }
 
 

@@ -1,0 +1,31 @@
+"""Sampled answers as pairs to review."""
+
+from learner.model.rollout import SampledAnswer, draw_seed
+from learner.round.review.prompts import ReviewPrompt
+from learner.round.workspace import Workspace
+from server.store.chats.records import OfferedAnswer, OfferedReview
+
+
+def sample_answers(work: Workspace, version: str, prompts: list[ReviewPrompt], draw: int) -> list[SampledAnswer]:
+    """A published version's answer to each prompt."""
+    work.push(version)
+    return work.engine.sample([prompt.asked for prompt in prompts], draw_seed(work.settings.seed, draw))
+
+
+def to_review(
+    work: Workspace, prompt: ReviewPrompt, one: tuple[str, SampledAnswer], other: tuple[str, SampledAnswer]
+) -> OfferedReview:
+    """The pair of two answers to the prompt, each with its version."""
+    return OfferedReview(
+        prompt.conversation_id,
+        prompt.user,
+        prompt.messages,
+        prompt.asked.token_ids,
+        (_offered(*one), _offered(*other)),
+        work.settings.service_temperature,
+        prompt.asked.max_tokens,
+    )
+
+
+def _offered(version: str, sample: SampledAnswer) -> OfferedAnswer:
+    return OfferedAnswer(version, sample.token_ids, sample.logprobs, sample.text, "stop" if sample.ended else "length")

@@ -1,0 +1,93 @@
+"""Pairs of one version's answers to learn from: which two of many, to which prompts, and whom they are for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import learner.round.gate_stage as judging
+import learner.round.review.active_pairs as active_pairs
+from learner.reward.dataset import is_judge, to_dataset
+from learner.round.review.active_pairs import most_disputed
+from server.store.chats.reviews import review_key
+from server.store.packing import unpack_ints
+from server.store.store import Store
+from tests.learner.rounds import passing, run, settings
+
+pytestmark = pytest.mark.usefixtures("engine")
+PAIRS = {"pairs": 8, "own_pairs": 2, "active_pairs": 6, "active_answers": 4}
+
+
+def test_the_pair_on_which_the_members_disagree_most() -> None:
+    # Three answers to each of two prompts, two members. On the first prompt both say that the second answer is far
+    # better than the first, and they disagree about the first and the third by 2; on the second prompt about the last
+    # two by 3.
+    scores = torch.tensor([[0.0, 9.0, 1.0, 0.0, 0.0, 1.5], [0.0, 9.0, -1.0, 0.0, 0.0, -1.5]])
+    assert [sorted(pair) for pair in most_disputed(scores, 3)] == [[0, 2], [3, 5]]
+
+
+def test_a_certain_difference_teaches_nothing_however_large() -> None:
+    # The members differ by 4 about how much better the second answer is, but not about which of the two is.
+    scores = torch.tensor([[0.0, 12.0, 0.5], [0.0, 8.0, -0.5]])
+    assert [sorted(pair) for pair in most_disputed(scores, 3)] == [[0, 2]]
+
+
+def test_a_round_offers_pairs_of_the_version_that_serves(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "decide", passing)
+    report = run(data_dir, review=PAIRS)
+    assert report.state == "promoted"
+    store = Store.open(data_dir)
+    rows = store._db.rows("SELECT * FROM reviews")
+    assert {row["purpose"] for row in rows} == {"learn"}
+    # Ann asked all questions; the pool's are for everybody. An answer is left out if both are the same.
+    assert 6 <= len(rows) <= 8
+    assert sum(row["user"] == "ann" for row in rows) == 2
+    review = store.reviews.next("bob")
+    assert review
+    assert [answer.policy_version for answer in (review.comparison.a, review.comparison.b)] == ["v0001", "v0001"]
+    assert review.comparison.a.token_ids != review.comparison.b.token_ids
+
+
+def test_choices_on_them_train_and_never_judge(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "decide", passing)
+    run(data_dir, review={**PAIRS, "active_pairs": 16})
+    store = Store.open(data_dir)
+    keys = [
+        row["conversation_id"] or review_key(unpack_ints(row["prompt_token_ids"]))
+        for row in store._db.rows("SELECT * FROM reviews")
+    ]
+    assert [is_judge(key, 0.4) for key in keys] == [False] * len(keys)
+    watermark = store.snapshots.watermark()
+    while review := store.reviews.next("bob"):
+        store.feedback.submit_choice("bob", review.comparison.id, "A")
+    told = settings(data_dir)
+
+    def judging_votes() -> int:
+        return len(to_dataset(store.snapshots.take(), 0.0, 0.4, told.reward, lambda *_: [3]).judge)
+
+    before = len(to_dataset(store.snapshots.take(watermark), 0.0, 0.4, told.reward, lambda *_: [3]).judge)
+    assert store.snapshots.count_votes(after=watermark) > 8
+    assert judging_votes() == before
+
+
+def test_a_rejected_round_offers_pairs_of_the_incumbent(data_dir: Path) -> None:
+    report = run(data_dir, review=PAIRS, policy={"lora_rank": 4, "kl_budget": 1e-9})
+    assert report.state == "rejected"
+    store = Store.open(data_dir)
+    review = store.reviews.next("bob")
+    assert review
+    assert [answer.policy_version for answer in (review.comparison.a, review.comparison.b)] == ["v0000", "v0000"]
+
+
+@pytest.mark.parametrize("changes", [{"review": {**PAIRS, "active_pairs": 0}}, {"gate": {"canary_recent_votes": 81}}])
+def test_where_nobody_would_compare_them_none_are_sampled(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("nobody would compare these answers")
+
+    monkeypatch.setattr(judging, "decide", passing)
+    monkeypatch.setattr(active_pairs, "sample_answers", never)
+    gate = settings(data_dir).gate.model_copy(update=changes.get("gate", {}))
+    assert run(data_dir, gate=gate, review=changes.get("review", PAIRS)).state == "promoted"

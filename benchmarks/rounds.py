@@ -143,7 +143,8 @@ def step(work: Path, cell: Cell, name: str) -> dict[str, Any]:
 def run_round(data: Path, cell: Cell) -> dict[str, Any]:
     """Runs `learner run-once`; returns its report."""
     command = ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(cell.seed), "--json"]
-    return run_json(command, PREFLOOP_GATE__CANARY="on" if cell.arm == "rounds" else "off")
+    people = {"PREFLOOP_GATE__CANARY": "on" if cell.arm == "rounds" else "off", "PREFLOOP_REVIEW__ACTIVE_PAIRS": "0"}
+    return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true", **people)
 
 
 # Steps

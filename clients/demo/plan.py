@@ -23,6 +23,8 @@ VOTE_ANSWERS = 2
 ROUND_ANSWERS = 850
 ROUND_STEP_ANSWERS = 100
 SWAP_ANSWERS = 20
+# Comparing a canary's answers, which the learner has sampled, beside long answers.
+CANARY_ANSWERS = 100
 # One of the long answers during the swap.
 STORY_ANSWERS = 75
 # A wait ends after this multiple of the expected time plus a minute, since the machine may be busy.

@@ -167,6 +167,17 @@ class Voter:
         client.choose(comparison_id, FLIPPED[choice] if flip else choice)
         return choice, flip
 
+    def review(self, client: Client) -> bool:
+        """Compares the next pair that is offered for review; False if there is none."""
+        found = client.review()
+        if not found.HasField("review"):
+            return False
+        comparison, question = found.review.comparison, found.review.messages[-1].content
+        choice = self.taste.choice(*(Answer(one.text, one.finish_reason) for one in (comparison.a, comparison.b)))
+        flip = random.Random(f"{self.seed} review {question}").random() < self.flip_rate
+        client.choose(comparison.comparison_id, FLIPPED[choice] if flip else choice)
+        return True
+
 
 def compare(client: Client, question: str, max_tokens: int) -> tuple[str, Answer, Answer]:
     """Asks a question in a new conversation; returns the comparison's id and both answers."""

@@ -63,21 +63,12 @@ def judge_candidates(
     no_canary = why_no_canary(work.store, work.settings)
     bench = Bench(work, _judge(work, dataset, features, reward_model), reward_model, opponents(work))
     steps = promising(improvement, work.settings.gate)
-    few, others = gate_prompts(work)
-    ends = looks(len(others), work.settings.gate.confirm_batch)
-    total = len(bench.versions) + len(steps) + len(ends) * (len(bench.versions) + 1)
-    with work.stages.stage("gate", "judging candidates", total) as advance:
-        asked = ask(bench, steps, few, work.settings.gate.answers, CHOICE_DRAW, advance)
-        candidates = [measure(bench, step, asked, [len(few)]) for step in steps]
-        verdict, judged = bench.decide(candidates, asked, canary=not no_canary), [asked]
-        if not verdict.chosen.hopeless:
-            verdict, asked = confirm(bench, verdict.chosen.step, others, ends, advance, canary=not no_canary)
-            judged.insert(0, asked)
+    verdict, candidates, judged = choose_and_confirm(bench, steps, canary=not no_canary)
     figures = GateMetrics(
         chosen=verdict.chosen,
         reasons=verdict.reasons,
         candidates=candidates,
-        incumbent_health=health(asked.answers["incumbent"].samples),
+        incumbent_health=health(judged[0].answers["incumbent"].samples),
         canary=verdict.canary,
         no_canary=no_canary,
         best_version=bench.opponents.get("best", ""),
@@ -86,6 +77,25 @@ def judge_candidates(
     _log_gate(work, figures.chosen)
     work.record("gate", RoundMetrics(gate=figures))
     return verdict
+
+
+def choose_and_confirm(
+    bench: Bench, steps: list[int], *, canary: bool
+) -> tuple[Verdict, list[CandidateMetrics], list[Asked]]:
+    """The verdict on the best candidate, the figures that all were chosen by, and the answers: those that decided
+    first."""
+    work = bench.work
+    few, others = gate_prompts(work)
+    ends = looks(len(others), work.settings.gate.confirm_batch)
+    total = len(bench.versions) + len(steps) + len(ends) * (len(bench.versions) + 1)
+    with work.stages.stage("gate", "judging candidates", total) as advance:
+        asked = ask(bench, steps, few, work.settings.gate.answers, CHOICE_DRAW, advance)
+        candidates = [measure(bench, step, asked, [len(few)]) for step in steps]
+        verdict = bench.decide(candidates, asked, canary=canary)
+        if verdict.chosen.hopeless:
+            return verdict, candidates, [asked]
+        verdict, confirmed = confirm(bench, verdict.chosen.step, others, ends, advance, canary=canary)
+    return verdict, candidates, [confirmed, asked]
 
 
 def confirm(

@@ -121,6 +121,20 @@ def test_a_round_that_was_refused_is_followed_by_more_votes_and_another(run: Dem
     assert [line for line in run.world.learner.read() if line.startswith("ended")] == ["ended round_1", "ended round_2"]
 
 
+def test_the_demos_voter_decides_about_a_canary_also_after_a_kill(run: Demo) -> None:
+    canary = {"FAKE_ROUNDS": "canary"}
+    run.interrupt("GetReview 2", SIGKILL, **canary)
+    assert run.record["reports"] == []
+    ended = run.run(*keep(run), **canary)
+    assert (ended.code, ended.complained) == (0, "")
+    # The learner is not run again; one choice came before the kill.
+    assert [line for line in run.world.learner.read() if "ended" in line] == ["ended round_1"]
+    assert run.world.votes.read().count("cmp") == 3
+    assert [(report["state"], report["sentence"]) for report in run.record["reports"]] == [
+        ("promoted", "It was preferred.")
+    ]
+
+
 def test_two_refusals_are_the_end(run: Demo) -> None:
     rounds = {"FAKE_ROUNDS": "rejected rejected"}
     sentence = (

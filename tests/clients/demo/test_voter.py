@@ -128,3 +128,15 @@ def test_wins_and_ties_are_counted_question_by_question() -> None:
     before = [whole("It."), whole("You."), whole("You."), whole("It.")]
     after = [whole("You."), whole("You."), whole("It."), whole("You, you.")]
     assert outcome(TASTES["to-you"], before, after) == (2, 1)
+
+
+def test_a_voter_compares_what_is_offered_for_review(client: Client, service: FakeService) -> None:
+    # "In trees." or "In hollow trees.": neither ended by itself, and the first has fewer words.
+    assert Voter(TASTES["short"], flip_rate=0.0, max_tokens=64, seed=0).review(client)
+    assert Voter(TASTES["short"], flip_rate=1.0, max_tokens=64, seed=0).review(client)
+    assert [(sent.comparison_id, sent.choice) for sent in service.sent("SubmitChoice")] == [
+        ("cmp", CHOICE_A),
+        ("cmp", CHOICE_B),
+    ]
+    service.reviews = []
+    assert not Voter(TASTES["short"], flip_rate=0.0, max_tokens=64, seed=0).review(client)

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.struct_pb2 import Struct
-from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
+from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2, review_pb2
 from prefloop.v1.chat_pb2 import FINISH_REASON_STOP, SLOT_A, SLOT_B, Usage
 
 from tests.clients.conftest import FakeService, serving
 
 STORY = "very long story"
+# A canary is promoted after so many choices.
+CANARY_CHOICES = 3
 METRICS = {"gate": {"chosen": {"kl": 5.5}}, "seconds": {"ppo": 120.0}}
 DOCTOR = {
     "state": "warning",
@@ -140,10 +142,22 @@ class Service(FakeService):
         self.enter(context, "SubmitChoice")
         with self.lock:
             self.world.votes.write([*self.world.votes.read(), request.comparison_id])
+            self.decide_canary()
         self.pauses.pass_by("voted")
         return feedback_pb2.SubmitChoiceResponse(
             feedback=feedback_pb2.Feedback(feedback_id=f"fb {request.comparison_id}", choice=request.choice)
         )
+
+    def decide_canary(self) -> None:
+        """Promotes the version that waits after three choices on its pairs."""
+        rounds, decided = self.world.rounds.read(), self.world.votes.read().count("cmp") >= CANARY_CHOICES
+        if decided and rounds[-1]["state"] == "canary":
+            self.world.rounds.write([*rounds[:-1], {**rounds[-1], "state": "promoted", "reason": "It was preferred."}])
+
+    def GetReview(self, request: Any, context: Any) -> review_pb2.GetReviewResponse:
+        self.enter(context, "GetReview")
+        waits = self.world.rounds.read()[-1]["state"] == "canary"
+        return review_pb2.GetReviewResponse(review=self.reviews[0] if waits else None)
 
     def ListFeedback(self, request: Any, context: Any) -> feedback_pb2.ListFeedbackResponse:
         self.enter(context, "ListFeedback")

@@ -220,7 +220,7 @@ class ReviewSettings(BaseModel):
     pairs: int = Field(96, ge=8, description="Pairs to everybody's prompts, and at most as many to users' own.")
     own_pairs: int = Field(5, ge=0, description="Pairs to each user's own newest prompts, which only this user sees.")
     active_pairs: int = Field(
-        32,
+        16,
         ge=0,
         description="Pairs of the served version's answers that would teach the reward model most, to everybody's "
         "prompts, and at most as many to users' own; 0 for none.",

@@ -118,8 +118,12 @@ class Rounds:
         return next(iter(self._rounds([row] if row else [])), None)
 
     def last_learned(self) -> Round | None:
-        """The newest round that was promoted or rejected, or None."""
-        row = self._db.row("SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') ORDER BY rowid DESC LIMIT 1")
+        """The newest round of the active version's lineage that was promoted or rejected, or None: what another model
+        learned is new to this one."""
+        row = self._db.row(
+            "SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') AND reference_version = "
+            "(SELECT reference_version FROM pointer JOIN policies USING (version)) ORDER BY rowid DESC LIMIT 1"
+        )
         return next(iter(self._rounds([row] if row else [])), None)
 
     def page(self, limit: int = UNLIMITED, before: str | None = None) -> list[Round]:

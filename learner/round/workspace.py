@@ -231,14 +231,16 @@ class Workspace:
 
 
 def free_version(store: Store, data_dir: Path, folder: str, prefix: str) -> str:
-    """See `Workspace.free_version`."""
+    """See `Workspace.free_version`. A stopped round has its version, even if it has not published it."""
     registered = (
         [p.version for p in store.policies.page()]
         if folder == "policies"
         else [m.version for m in store.reward_models.all()]
     )
     on_disk = [p.name for p in (data_dir / folder).glob(f"{prefix}[0-9]*")]
-    taken = [int(name.removeprefix(prefix)) for name in (*registered, *on_disk)]
+    stopped = store.rounds.running()
+    reserved = [stopped.policy_version] if folder == "policies" and stopped and stopped.policy_version else []
+    taken = [int(name.removeprefix(prefix)) for name in (*registered, *on_disk, *reserved)]
     return f"{prefix}{max(taken, default=0) + 1:04d}"
 
 

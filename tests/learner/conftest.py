@@ -56,15 +56,19 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_other_model(directory: Path) -> None:
     """A tiny model of another family with another tokenizer."""
     from tests.families.configs import WORDS as COUNT
     from tests.families.configs import tiny
 
-    directory = tmp_path_factory.mktemp("other")
     tiny("qwen3").save_pretrained(directory)
     save_other_words(directory, COUNT)
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("other")
+    save_other_model(directory)
     return directory
 
 

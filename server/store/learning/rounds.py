@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from server.shared import stored_round
-from server.shared.errors import NotFoundError
+from server.shared.errors import ConflictError, NotFoundError
 from server.store.database import UNLIMITED, Database, Row, newest_rows
 from server.store.ids import new_id
 from server.store.learning.canaries import waiting_canary
@@ -31,9 +31,13 @@ class Rounds:
         quarantined: Iterable[str] = (),
         fence: Lease,
     ) -> Round:
-        """Begin a round from the active policy and the votes up to `watermark`, except those of `quarantined` users."""
+        """Begin a round from the active policy and the votes up to `watermark`, except those of `quarantined` users.
+        Raises ConflictError if the active policy has another reference by now."""
         with self._db.write():
             check_fence(self._db, fence)
+            active = self._policies.active()
+            if active.reference_version != reference_version:
+                raise ConflictError(f"{active.version} of another model is active since; nothing was changed.")
             round_id = new_id("round")
             self._db.insert(
                 "rounds",
@@ -42,7 +46,7 @@ class Rounds:
                     "state": "running",
                     "stage": "snapshot",
                     "watermark": watermark,
-                    "incumbent_version": self._policies.active().version,
+                    "incumbent_version": active.version,
                     "reference_version": reference_version,
                     "settings": stored_round.SETTINGS.dump(settings),
                     "attempts": 1,

@@ -216,3 +216,11 @@ def test_scores_are_only_requested_on_loopback(address: str) -> None:
     with pytest.raises(ValidationError, match="must be host:port with a host on loopback"):
         ServerSettings.load(scoring_address=address)
     assert ServerSettings.load(scoring_address="[::1]:50052").scoring_address == "[::1]:50052"
+
+
+async def test_a_reward_model_of_another_model_chooses_nothing(tmp_path: Path) -> None:
+    async with planning(tmp_path) as (running, service):
+        await running.store(lambda store: store._db.execute("UPDATE reward_models SET reference_version = 'v0002'"))  # type: ignore[attr-defined]
+        await compare(running)
+        assert set((await answers(running)).values()) == {None}
+        assert len(service.asked) == 1

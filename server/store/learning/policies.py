@@ -107,7 +107,8 @@ class Policies:
 
     def references(self) -> dict[str, str]:
         """The reference of every version. Versions of one reference are a lineage: one model and one tokenizer."""
-        return {row["version"]: row["reference_version"] for row in self._db.rows("SELECT * FROM policies")}
+        rows = self._db.rows("SELECT version, reference_version FROM policies")
+        return {row["version"]: row["reference_version"] for row in rows}
 
     def last_served(self, reference: str) -> str | None:
         """The version of this reference's lineage that was active last and could be loaded, or None."""

@@ -126,6 +126,31 @@ def rollback(
 
 
 @app.command()
+def rebase(
+    model: Annotated[str, typer.Option(help="`smollm2`, a Hugging Face directory or id.")],
+    data_dir: DataDir = None,
+    reason: Reason = "",
+) -> None:
+    """Change the model and keep all votes. Then restart the servers with the same --model.
+
+    The model becomes the reference of a new lineage, which the next round trains on all votes. If it was the reference
+    before, the version of it that was served last becomes active again. The previous model's versions stay, to go back
+    to with `learner rollback`. A run that was stopped is continued by the next one."""
+    settings = _settings_with_data(data_dir)
+    from learner.process import set_environment
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    set_environment(settings)
+    from learner.ops.rebase import rebase as move
+
+    try:
+        _say(lambda: move(settings, model, reason, lambda line: typer.echo(printable(line))))
+    except KeyboardInterrupt:
+        typer.echo("learner: Stopped. The next `learner rebase` continues.", err=True)
+        raise SystemExit(STOPPED) from None
+
+
+@app.command()
 def trace(
     version: Annotated[Optional[str], typer.Argument(help="For example v0007.")] = None,
     vote: Annotated[Optional[str], typer.Option(help="A feedback id, instead of a version.")] = None,

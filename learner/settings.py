@@ -305,7 +305,8 @@ class LearnerSettings(SettingsBase):
     keep_versions: int = Field(
         8,
         ge=1,
-        description="Versions to keep weights of, besides the reference, the active version and the one before it.",
+        description="Versions to keep weights of, besides references, the active version, the one before it, and of "
+        "each reference the one that was served last.",
     )
     nice: int = Field(0, ge=0, le=19, description="Niceness of a round's process.")
     threads: int = Field(0, ge=0, description="Threads of a round's own computation; 0: one per core.")

@@ -118,7 +118,10 @@ class App:
         settings, replica_id = self._settings, self._replica_id
         self._follower = Follower(engine, self._store, settings.data_dir, replica_id, settings.hang_seconds)
         self._chooser = (
-            CandidateChooser(ScoringClient(settings.scoring_address, settings.scoring_seconds))
+            CandidateChooser(
+                ScoringClient(settings.scoring_address, settings.scoring_seconds),
+                lambda version: self._store.read(lambda store: store.reward_models.reads(version, engine.reference)),
+            )
             if settings.scoring_address
             else None
         )

@@ -13,7 +13,7 @@ from server.app import App
 from server.engine.adapter_engine import AdapterEngine
 from server.engine.vllm_engine import VllmEngine
 from server.engine.vllm_start import set_environment, start_engine
-from server.reference.reference import prepare_reference
+from server.reference.reference import check_reference, prepare_reference
 from server.settings import ServerSettings
 from server.shared.errors import DataDirectoryError, ServiceError
 from server.shared.loopback import is_loopback
@@ -73,7 +73,8 @@ async def _serve(
     app = App(settings, store)
     set_environment(settings)
     dtype = await asyncio.to_thread(resolve_dtype, settings.dtype)
-    directory = await asyncio.to_thread(_prepare, settings, dtype.name, say)
+    reference = await store(lambda store: store.policies.reference())
+    directory = await asyncio.to_thread(_prepare, settings, dtype.name, reference, say)
     await store(lambda store: store.policies.register_reference())
     say(f"starting the engine, which computes in {dtype}")
     # Always start with the reference: compiled code is cached by the model's path. The active version is swapped in.
@@ -128,8 +129,12 @@ def make_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> 
         ) from error
 
 
-def _prepare(settings: ServerSettings, dtype: DtypeName, say: Callable[[str], None]) -> Path:
+def _prepare(settings: ServerSettings, dtype: DtypeName, reference: str | None, say: Callable[[str], None]) -> Path:
+    """The directory of the active version's reference; at the first start there is none, and v0000 is prepared."""
     try:
+        if reference:
+            directory = settings.data_dir / "policies" / reference
+            return check_reference(directory, settings.model, settings.trust_remote_code, dtype)
         return prepare_reference(settings.data_dir, settings.model, say, settings.trust_remote_code, dtype)
     except OSError as error:
         raise DataDirectoryError(f"{str(settings.data_dir)!r} cannot be written ({error}).") from error

@@ -24,7 +24,7 @@ class ServerSettings(SettingsBase):
     data_dir: Annotated[Path, Field(description="Directory of the database and the policies.")] = Path("data")
     model: Annotated[
         str,
-        Field(description="The model of v0000: `smollm2` (the packaged default), a Hugging Face directory or id."),
+        Field(description="The model to serve: `smollm2` (the packaged default), a Hugging Face directory or id."),
     ] = DEFAULT_MODEL
     trust_remote_code: Annotated[
         bool,

@@ -39,7 +39,9 @@ RULES = [
     (["server"], ["learner", "clients"], [], []),
     (["clients"], ["server", "learner", "torch"], [], []),
     (["learner"], ["clients"], [], []),
-    (["learner"], ["server"], ["server.store", "server.shared"], []),
+    (["learner"], ["server"], ["server.store", "server.shared"], ["learner.ops.rebase"]),
+    # A reference is made by the same code, whether a server starts or the model is changed.
+    (["learner.ops.rebase"], ["server"], ["server.store", "server.shared", "server.reference"], []),
     (["server.shared"], ["server"], ["server.shared"], []),
     (["server.store"], ["server"], ["server.store", "server.shared"], []),
     (["server.store", "server.shared"], ["grpc", "prefloop", "google", "vllm"], [], []),

@@ -1,7 +1,8 @@
-"""`learner serve-scores`: the newest reward model over gRPC, for servers that choose which answers to compare.
+"""`learner serve-scores`: reward models' scores over gRPC, for servers that choose which answers to compare.
 
-One thread computes, so that calls queue instead of competing for the cores. Every call checks for a newer reward model,
-so a new one is used without a restart. Listens only on loopback: there are no keys yet.
+The newest reward model of the active version's lineage scores: others read another model's features. One thread
+computes, so that calls queue instead of competing for the cores. Every call checks for a newer reward model, so a new
+one is used without a restart. Listens only on loopback: there are no keys yet.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ STATUS = {
 
 
 class Scorer:
-    """Scores with the newest registered reward model. Used by a single thread."""
+    """Scores with the newest reward model of the active version's reference. Used by a single thread."""
 
     def __init__(
         self,
@@ -80,7 +81,8 @@ class Scorer:
         self._store.close()
 
     def _newest(self) -> tuple[str, LinearRewardModel, Any]:
-        registered = self._store.reward_models.newest()
+        reference = self._store.policies.reference()
+        registered = self._store.reward_models.newest(reference) if reference else None
         if registered is None:
             raise FailedPreconditionError("NO_REWARD_MODEL", "There is no reward model yet: run a round first.")
         if self._loaded is None or self._loaded[0] != registered.version:

@@ -25,6 +25,7 @@ from learner.model.features import FeatureCache, feature_spec
 from learner.reward.dataset import Dataset, to_dataset
 from learner.reward.exact_tests import at_least, at_most, holm
 from learner.reward.voter_reliability import LEVEL, Verdicts, one_sided, scaled, verdicts, weigh_voters
+from learner.round.token_ids import TokenIds
 from learner.round.workspace import cache_key
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import resolve_dtype, torch_dtype
@@ -65,8 +66,9 @@ def read_users(settings: LearnerSettings) -> list[UserFigures]:
     with closing(Store.open(settings.data_dir)) as store:
         reference = store.policies.active().reference_version
         quarantined = store.quarantine.current()
-        everything = store.snapshots.take(limit=settings.max_votes)
-        counted = store.snapshots.take(everything.watermark, settings.max_votes, quarantined)
+        token_ids = TokenIds(store, reference, settings)
+        everything = token_ids.snapshot(store.snapshots.take(limit=settings.max_votes))
+        counted = token_ids.snapshot(store.snapshots.take(everything.watermark, settings.max_votes, quarantined))
     if not len(everything):
         return []
     reader = VoterAnalysis(settings, reference, everything.deletions)

@@ -12,6 +12,7 @@ import torch
 from learner.model.device import read_memory, resolve_device
 from learner.progress import Stages
 from learner.round.preconditions import failed_precondition
+from learner.round.token_ids import TokenIds
 from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError
 from server.shared.machine import GIB, read_machine
@@ -49,7 +50,8 @@ def begin(
     reference = store.policies.active().reference_version
     directory = settings.data_dir / "policies" / reference
     check_family(directory, settings)
-    prompts = store.snapshots.prompts(limit=settings.max_prompts, without=quarantined)
+    asked = store.snapshots.prompts(limit=settings.max_prompts, without=quarantined)
+    prompts = TokenIds(store, reference, settings).prompts(asked)
     plan = plan_memory(settings, directory, prompts, resolve_device(settings.learner_device))
     if reason := too_little_memory(plan, settings):
         return reason

@@ -14,12 +14,17 @@ from server.store.store import Store
 
 
 def resumable(store: Store, lease: Lease, max_resumes: int, stages: Stages) -> Round | None:
-    """The round to resume, if any. A round that was killed too often is marked as failed, so that others can run."""
+    """The round to resume, if any. A round that was killed too often, or whose model is no longer
+    served, is marked as failed, so that others can run."""
     current = store.rounds.running()
     if current is None:
         return None
-    if current.attempts > max_resumes:
+    served, reason = store.policies.active(), ""
+    if served.reference_version != current.reference_version:
+        reason = f"It trains on {current.reference_version}, and {served.version} of another model is active since."
+    elif current.attempts > max_resumes:
         reason = f"It was killed {current.attempts} times, last after its stage {current.stage}."
+    if reason:
         store.rounds.finish(current.id, "failed", reason=reason, fence=lease)
         stages.console.print(f"{current.id} is given up: {reason}", highlight=False)
         return None

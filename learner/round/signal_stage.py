@@ -21,7 +21,10 @@ def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTe
     votes, conversations = dataset.shown
     there_are, some = len(votes), some_conversations(votes, reward.signal_votes, generator)
     votes, conversations = select(votes, some), of_groups(conversations, some)
-    earlier = open_test([other for other in work.store.rounds.page() if other.id != work.round.id])
+    # Each model is tested with an error of its own: what another one could not see does not count against it.
+    reference = work.round.reference_version
+    rounds = [one for one in work.store.rounds.page() if one.reference_version == reference and one.id != work.round.id]
+    earlier = open_test(rounds)
     with work.stages.stage("signal", "testing the votes for a signal"):
         signal = signal_test(features, votes, conversations, work.spec, reward, error, earlier, there_are)
         signal = replace(signal, accuracy=mean_accuracy(features, votes, work.spec, reward, generator))

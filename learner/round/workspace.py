@@ -20,6 +20,7 @@ from learner.progress import Stages
 from learner.reward.base import RewardModel
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.prompts import Prompts, share_out, split_prompts, top_up
+from learner.round.token_ids import TokenIds
 from learner.settings import LearnerSettings
 from server.shared.model.context import context_length
 from server.shared.model.dtype import DtypeName, torch_dtype
@@ -57,11 +58,10 @@ class Workspace:
         """The dtype of the engine and the trainer."""
         self.settings = settings.model_copy(update={"policy": settings.policy.at(self.dtype)})
         self.store, self.lease, self.stages = store, lease, stages
-        self.round, self.snapshot = round_, snapshot
+        self.round, self._taken = round_, snapshot
         self.directory = settings.data_dir / "rounds" / round_.id
         # As of when the round began, even if newer prompts exist when it is resumed.
-        asked = store.snapshots.prompts(round_.create_time, settings.max_prompts, round_.quarantined)
-        self._asked = share_out(asked, settings.reward.user_share)
+        self._asked = store.snapshots.prompts(round_.create_time, settings.max_prompts, round_.quarantined)
 
     def done(self, stage: str) -> bool:
         return STAGES.index(self.round.stage) >= STAGES.index(stage)
@@ -168,11 +168,21 @@ class Workspace:
             writer.close()
 
     @cached_property
+    def snapshot(self) -> Snapshot:
+        """The votes that the round learns from, in its reference's token ids."""
+        return self._token_ids.snapshot(self._taken)
+
+    @cached_property
+    def _token_ids(self) -> TokenIds:
+        return TokenIds(self.store, self.round.reference_version, self.settings)
+
+    @cached_property
     def prompts(self) -> Prompts:
         """Prompts to train on and prompts held out: what users asked, topped up if that is too little."""
         settings = self.settings
-        asked = split_prompts(self._asked, settings.gate.judge_share, self.longest, self.text.embeddings)
-        return top_up(asked, settings.min_prompts, settings.gate.judge_share, self.longest, self.encode_chat)
+        asked = share_out(self._token_ids.prompts(self._asked), settings.reward.user_share)
+        split = split_prompts(asked, settings.gate.judge_share, self.longest, self.text.embeddings)
+        return top_up(split, settings.min_prompts, settings.gate.judge_share, self.longest, self.encode_chat)
 
     @cached_property
     def longest(self) -> int:
@@ -217,14 +227,21 @@ class Workspace:
 
     def free_version(self, folder: str, prefix: str) -> str:
         """The next version after the highest one registered or on disk."""
-        registered = (
-            [p.version for p in self.store.policies.page()]
-            if folder == "policies"
-            else [m.version for m in self.store.reward_models.all()]
-        )
-        on_disk = [p.name for p in (self.settings.data_dir / folder).glob(f"{prefix}[0-9]*")]
-        taken = [int(name.removeprefix(prefix)) for name in (*registered, *on_disk)]
-        return f"{prefix}{max(taken, default=0) + 1:04d}"
+        return free_version(self.store, self.settings.data_dir, folder, prefix)
+
+
+def free_version(store: Store, data_dir: Path, folder: str, prefix: str) -> str:
+    """See `Workspace.free_version`. A stopped round has its version, even if it has not published it."""
+    registered = (
+        [p.version for p in store.policies.page()]
+        if folder == "policies"
+        else [m.version for m in store.reward_models.all()]
+    )
+    on_disk = [p.name for p in (data_dir / folder).glob(f"{prefix}[0-9]*")]
+    stopped = store.rounds.running()
+    reserved = [stopped.policy_version] if folder == "policies" and stopped and stopped.policy_version else []
+    taken = [int(name.removeprefix(prefix)) for name in (*registered, *on_disk, *reserved)]
+    return f"{prefix}{max(taken, default=0) + 1:04d}"
 
 
 def cache_key(reference_directory: Path) -> str:

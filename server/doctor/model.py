@@ -13,7 +13,8 @@ from server.shared.errors import DataDirectoryError, ManifestError
 from server.shared.model.dtype import DtypeName
 from server.shared.model.shape import ModelShape, chosen_experts, read_shape, shape_of
 from server.store.files.manifest import read_manifest
-from server.store.learning.policies import REFERENCE
+from server.store.learning.policies import FIRST_REFERENCE
+from server.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ SMOLLM2 = ModelShape(
 
 
 def read_model(data_dir: Path, model: str, trust_remote_code: bool = False, dtype: DtypeName = "bfloat16") -> Model:
-    """The existing reference of this model, or the files it would be created from, checked as `server serve` does
-    except for the values of weights."""
-    reference = data_dir / "policies" / REFERENCE
+    """The reference that a server here starts with, or the files that it would be created from, checked as `server
+    serve` does except for the values of weights."""
+    reference = data_dir / "policies" / (Store.peek_reference(data_dir) or FIRST_REFERENCE)
     try:
         if reference.exists():
             check_same_model(reference, model, read_manifest)

@@ -20,7 +20,6 @@ from server.shared.errors import ManifestError
 from server.shared.model.dtype import DtypeName
 from server.store.chats.records import Span
 from server.store.files.manifest import verify
-from server.store.learning.policies import REFERENCE
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +32,10 @@ class AdapterEngine(VllmEngine):
         self._directories: dict[str, Path] = {}
 
     def locate(self, data_dir: Path, version: str) -> Path:
-        return adapter_weights(data_dir, version)
+        return adapter_weights(data_dir, version, self.reference)
 
     async def keep_live(self, version: str, directory: Path) -> None:
-        if version == REFERENCE or version in self._directories:
+        if version == self.reference or version in self._directories:
             return
         try:
             await asyncio.to_thread(lambda: deque(finite_tensors(directory), maxlen=0))
@@ -67,7 +66,7 @@ class AdapterEngine(VllmEngine):
                 del self._directories[version]
 
     def _adapter(self, version: str) -> Any:
-        if version == REFERENCE:
+        if version == self.reference:
             return None
         if version not in self._directories:
             raise ValueError(f"{version} was never loaded")

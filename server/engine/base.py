@@ -44,6 +44,11 @@ class ServingEngine(Protocol):
         ...
 
     @property
+    def reference(self) -> str:
+        """The reference that it was started with. It can load the versions of this lineage, and no others."""
+        ...
+
+    @property
     def max_model_len(self) -> int:
         """Maximum tokens of a prompt and its answer together."""
         ...

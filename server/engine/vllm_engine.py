@@ -25,7 +25,6 @@ from server.shared.model.text import PLAIN, ChatText, embeddings
 from server.store.chats.records import Span
 from server.store.files.manifest import verify
 from server.store.ids import new_id
-from server.store.learning.policies import REFERENCE
 from server.telemetry.metrics import SWAP_SECONDS
 from server.telemetry.timed import timed
 
@@ -48,7 +47,7 @@ WARM_ANSWERS = 16
 
 class VllmEngine:
     """Engine over an AsyncLLM created by `start_engine`, which loads the reference in `directory` and computes in
-    `dtype`."""
+    `dtype`. The directory has the name of the reference's version."""
 
     def __init__(
         self, start_engine: Callable[[], Any], directory: Path, dtype: DtypeName, *, keep_kv: bool = False
@@ -61,7 +60,7 @@ class VllmEngine:
         # When `probe` first saw the engine busy since it was last idle.
         self._working_since: float | None = None
         self._text = ChatText(self._engine.get_tokenizer(), embeddings(self._engine.model_config.hf_config))
-        self._version, self._directory, self._reference = REFERENCE, directory, directory
+        self._version, self._directory, self._reference_directory = directory.name, directory, directory
         # The version in the worker's spare model; None if unknown.
         self._spare: str | None = None
         self._keep_kv = keep_kv
@@ -72,6 +71,10 @@ class VllmEngine:
     @property
     def version(self) -> str:
         return self._version
+
+    @property
+    def reference(self) -> str:
+        return self._reference_directory.name
 
     @property
     def max_model_len(self) -> int:
@@ -266,7 +269,7 @@ class VllmEngine:
         await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
         log.warning("restarting the engine")
         # It was last checked when it was first read, perhaps days ago.
-        await asyncio.to_thread(verify, self._reference)
+        await asyncio.to_thread(verify, self._reference_directory)
         await self._start_engine_whole()
         self._spare = None
         try:
@@ -277,17 +280,17 @@ class VllmEngine:
             # Shut down what cannot serve, so that it counts as dead and is restarted.
             await asyncio.to_thread(self._engine.shutdown, SHUTDOWN_SECONDS)
             raise
-        if self._version == REFERENCE:
+        if self._version == self.reference:
             self._admitted.set()
             return
         try:
             await asyncio.to_thread(verify, self._directory)
             await self._swap(self._version, self._directory)
         except Exception:
-            self._version, self._directory = REFERENCE, self._reference
+            self._version, self._directory = self.reference, self._reference_directory
             self._admitted.set()
             raise
-        self._spare = REFERENCE
+        self._spare = self.reference
 
     async def _start_engine_whole(self) -> None:
         """Start an engine on a thread; a cancellation waits for it, so that no engine is left without an owner."""
@@ -302,7 +305,7 @@ class VllmEngine:
     async def _prepare(self) -> None:
         await self._ask(self._engine.collective_rpc("prefloop_keep_seeds"))
         await self._make_spare()
-        await self._ask(self._engine.update_weight_version(REFERENCE))
+        await self._ask(self._engine.update_weight_version(self.reference))
 
     async def _make_spare(self) -> None:
         await self._ask(self._engine.collective_rpc("prefloop_prepare"))

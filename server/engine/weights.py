@@ -17,7 +17,6 @@ from server.shared.model.dtype import DtypeName, torch_dtype
 from server.shared.model.merged import load_adapted, merged_weights
 from server.shared.model.shape import tensor_shapes
 from server.store.files.manifest import copy_tokenizer, new_version, verify
-from server.store.learning.policies import REFERENCE
 
 if TYPE_CHECKING:
     import torch
@@ -42,14 +41,14 @@ def engine_weights(data_dir: Path, version: str, dtype: DtypeName, trust_remote_
     return check_weights(merged, base)
 
 
-def adapter_weights(data_dir: Path, version: str) -> Path:
-    """The directory of an adapter on the reference, or of the reference itself, verified. Raises ManifestError."""
+def adapter_weights(data_dir: Path, version: str, reference: str) -> Path:
+    """The directory of an adapter on `reference`, or of the reference itself, verified. Raises ManifestError."""
     directory = data_dir / "policies" / version
     manifest = verify(directory)
-    if manifest.kind == "full" and version != REFERENCE:
+    if manifest.kind == "full" and version != reference:
         raise ManifestError(f"{version} has full weights, but this server serves adapters (PREFLOOP_SERVE_ADAPTERS).")
-    if manifest.kind == "adapter" and manifest.base_version != REFERENCE:
-        raise ManifestError(f"{version} is an adapter on {manifest.base_version}, but the engine has {REFERENCE}.")
+    if manifest.kind == "adapter" and manifest.base_version != reference:
+        raise ManifestError(f"{version} is an adapter on {manifest.base_version}, but the engine has {reference}.")
     return directory
 
 

@@ -1,1 +1,1 @@
-"""From a model that an operator names to v0000, the frozen reference: what is checked, and how it is stored."""
+"""From a model that an operator names to a frozen reference, v0000 at first: what is checked, and how it is stored."""

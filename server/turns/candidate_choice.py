@@ -7,6 +7,7 @@ late, it shows the first candidate, which is as good as any.
 
 import logging
 import math
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from statistics import pvariance
 from typing import Protocol
@@ -45,10 +46,12 @@ class Chosen:
 
 
 class CandidateChooser:
-    """Chooses a candidate by the scores of `scorer`."""
+    """Chooses a candidate by the scores of `scorer`, unless their reward model reads another model's token ids, by its
+    version: while a model is changed, this server and the scorer may not have the same."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, reads_ours: Callable[[str], Awaitable[bool]]) -> None:
         self._scorer = scorer
+        self._reads_ours = reads_ours
         self._complaint = ""
 
     async def choose(self, prompt: list[int], first: list[int], candidates: list[list[int]]) -> Chosen:
@@ -57,6 +60,9 @@ class CandidateChooser:
             scores = await self._scorer.score(prompt, [first, *candidates])
         except ScoresError as error:
             self._complain(f"{error}")
+            return Chosen(0, None)
+        if not await self._reads_ours(scores.reward_model_version):
+            self._complain(f"{scores.reward_model_version} was fitted for another model than this server's")
             return Chosen(0, None)
         self._complain("")
         one, *others = scores.member_scores

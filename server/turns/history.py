@@ -1,7 +1,7 @@
 """The conversation before a message."""
 
+from server.shared.model.prompt import Said
 from server.store.store import Store
-from server.turns.prompt import Said
 
 # Turns per read.
 CHUNK = 20

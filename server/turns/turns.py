@@ -13,6 +13,7 @@ from functools import partial
 from server.engine.base import Sampling, ServingEngine
 from server.settings import ServerSettings
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from server.shared.model.prompt import Said, build_prompt
 from server.store.chats.records import Generation
 from server.store.quotas import check_conversations
 from server.store.store import Store
@@ -23,7 +24,6 @@ from server.turns.comparison import SLOTS, Ended, WriteDelta, arrange, repeat_an
 from server.turns.encoding_thread import CHARS_A_TOKEN, encoding
 from server.turns.history import recent_turns
 from server.turns.keyed_locks import KeyedLocks
-from server.turns.prompt import Said, build_prompt
 from server.versions.ab_test import AbTest
 
 Write = Callable[[str], Awaitable[None]]

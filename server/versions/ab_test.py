@@ -46,7 +46,7 @@ class AbTest:
 
     async def look(self) -> None:
         """Count the votes, and roll back if the new version has lost. Call it repeatedly."""
-        duel = await self._store(lambda store: store.lineage.duel(*self._counted))
+        duel = await self._store(self._read)
         if duel is None or duel.won >= self._limit or duel.opponent in self._dead:
             self._pair = None
         elif duel.lost < self._limit:
@@ -69,6 +69,12 @@ class AbTest:
             except FailedPreconditionError as error:
                 log.error("cannot roll back to %s; %s stays active: %s", duel.opponent, duel.version, error)
                 self._dead.add(duel.opponent)
+
+    def _read(self, store: Store) -> AbTestResult | None:
+        duel = store.lineage.duel(*self._counted)
+        # Another model's versions are tested by servers that were started with it.
+        known = duel and store.policies.get(duel.version).reference_version == self._follower.reference
+        return duel if known else None
 
     async def _live(self, version: str) -> bool:
         try:

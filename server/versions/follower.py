@@ -2,15 +2,21 @@
 
 A version that cannot be loaded is marked as failed, the pointer goes back to the version loaded here, and the reason is
 in the store and in the status of the RPC that asked for it.
+
+An engine loads only versions of the lineage that it was started with: another one has another model. While the active
+version is of another lineage, this server keeps what it has loaded, and reports that it must be restarted.
 """
 
 import asyncio
 import logging
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 from server.engine.base import ServingEngine, SwapError
 from server.shared.errors import FailedPreconditionError, ManifestError
+from server.store.files.manifest import made_from
+from server.store.learning.records import PolicyVersion
 from server.store.store import Store
 from server.store.store_thread import StoreThread
 from server.telemetry.metrics import ACTIVE_POLICY, ENGINE_HANGS, ENGINE_RESTARTS, SWAPS
@@ -33,6 +39,8 @@ class Follower:
         self._hang_seconds = hang_seconds
         self._converging = asyncio.Lock()
         self._error = ""
+        # The active version, while it is of another lineage.
+        self._unloadable = ""
         # Swaps whose callers may have left; the event loop holds only weak references to tasks.
         self._swaps: set[asyncio.Task[bool]] = set()
 
@@ -40,6 +48,11 @@ class Follower:
     def version(self) -> str:
         """The version that is loaded, whatever the store's pointer says."""
         return self._engine.version
+
+    @property
+    def reference(self) -> str:
+        """The reference of the versions that can be loaded."""
+        return self._engine.reference
 
     async def follow(self) -> None:
         """Restart a dead engine, and load the active version. Call it repeatedly."""
@@ -52,10 +65,15 @@ class Follower:
     async def converge(self) -> bool:
         """Load the active version if it is not loaded; True if something changed, including a failure."""
         async with self._converging:
-            active = await self._store(lambda store: store.policies.active().version)
+            policy = await self._store(lambda store: store.policies.active())
+            if policy.reference_version != self.reference:
+                return await self._wait_for_restart(policy)
+            returned, self._unloadable = bool(self._unloadable), ""
+            active = policy.version
+            if active != self._engine.version or returned:
+                self._error = ""
             if active == self._engine.version:
-                return False
-            self._error = ""
+                return returned
             try:
                 directory = await asyncio.to_thread(self._engine.locate, self._data_dir, active)
                 await self._engine.swap(active, directory)
@@ -74,6 +92,9 @@ class Follower:
         Raises FailedPreconditionError with the reason. The pointer was then not moved, or it is back because the engine
         could not load `version`, or somebody else has moved it since.
         """
+        policy = await self._store(lambda store: store.policies.get(version))
+        if policy.reference_version != self.reference:
+            raise FailedPreconditionError("OTHER_MODEL", await self._other_model(policy))
         try:
             await asyncio.to_thread(self._engine.locate, self._data_dir, version)
         except (ManifestError, OSError) as error:
@@ -84,6 +105,27 @@ class Follower:
         await self.report()
         if self._engine.version != version:
             raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} has been replaced since.")
+
+    async def _wait_for_restart(self, active: PolicyVersion) -> bool:
+        """Keep what is loaded, since this engine cannot load the active version; True if that is news."""
+        if self._unloadable == active.version:
+            return False
+        self._unloadable = active.version
+        model = shlex.quote(await self._model(active))
+        self._error = f"{active.version}: made from another model; restart this server with --model {model}"
+        log.warning("%s stays loaded. %s", self._engine.version, self._error)
+        SWAPS.labels("refused").inc()
+        return True
+
+    async def _other_model(self, policy: PolicyVersion) -> str:
+        model = shlex.quote(await self._model(policy))
+        return (
+            f"{policy.version} was made from another model, {model}, which this server cannot load. Make it the active "
+            f"version with `learner rollback {policy.version}`, then restart the servers with --model {model}."
+        )
+
+    async def _model(self, policy: PolicyVersion) -> str:
+        return await asyncio.to_thread(made_from, self._data_dir / "policies" / policy.reference_version)
 
     async def probe(self) -> None:
         """Kill an engine that hangs, so that `follow` restarts it. Call it repeatedly."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from learner.reward.linear_heads import VoteTensors
-from tests.words import save_words
+from tests.words import save_other_words, save_words
 
 WORDS, HIDDEN, LAYERS = 40, 16, 3
 # As in the default model: padding and end of sequence are the same token.
@@ -53,6 +53,22 @@ def save_tiny_model(directory: Path) -> None:
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     save_tiny_model(directory)
+    return directory
+
+
+def save_other_model(directory: Path) -> None:
+    """A tiny model of another family with another tokenizer."""
+    from tests.families.configs import WORDS as COUNT
+    from tests.families.configs import tiny
+
+    tiny("qwen3").save_pretrained(directory)
+    save_other_words(directory, COUNT)
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("other")
+    save_other_model(directory)
     return directory
 
 

@@ -121,7 +121,8 @@ def vote(
 
 def make_reference(data_dir: Path, model_directory: Path) -> None:
     final = data_dir / "policies" / "v0000"
-    with new_version(final, kind="full", reference_version="v0000") as staging:
+    info = {"model": str(model_directory)}
+    with new_version(final, kind="full", reference_version="v0000", info=info) as staging:
         shutil.copytree(model_directory, staging, dirs_exist_ok=True)
     store = Store.open(data_dir)
     store.policies.register_reference()

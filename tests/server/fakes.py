@@ -63,7 +63,7 @@ class FakeEngine:
     """Says the next of `answers`, and `answer` when there are none left. `bad` versions fail to load."""
 
     def __init__(self) -> None:
-        self.version = "v0000"
+        self.version = self.reference = "v0000"
         self.max_model_len = 40
         self.answer = "one two three four"
         self.answers: list[str] = []

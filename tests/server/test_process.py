@@ -1,5 +1,6 @@
 """The server process's preparation before it serves."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from server import process
+from server.doctor.model import read_model
+from server.reference.reference import prepare_reference
 from server.settings import ServerSettings
 from server.shared.errors import ServiceError
+from server.store.store import Store
+from tests.learner.conftest import save_other_model, save_tiny_model
 
 SECONDS = 30
 # More connections than the limit on open files; earlier clients continue.
@@ -81,3 +86,50 @@ def test_an_engine_that_cannot_start_is_a_sentence(monkeypatch: pytest.MonkeyPat
         "The engine could not start (Engine core initialization failed. See root cause above.); vLLM's messages "
         "are above. If memory ran out: PREFLOOP_KV_CACHE_GIB is 64; `server doctor` shows what this machine has."
     )
+
+
+async def test_the_engine_is_started_with_the_active_versions_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other, data_dir = tmp_path / "model", tmp_path / "other", tmp_path / "data"
+    save_tiny_model(model)
+    save_other_model(other)
+    started: list[str] = []
+
+    def make_engine(settings: ServerSettings, dtype: str, directory: Path) -> None:
+        started.append(directory.name)
+        raise ServiceError("no engine here")
+
+    async def serve(path: Path) -> str:
+        settings = ServerSettings(data_dir=data_dir, model=str(path), port=0)
+        with pytest.raises(ServiceError) as error:
+            await process.serve(settings, lambda line: None)
+        return str(error.value)
+
+    monkeypatch.setattr(process, "set_environment", lambda settings: None)
+    monkeypatch.setattr(process, "make_engine", make_engine)
+    assert await serve(model) == "no engine here"
+    prepare_reference(data_dir, str(other), lambda line: None, version="v0001")
+    store = Store.open(data_dir)
+    for version in ("v0001", "v0002"):
+        store.policies.register(
+            version, kind="full", state="candidate", parent_version=None, reference_version="v0001", round_id=None,
+            reward_model_version=None, metrics={},
+        )  # fmt: skip
+        store.policies.activate(version, actor="operator")
+        assert await serve(other) == "no engine here"
+    assert started == ["v0000", "v0001", "v0001"]
+    # The doctor looks at the same one.
+    assert read_model(data_dir, str(other)).problem == ""
+    wrong = (
+        f"'{data_dir}/policies/v0001' was made from '{other}', not '{model}': start with --model "
+        f"{other}, or change the model with `learner rebase --model {model}`, which keeps all votes."
+    )
+    assert await serve(model) == read_model(data_dir, str(model)).problem == wrong
+    # A reference that is gone is not made from whatever model the server is started with.
+    shutil.rmtree(data_dir / "policies" / "v0001")
+    assert await serve(model) == (
+        "The reference cannot be used: v0001 has no directory. Restore it from a backup, or start with another "
+        "--data-dir."
+    )
+    store.close()

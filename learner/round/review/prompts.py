@@ -38,7 +38,7 @@ def review_prompts(work: Workspace) -> list[ReviewPrompt]:
 def training_prompts(work: Workspace) -> list[ReviewPrompt]:
     """The same, but only prompts whose choices train."""
     pairs, share = work.settings.review.active_pairs, work.settings.gate.judge_share
-    trains = (prompt for prompt in _from_pool(work) if not is_judge(review_key(prompt.asked.token_ids), share))
+    trains = (prompt for prompt in _from_pool(work) if not is_judge(review_key(prompt.messages), share))
     return [*_own(work, pairs), *islice(trains, pairs)]
 
 

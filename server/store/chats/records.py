@@ -286,6 +286,9 @@ class Prompt:
     opened_by: str = ""
     # That message.
     opening: str = ""
+    # The first answer to it, and the version that it was sampled from: they say whose tokenizer `token_ids` are of.
+    response_id: str = ""
+    policy_version: str = ""
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,9 @@ def withdraw_reviews(database: Database, purpose: Purpose) -> None:
         )
 
 
-def review_key(prompt_token_ids: list[int]) -> str:
+def review_key(messages: list[dict[str, str]]) -> str:
     """What all reviews of a prompt of nobody's have in common."""
-    return hashlib.sha256(pack_ints(prompt_token_ids)).hexdigest()
+    return hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()
 
 
 # SQL, on `reviews r`: may be given to the user bound to ?1.

@@ -49,7 +49,7 @@ class Snapshots:
         return int(row["votes"])
 
     def count_new_votes(self) -> int:
-        """How many current votes no round has learned from yet."""
+        """How many current votes no round of the active version's lineage has learned from yet."""
         learned = self._rounds.last_learned()
         return self.count_votes(after=learned.watermark if learned else 0)
 
@@ -88,9 +88,9 @@ class Snapshots:
     def prompts(
         self, before: float | None = None, limit: int = UNLIMITED, without: Collection[str] = ()
     ) -> list[Prompt]:
-        """Users' distinct prompts, in the order in which they were first asked, except those of users in `without`. At
-        most `limit` responses created before `before` count: every user's newest, then every user's second, and so on.
-        """
+        """Users' prompts, distinct within a lineage, in the order in which they were first asked, except those of users
+        in `without`. At most `limit` responses created before `before` count: every user's newest, then every user's
+        second, and so on."""
         rows = self._db.rows(
             "WITH placed AS (SELECT rowid AS number, "
             "row_number() OVER (PARTITION BY user ORDER BY rowid DESC) AS place "
@@ -98,8 +98,10 @@ class Snapshots:
             # A review's prompt was asked elsewhere.
             "AND conversation_id NOT IN (SELECT id FROM conversations WHERE kind = 'review')), "
             "chosen AS (SELECT number FROM placed ORDER BY place, number DESC LIMIT ?), "
-            "asked AS (SELECT conversation_id, user, prompt_token_ids, max_tokens, min(number) AS first "
-            "FROM chosen JOIN responses r ON r.rowid = number GROUP BY prompt_token_ids) "
+            # The same ids are another text in another lineage.
+            "asked AS (SELECT r.id AS response_id, r.policy_version, r.conversation_id, r.user, r.prompt_token_ids, "
+            "r.max_tokens, min(number) AS first FROM chosen JOIN responses r ON r.rowid = number "
+            "LEFT JOIN policies ON version = r.policy_version GROUP BY r.prompt_token_ids, reference_version) "
             "SELECT *, first = (SELECT min(rowid) FROM responses WHERE conversation_id = asked.conversation_id) "
             "AS opens, (SELECT message FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
             "AS opening FROM asked ORDER BY first",
@@ -114,6 +116,8 @@ class Snapshots:
                 row["user"],
                 openers.setdefault(row["opening"], row["conversation_id"]) if row["opens"] else "",
                 row["opening"] if row["opens"] else "",
+                row["response_id"],
+                row["policy_version"],
             )
             for row in rows
         ]
@@ -139,10 +143,10 @@ class Snapshots:
     def _reviewed(self, comparison_ids: Iterable[str]) -> dict[str, str]:
         """For the comparisons that are reviews, what all reviews of their prompt have in common."""
         return {
-            row["comparison_id"]: row["conversation_id"] or review_key(unpack_ints(row["prompt_token_ids"]))
+            row["comparison_id"]: row["conversation_id"] or review_key(json.loads(row["messages"]))
             for page in pages(comparison_ids)
             for row in self._db.rows(
-                "SELECT comparison_id, conversation_id, prompt_token_ids FROM reviewed "
+                "SELECT comparison_id, conversation_id, messages FROM reviewed "
                 f"JOIN reviews ON seq = review_seq WHERE comparison_id IN ({', '.join('?' for _ in page)})",
                 page,
             )

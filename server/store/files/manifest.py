@@ -92,6 +92,14 @@ def verify(directory: Path) -> Manifest:
     return manifest
 
 
+def made_from(reference: Path) -> str:
+    """The model that a reference was made from, as `--model` takes it; the reference's name if that is not known."""
+    try:
+        return str(read_manifest(reference).info.get("model", reference.name))
+    except ManifestError:
+        return reference.name
+
+
 @contextmanager
 def new_version(
     final: Path, *, kind: Literal["adapter", "full"], reference_version: str, info: dict[str, Any] | None = None

@@ -115,7 +115,7 @@ class Lineage:
 
     def duel(self, voters: int, user_votes: int) -> AbTestResult | None:
         """Choices between answers of the active version and the previous one since the activation, without users in
-        quarantine. None if it became active by a rollback.
+        quarantine. None if it became active by a rollback, or the two have different references: no server has both.
 
         One choice of each user counts, the first, so that the result holds for people in general: choices of one
         person are alike. Where fewer than `voters` people vote at all, these are everybody there is, and the first
@@ -123,6 +123,12 @@ class Lineage:
         its versions are shown."""
         last = next(iter(self.moves(1)), None)
         if last is None or last.previous_version is None or last.action not in ("activate", "promote"):
+            return None
+        pair = [last.version, last.previous_version]
+        [row] = self._db.rows(
+            "SELECT count(DISTINCT reference_version) AS lineages FROM policies WHERE version IN (?, ?)", pair
+        )
+        if row["lineages"] > 1:
             return None
         found = self.count_voters(voters)
         few = found if found < voters else 0

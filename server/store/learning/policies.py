@@ -15,7 +15,8 @@ from server.store.learning.leases import check_fence
 from server.store.learning.records import Lease, PointerAction, PolicyVersion
 from server.store.learning.replicas import ALIVE_SECONDS
 
-REFERENCE = "v0000"
+# The reference of a new data directory. Others are data: `learner rebase` makes another model's version one.
+FIRST_REFERENCE = "v0000"
 
 
 class Policies:
@@ -27,24 +28,24 @@ class Policies:
     def register_reference(self) -> None:
         """Record v0000 and point at it, once; later calls change nothing."""
         with self._db.write():
-            if self._db.row("SELECT 1 FROM policies WHERE version = ?", [REFERENCE]):
+            if self._db.row("SELECT 1 FROM policies WHERE version = ?", [FIRST_REFERENCE]):
                 return
             now = self._db.now()
             self._db.insert(
                 "policies",
                 {
-                    "version": REFERENCE,
+                    "version": FIRST_REFERENCE,
                     "state": "active",
                     "kind": "full",
-                    "reference_version": REFERENCE,
+                    "reference_version": FIRST_REFERENCE,
                     "create_time": now,
                     "activate_time": now,
                 },
             )
-            self._db.insert("pointer", {"id": 1, "version": REFERENCE})
+            self._db.insert("pointer", {"id": 1, "version": FIRST_REFERENCE})
             self._db.insert(
                 "pointer_events",
-                {"version": REFERENCE, "actor": "server", "reason": "first start", "create_time": now},
+                {"version": FIRST_REFERENCE, "actor": "server", "reason": "first start", "create_time": now},
             )
 
     def register(
@@ -53,7 +54,7 @@ class Policies:
         *,
         kind: Literal["adapter", "full"],
         state: Literal["candidate", "rejected"],
-        parent_version: str,
+        parent_version: str | None,
         reference_version: str,
         round_id: str | None,
         reward_model_version: str | None,
@@ -96,8 +97,27 @@ class Policies:
         """The version that should be served. Raises NotFoundError before the first start of a server."""
         row = self._db.row("SELECT version FROM pointer")
         if row is None:
-            raise NotFoundError("policy", REFERENCE)
+            raise NotFoundError("policy", FIRST_REFERENCE)
         return self.get(row["version"])
+
+    def reference(self) -> str | None:
+        """The reference of the active version; None before the first start of a server."""
+        row = self._db.row("SELECT reference_version FROM pointer JOIN policies USING (version)")
+        return str(row["reference_version"]) if row else None
+
+    def references(self) -> dict[str, str]:
+        """The reference of every version. Versions of one reference are a lineage: one model and one tokenizer."""
+        rows = self._db.rows("SELECT version, reference_version FROM policies")
+        return {row["version"]: row["reference_version"] for row in rows}
+
+    def last_served(self, reference: str) -> str | None:
+        """The version of this reference's lineage that was active last and could be loaded, or None."""
+        row = self._db.row(
+            "SELECT e.version FROM pointer_events e JOIN policies p USING (version) WHERE p.reference_version = ? "
+            "AND p.state IN ('active', 'retired') AND p.prune_time IS NULL ORDER BY e.seq DESC LIMIT 1",
+            [reference],
+        )
+        return str(row["version"]) if row else None
 
     def previous_version(self) -> str | None:
         """The last version active before the active one that could be loaded and was not rolled back since, or None."""
@@ -156,12 +176,11 @@ class Policies:
     def fail(self, version: str, reason: str, back_to: str) -> None:
         """Record that an engine could not load `version`, and point at `back_to`, if `version` is still active.
 
-        The reference is never marked as failed, since everything falls back to it.
+        A reference is never marked as failed, since everything of its lineage falls back to it.
         """
         with self._db.write():
-            if self.active().version != version:
-                return
-            if version == REFERENCE:
+            active = self.active()
+            if active.version != version or active.reference_version == version:
                 return
             self._point(version, "failed", back_to, "fail", "server", reason)
             self._db.execute("UPDATE policies SET reason = ? WHERE version = ?", [reason, version])

@@ -43,9 +43,17 @@ class RewardModels:
         """Newest first."""
         return [_reward_model(row) for row in self._db.rows("SELECT * FROM reward_models ORDER BY rowid DESC")]
 
-    def newest(self) -> RewardModelVersion | None:
-        row = self._db.row("SELECT * FROM reward_models ORDER BY rowid DESC LIMIT 1", [])
+    def newest(self, reference: str) -> RewardModelVersion | None:
+        """The newest that reads this reference's features, or None."""
+        row = self._db.row(
+            "SELECT * FROM reward_models WHERE reference_version = ? ORDER BY rowid DESC LIMIT 1", [reference]
+        )
         return None if row is None else _reward_model(row)
+
+    def reads(self, version: str, reference: str) -> bool:
+        """Whether a reward model reads this reference's features; not if it is not known."""
+        sql = "SELECT 1 FROM reward_models WHERE version = ? AND reference_version = ?"
+        return self._db.row(sql, [version, reference]) is not None
 
 
 def _reward_model(row: Row) -> RewardModelVersion:

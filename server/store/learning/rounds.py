@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from server.shared import stored_round
-from server.shared.errors import NotFoundError
+from server.shared.errors import ConflictError, NotFoundError
 from server.store.database import UNLIMITED, Database, Row, newest_rows
 from server.store.ids import new_id
 from server.store.learning.canaries import waiting_canary
@@ -31,9 +31,13 @@ class Rounds:
         quarantined: Iterable[str] = (),
         fence: Lease,
     ) -> Round:
-        """Begin a round from the active policy and the votes up to `watermark`, except those of `quarantined` users."""
+        """Begin a round from the active policy and the votes up to `watermark`, except those of `quarantined` users.
+        Raises ConflictError if the active policy has another reference by now."""
         with self._db.write():
             check_fence(self._db, fence)
+            active = self._policies.active()
+            if active.reference_version != reference_version:
+                raise ConflictError(f"{active.version} of another model is active since; nothing was changed.")
             round_id = new_id("round")
             self._db.insert(
                 "rounds",
@@ -42,7 +46,7 @@ class Rounds:
                     "state": "running",
                     "stage": "snapshot",
                     "watermark": watermark,
-                    "incumbent_version": self._policies.active().version,
+                    "incumbent_version": active.version,
                     "reference_version": reference_version,
                     "settings": stored_round.SETTINGS.dump(settings),
                     "attempts": 1,
@@ -118,8 +122,12 @@ class Rounds:
         return next(iter(self._rounds([row] if row else [])), None)
 
     def last_learned(self) -> Round | None:
-        """The newest round that was promoted or rejected, or None."""
-        row = self._db.row("SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') ORDER BY rowid DESC LIMIT 1")
+        """The newest round of the active version's lineage that was promoted or rejected, or None: what another model
+        learned is new to this one."""
+        row = self._db.row(
+            "SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') AND reference_version = "
+            "(SELECT reference_version FROM pointer JOIN policies USING (version)) ORDER BY rowid DESC LIMIT 1"
+        )
         return next(iter(self._rounds([row] if row else [])), None)
 
     def page(self, limit: int = UNLIMITED, before: str | None = None) -> list[Round]:

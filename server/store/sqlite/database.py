@@ -66,6 +66,17 @@ def sqlite_problem(version: tuple[int, int, int]) -> str | None:
     return f"SQLite {'.'.join(map(str, version))} can lose commits; install pysqlite3 with SQLite 3.51.3 or newer."
 
 
+def peek(path: Path, sql: str) -> str | None:
+    """The first value that a query finds in the file, whatever its schema; None if there is none, or it cannot be read.
+    Changes nothing."""
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            row = connection.execute(sql).fetchone()
+    except sqlite3.DatabaseError:
+        return None
+    return None if row is None else str(row[0])
+
+
 def _translated(error: sqlite3.DatabaseError) -> DatabaseError:
     """The store's error for an SQLite error."""
     name = getattr(error, "sqlite_errorname", "")

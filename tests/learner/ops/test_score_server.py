@@ -145,3 +145,21 @@ def test_the_command_serves_until_it_is_stopped(data_dir: Path) -> None:
             assert process.wait(30) == 0
         finally:
             process.kill()
+
+
+async def test_a_reward_model_of_another_model_scores_nothing(data_dir: Path) -> None:
+    register(data_dir, "rm0001", reward_model(1))
+    async with scoring(data_dir) as stub:
+        assert (await stub.ScoreCandidates(request(CANDIDATES))).reward_model_version == "rm0001"
+        store = Store.open(data_dir)
+        store.policies.register(
+            "v0001", kind="full", state="candidate", parent_version=None, reference_version="v0001", round_id=None,
+            reward_model_version=None, metrics={},
+        )  # fmt: skip
+        store.policies.activate("v0001", actor="operator")
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.ScoreCandidates(request(CANDIDATES))
+        assert error.value.details() == "There is no reward model yet: run a round first."
+        store.policies.activate("v0000", actor="operator")
+        assert (await stub.ScoreCandidates(request(CANDIDATES))).reward_model_version == "rm0001"
+        store.close()

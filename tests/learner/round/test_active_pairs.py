@@ -1,5 +1,6 @@
 """Pairs of one version's answers to learn from: which two of many, to which prompts, and whom they are for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import learner.round.review.active_pairs as active_pairs
 from learner.reward.dataset import is_judge, to_dataset
 from learner.round.review.active_pairs import most_disputed
 from server.store.chats.reviews import review_key
-from server.store.packing import unpack_ints
 from server.store.store import Store
 from tests.learner.rounds import passing, run, settings
 
@@ -54,7 +54,7 @@ def test_choices_on_them_train_and_never_judge(data_dir: Path, monkeypatch: pyte
     run(data_dir, review={**PAIRS, "active_pairs": 16})
     store = Store.open(data_dir)
     keys = [
-        row["conversation_id"] or review_key(unpack_ints(row["prompt_token_ids"]))
+        row["conversation_id"] or review_key(json.loads(row["messages"]))
         for row in store._db.rows("SELECT * FROM reviews")
     ]
     assert [is_judge(key, 0.4) for key in keys] == [False] * len(keys)

@@ -116,7 +116,8 @@ def test_an_existing_reference_is_used(tmp_path: Path, model: Path) -> None:
     manifest.write_text(json.dumps({**values, "info": {"model": "mine"}}))
     assert read_model(tmp_path / "data", "mine").shape is not None
     assert read_model(tmp_path / "data", "other").problem.endswith(
-        "was made from 'mine', not 'other'; another --model needs another --data-dir."
+        "was made from 'mine', not 'other': start with --model mine, or change the model with `learner rebase --model "
+        "other`, which keeps all votes."
     )
     manifest.unlink()
     assert "The reference cannot be used: v0000 has no manifest.json" in read_model(tmp_path / "data", "mine").problem

@@ -35,10 +35,40 @@ class FakeVllm:
         return [None]
 
     async def update_weight_version(self, version: str) -> None:
-        pass
+        self.label = version
 
     def shutdown(self, seconds: float) -> None:
         self.errored = True
+
+
+async def test_an_engine_has_the_label_of_its_reference_also_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "v0007"
+    save_tiny_model(directory)
+    checked: list[str] = []
+    monkeypatch.setattr(vllm_engine, "verify", lambda directory: checked.append(directory.name))
+    started: list[FakeVllm] = []
+
+    def start() -> FakeVllm:
+        started.append(FakeVllm(directory, Clock()))
+        return started[-1]
+
+    engine = VllmEngine(start, directory, "float32")
+    try:
+        assert (engine.version, engine.reference) == ("v0007", "v0007")
+        started[0].errored = True
+        await engine.revive()
+        assert (engine.version, checked, started[1].label) == ("v0007", ["v0007"], "v0007")
+        # A version that was loaded is loaded again; if it cannot be, the reference answers.
+        engine._version, engine._directory = "v0009", tmp_path / "v0009"
+        started[1].errored = True
+        # The fake cannot stage one.
+        with pytest.raises(TypeError):
+            await engine.revive()
+        assert (engine.version, engine.alive) == ("v0007", True)
+    finally:
+        await engine.close()
 
 
 async def test_a_new_engine_has_not_hung_since_before_its_start(

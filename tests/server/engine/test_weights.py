@@ -3,12 +3,14 @@
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from learner.model.policy import TrainablePolicy, published_weights
 from learner.settings import PolicySettings
-from server.engine.weights import engine_weights
+from server.engine.weights import adapter_weights, engine_weights
+from server.shared.errors import ManifestError
 from server.shared.model.dtype import DtypeName
 from server.store.files.manifest import new_version
 from tests.learner.conftest import save_tiny_model
@@ -60,3 +62,17 @@ def test_an_adapter_is_merged_in_the_engines_dtype(tmp_path: Path) -> None:
     engine_weights(tmp_path, "v0001", "bfloat16")
     engine_weights(tmp_path, "v0001", "float32")
     assert (tmp_path / "merged" / "float32" / "v0001" / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_an_adapter_is_served_only_on_its_own_reference(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    make_reference(tmp_path, tmp_path / "model")
+    make_adapter(tmp_path)
+    policies = tmp_path / "policies"
+    assert [adapter_weights(tmp_path, version, "v0000") for version in ("v0000", "v0001")] == [
+        policies / "v0000", policies / "v0001",
+    ]  # fmt: skip
+    with pytest.raises(ManifestError, match=r"v0001 is an adapter on v0000, but the engine has v0002\."):
+        adapter_weights(tmp_path, "v0001", "v0002")
+    with pytest.raises(ManifestError, match="v0000 has full weights, but this server serves adapters"):
+        adapter_weights(tmp_path, "v0000", "v0002")

@@ -141,7 +141,9 @@ def test_every_spelling_of_a_directory_is_one_model(tmp_path: Path, monkeypatch:
         assert find_model(spelling) == (str(home / "model"), {})
     shutil.copytree(home / "model", home / "other")
     with pytest.raises(
-        DataDirectoryError, match=r"was made from '.*/home/model', not './other'; another --model needs"
+        DataDirectoryError,
+        match=r"was made from '.*/home/model', not './other': start with --model /.*/home/model, or change the model "
+        r"with `learner rebase --model ./other`, which keeps all votes\.",
     ):
         prepare_reference(tmp_path / "data", "./other", lambda line: None)
     shutil.rmtree(home / "model")

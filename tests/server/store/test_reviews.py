@@ -203,3 +203,11 @@ def test_a_forgotten_user_leaves_no_review(store: Store) -> None:
     assert store.conversations.page("ann", kinds=("chat", "review")) == []
     assert store._db.rows("SELECT * FROM reviewed") == []
     assert [row["user"] for row in store._db.rows("SELECT user FROM reviews")] == [""]
+
+
+def test_reviews_of_one_question_belong_together_whatever_its_tokens(store: Store) -> None:
+    offer(store, asked("Why?"), asked("Why?", prompt_token_ids=[7, 8, 9]), asked("How?", prompt_token_ids=[7, 8, 9]))
+    for _ in range(3):
+        choose(store, "ann")
+    first, second, third = store.snapshots.take().choices
+    assert first.conversation_id == second.conversation_id != third.conversation_id

@@ -363,6 +363,72 @@ def test_a_version_that_cannot_be_loaded_moves_the_pointer_back(store: Store) ->
         store.policies.activate("v0001", actor="ann")
 
 
+def register_lineage(store: Store, reference: str, *versions: str) -> None:
+    for version in (reference, *versions):
+        store.policies.register(
+            version, kind="full", state="candidate", parent_version=None, reference_version=reference, round_id=None,
+            reward_model_version=None, metrics={},
+        )  # fmt: skip
+
+
+def test_no_reference_is_marked_as_failed(store: Store) -> None:
+    register_lineage(store, "v0001", "v0002")
+    store.policies.activate("v0001", actor="ann")
+    store.policies.fail("v0001", "a tensor is missing", "v0000")
+    assert (store.policies.active().version, store.policies.get("v0001").state) == ("v0001", "active")
+    store.policies.activate("v0002", actor="ann")
+    store.policies.fail("v0002", "a tensor is missing", "v0001")
+    assert (store.policies.active().version, store.policies.get("v0002").state) == ("v0001", "failed")
+
+
+def test_the_version_of_a_lineage_that_was_served_last(store: Store) -> None:
+    assert (store.policies.reference(), store.policies.last_served("v0001")) == ("v0000", None)
+    register(store, "v0001")
+    register(store, "v0002")
+    for version in ("v0001", "v0002"):
+        store.policies.activate(version, actor="ann")
+    store.policies.activate("v0001", actor="ann", action="rollback")
+    register_lineage(store, "v0003", "v0004")
+    assert store.policies.last_served("v0003") is None
+    store.policies.activate("v0004", actor="ann")
+    assert (store.policies.reference(), store.policies.last_served("v0000")) == ("v0003", "v0001")
+    store.policies.fail("v0004", "a tensor is missing", "v0003")
+    assert store.policies.last_served("v0003") == "v0003"
+    assert store.policies.references() == {
+        "v0000": "v0000", "v0001": "v0000", "v0002": "v0000", "v0003": "v0003", "v0004": "v0003",
+    }  # fmt: skip
+
+
+def test_another_model_has_learned_from_no_vote(store: Store) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    store.feedback.submit_thumb("ann", answer(store, conversation_id), up=True)
+    fence = store.leases.acquire("learner", "here", 60)
+    assert fence
+    round_ = store.rounds.create(store.snapshots.watermark(), {}, reference_version="v0000", fence=fence)
+    store.rounds.finish(round_.id, "rejected")
+    assert (store.rounds.last_learned(), store.snapshots.count_new_votes()) == (store.rounds.get(round_.id), 0)
+    register_lineage(store, "v0001")
+    store.policies.activate("v0001", actor="ann")
+    assert (store.rounds.last_learned(), store.snapshots.count_new_votes()) == (None, 1)
+    # An operator may go back to the other model just before a round begins.
+    with pytest.raises(ConflictError, match=r"v0001 of another model is active since; nothing was changed\."):
+        store.rounds.create(1, {}, reference_version="v0000", fence=fence)
+    store.policies.activate("v0000", actor="ann")
+    assert store.snapshots.count_new_votes() == 0
+
+
+def test_the_reference_is_read_without_changing_the_file(store: Store, tmp_path: Path) -> None:
+    assert Store.peek_reference(tmp_path) == "v0000"
+    register_lineage(store, "v0001", "v0002")
+    store.policies.activate("v0002", actor="ann")
+    assert Store.peek_reference(tmp_path) == "v0001"
+    assert Store.peek_reference(tmp_path / "nowhere") is None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "prefloop.db").write_bytes(b"not a database")
+    assert Store.peek_reference(tmp_path / "other") is None
+    assert (tmp_path / "other" / "prefloop.db").read_bytes() == b"not a database"
+
+
 def test_a_learner_whose_lease_expired_writes_nothing(store: Store) -> None:
     first = store.leases.acquire("round", "first", seconds=-1.0)
     second = store.leases.acquire("round", "second", seconds=60.0)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from server.rpc.scoring_client import ScoringClient
 from server.settings import ServerSettings
+from server.store.store import Store
 from server.turns.candidate_choice import CandidateChooser, Chosen, dispute
 from tests.server.conftest import Running, running_server
 from tests.server.rpc.test_rpcs import ANN, chat, compare, failure
@@ -47,6 +48,10 @@ class Opinions(scoring_pb2_grpc.ScoringServiceServicer):
         )
 
 
+async def ours(reward_model_version: str) -> bool:
+    return True
+
+
 @asynccontextmanager
 async def opinions() -> AsyncIterator[tuple[Opinions, str]]:
     service, server = Opinions(), grpc.aio.server()
@@ -59,12 +64,20 @@ async def opinions() -> AsyncIterator[tuple[Opinions, str]]:
         await server.stop(0)
 
 
+def fitted_for(reference: str) -> Any:
+    def register(store: Store) -> None:
+        store.reward_models.register("rm0007", reference_version=reference, round_id=None, metrics={})
+
+    return register
+
+
 @asynccontextmanager
 async def planning(tmp_path: Path, seconds: float = 30.0) -> AsyncIterator[tuple[Running, Opinions]]:
     async with (
         opinions() as (service, address),
         running_server(tmp_path, scoring_address=address, scoring_seconds=seconds) as running,
     ):
+        await running.store(fitted_for("v0000"))
         running.engine.answers = ["one", "one two", "one two three", "one two three four"]
         yield running, service
 
@@ -133,7 +146,7 @@ async def test_late_scores_are_not_waited_for(tmp_path: Path) -> None:
 
 
 async def test_a_score_server_that_is_down_is_not_waited_for() -> None:
-    chooser = CandidateChooser(ScoringClient("127.0.0.1:1", 300.0))
+    chooser = CandidateChooser(ScoringClient("127.0.0.1:1", 300.0), ours)
     async with asyncio.timeout(20):
         assert await chooser.choose([1], [2], [[3], [4]]) == Chosen(0, None)
     await chooser.close()
@@ -142,7 +155,7 @@ async def test_a_score_server_that_is_down_is_not_waited_for() -> None:
 async def test_user_messages_go_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     async with opinions() as (service, address):
-        chooser = CandidateChooser(ScoringClient(address, 30.0))
+        chooser = CandidateChooser(ScoringClient(address, 30.0), ours)
         assert await chooser.choose([5], [1], [[1, 2], [1, 2, 3]]) == Chosen(1, "rm0007")
         await chooser.close()
         assert len(service.asked) == 1
@@ -203,3 +216,11 @@ def test_scores_are_only_requested_on_loopback(address: str) -> None:
     with pytest.raises(ValidationError, match="must be host:port with a host on loopback"):
         ServerSettings.load(scoring_address=address)
     assert ServerSettings.load(scoring_address="[::1]:50052").scoring_address == "[::1]:50052"
+
+
+async def test_a_reward_model_of_another_model_chooses_nothing(tmp_path: Path) -> None:
+    async with planning(tmp_path) as (running, service):
+        await running.store(lambda store: store._db.execute("UPDATE reward_models SET reference_version = 'v0002'"))  # type: ignore[attr-defined]
+        await compare(running)
+        assert set((await answers(running)).values()) == {None}
+        assert len(service.asked) == 1

@@ -3,8 +3,8 @@
 import pytest
 
 from server.shared.errors import InvalidArgumentError
+from server.shared.model.prompt import Said, build_prompt
 from server.shared.model.text import UnknownTokenError
-from server.turns.prompt import Said, build_prompt
 
 encoded: list[int] = []
 

@@ -9,7 +9,7 @@ next from questions that nobody voted on yet. The ways to choose a question's tw
 - probability: those on which the members' probabilities of a win vary most.
 - score: those on which the members' differences in score vary most.
 - information: those whose vote says most about which member is right (BALD, Houlsby et al. 2011).
-The first round is random in each. Measured on answers to 96 unseen questions, by the taste itself: accuracy on all
+The first round is random in each. Measured on answers to 48 unseen questions, by the taste itself: accuracy on all
 pairs that differ, and how often the best of sixteen by the reward model beats another one. Each run is saved as it
 ends, so that a killed benchmark resumes after the last one. `--write` writes docs/benchmarks/active_pairs.md. Prints
 one JSON line last.
@@ -34,7 +34,7 @@ from clients.demo.questions import questions
 from clients.demo.voter import FLIPPED, TASTES
 
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "active_pairs.md"
-UNSEEN, SEEN, ANSWERS, TOKENS = 96, 224, 16, 64
+UNSEEN, SEEN, ANSWERS, TOKENS = 48, 202, 16, 64
 BATCH, ROUNDS, SEEDS, FLIPS = 60, 3, 5, 0.1
 WAYS = ("random", "probability", "score", "information")
 # The compared numbers of votes: chosen pairs, and random ones.
@@ -64,9 +64,9 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     pool = make_pool(arguments.model, work)
     results: dict[str, list[Any]] = {}
-    for way in WAYS:
+    for seed in range(SEEDS):
         for taste in TASTES:
-            for seed in range(SEEDS):
+            for way in WAYS:
                 path = work / "results" / f"{taste}-{seed}-{way}.json"
                 results.setdefault(f"{taste} {way}", []).append(kept(path, partial(learn, pool, taste, seed, way)))
     if arguments.write:

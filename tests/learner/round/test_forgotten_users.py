@@ -70,7 +70,8 @@ def test_a_round_writes_nothing_of_a_user_deleted_meanwhile(
     write_report(data_dir)
     quoted = re.search('<meta name="conversations" content="(.*)">', (directory / "report.html").read_text())
     assert quoted
-    assert quoted[1].split() == [name for name in asked if name]
+    # The page shows the first twelve.
+    assert quoted[1].split() == [name for name in asked[:12] if name]
     # It still records what the version was made from.
     [made] = trace_version(data_dir, str(report.policy_version)).record["made_by"]
     assert made["since"] == {"changed": 0, "retracted": 0, "deleted": 80 if forgets_later else 20}

@@ -250,25 +250,25 @@ def engine_of(data: Path) -> Any:
 
 
 def decide_canary(data: Path, cell: Cell, number: int) -> dict[str, Any]:
-    """Voters compare the offered pairs, in turn, until the server's rule decides or nobody has a pair left."""
+    """Voters compare the offered pairs, in turn, until the server's rule decides or nothing more would count."""
     from server.store.store import Store
     from server.versions.canary import ACTOR, decide
 
     store = Store.open(data)
     canary, chance, choices = store.canaries.waiting(), random.Random(f"{cell.name} {number} canary"), 0
     assert canary
-    voters = [f"voter{place}" for place in range(VOTERS)]
+    # Nobody compares more than what counts.
+    turns = iter([f"voter{place}" for _ in range(canary.user_votes) for place in range(VOTERS)])
     while True:
-        outcome, reason = decide(canary, store.canaries.result(canary), expired=not voters)
-        if outcome:
-            break
-        user = voters[choices % len(voters)]
-        if review := store.reviews.next(user):
+        user = next(turns, "")
+        review = store.reviews.next(user) if user else None
+        if review:
             both = map(shown, (review.comparison.a, review.comparison.b))
             store.feedback.submit_choice(user, review.comparison.id, choose(cell, chance, *both))
             choices += 1
-        else:
-            voters.remove(user)
+        outcome, reason = decide(canary, store.canaries.result(canary), expired=not user)
+        if outcome:
+            break
     if outcome == "promoted":
         store.policies.activate(
             canary.version, actor=ACTOR, reason=reason, expected_active_version=canary.opponent_version

@@ -147,8 +147,8 @@ class GateSettings(BaseModel):
     confirm_prompts: int = Field(
         256,
         ge=8,
-        description="Maximum number of other prompts to confirm the chosen candidate on: the remaining held-out ones, "
-        "the operator's (review.prompt_files), then shipped ones.",
+        description="Maximum number of other prompts to confirm the chosen candidate on: the remaining held-out ones. "
+        "If these are fewer than a batch, the operator's (review.prompt_files) and then shipped ones fill it up.",
     )
     confirm_batch: int = Field(
         64,

@@ -5,9 +5,9 @@ Whoever is chosen as the best of several on the same prompts looks better than i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 
 from torch import Tensor
 
@@ -141,13 +141,20 @@ def _won(policy: PolicyVersion) -> float:
 
 
 def gate_prompts(work: Workspace) -> tuple[list[Prompt], list[Prompt]]:
-    """Held-out prompts to choose a candidate on, at most half of them, and others to confirm it on."""
+    """Held-out prompts to choose a candidate on, at most half of them, and others to confirm it on. Prompts of nobody's
+    only fill up the first batch: what is learned from people's prompts shows less on them."""
     gate, held_out = work.settings.gate, work.prompts.held_out
     few = spread(held_out, min(gate.prompts, len(held_out) // 2))
-    known = {tuple(prompt.token_ids) for prompt in (*few, *work.prompts.train)}
-    rest = chain(held_out, (prompt for _, prompt in from_pool(work, STREAM)))
-    others = (prompt for prompt in rest if tuple(prompt.token_ids) not in known)
-    return few, list(islice(others, gate.confirm_prompts))
+    others = list(islice(without(held_out, [*few, *work.prompts.train]), gate.confirm_prompts))
+    missing = max(min(gate.confirm_batch, gate.confirm_prompts) - len(others), 0)
+    nobodys = without((prompt for _, prompt in from_pool(work, STREAM)), [*few, *others, *work.prompts.train])
+    return few, [*others, *islice(nobodys, missing)]
+
+
+def without(prompts: Iterable[Prompt], known: list[Prompt]) -> Iterator[Prompt]:
+    """The prompts that ask something else than the known ones."""
+    asked = {tuple(prompt.token_ids) for prompt in known}
+    return (prompt for prompt in prompts if tuple(prompt.token_ids) not in asked)
 
 
 def ask(

@@ -171,5 +171,5 @@ def passing(candidates: Any, *_: Any, **__: Any) -> Verdict:
 
 
 def waiting(candidates: Any, *_: Any, **__: Any) -> Verdict:
-    """The candidate is no worse than the incumbent: people decide."""
+    """The judge is not certain: people decide."""
     return Verdict(candidates[-1], [], canary=True)

@@ -21,10 +21,13 @@ DRAW = 992
 def offer_active_pairs(work: Workspace, reward_model: LinearRewardModel) -> None:
     """Offers people pairs of the served version's answers, instead of those that earlier rounds offered."""
     review, store = work.settings.review, work.store
-    prompts = training_prompts(work) if not too_quiet(store, work.settings) else []
+    active = store.policies.active()
+    # The engine of the round cannot load a version of another model.
+    unable = active.reference_version != work.round.reference_version or too_quiet(store, work.settings)
+    prompts = [] if unable else training_prompts(work)
     if not prompts:
         return
-    version = store.policies.active().version
+    version = active.version
     asked = [prompt for prompt in prompts for _ in range(review.active_answers)]
     with work.stages.stage("review", "sampling answers to learn from", 2) as advance:
         samples = sample_answers(work, version, asked, DRAW)

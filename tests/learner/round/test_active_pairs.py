@@ -9,6 +9,7 @@ import torch
 
 import learner.round.gate_stage as judging
 import learner.round.review.active_pairs as active_pairs
+import learner.round.run as rounds
 from learner.reward.dataset import is_judge, to_dataset
 from learner.round.review.active_pairs import most_disputed
 from server.store.chats.reviews import review_key
@@ -78,6 +79,24 @@ def test_a_rejected_round_offers_pairs_of_the_incumbent(data_dir: Path) -> None:
     review = store.reviews.next("bob")
     assert review
     assert [answer.policy_version for answer in (review.comparison.a, review.comparison.b)] == ["v0000", "v0000"]
+
+
+def test_a_version_of_another_model_answers_nothing(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator may go back to one while a round runs."""
+
+    def moved(work: Any, *_: Any) -> Any:
+        """As `activate` ends once the pointer was moved."""
+        policies = work.store.policies
+        policies.register(
+            "v0009", kind="full", state="candidate", parent_version=None, reference_version="v0009", round_id=None,
+            reward_model_version=None, metrics={},
+        )  # fmt: skip
+        policies.activate("v0009", actor="operator")
+        return "rejected", "The active version was changed in the meantime."
+
+    monkeypatch.setattr(rounds, "improve_and_judge", moved)
+    assert run(data_dir, review=PAIRS).state == "rejected"
+    assert Store.open(data_dir).reviews.waiting("ann") == 0
 
 
 @pytest.mark.parametrize("changes", [{"review": {**PAIRS, "active_pairs": 0}}, {"gate": {"canary_recent_votes": 81}}])

@@ -87,7 +87,8 @@ def test_no_prompt_that_trains_confirms_a_candidate(data_dir: Path, monkeypatch:
         few, others = gate_prompts(work)
         found.append((few, others, work.prompts.train))
         # As if the pool had a question that somebody asked.
-        monkeypatch.setattr(judging, "from_pool", lambda *_: iter([("", work.prompts.train[0]), ("", few[0])]))
+        asked = [("", prompt) for prompt in (work.prompts.train[0], few[0], others[0])]
+        monkeypatch.setattr(judging, "from_pool", lambda *_: iter(asked))
         assert gate_prompts(work) == (few, [prompt for prompt in others if prompt.conversation_id])
         return few, others
 
@@ -99,6 +100,27 @@ def test_no_prompt_that_trains_confirms_a_candidate(data_dir: Path, monkeypatch:
     tokens = [{tuple(prompt.token_ids) for prompt in side} for side in (few, others, train)]
     assert not tokens[0] & tokens[1]
     assert not tokens[1] & tokens[2]
+
+
+@pytest.mark.parametrize(("batch", "total", "pools"), [(8, 64, False), (40, 64, True), (64, 40, True)])
+def test_the_pool_only_fills_up_the_first_batch(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, batch: int, total: int, pools: bool
+) -> None:
+    found: list[list[Prompt]] = []
+
+    def noted(work: Workspace) -> tuple[list[Prompt], list[Prompt]]:
+        few, others = gate_prompts(work)
+        # Eighty prompts, of which two fifths or so are held out, and twelve of these choose.
+        assert len([prompt for prompt in others if prompt.conversation_id]) == len(work.prompts.held_out) - 12
+        found.append(others)
+        return few, others
+
+    monkeypatch.setattr(judging, "gate_prompts", noted)
+    monkeypatch.setattr(judging, "decide", passing)
+    changes = {"confirm_batch": batch, "confirm_prompts": total}
+    run(data_dir, gate=settings(data_dir).gate.model_copy(update=changes))
+    assert any(not prompt.conversation_id for prompt in found[0]) == pools
+    assert len(found[0]) == 40 or not pools
 
 
 def test_a_candidate_is_also_compared_with_the_best_version_so_far(

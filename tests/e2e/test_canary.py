@@ -63,11 +63,14 @@ def vote(client: Client, number: int) -> None:
     client.choose(comparison_id, CHOICE_A if more > 0 else CHOICE_B if more < 0 else CHOICE_TIE)
 
 
-def prefer(client: Client, store: Store, version: str) -> None:
-    """Compares answers until none is left or the version is served, always for the version."""
+def prefer(client: Client, store: Store, version: str) -> list[set[str]]:
+    """Compares answers until none is left, always for the version; returns the versions of each pair."""
+    compared = []
     while (found := client.review()).HasField("review"):
         comparison = store.responses.comparison("voter", found.review.comparison.comparison_id)
         client.choose(comparison.id, CHOICE_A if comparison.a.policy_version == version else CHOICE_B)
+        compared.append({comparison.a.policy_version, comparison.b.policy_version})
+    return compared
 
 
 def test_the_second_version_is_promoted_by_people(tmp_path: Path, tiny_model: Path) -> None:
@@ -90,7 +93,9 @@ def test_the_second_version_is_promoted_by_people(tmp_path: Path, tiny_model: Pa
         assert next(client.rounds()).state == ROUND_STATE_CANARY
         assert run_once(tmp_path)["sentence"].startswith("v0002 waits as a canary")
 
-        prefer(client, Store.open(tmp_path), "v0002")
+        compared = prefer(client, Store.open(tmp_path), "v0002")
+        # First what the canary waits for; then pairs to learn from, of the version that served as the round ended.
+        assert (compared[0], compared[-1]) == ({"v0001", "v0002"}, {"v0001"})
         until_serving(client, "v0002")
         assert next(client.rounds()).state == ROUND_STATE_PROMOTED
         assert ask(client, "And now?", max_tokens=4).policy_version == "v0002"

@@ -131,9 +131,9 @@ def run(work: Workspace) -> Report:
     # Only after the test: weights chosen so that votes agree would let meaningless votes pass it.
     dataset, voters = weigh_voters(work, dataset, features)
     reward_model = fit_reward_model(work, dataset, features, voters)
-    outcome = improve_and_judge(work, dataset, features, reward_model)
-    offer_active_pairs(work, reward_model)
-    return finish(work, *outcome)
+    report = finish(work, *improve_and_judge(work, dataset, features, reward_model))
+    offer_pairs(work, reward_model)
+    return report
 
 
 def improve_and_judge(
@@ -287,6 +287,14 @@ def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvem
         improvement = improver.improve(work.policy, source, reward_model, budget, work.directory, on_step)
     work.record("ppo", RoundMetrics(ppo=improvement))
     return improvement
+
+
+def offer_pairs(work: Workspace, reward_model: LinearRewardModel) -> None:
+    """Offers people pairs to learn from. The round has ended: whatever happens here, its outcome stands."""
+    try:
+        offer_active_pairs(work, reward_model)
+    except Exception as error:
+        work.stages.console.print(f"No pairs to learn from are offered: {error}", highlight=False, markup=False)
 
 
 def finish(work: Workspace, state: Outcome, sentence: str) -> Report:

@@ -52,7 +52,7 @@ def begin_canary(work: Workspace, version: str) -> tuple[Literal["promoted", "ca
     pairs = sample_pairs(work, version)
     if len(pairs) < MIN_PAIRS:
         return "rejected", f"{version} does not wait as a canary: its answers are the same as those of {incumbent}."
-    terms = canary_terms(store, work.settings, work.round.create_time)
+    terms = canary_terms(store, work.settings, work.round.create_time, len(pairs))
     with store.transaction():
         # Sampling takes minutes, in which an operator may have moved the pointer.
         if moved := _moved(store, version, incumbent):
@@ -64,15 +64,19 @@ def begin_canary(work: Workspace, version: str) -> tuple[Literal["promoted", "ca
     return _state(store, begun)
 
 
-def canary_terms(store: Store, settings: LearnerSettings, now: float) -> CanaryTerms:
-    """The terms for those who vote here: what counts of each must not change while votes come in."""
+def canary_terms(store: Store, settings: LearnerSettings, now: float, pairs: int) -> CanaryTerms:
+    """The terms for those who vote here: what counts of each must not change while votes come in. Where few vote, the
+    wait ends once they have said all that counts."""
     gate = settings.gate
     voters = store.lineage.count_voters(gate.canary_voters, now - VOTER_SECONDS)
+    unit, most, votes = 1, gate.canary_votes, min(gate.canary_votes, pairs)
     if voters >= gate.canary_voters:
         unit = most = gate.canary_user_votes
-    else:
-        unit, most = 1, settings.ab_test_user_votes if voters > 1 else gate.canary_votes
-    return CanaryTerms(gate.canary_evidence, gate.canary_votes, gate.canary_days, unit, most)
+        votes = gate.canary_votes
+    elif voters > 1:
+        most = settings.ab_test_user_votes
+        votes = min(gate.canary_votes, voters * min(most, pairs))
+    return CanaryTerms(gate.canary_evidence, votes, gate.canary_days, unit, most)
 
 
 def _moved(store: Store, version: str, incumbent: str) -> str:

@@ -7,9 +7,10 @@ from server.store.chats.records import OfferedAnswer, OfferedReview
 
 
 def sample_answers(work: Workspace, version: str, prompts: list[ReviewPrompt], draw: int) -> list[SampledAnswer]:
-    """A published version's answer to each prompt."""
+    """A published version's answer to each prompt; others in each round, even of the same version."""
     work.push(version)
-    return work.engine.sample([prompt.asked for prompt in prompts], draw_seed(work.settings.seed, draw))
+    seed = draw_seed(work.settings.seed, draw + 1_000 * work.round.watermark)
+    return work.engine.sample([prompt.asked for prompt in prompts], seed)
 
 
 def to_review(

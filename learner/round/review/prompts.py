@@ -32,20 +32,22 @@ class ReviewPrompt:
 def review_prompts(work: Workspace) -> list[ReviewPrompt]:
     """Own prompts of users first, then some of the pool: the operator's, then shipped ones at random."""
     pairs = work.settings.review.pairs
-    return [*_own(work, pairs), *islice(_from_pool(work), pairs)]
+    return [*_own(work, work.prompts.train, pairs), *islice(_from_pool(work), pairs)]
 
 
 def training_prompts(work: Workspace) -> list[ReviewPrompt]:
     """The same, but only prompts whose choices train."""
     pairs, share = work.settings.review.active_pairs, work.settings.gate.judge_share
-    trains = (prompt for prompt in _from_pool(work) if not is_judge(review_key(prompt.messages), share))
-    return [*_own(work, pairs), *islice(trains, pairs)]
+    # A choice is on the side of the prompt's conversation; the prompt, of the first one that asked it.
+    own = [prompt for prompt in work.prompts.train if not is_judge(prompt.conversation_id, share)]
+    nobodys = (prompt for prompt in _from_pool(work) if not is_judge(review_key(prompt.messages), share))
+    return [*_own(work, own, pairs), *islice(nobodys, pairs)]
 
 
-def _own(work: Workspace, most: int) -> list[ReviewPrompt]:
+def _own(work: Workspace, prompts: list[Prompt], most: int) -> list[ReviewPrompt]:
     """At most `own_pairs` of each user, the newest, and at most `most` together."""
     review, chosen, count = work.settings.review, list[ReviewPrompt](), Counter[str]()
-    for prompt in reversed(work.prompts.train):
+    for prompt in reversed(prompts):
         # Only the first message of a conversation can be shown by itself.
         if prompt.opened_by and count[prompt.user] < review.own_pairs and len(chosen) < most:
             count[prompt.user] += 1
@@ -56,5 +58,6 @@ def _own(work: Workspace, most: int) -> list[ReviewPrompt]:
 
 
 def _from_pool(work: Workspace) -> Iterator[ReviewPrompt]:
-    for text, prompt in from_pool(work, STREAM):
+    # Others in each round.
+    for text, prompt in from_pool(work, STREAM + 1_000 * work.round.watermark):
         yield ReviewPrompt(prompt, [{"role": "user", "content": text}])

@@ -196,9 +196,12 @@ class Lineage:
         return {name: (int(row[f"{name}_a"]), int(row[name])) for name in ("hotter", "newer", "chosen")}
 
     def rolled_back(self, before: float) -> set[str]:
-        """Versions that were rolled back before a time, and not activated again before it."""
+        """Versions that were rolled back before a time, and not activated again before it. Going back to another model
+        says nothing against a version."""
         rows = self._db.rows(
-            "SELECT DISTINCT previous_version FROM pointer_events b WHERE action = 'rollback' AND create_time < ?1 "
+            "SELECT DISTINCT previous_version FROM pointer_events b JOIN policies p ON p.version = b.previous_version "
+            "WHERE action = 'rollback' AND b.create_time < ?1 "
+            "AND reference_version = (SELECT reference_version FROM policies WHERE version = b.version) "
             "AND NOT EXISTS (SELECT 1 FROM pointer_events WHERE version = b.previous_version AND seq > b.seq "
             "AND create_time < ?1)",
             [before],

@@ -1,5 +1,6 @@
 """The gate: the interval includes the judge's own error, and every rule can fail."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -86,6 +87,18 @@ def test_people_decide_about_a_candidate_unless_the_judge_is_certain(opponent: s
     assert (better.promoted, better.canary) == (True, False)
     assert (open_.promoted, open_.canary) == (True, True)
     assert (worse.reasons, worse.canary) == ([f"It loses to the {name}: 0.39 [0.30, 0.48]."], False)
+
+
+def test_at_once_only_what_clearly_beats_all_three_where_people_can_decide() -> None:
+    # Within the margin that suffices where they cannot.
+    close = figures(against_best=WinRate(0.52, 0.46, 0.60, 60))
+    assert decide([close], INCUMBENT, 6.0, SETTINGS, canary=True).canary
+    assert decide([close], INCUMBENT, 6.0, SETTINGS, canary=False).promoted
+
+
+def test_a_rate_that_could_not_be_measured_is_refused() -> None:
+    unknown = figures(against_incumbent=WinRate(math.nan, math.nan, math.nan, 60))
+    assert not decide([unknown], INCUMBENT, 6.0, SETTINGS, canary=True).promoted
 
 
 def test_where_people_cannot_decide_the_judge_must_be_certain() -> None:

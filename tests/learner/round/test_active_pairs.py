@@ -1,6 +1,7 @@
 """Pairs of one version's answers to learn from: which two of many, to which prompts, and whom they are for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import torch
 import learner.round.gate_stage as judging
 import learner.round.review.active_pairs as active_pairs
 import learner.round.run as rounds
+import learner.round.workspace as workspace
 from learner.reward.dataset import is_judge, to_dataset
+from learner.round.prompts import Prompts
 from learner.round.review.active_pairs import most_disputed
+from learner.round.review.prompts import training_prompts
+from server.store.chats.records import Prompt
 from server.store.chats.reviews import review_key
 from server.store.store import Store
 from tests.learner.rounds import passing, run, settings
@@ -79,6 +84,51 @@ def test_a_rejected_round_offers_pairs_of_the_incumbent(data_dir: Path) -> None:
     review = store.reviews.next("bob")
     assert review
     assert [answer.policy_version for answer in (review.comparison.a, review.comparison.b)] == ["v0000", "v0000"]
+
+
+def test_what_goes_wrong_after_the_round_does_not_change_its_outcome(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the engine has died")
+
+    monkeypatch.setattr(judging, "decide", passing)
+    monkeypatch.setattr(active_pairs, "sample_answers", broken)
+    assert run(data_dir, review=PAIRS).state == "promoted"
+    [round_] = Store.open(data_dir).rounds.page()
+    assert (round_.state, round_.stage) == ("promoted", "activate")
+
+
+def test_an_own_prompt_is_on_the_side_of_its_own_conversation(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a template writes the date, the same words are two prompts, on the side of the first conversation."""
+    monkeypatch.setattr(judging, "decide", passing)
+    split = workspace.split_prompts
+
+    def all_train(prompts: list[Prompt], *rest: Any) -> Prompts:
+        sides = split(prompts, *rest)
+        return Prompts(sides.train + sides.held_out, sides.held_out)
+
+    monkeypatch.setattr(workspace, "split_prompts", all_train)
+    run(data_dir, review={**PAIRS, "own_pairs": 64, "active_pairs": 64, "active_answers": 2})
+    rows = Store.open(data_dir)._db.rows("SELECT conversation_id FROM reviews WHERE conversation_id IS NOT NULL")
+    assert len(rows) > 16
+    assert not any(is_judge(row["conversation_id"], 0.4) for row in rows)
+
+
+def test_each_round_asks_something_else(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def noted(work: Any) -> Any:
+        for more_votes in (0, 0, 1):
+            work.round = replace(work.round, watermark=work.round.watermark + more_votes)
+            asked.append([prompt.messages[0]["content"] for prompt in training_prompts(work)])
+        return []
+
+    monkeypatch.setattr(judging, "decide", passing)
+    monkeypatch.setattr(active_pairs, "training_prompts", noted)
+    run(data_dir, review={**PAIRS, "own_pairs": 0})
+    assert [len(prompts) for prompts in asked] == [6, 6, 6]
+    assert asked[0] == asked[1] != asked[2]
 
 
 def test_a_version_of_another_model_answers_nothing(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

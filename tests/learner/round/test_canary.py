@@ -41,7 +41,9 @@ def test_a_canary_waits_and_the_incumbent_is_served(data_dir: Path) -> None:
     canary = store.canaries.waiting()
     assert canary
     assert (canary.version, canary.opponent_version, canary.round_id) == ("v0001", "v0000", report.round_id)
-    assert (canary.evidence, canary.max_votes, canary.unit, canary.user_votes) == (20.0, 200, 1, 200)
+    # The only voter can say no more than there are pairs.
+    offered = len(store._db.rows("SELECT 1 FROM reviews WHERE purpose = 'canary'"))
+    assert (canary.evidence, canary.max_votes, canary.unit, canary.user_votes) == (20.0, offered, 1, 200)
     assert store.policies.active().version == "v0000"
     assert store.rounds.get(canary.round_id).state == "canary"
     assert (data_dir / "policies" / "v0001").exists()
@@ -52,17 +54,20 @@ def test_a_canary_waits_and_the_incumbent_is_served(data_dir: Path) -> None:
 
 def test_what_counts_of_each_depends_on_who_votes(data_dir: Path) -> None:
     store, told = Store.open(data_dir), settings(data_dir)
-    assert per_user(store, told) == (1, 200)
+    assert limits(store, told, pairs=100) == (1, 200, 100)
+    assert limits(store, told, pairs=300) == (1, 200, 200)
     for number in range(19):
         store.feedback.submit_demonstration(f"user{number}", [{"role": "assistant", "content": "hello"}])
         if number == 0:
-            assert per_user(store, told) == (1, 10)
-    assert per_user(store, told) == (3, 3)
+            # Ann and one more, of whom ten choices each count, if there are as many pairs.
+            assert limits(store, told, pairs=100) == (1, 10, 20)
+            assert limits(store, told, pairs=8) == (1, 10, 16)
+    assert limits(store, told, pairs=100) == (3, 3, 200)
 
 
-def per_user(store: Store, told: LearnerSettings) -> tuple[int, int]:
-    terms = canary_stage.canary_terms(store, told, time.time())
-    return terms.unit, terms.user_votes
+def limits(store: Store, told: LearnerSettings, pairs: int) -> tuple[int, int, int]:
+    terms = canary_stage.canary_terms(store, told, time.time(), pairs)
+    return terms.unit, terms.user_votes, terms.max_votes
 
 
 def test_people_are_offered_the_pool_and_their_own_training_prompts(data_dir: Path) -> None:

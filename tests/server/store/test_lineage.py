@@ -87,6 +87,16 @@ def test_a_version_counts_as_rolled_back_until_it_is_active_again(store: Store) 
     assert store.lineage.rolled_back(rolled) <= {"v0001"}
 
 
+def test_going_back_to_another_model_says_nothing_against_a_version(store: Store) -> None:
+    store.policies.register(
+        "v0001", kind="full", state="candidate", parent_version=None, reference_version="v0001", round_id=None,
+        reward_model_version=None, metrics={},
+    )  # fmt: skip
+    store.policies.activate("v0001", actor="ann", action="promote")
+    store.policies.activate("v0000", actor="ann", action="rollback")
+    assert store.lineage.rolled_back(float("inf")) == set()
+
+
 def test_a_rollback_only_goes_to_an_earlier_active_version(store: Store) -> None:
     register(store, "v0001", "rejected")
     with pytest.raises(FailedPreconditionError, match="v0001 is rejected and was never active; promote it"):

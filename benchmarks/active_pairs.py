@@ -152,15 +152,18 @@ def most_uncertain(model: Any, pool: Pool, question: int, way: str) -> tuple[int
     """The rows of the question's two answers whose vote would say most."""
     import torch
 
+    from learner.round.review.active_pairs import most_disputed
+
     rows = pool.of(question)
     scores = model.member_scores(pool.features[rows])
     difference = scores[:, :, None] - scores[:, None, :]
-    won = torch.sigmoid(difference)
+    if way == "probability":
+        [(one, other)] = most_disputed(scores, len(rows))
+        return rows[one], rows[other]
     if way == "score":
         worth = difference.var(dim=0)
-    elif way == "probability":
-        worth = won.var(dim=0)
     else:
+        won = torch.sigmoid(difference)
         worth = entropy(won.mean(dim=0)) - entropy(won).mean(dim=0)
     one, other = divmod(int(worth.argmax()), len(rows))
     return rows[one], rows[other]

@@ -37,7 +37,7 @@ POLL_SECONDS = 0.3
 # cores.
 NEAR_THE_SWAP = ("gate", "publish", "activate")
 OUTCOMES = {ROUND_STATE_PROMOTED: "promoted", ROUND_STATE_REJECTED: "rejected", ROUND_STATE_CANARY: "canary"}
-# One voter decides about a canary within the pairs that are offered, and votes in no further round.
+# One voter decides about a canary, and no more is learned after the round.
 USUAL = {
     "PREFLOOP_GATE__CANARY_VOTES": "60",
     "PREFLOOP_REVIEW__PAIRS": "64",

@@ -160,12 +160,10 @@ class Voter:
         self, client: Client, question: str, before_vote: Callable[[str, str], object]
     ) -> tuple[Choice.ValueType, bool]:
         comparison_id, a, b = compare(client, question, self.max_tokens)
-        choice = self.taste.choice(a, b)
-        # Drawn per question, so that it does not depend on the order of threads.
-        flip = choice != CHOICE_TIE and random.Random(f"{self.seed} {question}").random() < self.flip_rate
+        choice, flipped = self._choice(a, b, question)
         before_vote(question, comparison_id)
-        client.choose(comparison_id, FLIPPED[choice] if flip else choice)
-        return choice, flip
+        client.choose(comparison_id, choice)
+        return choice, flipped
 
     def review(self, client: Client) -> bool:
         """Compares the next pair that is offered for review; False if there is none."""
@@ -173,10 +171,17 @@ class Voter:
         if not found.HasField("review"):
             return False
         comparison, question = found.review.comparison, found.review.messages[-1].content
-        choice = self.taste.choice(*(Answer(one.text, one.finish_reason) for one in (comparison.a, comparison.b)))
-        flip = random.Random(f"{self.seed} review {question}").random() < self.flip_rate
-        client.choose(comparison.comparison_id, FLIPPED[choice] if flip else choice)
+        a, b = (Answer(one.text, one.finish_reason) for one in (comparison.a, comparison.b))
+        choice, _ = self._choice(a, b, f"review {question}")
+        client.choose(comparison.comparison_id, choice)
         return True
+
+    def _choice(self, a: Answer, b: Answer, drawn_for: str) -> tuple[Choice.ValueType, bool]:
+        """The vote, and whether it is flipped."""
+        choice = self.taste.choice(a, b)
+        # Drawn per question, so that it does not depend on the order of threads.
+        flip = choice != CHOICE_TIE and random.Random(f"{self.seed} {drawn_for}").random() < self.flip_rate
+        return FLIPPED[choice] if flip else choice, flip
 
 
 def compare(client: Client, question: str, max_tokens: int) -> tuple[str, Answer, Answer]:

@@ -56,9 +56,7 @@ def _doubts(figures: CandidateMetrics, best_margin: float) -> list[str]:
 
 def _losses(figures: CandidateMetrics) -> list[str]:
     """A sentence for each opponent that certainly wins."""
-    return [
-        f"It loses to the {name}: {rate.explained}." for name, rate in figures.rates.items() if not rate.high >= 0.5
-    ]
+    return [f"It loses to the {name}: {rate.explained}." for name, rate in figures.rates.items() if rate.loses]
 
 
 def over_optimised(figures: CandidateMetrics, candidates: list[CandidateMetrics], margin: float) -> bool:
@@ -86,5 +84,5 @@ def decide(
     rules = {figures.step: broken_rules(figures, incumbent, kl_budget, settings, canary=canary) for figures in sound}
     chosen = min(sound, key=lambda figures: (len(rules[figures.step]), -figures.promise))
     reasons = rules[chosen.step]
-    doubts = settings.canary == "always" or bool(_doubts(chosen, 0.0 if canary else settings.best_margin))
+    doubts = settings.canary == "always" or bool(_doubts(chosen, best_margin=0.0))
     return Verdict(chosen, reasons, canary=canary and not reasons and doubts)

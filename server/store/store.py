@@ -18,7 +18,7 @@ from server.store.keys import Keys
 from server.store.learning.canaries import Canaries
 from server.store.learning.leases import Leases
 from server.store.learning.lineage import Lineage
-from server.store.learning.policies import Policies
+from server.store.learning.policies import ACTIVE_REFERENCE, Policies
 from server.store.learning.quarantine import Quarantine
 from server.store.learning.records import Learner
 from server.store.learning.replicas import Replicas
@@ -65,7 +65,7 @@ class Store:
     def peek_reference(data_dir: Path) -> str | None:
         """The reference of the active version, read without creating or migrating the database; None if there is none,
         or it cannot be read."""
-        return peek(data_dir / DATABASE, "SELECT reference_version FROM pointer JOIN policies USING (version)")
+        return peek(data_dir / DATABASE, ACTIVE_REFERENCE)
 
     def transaction(self) -> AbstractContextManager[None]:
         """Everything written inside becomes durable together or not at all."""

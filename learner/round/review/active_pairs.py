@@ -20,24 +20,23 @@ DRAW = 992
 
 def offer_active_pairs(work: Workspace, reward_model: LinearRewardModel) -> None:
     """Offers people pairs of the served version's answers, instead of those that earlier rounds offered."""
-    review, store = work.settings.review, work.store
+    store, answers = work.store, work.settings.review.active_answers
     active = store.policies.active()
     # The engine of the round cannot load a version of another model.
-    unable = active.reference_version != work.round.reference_version or too_quiet(store, work.settings)
-    prompts = [] if unable else training_prompts(work)
+    if active.reference_version != work.round.reference_version or too_quiet(store, work.settings):
+        return
+    prompts, version = training_prompts(work), active.version
     if not prompts:
         return
-    version = active.version
-    asked = [prompt for prompt in prompts for _ in range(review.active_answers)]
+    asked = [prompt for prompt in prompts for _ in range(answers)]
     with work.stages.stage("review", "sampling answers to learn from", 2) as advance:
         samples = sample_answers(work, version, asked, DRAW)
         advance(1)
         scores = reward_model.member_scores(work.features_of(samples, reward_model))
         advance(1)
     pairs = []
-    for place, (one, other) in enumerate(most_disputed(scores, review.active_answers)):
+    for prompt, (one, other) in zip(prompts, most_disputed(scores, answers), strict=True):
         if samples[one].token_ids != samples[other].token_ids:
-            prompt = prompts[place]
             pairs.append(to_review(work, prompt, (version, samples[one]), (version, samples[other])))
     store.reviews.offer(work.round.id, "learn", pairs, fence=work.lease)
 

@@ -69,14 +69,13 @@ def canary_terms(store: Store, settings: LearnerSettings, now: float, pairs: int
     wait ends once they have said all that counts."""
     gate = settings.gate
     voters = store.lineage.count_voters(gate.canary_voters, now - VOTER_SECONDS)
-    unit, most, votes = 1, gate.canary_votes, min(gate.canary_votes, pairs)
     if voters >= gate.canary_voters:
-        unit = most = gate.canary_user_votes
-        votes = gate.canary_votes
+        unit, most, said = gate.canary_user_votes, gate.canary_user_votes, gate.canary_votes
     elif voters > 1:
-        most = settings.ab_test_user_votes
-        votes = min(gate.canary_votes, voters * min(most, pairs))
-    return CanaryTerms(gate.canary_evidence, votes, gate.canary_days, unit, most)
+        unit, most, said = 1, settings.ab_test_user_votes, voters * min(settings.ab_test_user_votes, pairs)
+    else:
+        unit, most, said = 1, gate.canary_votes, pairs
+    return CanaryTerms(gate.canary_evidence, min(gate.canary_votes, said), gate.canary_days, unit, most)
 
 
 def _moved(store: Store, version: str, incumbent: str) -> str:

@@ -17,6 +17,8 @@ from server.store.learning.replicas import ALIVE_SECONDS
 
 # The reference of a new data directory. Others are data: `learner rebase` makes another model's version one.
 FIRST_REFERENCE = "v0000"
+# SQL: the reference of the active version.
+ACTIVE_REFERENCE = "SELECT reference_version FROM pointer JOIN policies USING (version)"
 
 
 class Policies:
@@ -102,7 +104,7 @@ class Policies:
 
     def reference(self) -> str | None:
         """The reference of the active version; None before the first start of a server."""
-        row = self._db.row("SELECT reference_version FROM pointer JOIN policies USING (version)")
+        row = self._db.row(ACTIVE_REFERENCE)
         return str(row["reference_version"]) if row else None
 
     def references(self) -> dict[str, str]:

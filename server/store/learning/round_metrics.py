@@ -174,6 +174,11 @@ class WinRate:
     prompts_sd: Figure = math.nan
     judge_sd: Figure = math.nan
 
+    @property
+    def loses(self) -> bool:
+        """Whether the candidate certainly loses, or this could not be measured."""
+        return not self.high >= 0.5
+
     def __str__(self) -> str:
         return f"{self.rate:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
@@ -221,7 +226,7 @@ class CandidateMetrics:
     @property
     def hopeless(self) -> bool:
         """Whether it certainly loses to one of them."""
-        return any(rate.high < 0.5 for rate in self.rates.values())
+        return any(rate.loses for rate in self.rates.values())
 
     @property
     def rates(self) -> dict[str, WinRate]:

@@ -10,7 +10,7 @@ from server.store.database import UNLIMITED, Database, Row, newest_rows
 from server.store.ids import new_id
 from server.store.learning.canaries import waiting_canary
 from server.store.learning.leases import check_fence
-from server.store.learning.policies import Policies
+from server.store.learning.policies import ACTIVE_REFERENCE, Policies
 from server.store.learning.records import Lease, Round
 from server.store.learning.round_metrics import RoundMetrics
 
@@ -125,8 +125,8 @@ class Rounds:
         """The newest round of the active version's lineage that was promoted or rejected, or None: what another model
         learned is new to this one."""
         row = self._db.row(
-            "SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') AND reference_version = "
-            "(SELECT reference_version FROM pointer JOIN policies USING (version)) ORDER BY rowid DESC LIMIT 1"
+            "SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') "
+            f"AND reference_version = ({ACTIVE_REFERENCE}) ORDER BY rowid DESC LIMIT 1"
         )
         return next(iter(self._rounds([row] if row else [])), None)
 

@@ -67,14 +67,12 @@ def test_choices_on_them_train_and_never_judge(data_dir: Path, monkeypatch: pyte
     watermark = store.snapshots.watermark()
     while review := store.reviews.next("bob"):
         store.feedback.submit_choice("bob", review.comparison.id, "A")
-    told = settings(data_dir)
-
-    def judging_votes() -> int:
-        return len(to_dataset(store.snapshots.take(), 0.0, 0.4, told.reward, lambda *_: [3]).judge)
-
-    before = len(to_dataset(store.snapshots.take(watermark), 0.0, 0.4, told.reward, lambda *_: [3]).judge)
+    reward = settings(data_dir).reward
+    before, after = (
+        len(to_dataset(store.snapshots.take(at), 0.0, 0.4, reward, lambda *_: [3]).judge) for at in (watermark, None)
+    )
     assert store.snapshots.count_votes(after=watermark) > 8
-    assert judging_votes() == before
+    assert after == before
 
 
 def test_a_rejected_round_offers_pairs_of_the_incumbent(data_dir: Path) -> None:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,3 +67,41 @@ def test_what_hears_may_end_it() -> None:
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
         pool.submit(at_once, abs, [1, 2], concurrency=2, on_result=hear).result(WAIT_SECONDS)
+
+
+# Forks a process for each line that the main thread runs. Ctrl-C comes at that line, and the process ends as usual.
+# Prints how many lines there are.
+INTERRUPT = """
+import os, sys
+from itertools import count
+from clients.demo.many_calls import at_once
+
+
+def interrupt_at(line):
+    passed = count(1)
+
+    def trace(frame, event, arg):
+        if event == "line" and next(passed) == line:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+
+
+for line in count(1):
+    if not os.fork():
+        break
+    if os.wait()[1] == 0:
+        print(line - 1)
+        sys.exit()
+interrupt_at(line)
+at_once(abs, range(8), concurrency=2)
+sys.settrace(None)
+"""
+
+
+def test_the_process_ends_wherever_ctrl_c_comes() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", INTERRUPT], capture_output=True, text=True, timeout=6 * WAIT_SECONDS, check=True
+    )
+    assert int(said.stdout) > 50

@@ -11,6 +11,7 @@ prompts' part of the error; the judge's part stays, so looks are alike, and what
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -22,8 +23,6 @@ from server.store.learning.round_metrics import WinRate
 
 # Draws for the error of several looks.
 DRAWS = 200_000
-# Standard errors in a one-sided interval of 95 %.
-ONE_SIDED = 1.645
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,12 @@ def looks(prompts: int, batch: int) -> list[int]:
     return [min(start + batch, prompts) for start in range(0, prompts, batch)]
 
 
-def more_prompts_help(rate: WinRate) -> bool:
-    """Whether an undecided win rate might be decided by more prompts, or the judge's own error is too large for any."""
+def more_prompts_help(rate: WinRate, confidence: float) -> bool:
+    """Whether an undecided win rate might be decided by more prompts, or the judge's own error is too large for any.
+    `confidence` is that of its two-sided interval."""
     undecided = rate.low <= 0.5 <= rate.high
-    return undecided and abs(rate.rate - 0.5) + ONE_SIDED * rate.prompts_sd > ONE_SIDED * rate.judge_sd
+    errors = NormalDist().inv_cdf((1 + confidence) / 2)
+    return undecided and abs(rate.rate - 0.5) + errors * rate.prompts_sd > errors * rate.judge_sd
 
 
 def by_prompt(ours: Tensor, theirs: Tensor, prompts: int) -> Tensor:

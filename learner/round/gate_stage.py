@@ -103,14 +103,14 @@ def confirm(
 ) -> tuple[Verdict, Asked]:
     """The verdict on the chosen candidate, with its answers. It ends as soon as the case is clear, or only more votes
     could decide it."""
-    asked = Asked([], {})
+    asked, confidence = Asked([], {}), bench.work.settings.gate.confidence
     for number, (start, end) in enumerate(pairwise([0, *ends])):
         asked += ask(bench, [step], prompts[start:end], 1, CONFIRMATION_DRAW + number, advance)
         figures = measure(bench, step, asked, ends)
         verdict = bench.decide([figures], asked, canary=canary)
         # What people are to decide may still become clear.
         clear = (verdict.promoted and not verdict.canary) or figures.hopeless
-        if clear or not any(map(more_prompts_help, figures.rates.values())):
+        if clear or not any(more_prompts_help(rate, confidence) for rate in figures.rates.values()):
             break
     return verdict, asked
 

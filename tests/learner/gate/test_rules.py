@@ -264,20 +264,22 @@ def test_looks_that_share_half_of_their_error_cost_something_in_between() -> Non
 
 
 @pytest.mark.parametrize(
-    ("rate", "helps"),
+    ("rate", "confidence", "helps"),
     [
         # 0.06 from a half: neither part alone is so large.
-        (WinRate(0.56, 0.46, 0.66, 64, 0.06, 0.02), True),
+        (WinRate(0.56, 0.46, 0.66, 64, 0.06, 0.02), 0.9, True),
         # The judge may be wrong by 1.645 * 0.06 = 0.10, and the prompts by 0.03: more prompts show 0.57 at best.
-        (WinRate(0.54, 0.43, 0.65, 64, 0.02, 0.06), False),
-        (WinRate(0.54, 0.43, 0.65, 64, 0.04, 0.06), True),
+        (WinRate(0.54, 0.43, 0.65, 64, 0.02, 0.06), 0.9, False),
+        (WinRate(0.54, 0.43, 0.65, 64, 0.04, 0.06), 0.9, True),
+        # The judge by 0.14, and the prompts by 0.09: they show 0.63 at best.
+        (WinRate(0.54, 0.40, 0.68, 64, 0.04, 0.06), 0.98, False),
         # Decided.
-        (WinRate(0.70, 0.55, 0.80, 64, 0.06, 0.02), False),
-        (WinRate(0.30, 0.20, 0.45, 64, 0.06, 0.02), False),
+        (WinRate(0.70, 0.55, 0.80, 64, 0.06, 0.02), 0.9, False),
+        (WinRate(0.30, 0.20, 0.45, 64, 0.06, 0.02), 0.9, False),
     ],
 )
-def test_more_prompts_help_only_against_the_prompts_error(rate: WinRate, helps: bool) -> None:
-    assert more_prompts_help(rate) == helps
+def test_more_prompts_help_only_against_the_prompts_error(rate: WinRate, confidence: float, helps: bool) -> None:
+    assert more_prompts_help(rate, confidence) == helps
 
 
 def test_the_parts_of_the_error() -> None:

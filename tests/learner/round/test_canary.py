@@ -250,7 +250,7 @@ def test_a_gate_that_cannot_ask_people_says_why(data_dir: Path, monkeypatch: pyt
 
     # Not surely worse, and only more votes could decide it.
     monkeypatch.setattr(judging, "win_rate", lambda won, *_: WinRate(0.5, 0.4, 0.6, len(won.point)))
-    monkeypatch.setattr(judging, "more_prompts_help", lambda rate: False)
+    monkeypatch.setattr(judging, "more_prompts_help", lambda *_: False)
     monkeypatch.setattr(judging, "decide", noted)
     report = run(data_dir, gate=settings(data_dir).gate.model_copy(update={"canary": "off"}))
     # It chooses, then it confirms.

@@ -15,15 +15,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_model(directory: Path) -> None:
-    """Writes a Hugging Face directory for `--model`."""
+def save_tiny_model(directory: Path, characters: list[str] = CHARACTERS) -> None:
+    """Writes a Hugging Face directory for `--model`. Another order of the characters makes another model: its token ids
+    mean something else."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = {word: number for number, word in enumerate(SPECIAL + CHARACTERS)}
+    words = {word: number for number, word in enumerate(SPECIAL + characters)}
     tokenizer = Tokenizer(WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]

@@ -32,25 +32,10 @@ def at_once(
     left = deque(enumerate(items))
     results: dict[int, Result] = {}
     ended: SimpleQueue[int | BaseException] = SimpleQueue()
-
-    def run() -> None:
-        while True:
-            try:
-                place, item = left.popleft()
-            except IndexError:
-                return
-            try:
-                results[place] = work(item)
-            except BaseException as error:
-                left.clear()
-                ended.put(error)
-            else:
-                ended.put(place)
-
     count = len(left)
     try:
         for _ in range(min(concurrency, count)):
-            threading.Thread(target=run, name="call", daemon=True).start()
+            threading.Thread(target=_run, args=(work, left, results, ended), name="call", daemon=True).start()
         heard = 0
         while heard < count:
             try:
@@ -60,9 +45,30 @@ def at_once(
             else:
                 if isinstance(news, BaseException):
                     raise news
-                on_result(results[news])
                 heard += 1
+                on_result(results[news])
             watch()
     finally:
         left.clear()
     return [results[place] for place in range(count)]
+
+
+def _run(
+    work: Callable[[Item], Result],
+    left: deque[tuple[int, Item]],
+    results: dict[int, Result],
+    ended: "SimpleQueue[int | BaseException]",
+) -> None:
+    """Works on one item after another. Reports the place of each, or the error that ends the work of all."""
+    while True:
+        try:
+            place, item = left.popleft()
+        except IndexError:
+            return
+        try:
+            results[place] = work(item)
+        except BaseException as error:
+            left.clear()
+            ended.put(error)
+        else:
+            ended.put(place)

@@ -6,7 +6,8 @@ A cell is a taste (`clients.demo.voter`), a seed and an arm. In the arm `rounds`
 version that serves and a tenth of their choices is flipped; then `learner run-once` runs as an operator runs it. If its
 candidate waits as a canary, the same voters compare the pairs that it offers until the server's rule decides. This is
 done four times; before the Nth, voters have compared N * 150 pairs, those of canaries included. In the arm `once`, they
-compare 600 pairs of the reference's answers, and one round runs. After each round the served version answers 256
+compare 600 pairs of the reference's answers, and one round runs, with the furthest KL budget of the rounds of
+the other arm. After each round the served version answers 256
 questions that nobody voted on; its win rate over the reference is by the taste itself, a draw is half.
 
 A cell's data directory is kept and each of its rounds saved in docs/benchmarks/rounds.json, so that a killed run
@@ -86,7 +87,11 @@ def main() -> None:
             continue
         while len(results.get(cell.name, [])) < (ROUNDS if cell.arm == "rounds" else 1) and time.monotonic() < end:
             done = results.setdefault(cell.name, [])
-            done.append(one_round(work, cell, arguments.model, len(done)))
+            other = results.get(Cell(cell.taste, cell.seed, "rounds").name, [])
+            if cell.arm == "once" and len(other) < ROUNDS:
+                break
+            furthest = max((one["kl_budget"] or 0.0 for one in other), default=0.0) if cell.arm == "once" else 0.0
+            done.append(one_round(work, cell, arguments.model, len(done), furthest))
             print(f"{cell.name}: {json.dumps(done[-1])}", file=sys.stderr, flush=True)
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if arguments.write:
@@ -94,8 +99,9 @@ def main() -> None:
     print(json.dumps({"benchmark": "rounds", "results": results}))
 
 
-def one_round(work: Path, cell: Cell, model: Path, number: int) -> dict[str, Any]:
-    """Votes, a round, and what people decide about its canary; then how good the served version is."""
+def one_round(work: Path, cell: Cell, model: Path, number: int, kl_budget: float) -> dict[str, Any]:
+    """Votes, a round, and what people decide about its canary; then how good the served version is. `kl_budget` is the
+    round's, if it is further than that of a first one."""
     data = work / cell.name
     # A round that was killed begins again where the one before it ended.
     before = work / f"{cell.name}-{number}"
@@ -106,7 +112,7 @@ def one_round(work: Path, cell: Cell, model: Path, number: int) -> dict[str, Any
     rmtree(data)
     copytree(before, data)
     step(work, cell, "ask")
-    report = run_round(data, cell)
+    report = run_round(data, cell, kl_budget)
     canary = decide_canary(data, cell, number) if report["state"] == "canary" else None
     metrics = report["metrics"]
     gate = metrics.get("gate", {})
@@ -119,6 +125,7 @@ def one_round(work: Path, cell: Cell, model: Path, number: int) -> dict[str, Any
         "reward_model": metrics.get("reward_model", {}).get("accuracy"),
         "votes": metrics["votes"],
         "chosen": gate.get("chosen"),
+        "kl_budget": metrics.get("ppo", {}).get("kl_budget"),
         **step(work, cell, "evaluate"),
     }
 
@@ -140,11 +147,19 @@ def step(work: Path, cell: Cell, name: str) -> dict[str, Any]:
     return run_json([__file__, "-", "--work-dir", str(work), "--only", cell.name, "--step", name])
 
 
-def run_round(data: Path, cell: Cell) -> dict[str, Any]:
+def run_round(data: Path, cell: Cell, kl_budget: float) -> dict[str, Any]:
     """Runs `learner run-once`; returns its report."""
+    from learner.settings import PolicySettings, PPOSettings
+
+    policy, ppo = PolicySettings(), PPOSettings()
+    moved = max(kl_budget - policy.kl_budget, 0.0)
+    budget = {
+        "PREFLOOP_POLICY__KL_BUDGET": str(policy.kl_budget + moved),
+        "PREFLOOP_PPO__KL_TARGET": str(ppo.kl_target + moved),
+    }
     command = ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(cell.seed), "--json"]
     people = {"PREFLOOP_GATE__CANARY": "on" if cell.arm == "rounds" else "off", "PREFLOOP_REVIEW__ACTIVE_PAIRS": "0"}
-    return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true", **people)
+    return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true", **people, **budget)
 
 
 # Steps

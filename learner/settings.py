@@ -85,7 +85,12 @@ class PolicySettings(BaseModel):
         description="Root mean square of log pi_old / mu taken as proof that the engine has other weights. "
         "Default: 0.35 in bfloat16, 0.005 in float32.",
     )
-    kl_budget: Positive = Field(6.0, description="Sequence KL in nats at which the round stops training.")
+    kl_budget: Positive = Field(
+        6.0,
+        description="Sequence KL in nats at which a round stops training. A round after a promoted one may go further, "
+        "by the KL of the version that serves.",
+    )
+    kl_total: Positive = Field(12.0, description="Sequence KL in nats up to which the budget moves in that way.")
 
     def at(self, dtype: DtypeName) -> "PolicySettings":
         """A copy with defaults that depend on the dtype filled in."""
@@ -113,7 +118,9 @@ class PPOSettings(BaseModel):
     value_clip: Positive = Field(0.2, description="Clip range of the values.")
     vf_coef: Positive = Field(0.1, description="Weight of the value loss.")
     kl_coef: float = Field(0.1, ge=0, description="Initial weight of the KL penalty.")
-    kl_target: Positive = Field(3.5, description="Sequence KL in nats that the penalty is adapted to reach.")
+    kl_target: Positive = Field(
+        3.5, description="Sequence KL in nats that the penalty is adapted to reach; moves as the budget does."
+    )
     kl_horizon: Positive = Field(160.0, description="Episodes over which the penalty is adapted.")
     approx_kl_stop: Positive = Field(0.02, description="KL per token from the rollout's policy that stops an update.")
     importance_cap: Positive = Field(2.0, description="Cap of the trainer / engine importance weights.")

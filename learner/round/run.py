@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from learner.improve.base import Budget, ExperienceSource, Improver
+from learner.improve.base import ExperienceSource, Improver
 from learner.improve.ppo.trainer import PPO
 from learner.model.device import require_memory, resolve_device
 from learner.model.engine_check import check_engine
@@ -283,8 +283,7 @@ def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvem
 
         source = ExperienceSource(work.engine, work.prompts.train, settings.service_temperature, settings.seed)
         improver: Improver = PPO(ppo, policy)
-        budget = Budget(policy.kl_budget)
-        improvement = improver.improve(work.policy, source, reward_model, budget, work.directory, on_step)
+        improvement = improver.improve(work.policy, source, reward_model, work.budget, work.directory, on_step)
     work.record("ppo", RoundMetrics(ppo=improvement))
     return improvement
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from learner.improve.base import Budget
 from learner.improve.candidates import drop_candidates
 from learner.improve.ppo.state import drop_states
 from learner.model.device import resolve_device
@@ -104,6 +105,13 @@ class Workspace:
                 self.settings.seed,
                 self.settings.trust_remote_code,
             )
+
+    @cached_property
+    def budget(self) -> Budget:
+        """How far this round may go from the reference. The incumbent's KL is as its gate measured it; a version that
+        none judged has none."""
+        incumbent = self.store.policies.get(self.round.incumbent_version)
+        return Budget.after(incumbent.metrics.get("kl") or 0.0, self.settings.policy)
 
     @cached_property
     def engine(self) -> RolloutEngine:

@@ -71,6 +71,7 @@ SETTINGS = frozenset(
         "policy",
         "policy.checkpoint_activations",
         "policy.kl_budget",
+        "policy.kl_total",
         "policy.lora_alpha",
         "policy.lora_rank",
         "policy.micro_batch_tokens",

@@ -117,6 +117,12 @@ def _name_best_margin(settings: dict[str, Any]) -> dict[str, Any]:
     return nest({renamed.get(name, name): value for name, value in flatten(settings).items()})
 
 
+def _hold_the_budget(settings: dict[str, Any]) -> dict[str, Any]:
+    """The KL budget did not move with the served version."""
+    policy = settings.get("policy", {})
+    return {**settings, "policy": {"kl_total": policy.get("kl_budget", 6.0), **policy}}
+
+
 SETTINGS = Stored(
     (
         _name_shares_and_dtype,
@@ -126,6 +132,7 @@ SETTINGS = Stored(
         _count_flips,
         _confirm_on_others,
         _name_best_margin,
+        _hold_the_budget,
     )
 )
 METRICS = Stored((_count_left_out, _forget_permutations))

@@ -78,6 +78,7 @@ class PPO:
             on_step(step)
 
         ended_by: EndedBy = "steps"
+        kl_target = settings.kl_target + budget.moved
         batches = islice(source.batches(settings.episodes), len(steps), None)
         for number in range(len(steps), settings.steps):
             if outgrown(steps, settings.patience):
@@ -89,11 +90,11 @@ class PPO:
                 drop_candidates(directory, after=number - 1)
                 ended_by = "kl_budget"
                 break
-            kl_coef = next_kl_coef(steps, settings)
+            kl_coef = next_kl_coef(steps, settings, kl_target)
             steps.append(self._update(policy, critic, optimizer, reward_model, batch, kl_coef, source, number))
             self._keep(policy, optimizer, steps, directory)
             on_step(steps[-1])
-        return Improvement(steps, candidates(directory), ended_by, settings.kl_target, budget.kl)
+        return Improvement(steps, candidates(directory), ended_by, kl_target, budget.kl)
 
     def _sample(
         self,
@@ -193,12 +194,12 @@ def step_metrics(
     )
 
 
-def next_kl_coef(steps: list[StepMetrics], settings: PPOSettings) -> float:
+def next_kl_coef(steps: list[StepMetrics], settings: PPOSettings, kl_target: float) -> float:
     """The penalty's weight after the steps so far."""
     if not steps:
         return settings.kl_coef
     last = steps[-1]
-    return adapt_kl_coef(last.kl_coef, last.kl, settings.kl_target, settings.kl_horizon, settings.episodes)
+    return adapt_kl_coef(last.kl_coef, last.kl, kl_target, settings.kl_horizon, settings.episodes)
 
 
 def outgrown(steps: list[StepMetrics], patience: int) -> bool:

@@ -14,7 +14,8 @@ from server.store.store import Store
 from tests.server.store.test_lineage import lease
 
 # What every earlier round did.
-KEPT = {"policy": {"checkpoint_activations": "off"}}
+HELD = {"policy": {"kl_total": 6.0}}
+KEPT = {"policy": {"checkpoint_activations": "off", "kl_total": 6.0}}
 
 
 def test_a_format_is_read_through_every_upgrade_since() -> None:
@@ -58,29 +59,41 @@ def test_settings_of_format_1() -> None:
 def test_settings_of_format_2() -> None:
     old = {"format": 2, "duel_user_votes": 4, "ppo": {"train": "full", "kl_budget": 3.0, "steps": 3}}
     assert SETTINGS.load(json.dumps(old)) == {
-        "ab_test_user_votes": 4, "policy": {**KEPT["policy"], "train": "full", "kl_budget": 3.0}, "ppo": {"steps": 3}
+        "ab_test_user_votes": 4,
+        "policy": {**KEPT["policy"], "train": "full", "kl_budget": 3.0, "kl_total": 3.0},
+        "ppo": {"steps": 3},
     }  # fmt: skip
 
 
 def test_settings_of_format_3() -> None:
     old = {"format": 3, "seed": 1, "policy": {"kl_budget": 3.0}}
-    assert SETTINGS.load(json.dumps(old)) == {"seed": 1, "policy": {**KEPT["policy"], "kl_budget": 3.0}}
+    assert SETTINGS.load(json.dumps(old)) == {
+        "seed": 1,
+        "policy": {**KEPT["policy"], "kl_budget": 3.0, "kl_total": 3.0},
+    }
 
 
 def test_settings_of_format_4() -> None:
     old = {"format": 4, "reward": {"permutations": 199, "folds": 5}}
-    assert SETTINGS.load(json.dumps(old)) == {"reward": {"folds": 5}}
+    assert SETTINGS.load(json.dumps(old)) == {"reward": {"folds": 5}, **HELD}
 
 
 def test_settings_of_format_5() -> None:
     old = {"format": 5, "gate": {"early_share": 0.2, "prompts": 64}}
-    assert SETTINGS.load(json.dumps(old)) == {"gate": {"prompts": 64}}
-    assert SETTINGS.load(json.dumps({"format": 5, "seed": 1, "gate": {"early_share": 0.2}})) == {"seed": 1}
+    assert SETTINGS.load(json.dumps(old)) == {"gate": {"prompts": 64}, **HELD}
+    assert SETTINGS.load(json.dumps({"format": 5, "seed": 1, "gate": {"early_share": 0.2}})) == {"seed": 1, **HELD}
 
 
 def test_settings_of_format_6() -> None:
     old = {"format": 6, "seed": 1, "gate": {"canary_margin": 0.03, "prompts": 32}}
-    assert SETTINGS.load(json.dumps(old)) == {"seed": 1, "gate": {"best_margin": 0.03, "prompts": 32}}
+    assert SETTINGS.load(json.dumps(old)) == {"seed": 1, "gate": {"best_margin": 0.03, "prompts": 32}, **HELD}
+
+
+def test_settings_of_format_7() -> None:
+    # The budget that a round began with does not move.
+    old = {"format": 7, "policy": {"kl_budget": 3.0, "train": "full"}}
+    assert SETTINGS.load(json.dumps(old)) == {"policy": {"kl_budget": 3.0, "kl_total": 3.0, "train": "full"}}
+    assert SETTINGS.load(json.dumps({"format": 7, "seed": 1})) == {"seed": 1, **HELD}
 
 
 def test_metrics_of_format_1() -> None:
@@ -118,7 +131,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     store.rounds.update(round_.id, metrics=RoundMetrics(seconds={"gate": 1.0}), fence=fence)
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
-        {"format": 7, "seed": 1},
+        {"format": 8, "seed": 1},
         {"format": 2, "seconds": {"gate": 1.0}},
     )
     found = store.rounds.get(round_.id)
@@ -135,7 +148,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     )
     assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 3
     store.rounds.update(round_.id, settings={"seed": 2}, fence=fence)
-    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 7, "seed": 2}
+    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 8, "seed": 2}
     store.close()
 
 

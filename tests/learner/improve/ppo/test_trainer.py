@@ -41,11 +41,11 @@ def test_draws_of_two_rounds_and_two_steps_differ() -> None:
 
 
 def test_the_penalty_follows_the_kl() -> None:
-    settings = PPOSettings(kl_coef=0.2, kl_target=0.1, kl_horizon=100, episodes=10)
-    assert next_kl_coef([], settings) == 0.2
-    assert next_kl_coef([figures(kl_coef=0.2, kl=0.2)], settings) == pytest.approx(0.204)
+    settings = PPOSettings(kl_coef=0.2, kl_horizon=100, episodes=10)
+    assert next_kl_coef([], settings, 0.1) == 0.2
+    assert next_kl_coef([figures(kl_coef=0.2, kl=0.2)], settings, 0.1) == pytest.approx(0.204)
     # From the last step's weight, not from the first's.
-    assert next_kl_coef([figures(kl_coef=9.0), figures(kl_coef=0.4, kl=0.0)], settings) == pytest.approx(0.392)
+    assert next_kl_coef([figures(kl_coef=9.0), figures(kl_coef=0.4, kl=0.0)], settings, 0.1) == pytest.approx(0.392)
 
 
 def test_training_ends_when_uncertainty_grows_faster_than_the_score() -> None:

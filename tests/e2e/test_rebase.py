@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from clients import Client
-from clients.demo.many_calls import at_once
 from clients.demo.voter import ask
 from tests.e2e.conftest import live_server
-from tests.e2e.test_canary import COMPARISONS, run_once, vote
+from tests.e2e.small_rounds import TINY
 from tests.e2e.tiny import CHARACTERS, save_tiny_model
 
 pytestmark = pytest.mark.e2e
@@ -32,7 +31,7 @@ def test_votes_outlive_the_model(tmp_path: Path, tiny_model: Path) -> None:
     save_tiny_model(other_model, CHARACTERS[::-1])
     with live_server(data_dir, tiny_model) as live:
         with Client(live.address, user="voter") as client:
-            at_once(lambda number: vote(client, number), range(COMPARISONS), concurrency=8)
+            TINY.vote(client)
             first = ask(client, "Who are you?", max_tokens=4)
             assert first.policy_version == "v0000"
             said = rebase(data_dir, other_model)
@@ -50,10 +49,10 @@ def test_votes_outlive_the_model(tmp_path: Path, tiny_model: Path) -> None:
             # People's conversations and votes are there, as text.
             [turn] = client.conversation(first.conversation_id).turns
             assert (turn.message, turn.response.text) == ("Who are you?", first.text)
-            report = run_once(data_dir)
+            report = TINY.run(data_dir)
             assert (report["state"], report["policy_version"]) == ("promoted", "v0002"), report["sentence"]
             votes = report["metrics"]["votes"]
-            assert votes["train"] + votes["judge"] + votes["left_out"] == COMPARISONS
+            assert votes["train"] + votes["judge"] + votes["left_out"] == TINY.votes
             assert votes["left_out"] == 0
             assert ask(client, "And now?", max_tokens=4).policy_version == "v0002"
         assert rebase(data_dir, tiny_model).startswith("v0000 is active instead of v0002. Restart ")

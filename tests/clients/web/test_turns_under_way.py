@@ -1,6 +1,7 @@
 """Turns that are being answered, in the page's process, over a real gRPC server."""
 
 import asyncio
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ async def test_a_growing_answer_is_drawn_once_for_all_who_read_it(
             await asyncio.sleep(0)
         running.engine.go_on.set()
         seen = await asyncio.gather(*readers)
-        # All twenty readers saw the same turns to the end, and each was drawn once.
+        # All twenty readers saw the same turns to the end, and each was drawn once, also if it was read again.
         assert len({tuple(texts) for texts in seen}) == 1
-        assert seen[0] == drawn
+        assert [text for text, _ in groupby(seen[0])] == drawn
         assert drawn[-1] == "one two three four "
         await turns.close()

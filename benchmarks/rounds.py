@@ -6,9 +6,9 @@ A cell is a taste (`clients.demo.voter`), a seed and an arm. In the arm `rounds`
 version that serves and a tenth of their choices is flipped; then `learner run-once` runs as an operator runs it. If its
 candidate waits as a canary, the same voters compare the pairs that it offers until the server's rule decides. This is
 done four times; before the Nth, voters have compared N * 150 pairs, those of canaries included. In the arm `once`, they
-compare 600 pairs of the reference's answers, and one round runs, with the furthest KL budget of the rounds of
-the other arm. After each round the served version answers 256
-questions that nobody voted on; its win rate over the reference is by the taste itself, a draw is half.
+compare 600 pairs of the reference's answers, and one round runs, with the furthest KL budget of the rounds of the other
+arm. After each round the served version answers 256 questions that nobody voted on; its win rate over the reference is
+by the taste itself, a draw is half.
 
 A cell's data directory is kept and each of its rounds saved in docs/benchmarks/rounds.json, so that a killed run
 resumes after the last saved one. `--write` writes docs/benchmarks/rounds.md from it. No round starts after `--hours`.
@@ -86,12 +86,12 @@ def main() -> None:
         if arguments.only and cell.name not in arguments.only:
             continue
         while len(results.get(cell.name, [])) < (ROUNDS if cell.arm == "rounds" else 1) and time.monotonic() < end:
-            done = results.setdefault(cell.name, [])
             other = results.get(Cell(cell.taste, cell.seed, "rounds").name, [])
             if cell.arm == "once" and len(other) < ROUNDS:
+                print(f"{cell.name} needs the KL budget of the {ROUNDS} rounds of the other arm.", file=sys.stderr)
                 break
-            furthest = max((one["kl_budget"] or 0.0 for one in other), default=0.0) if cell.arm == "once" else 0.0
-            done.append(one_round(work, cell, arguments.model, len(done), furthest))
+            done = results.setdefault(cell.name, [])
+            done.append(one_round(work, cell, arguments.model, len(done), furthest_budget(other)))
             print(f"{cell.name}: {json.dumps(done[-1])}", file=sys.stderr, flush=True)
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if arguments.write:
@@ -100,8 +100,8 @@ def main() -> None:
 
 
 def one_round(work: Path, cell: Cell, model: Path, number: int, kl_budget: float) -> dict[str, Any]:
-    """Votes, a round, and what people decide about its canary; then how good the served version is. `kl_budget` is the
-    round's, if it is further than that of a first one."""
+    """Votes, a round, and what people decide about its canary; then how good the served version is. `kl_budget`, in
+    nats, is what the arm `once` may use."""
     data = work / cell.name
     # A round that was killed begins again where the one before it ended.
     before = work / f"{cell.name}-{number}"
@@ -130,6 +130,11 @@ def one_round(work: Path, cell: Cell, model: Path, number: int, kl_budget: float
     }
 
 
+def furthest_budget(rounds: list[Any]) -> float:
+    """The largest KL budget of rounds, in nats; 0 if none trained."""
+    return max((one["kl_budget"] or 0.0 for one in rounds), default=0.0)
+
+
 def make_data(model: Path, data: Path) -> None:
     """A data directory with the model as its reference, as a server makes it at its first start."""
     from server.reference.reference import prepare_reference
@@ -151,12 +156,13 @@ def run_round(data: Path, cell: Cell, kl_budget: float) -> dict[str, Any]:
     """Runs `learner run-once`; returns its report."""
     from learner.settings import PolicySettings, PPOSettings
 
-    policy, ppo = PolicySettings(), PPOSettings()
-    moved = max(kl_budget - policy.kl_budget, 0.0)
-    budget = {
-        "PREFLOOP_POLICY__KL_BUDGET": str(policy.kl_budget + moved),
-        "PREFLOOP_PPO__KL_TARGET": str(ppo.kl_target + moved),
-    }
+    budget = {}
+    if cell.arm == "once":
+        moved = max(kl_budget - PolicySettings().kl_budget, 0.0)
+        budget = {
+            "PREFLOOP_POLICY__KL_BUDGET": str(PolicySettings().kl_budget + moved),
+            "PREFLOOP_PPO__KL_TARGET": str(PPOSettings().kl_target + moved),
+        }
     command = ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(cell.seed), "--json"]
     people = {"PREFLOOP_GATE__CANARY": "on" if cell.arm == "rounds" else "off", "PREFLOOP_REVIEW__ACTIVE_PAIRS": "0"}
     return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true", **people, **budget)
@@ -312,8 +318,8 @@ def page(results: dict[str, list[Any]]) -> Iterator[str]:
     yield "above that of the version served before, with the lower end of its paired 95 % interval."
     yield ""
     titles = ["taste", "seed", "arm", "round", "votes", "signal p", "reward model", "against the incumbent", "outcome"]
-    yield f"| {' | '.join([*titles, 'win rate', 'since', 'KL', 'minutes'])} |"
-    yield "|---|---:|---|---:|---:|---:|---:|---|---|---:|---:|---:|---:|"
+    yield f"| {' | '.join([*titles, 'win rate', 'since', 'KL', 'of at most', 'minutes'])} |"
+    yield "|---|---:|---|---:|---:|---:|---:|---|---|---:|---:|---:|---:|---:|"
     for cell in cells():
         yield from rows(cell, results.get(cell.name, []))
 
@@ -329,10 +335,11 @@ def rows(cell: Cell, rounds: list[Any]) -> Iterator[str]:
             outcome = f"canary, {canary['outcome']} after {canary['choices']} choices"
         accuracy = "" if one["reward_model"] is None else f"{one['reward_model']:.2f}"
         kl = f"{chosen['kl']:.1f}" if chosen else ""
+        budget = f"{one['kl_budget']:.1f}" if one["kl_budget"] else ""
         yield (
             f"| {cell.taste} | {cell.seed} | {cell.arm} | {number} | {votes['train'] + votes['judge']} | "
             f"{one['signal']:.3f} | {accuracy} | {told} | {outcome} | {one['win_rate']:.3f} | "
-            f"{since(before, one['wins'])} | {kl} | {one['minutes']:.0f} |"
+            f"{since(before, one['wins'])} | {kl} | {budget} | {one['minutes']:.0f} |"
         )
         before = one["wins"]
 

@@ -87,10 +87,12 @@ class PolicySettings(BaseModel):
     )
     kl_budget: Positive = Field(
         6.0,
-        description="Sequence KL in nats at which a round stops training. A round after a promoted one may go further, "
-        "by the KL of the version that serves.",
+        description="Sequence KL in nats at which a round stops training. It may go further by the KL of the version "
+        "that serves, as measured by that version's gate.",
     )
-    kl_total: Positive = Field(12.0, description="Sequence KL in nats up to which the budget moves in that way.")
+    kl_total: Positive = Field(
+        12.0, description="Sequence KL in nats up to which the budget so moves; it never does if this is not larger."
+    )
 
     def at(self, dtype: DtypeName) -> "PolicySettings":
         """A copy with defaults that depend on the dtype filled in."""

@@ -26,8 +26,9 @@ def at_once(
     first exception from any of the three is raised: no more items are started, and running items are not waited for.
     They end by themselves, at the latest when their client is closed.
 
-    Ctrl-C may come at any moment. It interrupts Python's own locks half-way, so they stay locked for ever. The calling
-    thread therefore shares only two queues with the others, which are written in C.
+    Ctrl-C may come at any moment. It interrupts Python's own locks half-way, so they stay locked for ever. So what the
+    calling thread shares with the others has none: two queues and a dict, all written in C. A thread that was just
+    being started may stay stuck, so all of them are daemons.
     """
     left = deque(enumerate(items))
     results: dict[int, Result] = {}

@@ -27,7 +27,7 @@ def broken_rules(
     since people then decide."""
     reasons = _losses(figures) if canary else _doubts(figures, settings.best_margin)
     if figures.kl > kl_budget:
-        reasons.append(f"The sequence KL of {figures.kl:.1f} nats is over the budget of {kl_budget:g}.")
+        reasons.append(f"The sequence KL of {figures.kl:.2f} nats is over the budget of {kl_budget:.2f}.")
     low, high = settings.length_range
     share = figures.health.length / incumbent.length
     if not low <= share <= high:

@@ -91,7 +91,9 @@ def _p(value: float) -> str:
 def no_candidate(improvement: Improvement) -> str:
     """Why a round ends if its training saved no weights."""
     why = {
-        "kl_budget": "the KL exceeded its budget; a lower learning rate or a higher kl_coef may help",
+        "kl_budget": "the KL exceeded its budget; a lower learning rate or a higher kl_coef may help"
+        if improvement.steps
+        else "the active version, which it starts from, is beyond the KL budget; let rounds start from the reference",
         "uncertainty": "the score's uncertainty outgrew its gain; more votes may help",
         "steps": "all steps were done, but save_every is larger than their number",
     }

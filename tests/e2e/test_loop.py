@@ -12,7 +12,6 @@ import pytest
 
 from clients import Client
 from clients.demo.voter import ask, compare
-from server.settings import DEFAULT_MODEL
 from server.store.store import Store
 from tests.e2e.conftest import LiveServer, live_server
 from tests.e2e.small_rounds import SmallRound, command, small_round
@@ -21,11 +20,8 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def own(request: pytest.FixtureRequest, model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A server without earlier versions. No other test makes any on the one with the default model."""
-    if model == DEFAULT_MODEL:
-        yield request.getfixturevalue("default")
-        return
+def own(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A server without votes or versions of other tests."""
     with live_server(tmp_path_factory.mktemp("loop"), model) as server:
         yield server
 

@@ -72,16 +72,22 @@ def test_what_hears_may_end_it() -> None:
 # Forks a process for each line that the main thread runs. Ctrl-C comes at that line, and the process ends as usual.
 # Prints how many lines there are.
 INTERRUPT = """
-import os, sys
+import os, signal, sys
 from itertools import count
 from clients.demo.many_calls import at_once
+
+# Python ignores what a weak reference's callback raises.
+IGNORED = 3
+came = False
 
 
 def interrupt_at(line):
     passed = count(1)
 
     def trace(frame, event, arg):
+        global came
         if event == "line" and next(passed) == line:
+            came = True
             raise KeyboardInterrupt
         return trace
 
@@ -91,12 +97,17 @@ def interrupt_at(line):
 for line in count(1):
     if not os.fork():
         break
-    if os.wait()[1] == 0:
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+    if status == 0:
         print(line - 1)
         sys.exit()
+    assert status != -signal.SIGALRM, line
+signal.alarm(10)
 interrupt_at(line)
 at_once(abs, range(8), concurrency=2)
 sys.settrace(None)
+if came:
+    sys.exit(IGNORED)
 """
 
 

@@ -60,7 +60,7 @@ def test_a_candidate_that_passes_every_rule_is_promoted() -> None:
     [
         ({"against_incumbent": WinRate(0.6, 0.5, 0.7, 60)}, "against the incumbent may be chance"),
         ({"against_reference": WinRate(0.6, 0.49, 0.7, 60)}, "against the reference may be chance"),
-        ({"kl": 6.1}, "6.1 nats is over the budget of 6"),
+        ({"kl": 6.1}, "6.10 nats is over the budget of 6.00"),
         ({"health": AnswerHealth(14, 0, 0.1, 0.01)}, "0.23 times as long"),
         ({"health": AnswerHealth(121, 0, 0.1, 0.01)}, "2.02 times as long"),
         ({"health": AnswerHealth(60, 0.06, 0.1, 0.01)}, "6% of the answers are empty"),

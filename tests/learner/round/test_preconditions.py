@@ -40,3 +40,10 @@ def test_training_without_a_candidate(ended_by: EndedBy, said: str) -> None:
     sentence = no_candidate(Improvement([filled(StepMetrics)] * 2, [], ended_by))
     assert sentence.startswith("Training ended at step 2 without a candidate: ")
     assert said in sentence
+
+
+def test_training_that_starts_beyond_the_budget() -> None:
+    assert no_candidate(Improvement([], [], "kl_budget")) == (
+        "Training ended at step 0 without a candidate: the active version, which it starts from, is beyond the KL "
+        "budget; let rounds start from the reference. Nothing was changed."
+    )

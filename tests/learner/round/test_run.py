@@ -189,7 +189,8 @@ def test_another_seed_gives_another_round(data_dir: Path, tmp_path: Path, monkey
     shutil.copytree(data_dir, tmp_path / "other")
     gate = settings(data_dir).gate.model_copy(update={"signal_p": 1.0})
     first, other = run(data_dir, gate=gate), run(tmp_path / "other", seed=1, gate=gate)
-    assert first.metrics.ppo.steps != other.metrics.ppo.steps
+    # Of the reference's answers, so it depends on nothing but their draw.
+    assert first.metrics.ppo.steps[0].entropy != other.metrics.ppo.steps[0].entropy
     assert opened(tmp_path / "other").rounds.page()[0].settings["seed"] == 1
 
 

@@ -20,7 +20,7 @@ MORE_VOTES = 100
 # A vote needs two answers.
 VOTE_ANSWERS = 2
 # The cost of a round, and of its longest part without progress: a training step, or a candidate in the gate.
-ROUND_ANSWERS = 850
+ROUND_ANSWERS = 1300
 ROUND_STEP_ANSWERS = 100
 SWAP_ANSWERS = 20
 # Comparing a canary's answers, which the learner has sampled, beside long answers.

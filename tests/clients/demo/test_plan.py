@@ -12,7 +12,7 @@ def test_the_gate_is_no_part_of_what_a_machine_is_asked_for() -> None:
 
 def test_the_whole_in_answers() -> None:
     # Before and after, two answers per vote, a round and a swap.
-    assert Plan("short", 150, 64, 0, None).answers == 128 + 300 + 850 + 20
+    assert Plan("short", 150, 64, 0, None).answers == 128 + 300 + 1300 + 20
 
 
 def test_limits_follow_from_the_pace() -> None:
@@ -24,5 +24,5 @@ def test_limits_follow_from_the_pace() -> None:
 
 def test_a_good_round_on_avx2_is_far_from_its_limit() -> None:
     limit = AVX2.round_limit()
-    # Measured: 436 s in total and at most 100 s per step; 1,087 s in the first release.
-    assert (limit.silent, limit.total) == (300 + 60 + 400, 300 + 60 + 400 + 60 + 3400)
+    # Measured: 436 to 610 s in total and at most 100 s per step; 1,087 s in the first release.
+    assert (limit.silent, limit.total) == (300 + 60 + 400, 300 + 60 + 400 + 60 + 5200)

@@ -33,8 +33,8 @@ def test_the_whole_loop(run: Demo) -> None:
     assert "A round needs 6 GiB." in lines
     assert "Choose another port." not in ended.said
     assert "The disk is slow." not in ended.said
-    # 64 tokens per answer at 100 tokens/s; 24 + 40 + 24 answers, 850 for the round, 20 for the swap, and 80 s.
-    assert "16 answers at once take 10.2 s here: about 12 minutes in total." in lines
+    # 64 tokens per answer at 100 tokens/s; 24 + 40 + 24 answers, 1,300 for the round, 20 for the swap, and 80 s.
+    assert "16 answers at once take 10.2 s here: about 16 minutes in total." in lines
     assert [line for line in lines if line.startswith("[")] == [
         f"[1/5] a server on {run.directory}",
         "[2/5] the taste: short whole answers: one that ends by itself, then the one with fewer words; 10% of the "

@@ -16,6 +16,7 @@ from learner.improve.ppo.state import drop_states
 from learner.model.device import resolve_device
 from learner.model.features import FeatureSpec, extract, feature_spec
 from learner.model.forward import Tokens, to_tokens
+from learner.model.policy import TrainablePolicy
 from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, to_rollout
 from learner.progress import Stages
 from learner.reward.base import RewardModel
@@ -34,8 +35,6 @@ from server.store.store import Store
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-    from learner.model.policy import TrainablePolicy
 
 # Room for a prompt that people are asked to compare answers to.
 POOL_TOKENS = 128
@@ -93,10 +92,8 @@ class Workspace:
         return cache_key(self.reference_directory)
 
     @cached_property
-    def policy(self) -> "TrainablePolicy":
+    def policy(self) -> TrainablePolicy:
         with self.stages.stage("start", "loading the reference"):
-            from learner.model.policy import TrainablePolicy
-
             return TrainablePolicy.create(
                 self.reference_directory,
                 self.settings.policy,

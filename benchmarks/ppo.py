@@ -131,7 +131,8 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     import learner.improve.ppo.trainer as training
     import learner.model.forward as forward
     import learner.model.passes as passes
-    from learner.improve.base import Budget, ExperienceSource
+    from learner.improve.base import ExperienceSource
+    from learner.improve.budget import Budget
     from learner.model.features import FeatureSpec, default_layers
     from learner.model.policy import TrainablePolicy
     from learner.model.rollout import RolloutEngine

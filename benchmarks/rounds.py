@@ -22,25 +22,23 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from shutil import copytree, rmtree
 from statistics import mean, stdev
 from typing import Any
 
-from pool import CHOICES, shown
+from kept import kept
+from pool import shown
 from study import run_json
+from voted import VOTERS, cast, choose, make_data, scores, win_rate, wins
 
 from clients.demo.questions import questions
-from clients.demo.voter import FLIPPED, TASTES, Answer
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks" / "rounds.json"
 REPORT = RESULTS.with_suffix(".md")
-ROUNDS, VOTES, FLIPS, VOTERS = 4, 150, 0.1, 10
+ROUNDS, VOTES = 4, 150
 TOKENS, UNSEEN = 64, 256
-# The temperatures of a comparison's two answers, and what the unseen questions are answered with.
-TEMPERATURES, DRAW = (0.7, 1.0), 424_242
-LONGEST = 256
 ARMS = ("rounds", "once")
 
 
@@ -135,18 +133,6 @@ def furthest_budget(rounds: list[Any]) -> float:
     return max((one["kl_budget"] or 0.0 for one in rounds), default=0.0)
 
 
-def make_data(model: Path, data: Path) -> None:
-    """A data directory with the model as its reference, as a server makes it at its first start."""
-    from server.reference.reference import prepare_reference
-    from server.store.store import Store
-
-    data.mkdir(parents=True)
-    prepare_reference(data, str(model), lambda line: print(line, file=sys.stderr))
-    store = Store.open(data)
-    store.policies.register_reference()
-    store.close()
-
-
 def step(work: Path, cell: Cell, name: str) -> dict[str, Any]:
     """Runs a step of this program in a separate process, which owns an engine."""
     return run_json([__file__, "-", "--work-dir", str(work), "--only", cell.name, "--step", name])
@@ -173,98 +159,30 @@ def run_round(data: Path, cell: Cell, kl_budget: float) -> dict[str, Any]:
 
 def ask(data: Path, cell: Cell) -> dict[str, Any]:
     """Samples comparisons of the served version's answers and votes on them."""
-    from server.store.chats.records import Generation, Prompt, Span
     from server.store.store import Store
 
     store = Store.open(data)
-    text, sample = served(data, store.policies.active().version)
-    number = len(store.rounds.page())
+    number, given = len(store.rounds.page()), len(store.snapshots.take().choices)
+    store.close()
     chance = random.Random(f"{cell.name} {number}")
-    given = len(store.snapshots.take().choices)
     count = VOTES * (number + 1 if cell.arm == "rounds" else ROUNDS) - given
     seen = questions(0)[UNSEEN:]
-    asked = [chance.choice(seen) for _ in range(count)]
-    prompts = [Prompt("", text.prompt([{"role": "user", "content": one}], 0), TOKENS) for one in asked]
-    first, second = (sample(prompts, temperature, 2 * number + slot) for slot, temperature in enumerate(TEMPERATURES))
-    version = store.policies.active().version
-    for place, (question, prompt, both) in enumerate(zip(asked, prompts, zip(first, second, strict=True), strict=True)):
-        user = f"voter{place % VOTERS}"
-        conversation = store.conversations.create(user, question)
-        comparison, *responses = store.responses.begin_comparison(
-            user, conversation, message=question, replica_id="benchmark", policy_versions=(version, version),
-            prompt_token_ids=prompt.token_ids, temperatures=TEMPERATURES, max_tokens=TOKENS, seeds=(None, None),
-        )  # fmt: skip
-        for response, one in zip(responses, both, strict=True):
-            reason: Any = "stop" if one.ended else "length"
-            span = [Span(0, len(one.token_ids), version)]
-            store.responses.finish(response, Generation(one.token_ids, one.logprobs, one.text, reason, span))
-        store.feedback.submit_choice(user, comparison, choose(cell, chance, *map(shown, both)))
-    store.close()
+    cast(data, cell.taste, chance, [chance.choice(seen) for _ in range(count)], TOKENS, 2 * number)
     return {"asked": count}
 
 
 def evaluate(work: Path, cell: Cell) -> dict[str, Any]:
     """How often the served version's answers to unseen questions are better than the reference's, by the taste."""
-    from server.store.chats.records import Prompt
     from server.store.store import Store
 
-    data = work / cell.name
+    data, asked = work / cell.name, questions(0)[:UNSEEN]
     store = Store.open(data)
     version = store.policies.active().version
     store.close()
-    scores = {}
-    for name in dict.fromkeys(["v0000", version]):
-        kept = work / f"{cell.taste}-reference.json"
-        if name == "v0000" and kept.exists():
-            scores[name] = json.loads(kept.read_text())
-            continue
-        text, sample = served(data, name)
-        prompts = [
-            Prompt("", text.prompt([{"role": "user", "content": one}], 0), TOKENS) for one in questions(0)[:UNSEEN]
-        ]
-        scores[name] = [TASTES[cell.taste].score(shown(one)) for one in sample(prompts, 0.85, DRAW)]
-        if name == "v0000":
-            kept.write_text(json.dumps(scores[name]))
-    wins = [(new > old) + (new == old) / 2 for new, old in zip(scores[version], scores["v0000"], strict=True)]
-    # One digit for each question: 0 lost, 1 drawn, 2 won.
-    digits = "".join(str(int(2 * one)) for one in wins)
-    return {"version": version, "win_rate": round(sum(wins) / len(wins), 4), "wins": digits}
-
-
-def served(data: Path, version: str) -> Any:
-    """The model's text, and a function that samples answers of a version to prompts at a temperature."""
-    engine, dtype = engine_of(data)
-
-    from learner.model.policy import published_weights
-    from server.shared.model.dtype import torch_dtype
-    from server.shared.model.text import ChatText
-
-    reference = data / "policies" / "v0000"
-    base = None if version == "v0000" else reference
-    engine.push(published_weights(data / "policies" / version, base, torch_dtype(dtype)))
-
-    def sample(prompts: Any, temperature: float, draw: int) -> Any:
-        # A round's engine has one temperature; a comparison has two.
-        engine._temperature = temperature
-        return engine.sample(prompts, draw)
-
-    return ChatText.load(reference), sample
-
-
-@cache
-def engine_of(data: Path) -> Any:
-    """This process's engine, and its dtype."""
-    from learner.process import set_environment
-    from learner.settings import LearnerSettings
-    from server.shared.model.dtype import resolve_dtype
-
-    settings = LearnerSettings(data_dir=data)
-    set_environment(settings)
-    dtype = resolve_dtype(settings.dtype).name
-
-    from learner.model.rollout import RolloutEngine
-
-    return RolloutEngine(data / "policies" / "v0000", settings, dtype, LONGEST), dtype
+    before = kept(work / f"{cell.taste}-reference.json", partial(scores, data, "v0000", cell.taste, asked, TOKENS))
+    after = before if version == "v0000" else scores(data, version, cell.taste, asked, TOKENS)
+    digits = wins(after, before)
+    return {"version": version, "win_rate": win_rate(digits), "wins": digits}
 
 
 # Voters
@@ -285,7 +203,7 @@ def decide_canary(data: Path, cell: Cell, number: int) -> dict[str, Any]:
         review = store.reviews.next(user) if user else None
         if review:
             both = map(shown, (review.comparison.a, review.comparison.b))
-            store.feedback.submit_choice(user, review.comparison.id, choose(cell, chance, *both))
+            store.feedback.submit_choice(user, review.comparison.id, choose(cell.taste, chance, *both))
             choices += 1
         outcome, reason = decide(canary, store.canaries.result(canary), expired=not user)
         if outcome:
@@ -298,12 +216,6 @@ def decide_canary(data: Path, cell: Cell, number: int) -> dict[str, Any]:
         store.canaries.end(canary.version, "rejected", reason)
     store.close()
     return {"outcome": outcome, "reason": reason, "choices": choices}
-
-
-def choose(cell: Cell, chance: random.Random, a: Answer, b: Answer) -> Any:
-    """The choice of a voter of the cell's taste, who sometimes names the other answer."""
-    choice = TASTES[cell.taste].choice(a, b)
-    return CHOICES[FLIPPED[choice] if chance.random() < FLIPS else choice]
 
 
 # The page

@@ -93,6 +93,10 @@ class PolicySettings(BaseModel):
     kl_total: Positive = Field(
         12.0, description="Sequence KL in nats up to which the budget so moves; it never does if this is not larger."
     )
+    kl_per_token: Positive = Field(
+        0.5,
+        description="KL in nats per token at which a round stops training, too: the lower bound if answers are short.",
+    )
 
     def at(self, dtype: DtypeName) -> "PolicySettings":
         """A copy with defaults that depend on the dtype filled in."""
@@ -110,6 +114,11 @@ class PPOSettings(BaseModel):
     epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
     minibatches: int = Field(2, ge=1, description="Optimiser steps in each pass.")
     learning_rate: Positive = Field(2e-4, description="Adam's learning rate for the policy.")
+    full_step_tokens: Positive = Field(
+        64.0,
+        description="Mean length of answers up to which updates take the whole learning rate. Of longer ones an update "
+        "may have the same sequence KL, so its learning rate is lower by the root of their ratio.",
+    )
     critic_learning_rate: Positive = Field(1e-3, description="Adam's learning rate for the value head.")
     adam_epsilon: Positive = Field(1e-5, description="Adam's epsilon.")
     max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
@@ -124,7 +133,11 @@ class PPOSettings(BaseModel):
         3.5, description="Sequence KL in nats that the penalty is adapted to reach; moves as the budget does."
     )
     kl_horizon: Positive = Field(160.0, description="Episodes over which the penalty is adapted.")
-    approx_kl_stop: Positive = Field(0.02, description="KL per token from the rollout's policy that stops an update.")
+    approx_kl_stop: Positive = Field(
+        0.02,
+        description="KL per token from the rollout's policy that stops an update; lower by the ratio to "
+        "full_step_tokens if answers are longer.",
+    )
     importance_cap: Positive = Field(2.0, description="Cap of the trainer / engine importance weights.")
     missing_eos_score: float | None = Field(
         None, description="Replaces the score of an answer without EOS; off by default."
@@ -142,6 +155,13 @@ class PPOSettings(BaseModel):
         if self.minibatches > self.episodes:
             raise ValueError("minibatches cannot be more than episodes")
         return self
+
+    def at_length(self, length: float) -> "PPOSettings":
+        """A copy for answers of this mean length, in tokens. A step's KL per token grows as the square of the learning
+        rate, so that of a whole answer stays the same (docs/decisions/0045)."""
+        share = min(1.0, self.full_step_tokens / length)
+        smaller = {"learning_rate": self.learning_rate * share**0.5, "approx_kl_stop": self.approx_kl_stop * share}
+        return self.model_copy(update=smaller)
 
 
 class GateSettings(BaseModel):

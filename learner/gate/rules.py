@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from learner.improve.budget import Budget
 from learner.settings import GateSettings
 from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics
 
@@ -21,13 +22,14 @@ class Verdict:
 
 
 def broken_rules(
-    figures: CandidateMetrics, incumbent: AnswerHealth, kl_budget: float, settings: GateSettings, *, canary: bool
+    figures: CandidateMetrics, incumbent: AnswerHealth, budget: Budget, settings: GateSettings, *, canary: bool
 ) -> list[str]:
     """The rules about one candidate: a sentence for each that it breaks. A `canary` need only not lose for certain,
     since people then decide."""
     reasons = _losses(figures) if canary else _doubts(figures, settings.best_margin)
-    if figures.kl > kl_budget:
-        reasons.append(f"The sequence KL of {figures.kl:.2f} nats is over the budget of {kl_budget:.2f}.")
+    most = budget.of(figures.health.length)
+    if figures.kl > most:
+        reasons.append(f"The sequence KL of {figures.kl:.2f} nats is over the budget of {most:.2f}.")
     low, high = settings.length_range
     share = figures.health.length / incumbent.length
     if not low <= share <= high:
@@ -73,7 +75,7 @@ def over_optimised(figures: CandidateMetrics, candidates: list[CandidateMetrics]
 def decide(
     candidates: list[CandidateMetrics],
     incumbent: AnswerHealth,
-    kl_budget: float,
+    budget: Budget,
     settings: GateSettings,
     *,
     canary: bool,
@@ -81,7 +83,7 @@ def decide(
     """Chooses the most promising candidate among those that break the fewest rules and are not over-optimised. The
     reasons are the rules that it breaks."""
     sound = [figures for figures in candidates if not over_optimised(figures, candidates, settings.gap_margin)]
-    rules = {figures.step: broken_rules(figures, incumbent, kl_budget, settings, canary=canary) for figures in sound}
+    rules = {figures.step: broken_rules(figures, incumbent, budget, settings, canary=canary) for figures in sound}
     chosen = min(sound, key=lambda figures: (len(rules[figures.step]), -figures.promise))
     reasons = rules[chosen.step]
     doubts = settings.canary == "always" or bool(_doubts(chosen, best_margin=0.0))

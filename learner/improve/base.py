@@ -7,10 +7,10 @@ from typing import Protocol
 
 import torch
 
+from learner.improve.budget import Budget
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import Rollout, RolloutEngine, draw_seed, to_rollout
 from learner.reward.base import RewardModel
-from learner.settings import PolicySettings
 from server.store.chats.records import Prompt
 from server.store.learning.round_metrics import Improvement, StepMetrics
 
@@ -43,21 +43,6 @@ class ExperienceSource:
         samples = self.engine.sample(prompts, draw_seed(self.seed, draw))
         self.engine.sleep()
         return to_rollout(samples).to(policy.model.device)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How far a policy may go: `kl`, sequence KL to the reference in nats. `moved` of it is beyond a first round's."""
-
-    kl: float
-    moved: float = 0.0
-
-    @classmethod
-    def after(cls, incumbent_kl: float, settings: PolicySettings) -> "Budget":
-        """The budget of a round whose incumbent has this KL to the reference. With the budget of the first round, more
-        votes would change the policy by less than people can tell apart (docs/decisions/0044)."""
-        moved = max(0.0, min(incumbent_kl, settings.kl_total - settings.kl_budget))
-        return cls(settings.kl_budget + moved, moved)
 
 
 class Improver(Protocol):

@@ -51,7 +51,7 @@ class Bench:
         """The verdict on candidates that answered as the incumbent did."""
         settings = self.work.settings
         incumbent = health(asked.answers["incumbent"].samples)
-        return decide(candidates, incumbent, self.work.budget.kl, settings.gate, canary=canary)
+        return decide(candidates, incumbent, self.work.budget, settings.gate, canary=canary)
 
 
 def judge_candidates(

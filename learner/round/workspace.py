@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from learner.improve.base import Budget
+from learner.improve.budget import Budget
 from learner.improve.candidates import drop_candidates
 from learner.improve.ppo.state import drop_states
 from learner.model.device import resolve_device

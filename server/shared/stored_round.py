@@ -123,6 +123,16 @@ def _hold_the_budget(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "policy": {"kl_total": policy.get("kl_budget", 6.0), **policy}}
 
 
+def _step_alike(settings: dict[str, Any]) -> dict[str, Any]:
+    """Updates took the whole learning rate however long answers were, and only the KL of whole answers had a budget."""
+    ppo, policy = {"full_step_tokens": 1e9}, {"kl_per_token": 1e9}
+    return {
+        **settings,
+        "ppo": {**ppo, **settings.get("ppo", {})},
+        "policy": {**policy, **settings.get("policy", {})},
+    }
+
+
 SETTINGS = Stored(
     (
         _name_shares_and_dtype,
@@ -133,6 +143,7 @@ SETTINGS = Stored(
         _confirm_on_others,
         _name_best_margin,
         _hold_the_budget,
+        _step_alike,
     )
 )
 METRICS = Stored((_count_left_out, _forget_permutations))

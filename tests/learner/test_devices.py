@@ -19,7 +19,8 @@ from torch import Tensor
 
 import learner.round.gate_stage as judging
 import learner.round.workspace as workspace
-from learner.improve.base import Budget, ExperienceSource
+from learner.improve.base import ExperienceSource
+from learner.improve.budget import Budget
 from learner.improve.ppo.trainer import PPO
 from learner.improve.ppo.update import Critic
 from learner.model.features import extract

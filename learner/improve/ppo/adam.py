@@ -17,6 +17,10 @@ class Adam:
             masters.append({"params": copies, "lr": learning_rate})
         self._adam = torch.optim.Adam(masters, eps=epsilon)
 
+    def set_learning_rate(self, group: int, learning_rate: float) -> None:
+        """Sets it for the next steps of one group."""
+        self._adam.param_groups[group]["lr"] = learning_rate
+
     def gather(self) -> None:
         """Adds the gradients of one micro-batch to the masters', so that they are summed in float32, too."""
         for parameter, master in self._pairs:

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learner.improve.base import Budget, ExperienceSource
+from learner.improve.base import ExperienceSource
+from learner.improve.budget import Budget
 from learner.improve.candidates import candidate, candidates, drop_candidates
 from learner.improve.ppo.adam import Adam
 from learner.improve.ppo.advantages import adapt_kl_coef
@@ -47,6 +48,11 @@ class SampledBatch:
     old_logprobs: Tensor
     gap: Mismatch
     kl: float
+
+    @property
+    def length(self) -> float:
+        """The mean length of its answers, in tokens."""
+        return float(self.rollout.tokens.response_mask.sum(dim=1).float().mean())
 
 
 class PPO:
@@ -85,7 +91,7 @@ class PPO:
                 ended_by = "uncertainty"
                 break
             batch = self._sample(policy, source, reward_model, next(batches), number)
-            if batch.kl > budget.kl:
+            if batch.kl > budget.of(batch.length):
                 # The weights that were just sampled from exceed the budget: they are no candidate.
                 drop_candidates(directory, after=number - 1)
                 ended_by = "kl_budget"
@@ -141,13 +147,13 @@ class PPO:
             hidden, _ = run_trunk(policy.model, part)
             return token_logprobs(policy.model, hidden, part, source.temperature)
 
+        settings = self._settings.at_length(batch.length)
         raw = reward_model.scores(batch.judged.features)
-        scores = replace_cut(reward_model.clipped(raw), batch.rollout, self._settings.missing_eos_score)
-        experience = to_experience(
-            batch.rollout, batch.judged, batch.old_logprobs, scores, critic, kl_coef, self._settings
-        )
+        scores = replace_cut(reward_model.clipped(raw), batch.rollout, settings.missing_eos_score)
+        experience = to_experience(batch.rollout, batch.judged, batch.old_logprobs, scores, critic, kl_coef, settings)
         budget, sharing = self._policy_settings.micro_batch_tokens, shares_prefix(policy.model)
-        stats = ppo_update(logprobs_of, critic, optimizer, experience, self._settings, batch.passes, budget, sharing)
+        optimizer.set_learning_rate(0, settings.learning_rate)
+        stats = ppo_update(logprobs_of, critic, optimizer, experience, settings, batch.passes, budget, sharing)
         if stats.first_ratio_error > MAX_FIRST_RATIO_ERROR:
             raise RuntimeError(
                 f"pi_theta differed from pi_old by {stats.first_ratio_error:.3f} nats per token before its update."
@@ -186,7 +192,7 @@ def step_metrics(
         kl_coef=kl_coef,
         # Over the sampled tokens: an unbiased estimate that needs no other token's probability.
         entropy=float(masked_mean(-batch.old_logprobs, mask)),
-        length=float(mask.sum(dim=1).float().mean()),
+        length=batch.length,
         ended=float(batch.rollout.ended.float().mean()),
         explained_variance=variance,
         **{f"mismatch_{name}": value for name, value in asdict(batch.gap).items()},

@@ -19,6 +19,7 @@ from learner.gate.win_rate import (
     more_prompts_help,
     win_rate,
 )
+from learner.improve.budget import Budget
 from learner.model.rollout import SampledAnswer
 from learner.reward.likelihood import A, B
 from learner.reward.linear_heads import VoteTensors
@@ -27,6 +28,7 @@ from learner.settings import GateSettings
 from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics, WinRate
 
 SETTINGS = GateSettings()
+BUDGET = Budget(6.0, per_token=0.25)
 INCUMBENT = AnswerHealth(length=60, empty=0.0, ended=0.1, repetition=0.01)
 
 
@@ -50,7 +52,7 @@ def seeded() -> torch.Generator:
 
 
 def test_a_candidate_that_passes_every_rule_is_promoted() -> None:
-    verdict = decide([figures()], INCUMBENT, 6.0, SETTINGS, canary=False)
+    verdict = decide([figures()], INCUMBENT, BUDGET, SETTINGS, canary=False)
     assert verdict.promoted
     assert verdict.reasons == []
 
@@ -61,6 +63,7 @@ def test_a_candidate_that_passes_every_rule_is_promoted() -> None:
         ({"against_incumbent": WinRate(0.6, 0.5, 0.7, 60)}, "against the incumbent may be chance"),
         ({"against_reference": WinRate(0.6, 0.49, 0.7, 60)}, "against the reference may be chance"),
         ({"kl": 6.1}, "6.10 nats is over the budget of 6.00"),
+        ({"kl": 5.1, "health": AnswerHealth(20, 0, 0.1, 0.01)}, "5.10 nats is over the budget of 5.00"),
         ({"health": AnswerHealth(14, 0, 0.1, 0.01)}, "0.23 times as long"),
         ({"health": AnswerHealth(121, 0, 0.1, 0.01)}, "2.02 times as long"),
         ({"health": AnswerHealth(60, 0.06, 0.1, 0.01)}, "6% of the answers are empty"),
@@ -68,7 +71,7 @@ def test_a_candidate_that_passes_every_rule_is_promoted() -> None:
     ],
 )
 def test_each_rule_rejects_and_says_why(changes: dict[str, object], reason: str) -> None:
-    verdict = decide([figures(**changes)], INCUMBENT, 6.0, SETTINGS, canary=False)
+    verdict = decide([figures(**changes)], INCUMBENT, BUDGET, SETTINGS, canary=False)
     assert not verdict.promoted
     assert len(verdict.reasons) == 1
     assert reason in verdict.reasons[0]
@@ -81,7 +84,7 @@ def test_each_rule_rejects_and_says_why(changes: dict[str, object], reason: str)
 def test_people_decide_about_a_candidate_unless_the_judge_is_certain(opponent: str, name: str) -> None:
     def judged(low: float, high: float) -> Verdict:
         rate = WinRate((low + high) / 2, low, high, 60)
-        return decide([figures(**{opponent: rate})], INCUMBENT, 6.0, SETTINGS, canary=True)
+        return decide([figures(**{opponent: rate})], INCUMBENT, BUDGET, SETTINGS, canary=True)
 
     better, open_, worse = judged(0.51, 0.8), judged(0.3, 0.5), judged(0.3, 0.48)
     assert (better.promoted, better.canary) == (True, False)
@@ -92,29 +95,29 @@ def test_people_decide_about_a_candidate_unless_the_judge_is_certain(opponent: s
 def test_at_once_only_what_clearly_beats_all_three_where_people_can_decide() -> None:
     # Within the margin that suffices where they cannot.
     close = figures(against_best=WinRate(0.52, 0.46, 0.60, 60))
-    assert decide([close], INCUMBENT, 6.0, SETTINGS, canary=True).canary
-    assert decide([close], INCUMBENT, 6.0, SETTINGS, canary=False).promoted
+    assert decide([close], INCUMBENT, BUDGET, SETTINGS, canary=True).canary
+    assert decide([close], INCUMBENT, BUDGET, SETTINGS, canary=False).promoted
 
 
 def test_a_rate_that_could_not_be_measured_is_refused() -> None:
     unknown = figures(against_incumbent=WinRate(math.nan, math.nan, math.nan, 60))
-    assert not decide([unknown], INCUMBENT, 6.0, SETTINGS, canary=True).promoted
+    assert not decide([unknown], INCUMBENT, BUDGET, SETTINGS, canary=True).promoted
 
 
 def test_where_people_cannot_decide_the_judge_must_be_certain() -> None:
     doubted = figures(against_incumbent=WinRate(0.6, 0.49, 0.7, 60))
-    assert not decide([doubted], INCUMBENT, 6.0, SETTINGS, canary=False).promoted
+    assert not decide([doubted], INCUMBENT, BUDGET, SETTINGS, canary=False).promoted
 
 
 def test_an_operator_may_put_every_candidate_to_the_vote() -> None:
     always = GateSettings(canary="always")
-    verdict = decide([figures()], INCUMBENT, 6.0, always, canary=True)
+    verdict = decide([figures()], INCUMBENT, BUDGET, always, canary=True)
     assert (verdict.promoted, verdict.canary) == (True, True)
 
 
 def test_people_do_not_decide_about_a_candidate_that_breaks_another_rule() -> None:
     close = WinRate(0.56, 0.46, 0.8, 60)
-    verdict = decide([figures(against_incumbent=close, kl=6.1)], INCUMBENT, 6.0, SETTINGS, canary=True)
+    verdict = decide([figures(against_incumbent=close, kl=6.1)], INCUMBENT, BUDGET, SETTINGS, canary=True)
     assert (verdict.canary, len(verdict.reasons)) == (False, 1)
     assert "over the budget" in verdict.reasons[0]
 
@@ -126,7 +129,7 @@ def test_a_gap_that_widens_is_over_optimisation() -> None:
 
     early, late = judged(4, 0.7, 0.75), judged(8, 0.9, 0.69)
     assert over_optimised(late, [early, late], 0.05)
-    verdict = decide([early, late], INCUMBENT, 6.0, SETTINGS, canary=False)
+    verdict = decide([early, late], INCUMBENT, BUDGET, SETTINGS, canary=False)
     assert (verdict.chosen.step, verdict.promoted) == (4, True)
     # Within the margin, where both fall, and seen from the earlier one, nothing parted.
     assert not over_optimised(judged(8, 0.9, 0.71), [early], 0.05)
@@ -142,7 +145,7 @@ def test_both_models_choose_the_candidate() -> None:
 
     candidates = [judged(1, 0.59, 0.53, 0.51), judged(3, 0.77, 0.59, 0.51), judged(6, 0.86, 0.56, 0.51)]
     # Means of 0.56, 0.68 and 0.71.
-    assert decide(candidates, INCUMBENT, 6.0, SETTINGS, canary=False).chosen.step == 6
+    assert decide(candidates, INCUMBENT, BUDGET, SETTINGS, canary=False).chosen.step == 6
     assert candidates[2].promise == pytest.approx(0.71)
 
 
@@ -152,7 +155,7 @@ def test_the_best_sound_candidate_is_chosen_not_the_last_or_the_highest() -> Non
     collapsed = figures(
         step=6, against_incumbent=WinRate(0.95, 0.9, 0.99, 60), against_reference=WinRate(0.95, 0.9, 0.99, 60), kl=9.0
     )
-    assert decide([early, best, collapsed], INCUMBENT, 6.0, SETTINGS, canary=False).chosen.step == 4
+    assert decide([early, best, collapsed], INCUMBENT, BUDGET, SETTINGS, canary=False).chosen.step == 4
 
 
 def judge_of(weights: list[list[float]]) -> Judge:
@@ -301,7 +304,7 @@ def test_the_parts_of_the_error() -> None:
     ],
 )
 def test_a_candidate_is_no_worse_than_the_best_version_so_far(best: WinRate, sound: bool) -> None:
-    verdict = decide([figures(against_best=best)], INCUMBENT, 6.0, SETTINGS, canary=False)
+    verdict = decide([figures(against_best=best)], INCUMBENT, BUDGET, SETTINGS, canary=False)
     assert verdict.promoted == sound
     assert verdict.reasons == ([] if sound else [f"It may be worse than the best version so far: {best}."])
 

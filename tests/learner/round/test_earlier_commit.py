@@ -41,6 +41,7 @@ def test_it_opens_and_its_rounds_keep_their_metrics(a51ccdf: Path) -> None:
     assert promoted.settings["policy"] == {
         "train": "lora", "start_from": "reference", "lora_rank": 4, "lora_alpha": 32, "micro_batch_tokens": 1024,
         "mismatch_limit": 0.35, "kl_budget": 6.0, "kl_total": 6.0, "checkpoint_activations": "off",
+        "kl_per_token": 1e9,
     }  # fmt: skip
     metrics = promoted.metrics
     assert metrics.votes

@@ -218,17 +218,30 @@ def test_two_opponents_that_are_one_version_get_one_result(data_dir: Path, monke
     assert chosen.against_incumbent == chosen.against_reference
 
 
-def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(data_dir: Path) -> None:
-    # A step so large that a KL estimated on sixteen answers is certain to be positive.
+# A step so large that a KL estimated on sixteen answers is certain to be positive.
+LARGE = {"learning_rate": 3e-2}
+
+
+@pytest.mark.parametrize("budget", [{"kl_budget": 1e-5}, {"kl_per_token": 1e-6}])
+def test_a_policy_that_goes_over_the_budget_at_once_leaves_no_candidate(
+    data_dir: Path, budget: dict[str, float]
+) -> None:
+    began = settings(data_dir)
+    report = run(data_dir, policy=began.policy.model_copy(update=budget), ppo=began.ppo.model_copy(update=LARGE))
+    assert report.state == "rejected"
+    assert "ended at step 1 without a candidate: the KL exceeded its budget" in report.sentence
+    assert report.policy_version is None
+
+
+def test_updates_on_long_answers_are_smaller(data_dir: Path) -> None:
     began = settings(data_dir)
     report = run(
         data_dir,
         policy=began.policy.model_copy(update={"kl_budget": 1e-5}),
-        ppo=began.ppo.model_copy(update={"learning_rate": 3e-2}),
+        ppo=began.ppo.model_copy(update={**LARGE, "full_step_tokens": 1e-12}),
     )
-    assert report.state == "rejected"
-    assert "ended at step 1 without a candidate: the KL exceeded its budget" in report.sentence
-    assert report.policy_version is None
+    assert report.metrics.ppo
+    assert report.metrics.ppo.ended_by == "steps"
 
 
 def test_full_fine_tuning_publishes_all_weights(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ from server.store.store import Store
 from tests.server.store.test_lineage import lease
 
 # What every earlier round did.
-HELD = {"policy": {"kl_total": 6.0}}
-KEPT = {"policy": {"checkpoint_activations": "off", "kl_total": 6.0}}
+STEPS = {"full_step_tokens": 1e9}
+HELD = {"policy": {"kl_total": 6.0, "kl_per_token": 1e9}, "ppo": STEPS}
+KEPT = {"policy": {"checkpoint_activations": "off", **HELD["policy"]}, "ppo": STEPS}
 
 
 def test_a_format_is_read_through_every_upgrade_since() -> None:
@@ -40,20 +41,21 @@ def test_a_format_is_read_through_every_upgrade_since() -> None:
 def test_settings_of_format_0() -> None:
     old = {"seed": 1, "gpu_memory_share": 0.2, "ppo": {"dtype": "float32", "steps": 3}}
     assert SETTINGS.load(json.dumps(old)) == {
-        "seed": 1, "learner_gpu_memory_share": 0.2, "dtype": "float32", "ppo": {"steps": 3}, **KEPT
+        "seed": 1, "learner_gpu_memory_share": 0.2, "dtype": "float32", **KEPT, "ppo": {**STEPS, "steps": 3}
     }  # fmt: skip
     older = {"schedule_cron": "0 4 * * *", "ppo": {"start_from": "incumbent", "dtype": "bfloat16"}}
     assert SETTINGS.load(json.dumps(older)) == {
-        "schedule": {"cron": "0 4 * * *"}, "policy": {**KEPT["policy"], "start_from": "active"}, "dtype": "bfloat16"
+        "schedule": {"cron": "0 4 * * *"}, "policy": {**KEPT["policy"], "start_from": "active"}, "dtype": "bfloat16",
+        "ppo": STEPS,
     }  # fmt: skip
     assert (SETTINGS.load("{}"), METRICS.load("{}")) == (KEPT, {})
 
 
 def test_settings_of_format_1() -> None:
     assert SETTINGS.load('{"format": 1, "seed": 1, "ppo": {"micro_batch": 4, "steps": 3}}') == {
-        "seed": 1, "policy": {**KEPT["policy"], "micro_batch_tokens": 512}, "ppo": {"steps": 3}
+        "seed": 1, "policy": {**KEPT["policy"], "micro_batch_tokens": 512}, "ppo": {**STEPS, "steps": 3}
     }  # fmt: skip
-    assert SETTINGS.load('{"format": 1, "ppo": {"steps": 3}}') == {"ppo": {"steps": 3}, **KEPT}
+    assert SETTINGS.load('{"format": 1, "ppo": {"steps": 3}}') == {**KEPT, "ppo": {**STEPS, "steps": 3}}
 
 
 def test_settings_of_format_2() -> None:
@@ -61,8 +63,8 @@ def test_settings_of_format_2() -> None:
     assert SETTINGS.load(json.dumps(old)) == {
         "ab_test_user_votes": 4,
         "policy": {**KEPT["policy"], "train": "full", "kl_budget": 3.0, "kl_total": 3.0},
-        "ppo": {"steps": 3},
-    }  # fmt: skip
+        "ppo": {**STEPS, "steps": 3},
+    }
 
 
 def test_settings_of_format_3() -> None:
@@ -70,6 +72,7 @@ def test_settings_of_format_3() -> None:
     assert SETTINGS.load(json.dumps(old)) == {
         "seed": 1,
         "policy": {**KEPT["policy"], "kl_budget": 3.0, "kl_total": 3.0},
+        "ppo": STEPS,
     }
 
 
@@ -92,8 +95,20 @@ def test_settings_of_format_6() -> None:
 def test_settings_of_format_7() -> None:
     # The budget that a round began with does not move.
     old = {"format": 7, "policy": {"kl_budget": 3.0, "train": "full"}}
-    assert SETTINGS.load(json.dumps(old)) == {"policy": {"kl_budget": 3.0, "kl_total": 3.0, "train": "full"}}
+    assert SETTINGS.load(json.dumps(old)) == {
+        "policy": {**HELD["policy"], "kl_budget": 3.0, "kl_total": 3.0, "train": "full"},
+        "ppo": STEPS,
+    }
     assert SETTINGS.load(json.dumps({"format": 7, "seed": 1})) == {"seed": 1, **HELD}
+
+
+def test_settings_of_format_8() -> None:
+    # Updates on long answers are as large as when the round began, and only whole answers have a budget.
+    old = {"format": 8, "policy": {"train": "full"}, "ppo": {"steps": 3}}
+    assert SETTINGS.load(json.dumps(old)) == {
+        "policy": {"train": "full", "kl_per_token": 1e9},
+        "ppo": {"steps": 3, "full_step_tokens": 1e9},
+    }
 
 
 def test_metrics_of_format_1() -> None:
@@ -131,7 +146,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     store.rounds.update(round_.id, metrics=RoundMetrics(seconds={"gate": 1.0}), fence=fence)
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
-        {"format": 8, "seed": 1},
+        {"format": 9, "seed": 1},
         {"format": 2, "seconds": {"gate": 1.0}},
     )
     found = store.rounds.get(round_.id)

@@ -48,6 +48,17 @@ def test_the_penalty_follows_the_kl() -> None:
     assert next_kl_coef([figures(kl_coef=9.0), figures(kl_coef=0.4, kl=0.0)], settings, 0.1) == pytest.approx(0.392)
 
 
+@pytest.mark.parametrize(
+    ("length", "learning_rate", "approx_kl_stop"), [(1, 2e-4, 0.02), (64, 2e-4, 0.02), (256, 1e-4, 0.005)]
+)
+def test_a_step_moves_long_answers_as_far_as_short_ones(
+    length: float, learning_rate: float, approx_kl_stop: float
+) -> None:
+    settings = PPOSettings(learning_rate=2e-4, approx_kl_stop=0.02, full_step_tokens=64).at_length(length)
+    assert settings.learning_rate == pytest.approx(learning_rate, rel=1e-12)
+    assert settings.approx_kl_stop == pytest.approx(approx_kl_stop, rel=1e-12)
+
+
 def test_training_ends_when_uncertainty_grows_faster_than_the_score() -> None:
     # Score minus uncertainty: 0, 0.5, 0.4, 0.3; the best is two steps back.
     steps = [figures(score=s, uncertainty=u) for s, u in ((0.0, 0.0), (1.0, 0.5), (1.4, 1.0), (1.9, 1.6))]

@@ -106,8 +106,9 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     """Makes `count` updates; the seconds of each stage are means over them."""
+    from learner.improve_settings import PolicySettings, PPOSettings
     from learner.process import keep_freed_memory, set_environment
-    from learner.settings import LearnerSettings, PolicySettings, PPOSettings
+    from learner.settings import LearnerSettings
 
     policy_settings = PolicySettings(train="full" if ablation == "adapters" else "lora")
     ppo = PPOSettings(

@@ -140,7 +140,7 @@ def step(work: Path, cell: Cell, name: str) -> dict[str, Any]:
 
 def run_round(data: Path, cell: Cell, kl_budget: float) -> dict[str, Any]:
     """Runs `learner run-once`; returns its report."""
-    from learner.settings import PolicySettings, PPOSettings
+    from learner.improve_settings import PolicySettings, PPOSettings
 
     budget = {}
     if cell.arm == "once":

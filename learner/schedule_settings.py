@@ -1,11 +1,10 @@
 """When rounds start by themselves."""
 
 from datetime import time
-from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Positive = Annotated[float, Field(gt=0)]
+from learner.number_types import Positive
 
 
 class ScheduleSettings(BaseModel):

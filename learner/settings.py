@@ -6,17 +6,16 @@ tables: `[policy]`, `[reward]`, `[ppo]`, `[gate]`. A variable for one of these i
 
 import re
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from learner.improve_settings import PolicySettings, PPOSettings
+from learner.number_types import Positive, Share
 from learner.schedule_settings import ScheduleSettings
-from server.shared.model.dtype import MICRO_BATCH_TOKENS, DtypeName, DtypeSetting
+from server.shared.model.dtype import DtypeSetting
 from server.shared.settings_base import SettingsBase
 from server.shared.stored_round import ANSWER_TOKENS, ONCE_OF_PPO
-
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RewardSettings(BaseModel):
@@ -56,112 +55,6 @@ class RewardSettings(BaseModel):
         32, ge=2, description="Heads refitted on redrawn conversations; if they differ, the score is uncertain."
     )
     reference_answers: int = Field(64, ge=8, description="Number of reference answers that scores are standardised on.")
-
-
-class PolicySettings(BaseModel):
-    """The policy in training, for any improver."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    train: Literal["lora", "full"] = Field("lora", description="Train adapters on the reference, or all weights.")
-    start_from: Literal["reference", "active"] = Field(
-        "reference", description="Where a round starts; from the reference, no drift carries over between rounds."
-    )
-    lora_rank: int = Field(16, ge=1, description="Rank of the adapters, on every linear layer.")
-    lora_alpha: int = Field(32, ge=1, description="Adapters are scaled by this divided by their rank.")
-    micro_batch_tokens: int = Field(
-        0,
-        ge=0,
-        description="Tokens in one forward pass, including padding; affects only speed and memory. "
-        "0: 2048 in bfloat16, 1024 in float32.",
-    )
-    checkpoint_activations: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="Compute activations again in the backward pass instead of keeping them: an update takes less "
-        "memory and more time. `auto`: if a round would not fit into the free memory otherwise.",
-    )
-    mismatch_limit: Positive | None = Field(
-        None,
-        description="Root mean square of log pi_old / mu taken as proof that the engine has other weights. "
-        "Default: 0.35 in bfloat16, 0.005 in float32.",
-    )
-    kl_budget: Positive = Field(
-        6.0,
-        description="Sequence KL in nats at which a round stops training. It may go further by the KL of the version "
-        "that serves, as measured by that version's gate.",
-    )
-    kl_total: Positive = Field(
-        12.0, description="Sequence KL in nats up to which the budget so moves; it never does if this is not larger."
-    )
-    kl_per_token: Positive = Field(
-        0.5,
-        description="KL in nats per token at which a round stops training, too: the lower bound if answers are short.",
-    )
-
-    def at(self, dtype: DtypeName) -> "PolicySettings":
-        """A copy with defaults that depend on the dtype filled in."""
-        tokens = self.micro_batch_tokens or MICRO_BATCH_TOKENS[dtype]
-        return self.model_copy(update={"micro_batch_tokens": tokens})
-
-
-class PPOSettings(BaseModel):
-    """Proximal policy optimisation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int = Field(12, ge=1, le=900, description="Maximum number of rollout batches.")
-    episodes: int = Field(32, ge=2, description="Responses in a rollout batch.")
-    epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
-    minibatches: int = Field(2, ge=1, description="Optimiser steps in each pass.")
-    learning_rate: Positive = Field(2e-4, description="Adam's learning rate for the policy.")
-    full_step_tokens: Positive = Field(
-        64.0,
-        description="Mean length of answers up to which updates take the whole learning rate. Of longer ones an update "
-        "may have the same sequence KL, so its learning rate is lower by the root of their ratio.",
-    )
-    critic_learning_rate: Positive = Field(1e-3, description="Adam's learning rate for the value head.")
-    adam_epsilon: Positive = Field(1e-5, description="Adam's epsilon.")
-    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
-    gamma: Share = Field(1.0, description="Discount per token.")
-    gae_lambda: Share = Field(0.95, description="Trades bias against variance in the advantages.")
-    clip_range: Positive = Field(0.2, description="Clip range of the ratio.")
-    dual_clip: float = Field(3.0, gt=1, description="Bound on the loss of bad tokens that became more likely.")
-    value_clip: Positive = Field(0.2, description="Clip range of the values.")
-    vf_coef: Positive = Field(0.1, description="Weight of the value loss.")
-    kl_coef: float = Field(0.1, ge=0, description="Initial weight of the KL penalty.")
-    kl_target: Positive = Field(
-        3.5, description="Sequence KL in nats that the penalty is adapted to reach; moves as the budget does."
-    )
-    kl_horizon: Positive = Field(160.0, description="Episodes over which the penalty is adapted.")
-    approx_kl_stop: Positive = Field(
-        0.02,
-        description="KL per token from the rollout's policy that stops an update; lower by the ratio to "
-        "full_step_tokens if answers are longer.",
-    )
-    importance_cap: Positive = Field(2.0, description="Cap of the trainer / engine importance weights.")
-    missing_eos_score: float | None = Field(
-        None, description="Replaces the score of an answer without EOS; off by default."
-    )
-    patience: int = Field(
-        4,
-        ge=1,
-        description="Training stops after this many steps without a new best of score minus uncertainty.",
-    )
-    save_every: int = Field(1, ge=1, description="Steps between candidates.")
-    checkpoint_every: int = Field(1, ge=1, description="Steps between states that a killed round resumes from.")
-
-    @model_validator(mode="after")
-    def _whole_minibatches(self) -> "PPOSettings":
-        if self.minibatches > self.episodes:
-            raise ValueError("minibatches cannot be more than episodes")
-        return self
-
-    def at_length(self, length: float) -> "PPOSettings":
-        """A copy for answers of this mean length, in tokens. A step's KL per token grows as the square of the learning
-        rate, so that of a whole answer stays the same (docs/decisions/0045)."""
-        share = min(1.0, self.full_step_tokens / length)
-        smaller = {"learning_rate": self.learning_rate * share**0.5, "approx_kl_stop": self.approx_kl_stop * share}
-        return self.model_copy(update=smaller)
 
 
 class GateSettings(BaseModel):

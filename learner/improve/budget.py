@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from learner.settings import PolicySettings
+from learner.improve_settings import PolicySettings
 
 
 @dataclass(frozen=True)

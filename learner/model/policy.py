@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import meta_device_safe_creation_ops
 
+from learner.improve_settings import PolicySettings
 from learner.model.checkpointing import checkpoint_layers
-from learner.settings import PolicySettings
 from server.shared.model.load import load_model
 from server.shared.model.merged import checkpoint_weights, load_adapted, merged_weights
 

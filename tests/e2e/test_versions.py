@@ -12,8 +12,8 @@ import torch
 from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
 from safetensors.torch import load_file, save_file
 
+from learner.improve_settings import PolicySettings
 from learner.model.policy import TrainablePolicy
-from learner.settings import PolicySettings
 from server.store.files.manifest import new_version
 from server.store.store import Store
 from tests.e2e.conftest import LiveServer, live_server

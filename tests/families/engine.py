@@ -20,8 +20,9 @@ SEEDS = {"served": 1, "lora": 2, "full": 3}
 
 def measure(family: str, directory: Path, dtype: Any) -> Iterator[dict[str, float]]:
     """See above. An error of vLLM's, of PEFT's or of ours is raised."""
+    from learner.improve_settings import PolicySettings
     from learner.process import set_environment
-    from learner.settings import LearnerSettings, PolicySettings
+    from learner.settings import LearnerSettings
 
     settings = LearnerSettings.from_values({"dtype": dtype, "service_temperature": 0.85})
     set_environment(settings)

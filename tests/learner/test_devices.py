@@ -23,6 +23,7 @@ from learner.improve.base import ExperienceSource
 from learner.improve.budget import Budget
 from learner.improve.ppo.trainer import PPO
 from learner.improve.ppo.update import Critic
+from learner.improve_settings import PolicySettings, PPOSettings
 from learner.model.features import extract
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import SampledAnswer, to_rollout
@@ -30,7 +31,6 @@ from learner.ops.score_server import Scorer
 from learner.ops.users import read_users
 from learner.progress import Stages
 from learner.round.run import run_once
-from learner.settings import PolicySettings, PPOSettings
 from server.shared.machine import GIB
 from server.shared.model.dtype import DtypeName, torch_dtype
 from server.store.chats.records import Prompt

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from learner.improve.ppo.advantages import gae, shape_rewards, whiten
 from learner.improve.ppo.update import Critic, Experience
+from learner.improve_settings import PPOSettings
 from learner.model.features import pool_prefixes
 from learner.model.passes import ReferencePass, reference_pass
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import Rollout
 from learner.reward.base import RewardModel
-from learner.settings import PPOSettings
 
 # Weight, in tokens, of what the prompt lets expect: a mean over few tokens says little.
 PREFIX_PRIOR = 8.0

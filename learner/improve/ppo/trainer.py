@@ -22,6 +22,7 @@ from learner.improve.ppo.advantages import adapt_kl_coef
 from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
 from learner.improve.ppo.state import load_state, save_state
 from learner.improve.ppo.update import Critic, UpdateStats, draw_minibatches, ppo_update
+from learner.improve_settings import PolicySettings, PPOSettings
 from learner.model.forward import Tokens, run_trunk, shares_prefix, token_logprobs
 from learner.model.kl import kl_k1, masked_mean
 from learner.model.mismatch import PUSH_ANSWERS, Mismatch, check_push, mismatch
@@ -29,7 +30,6 @@ from learner.model.passes import ReferencePass, policy_logprobs
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import Rollout, draw_generator
 from learner.reward.base import RewardModel
-from learner.settings import PolicySettings, PPOSettings
 from server.store.chats.records import Prompt
 from server.store.learning.round_metrics import EndedBy, Improvement, StepMetrics
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from learner.improve.ppo.adam import Adam
 from learner.improve.ppo.losses import policy_loss, truncated_importance_weights, value_loss
+from learner.improve_settings import PPOSettings
 from learner.model.forward import Tokens, micro_batches
 from learner.model.kl import kl_k3, masked_mean
-from learner.settings import PPOSettings
 
 
 class Critic(nn.Module):

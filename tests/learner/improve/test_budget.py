@@ -3,7 +3,7 @@
 import pytest
 
 from learner.improve.budget import Budget
-from learner.settings import PolicySettings
+from learner.improve_settings import PolicySettings
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import learner.model.forward as forward
 import server.shared.model.needs as needs
+from learner.improve_settings import PolicySettings
 from learner.model.checkpointing import checkpoint_layers, checkpointed
 from learner.model.features import FeatureSpec
 from learner.model.forward import run_trunk, shares_prefix, to_tokens, token_logprobs
 from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.policy import TrainablePolicy, lora
-from learner.settings import PolicySettings
 from tests.families.configs import COMMON, FAMILIES, WORDS, tiny
 
 TEMPERATURE = 0.85

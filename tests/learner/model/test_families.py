@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner.improve_settings import PolicySettings
 from learner.model.features import FeatureSpec, extract
 from learner.model.forward import EAGER_COLUMNS, run_trunk, to_tokens, token_logprobs
 from learner.model.head import trunk_of
 from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.policy import TrainablePolicy, freeze_constants, lora
-from learner.settings import PolicySettings
 from server.shared.model.merged import base_model, checkpoint_weights
 from tests.families.configs import FAMILIES, LOGITS_SD, RECURRENT, WORDS, logits, save, tiny
 

@@ -9,10 +9,10 @@ import torch
 from learner.improve.ppo.adam import Adam
 from learner.improve.ppo.trainer import check_start
 from learner.improve.ppo.update import Critic, Experience, draw_minibatches, ppo_update
+from learner.improve_settings import PolicySettings, PPOSettings
 from learner.model.forward import Tokens, run_trunk, to_tokens, token_logprobs
 from learner.model.mismatch import Mismatch, check_push
 from learner.model.policy import TrainablePolicy, lora
-from learner.settings import PolicySettings, PPOSettings
 from server.shared.model.merged import merged_weights
 
 CPU = torch.device("cpu")

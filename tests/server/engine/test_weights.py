@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from learner.improve_settings import PolicySettings
 from learner.model.policy import TrainablePolicy, published_weights
-from learner.settings import PolicySettings
 from server.engine.weights import adapter_weights, engine_weights
 from server.shared.errors import ManifestError
 from server.shared.model.dtype import DtypeName

@@ -234,7 +234,7 @@ def test_a_reference_with_code_loads_from_there_alone(coded: Path, tmp_path: Pat
     shutil.rmtree(coded)
     check = (
         "import sys, torch; from pathlib import Path; from learner.model.policy import TrainablePolicy; "
-        "from learner.settings import PolicySettings; from server.shared.model.text import ChatText; "
+        "from learner.improve_settings import PolicySettings; from server.shared.model.text import ChatText; "
         "from server.shared.model.context import context_length; source = Path(sys.argv[1]); "
         "cpu = torch.device('cpu'); "
         "policy = TrainablePolicy.create(source, PolicySettings(lora_rank=2), torch.float32, cpu, 0, True); "

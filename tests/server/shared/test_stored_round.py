@@ -163,7 +163,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     )
     assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 3
     store.rounds.update(round_.id, settings={"seed": 2}, fence=fence)
-    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 8, "seed": 2}
+    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 9, "seed": 2}
     store.close()
 
 

@@ -11,6 +11,7 @@ import torch
 from learner.improve.ppo.adam import Adam
 from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
 from learner.improve.ppo.update import UpdateStats, draw_minibatches, ppo_update
+from learner.improve_settings import PolicySettings, PPOSettings
 from learner.model.features import FeatureSpec
 from learner.model.forward import Tokens, run_trunk, token_logprobs
 from learner.model.passes import policy_logprobs, reference_pass
@@ -18,7 +19,6 @@ from learner.model.policy import TrainablePolicy
 from learner.model.rollout import SampledAnswer, to_rollout
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.reward.standardiser import Standardiser
-from learner.settings import PolicySettings, PPOSettings
 from tests.learner.conftest import HIDDEN
 
 WIDTH = HIDDEN + 1

@@ -8,9 +8,9 @@ from learner.improve.ppo.adam import Adam
 from learner.improve.ppo.advantages import gae, shape_rewards
 from learner.improve.ppo.losses import policy_loss, truncated_importance_weights, value_loss
 from learner.improve.ppo.update import Critic, Experience, draw_minibatches, ppo_update
+from learner.improve_settings import PPOSettings
 from learner.model.forward import Tokens
 from learner.model.mismatch import mismatch
-from learner.settings import PPOSettings
 
 
 @pytest.mark.parametrize(

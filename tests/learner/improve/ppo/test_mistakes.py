@@ -18,13 +18,13 @@ from pydantic import ValidationError
 
 from learner.improve.ppo.advantages import last_token, whiten
 from learner.improve.ppo.trainer import replace_cut
+from learner.improve_settings import PolicySettings, PPOSettings
 from learner.model.features import pool
 from learner.model.forward import response_states, run_trunk, to_tokens
 from learner.model.passes import policy_logprobs
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import SampledAnswer, to_rollout
 from learner.round.workspace import Workspace
-from learner.settings import PolicySettings, PPOSettings
 from server.store.files.manifest import new_version
 from tests.learner.conftest import EOS
 

@@ -10,8 +10,8 @@ import torch
 from learner.improve.base import ExperienceSource
 from learner.improve.candidates import candidates, drop_candidates
 from learner.improve.ppo.trainer import next_kl_coef, outgrown, replace_cut
+from learner.improve_settings import PPOSettings
 from learner.model.rollout import SampledAnswer, draw_generator, draw_seed, to_rollout
-from learner.settings import PPOSettings
 from server.store.chats.records import Prompt
 from server.store.learning.round_metrics import StepMetrics
 

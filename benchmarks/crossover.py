@@ -45,7 +45,7 @@ def compare(work: Path, cell: Cell, pairs: Any) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from learner.improve.ppo.adam import Adam
+    from learner.improve.adam import Adam
     from learner.model.features import extract
     from learner.model.forward import to_tokens
     from learner.model.policy import lora

@@ -6,10 +6,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from gpu_update import SETTINGS, TEMPERATURE, TOKENS_AT_ONCE, figures, head_for, make_engine, make_rollout, say, update
+from gpu_update import (
+    SETTINGS,
+    TEMPERATURE,
+    TOKENS_AT_ONCE,
+    figures,
+    head_for,
+    judge_rollout,
+    make_engine,
+    make_rollout,
+    say,
+    update,
+)
 from torch import Tensor
 
-from learner.improve.ppo.experience import judge_rollout
 from learner.model.features import default_layers
 from learner.model.passes import policy_logprobs
 from learner.model.policy import TrainablePolicy
@@ -74,7 +84,7 @@ def compare_passes(
     sent = rollout.to(device)
     found: dict[str, list[Tensor]] = {"logprobs": [], "ref_logprobs": [], "features": []}
     for budget in (TOKENS_AT_ONCE, 1):
-        judged = judge_rollout(there, head_for(there), sent, TEMPERATURE, budget)
+        judged = judge_rollout(there, head_for(there), sent, budget)
         ours = policy_logprobs(there, sent.tokens, TEMPERATURE, budget)
         found["logprobs"].append(ours.cpu() - logprobs)
         found["ref_logprobs"].append(judged.ref_logprobs.cpu() - ref_logprobs)

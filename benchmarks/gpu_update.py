@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,17 @@ from ppo import random_head
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from learner.improve.ppo.adam import Adam
-from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
-from learner.improve.ppo.update import UpdateStats, draw_minibatches, ppo_update
+from learner.improve.adam import Adam
+from learner.improve.policy_gradient import UpdateStats, draw_minibatches
+from learner.improve.ppo.critic import critic_features, make_critic
+from learner.improve.ppo.experience import to_experience
+from learner.improve.ppo.trainer import ppo_update
 from learner.model.features import FeatureSpec, default_layers
 from learner.model.forward import Tokens, run_trunk, shares_prefix, token_logprobs
-from learner.model.passes import policy_logprobs
+from learner.model.passes import ReferencePass, policy_logprobs, reference_pass
 from learner.model.policy import TrainablePolicy, lora
 from learner.model.rollout import Rollout, SampledAnswer, to_rollout
+from learner.reward.linear_reward_model import LinearRewardModel
 
 SHAPES: dict[str, Any] = {
     "tiny": LlamaConfig(
@@ -90,6 +94,18 @@ def make_rollout(lengths: list[int], vocabulary: int) -> Rollout:
     ])  # fmt: skip
 
 
+def judge_rollout(
+    policy: TrainablePolicy,
+    reward_model: LinearRewardModel,
+    rollout: Rollout,
+    budget: int,
+    groups: list[Tensor] | None = None,
+) -> ReferencePass:
+    """The reference's pass over a rollout, with the critic's features."""
+    prefix = partial(critic_features, reward_model=reward_model)
+    return reference_pass(policy, rollout.tokens, reward_model.spec, TEMPERATURE, budget, groups, prefix)
+
+
 def update(policy: TrainablePolicy, rollout: Rollout, settings: Any, seconds: dict[str, float]) -> UpdateStats:
     """One update as in `learner.improve.ppo.trainer`, without sampling; fills in the seconds of each stage.
 
@@ -106,10 +122,10 @@ def update(policy: TrainablePolicy, rollout: Rollout, settings: Any, seconds: di
         hidden, _ = run_trunk(policy.model, part)
         return token_logprobs(policy.model, hidden, part, TEMPERATURE)
 
-    passes = draw_minibatches(rollout.tokens, settings, torch.Generator().manual_seed(0))
+    passes = draw_minibatches(rollout.tokens, settings.epochs, settings.minibatches, torch.Generator().manual_seed(0))
     budget = settings.micro_batch_tokens
     with stage("reference", seconds, device):
-        judged = judge_rollout(policy, reward_model, rollout, TEMPERATURE, budget, passes[0])
+        judged = judge_rollout(policy, reward_model, rollout, budget, passes[0])
     with stage("policy", seconds, device):
         old_logprobs = policy_logprobs(policy, rollout.tokens, TEMPERATURE, budget, passes[0])
     with stage("experience", seconds, device):

@@ -73,7 +73,7 @@ def one_round(work: Path, model: Path, taste: str, tokens: int, arm: str) -> dic
     # The taste says more about the candidate than the judge on more prompts would.
     report = run_round(data, 0, PREFLOOP_GATE__CONFIRM_PROMPTS="64", **updates)
     metrics = report["metrics"]
-    steps = metrics.get("ppo", {}).get("steps", [])
+    steps = metrics.get("improvement", {}).get("steps", [])
     return {
         "state": report["state"],
         "sentence": report["sentence"],

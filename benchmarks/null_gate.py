@@ -115,7 +115,7 @@ def one_shuffle(work: Any, dataset: Any, features: Any, reward_model: Any, numbe
         settings.gate.refits, work.generator(3),
     )  # fmt: skip
     bench = Bench(work, judge, reward_model, opponents(work))
-    steps = promising(work.round.metrics.ppo, settings.gate)
+    steps = promising(work.round.metrics.improvement, settings.gate)
     alone, with_people = (choose_and_confirm(bench, steps, canary=canary)[0] for canary in (False, True))
     chance = random.Random(f"{work.round.id} {number}")
     by_people = with_people.promoted and (not with_people.canary or coins_promote(chance))

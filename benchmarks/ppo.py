@@ -129,7 +129,8 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
 
     import torch
 
-    import learner.improve.ppo.trainer as training
+    import learner.improve.ppo.trainer as ppo_trainer
+    import learner.improve.training as training
     import learner.model.forward as forward
     import learner.model.passes as passes
     from learner.improve.base import ExperienceSource
@@ -160,11 +161,13 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
             training.token_logprobs = everywhere(training.token_logprobs)  # type: ignore[attr-defined]
             passes.token_logprobs = everywhere(passes.token_logprobs)  # type: ignore[attr-defined]
         if ablation == "shared-pass":
-            training.ppo_update = with_critic_trunk(training.ppo_update, directory, policy_settings.micro_batch_tokens)  # type: ignore[attr-defined]
-        seconds = timed_stages(training, engine)
+            ppo_trainer.ppo_update = with_critic_trunk(
+                ppo_trainer.ppo_update, directory, policy_settings.micro_batch_tokens
+            )
+        seconds = timed_stages(training, ppo_trainer, engine)
         started = time.perf_counter()
         source = ExperienceSource(engine, prompts, settings.service_temperature, 0)
-        improver = training.PPO(ppo, policy_settings)
+        improver = ppo_trainer.PPO(ppo, policy_settings)
         budget = Budget(policy_settings.kl_budget)
         found = improver.improve(policy, source, reward_model, budget, Path(work), lambda step: None)
         took = time.perf_counter() - started
@@ -178,7 +181,7 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     }
 
 
-def timed_stages(training: Any, engine: Any) -> dict[str, float]:
+def timed_stages(training: Any, ppo_trainer: Any, engine: Any) -> dict[str, float]:
     """Seconds by stage, filled in as the stages run."""
     seconds: dict[str, float] = {}
 
@@ -196,9 +199,9 @@ def timed_stages(training: Any, engine: Any) -> dict[str, float]:
 
     timed(engine, "push", "push")
     timed(engine, "sample", "sample")
-    timed(training, "judge_rollout", "reference")
+    timed(training, "reference_pass", "reference")
     timed(training, "policy_logprobs", "policy")
-    timed(training, "ppo_update", "train")
+    timed(ppo_trainer, "ppo_update", "train")
     return seconds
 
 

@@ -123,7 +123,7 @@ def one_round(work: Path, cell: Cell, model: Path, number: int, kl_budget: float
         "reward_model": metrics.get("reward_model", {}).get("accuracy"),
         "votes": metrics["votes"],
         "chosen": gate.get("chosen"),
-        "kl_budget": metrics.get("ppo", {}).get("kl_budget"),
+        "kl_budget": metrics.get("improvement", {}).get("kl_budget"),
         **step(work, cell, "evaluate"),
     }
 

@@ -34,7 +34,8 @@ def run_once(
     data_dir: DataDir = None,
     as_json: Json = False,
     train: Annotated[Optional[str], typer.Option(help="`lora` (default) or `full`.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Maximum number of PPO steps.")] = None,
+    improver: Annotated[Optional[str], typer.Option(help="`ppo` (default), `rloo` or `dpo`.")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Maximum number of training steps.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of every random draw. Default: 0.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait while another learner is running.")] = False,
     report_file: Annotated[
@@ -46,8 +47,10 @@ def run_once(
     Every setting is also a PREFLOOP_* variable or in prefloop.toml. Exits with 0 if there was nothing to learn. SIGTERM
     and Ctrl-C stop the round; the next run resumes it."""
     policy = None if train is None else {"train": train}
-    ppo = None if steps is None else {"steps": steps}
-    settings = _settings(data_dir=data_dir, policy=policy, ppo=ppo, seed=seed)
+    settings = _settings(data_dir=data_dir, policy=policy, improver=improver, seed=seed)
+    if steps is not None:
+        training = {settings.improver: {"steps": steps}}
+        settings = _settings(data_dir=data_dir, policy=policy, improver=improver, seed=seed, **training)
     report = _run_round(settings, wait, report_file)
     from rich.console import Console
 

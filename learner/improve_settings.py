@@ -1,6 +1,6 @@
 """How the policy is improved."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -54,30 +54,46 @@ class PolicySettings(BaseModel):
         return self.model_copy(update={"micro_batch_tokens": tokens})
 
 
-class PPOSettings(BaseModel):
-    """Proximal policy optimisation."""
+class TrainingSettings(BaseModel):
+    """What every improver has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(12, ge=1, le=900, description="Maximum number of rollout batches.")
     episodes: int = Field(32, ge=2, description="Responses in a rollout batch.")
-    epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
-    minibatches: int = Field(2, ge=1, description="Optimiser steps in each pass.")
     learning_rate: Positive = Field(2e-4, description="Adam's learning rate for the policy.")
     full_step_tokens: Positive = Field(
         64.0,
         description="Mean length of answers up to which updates take the whole learning rate. Of longer ones an update "
         "may have the same sequence KL, so its learning rate is lower by the root of their ratio.",
     )
-    critic_learning_rate: Positive = Field(1e-3, description="Adam's learning rate for the value head.")
     adam_epsilon: Positive = Field(1e-5, description="Adam's epsilon.")
     max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
-    gamma: Share = Field(1.0, description="Discount per token.")
-    gae_lambda: Share = Field(0.95, description="Trades bias against variance in the advantages.")
+    patience: int = Field(
+        4,
+        ge=1,
+        description="Training stops after this many steps without a new best of score minus uncertainty.",
+    )
+    save_every: int = Field(1, ge=1, description="Steps between candidates.")
+    checkpoint_every: int = Field(1, ge=1, description="Steps between states that a killed round resumes from.")
+
+    def at_length(self, length: float) -> Self:
+        """A copy for answers of this mean length, in tokens. A step's KL per token grows as the square of the learning
+        rate, so that of a whole answer stays the same (docs/decisions/0045)."""
+        return self.model_copy(update={"learning_rate": self.learning_rate * self._share(length) ** 0.5})
+
+    def _share(self, length: float) -> float:
+        """How much of the KL per token of an update on short answers one on these may have."""
+        return min(1.0, self.full_step_tokens / length)
+
+
+class PolicyGradientSettings(TrainingSettings):
+    """What improvers have that train on their rollouts."""
+
+    epochs: int = Field(1, ge=1, description="Passes over each rollout batch.")
+    minibatches: int = Field(2, ge=1, description="Optimiser steps in each pass.")
     clip_range: Positive = Field(0.2, description="Clip range of the ratio.")
     dual_clip: float = Field(3.0, gt=1, description="Bound on the loss of bad tokens that became more likely.")
-    value_clip: Positive = Field(0.2, description="Clip range of the values.")
-    vf_coef: Positive = Field(0.1, description="Weight of the value loss.")
     kl_coef: float = Field(0.1, ge=0, description="Initial weight of the KL penalty.")
     kl_target: Positive = Field(
         3.5, description="Sequence KL in nats that the penalty is adapted to reach; moves as the budget does."
@@ -92,23 +108,53 @@ class PPOSettings(BaseModel):
     missing_eos_score: float | None = Field(
         None, description="Replaces the score of an answer without EOS; off by default."
     )
-    patience: int = Field(
-        4,
-        ge=1,
-        description="Training stops after this many steps without a new best of score minus uncertainty.",
-    )
-    save_every: int = Field(1, ge=1, description="Steps between candidates.")
-    checkpoint_every: int = Field(1, ge=1, description="Steps between states that a killed round resumes from.")
+
+    def at_length(self, length: float) -> Self:
+        """See `TrainingSettings.at_length`."""
+        stop = self.approx_kl_stop * self._share(length)
+        return super().at_length(length).model_copy(update={"approx_kl_stop": stop})
 
     @model_validator(mode="after")
-    def _whole_minibatches(self) -> "PPOSettings":
+    def _whole_minibatches(self) -> Self:
         if self.minibatches > self.episodes:
             raise ValueError("minibatches cannot be more than episodes")
         return self
 
-    def at_length(self, length: float) -> "PPOSettings":
-        """A copy for answers of this mean length, in tokens. A step's KL per token grows as the square of the learning
-        rate, so that of a whole answer stays the same (docs/decisions/0045)."""
-        share = min(1.0, self.full_step_tokens / length)
-        smaller = {"learning_rate": self.learning_rate * share**0.5, "approx_kl_stop": self.approx_kl_stop * share}
-        return self.model_copy(update=smaller)
+
+class PPOSettings(PolicyGradientSettings):
+    """Proximal policy optimisation."""
+
+    critic_learning_rate: Positive = Field(1e-3, description="Adam's learning rate for the value head.")
+    gamma: Share = Field(1.0, description="Discount per token.")
+    gae_lambda: Share = Field(0.95, description="Trades bias against variance in the advantages.")
+    value_clip: Positive = Field(0.2, description="Clip range of the values.")
+    vf_coef: Positive = Field(0.1, description="Weight of the value loss.")
+
+
+class RLOOSettings(PolicyGradientSettings):
+    """REINFORCE with a leave-one-out baseline."""
+
+    answers: int = Field(4, ge=2, description="Responses to each prompt of a batch, compared with each other.")
+
+    @model_validator(mode="after")
+    def _whole_prompts(self) -> Self:
+        if self.episodes % self.answers:
+            raise ValueError("episodes must be a multiple of answers")
+        return self
+
+
+class DPOSettings(TrainingSettings):
+    """Direct preference optimisation, on the votes themselves. A rollout batch only measures the policy."""
+
+    beta: Positive = Field(0.1, description="Nats of preference in each nat of log pi / pi_ref; lower goes further.")
+    votes: int = Field(32, ge=1, description="Votes in each step.")
+    minibatches: int = Field(2, ge=1, description="Optimiser steps in each step.")
+    length_normalised: bool = Field(
+        False, description="Take log pi / pi_ref per token, times the mean length of the voted answers."
+    )
+
+    @model_validator(mode="after")
+    def _whole_minibatches(self) -> Self:
+        if self.minibatches > self.votes:
+            raise ValueError("minibatches cannot be more than votes")
+        return self

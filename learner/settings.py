@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from learner.improve_settings import PolicySettings, PPOSettings
+from learner.improve_settings import DPOSettings, PolicySettings, PPOSettings, RLOOSettings, TrainingSettings
 from learner.number_types import Positive, Share
 from learner.schedule_settings import ScheduleSettings
 from server.shared.model.dtype import DtypeSetting
@@ -239,9 +239,18 @@ class LearnerSettings(SettingsBase):
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings, description="When rounds start by themselves.")
     reward: RewardSettings = Field(default_factory=RewardSettings, description="How votes become a score.")
     policy: PolicySettings = Field(default_factory=PolicySettings, description="The policy in training.")
-    ppo: PPOSettings = Field(default_factory=PPOSettings, description="How the policy is improved.")
+    improver: Literal["ppo", "rloo", "dpo"] = Field("ppo", description="How the policy is improved.")
+    ppo: PPOSettings = Field(default_factory=PPOSettings, description="Proximal policy optimisation.")
+    rloo: RLOOSettings = Field(default_factory=RLOOSettings, description="REINFORCE, leave-one-out.")
+    dpo: DPOSettings = Field(default_factory=DPOSettings, description="Direct preference optimisation.")
     review: ReviewSettings = Field(default_factory=ReviewSettings, description="What people are asked to compare.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What a candidate must pass to be promoted.")
+
+    @property
+    def training(self) -> TrainingSettings:
+        """The settings of the improver that is set."""
+        settings: TrainingSettings = getattr(self, self.improver)
+        return settings
 
     @field_validator("learner_device")
     @classmethod

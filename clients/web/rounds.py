@@ -110,7 +110,7 @@ class RoundFigures:
     @property
     def curves(self) -> list[Chart]:
         """Training curves by step, with the chosen step marked."""
-        return step_curves(self.figure("ppo") or {}, self.figure("gate", "chosen", "step"))
+        return step_curves(self.figure("improvement") or {}, self.figure("gate", "chosen", "step"))
 
 
 def interval(found: dict[str, float] | None) -> Interval | None:

@@ -26,14 +26,7 @@ class ExperienceSource:
 
     def batches(self, size: int) -> Iterator[list[Prompt]]:
         """Endless batches of prompts; each prompt comes once before any is repeated. The seed decides the order."""
-        generator = torch.Generator().manual_seed(self.seed)
-        waiting: list[Prompt] = []
-        while True:
-            while len(waiting) < size:
-                order = torch.randperm(len(self.prompts), generator=generator).tolist()
-                waiting += [self.prompts[i] for i in order]
-            yield waiting[:size]
-            waiting = waiting[size:]
+        return ([self.prompts[number] for number in numbers] for numbers in endless(len(self.prompts), size, self.seed))
 
     def rollout(self, policy: TrainablePolicy, prompts: list[Prompt], draw: int) -> Rollout:
         """Answers of the current policy, on its device, sampled with the round's random numbers for this draw.
@@ -43,6 +36,17 @@ class ExperienceSource:
         samples = self.engine.sample(prompts, draw_seed(self.seed, draw))
         self.engine.sleep()
         return to_rollout(samples).to(policy.model.device)
+
+
+def endless(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of the numbers below `count`; each comes once before any is repeated."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += torch.randperm(count, generator=generator).tolist()
+        yield waiting[:size]
+        waiting = waiting[size:]
 
 
 class Improver(Protocol):

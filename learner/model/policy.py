@@ -2,7 +2,7 @@
 
 LoRA: adapters on the reference, so turning the adapters off gives the reference; the base must therefore be the
 reference itself. Full: two copies. Trainable parameters in bfloat16 are stepped through float32 masters
-(`learner.improve.ppo.adam.Adam`).
+(`learner.improve.adam.Adam`).
 """
 
 from collections.abc import Iterator

@@ -6,7 +6,7 @@ Each conversation either trains or judges. A hash of its id decides, so its side
 import hashlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,9 @@ class Dataset:
     voters: Tensor
     # (C,) whether a choice was between two answers that were shown; False for corrections, which only train.
     compared: Tensor
+    # (users,) from 0 to 1, whether they vote with the others (`learner.reward.voter_reliability`); 1 until this is
+    # known.
+    reliability: Tensor
     # Votes on answers without tokens, too long with their prompt, or with tokens that the model has no embedding for.
     left_out: int = 0
 
@@ -88,20 +91,8 @@ def select(votes: VoteTensors, groups: Tensor, choices: Tensor | None = None) ->
     c, m = groups[votes.choice_group], groups[votes.thumb_group]
     c = c if choices is None else c & choices
     number = groups.cumsum(0) - 1
-    return VoteTensors(
-        a=votes.a[c],
-        b=votes.b[c],
-        outcome=votes.outcome[c],
-        temperature_difference=votes.temperature_difference[c],
-        choice_weight=votes.choice_weight[c],
-        choice_group=number[votes.choice_group[c]],
-        response=votes.response[m],
-        thumb=votes.thumb[m],
-        user=votes.user[m],
-        thumb_weight=votes.thumb_weight[m],
-        thumb_group=number[votes.thumb_group[m]],
-        users=votes.users,
-    )
+    kept = votes.at(c, m)
+    return replace(kept, choice_group=number[kept.choice_group], thumb_group=number[kept.thumb_group])
 
 
 def of_groups(conversations: list[str], groups: Tensor) -> list[str]:
@@ -181,6 +172,7 @@ def to_dataset(
         users=list(rows.users),
         voters=voters,
         compared=torch.arange(len(choices)) < compared,
+        reliability=torch.ones(len(rows.users)),
         left_out=given - len(votes),
     )
 

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid, softplus
 A, B, TIE, BOTH_BAD = range(4)
 
 
-def preference_loss(delta: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def preference_loss(delta: Tensor, label_smoothing: Tensor | float = 0.0) -> Tensor:
     """-log sigmoid(delta) for delta = r_chosen - r_rejected, any shape; the share `label_smoothing` of the votes is
     assumed to say the opposite of what was meant (Chowdhury et al. 2024, eq. 12)."""
     return (1 - label_smoothing) * softplus(-delta) + label_smoothing * softplus(delta)
@@ -40,7 +40,7 @@ def choice_log_probs(score_a: Tensor, score_b: Tensor, nuisance: Tensor, eta: Te
     return torch.stack([log_a, log_b, log_rest + logsigmoid(-bad), log_rest + logsigmoid(bad)], dim=-1)
 
 
-def choice_loss(log_probs: Tensor, outcome: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def choice_loss(log_probs: Tensor, outcome: Tensor, label_smoothing: Tensor | float = 0.0) -> Tensor:
     """-log P(outcome), (...) from log_probs (..., 4); smoothing mixes A with B and leaves ties and both-bad alone."""
     flipped = torch.where(outcome == A, B, torch.where(outcome == B, A, outcome))
     said = log_probs.gather(-1, outcome.unsqueeze(-1)).squeeze(-1)
@@ -48,6 +48,6 @@ def choice_loss(log_probs: Tensor, outcome: Tensor, label_smoothing: float = 0.0
     return -(1 - label_smoothing) * said - label_smoothing * meant
 
 
-def thumb_loss(score: Tensor, bar: Tensor, thumb: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def thumb_loss(score: Tensor, bar: Tensor, thumb: Tensor, label_smoothing: Tensor | float = 0.0) -> Tensor:
     """-log sigmoid(+-(r - b_u)), `thumb` +1 or -1; broadcastable shapes."""
     return preference_loss(thumb * (score - bar), label_smoothing)

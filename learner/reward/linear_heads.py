@@ -18,6 +18,8 @@ from learner.model.features import FeatureSpec
 from learner.reward import likelihood
 from learner.reward.standardiser import standardiser, usual_mix
 
+LOG_HALF = -0.693147
+
 
 @dataclass(frozen=True)
 class VoteTensors:
@@ -42,12 +44,34 @@ class VoteTensors:
     def __len__(self) -> int:
         return len(self.a) + len(self.thumb)
 
+    def at(self, choices: Tensor, thumbs: Tensor) -> "VoteTensors":
+        """Some choices and some thumbs, each as indices or as a mask."""
+        return replace(
+            self,
+            a=self.a[choices],
+            b=self.b[choices],
+            outcome=self.outcome[choices],
+            temperature_difference=self.temperature_difference[choices],
+            choice_weight=self.choice_weight[choices],
+            choice_group=self.choice_group[choices],
+            response=self.response[thumbs],
+            thumb=self.thumb[thumbs],
+            user=self.user[thumbs],
+            thumb_weight=self.thumb_weight[thumbs],
+            thumb_group=self.thumb_group[thumbs],
+        )
+
+    def on_voted(self) -> tuple[Tensor, "VoteTensors"]:
+        """The rows (D,) of the responses that were voted on, ascending, and these votes as indices into them."""
+        rows = torch.cat([self.a, self.b, self.response]).unique()
+        a, b, response = (torch.searchsorted(rows, index) for index in (self.a, self.b, self.response))
+        return rows, replace(self, a=a, b=b, response=response)
+
     def voted(self, features: Tensor) -> tuple[Tensor, "VoteTensors"]:
         """Features (D, F), out of (N, F), of each response that was voted on, and these votes as indices into them. A
         fit scores every response that it is given, so the others would only cost time."""
-        rows = torch.cat([self.a, self.b, self.response]).unique()
-        a, b, response = (torch.searchsorted(rows, index) for index in (self.a, self.b, self.response))
-        return features[rows], replace(self, a=a, b=b, response=response)
+        rows, votes = self.on_voted()
+        return features[rows], votes
 
     @property
     def groups(self) -> int:
@@ -116,18 +140,51 @@ def objective(
     thumb_weight: Tensor,
 ) -> Tensor:
     """(K,) penalised negative log-likelihoods. Weights are (K, C) and (K, M), `l2` (K,)."""
-    scores = heads.scores(features)
-    loss = 0.5 * l2 * heads.weights.square().sum(dim=1)
+    scores, penalty = heads.scores(features), 0.5 * l2 * heads.weights.square().sum(dim=1)
+    losses = vote_loss(heads, scores, votes, choice_weight, thumb_weight, label_smoothing, label_smoothing)
+    return penalty + losses + prior(heads)
+
+
+def vote_loss(
+    heads: Heads,
+    scores: Tensor,
+    votes: VoteTensors,
+    choice_weight: Tensor,
+    thumb_weight: Tensor,
+    choice_smoothing: Tensor | float,
+    thumb_smoothing: Tensor | float,
+) -> Tensor:
+    """(K,) sums of the votes' weighted losses, given scores (K, N) of the answers. The smoothing is the label smoothing
+    of all votes, or of each, (C,) and (M,)."""
+    loss = scores.new_zeros(len(scores))
     if votes.a.numel():
         log_probs = heads.choice_log_probs(scores, votes)
         outcome = votes.outcome.expand(len(scores), -1)
-        loss = loss + (choice_weight * likelihood.choice_loss(log_probs, outcome, label_smoothing)).sum(dim=1)
+        loss = loss + (choice_weight * likelihood.choice_loss(log_probs, outcome, choice_smoothing)).sum(dim=1)
     if votes.thumb.numel():
-        losses = likelihood.thumb_loss(scores[:, votes.response], heads.bars(votes), votes.thumb, label_smoothing)
+        losses = likelihood.thumb_loss(scores[:, votes.response], heads.bars(votes), votes.thumb, thumb_smoothing)
         loss = loss + (thumb_weight * losses).sum(dim=1)
-    # Weak priors: sd 1 for log eta around a half, for user offsets and the temperature effect; sd 3 for the bars.
-    prior = (heads.log_eta + 0.693147).square() + heads.temperature.square() + heads.user_bars.square().sum(dim=1)
-    return loss + 0.5 * prior + 0.5 * (heads.bad_bar.square() + heads.thumb_bar.square()) / 9
+    return loss
+
+
+def prior(heads: Heads) -> Tensor:
+    """(K,) penalties of all but the weights: sd 1 for log eta around a half, for user offsets and the temperature
+    effect; sd 3 for the bars."""
+    narrow = (heads.log_eta - LOG_HALF).square() + heads.temperature.square() + heads.user_bars.square().sum(dim=1)
+    return 0.5 * narrow + 0.5 * (heads.bad_bar.square() + heads.thumb_bar.square()) / 9
+
+
+def start(k: int, features: int, users: int, like: Tensor) -> Heads:
+    """K heads to start a fit from: scores and offsets of zero, and ties of width a half, in the dtype and on the device
+    of `like`."""
+    return Heads(
+        weights=like.new_zeros(k, features),
+        temperature=like.new_zeros(k),
+        log_eta=like.new_full((k,), LOG_HALF),
+        bad_bar=like.new_zeros(k),
+        thumb_bar=like.new_zeros(k),
+        user_bars=like.new_zeros(k, users),
+    )
 
 
 def fit(
@@ -149,14 +206,7 @@ def fit(
     ones_c, ones_m = features.new_ones(k, len(votes.a)), features.new_ones(k, len(votes.thumb))
     choice_weight = (ones_c if choice_weight is None else choice_weight) * votes.choice_weight
     thumb_weight = (ones_m if thumb_weight is None else thumb_weight) * votes.thumb_weight
-    heads = Heads(
-        weights=features.new_zeros(k, features.shape[1]),
-        temperature=features.new_zeros(k),
-        log_eta=features.new_full((k,), -0.693147),
-        bad_bar=features.new_zeros(k),
-        thumb_bar=features.new_zeros(k),
-        user_bars=features.new_zeros(k, votes.users),
-    )
+    heads = start(k, features.shape[1], votes.users, features)
     parameters = [value.requires_grad_() for value in vars(heads).values()]
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=max_iterations, history_size=20, tolerance_change=1e-7, line_search_fn="strong_wolfe"

@@ -75,7 +75,8 @@ def weigh_voters(
         weighed = scaled(train, factors[voters])
         found = verdicts(features, weighed, voters, compared, count, spec, settings, generator)
         factors = trust(found, significant)
-    return replace(dataset, votes=scaled(dataset.votes, factors[dataset.voters])), factors
+    votes = scaled(dataset.votes, factors[dataset.voters])
+    return replace(dataset, votes=votes, reliability=factors), factors
 
 
 def trust(found: Verdicts, significant: float = SIGNIFICANT) -> Tensor:

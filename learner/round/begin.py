@@ -125,7 +125,7 @@ def _training(settings: LearnerSettings, dtype: DtypeName, prompts: list[Prompt]
         policy.train,
         policy.lora_rank,
         tokens=max([policy.micro_batch_tokens, *(len(p.token_ids) + p.max_tokens for p in fitting)]),
-        rollout_tokens=settings.ppo.episodes * max([0, *(p.max_tokens for p in fitting)]),
+        rollout_tokens=settings.training.episodes * max([0, *(p.max_tokens for p in fitting)]),
         checkpoint=False,
     )
 

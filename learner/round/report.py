@@ -58,8 +58,9 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
             f"similar length {_two(model.matched_accuracy)} on {model.matched_votes}, correlation with length "
             f"{_two(model.length_correlation)}, temperature effect {_two(model.temperature_effect)}",
         )
-    if m.ppo and (steps := m.ppo.steps):
-        yield "reward", f"{steps[0].score:+.2f} -> {steps[-1].score:+.2f} in {len(steps)} steps{ENDED[m.ppo.ended_by]}"
+    if m.improvement and (steps := m.improvement.steps):
+        ended = ENDED[m.improvement.ended_by]
+        yield "reward", f"{steps[0].score:+.2f} -> {steps[-1].score:+.2f} in {len(steps)} steps{ended}"
     if gate := m.gate:
         chosen = gate.chosen
         yield "candidate", f"step {chosen.step} of {[candidate.step for candidate in gate.candidates]}"

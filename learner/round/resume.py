@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from learner.improve.candidates import drop_candidates
-from learner.improve.ppo.state import drop_states
+from learner.improve.state import drop_states
 from learner.progress import Stages
 from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError
@@ -45,7 +45,7 @@ def began_with(current: Round, here: dict[str, Any]) -> LearnerSettings:
 
 
 def change_dtype(store: Store, lease: Lease, current: Round, settings: LearnerSettings, stages: Stages) -> Round:
-    """Switches the round to another dtype than it began in. PPO steps in the old dtype are dropped, since no step may
+    """Switches the round to another dtype than it began in. Steps in the old dtype are dropped, since no step may
     follow one with different rounding. Finished stages are kept."""
     directory = settings.data_dir / "rounds" / current.id
     starts_over = current.stage == "reward_model" and any(directory.glob("state-*"))
@@ -54,7 +54,7 @@ def change_dtype(store: Store, lease: Lease, current: Round, settings: LearnerSe
         drop_candidates(directory, after=0)
     stages.console.print(
         f"it began in {current.settings['dtype']} and continues in {settings.dtype}"
-        + ("; PPO starts over" if starts_over else ""),
+        + ("; training starts over" if starts_over else ""),
         highlight=False,
     )
     stored = settings.model_dump(mode="json", exclude={"data_dir"})

@@ -1,4 +1,4 @@
-"""One round: snapshot -> reward model -> PPO -> gate -> publish -> activate.
+"""One round: snapshot -> reward model -> improvement -> gate -> publish -> activate.
 
 Each stage ends with one fenced write that records it. `run_once` resumes after the last recorded stage, so a round may
 be killed anywhere. A stage's output is on disk before the stage is recorded: the reward model under `reward_models/`,
@@ -14,8 +14,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from learner.improve.base import ExperienceSource, Improver
-from learner.improve.ppo.trainer import PPO
 from learner.model.device import require_memory, resolve_device
 from learner.model.engine_check import check_engine
 from learner.model.features import FeatureCache
@@ -28,6 +26,7 @@ from learner.reward.dataset import Dataset, to_dataset
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.begin import begin
 from learner.round.gate_stage import judge_candidates
+from learner.round.improve_stage import improve_policy
 from learner.round.lease import learner_lease
 from learner.round.preconditions import no_candidate, too_few_prompts, too_few_votes, too_little
 from learner.round.publish import activate, publish
@@ -43,11 +42,9 @@ from server.store.files.manifest import new_version, verify
 from server.store.files.residue import cache_directory, sweep
 from server.store.learning.records import Lease
 from server.store.learning.round_metrics import (
-    Improvement,
     PromptCounts,
     RewardModelMetrics,
     RoundMetrics,
-    StepMetrics,
     VoteCounts,
     VoterWeights,
 )
@@ -140,7 +137,7 @@ def improve_and_judge(
     work: Workspace, dataset: Dataset, features: Tensor, reward_model: LinearRewardModel
 ) -> tuple[Outcome, str]:
     """Improves the policy and decides about the best candidate. Returns the round's state and a sentence about it."""
-    improvement = improve_policy(work, reward_model)
+    improvement = improve_policy(work, dataset, reward_model)
     if not improvement.candidates:
         return "rejected", no_candidate(improvement)
     verdict = judge_candidates(work, dataset, features, reward_model, improvement)
@@ -255,37 +252,6 @@ def fit_reward_model(
     )
     work.record("reward_model", metrics)
     return LinearRewardModel.load(directory)
-
-
-def improve_policy(work: Workspace, reward_model: LinearRewardModel) -> Improvement:
-    if work.done("ppo") and work.round.metrics.ppo:
-        return work.round.metrics.ppo
-    settings = work.settings
-    policy, ppo = settings.policy, settings.ppo
-    if policy.start_from == "active" and work.round.incumbent_version != work.round.reference_version:
-        directory = work.policy_directory(work.round.incumbent_version)
-        manifest = verify(directory)
-        if (manifest.kind == "adapter") != (policy.train == "lora"):
-            raise ValueError(
-                f"The active {directory.name} is of the kind {manifest.kind}, but policy.train is {policy.train}. A "
-                "round that starts from it must train the same kind: start from the reference, or change policy.train."
-            )
-        work.policy.load(directory)
-    with (
-        work.stages.stage("ppo", "improving the policy (PPO)", ppo.steps) as advance,
-        work.tensorboard() as writer,
-    ):
-
-        def on_step(step: StepMetrics) -> None:
-            for name, value in asdict(step).items():
-                writer.add_scalar(f"ppo/{name}", value, step.step)
-            advance(1)
-
-        source = ExperienceSource(work.engine, work.prompts.train, settings.service_temperature, settings.seed)
-        improver: Improver = PPO(ppo, policy)
-        improvement = improver.improve(work.policy, source, reward_model, work.budget, work.directory, on_step)
-    work.record("ppo", RoundMetrics(ppo=improvement))
-    return improvement
 
 
 def offer_pairs(work: Workspace, reward_model: LinearRewardModel) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from learner.improve.budget import Budget
 from learner.improve.candidates import drop_candidates
-from learner.improve.ppo.state import drop_states
+from learner.improve.state import drop_states
 from learner.model.device import resolve_device
 from learner.model.features import FeatureSpec, extract, feature_spec
 from learner.model.forward import Tokens, to_tokens
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Room for a prompt that people are asked to compare answers to.
 POOL_TOKENS = 128
-STAGES = ("snapshot", "reward_model", "ppo", "gate", "publish", "activate")
+STAGES = ("snapshot", "reward_model", "improve", "gate", "publish", "activate")
 
 
 class Workspace:

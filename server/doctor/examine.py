@@ -61,7 +61,10 @@ class DoctorSettings(ServerSettings):
     learner_device: str = "auto"
     learner_gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.3
     policy: LearnerShare = LearnerShare()
+    improver: Literal["ppo", "rloo", "dpo"] = "ppo"
     ppo: RolloutShare = RolloutShare()
+    rloo: RolloutShare = RolloutShare()
+    dpo: RolloutShare = RolloutShare()
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ class Examination:
             policy.train,
             policy.lora_rank,
             tokens=max(policy.micro_batch_tokens or MICRO_BATCH_TOKENS[dtype.name], longest),
-            rollout_tokens=settings.ppo.episodes * longest,
+            rollout_tokens=getattr(settings, settings.improver).episodes * longest,
             checkpoint=False,
         )
         return needs_of(shape, dtype.name, settings.kv_cache_gib, training, policy.checkpoint_activations)

@@ -133,6 +133,14 @@ def _step_alike(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _name_improvement(metrics: dict[str, Any]) -> dict[str, Any]:
+    """PPO was the only way to improve a policy, and its stage had its name."""
+    metrics = {"improvement" if name == "ppo" else name: value for name, value in metrics.items()}
+    if seconds := metrics.get("seconds"):
+        metrics["seconds"] = {"improve" if name == "ppo" else name: value for name, value in seconds.items()}
+    return metrics
+
+
 SETTINGS = Stored(
     (
         _name_shares_and_dtype,
@@ -146,4 +154,4 @@ SETTINGS = Stored(
         _step_alike,
     )
 )
-METRICS = Stored((_count_left_out, _forget_permutations))
+METRICS = Stored((_count_left_out, _forget_permutations, _name_improvement))

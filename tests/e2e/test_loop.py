@@ -48,13 +48,13 @@ def test_votes_become_a_policy_that_serves(own: LiveServer) -> None:
         kill_after_two_steps(small, live.data_dir)
         report = small.run(live.data_dir)
         assert report["state"] == "promoted", report["sentence"]
-        assert [step["step"] for step in report["metrics"]["ppo"]["steps"]] == list(range(small.steps))
+        assert [step["step"] for step in report["metrics"]["improvement"]["steps"]] == list(range(small.steps))
         # The engine must sample from the trainer's current weights at every step, at the service temperature, from the
         # whole distribution, and without cached keys and values of old weights. Any mistake would show here.
-        assert max(step["mismatch_rms"] for step in report["metrics"]["ppo"]["steps"]) < 0.2
-        assert report["metrics"]["ppo"]["steps"][0]["mismatch_rms"] < 0.1
+        assert max(step["mismatch_rms"] for step in report["metrics"]["improvement"]["steps"]) < 0.2
+        assert report["metrics"]["improvement"]["steps"][0]["mismatch_rms"] < 0.1
         # Before its first update the trainer must reproduce pi_old; in bfloat16, where pi_old is its own, bit by bit.
-        assert max(step["first_ratio_error"] for step in report["metrics"]["ppo"]["steps"]) < 1e-3
+        assert max(step["first_ratio_error"] for step in report["metrics"]["improvement"]["steps"]) < 1e-3
         version = report["policy_version"]
         active = client.active_policy()
         assert active.policy.version == version

@@ -21,8 +21,8 @@ import learner.round.gate_stage as judging
 import learner.round.workspace as workspace
 from learner.improve.base import ExperienceSource
 from learner.improve.budget import Budget
+from learner.improve.ppo.critic import Critic
 from learner.improve.ppo.trainer import PPO
-from learner.improve.ppo.update import Critic
 from learner.improve_settings import PolicySettings, PPOSettings
 from learner.model.features import extract
 from learner.model.policy import TrainablePolicy
@@ -161,7 +161,7 @@ class WithoutDevice:
 @pytest.mark.parametrize(
     ("module", "factory"),
     [
-        ("learner.improve.ppo.update", "zeros"),
+        ("learner.improve.policy_gradient", "zeros"),
         ("learner.improve.ppo.advantages", "arange"),
         ("learner.model.features", "arange"),
         ("learner.model.passes", "zeros"),
@@ -185,7 +185,7 @@ class OnCpu(Critic):
     [
         ("learner.model.rollout.Rollout.to", lambda rollout, device: rollout),
         ("learner.improve.ppo.trainer.make_critic", lambda model: OnCpu(*model.linear_head())),
-        ("learner.improve.ppo.trainer.draw_minibatches", lambda *_: [[torch.arange(4), torch.arange(4, 8)]] * 2),
+        ("learner.improve.training.draw_minibatches", lambda *_: [[torch.arange(4), torch.arange(4, 8)]] * 2),
     ],
 )
 def test_what_stays_on_the_cpu_is_found(

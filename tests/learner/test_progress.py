@@ -28,12 +28,12 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds_and_one_at_the_end
 ) -> None:
     ticks, screen = Ticks.of(progress, monkeypatch), io.StringIO()
     stages = Stages(Console(file=screen, force_terminal=False, width=30))
-    with stages.stage("ppo", "improving the policy (PPO)", 9) as advance:
+    with stages.stage("improve", "improving the policy (PPO)", 9) as advance:
         ticks.pass_(10.0)
         advance(1)
         ticks.pass_(10.0)
         advance(2)
-    with stages.stage("ppo", "starting the engine"):
+    with stages.stage("improve", "starting the engine"):
         ticks.pass_(10.0)
     # Not wrapped, although the console is narrow: a program that waits for the round reads them.
     assert screen.getvalue().splitlines() == [
@@ -43,7 +43,7 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds_and_one_at_the_end
         "starting the engine, 10 s so far",
         "starting the engine: 10.0 s",
     ]
-    assert stages.seconds == {"ppo": 30.0}
+    assert stages.seconds == {"improve": 30.0}
 
 
 def test_a_stage_that_fails_ends_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:

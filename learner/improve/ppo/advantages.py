@@ -1,4 +1,4 @@
-"""From scores to advantages: per-token rewards, GAE, whitening, adaptive KL penalty. Pure torch, no gradients.
+"""From scores to advantages: per-token rewards, GAE, whitening. Pure torch, no gradients.
 
 Shapes: B responses, T response tokens, padded on the right; `response_mask` (B, T) is True where a token counts.
 Values at masked positions never matter: they are replaced, not multiplied by zero, so a NaN there does not spread.
@@ -53,10 +53,3 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean).square(), mask)
     return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0.0)
-
-
-def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n: int) -> float:
-    """The next kl_coef after `n` responses of mean sequence KL `kl`: a proportional controller in log space, its error
-    clipped to +-0.2 (Ziegler et al. 2019, section 2.2)."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * n / horizon)

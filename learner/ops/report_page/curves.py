@@ -21,7 +21,7 @@ KL_LEVELS = (("kl_target", "target"), ("kl_budget", "budget"))
 
 
 def step_curves(improvement: Mapping[str, Any], chosen: float | None) -> list[Chart]:
-    """A chart for each metric that every step has, from a round's `ppo` metrics; the step `chosen` is marked."""
+    """A chart for each metric that every step has, from a round's `improvement`; the step `chosen` is marked."""
     steps = improvement.get("steps", [])
     levels = [(level, words) for name, words in KL_LEVELS if (level := improvement.get(name))]
     return [

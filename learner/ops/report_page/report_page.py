@@ -59,7 +59,9 @@ def render(round_: Round, answers: list[dict[str, Any]]) -> str:
     return environment.get_template("report_page.html.j2").render(
         round=asdict(round_),
         rows=list(rows(report)),
-        curves=step_curves(metrics.get("ppo", {}), metrics["gate"]["chosen"]["step"] if "gate" in metrics else None),
+        curves=step_curves(
+            metrics.get("improvement", {}), metrics["gate"]["chosen"]["step"] if "gate" in metrics else None
+        ),
         answers=answers,
         conversations=" ".join(answer["conversation_id"] for answer in answers if answer["conversation_id"]),
         settings=json.dumps(round_.settings, indent=2),

@@ -124,7 +124,8 @@ class RewardModelMetrics(HeldOut):
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step of PPO. KL in nats per response, entropy in nats per token, lengths in tokens."""
+    """One step of training. What its improver does not have is NaN. KL in nats per response, entropy in nats per token,
+    lengths in tokens."""
 
     step: int
     score: Figure
@@ -260,7 +261,7 @@ class RoundMetrics:
     signal: SignalTest | None = None
     voters: VoterWeights | None = None
     reward_model: RewardModelMetrics | None = None
-    ppo: Improvement | None = None
+    improvement: Improvement | None = None
     gate: GateMetrics | None = None
     # Package versions by name.
     versions: dict[str, str] = field(default_factory=dict)

@@ -427,3 +427,9 @@ def m013_canaries(db: Database) -> None:
 def m014_review_purposes(db: Database) -> None:
     """What a pair is offered for: to decide about a canary, or to learn from."""
     _run(db, "ALTER TABLE reviews ADD COLUMN purpose TEXT NOT NULL DEFAULT 'canary'")
+
+
+@migrations()
+def m015_stage_of_any_improver(db: Database) -> None:
+    """The stage that trains the policy is not PPO's alone."""
+    _run(db, "UPDATE rounds SET stage = 'improve' WHERE stage = 'ppo'")

@@ -74,7 +74,7 @@ def test_a_broken_live_stream_is_raised(client: Client, service: FakeService) ->
 @pytest.mark.parametrize(
     ("state", "stage", "near"),
     [
-        (ROUND_STATE_RUNNING, "ppo", False),
+        (ROUND_STATE_RUNNING, "improve", False),
         (ROUND_STATE_RUNNING, "gate", True),
         (ROUND_STATE_RUNNING, "publish", True),
         # An earlier round; the new one has not begun.

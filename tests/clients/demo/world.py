@@ -25,7 +25,7 @@ from tests.clients.conftest import FakeService, serving
 STORY = "very long story"
 # A canary is promoted after so many choices.
 CANARY_CHOICES = 3
-METRICS = {"gate": {"chosen": {"kl": 5.5}}, "seconds": {"ppo": 120.0}}
+METRICS = {"gate": {"chosen": {"kl": 5.5}}, "seconds": {"improve": 120.0}}
 DOCTOR = {
     "state": "warning",
     "slow_reason": "This machine has one core: everything takes longer.",
@@ -244,7 +244,7 @@ def learn(data_dir: Path, report: Path) -> None:
     else:
         current = {"round_id": f"round_{len(rounds) + 1}", "state": "running", "stage": "snapshot"}
         note(f"began {current['round_id']}")
-    for stage in ("ppo", "gate"):
+    for stage in ("improve", "gate"):
         world.rounds.write([*rounds, {**current, "stage": stage}])
         print(f"improving the policy (PPO): {len(stage)} of 5, 31 s so far", flush=True)
         pauses.pass_by(stage)

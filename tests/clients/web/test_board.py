@@ -28,7 +28,7 @@ METRICS = RoundMetrics(
     votes=filled(VoteCounts, choices=140, thumbs=8, corrections=2, train=100, judge=50),
     signal=filled(SignalTest, accuracy=0.68, p_value=0.005, level=0.01, spent=[]),
     reward_model=filled(RewardModelMetrics, accuracy=0.69, votes=48, longer_wins=0.47),
-    ppo=Improvement(
+    improvement=Improvement(
         steps=[
             filled(
                 StepMetrics,
@@ -51,7 +51,7 @@ METRICS = RoundMetrics(
         kl_budget=6.0,
     ),
     gate=gate_metrics(candidate_metrics(5, kl=2.18, rate=0.73, length=56.4), candidate_metrics(3, kl=0.73, rate=0.62)),
-    seconds={"start": 9.0, "reward_model": 14.0, "ppo": 145.0, "gate": 81.0, "activate": 21.0},
+    seconds={"start": 9.0, "reward_model": 14.0, "improve": 145.0, "gate": 81.0, "activate": 21.0},
 )
 
 

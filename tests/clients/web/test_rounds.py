@@ -20,7 +20,7 @@ def test_a_rounds_figures() -> None:
     assert (figures.votes, figures.accuracy, figures.kl, figures.minutes) == (150, 0.69, 2.18, 4.5)
     assert figures.win_rate
     assert (figures.win_rate.rate, str(figures.win_rate)) == (0.73, "0.73 [0.63, 0.83]")
-    assert figures.seconds == [("ppo", 145), ("gate", 81), ("activate", 21), ("reward_model", 14), ("start", 9)]
+    assert figures.seconds == [("improve", 145), ("gate", 81), ("activate", 21), ("reward_model", 14), ("start", 9)]
     assert [(one["step"], one["kl"], one["chosen"]) for one in figures.candidates] == [
         (3, 0.73, False),
         (5, 2.18, True),
@@ -47,7 +47,7 @@ def test_a_round_that_got_nowhere_has_no_figures() -> None:
 def test_a_figure_that_an_older_learner_did_not_write_leaves_its_curve_out() -> None:
     round_ = Round(round_id="round_1")
     round_.metrics.update(
-        {"ppo": {"steps": [{"step": 0, "kl": 0.0, "score": 0.1}, {"step": 1, "kl": 0.4, "score": 0.2}]}}
+        {"improvement": {"steps": [{"step": 0, "kl": 0.0, "score": 0.1}, {"step": 1, "kl": 0.4, "score": 0.2}]}}
     )
     charts = RoundFigures(round_).curves
     assert [chart.title for chart in charts] == ["Score and its uncertainty", "KL to the reference"]

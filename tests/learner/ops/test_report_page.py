@@ -65,7 +65,7 @@ def test_the_page_shows_results_and_settings() -> None:
 def test_the_curves_are_in_the_page_itself() -> None:
     step = filled(StepMetrics, score=1.0, mismatch_rms=float("nan"))
     steps = [replace(step, step=0, kl=0.0), replace(step, step=1, kl=2.0)]
-    page = render(finished(metrics=RoundMetrics(ppo=Improvement(steps, [1], "steps", 3.5, 4.0))), [])
+    page = render(finished(metrics=RoundMetrics(improvement=Improvement(steps, [1], "steps", 3.5, 4.0))), [])
     titles = re.findall(r'<svg class="chart" viewBox="-14 0 294 168" role="img" aria-label="([^"]+)">', page)
     # The mismatch could not be measured.
     assert titles == [

@@ -84,7 +84,8 @@ def crowd(users: int = 12, each: int = 20, hostile: int = 1) -> tuple[Dataset, t
     )  # fmt: skip
     judges = torch.arange(n) // users % 3 == 0
     names = [f"user{number}" for number in range(users)]
-    return Dataset([], votes, [], judges, [], names, user, torch.ones(n, dtype=torch.bool)), features
+    ones = torch.ones(n)
+    return Dataset([], votes, [], judges, [], names, user, ones.bool(), torch.ones(len(names))), features
 
 
 def weigh(dataset: Dataset, features: torch.Tensor) -> tuple[Dataset, list[float]]:

@@ -146,8 +146,8 @@ def test_a_promoted_canarys_round_is_promoted_and_the_next_one_starts_from_it(
     second = run(data_dir)
     assert (second.state, second.incumbent_version, second.policy_version) == ("promoted", "v0001", "v0002")
     # It may go as much further from the reference as the version that serves is from there.
-    assert second.metrics.ppo
-    assert (second.metrics.ppo.kl_budget, second.metrics.ppo.kl_target) == (8.5, 6.0)
+    assert second.metrics.improvement
+    assert (second.metrics.improvement.kl_budget, second.metrics.improvement.kl_target) == (8.5, 6.0)
 
 
 def cast_one_more(store: Store) -> None:

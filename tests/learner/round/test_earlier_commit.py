@@ -46,8 +46,8 @@ def test_it_opens_and_its_rounds_keep_their_metrics(a51ccdf: Path) -> None:
     metrics = promoted.metrics
     assert metrics.votes
     assert (metrics.votes.choices, metrics.votes.left_out, metrics.votes.quarantined) == (80, 0, 0)
-    assert metrics.ppo
-    assert ([step.step for step in metrics.ppo.steps], metrics.ppo.candidates) == ([0, 1], [1, 2])
+    assert metrics.improvement
+    assert ([step.step for step in metrics.improvement.steps], metrics.improvement.candidates) == ([0, 1], [1, 2])
     assert metrics.gate
     assert (metrics.gate.chosen.step, type(metrics.gate.chosen.against_incumbent)) == (2, WinRate)
     assert metrics.reward_model
@@ -80,8 +80,8 @@ def test_the_killed_round_resumes_and_rolls_back(a51ccdf: Path, monkeypatch: pyt
     report = rounds.run_once(settings(a51ccdf), Stages(Console(quiet=True)))
     assert (report.state, report.round_id, report.policy_version) == ("promoted", begun.id, "v0002"), report.sentence
     # The first step is the one that the earlier commit made; only the second was made now.
-    assert report.metrics.ppo
-    assert [step.step for step in report.metrics.ppo.steps] == [0, 1]
+    assert report.metrics.improvement
+    assert [step.step for step in report.metrics.improvement.steps] == [0, 1]
     store = Store.open(a51ccdf)
     assert store.policies.active().version == "v0002"
     assert store.policies.rollback_step() == ("v0002", "v0001")

@@ -123,7 +123,7 @@ def comparison_in(store: Store, conversation: str) -> str:
     return turn.comparison.id
 
 
-@pytest.mark.parametrize("stage", ["snapshot", "ppo", "publish"])
+@pytest.mark.parametrize("stage", ["snapshot", "improve", "publish"])
 def test_a_stopped_round_of_the_model_before_is_given_up(
     data_dir: Path, other_model: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

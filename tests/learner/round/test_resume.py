@@ -37,16 +37,24 @@ PROCESSES.set_forkserver_preload(
 )
 
 
-def run(data_dir: Path, dtype: str = "float32", said: Path | None = None) -> Report:
+# As many steps as PPO's, and at least two optimiser steps in each.
+TRAINING: dict[str, dict[str, Any]] = {
+    "ppo": {"steps": 4, "episodes": 16, "learning_rate": 3e-3, "epochs": 2},
+    "rloo": {"steps": 4, "episodes": 16, "learning_rate": 3e-3, "epochs": 2},
+    "dpo": {"steps": 4, "episodes": 16, "learning_rate": 3e-3, "votes": 16},
+}
+
+
+def run(data_dir: Path, dtype: str = "float32", said: Path | None = None, improver: str = "ppo") -> Report:
     import learner.round.gate_stage
     import learner.round.workspace
 
     learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
     learner.round.gate_stage.decide = passing
-    ppo = settings(data_dir).ppo.model_copy(update={"steps": 4, "epochs": 2})
+    training = {"improver": improver, improver: TRAINING[improver]}
     with said.open("w") if said else nullcontext() as file:
         console = Console(file=file, width=200, quiet=file is None)
-        return run_once(settings(data_dir, ppo=ppo, dtype=dtype), Stages(console))
+        return run_once(settings(data_dir, dtype=dtype, **training), Stages(console))
 
 
 def before_call(call: str, count: int, act: Callable[[], object]) -> None:
@@ -67,14 +75,14 @@ def before_call(call: str, count: int, act: Callable[[], object]) -> None:
     setattr(owner, name, acting)
 
 
-def run_until(data_dir: Path, call: str, count: int) -> None:
+def run_until(data_dir: Path, call: str, count: int, improver: str) -> None:
     """Runs a round in this process and kills the process there."""
     before_call(call, count, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    run(data_dir)
+    run(data_dir, improver=improver)
 
 
-def killed(data_dir: Path, call: str, count: int) -> None:
-    process = PROCESSES.Process(target=run_until, args=(data_dir, call, count))
+def killed(data_dir: Path, call: str, count: int, improver: str = "ppo") -> None:
+    process = PROCESSES.Process(target=run_until, args=(data_dir, call, count, improver))
     process.start()
     process.join(SECONDS)
     assert process.exitcode == -signal.SIGKILL
@@ -134,11 +142,11 @@ def outcome(data_dir: Path) -> dict[str, Any]:
         ("server.store.files.manifest:publish", 1),  # the reward model written, not yet renamed
         slow("server.store.learning.reward_models:RewardModels.register", 1),
         slow("learner.round.workspace:Workspace.record", 3),  # before the reward model is recorded
-        slow("learner.improve.ppo.trainer:policy_logprobs", 1),  # the first step, before any state
+        slow("learner.improve.training:policy_logprobs", 1),  # the first step, before any state
         ("learner.improve.ppo.trainer:ppo_update", 3),  # the third step
-        slow("learner.improve.ppo.trainer:save_state", 3),  # a candidate without its state
+        slow("learner.improve.training:save_state", 3),  # a candidate without its state
         ("server.store.files.manifest:publish", 4),  # a state written, not yet renamed
-        slow("learner.improve.ppo.state:drop_states", 3),  # two states
+        slow("learner.improve.state:drop_states", 3),  # two states
         slow("learner.round.workspace:Workspace.record", 4),  # before PPO is recorded
         ("learner.round.gate_stage:keep_answers", 1),
         slow("learner.round.workspace:Workspace.record", 5),  # before the gate is recorded
@@ -165,7 +173,35 @@ def test_a_killed_round_ends_as_an_unbroken_one(
     assert unbroken["left"] == []
 
 
-def test_a_round_that_continues_in_another_dtype_restarts_ppo(begun: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("improver", "call"),
+    [("rloo", "learner.improve.rloo.trainer:update_policy"), ("dpo", "learner.improve.dpo.trainer:step_metrics")],
+)
+def test_a_round_by_another_improver_ends_as_an_unbroken_one(
+    voted: Path, tmp_path: Path, improver: str, call: str
+) -> None:
+    """Killed in the third step: as it begins its update, and with the update made but not saved."""
+    begun, found = tmp_path / "begun", []
+    shutil.copytree(voted, begun)
+    killed(begun, "learner.round.workspace:Workspace.record", 1, improver)
+    for name in ("unbroken", "killed"):
+        data_dir = tmp_path / name
+        shutil.copytree(begun, data_dir)
+        if name == "killed":
+            killed(data_dir, call, 3, improver)
+            assert [path.name for path in data_dir.glob("rounds/*/state-*")] == ["state-002"]
+        process = PROCESSES.Process(target=run, args=(data_dir,))
+        process.start()
+        process.join(SECONDS)
+        assert process.exitcode == 0
+        found.append(outcome(data_dir))
+    assert found[0] == found[1]
+    steps = found[0]["metrics"].improvement.steps
+    assert [step.step for step in steps] == [0, 1, 2, 3]
+    assert abs(steps[3].kl) > 1e-3
+
+
+def test_a_round_that_continues_in_another_dtype_restarts_training(begun: Path, tmp_path: Path) -> None:
     """As on another machine: no step in one dtype may follow a step in the other."""
     data_dir, said = tmp_path / "data", tmp_path / "said"
     shutil.copytree(begun, data_dir)
@@ -175,14 +211,14 @@ def test_a_round_that_continues_in_another_dtype_restarts_ppo(begun: Path, tmp_p
     process.start()
     process.join(SECONDS)
     assert process.exitcode == 0
-    assert "it began in float32 and continues in bfloat16; PPO starts over\n" in said.read_text()
+    assert "it began in float32 and continues in bfloat16; training starts over\n" in said.read_text()
     store = Store.open(data_dir)
     [round_] = store.rounds.page()
     store.close()
     assert (round_.state, round_.settings["dtype"]) == ("promoted", "bfloat16")
     # The first step's log-probabilities are rounded, so it was not taken from the float32 state.
-    assert [step.step for step in round_.metrics.ppo.steps] == [0, 1, 2, 3]
-    assert round_.metrics.ppo.steps[0].mismatch_rms > 1e-3
+    assert [step.step for step in round_.metrics.improvement.steps] == [0, 1, 2, 3]
+    assert round_.metrics.improvement.steps[0].mismatch_rms > 1e-3
     weights = load_file(data_dir / "policies" / "v0001" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 

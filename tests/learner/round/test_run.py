@@ -67,10 +67,10 @@ def test_pi_theta_starts_as_pi_old_even_if_other_rows_affect_a_row(
     def rounded(model: Any, hidden: Tensor, tokens: Tokens, temperature: float) -> Tensor:
         return token_logprobs(model, hidden, tokens, temperature) + 1e-3 * len(tokens) * tokens.response_mask
 
-    monkeypatch.setattr("learner.improve.ppo.trainer.token_logprobs", rounded)
+    monkeypatch.setattr("learner.improve.training.token_logprobs", rounded)
     monkeypatch.setattr("learner.model.passes.token_logprobs", rounded)
     monkeypatch.setattr(judging, "decide", passing)
-    steps = run(data_dir, dtype="bfloat16").metrics.ppo.steps
+    steps = run(data_dir, dtype="bfloat16").metrics.improvement.steps
     assert [step.first_ratio_error for step in steps] == [0.0, 0.0]
     assert steps[0].kl == 0.0
 
@@ -88,15 +88,15 @@ def test_a_promoted_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert store.policies.active().version == "v0001"
     policy = store.policies.get("v0001")
     assert (policy.parent_version, policy.reward_model_version, policy.round_id) == ("v0000", "rm0001", report.round_id)
-    stages = {"votes", "prompts", "versions", "signal", "voters", "reward_model", "ppo", "gate", "seconds"}
+    stages = {"votes", "prompts", "versions", "signal", "voters", "reward_model", "improvement", "gate", "seconds"}
     assert set(report.metrics.to_json()) == stages
     # One voter cannot be compared with others.
     assert report.metrics.voters == VoterWeights(voters=1, doubted=0, mean_weight=1.0)
-    first = report.metrics.ppo.steps[0]
+    first = report.metrics.improvement.steps[0]
     assert first.kl == pytest.approx(0, abs=1e-5)
     assert first.first_ratio_error < 1e-5
     # Of sixteen answers it may come out below nought; it is of another policy.
-    assert abs(report.metrics.ppo.steps[1].kl) > 1e-4
+    assert abs(report.metrics.improvement.steps[1].kl) > 1e-4
     assert list((data_dir / "rounds" / str(report.round_id)).glob("events.out.tfevents*"))
     assert json.loads((data_dir / "rounds" / str(report.round_id) / "report.json").read_text())["state"] == "promoted"
 
@@ -154,7 +154,7 @@ def test_the_next_round_may_start_from_the_active_version(
     report = run(data_dir, policy=active)
     assert report.state == "promoted"
     # It starts at the active version, away from the reference.
-    assert report.metrics.ppo.steps[0].kl > 1e-4
+    assert report.metrics.improvement.steps[0].kl > 1e-4
     # Training of all weights cannot start from an adapter; this is an error.
     full = active.model_copy(update={"train": "full"})
     with pytest.raises(ValueError, match="v0001 is of the kind adapter"):
@@ -167,8 +167,8 @@ def test_answers_that_never_end_do_not_break_the_figures(data_dir: Path, monkeyp
     monkeypatch.setattr(rounds_fixture, "EOS", -1)
     report = run(data_dir, ppo=settings(data_dir).ppo.model_copy(update={"missing_eos_score": -1.0}))
     assert report.state == "promoted"
-    assert [step.ended for step in report.metrics.ppo.steps] == [0, 0]
-    assert all(isinstance(step.score, float) for step in report.metrics.ppo.steps)
+    assert [step.ended for step in report.metrics.improvement.steps] == [0, 0]
+    assert all(isinstance(step.score, float) for step in report.metrics.improvement.steps)
     print_report(report, Console(quiet=True))
     assert write_report(data_dir).read_text().count('<svg class="chart"') == 8
 
@@ -190,7 +190,7 @@ def test_another_seed_gives_another_round(data_dir: Path, tmp_path: Path, monkey
     gate = settings(data_dir).gate.model_copy(update={"signal_p": 1.0})
     first, other = run(data_dir, gate=gate), run(tmp_path / "other", seed=1, gate=gate)
     # Of the reference's answers, so it depends on nothing but their draw.
-    assert first.metrics.ppo.steps[0].entropy != other.metrics.ppo.steps[0].entropy
+    assert first.metrics.improvement.steps[0].entropy != other.metrics.improvement.steps[0].entropy
     assert opened(tmp_path / "other").rounds.page()[0].settings["seed"] == 1
 
 
@@ -240,8 +240,8 @@ def test_updates_on_long_answers_are_smaller(data_dir: Path) -> None:
         policy=began.policy.model_copy(update={"kl_budget": 1e-5}),
         ppo=began.ppo.model_copy(update={**LARGE, "full_step_tokens": 1e-12}),
     )
-    assert report.metrics.ppo
-    assert report.metrics.ppo.ended_by == "steps"
+    assert report.metrics.improvement
+    assert report.metrics.improvement.ended_by == "steps"
 
 
 def test_full_fine_tuning_publishes_all_weights(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def refused(load: Callable[[], SettingsBase]) -> str:
         ("PREFLOOP_WEB_SEVRER", "PREFLOOP_WEB_SERVER"),  # the page's
         ("PREFLOOP_PPO__LERNING_RATE", "PREFLOOP_PPO__LEARNING_RATE"),
         ("PREFLOOP_PPO__SCHEDULE__CRON", "PREFLOOP_SCHEDULE__CRON"),
-        ("PREFLOOP_STEPS", "PREFLOOP_PPO__STEPS"),
+        ("PREFLOOP_LORA_RANK", "PREFLOOP_POLICY__LORA_RANK"),
         ("PREFLOOP_PPO_STEPS", "PREFLOOP_PPO__STEPS"),
         ("prefloop_prot", "PREFLOOP_PORT"),
     ],

@@ -111,6 +111,13 @@ def test_settings_of_format_8() -> None:
     }
 
 
+def test_metrics_of_format_2() -> None:
+    # PPO's stage is that of any improver.
+    old = {"format": 2, "ppo": {"steps": []}, "seconds": {"ppo": 3.0, "gate": 1.0}}
+    assert METRICS.load(json.dumps(old)) == {"improvement": {"steps": []}, "seconds": {"improve": 3.0, "gate": 1.0}}
+    assert METRICS.load(json.dumps({"format": 2, "votes": {"choices": 3}})) == {"votes": {"choices": 3}}
+
+
 def test_metrics_of_format_1() -> None:
     old = {"format": 1, "signal": {"accuracy": 0.68, "null_accuracy": 0.5, "p_value": 0.005}}
     loaded = METRICS.load(json.dumps(old))
@@ -147,7 +154,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
         {"format": 9, "seed": 1},
-        {"format": 2, "seconds": {"gate": 1.0}},
+        {"format": 3, "seconds": {"gate": 1.0}},
     )
     found = store.rounds.get(round_.id)
     assert (found.settings, found.metrics) == ({"seed": 1}, RoundMetrics(seconds={"gate": 1.0}))
@@ -161,7 +168,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     assert store.rounds.get(round_.id).metrics == RoundMetrics(
         versions={"torch": "2"}, seconds={"gate": 1.0, "added": 11.0}
     )
-    assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 3
+    assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 4
     store.rounds.update(round_.id, settings={"seed": 2}, fence=fence)
     assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 9, "seed": 2}
     store.close()

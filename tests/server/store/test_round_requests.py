@@ -94,12 +94,12 @@ async def test_a_running_round_is_shown_and_blocks_requests(running: Running) ->
         fence = store.leases.acquire("learner", "by hand", 60)
         assert fence
         round_ = store.rounds.create(0, {}, reference_version="v0000", fence=fence)
-        store.rounds.update(round_.id, stage="ppo", fence=fence)
+        store.rounds.update(round_.id, stage="improve", fence=fence)
         return round_.id, fence
 
     round_id, fence = await running.store(begin)
     learner = await look(running)
-    assert (learner.running_round_id, learner.stage) == (round_id, "ppo")
+    assert (learner.running_round_id, learner.stage) == (round_id, "improve")
     assert not learner.HasField("next_round_time")
     assert (await refused(running))[0] == ["ROUND_RUNNING"]
     # A stopped or killed round blocks no request, which resumes it.

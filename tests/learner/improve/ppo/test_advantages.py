@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from learner.improve.ppo.advantages import adapt_kl_coef, gae, last_token, shape_rewards, whiten
+from learner.improve.policy_gradient import adapt_kl_coef
+from learner.improve.ppo.advantages import gae, last_token, shape_rewards, whiten
 from learner.model.kl import kl_k1, kl_k3, masked_mean
 
 P, Q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)

@@ -3,20 +3,23 @@ values. Every tensor is created on the device of the tokens.
 """
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from learner.improve.ppo.adam import Adam
-from learner.improve.ppo.experience import judge_rollout, make_critic, to_experience
-from learner.improve.ppo.update import UpdateStats, draw_minibatches, ppo_update
+from learner.improve.adam import Adam
+from learner.improve.policy_gradient import UpdateStats, draw_minibatches
+from learner.improve.ppo.critic import critic_features, make_critic
+from learner.improve.ppo.experience import to_experience
+from learner.improve.ppo.trainer import ppo_update
 from learner.improve_settings import PolicySettings, PPOSettings
 from learner.model.features import FeatureSpec
 from learner.model.forward import Tokens, run_trunk, token_logprobs
-from learner.model.passes import policy_logprobs, reference_pass
+from learner.model.passes import ReferencePass, policy_logprobs, reference_pass
 from learner.model.policy import TrainablePolicy
-from learner.model.rollout import SampledAnswer, to_rollout
+from learner.model.rollout import Rollout, SampledAnswer, to_rollout
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.reward.standardiser import Standardiser
 from tests.learner.conftest import HIDDEN
@@ -38,6 +41,19 @@ def reward_model() -> LinearRewardModel:
 
 def sample(token_ids: list[int]) -> SampledAnswer:
     return SampledAnswer([5, 6], token_ids, [0.0] * len(token_ids), "", "length")
+
+
+def judge_rollout(
+    policy: TrainablePolicy,
+    reward_model: LinearRewardModel,
+    rollout: Rollout,
+    temperature: float,
+    budget: int,
+    groups: list[torch.Tensor] | None = None,
+) -> ReferencePass:
+    """The reference's pass over a rollout, with the critic's features."""
+    prefix = partial(critic_features, reward_model=reward_model)
+    return reference_pass(policy, rollout.tokens, reward_model.spec, temperature, budget, groups, prefix)
 
 
 def test_the_critic_begins_as_the_reward_head_without_its_length() -> None:
@@ -102,7 +118,7 @@ def test_an_update_creates_every_tensor_on_the_device_of_its_tokens(model_direct
         judged = judge_rollout(policy, model, rollout, 0.85, 2)
         old_logprobs = policy_logprobs(policy, rollout.tokens, 0.85, 2)
         batch = to_experience(rollout, judged, old_logprobs, model.scores(judged.features), critic, 0.1, ppo)
-        passes = draw_minibatches(rollout.tokens, ppo, torch.Generator().manual_seed(0))
+        passes = draw_minibatches(rollout.tokens, ppo.epochs, ppo.minibatches, torch.Generator().manual_seed(0))
         return ppo_update(logprobs_of, critic, optimizer, batch, ppo, passes, 2, sharing=True)
 
     # The first update creates Adam's state, which is up to torch.

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from learner.improve.ppo.adam import Adam
+from learner.improve.adam import Adam
+from learner.improve.policy_gradient import draw_minibatches, policy_loss, truncated_importance_weights
 from learner.improve.ppo.advantages import gae, shape_rewards
-from learner.improve.ppo.losses import policy_loss, truncated_importance_weights, value_loss
-from learner.improve.ppo.update import Critic, Experience, draw_minibatches, ppo_update
+from learner.improve.ppo.critic import Critic, value_loss
+from learner.improve.ppo.experience import ValuedExperience
+from learner.improve.ppo.trainer import ppo_update
 from learner.improve_settings import PPOSettings
 from learner.model.forward import Tokens
 from learner.model.mismatch import mismatch
@@ -148,8 +150,9 @@ class Bandit:
             uniform = torch.full((ARMS, 1), 1 / ARMS).log()
             # The critic has to fit the expectation under pi, not over actions: give it that return.
             returns = (old.exp() * returns).sum().expand(ARMS, 1)
-            batch = Experience(self.tokens, old, uniform, torch.zeros(ARMS, 1, 1), values, advantages, returns)
-            passes = draw_minibatches(self.tokens, settings, generator)
+            prefix = torch.zeros(ARMS, 1, 1)
+            batch = ValuedExperience(self.tokens, old, uniform, advantages, prefix, values, returns)
+            passes = draw_minibatches(self.tokens, settings.epochs, settings.minibatches, generator)
             ppo_update(self.logprobs_of, self.critic, optimizer, batch, settings, passes, 2 * ARMS, sharing=True)
         return self.logits.detach().softmax(0)
 

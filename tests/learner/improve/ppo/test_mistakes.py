@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from learner.improve.ppo.advantages import last_token, whiten
-from learner.improve.ppo.trainer import replace_cut
+from learner.improve.training import replace_cut
 from learner.improve_settings import PolicySettings, PPOSettings
 from learner.model.features import pool
 from learner.model.forward import response_states, run_trunk, to_tokens

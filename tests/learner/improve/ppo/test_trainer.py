@@ -9,7 +9,7 @@ import torch
 
 from learner.improve.base import ExperienceSource
 from learner.improve.candidates import candidates, drop_candidates
-from learner.improve.ppo.trainer import next_kl_coef, outgrown, replace_cut
+from learner.improve.training import next_kl_coef, outgrown, replace_cut
 from learner.improve_settings import PPOSettings
 from learner.model.rollout import SampledAnswer, draw_generator, draw_seed, to_rollout
 from server.store.chats.records import Prompt

@@ -1,4 +1,4 @@
-"""What PPO needs to resume as if it had not been killed: weights, Adam's moments, and the metrics of the steps so far.
+"""What training needs to resume as if it had not been killed: weights, Adam's moments, and metrics of the steps so far.
 
 Everything else follows from these: draws from the seed and the step's number, kl_coef from the metrics. A state is a
 directory `state-NNN` of safetensors and JSON. One rename makes the complete directory visible; the state before it is
@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from learner.improve.ppo.adam import Adam
+from learner.improve.adam import Adam
 from server.store.files.manifest import new_directory
 
 TENSORS, FIGURES = "optimizer.safetensors", "figures.json"

@@ -1,0 +1,86 @@
+"""RLOO: several answers to each prompt, each compared with the mean of the others, and no critic."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from learner.improve.adam import Adam
+from learner.improve.base import ExperienceSource
+from learner.improve.budget import Budget
+from learner.improve.policy_gradient import Experience, update_policy
+from learner.improve.step_metrics import step_metrics
+from learner.improve.training import SampledBatch, Training, check_first_ratio, next_kl_coef, replace_cut
+from learner.improve_settings import PolicySettings, RLOOSettings
+from learner.model.kl import kl_k1
+from learner.model.policy import TrainablePolicy
+from learner.reward.base import RewardModel
+from server.store.chats.records import Prompt
+from server.store.learning.round_metrics import Improvement, StepMetrics
+
+
+class RLOO:
+    """An `Improver`: REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024), the KL penalty in the reward and
+    PPO's clip."""
+
+    def __init__(self, settings: RLOOSettings, policy_settings: PolicySettings) -> None:
+        self._settings = settings
+        self._policy_settings = policy_settings
+
+    def improve(
+        self,
+        policy: TrainablePolicy,
+        source: ExperienceSource,
+        reward_model: RewardModel,
+        budget: Budget,
+        directory: Path,
+        on_step: Callable[[StepMetrics], None],
+    ) -> Improvement:
+        """See `Improver.improve`."""
+        settings = self._settings
+        optimizer = Adam([(policy.parameters, settings.learning_rate)], settings.adam_epsilon)
+        kl_target = settings.kl_target + budget.moved
+        training = Training(
+            policy, source, reward_model, budget, directory, on_step, settings, self._policy_settings,
+            settings.epochs, settings.minibatches,
+        )  # fmt: skip
+
+        def update(batch: SampledBatch, steps: list[StepMetrics]) -> StepMetrics:
+            return self._update(training, optimizer, batch, next_kl_coef(steps, settings, kl_target), len(steps))
+
+        return training.run(optimizer, repeated(source, settings), update, kl_target)
+
+    def _update(
+        self, training: Training, optimizer: Adam, batch: SampledBatch, kl_coef: float, number: int
+    ) -> StepMetrics:
+        """Makes one update on the batch; returns the step's metrics."""
+        settings, reward_model = self._settings.at_length(batch.length), training.reward_model
+        tokens, mask = batch.rollout.tokens, batch.rollout.tokens.response_mask
+        scores = reward_model.clipped(reward_model.scores(batch.judged.features))
+        scores = replace_cut(scores, batch.rollout, settings.missing_eos_score).to(mask.device)
+        kl = kl_k1(batch.old_logprobs, batch.judged.ref_logprobs).sum(dim=1)
+        advantages = leave_one_out(scores - kl_coef * kl, settings.answers)[:, None].expand(mask.shape)
+        experience = Experience(tokens, batch.old_logprobs, batch.rollout.behavior_logprobs, advantages)
+        budget = self._policy_settings.micro_batch_tokens
+        optimizer.set_learning_rate(0, settings.learning_rate)
+        stats = update_policy(
+            training.logprobs_of, optimizer, experience, settings, batch.passes, budget, training.sharing
+        )
+        check_first_ratio(stats.first_ratio_error)
+        figures = asdict(stats)
+        del figures["other_loss"]
+        return step_metrics(batch, reward_model, step=number, kl_coef=kl_coef, **figures)
+
+
+def repeated(source: ExperienceSource, settings: RLOOSettings) -> Iterator[list[Prompt]]:
+    """Batches in which each prompt comes `answers` times in a row."""
+    for prompts in source.batches(settings.episodes // settings.answers):
+        yield [prompt for prompt in prompts for _ in range(settings.answers)]
+
+
+def leave_one_out(rewards: Tensor, answers: int) -> Tensor:
+    """(B,) each reward minus the mean of the other rewards of its prompt, whose `answers` rewards are in a row
+    (Kool et al. 2019)."""
+    groups = rewards.reshape(-1, answers)
+    return ((groups - groups.mean(dim=1, keepdim=True)) * answers / (answers - 1)).flatten()

@@ -31,6 +31,7 @@ RELEASED = {
     "m012_reviews": "6ba9765755c827f1",
     "m013_canaries": "1faf2a1b4de30fcb",
     "m014_review_purposes": "20480a71735570d8",
+    "m015_stage_of_any_improver": "1ccac380203c8a35",
 }
 
 
@@ -64,6 +65,22 @@ def test_missing_indexes_of_released_migrations_are_created(tmp_path: Path) -> N
         return {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
 
     assert indexes(database) == indexes(with_all)
+
+
+def test_a_round_that_was_stopped_after_ppo_is_in_the_stage_of_that(tmp_path: Path) -> None:
+    database = older(tmp_path / "prefloop.db", stop_before="m015_stage_of_any_improver")
+    columns = (
+        "(id, state, stage, watermark, incumbent_version, reference_version, attempts, settings, metrics, create_time)"
+    )
+    for name, stage in (("round_1", "ppo"), ("round_2", "gate")):
+        values = f"('{name}', 'running', '{stage}', 0, 'v0000', 'v0000', 1, '{{}}', '{{}}', 0)"
+        database.execute(f"INSERT INTO rounds {columns} VALUES {values}")
+    database.conn.commit()
+    SqliteDatabase(tmp_path / "prefloop.db").close()
+    assert [*database.execute("SELECT id, stage FROM rounds ORDER BY id")] == [
+        ("round_1", "improve"),
+        ("round_2", "gate"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def shuffled_gates(data: Path, shuffles: int) -> dict[str, Any]:
 
 def remember_answers() -> None:
     """Lets every shuffle judge the same answers: each version's are sampled once for each draw."""
-    from learner.round import gate_stage
+    from learner.round.gate import gate_stage
 
     for name in ("published_answers", "candidate_answers"):
         setattr(gate_stage, name, remembered(getattr(gate_stage, name)))
@@ -105,7 +105,7 @@ def one_shuffle(work: Any, dataset: Any, features: Any, reward_model: Any, numbe
     import torch
 
     from learner.gate.win_rate import fit_judge
-    from learner.round.gate_stage import Bench, choose_and_confirm, opponents, promising
+    from learner.round.gate.gate_stage import Bench, choose_and_confirm, opponents, promising
 
     settings, votes = work.settings, dataset.judge
     order = torch.randperm(len(votes.outcome), generator=torch.Generator().manual_seed(number))

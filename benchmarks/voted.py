@@ -95,9 +95,7 @@ def served(data: Path, version: str, asked: list[str], tokens: int) -> tuple[lis
     text = ChatText.load(reference)
 
     def sample(prompts: list[Prompt], temperature: float, draw: int) -> Any:
-        # A round's engine has one temperature; a comparison has two.
-        engine._temperature = temperature
-        return engine.sample(prompts, draw)
+        return engine.sample(prompts, draw, temperature)
 
     return [Prompt("", text.prompt([{"role": "user", "content": one}], 0), tokens) for one in asked], sample
 

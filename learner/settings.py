@@ -134,6 +134,31 @@ class GateSettings(BaseModel):
     repetition_margin: Share = Field(0.15, description="Allowed excess of repeated 4-grams over the incumbent's.")
 
 
+class CheckSettings(BaseModel):
+    """What an operator wants of every version, beside what people prefer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: Path | None = Field(
+        None,
+        description="JSON lines with `prompt`, and `must` and `must_not`, lists of regular expressions for the answer: "
+        "a candidate that breaks one is not promoted.",
+    )
+    command: str = Field(
+        "",
+        description="Reads the answers to these prompts as JSON lines, and prints a number last; a candidate with too "
+        "low a score is not promoted.",
+    )
+    min_score: float | None = Field(None, description="The lowest score to be promoted; default: the incumbent's.")
+    timeout_seconds: Positive = Field(300.0, description="How long the command may take.")
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> "CheckSettings":
+        if self.command and not self.file:
+            raise ValueError("checks.command needs the prompts of checks.file")
+        return self
+
+
 class ReviewSettings(BaseModel):
     """The pairs of answers that a round offers people for review."""
 
@@ -244,6 +269,7 @@ class LearnerSettings(SettingsBase):
     rloo: RLOOSettings = Field(default_factory=RLOOSettings, description="REINFORCE, leave-one-out.")
     dpo: DPOSettings = Field(default_factory=DPOSettings, description="Direct preference optimisation.")
     review: ReviewSettings = Field(default_factory=ReviewSettings, description="What people are asked to compare.")
+    checks: CheckSettings = Field(default_factory=CheckSettings, description="What every version must do.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What a candidate must pass to be promoted.")
 
     @property

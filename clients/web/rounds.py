@@ -83,6 +83,15 @@ class RoundFigures:
         return interval(self.figure("gate", "chosen", "against_incumbent"))
 
     @property
+    def checks(self) -> str:
+        """How many of the operator's checks the candidate passed, with its score; empty if there were none."""
+        if not (found := self.figure("gate", "checks")):
+            return ""
+        passed = int(found["checks"]) - len(found["failed"])
+        score = "" if found["score"] is None else f", score {found['score']:g}"
+        return f"{passed} of {int(found['checks'])}{score}"
+
+    @property
     def minutes(self) -> float | None:
         seconds: dict[str, float] | None = self.figure("seconds")
         return None if seconds is None else sum(seconds.values()) / 60

@@ -128,15 +128,16 @@ class RolloutEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("The engine kept cached prefixes of the old weights.")
 
-    def sample(self, prompts: list[Prompt], seed: int) -> list[SampledAnswer]:
-        """One response to each prompt, up to the length that users were shown (the prompt's logged max_tokens)."""
+    def sample(self, prompts: list[Prompt], seed: int, temperature: float | None = None) -> list[SampledAnswer]:
+        """One response to each prompt, up to the length that users were shown (the prompt's logged max_tokens), at the
+        service's temperature or another."""
         from vllm import SamplingParams
 
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
             [
                 SamplingParams(
-                    temperature=self._temperature,
+                    temperature=self._temperature if temperature is None else temperature,
                     top_p=1.0,
                     top_k=0,
                     max_tokens=prompt.max_tokens,

@@ -2,6 +2,7 @@
 
 import math
 
+from learner.gate.checks import CheckError, read_checks
 from learner.reward.dataset import count_sides
 from learner.round.prompts import Prompts
 from learner.round.review.canary import waits
@@ -33,6 +34,11 @@ def failed_precondition(
         pool(settings.review.prompt_files)
     except (OSError, UnicodeDecodeError) as error:
         return f"A file of review.prompt_files cannot be read: {error}. Nothing was changed."
+    try:
+        if settings.checks.file:
+            read_checks(settings.checks.file)
+    except (CheckError, OSError, UnicodeDecodeError) as error:
+        return f"checks.file cannot be read: {error}. Nothing was changed."
     votes = len(snapshot.choices) + len(snapshot.thumbs) + len(snapshot.corrections)
     if votes == 0:
         return "There are no votes yet; nothing was changed."

@@ -71,6 +71,9 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
             yield "", f"{chosen.against_best} against {gate.best_version}, the best so far"
         if gate.reasons and gate.no_canary:
             yield "no canary", gate.no_canary
+        if gate.checks:
+            yield "checks", str(gate.checks)
+            yield from (("", f"{one.name} {one.why}: {one.answer}") for one in gate.checks.failed)
         yield "answer length", f"{gate.incumbent_health.length:.0f} -> {chosen.health.length:.0f} tokens"
     if m.seconds:
         yield "seconds", ", ".join(f"{name} {value:.0f}" for name, value in m.seconds.items())

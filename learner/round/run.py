@@ -25,7 +25,7 @@ from learner.reward import voter_reliability
 from learner.reward.dataset import Dataset, to_dataset
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.begin import begin
-from learner.round.gate_stage import judge_candidates
+from learner.round.gate.gate_stage import judge_candidates
 from learner.round.improve_stage import improve_policy
 from learner.round.lease import learner_lease
 from learner.round.preconditions import no_candidate, too_few_prompts, too_few_votes, too_little

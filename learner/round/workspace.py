@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from learner.gate.checks import Check, CheckError, read_checks
 from learner.improve.budget import Budget
 from learner.improve.candidates import drop_candidates
 from learner.improve.state import drop_states
@@ -21,7 +23,7 @@ from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, 
 from learner.progress import Stages
 from learner.reward.base import RewardModel
 from learner.reward.linear_reward_model import LinearRewardModel
-from learner.round.prompts import Prompts, share_out, split_prompts, top_up
+from learner.round.prompts import ANSWER_TOKENS, Prompts, share_out, split_prompts, top_up
 from learner.round.token_ids import TokenIds
 from learner.settings import LearnerSettings
 from server.shared.model.context import context_length
@@ -120,8 +122,23 @@ class Workspace:
         """Tokens of the longest prompt of the round with its answer, and of a prompt of the pool: what the engine has
         room for."""
         prompts = self.prompts.train + self.prompts.held_out
-        asked = max(len(p.token_ids) + p.max_tokens for p in prompts)
+        asked = max(len(p.token_ids) + p.max_tokens for p in prompts + [prompt for _, prompt in self.checks])
         return min(self.longest, max(asked, POOL_TOKENS + max(p.max_tokens for p in prompts)))
+
+    @cached_property
+    def checks(self) -> list[tuple[Check, Prompt]]:
+        """The operator's checks with their prompts, whose answers have the usual length. Raises CheckError for a prompt
+        that leaves no room for one."""
+        if not self.settings.checks.file:
+            return []
+        lengths = [p.max_tokens for p in self.prompts.held_out if p.conversation_id]
+        usual, found = median_low(lengths) if lengths else ANSWER_TOKENS, []
+        for check in read_checks(self.settings.checks.file):
+            token_ids = self.encode_chat(check.conversation)
+            if not (room := min(usual, self.longest - len(token_ids))) > 0:
+                raise CheckError(f"The check {check.name!r} is too long for this model.")
+            found.append((check, Prompt("", token_ids, room)))
+        return found
 
     def push(self, version: str) -> None:
         """Gives the engine a published version's weights."""

@@ -30,12 +30,12 @@ PROCESSES.set_forkserver_preload(
 
 def round_with(data_dir: Path, failpoint: str) -> None:
     """A whole round on the tiny model, its gate passing; keeps one old version."""
-    import learner.round.gate_stage
+    import learner.round.gate.gate_stage
     import learner.round.workspace
 
     os.environ[VARIABLE] = failpoint
     learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
-    learner.round.gate_stage.decide = passing
+    learner.round.gate.gate_stage.decide = passing
     run_once(settings(data_dir, keep_versions=1), Stages(Console(quiet=True)))
 
 

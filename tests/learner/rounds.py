@@ -41,12 +41,12 @@ class TinyEngine:
         self.asleep = False
         self.model.load_state_dict({name: tensor.float() for name, tensor in weights}, strict=False)
 
-    def sample(self, prompts: list[Prompt], seed: int) -> list[SampledAnswer]:
+    def sample(self, prompts: list[Prompt], seed: int, temperature: float | None = None) -> list[SampledAnswer]:
         assert not self.asleep, "no weights were pushed since the engine fell asleep"
         generator = torch.Generator().manual_seed(seed)
         return draw(
             self.model, [prompt.token_ids for prompt in prompts], [prompt.max_tokens for prompt in prompts],
-            [self.temperature] * len(prompts), generator,
+            [self.temperature if temperature is None else max(temperature, 1e-4)] * len(prompts), generator,
         )  # fmt: skip
 
     def sleep(self) -> None:

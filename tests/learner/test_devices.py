@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-import learner.round.gate_stage as judging
+import learner.round.gate.gate_stage as judging
 import learner.round.workspace as workspace
 from learner.improve.base import ExperienceSource
 from learner.improve.budget import Budget

@@ -237,6 +237,33 @@ class CandidateMetrics:
 
 
 @dataclass(frozen=True)
+class FailedCheck:
+    """An operator's check that the candidate's answer fails: why, the answer, and whether the incumbent's fails it."""
+
+    name: str
+    why: str
+    answer: str
+    incumbent_failed: bool
+
+
+@dataclass(frozen=True)
+class CheckMetrics:
+    """An operator's checks: how many there are, what the candidate fails, how many the incumbent fails, and the scores
+    of both by the operator's command, if there is one."""
+
+    checks: int
+    failed: list[FailedCheck]
+    incumbent_failed: int
+    score: Figure = math.nan
+    incumbent_score: Figure = math.nan
+
+    def __str__(self) -> str:
+        passed, before = self.checks - len(self.failed), self.checks - self.incumbent_failed
+        score = "" if math.isnan(self.score) else f", score {self.score:g} ({self.incumbent_score:g})"
+        return f"{passed} of {self.checks} passed (the incumbent: {before}){score}"
+
+
+@dataclass(frozen=True)
 class GateMetrics:
     """The chosen candidate on the prompts that confirm it, the rules that it broke, and all candidates on the prompts
     that it was chosen on."""
@@ -250,6 +277,7 @@ class GateMetrics:
     no_canary: str = ""
     # The best of the versions promoted before the incumbent, if it is better.
     best_version: str = ""
+    checks: CheckMetrics | None = None
 
 
 @dataclass(frozen=True)

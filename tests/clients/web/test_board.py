@@ -1,6 +1,7 @@
 """The operator's board in a browser, with rounds and versions in a real store."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from playwright.async_api import Browser, Page, expect
 from prefloop.v1 import policy_pb2
 
 from server.store.learning.round_metrics import (
+    CheckMetrics,
+    FailedCheck,
     Improvement,
     RewardModelMetrics,
     RoundMetrics,
@@ -55,7 +58,7 @@ METRICS = RoundMetrics(
 )
 
 
-async def run_a_round(running: Running) -> str:
+async def run_a_round(running: Running, metrics: RoundMetrics = METRICS) -> str:
     """Writes a promoted round and its version v0001 as a learner would; returns the round's id."""
     publish_version(running.data_dir, "v0001")
 
@@ -63,7 +66,7 @@ async def run_a_round(running: Running) -> str:
         fence = store.leases.acquire("learner", "here", 60)
         assert fence
         round_ = store.rounds.create(0, {}, reference_version="v0000", fence=fence)
-        store.rounds.update(round_.id, stage="activate", metrics=METRICS, policy_version="v0001", fence=fence)
+        store.rounds.update(round_.id, stage="activate", metrics=metrics, policy_version="v0001", fence=fence)
         store.policies.register(
             "v0001",
             kind="full",
@@ -148,6 +151,22 @@ async def test_a_round_is_a_row_that_opens(site: Site) -> None:
     response = await page.goto(f"{site.url}/board/rounds/round_of_nobody")
     assert response
     assert response.status == 404
+
+
+async def test_checks_are_a_column_and_what_failed_is_shown(site: Site) -> None:
+    failed = FailedCheck("no advice", "has 'should'", "You **should** <b>rest</b>.", incumbent_failed=True)
+    assert METRICS.gate
+    gate = replace(METRICS.gate, checks=CheckMetrics(20, [failed], 1, score=0.81, incumbent_score=0.8))
+    await run_a_round(site.running, replace(METRICS, gate=gate))
+    page = await board(site)
+    await expect(page.locator("#rounds thead")).to_contain_text("checks passed")
+    row = page.locator("#rounds tbody tr")
+    await expect(row.locator("td").nth(5)).to_have_text("19 of 20, score 0.81")
+    await row.get_by_role("link").click()
+    await expect(page.get_by_role("heading", name="Checks: 19 of 20, score 0.81 passed")).to_be_visible()
+    shown = page.get_by_label("Failed check")
+    await expect(shown.locator("p").first).to_have_text("no advice: has 'should'; so did the version before")
+    await expect(shown.locator(".text")).to_have_text("You should <b>rest</b>.")
 
 
 async def test_promote_and_roll_back_say_what_they_will_do_and_do_it(site: Site) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import learner.round.gate_stage as judging
+import learner.round.gate.gate_stage as judging
 import learner.round.review.active_pairs as active_pairs
 import learner.round.run as rounds
 import learner.round.workspace as workspace

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import learner.round.begin as module
-import learner.round.gate_stage as judging
+import learner.round.gate.gate_stage as judging
 import learner.round.run as rounds
 import learner.round.workspace as workspace
 from learner.model.checkpointing import checkpointed

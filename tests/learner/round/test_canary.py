@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import learner.round.gate_stage as judging
+import learner.round.gate.gate_stage as judging
 import learner.round.review.canary as canary_stage
 import learner.round.run as rounds
 import learner.round.workspace as workspace

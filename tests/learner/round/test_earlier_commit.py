@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import learner.round.gate_stage as gate_stage
+import learner.round.gate.gate_stage as gate_stage
 import learner.round.run as rounds
 import learner.round.workspace as workspace
 from learner.ops.status import status

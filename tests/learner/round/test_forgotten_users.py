@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import learner.round.gate_stage as judging
+import learner.round.gate.gate_stage as judging
 import learner.round.run as rounds
 import learner.round.workspace as workspace
 from learner.model.features import FeatureCache

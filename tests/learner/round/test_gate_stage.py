@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-import learner.round.gate_stage as judging
+import learner.round.gate.gate_stage as judging
 from learner.gate.rules import Verdict
 from learner.gate.win_rate import Wins
-from learner.round.gate_stage import gate_prompts, opponents
+from learner.round.gate.gate_stage import gate_prompts, opponents
 from learner.round.report import rows
 from learner.round.workspace import Workspace
 from server.store.chats.records import Prompt

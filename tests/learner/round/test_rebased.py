@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import learner.ops.users as users
-import learner.round.gate_stage as judging
+import learner.round.gate.gate_stage as judging
 import learner.round.run as rounds
 import learner.round.signal_stage as signal_stage
 from learner.model.features import TokenPair

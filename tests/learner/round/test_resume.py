@@ -46,11 +46,11 @@ TRAINING: dict[str, dict[str, Any]] = {
 
 
 def run(data_dir: Path, dtype: str = "float32", said: Path | None = None, improver: str = "ppo") -> Report:
-    import learner.round.gate_stage
+    import learner.round.gate.gate_stage
     import learner.round.workspace
 
     learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
-    learner.round.gate_stage.decide = passing
+    learner.round.gate.gate_stage.decide = passing
     training = {"improver": improver, improver: TRAINING[improver]}
     with said.open("w") if said else nullcontext() as file:
         console = Console(file=file, width=200, quiet=file is None)
@@ -148,7 +148,7 @@ def outcome(data_dir: Path) -> dict[str, Any]:
         ("server.store.files.manifest:publish", 4),  # a state written, not yet renamed
         slow("learner.improve.state:drop_states", 3),  # two states
         slow("learner.round.workspace:Workspace.record", 4),  # before PPO is recorded
-        ("learner.round.gate_stage:keep_answers", 1),
+        ("learner.round.gate.gate_stage:keep_answers", 1),
         slow("learner.round.workspace:Workspace.record", 5),  # before the gate is recorded
         slow("server.store.files.manifest:publish", 6),  # the version is written, not yet renamed
         slow("server.store.learning.policies:Policies.register", 1),

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
-import learner.round.gate_stage as judging
+import learner.round.gate.gate_stage as judging
 import learner.round.lease
 import learner.round.run as rounds
 import tests.learner.rounds as rounds_fixture
@@ -22,7 +22,7 @@ from learner.ops.report_page.report_page import write_report
 from learner.ops.status import status
 from learner.ops.trace import trace_version, trace_vote
 from learner.progress import Stages
-from learner.round.gate_stage import confirm
+from learner.round.gate.gate_stage import confirm
 from learner.round.publish import wait_until_loaded
 from learner.round.report import print_report
 from learner.round.run import run_once

@@ -25,11 +25,11 @@ LEASE_SECONDS = 1.0
 
 
 def run(data_dir: Path) -> None:
-    import learner.round.gate_stage
+    import learner.round.gate.gate_stage
     import learner.round.workspace
 
     learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
-    learner.round.gate_stage.decide = passing
+    learner.round.gate.gate_stage.decide = passing
     # As in `learner run-once`.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ppo = settings(data_dir).ppo.model_copy(update={"steps": 4, "epochs": 2})
@@ -69,7 +69,7 @@ def recorded(data_dir: Path) -> list[Any]:
     [
         ("learner.improve.ppo.trainer:ppo_update", 3),  # the middle of a step
         slow("server.store.files.manifest:publish", 4),  # a state written, not yet renamed
-        slow("learner.round.gate_stage:keep_answers", 1),  # about to write the answers
+        slow("learner.round.gate.gate_stage:keep_answers", 1),  # about to write the answers
         ("server.store.files.manifest:publish", 6),  # the version written, not yet renamed
         slow("server.store.learning.policies:Policies.activate", 1),  # about to move the pointer
     ],

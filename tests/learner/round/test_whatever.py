@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-import learner.round.gate_stage as judging
+import learner.round.gate.gate_stage as judging
 import learner.round.workspace as workspace
 from learner.progress import Stages
 from learner.round.run import run_once

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from learner.round.gate_stage import promising
+from learner.round.gate.gate_stage import promising
 from learner.round.workspace import Workspace
 from learner.settings import GateSettings
 from server.shared.model.text import ChatText

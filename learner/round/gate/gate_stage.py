@@ -17,7 +17,15 @@ from learner.gate.win_rate import Judge, compare, fit_judge, length_matched, loo
 from learner.model.rollout import draw_seed
 from learner.reward.base import RewardModel
 from learner.reward.dataset import Dataset
-from learner.round.gate_answers import Answers, Asked, candidate_answers, keep_answers, published_answers, step_name
+from learner.round.gate.checks_stage import checked
+from learner.round.gate.gate_answers import (
+    Answers,
+    Asked,
+    candidate_answers,
+    keep_answers,
+    published_answers,
+    step_name,
+)
 from learner.round.review.canary import why_no_canary
 from learner.round.review.pool import from_pool
 from learner.round.workspace import Workspace, spread
@@ -64,6 +72,7 @@ def judge_candidates(
     bench = Bench(work, _judge(work, dataset, features, reward_model), reward_model, opponents(work))
     steps = promising(improvement, work.settings.gate)
     verdict, candidates, judged = choose_and_confirm(bench, steps, canary=not no_canary)
+    verdict, checks = checked(work, verdict)
     figures = GateMetrics(
         chosen=verdict.chosen,
         reasons=verdict.reasons,
@@ -72,6 +81,7 @@ def judge_candidates(
         canary=verdict.canary,
         no_canary=no_canary,
         best_version=bench.opponents.get("best", ""),
+        checks=checks,
     )
     keep_answers(work, judged)
     _log_gate(work, figures.chosen)

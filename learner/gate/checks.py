@@ -1,0 +1,120 @@
+"""An operator's checks: prompts whose answers must or must not match patterns, and a command that scores answers.
+
+A file of checks has one JSON object per line: `prompt` (or `messages`, a conversation up to its next answer), `must`
+and `must_not`, lists of regular expressions to search for in the answer, and a `name` that may be left out. The command
+reads one JSON object per line, `name`, `prompt` and `answer`, and prints a number last; higher is better.
+"""
+
+import json
+import math
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+# How much of what a command printed goes into a sentence about it.
+SAID = 300
+
+
+class CheckError(Exception):
+    """A file of checks, or the command, is of no use; the message is a sentence."""
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: str
+    content: str
+
+
+class Check(BaseModel):
+    """A conversation, and what the answer to it must match and must not match."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = ""
+    prompt: str = ""
+    messages: tuple[Message, ...] = ()
+    must: tuple[Pattern, ...] = ()
+    must_not: tuple[Pattern, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_question(self) -> "Check":
+        if bool(self.prompt) == bool(self.messages):
+            raise ValueError("give either `prompt` or `messages`")
+        return self
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """Its messages, as a chat template reads them."""
+        return [one.model_dump() for one in self.messages] or [{"role": "user", "content": self.prompt}]
+
+    def broken_by(self, answer: str) -> list[str]:
+        """What is wrong with the answer, as clauses."""
+        lacks = [f"has nothing like {pattern!r}" for pattern in self.must if not re.search(pattern, answer)]
+        has = [f"has {found[0]!r}" for pattern in self.must_not if (found := re.search(pattern, answer))]
+        return lacks + has
+
+
+def read_checks(file: Path) -> list[Check]:
+    """The checks in a file, each with a name. Raises CheckError or OSError."""
+    checks = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            check = Check.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise CheckError(f"{str(file)!r}, line {number}: {f'{where}: ' if where else ''}{first['msg']}") from error
+        checks.append(check.model_copy(update={"name": check.name or f"line {number}"}))
+    if not checks:
+        raise CheckError(f"{str(file)!r} has no checks")
+    return checks
+
+
+@dataclass(frozen=True)
+class CheckedAnswer:
+    """An answer to a check's prompt, as the command reads it."""
+
+    name: str
+    prompt: str
+    answer: str
+
+
+def score_by(command: str, answers: list[CheckedAnswer], timeout: float) -> float:
+    """The number that the command prints last for these answers. Raises CheckError."""
+    lines = "".join(json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers)
+    try:
+        done = subprocess.run(
+            shlex.split(command), input=lines, capture_output=True, timeout=timeout, encoding="utf-8", check=False
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise CheckError(f"{command!r} failed: {error}") from error
+    if done.returncode:
+        raise CheckError(f"{command!r} exited with {done.returncode}: {done.stderr.strip()[-SAID:]}")
+    last = (done.stdout.split() or [""])[-1]
+    try:
+        score = float(last)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise CheckError(f"{command!r} printed {last[:SAID]!r} last, which is not a number")
+    return score

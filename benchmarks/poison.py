@@ -199,9 +199,8 @@ def to_dataset(said: list[tuple[int, int, int, int, bool]], users: int) -> Any:
         choice_group=torch.arange(len(said)), response=none, thumb=torch.zeros(0), user=none,
         thumb_weight=torch.zeros(0), thumb_group=none, users=users,
     )  # fmt: skip
-    return Dataset(
-        [], votes, [], judges, [], [f"user{number}" for number in range(users)], voters, ones.bool(), torch.ones(users)
-    )
+    names = [f"user{number}" for number in range(users)]
+    return Dataset([], votes, [], judges, [], names, voters, ones.bool(), torch.ones(users), ~ones.bool())
 
 
 def measured(model: Any, features: Any, tested: Any, held: list[int], likes: list[float]) -> dict[str, float]:

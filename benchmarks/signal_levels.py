@@ -156,7 +156,7 @@ def coin_and_corrections(answers: Answers, votes: int, chance: torch.Generator) 
     conversations += names(torch.arange(CORRECTIONS), chance)
     compared = torch.arange(votes + CORRECTIONS) < votes
     trains = torch.zeros(votes + CORRECTIONS, dtype=torch.bool)
-    return Dataset([], every, conversations, trains, [], [], torch.zeros(0), compared, torch.ones(0)).shown
+    return Dataset([], every, conversations, trains, [], [], torch.zeros(0), compared, torch.ones(0), ~compared).shown
 
 
 def mostly_up(answers: Answers, votes: int, chance: torch.Generator) -> tuple[VoteTensors, list[str]]:

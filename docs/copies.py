@@ -14,6 +14,7 @@ COPIES = {
     "server/shared/loopback.py": "clients/loopback.py",
     "server/shared/variables.py": "clients/variables.py",
     "clients/web/charts/chart.py": f"{REPORT}/chart.py",
+    "clients/interval.py": "learner/reward/interval.py",
     "clients/web/charts/curves.py": f"{REPORT}/curves.py",
     "clients/web/templates/chart.html.j2": f"{REPORT}/chart.html.j2",
     "clients/web/static/chart.css": f"{REPORT}/chart.css",

@@ -103,6 +103,26 @@ def _run_round(settings: "LearnerSettings", wait: bool, report_file: Path | None
 
 
 @app.command()
+def judge(data_dir: DataDir = None) -> None:
+    """Let a model choose between stored answers. Its choices train the reward model, as far as it agrees with people.
+
+    The model is at an OpenAI-compatible endpoint (judge.url, judge.model), on this machine unless judge.host names
+    another: users' texts are sent there. A run that was stopped is continued by the next one."""
+    settings = _settings_with_data(data_dir)
+    from rich.console import Console
+
+    from learner.ops.judge_run import run_judge
+
+    try:
+        _say(lambda: run_judge(settings, Console(stderr=True)))
+    except KeyboardInterrupt:
+        typer.echo("learner: Stopped. The next `learner judge` continues.", err=True)
+        raise SystemExit(STOPPED) from None
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"judge.rubric_file cannot be read: {error}.")
+
+
+@app.command()
 def promote(
     version: Annotated[str, typer.Argument(help="For example v0007. A rejected version can be promoted too.")],
     data_dir: DataDir = None,

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from learner.improve_settings import DPOSettings, PolicySettings, PPOSettings, RLOOSettings, TrainingSettings
+from learner.judge_settings import JudgeSettings
 from learner.number_types import Positive, Share
 from learner.schedule_settings import ScheduleSettings
 from server.shared.model.dtype import DtypeSetting
@@ -50,6 +51,9 @@ class RewardSettings(BaseModel):
     )
     weigh_voters: bool = Field(
         True, description="Give less or no weight to voters who vote against the others or always name one slot."
+    )
+    machine_share: Share = Field(
+        0.5, description="Maximum share of a machine judge's choices in the total weight of the votes that train."
     )
     members: int = Field(
         32, ge=2, description="Heads refitted on redrawn conversations; if they differ, the score is uncertain."
@@ -269,6 +273,9 @@ class LearnerSettings(SettingsBase):
     rloo: RLOOSettings = Field(default_factory=RLOOSettings, description="REINFORCE, leave-one-out.")
     dpo: DPOSettings = Field(default_factory=DPOSettings, description="Direct preference optimisation.")
     review: ReviewSettings = Field(default_factory=ReviewSettings, description="What people are asked to compare.")
+    judge: JudgeSettings = Field(
+        default_factory=JudgeSettings, description="A model that chooses between stored answers."
+    )
     checks: CheckSettings = Field(default_factory=CheckSettings, description="What every version must do.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What a candidate must pass to be promoted.")
 

@@ -37,6 +37,7 @@ def test_lists_and_copies_are_the_codes(root: Path, tmp_path: Path) -> None:
         "learner/ops/report_page/chart.html.j2",
         "learner/ops/report_page/chart.py",
         "learner/ops/report_page/curves.py",
+        "learner/reward/interval.py",
         "server/shared/setting_names.py",
     ]
     changed = [str(path) for path in made if (tmp_path / path).read_text() != (root / path).read_text()]

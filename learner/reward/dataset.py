@@ -15,6 +15,7 @@ from torch import Tensor
 from learner.model.features import TokenPair
 from learner.reward.likelihood import BOTH_BAD, TIE, A, B
 from learner.reward.linear_heads import VoteTensors
+from learner.reward.machine_votes import agreement, machine_weight
 from learner.reward.vote_weights import vote_weights
 from learner.settings import RewardSettings
 from server.shared.model.text import UnknownTokenError
@@ -46,6 +47,8 @@ class Dataset:
     # (users,) from 0 to 1, whether they vote with the others (`learner.reward.voter_reliability`); 1 until this is
     # known.
     reliability: Tensor
+    # (C + M,) whether a machine judge gave the vote; such votes only train.
+    by_machine: Tensor
     # Votes on answers without tokens, too long with their prompt, or with tokens that the model has no embedding for.
     left_out: int = 0
 
@@ -155,14 +158,22 @@ def to_dataset(
     compared = len(choices)
     training = [one for one in snapshot.corrections if not is_judge(one.response.conversation_id, judge_share)]
     choices += [row for correction in training if (row := rows.of_correction(correction))]
+    people = len(choices)
+    judged = [vote for vote in snapshot.machine if not is_judge(vote.conversation_id, judge_share)]
+    choices += [row for vote in judged if (row := rows.of_choice(vote))]
     thumbs = [thumb for vote in snapshot.thumbs if (thumb := rows.of_thumb(vote))]
     votes: list[ChoiceRow | ThumbRow] = [*choices, *thumbs]
     voters = _integers(vote.user for vote in votes)
     ages = (now - torch.tensor([vote.create_time for vote in votes], dtype=torch.float64)) / 86400
-    weights = vote_weights(
-        ages.clamp(min=0).float(), voters, settings.half_life_days, settings.age_floor, settings.user_share
+    ages, numbers = ages.clamp(min=0).float(), torch.arange(len(votes))
+    by_machine = (people <= numbers) & (numbers < len(choices))
+    weights, own = torch.zeros(len(votes)), ~by_machine
+    weights[own] = vote_weights(
+        ages[own], voters[own], settings.half_life_days, settings.age_floor, settings.user_share
     )
-    given = len(snapshot.choices) + len(training) + len(snapshot.thumbs)
+    trust = agreement(judged, snapshot.choices).weight
+    weights[by_machine] = machine_weight(trust, int(by_machine.sum()), float(weights.sum()), settings.machine_share)
+    given = len(snapshot.choices) + len(training) + len(judged) + len(snapshot.thumbs)
     return Dataset(
         answers=rows.answers,
         votes=_vote_tensors(choices, thumbs, weights, max(len(rows.users), 1)),
@@ -173,6 +184,7 @@ def to_dataset(
         voters=voters,
         compared=torch.arange(len(choices)) < compared,
         reliability=torch.ones(len(rows.users)),
+        by_machine=by_machine,
         left_out=given - len(votes),
     )
 

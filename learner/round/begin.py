@@ -60,7 +60,12 @@ def begin(
     settings = settings.model_copy(update={"policy": policy})
     stored = settings.model_dump(mode="json", exclude={"data_dir"})
     begun = store.rounds.create(
-        snapshot.watermark, stored, reference_version=reference, quarantined=quarantined, fence=lease
+        snapshot.watermark,
+        stored,
+        reference_version=reference,
+        quarantined=quarantined,
+        machine_watermark=snapshot.machine_watermark,
+        fence=lease,
     )
     return begun, settings
 

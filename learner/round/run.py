@@ -86,7 +86,8 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
             current = change_dtype(store, lease, current, settings, stages)
     # Users in quarantine when the round began are left out to its end, even if that changes in the meantime.
     quarantined = current.quarantined if current else sorted(store.quarantine.current())
-    snapshot = store.snapshots.take(current.watermark if current else None, settings.max_votes, quarantined)
+    until = (current.watermark, current.machine_watermark) if current else (None, None)
+    snapshot = store.snapshots.take(until[0], settings.max_votes, quarantined, settings.judge.name, until[1])
     if settings.skip_rolled_back:
         before = current.create_time if current else math.inf
         snapshot = snapshot.without(store.lineage.rolled_back(before))
@@ -167,6 +168,7 @@ def load_feedback(work: Workspace) -> Dataset:
             corrections=int((~dataset.compared).sum()),
             train=len(dataset.train),
             judge=len(dataset.judge),
+            machine=int(dataset.by_machine.sum()),
             left_out=dataset.left_out,
             quarantined=work.store.snapshots.votes_of(work.round.quarantined, work.round.watermark),
         )
@@ -207,8 +209,8 @@ def weigh_voters(work: Workspace, dataset: Dataset, features: Tensor) -> tuple[D
         weighed, factors = voter_reliability.weigh_voters(
             dataset, features, work.spec, work.settings.reward, work.generator(5)
         )
-    doubted = int((factors < 0.5).sum())
-    return weighed, VoterWeights(len(factors), doubted, float(factors.mean()))
+    people = factors[dataset.voters[~dataset.by_machine].unique()]
+    return weighed, VoterWeights(len(people), int((people < 0.5).sum()), float(people.mean()))
 
 
 def fit_reward_model(

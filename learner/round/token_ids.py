@@ -50,6 +50,7 @@ class TokenIds:
         return replace(
             snapshot,
             choices=[replace(vote, a=self.response(vote.a), b=self.response(vote.b)) for vote in snapshot.choices],
+            machine=[replace(vote, a=self.response(vote.a), b=self.response(vote.b)) for vote in snapshot.machine],
             thumbs=[replace(vote, response=self.response(vote.response)) for vote in snapshot.thumbs],
             corrections=[replace(vote, response=self.response(vote.response)) for vote in snapshot.corrections],
         )

@@ -110,6 +110,11 @@ class Deletion:
                 "conversation_id = ?1 UNION ALL SELECT id FROM comparisons WHERE conversation_id = ?1)",
                 [conversation_id, b""],
             )
+            self._db.execute(
+                "UPDATE machine_choices SET shown = NULL, swapped = NULL "
+                "WHERE comparison_id IN (SELECT id FROM comparisons WHERE conversation_id = ?)",
+                [conversation_id],
+            )
             # Comparisons first: they reference their responses without a cascade.
             self._db.execute("DELETE FROM comparisons WHERE conversation_id = ?", [conversation_id])
             self._db.execute("DELETE FROM conversations WHERE id = ?", [conversation_id])
@@ -130,6 +135,7 @@ class Deletion:
         self._log_deletions("user = ?1", user)
         self._db.execute("DELETE FROM feedback WHERE user = ?", [user])
         self._db.execute("DELETE FROM requests WHERE user = ?", [user])
+        self._db.execute("UPDATE machine_choices SET user = '' WHERE user = ?", [user])
         self._db.execute("DELETE FROM quarantine_events WHERE user = ?", [user])
         for row in self._db.rows("SELECT id, quarantined FROM rounds WHERE quarantined != '[]'"):
             if user in (names := json.loads(row["quarantined"])):

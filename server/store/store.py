@@ -8,6 +8,7 @@ from pathlib import Path
 
 from server.store.chats.conversations import Conversations
 from server.store.chats.feedback import FeedbackTable
+from server.store.chats.machine_choices import MachineChoices
 from server.store.chats.requests import Requests
 from server.store.chats.responses import Responses
 from server.store.chats.reviews import Reviews
@@ -49,7 +50,8 @@ class Store:
         self.feedback = FeedbackTable(database, self.responses)
         self.reviews = Reviews(database, self.conversations, self.responses)
         self.requests = Requests(database)
-        self.snapshots = Snapshots(database, self.deletion, self.rounds)
+        self.machine_choices = MachineChoices(database)
+        self.snapshots = Snapshots(database, self.deletion, self.rounds, self.machine_choices)
 
     @classmethod
     def open(cls, data_dir: Path) -> "Store":

@@ -250,6 +250,10 @@ class Snapshot:
     thumbs: list[ThumbVote]
     corrections: list[Correction]
     demonstrations: list[Demonstration]
+    # What a machine judge said of comparisons, by the judge's name instead of a user's, up to the event
+    # `machine_watermark`.
+    machine: list[ChoiceVote] = field(default_factory=list)
+    machine_watermark: int = 0
     # The number of deletions when it was read.
     deletions: int = 0
 
@@ -267,6 +271,7 @@ class Snapshot:
         return replace(
             self,
             choices=[vote for vote in self.choices if kept(vote.a, vote.b)],
+            machine=[vote for vote in self.machine if kept(vote.a, vote.b)],
             thumbs=[vote for vote in self.thumbs if kept(vote.response)],
             corrections=[vote for vote in self.corrections if kept(vote.response)],
         )

@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
+from server.store.chats.machine_choices import MachineChoices
 from server.store.chats.records import ChoiceVote, Correction, Demonstration, Prompt, Snapshot, ThumbVote
 from server.store.chats.responses import load_comparisons, load_responses
 from server.store.chats.reviews import review_key
@@ -23,10 +24,11 @@ CURRENT = (
 class Snapshots:
     """Reads of all users' votes and prompts."""
 
-    def __init__(self, database: Database, deletion: Deletion, rounds: Rounds) -> None:
+    def __init__(self, database: Database, deletion: Deletion, rounds: Rounds, machine: MachineChoices) -> None:
         self._db = database
         self._deletion = deletion
         self._rounds = rounds
+        self._machine = machine
 
     def watermark(self) -> int:
         """The number of the newest feedback event; 0 before the first."""
@@ -53,9 +55,18 @@ class Snapshots:
         learned = self._rounds.last_learned()
         return self.count_votes(after=learned.watermark if learned else 0)
 
-    def take(self, watermark: int | None = None, limit: int = UNLIMITED, without: Collection[str] = ()) -> Snapshot:
+    def take(
+        self,
+        watermark: int | None = None,
+        limit: int = UNLIMITED,
+        without: Collection[str] = (),
+        judge: str = "",
+        machine_watermark: int | None = None,
+    ) -> Snapshot:
         """Feedback that was current at `watermark` (default: now) and was not deleted since, except that of users in
-        `without`: the newest `limit` votes, and every demonstration."""
+        `without`: the newest `limit` votes, and every demonstration. With the choices of a machine judge, if one is
+        named, up to its own watermark, except those about users in `without`."""
+        machine_watermark = self._machine.watermark() if machine_watermark is None else machine_watermark
         deletions = self._deletion.deletions()
         watermark = self.watermark() if watermark is None else watermark
         left_out = json.dumps(list(without))
@@ -82,6 +93,8 @@ class Snapshots:
                 Demonstration(event["feedback_id"], event["user"], json.loads(event["value"]), event["create_time"])
                 for event in demonstrations
             ],
+            machine=self._machine_votes(judge, machine_watermark, without) if judge else [],
+            machine_watermark=machine_watermark,
             deletions=deletions,
         )
 
@@ -138,6 +151,28 @@ class Snapshots:
             )
             for event in events
             if (comparison := comparisons.get(event["comparison_id"]))
+        ]
+
+    def voted_with(self, comparison_id: str, conversation_id: str) -> str:
+        """What votes on a comparison have in common with others, which decides whether they train or judge."""
+        return self._reviewed([comparison_id]).get(comparison_id) or conversation_id
+
+    def _machine_votes(self, judge: str, watermark: int, without: Collection[str]) -> list[ChoiceVote]:
+        said = self._machine.all(judge, watermark, without)
+        review_of = self._reviewed(one.comparison.id for one in said)
+        return [
+            ChoiceVote(
+                one.feedback_id,
+                judge,
+                one.choice,
+                one.comparison.id,
+                one.comparison.a,
+                one.comparison.b,
+                one.comparison.create_time,
+                review_of.get(one.comparison.id, ""),
+            )
+            for one in said
+            if one.choice
         ]
 
     def _reviewed(self, comparison_ids: Iterable[str]) -> dict[str, str]:

@@ -57,7 +57,10 @@ class Lineage:
         those that only judged by them."""
         rows = self._db.rows(
             "SELECT id FROM rounds WHERE id IN (SELECT v.round_id FROM feedback_events e JOIN round_votes v "
-            "USING (feedback_id) WHERE e.user = ? AND v.side = 'train') ORDER BY create_time",
+            "USING (feedback_id) WHERE e.user = ?1 AND v.side = 'train') "
+            # What a machine said about the user's answers is about the user.
+            "OR id IN (SELECT v.round_id FROM machine_choices m JOIN round_votes v "
+            "ON v.feedback_id = 'machine_' || m.seq WHERE m.user = ?1) ORDER BY create_time",
             [user],
         )
         return [row["id"] for row in rows]

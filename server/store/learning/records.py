@@ -62,6 +62,8 @@ class Round:
     attempts: int = 1
     # Users whose votes it leaves out: those in quarantine when it began.
     quarantined: list[str] = field(default_factory=list)
+    # The newest choice of a machine judge that it read.
+    machine_watermark: int = 0
 
 
 @dataclass(frozen=True)

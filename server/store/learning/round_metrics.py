@@ -34,6 +34,8 @@ class VoteCounts:
     left_out: int
     # Votes of users in quarantine, which are not in the snapshot.
     quarantined: int
+    # Choices of a machine judge, which are among those that train.
+    machine: int = 0
 
     @property
     def used(self) -> int:

@@ -29,6 +29,7 @@ class Rounds:
         *,
         reference_version: str,
         quarantined: Iterable[str] = (),
+        machine_watermark: int = 0,
         fence: Lease,
     ) -> Round:
         """Begin a round from the active policy and the votes up to `watermark`, except those of `quarantined` users.
@@ -51,6 +52,7 @@ class Rounds:
                     "settings": stored_round.SETTINGS.dump(settings),
                     "attempts": 1,
                     "quarantined": json.dumps(sorted(quarantined)),
+                    "machine_watermark": machine_watermark,
                     "create_time": self._db.now(),
                 },
             )

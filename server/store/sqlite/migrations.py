@@ -433,3 +433,26 @@ def m014_review_purposes(db: Database) -> None:
 def m015_stage_of_any_improver(db: Database) -> None:
     """The stage that trains the policy is not PPO's alone."""
     _run(db, "UPDATE rounds SET stage = 'improve' WHERE stage = 'ppo'")
+
+
+@migrations()
+def m016_machine_choices(db: Database) -> None:
+    """What a machine judge said of comparisons, and how far each round has read it. Of a deleted comparison the row
+    stays, without what was said, and of a deleted user without the name: what was trained on them stays known."""
+    _run(
+        db,
+        """
+        CREATE TABLE machine_choices (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            comparison_id TEXT NOT NULL,
+            user TEXT NOT NULL,
+            judge TEXT NOT NULL,
+            shown TEXT,
+            swapped TEXT,
+            create_time REAL NOT NULL
+        ) STRICT;
+        CREATE UNIQUE INDEX machine_choices_once ON machine_choices (comparison_id, judge);
+        CREATE INDEX machine_choices_by_user ON machine_choices (user);
+        ALTER TABLE rounds ADD COLUMN machine_watermark INTEGER NOT NULL DEFAULT 0;
+        """,
+    )

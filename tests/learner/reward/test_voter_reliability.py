@@ -85,7 +85,7 @@ def crowd(users: int = 12, each: int = 20, hostile: int = 1) -> tuple[Dataset, t
     judges = torch.arange(n) // users % 3 == 0
     names = [f"user{number}" for number in range(users)]
     ones = torch.ones(n)
-    return Dataset([], votes, [], judges, [], names, user, ones.bool(), torch.ones(len(names))), features
+    return Dataset([], votes, [], judges, [], names, user, ones.bool(), torch.ones(len(names)), ~ones.bool()), features
 
 
 def weigh(dataset: Dataset, features: torch.Tensor) -> tuple[Dataset, list[float]]:

@@ -554,3 +554,26 @@ def test_waiting_for_servers(data_dir: Path) -> None:
     assert wait_until_loaded(store, "v0001", 0) == "1 of 2 running servers had not loaded it after 0 s."
     store.replicas.report("r2", "v0000", "v0001: bad tensor")
     assert "could not load it and kept v0000: v0001: bad tensor" in wait_until_loaded(store, "v0001", 0)
+
+
+def test_a_machine_judges_choices_train_a_round(data_dir: Path) -> None:
+    judge = {"url": "http://127.0.0.1:1/v1", "model": "m"}
+    name = settings(data_dir, judge=judge).judge.name
+    store = Store.open(data_dir)
+    for one in store.machine_choices.missing(name):
+        store.machine_choices.add(one, name, "A", "A")
+    store.close()
+    report = run(data_dir, judge=judge)
+    assert report.metrics.votes
+    trains = report.metrics.votes.train - report.metrics.votes.machine
+    # Eighty comparisons: what people chose of those that train, and the same comparisons once more.
+    assert (report.metrics.votes.choices, report.metrics.votes.machine) == (80, trains)
+    assert report.round_id
+    store = Store.open(data_dir)
+    sides = store.lineage.round_votes(report.round_id)
+    [round_] = store.rounds.page()
+    store.close()
+    assert {side for vote, side in sides.items() if vote.startswith("machine_")} == {"train"}
+    assert round_.machine_watermark == 80
+    # Without a judge in the settings, what it said does not count.
+    assert run(data_dir, min_votes=1).state == "nothing"

@@ -94,7 +94,7 @@ def test_votes_of_unreliable_voters_are_smoothed_up_to_a_half() -> None:
     dataset = Dataset(
         answers, votes, list("abcde"), torch.tensor([False, True, False, False, False]), list("12345"),
         ["reliable", "doubted"], torch.tensor([0, 0, 1, 0, 1]), torch.ones(3, dtype=torch.bool),
-        torch.tensor([1.0, 0.2]),
+        torch.tensor([1.0, 0.2]), torch.zeros(5, dtype=torch.bool),
     )  # fmt: skip
     found = WeighedVotes.of(dataset, 0.1)
     # The second conversation judges, so nothing trains on answers 2 and 3.

@@ -127,10 +127,6 @@ class GateSettings(BaseModel):
         "choices counts. Of fewer, each of the first ab_test_user_votes choices, and of a single voter all.",
     )
     canary_user_votes: int = Field(3, ge=1, description="Choices of a user that count together.")
-    gap_margin: Share = Field(
-        0.05,
-        description="How far the judge's win rate may fall below an earlier candidate's while the trained one rises.",
-    )
     length_range: tuple[float, float] = Field(
         (0.25, 2.0), description="Allowed mean length relative to the incumbent's."
     )
@@ -198,7 +194,10 @@ class LearnerSettings(SettingsBase):
         **{f"ppo.{name}": f"policy.{name}" for name in ONCE_OF_PPO},
     }
     rescaled: ClassVar = {"ppo.micro_batch": ANSWER_TOKENS}
-    dropped: ClassVar = {"gate.early_share": "the gate looks after each gate.confirm_batch prompts"}
+    dropped: ClassVar = {
+        "gate.early_share": "the gate looks after each gate.confirm_batch prompts",
+        "gate.gap_margin": "a candidate is left out if an earlier one is better for certain",
+    }
 
     data_dir: Path = Field(Path("data"), description="Directory of the database and the policies.")
     trust_remote_code: bool = Field(

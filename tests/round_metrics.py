@@ -18,7 +18,7 @@ def candidate_metrics(step: int, kl: float = 0.0, rate: float = 0.5, length: flo
     """A candidate with win rate `rate` against both the incumbent and the reference."""
     won = WinRate(rate, rate - 0.1, rate + 0.1, prompts=64)
     health = filled(AnswerHealth, length=length)
-    rates = {"against_incumbent": won, "against_reference": won, "against_best": None}
+    rates = {"against_incumbent": won, "against_reference": won, "against_best": None, "loses_to": []}
     return filled(CandidateMetrics, step=step, kl=kl, health=health, **rates)
 
 

@@ -61,14 +61,11 @@ def _losses(figures: CandidateMetrics) -> list[str]:
     return [f"It loses to the {name}: {rate.explained}." for name, rate in figures.rates.items() if rate.loses]
 
 
-def over_optimised(figures: CandidateMetrics, candidates: list[CandidateMetrics], margin: float) -> bool:
-    """Whether, since an earlier candidate, the trained reward model's win rate rose and the judge's fell: the gain is
-    then only visible to the model that was trained on (Gao et al. 2022)."""
+def over_optimised(figures: CandidateMetrics, candidates: list[CandidateMetrics]) -> bool:
+    """Whether the judge is certain that an earlier candidate is better, and the trained reward model says the opposite:
+    the gain is then only visible to the model that was trained on (Gao et al. 2022)."""
     return any(
-        earlier.step < figures.step
-        and figures.trained_rate > earlier.trained_rate
-        and earlier.against_incumbent.rate - figures.against_incumbent.rate > margin
-        for earlier in candidates
+        earlier.step in figures.loses_to and figures.trained_rate > earlier.trained_rate for earlier in candidates
     )
 
 
@@ -82,7 +79,7 @@ def decide(
 ) -> Verdict:
     """Chooses the most promising candidate among those that break the fewest rules and are not over-optimised. The
     reasons are the rules that it breaks."""
-    sound = [figures for figures in candidates if not over_optimised(figures, candidates, settings.gap_margin)]
+    sound = [figures for figures in candidates if not over_optimised(figures, candidates)]
     rules = {figures.step: broken_rules(figures, incumbent, budget, settings, canary=canary) for figures in sound}
     chosen = min(sound, key=lambda figures: (len(rules[figures.step]), -figures.promise))
     reasons = rules[chosen.step]

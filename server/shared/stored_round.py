@@ -133,6 +133,11 @@ def _step_alike(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _drop_gap_margin(settings: dict[str, Any]) -> dict[str, Any]:
+    """A candidate is over-optimised if an earlier one is better for certain; there is no margin."""
+    return nest({name: value for name, value in flatten(settings).items() if name != "gate.gap_margin"})
+
+
 def _name_improvement(metrics: dict[str, Any]) -> dict[str, Any]:
     """PPO was the only way to improve a policy, and its stage had its name."""
     metrics = {"improvement" if name == "ppo" else name: value for name, value in metrics.items()}
@@ -152,6 +157,7 @@ SETTINGS = Stored(
         _name_best_margin,
         _hold_the_budget,
         _step_alike,
+        _drop_gap_margin,
     )
 )
 METRICS = Stored((_count_left_out, _forget_permutations, _name_improvement))

@@ -5,7 +5,7 @@ Whoever is chosen as the best of several on the same prompts looks better than i
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
@@ -100,7 +100,7 @@ def choose_and_confirm(
     total = len(bench.versions) + len(steps) + len(ends) * (len(bench.versions) + 1)
     with work.stages.stage("gate", "judging candidates", total) as advance:
         asked = ask(bench, steps, few, work.settings.gate.answers, CHOICE_DRAW, advance)
-        candidates = [measure(bench, step, asked, [len(few)]) for step in steps]
+        candidates = [measure(bench, step, asked, [len(few)], earlier=steps[:n]) for n, step in enumerate(steps)]
         verdict = bench.decide(candidates, asked, canary=canary)
         if verdict.chosen.hopeless:
             return verdict, candidates, [asked]
@@ -183,8 +183,9 @@ def ask(
     return Asked(prompts, {role: published[version] for role, version in bench.opponents.items()} | ours)
 
 
-def measure(bench: Bench, step: int, asked: Asked, ends: list[int]) -> CandidateMetrics:
-    """The figures of one candidate; its intervals hold for looks at all `ends` together."""
+def measure(bench: Bench, step: int, asked: Asked, ends: list[int], earlier: Sequence[int] = ()) -> CandidateMetrics:
+    """The figures of one candidate, compared with `earlier` ones, too; its intervals hold for looks at all `ends`
+    together."""
     work, judge, model = bench.work, bench.judge, bench.reward_model
     ours, incumbent = asked.answers[step_name(step)], asked.answers["incumbent"]
 
@@ -203,6 +204,7 @@ def measure(bench: Bench, step: int, asked: Asked, ends: list[int]) -> Candidate
         matched_answers=matched_answers,
         health=health(ours.samples),
         against_best=against("best") if "best" in bench.opponents else None,
+        loses_to=[other for other in earlier if against(step_name(other)).loses],
     )
 
 

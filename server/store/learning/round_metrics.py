@@ -219,6 +219,8 @@ class CandidateMetrics:
     health: AnswerHealth
     # None if the incumbent is the best version so far.
     against_best: WinRate | None = None
+    # The steps of earlier candidates that are better for certain, by the judge.
+    loses_to: list[int] = field(default_factory=list)
 
     @property
     def promise(self) -> float:

@@ -80,6 +80,28 @@ def test_a_candidate_that_surely_loses_where_it_is_chosen_is_not_confirmed(
     )
 
 
+def test_a_candidate_is_compared_with_the_earlier_ones(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[int, int]] = []
+    compare = judging.compare
+
+    def counting(judge: Any, ours: Any, theirs: Any, prompts: int) -> Wins:
+        won = compare(judge, ours, theirs, prompts)
+        compared.append((len(compared), prompts))
+        return won
+
+    def losing(won: Wins, *_: Any) -> WinRate:
+        # Of one candidate: the incumbent, the reference, and then each earlier one.
+        return WinRate(0.3, 0.2, 0.4 if len(compared) == 5 else 0.6, len(won.point))
+
+    monkeypatch.setattr(judging, "promising", lambda *_: [1, 2])
+    monkeypatch.setattr(judging, "compare", counting)
+    monkeypatch.setattr(judging, "win_rate", losing)
+    monkeypatch.setattr(judging, "decide", lambda found, *_, **__: Verdict(found[0], ["It may be chance."]))
+    gate = run(data_dir).metrics.gate
+    assert gate
+    assert [figures.loses_to for figures in gate.candidates] == [[], [1]]
+
+
 def test_no_prompt_that_trains_confirms_a_candidate(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[list[Prompt], list[Prompt], list[Prompt]]] = []
 

@@ -131,7 +131,13 @@ def test_settings_that_a51ccdf_stored(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert settings.policy.micro_batch_tokens == 1024
     # The others are unchanged.
     kept, stored = flatten(settings.model_dump(mode="json")), flatten(A51CCDF)
-    del stored["gpu_memory_share"], stored["ppo.dtype"], stored["ppo.micro_batch"], stored["reward.permutations"]
+    del (
+        stored["gpu_memory_share"],
+        stored["ppo.dtype"],
+        stored["ppo.micro_batch"],
+        stored["reward.permutations"],
+        stored["gate.gap_margin"],
+    )
     of_policy = {"train", "start_from", "lora_rank", "lora_alpha", "mismatch_limit", "kl_budget"}
     names = {f"ppo.{name}": f"policy.{name}" for name in of_policy} | {"duel_user_votes": "ab_test_user_votes"}
     assert {name: kept[names.get(name, name)] for name in stored} == stored

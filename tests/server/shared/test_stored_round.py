@@ -111,6 +111,12 @@ def test_settings_of_format_8() -> None:
     }
 
 
+def test_settings_of_format_9() -> None:
+    old = {"format": 9, "seed": 1, "gate": {"gap_margin": 0.05, "prompts": 64}}
+    assert SETTINGS.load(json.dumps(old)) == {"seed": 1, "gate": {"prompts": 64}}
+    assert SETTINGS.load(json.dumps({"format": 9, "seed": 1, "gate": {"gap_margin": 0.1}})) == {"seed": 1}
+
+
 def test_metrics_of_format_2() -> None:
     # PPO's stage is that of any improver.
     old = {"format": 2, "ppo": {"steps": []}, "seconds": {"ppo": 3.0, "gate": 1.0}}
@@ -153,7 +159,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     store.rounds.update(round_.id, metrics=RoundMetrics(seconds={"gate": 1.0}), fence=fence)
     [row] = store._db.rows("SELECT settings, metrics FROM rounds")
     assert (json.loads(row["settings"]), json.loads(row["metrics"])) == (
-        {"format": 9, "seed": 1},
+        {"format": 10, "seed": 1},
         {"format": 3, "seconds": {"gate": 1.0}},
     )
     found = store.rounds.get(round_.id)
@@ -170,7 +176,7 @@ def test_the_store_writes_the_format_and_readers_do_not_see_it(tmp_path: Path, m
     )
     assert json.loads(store._db.rows("SELECT metrics FROM rounds")[0]["metrics"])["format"] == 4
     store.rounds.update(round_.id, settings={"seed": 2}, fence=fence)
-    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 9, "seed": 2}
+    assert json.loads(store._db.rows("SELECT settings FROM rounds")[0]["settings"]) == {"format": 10, "seed": 2}
     store.close()
 
 

@@ -133,7 +133,7 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
     import learner.improve.training as training
     import learner.model.forward as forward
     import learner.model.passes as passes
-    from learner.improve.base import ExperienceSource
+    from learner.improve.base import ExperienceSource, Task
     from learner.improve.budget import Budget
     from learner.model.features import FeatureSpec, default_layers
     from learner.model.policy import TrainablePolicy
@@ -169,7 +169,8 @@ def updates(model: Path, count: int, ablation: str) -> dict[str, Any]:
         source = ExperienceSource(engine, prompts, settings.service_temperature, 0)
         improver = ppo_trainer.PPO(ppo, policy_settings)
         budget = Budget(policy_settings.kl_budget)
-        found = improver.improve(policy, source, reward_model, budget, Path(work), lambda step: None)
+        task = Task(policy, source, reward_model, budget, Path(work), lambda step: None)
+        found = improver.improve(task)
         took = time.perf_counter() - started
     assert [step.length for step in found.steps] == [TOKENS] * count
     assert [step.optimizer_steps for step in found.steps] == [EPOCHS] * count

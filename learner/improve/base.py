@@ -49,20 +49,23 @@ def endless(count: int, size: int, seed: int) -> Iterator[list[int]]:
         waiting = waiting[size:]
 
 
+@dataclass(frozen=True)
+class Task:
+    """What to improve: a policy, by a reward model, on a source's prompts, within a budget. Candidates are left in
+    `directory` (`learner.improve.candidates`), and `on_step` hears of each step."""
+
+    policy: TrainablePolicy
+    source: ExperienceSource
+    reward_model: RewardModel
+    budget: Budget
+    directory: Path
+    on_step: Callable[[StepMetrics], None]
+
+
 class Improver(Protocol):
-    """Improves a policy with a reward model, within a budget."""
+    """A way to improve a policy."""
 
-    def improve(
-        self,
-        policy: TrainablePolicy,
-        source: ExperienceSource,
-        reward_model: RewardModel,
-        budget: Budget,
-        directory: Path,
-        on_step: Callable[[StepMetrics], None],
-    ) -> Improvement:
-        """Trains `policy` and leaves candidates in `directory` (`learner.improve.candidates`).
-
-        If a call was killed, the next one resumes from what it left there, with the same result. It calls `on_step` for
-        the steps that were done, too."""
+    def improve(self, task: Task) -> Improvement:
+        """Trains the policy. If a call was killed, the next one resumes from what it left in the directory, with the
+        same result; it calls `on_step` for the steps that were done, too."""
         ...

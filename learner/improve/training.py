@@ -9,14 +9,12 @@ been killed.
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from learner.improve.adam import Adam
-from learner.improve.base import ExperienceSource
-from learner.improve.budget import Budget
+from learner.improve.base import Task
 from learner.improve.candidates import candidate, candidates, drop_candidates
 from learner.improve.policy_gradient import adapt_kl_coef, draw_minibatches
 from learner.improve.state import load_state, save_state
@@ -25,9 +23,7 @@ from learner.model.forward import Tokens, run_trunk, shares_prefix, token_logpro
 from learner.model.kl import kl_k1
 from learner.model.mismatch import PUSH_ANSWERS, Mismatch, check_push, mismatch
 from learner.model.passes import ReferencePass, policy_logprobs, reference_pass
-from learner.model.policy import TrainablePolicy
 from learner.model.rollout import Rollout, draw_generator
-from learner.reward.base import RewardModel
 from server.store.chats.records import Prompt
 from server.store.learning.round_metrics import EndedBy, Improvement, StepMetrics
 
@@ -62,15 +58,10 @@ Update = Callable[[SampledBatch, list[StepMetrics]], StepMetrics]
 
 @dataclass(frozen=True)
 class Training:
-    """What `Improver.improve` was given, and the settings of the loop. It ends when `settings.steps` are done, the
-    sequence KL exceeds its budget or the score's uncertainty outgrows its gain."""
+    """A task, and the settings of the loop. It ends when `settings.steps` are done, the sequence KL exceeds its budget
+    or the score's uncertainty outgrows its gain."""
 
-    policy: TrainablePolicy
-    source: ExperienceSource
-    reward_model: RewardModel
-    budget: Budget
-    directory: Path
-    on_step: Callable[[StepMetrics], None]
+    task: Task
     settings: TrainingSettings
     policy_settings: PolicySettings
     # Passes of an update over its batch, and minibatches in each.
@@ -82,10 +73,11 @@ class Training:
         self, optimizer: Adam, batches: Iterator[list[Prompt]], update: Update, kl_target: float | None = None
     ) -> Improvement:
         """Trains until the end; resumes after the last saved state. `batches` are the prompts of each step."""
-        steps = [StepMetrics(**step) for step in load_state(self.directory, optimizer)]
-        drop_candidates(self.directory, after=len(steps))
+        directory, budget = self.task.directory, self.task.budget
+        steps = [StepMetrics(**step) for step in load_state(directory, optimizer)]
+        drop_candidates(directory, after=len(steps))
         for step in steps:
-            self.on_step(step)
+            self.task.on_step(step)
 
         ended_by: EndedBy = "steps"
         for number, prompts in enumerate(islice(batches, len(steps), self.settings.steps), start=len(steps)):
@@ -93,36 +85,38 @@ class Training:
                 ended_by = "uncertainty"
                 break
             batch = self._sample(prompts, number)
-            if batch.kl > self.budget.of(batch.length):
+            if batch.kl > budget.of(batch.length):
                 # The weights that were just sampled from exceed the budget: they are no candidate.
-                drop_candidates(self.directory, after=number - 1)
+                drop_candidates(directory, after=number - 1)
                 ended_by = "kl_budget"
                 break
             steps.append(update(batch, steps))
             self._keep(optimizer, steps)
-            self.on_step(steps[-1])
-        return Improvement(steps, candidates(self.directory), ended_by, kl_target, self.budget.kl)
+            self.task.on_step(steps[-1])
+        return Improvement(steps, candidates(directory), ended_by, kl_target, budget.kl)
 
     def logprobs_of(self, tokens: Tokens) -> Tensor:
         """(B, T) log-probabilities of pi_theta, with their gradients."""
-        hidden, _ = run_trunk(self.policy.model, tokens)
-        return token_logprobs(self.policy.model, hidden, tokens, self.source.temperature)
+        model = self.task.policy.model
+        hidden, _ = run_trunk(model, tokens)
+        return token_logprobs(model, hidden, tokens, self.task.source.temperature)
 
     @property
     def sharing(self) -> bool:
         """Whether the policy's passes share a prefix (`micro_batches`)."""
-        return shares_prefix(self.policy.model)
+        return shares_prefix(self.task.policy.model)
 
     def _sample(self, prompts: list[Prompt], number: int) -> SampledBatch:
         """Samples answers of the current policy and passes them through the reference and the trainer. Raises
         RuntimeError if the engine cannot have had these weights."""
-        policy, temperature, budget = self.policy, self.source.temperature, self.policy_settings.micro_batch_tokens
-        rollout = self.source.rollout(policy, prompts, number + 1)
+        policy, source, spec = self.task.policy, self.task.source, self.task.reward_model.spec
+        temperature, budget = source.temperature, self.policy_settings.micro_batch_tokens
+        rollout = source.rollout(policy, prompts, number + 1)
         tokens, exact = rollout.tokens, policy.model.dtype == torch.float32
         # Every pass over the rollout is split into the micro-batches of the update's first pass: in bfloat16 a row's
         # log-probabilities depend on the other rows of its micro-batch, and pi_theta must start as pi_old.
-        passes = draw_minibatches(tokens, self.epochs, self.minibatches, draw_generator(self.source.seed, number))
-        judged = reference_pass(policy, tokens, self.reward_model.spec, temperature, budget, passes[0], self.prefix)
+        passes = draw_minibatches(tokens, self.epochs, self.minibatches, draw_generator(source.seed, number))
+        judged = reference_pass(policy, tokens, spec, temperature, budget, passes[0], self.prefix)
         # In float32 the engine and the trainer differ too little to matter: pi_old is mu, and a pass over some answers
         # is enough to check the push.
         rows = torch.arange(len(tokens), device=policy.model.device)[: PUSH_ANSWERS if exact else None]
@@ -139,9 +133,9 @@ class Training:
         """Saves the candidate and the state after these steps, if they are due."""
         settings, done = self.settings, len(steps)
         if done % settings.save_every == 0 or done == settings.steps:
-            self.policy.save(candidate(self.directory, done))
+            self.task.policy.save(candidate(self.task.directory, done))
         if done % settings.checkpoint_every == 0:
-            save_state(self.directory, [asdict(step) for step in steps], optimizer)
+            save_state(self.task.directory, [asdict(step) for step in steps], optimizer)
 
 
 def next_kl_coef(steps: list[StepMetrics], settings: PolicyGradientSettings, kl_target: float) -> float:

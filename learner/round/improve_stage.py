@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from learner.improve.base import ExperienceSource, Improver
+from learner.improve.base import ExperienceSource, Improver, Task
 from learner.improve.dpo.trainer import DPO
 from learner.improve.dpo.votes import WeighedVotes
 from learner.improve.ppo.trainer import PPO
@@ -33,8 +33,8 @@ def improve_policy(work: Workspace, dataset: Dataset, reward_model: RewardModel)
             advance(1)
 
         source = ExperienceSource(work.engine, work.prompts.train, settings.service_temperature, settings.seed)
-        improver = make_improver(settings, dataset)
-        improvement = improver.improve(work.policy, source, reward_model, work.budget, work.directory, on_step)
+        task = Task(work.policy, source, reward_model, work.budget, work.directory, on_step)
+        improvement = make_improver(settings, dataset).improve(task)
     work.record("improve", RoundMetrics(improvement=improvement))
     return improvement
 

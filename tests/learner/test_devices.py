@@ -19,7 +19,7 @@ from torch import Tensor
 
 import learner.round.gate.gate_stage as judging
 import learner.round.workspace as workspace
-from learner.improve.base import ExperienceSource
+from learner.improve.base import ExperienceSource, Task
 from learner.improve.budget import Budget
 from learner.improve.ppo.critic import Critic
 from learner.improve.ppo.trainer import PPO
@@ -122,7 +122,8 @@ def train(
         policy = TrainablePolicy.create(model_directory, policy_settings, torch_dtype(dtype), device)
         source = ExperienceSource(TinyEngine(model_directory, settings(directory), dtype, 64), prompts, 0.85, 0)
         improver = PPO(ppo, policy_settings)
-        found = improver.improve(policy, source, reward_model(), Budget(100.0), directory, lambda step: None)
+        task = Task(policy, source, reward_model(), Budget(100.0), directory, lambda step: None)
+        found = improver.improve(task)
         return found.steps, [parameter.detach().float().cpu() for parameter in policy.parameters]
 
 

@@ -1,17 +1,14 @@
 """DPO: the votes themselves train the policy; its rollouts only measure how far it went."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from statistics import mean
 
 import torch
 from torch import Tensor, nn
 
 from learner.improve.adam import Adam
-from learner.improve.base import ExperienceSource, endless
-from learner.improve.budget import Budget
+from learner.improve.base import Task, endless
 from learner.improve.dpo.votes import WeighedVotes, batches, implicit_rewards, penalty, trained
 from learner.improve.step_metrics import step_metrics
 from learner.improve.training import SampledBatch, Training
@@ -19,7 +16,6 @@ from learner.improve_settings import DPOSettings, PolicySettings
 from learner.model.features import TokenPair
 from learner.model.forward import run_trunk, to_tokens, token_logprobs
 from learner.model.policy import TrainablePolicy
-from learner.reward.base import RewardModel
 from learner.reward.linear_heads import Heads, start
 from server.store.learning.round_metrics import Improvement, StepMetrics
 
@@ -36,54 +32,41 @@ class DPO:
         self._policy_settings = policy_settings
         self._votes = votes
 
-    def improve(
-        self,
-        policy: TrainablePolicy,
-        source: ExperienceSource,
-        reward_model: RewardModel,
-        budget: Budget,
-        directory: Path,
-        on_step: Callable[[StepMetrics], None],
-    ) -> Improvement:
+    def improve(self, task: Task) -> Improvement:
         """See `Improver.improve`."""
         settings, budget_of_a_pass = self._settings, self._policy_settings.micro_batch_tokens
         heads = trained(start(1, 0, self._votes.votes.users, torch.zeros(1)))
         bars = [value for value in vars(heads).values() if isinstance(value, nn.Parameter)]
-        rates = (policy.parameters, settings.learning_rate), (bars, BARS_LEARNING_RATE)
+        rates = (task.policy.parameters, settings.learning_rate), (bars, BARS_LEARNING_RATE)
         optimizer = Adam(list(rates), settings.adam_epsilon)
-        training = Training(policy, source, reward_model, budget, directory, on_step, settings, self._policy_settings)
-        read = reference_logprobs(policy, self._votes.answers, source.temperature, budget_of_a_pass)
+        training = Training(task, settings, self._policy_settings)
+        read = reference_logprobs(task.policy, self._votes.answers, task.source.temperature, budget_of_a_pass)
         votes = replace(self._votes, ref_logprobs=read)
-        drawn = list(islice(endless(len(votes), settings.votes, source.seed), settings.steps))
+        drawn = list(islice(endless(len(votes), settings.votes, task.source.seed), settings.steps))
 
         def update(batch: SampledBatch, steps: list[StepMetrics]) -> StepMetrics:
             numbers = torch.tensor(drawn[len(steps)])
             optimizer.set_learning_rate(0, settings.at_length(batch.length).learning_rate)
-            losses, norms = zip(
-                *(
-                    self._step(training, optimizer, heads, votes[some.sort().values])
-                    for some in numbers.tensor_split(settings.minibatches)
-                ),
-                strict=True,
-            )
+            minibatches = [votes[some.sort().values] for some in numbers.tensor_split(settings.minibatches)]
+            made = [self._step(training, optimizer, heads, minibatch) for minibatch in minibatches]
             return step_metrics(
                 batch,
-                reward_model,
+                task.reward_model,
                 step=len(steps),
                 kl_coef=settings.beta,
-                policy_loss=mean(losses),
-                grad_norm=mean(norms),
-                optimizer_steps=len(losses),
+                policy_loss=mean(loss for loss, _ in made),
+                grad_norm=mean(norm for _, norm in made),
+                optimizer_steps=len(made),
             )
 
-        return training.run(optimizer, source.batches(settings.episodes), update)
+        return training.run(optimizer, task.source.batches(settings.episodes), update)
 
     def _step(self, training: Training, optimizer: Adam, heads: Heads, votes: WeighedVotes) -> tuple[float, float]:
         """One optimiser step on these votes; returns their mean loss and the gradient's norm."""
         settings, weight, total = self._settings, votes.weight, 0.0
         for numbers in batches(votes.sizes, self._policy_settings.micro_batch_tokens):
             part = votes[numbers]
-            tokens = to_tokens(*map(list, zip(*part.answers, strict=True))).to(training.policy.model.device)
+            tokens = to_tokens(*map(list, zip(*part.answers, strict=True))).to(training.task.policy.model.device)
             logprobs = training.logprobs_of(tokens).sum(dim=1).cpu()
             share = self._votes.lengths.float().mean() / part.lengths if settings.length_normalised else 1.0
             rewards = implicit_rewards(logprobs, part.ref_logprobs, settings.beta, share)

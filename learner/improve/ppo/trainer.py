@@ -3,13 +3,11 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
 from learner.improve.adam import Adam
-from learner.improve.base import ExperienceSource
-from learner.improve.budget import Budget
+from learner.improve.base import Task
 from learner.improve.policy_gradient import UpdateStats, update_policy
 from learner.improve.ppo.critic import Critic, critic_features, make_critic, value_loss
 from learner.improve.ppo.experience import ValuedExperience, to_experience
@@ -18,8 +16,6 @@ from learner.improve.training import SampledBatch, Training, check_first_ratio, 
 from learner.improve_settings import PolicySettings, PPOSettings
 from learner.model.forward import Tokens
 from learner.model.kl import masked_mean
-from learner.model.policy import TrainablePolicy
-from learner.reward.base import RewardModel
 from server.store.learning.round_metrics import Improvement, StepMetrics
 
 
@@ -30,36 +26,29 @@ class PPO:
         self._settings = settings
         self._policy_settings = policy_settings
 
-    def improve(
-        self,
-        policy: TrainablePolicy,
-        source: ExperienceSource,
-        reward_model: RewardModel,
-        budget: Budget,
-        directory: Path,
-        on_step: Callable[[StepMetrics], None],
-    ) -> Improvement:
+    def improve(self, task: Task) -> Improvement:
         """See `Improver.improve`."""
-        settings, critic = self._settings, make_critic(reward_model).to(policy.model.device)
-        rates = (policy.parameters, settings.learning_rate), (list(critic.parameters()), settings.critic_learning_rate)
-        optimizer = Adam(list(rates), settings.adam_epsilon)
-        kl_target = settings.kl_target + budget.moved
-        training = Training(
-            policy, source, reward_model, budget, directory, on_step, settings, self._policy_settings,
-            settings.epochs, settings.minibatches, partial(critic_features, reward_model=reward_model),
-        )  # fmt: skip
+        settings, critic = self._settings, make_critic(task.reward_model).to(task.policy.model.device)
+        groups = [
+            (task.policy.parameters, settings.learning_rate),
+            (list(critic.parameters()), settings.critic_learning_rate),
+        ]
+        optimizer = Adam(groups, settings.adam_epsilon)
+        kl_target = settings.kl_target + task.budget.moved
+        prefix = partial(critic_features, reward_model=task.reward_model)
+        training = Training(task, settings, self._policy_settings, settings.epochs, settings.minibatches, prefix)
 
         def update(batch: SampledBatch, steps: list[StepMetrics]) -> StepMetrics:
             kl_coef = next_kl_coef(steps, settings, kl_target)
             return self._update(training, critic, optimizer, batch, kl_coef, len(steps))
 
-        return training.run(optimizer, source.batches(settings.episodes), update, kl_target)
+        return training.run(optimizer, task.source.batches(settings.episodes), update, kl_target)
 
     def _update(
         self, training: Training, critic: Critic, optimizer: Adam, batch: SampledBatch, kl_coef: float, number: int
     ) -> StepMetrics:
         """Makes one update on the batch; returns the step's metrics."""
-        settings, reward_model = self._settings.at_length(batch.length), training.reward_model
+        settings, reward_model = self._settings.at_length(batch.length), training.task.reward_model
         scores = reward_model.clipped(reward_model.scores(batch.judged.features))
         scores = replace_cut(scores, batch.rollout, settings.missing_eos_score)
         experience = to_experience(batch.rollout, batch.judged, batch.old_logprobs, scores, critic, kl_coef, settings)

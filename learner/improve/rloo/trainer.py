@@ -1,21 +1,17 @@
 """RLOO: several answers to each prompt, each compared with the mean of the others, and no critic."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 from torch import Tensor
 
 from learner.improve.adam import Adam
-from learner.improve.base import ExperienceSource
-from learner.improve.budget import Budget
+from learner.improve.base import ExperienceSource, Task
 from learner.improve.policy_gradient import Experience, update_policy
 from learner.improve.step_metrics import step_metrics
 from learner.improve.training import SampledBatch, Training, check_first_ratio, next_kl_coef, replace_cut
 from learner.improve_settings import PolicySettings, RLOOSettings
 from learner.model.kl import kl_k1
-from learner.model.policy import TrainablePolicy
-from learner.reward.base import RewardModel
 from server.store.chats.records import Prompt
 from server.store.learning.round_metrics import Improvement, StepMetrics
 
@@ -28,34 +24,23 @@ class RLOO:
         self._settings = settings
         self._policy_settings = policy_settings
 
-    def improve(
-        self,
-        policy: TrainablePolicy,
-        source: ExperienceSource,
-        reward_model: RewardModel,
-        budget: Budget,
-        directory: Path,
-        on_step: Callable[[StepMetrics], None],
-    ) -> Improvement:
+    def improve(self, task: Task) -> Improvement:
         """See `Improver.improve`."""
         settings = self._settings
-        optimizer = Adam([(policy.parameters, settings.learning_rate)], settings.adam_epsilon)
-        kl_target = settings.kl_target + budget.moved
-        training = Training(
-            policy, source, reward_model, budget, directory, on_step, settings, self._policy_settings,
-            settings.epochs, settings.minibatches,
-        )  # fmt: skip
+        optimizer = Adam([(task.policy.parameters, settings.learning_rate)], settings.adam_epsilon)
+        kl_target = settings.kl_target + task.budget.moved
+        training = Training(task, settings, self._policy_settings, settings.epochs, settings.minibatches)
 
         def update(batch: SampledBatch, steps: list[StepMetrics]) -> StepMetrics:
             return self._update(training, optimizer, batch, next_kl_coef(steps, settings, kl_target), len(steps))
 
-        return training.run(optimizer, repeated(source, settings), update, kl_target)
+        return training.run(optimizer, repeated(task.source, settings), update, kl_target)
 
     def _update(
         self, training: Training, optimizer: Adam, batch: SampledBatch, kl_coef: float, number: int
     ) -> StepMetrics:
         """Makes one update on the batch; returns the step's metrics."""
-        settings, reward_model = self._settings.at_length(batch.length), training.reward_model
+        settings, reward_model = self._settings.at_length(batch.length), training.task.reward_model
         tokens, mask = batch.rollout.tokens, batch.rollout.tokens.response_mask
         scores = reward_model.clipped(reward_model.scores(batch.judged.features))
         scores = replace_cut(scores, batch.rollout, settings.missing_eos_score).to(mask.device)

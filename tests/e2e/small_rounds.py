@@ -21,7 +21,8 @@ LENIENT = {
     "PREFLOOP_LEASE_SECONDS": "3",
     # Large, unrestrained steps, for a shift that few prompts can show.
     "PREFLOOP_PPO__KL_COEF": "0.01",
-    "PREFLOOP_PPO__KL_BUDGET": "100",
+    "PREFLOOP_POLICY__KL_BUDGET": "100",
+    "PREFLOOP_POLICY__KL_PER_TOKEN": "100",
     "PREFLOOP_REWARD__REFERENCE_ANSWERS": "16",
     "PREFLOOP_GATE__SIGNAL_P": "1",
     "PREFLOOP_GATE__PROMPTS": "32",

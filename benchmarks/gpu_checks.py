@@ -116,7 +116,7 @@ def compare_updates(
         "cpu": asdict(update(here, rollout, CHECK_SETTINGS, {})),
         "device": asdict(update(there, rollout.to(device), CHECK_SETTINGS, {})),
     }
-    compared = ("policy_loss", "value_loss", "approx_kl", "grad_norm", "optimizer_steps")
+    compared = ("policy_loss", "other_loss", "approx_kl", "grad_norm", "optimizer_steps")
     ratios = torch.tensor([stats["device"][name] / stats["cpu"][name] for name in compared])
     moved = largest([adapters(here) - before])
     return {

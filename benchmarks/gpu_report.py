@@ -19,7 +19,7 @@ HALVES = {
 }
 MEANS = {
     "policy_loss": "policy loss",
-    "value_loss": "value loss",
+    "other_loss": "value loss",
     "approx_kl": "approx_kl",
     "grad_norm": "gradient norm",
 }

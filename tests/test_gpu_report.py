@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-MEANS = {"policy_loss": -0.05, "value_loss": 0.28, "approx_kl": 0.0078, "grad_norm": 7.01}
+MEANS = {"policy_loss": -0.05, "other_loss": 0.28, "approx_kl": 0.0078, "grad_norm": 7.01}
 CHECK = {
     "part": "float32", "shape": "tiny", "logprobs": 1.5e-5, "ref_logprobs": 1.7e-5, "features": 2.4e-5,
     "statistics": 1.1e-5, "adapters": 1.5e-3, "bfloat16_rms": 0.051, "update": {"cpu": MEANS, "device": MEANS},

@@ -171,14 +171,16 @@ def to_dataset(
     weights[own] = vote_weights(
         ages[own], voters[own], settings.half_life_days, settings.age_floor, settings.user_share
     )
+    judges = torch.tensor([is_judge(c, judge_share) for c in rows.conversations], dtype=torch.bool)
+    of_people = float(weights[~judges[_integers(vote.conversation for vote in votes)]].sum())
     trust = agreement(judged, snapshot.choices).weight
-    weights[by_machine] = machine_weight(trust, int(by_machine.sum()), float(weights.sum()), settings.machine_share)
+    weights[by_machine] = machine_weight(trust, int(by_machine.sum()), of_people, settings.machine_share)
     given = len(snapshot.choices) + len(training) + len(judged) + len(snapshot.thumbs)
     return Dataset(
         answers=rows.answers,
         votes=_vote_tensors(choices, thumbs, weights, max(len(rows.users), 1)),
         conversations=list(rows.conversations),
-        judges=torch.tensor([is_judge(c, judge_share) for c in rows.conversations], dtype=torch.bool),
+        judges=judges,
         feedback_ids=[vote.feedback_id for vote in votes],
         users=list(rows.users),
         voters=voters,

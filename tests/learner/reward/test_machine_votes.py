@@ -60,20 +60,30 @@ def test_together_they_have_a_share(trust: float, votes: int, people: float, sha
 
 def test_they_train_and_neither_judge_nor_are_tested() -> None:
     people = [choice(name, "A") for name in TRAIN[:30]] + [choice(name, "A") for name in JUDGE[:10]]
-    machine = [said(name, "A") for name in [*TRAIN[:40], *JUDGE[:10]]]
+    machine = [said(name, "A") for name in [*TRAIN[:30], *JUDGE[:10]]]
     alone = to_dataset(Snapshot(1, people, [], [], []), NOW, 0.4, RewardSettings(), encode)
     both = to_dataset(Snapshot(1, people, [], [], [], machine=machine), NOW, 0.4, RewardSettings(), encode)
     # It agreed with people on all 30 pairs: 31 / 32.
     weight = both.votes.choice_weight[both.by_machine]
-    assert len(weight) == 40
+    assert len(weight) == 30
     assert weight.unique().tolist() == pytest.approx([0.878906], abs=1e-6)
     # What people said counts as it did, and nothing else is tested or judges.
     assert both.votes.choice_weight[~both.by_machine].tolist() == alone.votes.choice_weight.tolist()
     assert len(both.shown[0]) == len(alone.shown[0]) == 40
     assert len(both.judge) == len(alone.judge) == 10
-    assert len(both.train) - len(alone.train) == 40
-    assert [side for name, side in both.sides if name.startswith("machine_")] == ["train"] * 40
+    assert len(both.train) - len(alone.train) == 30
+    assert [side for name, side in both.sides if name.startswith("machine_")] == ["train"] * 30
     assert both.left_out == 0
+
+
+def test_the_share_is_of_the_votes_that_train() -> None:
+    people = [choice(name, "A") for name in TRAIN[:25]] + [choice(name, "A") for name in JUDGE[:50]]
+    machine = [said(name, "A") for name in TRAIN[:100]]
+    settings = RewardSettings(machine_share=0.5)
+    found = to_dataset(Snapshot(1, people, [], [], [], machine=machine), NOW, 0.4, settings, encode)
+    trains = ~found.judging
+    assert found.votes.choice_weight[found.by_machine].sum().item() == pytest.approx(25.0, abs=1e-4)
+    assert found.votes.choice_weight[trains & ~found.by_machine].sum().item() == pytest.approx(25.0, abs=1e-4)
 
 
 def test_a_judge_that_nobody_can_vouch_for_counts_nothing() -> None:

@@ -113,13 +113,12 @@ def judge(data_dir: DataDir = None) -> None:
 
     from learner.ops.judge_run import run_judge
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _say(lambda: run_judge(settings, Console(stderr=True)))
     except KeyboardInterrupt:
         typer.echo("learner: Stopped. The next `learner judge` continues.", err=True)
         raise SystemExit(STOPPED) from None
-    except (OSError, UnicodeDecodeError) as error:
-        _fail(f"judge.rubric_file cannot be read: {error}.")
 
 
 @app.command()

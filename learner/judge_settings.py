@@ -3,6 +3,7 @@
 import hashlib
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
@@ -33,6 +34,12 @@ class JudgeSettings(BaseModel):
     concurrency: int = Field(4, ge=1, description="Requests at a time.")
     requests_per_minute: Positive = Field(600.0, description="Maximum rate of requests.")
     timeout_seconds: Positive = Field(120.0, description="How long a request may take.")
+    max_tokens: int = Field(
+        8, ge=1, description="Maximum tokens of a reply: a letter, or the reasoning of a model that cannot do without."
+    )
+    extra_body: dict[str, Any] = Field(
+        {}, description='More fields of each request, such as `{"chat_template_kwargs": {"enable_thinking": false}}`.'
+    )
     prompt_price: float = Field(0.0, ge=0, description="Price of a million prompt tokens, to show what a run cost.")
     answer_price: float = Field(0.0, ge=0, description="Price of a million answer tokens.")
 
@@ -42,11 +49,14 @@ class JudgeSettings(BaseModel):
             return self
         parts = urlsplit(self.url)
         host = parts.hostname
-        if parts.scheme not in ("http", "https") or not host:
-            raise ValueError(f"judge.url {self.url!r} is not a URL such as http://127.0.0.1:8000/v1")
+        # A password in it would be stored with each round.
+        if parts.scheme not in ("http", "https") or not host or parts.username or parts.query:
+            raise ValueError(
+                f"judge.url {self.url!r} is not a URL such as http://127.0.0.1:8000/v1 (the key is judge.api_key)"
+            )
         if not self.model:
             raise ValueError("judge.url needs judge.model, the name of a model there")
-        if not is_loopback(host) and self.host != host:
+        if not is_loopback(host) and self.host.lower() != host:
             raise ValueError(
                 f"users' texts would leave this machine for judge.url: set judge.host to {host} if they may"
             )

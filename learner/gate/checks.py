@@ -7,12 +7,13 @@ reads one JSON object per line, `name`, `prompt` and `answer`, and prints a numb
 
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -28,6 +29,8 @@ def _compiles(pattern: str) -> str:
 Pattern = Annotated[str, AfterValidator(_compiles)]
 # How much of what a command printed goes into a sentence about it.
 SAID = 300
+# Not the command's business.
+JUDGES_KEY = "PREFLOOP_JUDGE__API_KEY"
 
 
 class CheckError(Exception):
@@ -39,7 +42,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    role: str
+    role: Literal["system", "user", "assistant"]
     content: str
 
 
@@ -58,6 +61,8 @@ class Check(BaseModel):
     def _one_question(self) -> "Check":
         if bool(self.prompt) == bool(self.messages):
             raise ValueError("give either `prompt` or `messages`")
+        if self.messages and self.messages[-1].role != "user":
+            raise ValueError("the last of the `messages` must be the user's")
         return self
 
     @property
@@ -104,8 +109,9 @@ def score_by(command: str, answers: list[CheckedAnswer], timeout: float) -> floa
     lines = "".join(json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers)
     try:
         done = subprocess.run(
-            shlex.split(command), input=lines, capture_output=True, timeout=timeout, encoding="utf-8", check=False
-        )
+            shlex.split(command), input=lines, capture_output=True, timeout=timeout, encoding="utf-8", check=False,
+            env={name: value for name, value in os.environ.items() if name != JUDGES_KEY},
+        )  # fmt: skip
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise CheckError(f"{command!r} failed: {error}") from error
     if done.returncode:

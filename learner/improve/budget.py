@@ -22,6 +22,10 @@ class Budget:
         moved = max(0.0, min(incumbent_kl, settings.kl_total - settings.kl_budget))
         return cls(settings.kl_budget + moved, moved, settings.kl_per_token)
 
+    def share(self, length: float) -> float:
+        """How much of `kl` answers of this mean length may use."""
+        return self.of(length) / self.kl
+
     def of(self, length: float) -> float:
         """The bound on the sequence KL of answers of this mean length, in tokens."""
         return min(self.kl, self.per_token * length)

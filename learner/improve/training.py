@@ -15,6 +15,7 @@ from torch import Tensor
 
 from learner.improve.adam import Adam
 from learner.improve.base import Task
+from learner.improve.budget import Budget
 from learner.improve.candidates import candidate, candidates, drop_candidates
 from learner.improve.policy_gradient import adapt_kl_coef, draw_minibatches
 from learner.improve.state import load_state, save_state
@@ -93,7 +94,8 @@ class Training:
             steps.append(update(batch, steps))
             self._keep(optimizer, steps)
             self.task.on_step(steps[-1])
-        return Improvement(steps, candidates(directory), ended_by, kl_target, budget.kl)
+        share = budget.share(steps[-1].length) if steps else 1.0
+        return Improvement(steps, candidates(directory), ended_by, kl_target and kl_target * share, budget.kl * share)
 
     def logprobs_of(self, tokens: Tokens) -> Tensor:
         """(B, T) log-probabilities of pi_theta, with their gradients."""
@@ -138,12 +140,13 @@ class Training:
             save_state(self.task.directory, [asdict(step) for step in steps], optimizer)
 
 
-def next_kl_coef(steps: list[StepMetrics], settings: PolicyGradientSettings, kl_target: float) -> float:
-    """The penalty's weight after the steps so far."""
+def next_kl_coef(steps: list[StepMetrics], settings: PolicyGradientSettings, kl_target: float, budget: Budget) -> float:
+    """The penalty's weight after the steps so far. Short answers are to reach as much less as their budget is."""
     if not steps:
         return settings.kl_coef
     last = steps[-1]
-    return adapt_kl_coef(last.kl_coef, last.kl, kl_target, settings.kl_horizon, settings.episodes)
+    target = kl_target * budget.share(last.length)
+    return adapt_kl_coef(last.kl_coef, last.kl, target, settings.kl_horizon, settings.episodes)
 
 
 def outgrown(steps: list[StepMetrics], patience: int) -> bool:

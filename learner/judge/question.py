@@ -12,8 +12,10 @@ from server.store.chats.machine_choices import Verdict
 
 Message = dict[str, str]
 SWAPPED: dict[Verdict, Verdict] = {"A": "B", "B": "A", "TIE": "TIE", "UNREADABLE": "UNREADABLE"}
-# A letter alone, with whatever a model likes to put around it.
-LETTER = re.compile(r"(?<![A-Za-z])(A|B|T|TIE)(?![A-Za-z'])", re.IGNORECASE)
+# A letter and nothing else but marks, or "Answer: A". In a sentence, "a" and "t" are words.
+LETTER = re.compile(r"\W*(?:(?:the )?(?:better )?answer(?: is)?\W*)?(A|B|T|tie)\W*", re.IGNORECASE)
+# What a model that reasons writes before its reply.
+THOUGHT = re.compile(r".*</think>", re.DOTALL)
 
 
 def ask(rubric: str, conversation: list[Message], a: str, b: str, secret: str) -> list[Message]:
@@ -34,9 +36,9 @@ def ask(rubric: str, conversation: list[Message], a: str, b: str, secret: str) -
 
 
 def read(reply: str) -> Verdict:
-    """The verdict in a reply; UNREADABLE if it has no letter, or different ones."""
-    letters = {found[0].upper() for found in LETTER.findall(reply)}
-    if len(letters) != 1:
+    """The verdict in a reply, after its reasoning if it has some; UNREADABLE if it is not a letter."""
+    found = LETTER.fullmatch(THOUGHT.sub("", reply))
+    if not found:
         return "UNREADABLE"
-    [letter] = letters
-    return "TIE" if letter == "T" else "A" if letter == "A" else "B"
+    letter = found[1].upper()
+    return "A" if letter == "A" else "B" if letter == "B" else "TIE"

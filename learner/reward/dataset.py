@@ -5,7 +5,7 @@ Each conversation either trains or judges. A hash of its id decides, so its side
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -160,21 +160,17 @@ def to_dataset(
     choices += [row for correction in training if (row := rows.of_correction(correction))]
     people = len(choices)
     judged = [vote for vote in snapshot.machine if not is_judge(vote.conversation_id, judge_share)]
+    # What counts nothing is left out, so that it chooses no penalty either.
+    trust = agreement(judged, snapshot.choices).weight
+    judged = judged if trust else []
     choices += [row for vote in judged if (row := rows.of_choice(vote))]
     thumbs = [thumb for vote in snapshot.thumbs if (thumb := rows.of_thumb(vote))]
     votes: list[ChoiceRow | ThumbRow] = [*choices, *thumbs]
     voters = _integers(vote.user for vote in votes)
-    ages = (now - torch.tensor([vote.create_time for vote in votes], dtype=torch.float64)) / 86400
-    ages, numbers = ages.clamp(min=0).float(), torch.arange(len(votes))
+    numbers = torch.arange(len(votes))
     by_machine = (people <= numbers) & (numbers < len(choices))
-    weights, own = torch.zeros(len(votes)), ~by_machine
-    weights[own] = vote_weights(
-        ages[own], voters[own], settings.half_life_days, settings.age_floor, settings.user_share
-    )
     judges = torch.tensor([is_judge(c, judge_share) for c in rows.conversations], dtype=torch.bool)
-    of_people = float(weights[~judges[_integers(vote.conversation for vote in votes)]].sum())
-    trust = agreement(judged, snapshot.choices).weight
-    weights[by_machine] = machine_weight(trust, int(by_machine.sum()), of_people, settings.machine_share)
+    weights = _weights(votes, now, voters, by_machine, judges, trust, settings)
     given = len(snapshot.choices) + len(training) + len(judged) + len(snapshot.thumbs)
     return Dataset(
         answers=rows.answers,
@@ -189,6 +185,26 @@ def to_dataset(
         by_machine=by_machine,
         left_out=given - len(votes),
     )
+
+
+def _weights(
+    votes: Sequence[ChoiceRow | ThumbRow],
+    now: float,
+    voters: Tensor,
+    by_machine: Tensor,
+    judges: Tensor,
+    trust: float,
+    settings: RewardSettings,
+) -> Tensor:
+    """(V,) weights: of people's votes by age and by user, of a machine judge's by `trust` and its share."""
+    ages = (now - torch.tensor([vote.create_time for vote in votes], dtype=torch.float64)) / 86400
+    ages, own, weights = ages.clamp(min=0).float(), ~by_machine, torch.zeros(len(votes))
+    weights[own] = vote_weights(
+        ages[own], voters[own], settings.half_life_days, settings.age_floor, settings.user_share
+    )
+    of_people = float(weights[~judges[_integers(vote.conversation for vote in votes)]].sum())
+    weights[by_machine] = machine_weight(trust, int(by_machine.sum()), of_people, settings.machine_share)
+    return weights
 
 
 def count_sides(snapshot: Snapshot, judge_share: float) -> tuple[int, int]:

@@ -21,8 +21,9 @@ LIKE_LENGTH = math.log1p(0.25)
 class CrossValidation:
     """Held-out negative log-likelihood and accuracy of K heads."""
 
-    nll: Tensor  # (K,) mean over votes
-    accuracy: Tensor  # (K,) mean over votes that name a winner, thumbs included
+    # (K,) means by weight: over votes, and over votes that name a winner, thumbs included.
+    nll: Tensor
+    accuracy: Tensor
 
 
 def cross_validate(
@@ -51,10 +52,11 @@ def cross_validate(
     held = torch.cat([held_c, held_m], dim=1)
     counted = held & ~right.isnan()
     losses = vote_losses(heads, features, votes)
+    weight = torch.cat([votes.choice_weight, votes.thumb_weight])
 
     def by_head(x: Tensor, counted: Tensor) -> Tensor:
-        total = torch.where(counted, x, 0.0).view(folds, k, -1).sum(dim=(0, 2))
-        return total / counted.view(folds, k, -1).sum(dim=(0, 2))
+        total = torch.where(counted, x * weight, 0.0).view(folds, k, -1).sum(dim=(0, 2))
+        return total / (counted * weight).view(folds, k, -1).sum(dim=(0, 2))
 
     return CrossValidation(nll=by_head(losses, held), accuracy=by_head(right, counted))
 

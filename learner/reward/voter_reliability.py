@@ -70,9 +70,11 @@ def weigh_voters(
     are computed from training votes alone: judge votes stay out of the fit, but are weighted by it."""
     train, trains, count = dataset.train, ~dataset.judging, len(dataset.users)
     voters, compared = dataset.voters[trains], dataset.compared[trains[: len(dataset.compared)]]
+    # People are compared with people.
+    of_people = (~dataset.by_machine[trains]).float()
     factors = torch.ones(count)
     for significant in (0.0, SIGNIFICANT):
-        weighed = scaled(train, factors[voters])
+        weighed = scaled(train, factors[voters] * of_people)
         found = verdicts(features, weighed, voters, compared, count, spec, settings, generator)
         factors = trust(found, significant)
     votes = scaled(dataset.votes, factors[dataset.voters])

@@ -64,6 +64,7 @@ def begin(
         stored,
         reference_version=reference,
         quarantined=quarantined,
+        judge=snapshot.judge,
         machine_watermark=snapshot.machine_watermark,
         fence=lease,
     )
@@ -125,11 +126,13 @@ def too_little_memory(plan: MemoryPlan, settings: LearnerSettings) -> str | None
 def _training(settings: LearnerSettings, dtype: DtypeName, prompts: list[Prompt], longest: int) -> Training:
     """What the round trains without checkpoints. Prompts that leave no room for an answer are left out of it."""
     policy = settings.policy.at(dtype)
+    # DPO reads both answers of a vote at once.
+    answers = 2 if settings.improver == "dpo" else 1
     fitting = [p for p in prompts if len(p.token_ids) + p.max_tokens <= longest]
     return Training(
         policy.train,
         policy.lora_rank,
-        tokens=max([policy.micro_batch_tokens, *(len(p.token_ids) + p.max_tokens for p in fitting)]),
+        tokens=max([policy.micro_batch_tokens, *(answers * (len(p.token_ids) + p.max_tokens) for p in fitting)]),
         rollout_tokens=settings.training.episodes * max([0, *(p.max_tokens for p in fitting)]),
         checkpoint=False,
     )

@@ -10,6 +10,7 @@ from learner.round.review.pool import pool
 from learner.settings import LearnerSettings
 from server.shared.errors import NotFoundError
 from server.store.chats.records import Snapshot
+from server.store.learning.records import Round
 from server.store.learning.round_metrics import Improvement, SignalTest
 from server.store.store import Store
 
@@ -43,11 +44,17 @@ def failed_precondition(
     if votes == 0:
         return "There are no votes yet; nothing was changed."
     last = store.rounds.last_learned()
-    if last and (last.watermark, last.quarantined) == (snapshot.watermark, quarantined):
+    if last and (last.watermark, last.quarantined) == (snapshot.watermark, quarantined) and not judged(snapshot, last):
         return f"There are no new votes since {last.id} ({last.state}); nothing was changed."
     if votes < settings.min_votes:
         return f"There are {votes} votes, fewer than the {settings.min_votes} a round needs; nothing was changed."
     return too_few_votes(*count_sides(snapshot, settings.gate.judge_share))
+
+
+def judged(snapshot: Snapshot, last: Round) -> bool:
+    """Whether a machine judge said something since the last round, or there is another judge."""
+    new = (snapshot.judge, snapshot.machine_watermark) != (last.judge, last.machine_watermark)
+    return bool(snapshot.machine) and new
 
 
 def too_few_votes(train: int, judge: int) -> str | None:

@@ -25,6 +25,7 @@ from learner.reward import voter_reliability
 from learner.reward.dataset import Dataset, to_dataset
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.begin import begin
+from learner.round.gate.checks_stage import unusable_checks
 from learner.round.gate.gate_stage import judge_candidates
 from learner.round.improve_stage import improve_policy
 from learner.round.lease import learner_lease
@@ -86,8 +87,13 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
             current = change_dtype(store, lease, current, settings, stages)
     # Users in quarantine when the round began are left out to its end, even if that changes in the meantime.
     quarantined = current.quarantined if current else sorted(store.quarantine.current())
-    until = (current.watermark, current.machine_watermark) if current else (None, None)
-    snapshot = store.snapshots.take(until[0], settings.max_votes, quarantined, settings.judge.name, until[1])
+    snapshot = (
+        store.snapshots.take(
+            current.watermark, settings.max_votes, quarantined, current.judge, current.machine_watermark
+        )
+        if current
+        else store.snapshots.take(None, settings.max_votes, quarantined, settings.judge.name)
+    )
     if settings.skip_rolled_back:
         before = current.create_time if current else math.inf
         snapshot = snapshot.without(store.lineage.rolled_back(before))
@@ -119,7 +125,9 @@ def run(work: Workspace) -> Report:
     """Runs the stages in order."""
     work.directory.mkdir(parents=True, exist_ok=True)
     dataset = load_feedback(work)
-    if reason := too_few_votes(len(dataset.train), len(dataset.judge)) or too_few_prompts(work.prompts):
+    train = len(dataset.train) - int(dataset.by_machine.sum())
+    reason = too_few_votes(train, len(dataset.judge)) or too_few_prompts(work.prompts) or unusable_checks(work)
+    if reason:
         return finish(work, "rejected", reason)
     compare_engine(work)
     features = extract_features(work, dataset)
@@ -165,7 +173,7 @@ def load_feedback(work: Workspace) -> Dataset:
         votes = VoteCounts(
             choices=len(work.snapshot.choices),
             thumbs=len(work.snapshot.thumbs),
-            corrections=int((~dataset.compared).sum()),
+            corrections=int((~dataset.compared & ~dataset.by_machine[: len(dataset.compared)]).sum()),
             train=len(dataset.train),
             judge=len(dataset.judge),
             machine=int(dataset.by_machine.sum()),

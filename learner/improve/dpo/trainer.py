@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from statistics import mean
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from learner.improve.adam import Adam
 from learner.improve.base import Task, endless
+from learner.improve.candidates import drop_candidates
 from learner.improve.dpo.votes import WeighedVotes, batches, implicit_rewards, penalty, trained
+from learner.improve.state import drop_states
 from learner.improve.step_metrics import step_metrics
 from learner.improve.training import SampledBatch, Training
 from learner.improve_settings import DPOSettings, PolicySettings
@@ -21,6 +24,8 @@ from server.store.learning.round_metrics import Improvement, StepMetrics
 
 # Adam's learning rate for the width of a tie, the bars and the effect of temperature.
 BARS_LEARNING_RATE = 0.02
+# The digest of the votes that the states of a round were trained on.
+VOTES = "votes.sha256"
 
 
 class DPO:
@@ -40,6 +45,7 @@ class DPO:
         rates = (task.policy.parameters, settings.learning_rate), (bars, BARS_LEARNING_RATE)
         optimizer = Adam(list(rates), settings.adam_epsilon)
         training = Training(task, settings, self._policy_settings)
+        start_over_unless(self._votes.digest, task.directory)
         read = reference_logprobs(task.policy, self._votes.answers, task.source.temperature, budget_of_a_pass)
         votes = replace(self._votes, ref_logprobs=read)
         drawn = list(islice(endless(len(votes), settings.votes, task.source.seed), settings.steps))
@@ -63,7 +69,9 @@ class DPO:
 
     def _step(self, training: Training, optimizer: Adam, heads: Heads, votes: WeighedVotes) -> tuple[float, float]:
         """One optimiser step on these votes; returns their mean loss and the gradient's norm."""
-        settings, weight, total = self._settings, votes.weight, 0.0
+        settings, total = self._settings, 0.0
+        # The weight of as many votes on average, so that a minibatch of votes that count little makes a small step.
+        weight = self._votes.weight * len(votes) / len(self._votes)
         for numbers in batches(votes.sizes, self._policy_settings.micro_batch_tokens):
             part = votes[numbers]
             tokens = to_tokens(*map(list, zip(*part.answers, strict=True))).to(training.task.policy.model.device)
@@ -76,6 +84,16 @@ class DPO:
             total += float(loss.detach())
         penalty(heads, self._votes.weight).backward()
         return total, optimizer.step(settings.max_grad_norm)
+
+
+def start_over_unless(digest: str, directory: Path) -> None:
+    """Drops what was trained on other votes than these: a deletion may have taken some since the round was killed, and
+    their numbers would be others' now."""
+    file = directory / VOTES
+    if file.exists() and file.read_text(encoding="utf-8") != digest:
+        drop_states(directory)
+        drop_candidates(directory, after=0)
+    file.write_text(digest, encoding="utf-8")
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ for (Rafailov et al. 2023). It takes the place of the score in the likelihood of
 Letters: N answers, C choices, M thumbs.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +55,14 @@ class WeighedVotes:
     def weight(self) -> float:
         """The sum of the votes' weights; never zero, though all voters may be unreliable."""
         return max(float(self.votes.choice_weight.sum() + self.votes.thumb_weight.sum()), 1e-6)
+
+    @property
+    def digest(self) -> str:
+        """Differs for other votes, other answers, or the same in another order."""
+        votes = self.votes
+        columns = (votes.a, votes.b, votes.outcome, votes.response, votes.thumb, votes.user)
+        said = [self.answers, [column.tolist() for column in columns], votes.users]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     @property
     def lengths(self) -> Tensor:

@@ -39,7 +39,7 @@ class PPO:
         training = Training(task, settings, self._policy_settings, settings.epochs, settings.minibatches, prefix)
 
         def update(batch: SampledBatch, steps: list[StepMetrics]) -> StepMetrics:
-            kl_coef = next_kl_coef(steps, settings, kl_target)
+            kl_coef = next_kl_coef(steps, settings, kl_target, task.budget)
             return self._update(training, critic, optimizer, batch, kl_coef, len(steps))
 
         return training.run(optimizer, task.source.batches(settings.episodes), update, kl_target)

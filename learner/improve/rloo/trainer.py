@@ -32,7 +32,9 @@ class RLOO:
         training = Training(task, settings, self._policy_settings, settings.epochs, settings.minibatches)
 
         def update(batch: SampledBatch, steps: list[StepMetrics]) -> StepMetrics:
-            return self._update(training, optimizer, batch, next_kl_coef(steps, settings, kl_target), len(steps))
+            return self._update(
+                training, optimizer, batch, next_kl_coef(steps, settings, kl_target, task.budget), len(steps)
+            )
 
         return training.run(optimizer, repeated(task.source, settings), update, kl_target)
 

@@ -7,10 +7,20 @@ from learner.gate.rules import Verdict
 from learner.improve.candidates import candidate
 from learner.round.workspace import Workspace
 from learner.settings import CheckSettings
+from server.shared.model.text import UnknownTokenError
 from server.store.learning.round_metrics import CheckMetrics, FailedCheck
 
 # Answers are the most likely ones, so no draw decides about a version.
 GREEDY, DRAW = 0.0, 0
+
+
+def unusable_checks(work: Workspace) -> str | None:
+    """Why the model cannot be asked these checks, in a sentence; None if it can."""
+    try:
+        _ = work.checks
+    except (CheckError, UnknownTokenError, ValueError, OSError) as error:
+        return f"The checks cannot be made: {error} Nothing was changed."
+    return None
 
 
 def checked(work: Workspace, verdict: Verdict) -> tuple[Verdict, CheckMetrics | None]:

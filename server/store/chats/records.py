@@ -254,6 +254,7 @@ class Snapshot:
     # `machine_watermark`.
     machine: list[ChoiceVote] = field(default_factory=list)
     machine_watermark: int = 0
+    judge: str = ""
     # The number of deletions when it was read.
     deletions: int = 0
 

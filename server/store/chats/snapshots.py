@@ -95,6 +95,7 @@ class Snapshots:
             ],
             machine=self._machine_votes(judge, machine_watermark, without) if judge else [],
             machine_watermark=machine_watermark,
+            judge=judge,
             deletions=deletions,
         )
 

@@ -62,7 +62,8 @@ class Round:
     attempts: int = 1
     # Users whose votes it leaves out: those in quarantine when it began.
     quarantined: list[str] = field(default_factory=list)
-    # The newest choice of a machine judge that it read.
+    # The machine judge whose choices it read, if any, and the newest of all judges' at that time.
+    judge: str = ""
     machine_watermark: int = 0
 
 

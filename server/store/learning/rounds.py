@@ -29,6 +29,7 @@ class Rounds:
         *,
         reference_version: str,
         quarantined: Iterable[str] = (),
+        judge: str = "",
         machine_watermark: int = 0,
         fence: Lease,
     ) -> Round:
@@ -52,6 +53,7 @@ class Rounds:
                     "settings": stored_round.SETTINGS.dump(settings),
                     "attempts": 1,
                     "quarantined": json.dumps(sorted(quarantined)),
+                    "judge": judge,
                     "machine_watermark": machine_watermark,
                     "create_time": self._db.now(),
                 },

@@ -453,6 +453,7 @@ def m016_machine_choices(db: Database) -> None:
         ) STRICT;
         CREATE UNIQUE INDEX machine_choices_once ON machine_choices (comparison_id, judge);
         CREATE INDEX machine_choices_by_user ON machine_choices (user);
+        ALTER TABLE rounds ADD COLUMN judge TEXT NOT NULL DEFAULT '';
         ALTER TABLE rounds ADD COLUMN machine_watermark INTEGER NOT NULL DEFAULT 0;
         """,
     )

@@ -54,6 +54,8 @@ def endpoint() -> Iterator[tuple[Endpoint, str]]:
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(sent)))
+            if status == 307:
+                self.send_header("location", reply)
             if status == 429:
                 self.send_header("retry-after-ms", "1")
             self.end_headers()
@@ -158,7 +160,9 @@ def test_a_run_that_failed_is_continued(
         compared(store, text, "x")
     # The newest come first, and the third question is the second comparison's.
     state.script = lambda question: (200, "A") if len(state.asked) < 3 else (500, "out of memory")
-    with pytest.raises(UnavailableError, match=r"out of memory.*1 of 3 comparisons are judged; the next run goes on"):
+    with pytest.raises(
+        UnavailableError, match=r"it answered with status 500\). 1 of 3 comparisons are judged; the next run goes on"
+    ):
         judge_comparisons(settings(tmp_path, url), lambda *_: None)
     name = settings(tmp_path, url).judge.name
     assert set(judged(store, name)) == {"third"}
@@ -191,6 +195,54 @@ def test_replies_that_cannot_be_read_are_counted_and_not_asked_again(
     assert judged(store, settings(tmp_path, url).judge.name) == {"one": None}
     assert store.snapshots.take(judge=settings(tmp_path, url).judge.name).machine == []
     assert judge_comparisons(settings(tmp_path, url), lambda *_: None).pairs == 0
+
+
+def test_an_endpoint_that_gives_no_letters_uses_nothing_up(
+    store: Store, tmp_path: Path, endpoint: tuple[Endpoint, str]
+) -> None:
+    state, url = endpoint
+    for number in range(judging.GIVE_UP):
+        compared(store, f"one {number}", "two")
+    state.script = lambda question: (200, "<think>Okay, the user")
+    with pytest.raises(
+        FailedPreconditionError, match=r"None of the first 10 comparisons got a letter.*judge.max_tokens"
+    ):
+        judge_comparisons(settings(tmp_path, url), lambda *_: None)
+    assert store.machine_choices.watermark() == 0
+    state.script = longer
+    extra = {"chat_template_kwargs": {"enable_thinking": False}}
+    judge_comparisons(settings(tmp_path, url, extra_body=extra, max_tokens=3), lambda *_: None)
+    assert store.machine_choices.watermark() == judging.GIVE_UP
+    assert (state.asked[-1]["chat_template_kwargs"], state.asked[-1]["max_tokens"]) == ({"enable_thinking": False}, 3)
+
+
+def test_a_comparison_that_is_refused_does_not_hold_up_the_others(
+    store: Store, tmp_path: Path, endpoint: tuple[Endpoint, str]
+) -> None:
+    state, url = endpoint
+    for text in ("fine", "far too long", "fine, too"):
+        compared(store, text, "x")
+    state.script = lambda question: (400, "too long") if "far too long" in question else longer(question)
+    assert judge_comparisons(settings(tmp_path, url), lambda *_: None).unreadable == 1
+    assert judged(store, settings(tmp_path, url).judge.name) == {"fine": "A", "far too long": None, "fine, too": "A"}
+
+
+def test_texts_take_no_way_around(
+    store: Store, tmp_path: Path, endpoint: tuple[Endpoint, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a proxy of the environment nor a redirect gets them."""
+    state, url = endpoint
+    compared(store, "long one", "short")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org")
+    judge_comparisons(settings(tmp_path, url), lambda *_: None)
+    assert len(state.asked) == 2
+    compared(store, "another one", "short")
+    state.script = lambda question: (307, "/elsewhere")
+    with pytest.raises(UnavailableError, match="status 307"):
+        judge_comparisons(settings(tmp_path, url), lambda *_: None)
+    assert len(state.asked) == 3
 
 
 def test_users_in_quarantine_are_left_out_and_the_newest_that_people_judged_come_first(

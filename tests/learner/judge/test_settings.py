@@ -27,6 +27,8 @@ def test_a_judge_on_this_machine(url: str) -> None:
         ({"url": "https://example.com/v1", "model": "m", "host": "example.org"}, "set judge.host to example.com"),
         ({"url": LOCAL}, "needs judge.model"),
         ({"url": "127.0.0.1:8000", "model": "m"}, "is not a URL"),
+        ({"url": "http://u:secret@127.0.0.1:8000/v1", "model": "m"}, "the key is judge.api_key"),
+        ({"url": "http://127.0.0.1:8000/v1?key=secret", "model": "m"}, "the key is judge.api_key"),
         ({"url": "ftp://127.0.0.1/v1", "model": "m"}, "is not a URL"),
     ],
 )
@@ -37,6 +39,7 @@ def test_what_is_refused(values: dict[str, str], said: str) -> None:
 
 def test_a_host_that_is_named_again_may_be_asked() -> None:
     assert JudgeSettings(url="https://Example.com/v1", host="example.com", model="m").name
+    assert JudgeSettings(url="https://example.com/v1", host="Example.com", model="m").name
 
 
 def test_another_rubric_is_another_judge(tmp_path: Path) -> None:

@@ -201,6 +201,34 @@ def test_a_round_by_another_improver_ends_as_an_unbroken_one(
     assert abs(steps[3].kl) > 1e-3
 
 
+def test_dpo_starts_over_if_votes_were_deleted_since(voted: Path, tmp_path: Path) -> None:
+    """Its states belong to votes by number, and to bars of users."""
+    data_dir = tmp_path / "data"
+    shutil.copytree(voted, data_dir)
+    killed(data_dir, "learner.improve.dpo.trainer:step_metrics", 3, "dpo")
+    [state] = data_dir.glob("rounds/*/state-002")
+    store = Store.open(data_dir)
+    [round_] = store.rounds.page()
+    sides = store.lineage.round_votes(round_.id)
+    trains = next(vote for vote in store.snapshots.take().choices if sides[vote.feedback_id] == "train")
+    store.conversations.delete("ann", trains.a.conversation_id)
+    store.close()
+    before = (state / "figures.json").read_text()
+    process = PROCESSES.Process(target=run, args=(data_dir,))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    store = Store.open(data_dir)
+    [round_] = store.rounds.page()
+    store.close()
+    assert round_.state == "promoted"
+    assert round_.metrics.improvement
+    steps = round_.metrics.improvement.steps
+    assert [step.step for step in steps] == [0, 1, 2, 3]
+    # The first step was made again, on other votes.
+    assert steps[0].policy_loss != json.loads(before)[0]["policy_loss"]
+
+
 def test_a_round_that_continues_in_another_dtype_restarts_training(begun: Path, tmp_path: Path) -> None:
     """As on another machine: no step in one dtype may follow a step in the other."""
     data_dir, said = tmp_path / "data", tmp_path / "said"

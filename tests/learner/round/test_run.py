@@ -558,22 +558,33 @@ def test_waiting_for_servers(data_dir: Path) -> None:
 
 def test_a_machine_judges_choices_train_a_round(data_dir: Path) -> None:
     judge = {"url": "http://127.0.0.1:1/v1", "model": "m"}
+    gate = settings(data_dir).gate.model_copy(update={"canary": "off"})
     name = settings(data_dir, judge=judge).judge.name
     store = Store.open(data_dir)
+    said: Any = {vote.comparison_id: vote.choice for vote in store.snapshots.take().choices}
     for one in store.machine_choices.missing(name):
-        store.machine_choices.add(one, name, "A", "A")
+        # It agrees with people.
+        store.machine_choices.add(one, name, said[one.comparison_id], said[one.comparison_id])
     store.close()
-    report = run(data_dir, judge=judge)
+    report = run(data_dir, judge=judge, gate=gate)
     assert report.metrics.votes
     trains = report.metrics.votes.train - report.metrics.votes.machine
     # Eighty comparisons: what people chose of those that train, and the same comparisons once more.
     assert (report.metrics.votes.choices, report.metrics.votes.machine) == (80, trains)
+    assert report.metrics.votes.corrections == 0
     assert report.round_id
     store = Store.open(data_dir)
     sides = store.lineage.round_votes(report.round_id)
     [round_] = store.rounds.page()
-    store.close()
     assert {side for vote, side in sides.items() if vote.startswith("machine_")} == {"train"}
-    assert round_.machine_watermark == 80
-    # Without a judge in the settings, what it said does not count.
-    assert run(data_dir, min_votes=1).state == "nothing"
+    assert (round_.judge, round_.machine_watermark) == (name, 80)
+    # What it said is learned from once, and without a judge in the settings not at all.
+    assert run(data_dir, judge=judge).state == "nothing"
+    assert run(data_dir).state == "nothing"
+    # Another judge is something new.
+    other = {**judge, "model": "other"}
+    name = settings(data_dir, judge=other).judge.name
+    for one in store.machine_choices.missing(name):
+        store.machine_choices.add(one, name, said[one.comparison_id], said[one.comparison_id])
+    store.close()
+    assert run(data_dir, judge=other, gate=gate).round_id not in (None, report.round_id)

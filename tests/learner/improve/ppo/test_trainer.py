@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from learner.improve.base import ExperienceSource
+from learner.improve.budget import Budget
 from learner.improve.candidates import candidates, drop_candidates
 from learner.improve.training import next_kl_coef, outgrown, replace_cut
 from learner.improve_settings import PPOSettings
@@ -42,10 +43,15 @@ def test_draws_of_two_rounds_and_two_steps_differ() -> None:
 
 def test_the_penalty_follows_the_kl() -> None:
     settings = PPOSettings(kl_coef=0.2, kl_horizon=100, episodes=10)
-    assert next_kl_coef([], settings, 0.1) == 0.2
-    assert next_kl_coef([figures(kl_coef=0.2, kl=0.2)], settings, 0.1) == pytest.approx(0.204)
+    budget = Budget(6.0, per_token=0.5)
+    assert next_kl_coef([], settings, 0.1, budget) == 0.2
+    assert next_kl_coef([figures(kl_coef=0.2, kl=0.2, length=60)], settings, 0.1, budget) == pytest.approx(0.204)
     # From the last step's weight, not from the first's.
-    assert next_kl_coef([figures(kl_coef=9.0), figures(kl_coef=0.4, kl=0.0)], settings, 0.1) == pytest.approx(0.392)
+    assert next_kl_coef(
+        [figures(kl_coef=9.0), figures(kl_coef=0.4, kl=0.0, length=60)], settings, 0.1, budget
+    ) == pytest.approx(0.392)
+    # Answers of six tokens have half of the budget, and half of the target.
+    assert next_kl_coef([figures(kl_coef=0.2, kl=0.05, length=6)], settings, 0.1, budget) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

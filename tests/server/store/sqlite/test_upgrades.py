@@ -32,7 +32,7 @@ RELEASED = {
     "m013_canaries": "1faf2a1b4de30fcb",
     "m014_review_purposes": "20480a71735570d8",
     "m015_stage_of_any_improver": "1ccac380203c8a35",
-    "m016_machine_choices": "9143d78c45ffffd7",
+    "m016_machine_choices": "9def04adb6134575",
 }
 
 

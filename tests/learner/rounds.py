@@ -152,7 +152,8 @@ def settings(data_dir: Path, **changes: Any) -> LearnerSettings:
         "min_prompts": 8,
         "reward": {"reference_answers": 16, "fold_repeats": 1},
         "dtype": "float32",
-        "policy": {"lora_rank": 4},
+        # Answers of a dozen tokens, which would have their own budget.
+        "policy": {"lora_rank": 4, "kl_per_token": 10.0},
         "ppo": {"steps": 2, "episodes": 16, "learning_rate": 3e-3},
         "review": {"pairs": 8, "active_pairs": 1},
         # Eighty votes on a random model: tests check what a round does, not whether it should.

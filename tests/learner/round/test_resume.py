@@ -270,7 +270,7 @@ def test_a_round_from_an_earlier_version_keeps_its_settings(
     settings["duel_user_votes"] = settings.pop("ab_test_user_votes")
     assert settings["policy"].pop("checkpoint_activations") == "off"
     assert settings["policy"].pop("kl_total") == 12.0
-    assert settings["policy"].pop("kl_per_token") == 0.5
+    assert settings["policy"].pop("kl_per_token") == 10.0
     settings["ppo"] = {**settings["ppo"], **settings.pop("policy"), "dtype": settings.pop("dtype")}
     with store._db.write():
         values = [json.dumps(settings), json.dumps(round_.metrics.to_json())]

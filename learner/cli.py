@@ -104,7 +104,7 @@ def _run_round(settings: "LearnerSettings", wait: bool, report_file: Path | None
 
 @app.command()
 def judge(data_dir: DataDir = None) -> None:
-    """Let a model choose between stored answers. Its choices train the reward model, as far as it agrees with people.
+    """Let a model choose between stored answers. Its choices train, as far as it agrees with people.
 
     The model is at an OpenAI-compatible endpoint (judge.url, judge.model), on this machine unless judge.host names
     another: users' texts are sent there. A run that was stopped is continued by the next one."""

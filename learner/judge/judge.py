@@ -11,12 +11,13 @@ from itertools import chain, islice
 
 from openai import APIStatusError, BadRequestError, DefaultHttpxClient, OpenAI, OpenAIError, UnprocessableEntityError
 
-from learner.judge.question import SWAPPED, Message, ask, read
+from learner.judge.question import SWAPPED, ask, read
 from learner.judge_settings import JudgeSettings
 from learner.reward.dataset import is_judge
 from learner.round.token_ids import asked_turns
 from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError, NotFoundError, UnavailableError
+from server.shared.model.prompt import Message, to_messages
 from server.store.chats.machine_choices import Asked, Verdict
 from server.store.chats.records import Comparison
 from server.store.store import Store
@@ -152,14 +153,10 @@ def named(error: OpenAIError) -> str:
 def missing(store: Store, settings: LearnerSettings) -> list[Asked]:
     """The comparisons to judge, at most `judge.pairs`. The judge's side of the votes is left to people. Users in
     quarantine are left out."""
-    found = (
-        asked
-        for asked in store.machine_choices.missing(settings.judge.name, store.quarantine.current())
-        if not is_judge(
-            store.snapshots.voted_with(asked.comparison_id, asked.conversation_id), settings.gate.judge_share
-        )
-    )
-    return list(islice(found, settings.judge.pairs))
+    asked = store.machine_choices.missing(settings.judge.name, store.quarantine.current())
+    together = store.snapshots.voted_with(asked)
+    trains = (one for one in asked if not is_judge(together[one.comparison_id], settings.gate.judge_share))
+    return list(islice(trains, settings.judge.pairs))
 
 
 def pairs(store: Store, asked: list[Asked]) -> Iterator[Pair]:
@@ -194,10 +191,7 @@ def read_pair(store: Store, asked: Asked) -> Pair | None:
     turn = asked_turns(store, asked.user, asked.conversation_id).get(comparison.a.id)
     if turn is None:
         return None
-    conversation: list[Message] = []
-    for message, answer in turn.said[: turn.before]:
-        conversation += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
-    return Pair(asked, comparison, [*conversation, {"role": "user", "content": turn.message}])
+    return Pair(asked, comparison, to_messages(turn.said[: turn.before], turn.message))
 
 
 def judged(endpoint: Endpoint, waiting: Iterator[Pair], concurrency: int) -> Generator[Said]:

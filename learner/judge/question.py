@@ -8,9 +8,9 @@ that a text names chooses another answer in each order, and so none.
 import hashlib
 import re
 
+from server.shared.model.prompt import Message
 from server.store.chats.machine_choices import Verdict
 
-Message = dict[str, str]
 SWAPPED: dict[Verdict, Verdict] = {"A": "B", "B": "A", "TIE": "TIE", "UNREADABLE": "UNREADABLE"}
 # A letter and nothing else but marks, or "Answer: A". In a sentence, "a" and "t" are words.
 LETTER = re.compile(r"\W*(?:(?:the )?(?:better )?answer(?: is)?\W*)?(A|B|T|tie)\W*", re.IGNORECASE)

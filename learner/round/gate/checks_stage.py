@@ -70,13 +70,13 @@ def answers(work: Workspace) -> list[CheckedAnswer]:
 
 def compare(checks: list[Check], before: list[CheckedAnswer], after: list[CheckedAnswer]) -> CheckMetrics:
     """What fails now, and how much the incumbent failed."""
+    failed_before = [bool(check.broken_by(old.answer)) for check, old in zip(checks, before, strict=True)]
     failed = [
-        FailedCheck(check.name, "; ".join(why), new.answer, bool(check.broken_by(old.answer)))
-        for check, old, new in zip(checks, before, after, strict=True)
+        FailedCheck(check.name, "; ".join(why), new.answer, old_failed)
+        for check, new, old_failed in zip(checks, after, failed_before, strict=True)
         if (why := check.broken_by(new.answer))
     ]
-    before_failed = sum(bool(check.broken_by(old.answer)) for check, old in zip(checks, before, strict=True))
-    return CheckMetrics(len(checks), failed, before_failed)
+    return CheckMetrics(len(checks), failed, sum(failed_before))
 
 
 def _names(found: CheckMetrics) -> str:

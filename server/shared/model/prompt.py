@@ -10,6 +10,14 @@ Message = dict[str, str]
 Said = tuple[str, str]
 
 
+def to_messages(history: Sequence[Said], message: str) -> list[Message]:
+    """The messages of `history`, oldest first, and then `message`, the user's."""
+    messages: list[Message] = []
+    for asked, answered in history:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return [*messages, {"role": "user", "content": message}]
+
+
 def build_prompt(
     encode: Callable[[list[Message]], list[int]], history: Sequence[Said], message: str, max_prompt_tokens: int
 ) -> list[int]:
@@ -21,10 +29,7 @@ def build_prompt(
     """
 
     def encoded(kept: int) -> list[int]:
-        messages: list[Message] = []
-        for asked, answered in history[len(history) - kept :]:
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        return encode([*messages, {"role": "user", "content": message}])
+        return encode(to_messages(history[len(history) - kept :], message))
 
     def fitting(kept: int) -> list[int] | None:
         try:

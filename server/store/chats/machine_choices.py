@@ -29,7 +29,6 @@ class MachineChoice:
 
     seq: int
     comparison: Comparison
-    user: str
     shown: Verdict
     swapped: Verdict
 
@@ -99,7 +98,7 @@ class MachineChoices:
         )
         comparisons = load_comparisons(self._db, (row["comparison_id"] for row in rows))
         return [
-            MachineChoice(row["seq"], comparisons[row["comparison_id"]], row["user"], row["shown"], row["swapped"])
+            MachineChoice(row["seq"], comparisons[row["comparison_id"]], row["shown"], row["swapped"])
             for row in rows
             if row["comparison_id"] in comparisons
         ]

@@ -5,7 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
-from server.store.chats.machine_choices import MachineChoices
+from server.store.chats.machine_choices import Asked, MachineChoices
 from server.store.chats.records import ChoiceVote, Correction, Demonstration, Prompt, Snapshot, ThumbVote
 from server.store.chats.responses import load_comparisons, load_responses
 from server.store.chats.reviews import review_key
@@ -154,9 +154,10 @@ class Snapshots:
             if (comparison := comparisons.get(event["comparison_id"]))
         ]
 
-    def voted_with(self, comparison_id: str, conversation_id: str) -> str:
-        """What votes on a comparison have in common with others, which decides whether they train or judge."""
-        return self._reviewed([comparison_id]).get(comparison_id) or conversation_id
+    def voted_with(self, asked: Collection[Asked]) -> dict[str, str]:
+        """By comparison, what votes on it have in common with others, which decides whether they train or judge."""
+        review_of = self._reviewed(one.comparison_id for one in asked)
+        return {one.comparison_id: review_of.get(one.comparison_id) or one.conversation_id for one in asked}
 
     def _machine_votes(self, judge: str, watermark: int, without: Collection[str]) -> list[ChoiceVote]:
         said = self._machine.all(judge, watermark, without)

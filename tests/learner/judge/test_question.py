@@ -66,7 +66,7 @@ def test_a_reply_is_a_letter_alone(reply: str, verdict: str) -> None:
 
 
 def said(shown: str, swapped: str) -> MachineChoice:
-    return MachineChoice(1, None, "ann", shown, swapped)  # type: ignore[arg-type]
+    return MachineChoice(1, None, shown, swapped)  # type: ignore[arg-type]
 
 
 def test_an_answer_that_wins_in_one_order_only_is_no_winner() -> None:

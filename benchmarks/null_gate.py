@@ -57,7 +57,8 @@ def shuffled_gates(data: Path, shuffles: int) -> dict[str, Any]:
     settings = began_with(round_, {"data_dir": data})
     set_environment(settings)
 
-    from learner.round.run import extract_features, fit_reward_model, load_feedback
+    from learner.round.alignment.stages import fit_reward_model
+    from learner.round.alignment.votes_stage import extract_features, load_feedback
     from learner.round.workspace import Workspace
 
     # No stage before the gate's is done again, so nothing is written.

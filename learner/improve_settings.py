@@ -158,3 +158,28 @@ class DPOSettings(TrainingSettings):
         if self.minibatches > self.votes:
             raise ValueError("minibatches cannot be more than votes")
         return self
+
+
+class SFTSettings(BaseModel):
+    """Supervised fine-tuning on demonstrations and corrections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_new: int = Field(
+        20,
+        ge=0,
+        description="So many new demonstrations and corrections let `learner run-once` learn from them first; 0: only "
+        "`learner sft` does.",
+    )
+    epochs: int = Field(10, ge=1, le=900, description="Maximum number of passes over the examples.")
+    batch: int = Field(8, ge=1, description="Examples in each optimiser step.")
+    learning_rate: Positive = Field(2e-4, description="Adam's learning rate.")
+    adam_epsilon: Positive = Field(1e-5, description="Adam's epsilon.")
+    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
+    patience: int = Field(
+        2, ge=1, description="Training stops after this many passes without a lower loss on the examples held out."
+    )
+    held_out_share: Share = Field(0.2, description="Share of the questions that are held out; at least two are.")
+    conversation_share: Share = Field(
+        0.1, description="Largest share of the tokens that one conversation's corrections have, or twice an equal one."
+    )

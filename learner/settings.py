@@ -10,7 +10,14 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from learner.improve_settings import DPOSettings, PolicySettings, PPOSettings, RLOOSettings, TrainingSettings
+from learner.improve_settings import (
+    DPOSettings,
+    PolicySettings,
+    PPOSettings,
+    RLOOSettings,
+    SFTSettings,
+    TrainingSettings,
+)
 from learner.judge_settings import JudgeSettings
 from learner.number_types import Positive, Share
 from learner.schedule_settings import ScheduleSettings
@@ -255,8 +262,8 @@ class LearnerSettings(SettingsBase):
     keep_versions: int = Field(
         8,
         ge=1,
-        description="Versions to keep weights of, besides references, the active version, the one before it, and of "
-        "each reference the one that was served last.",
+        description="Versions to keep weights of, besides the active version, the one before it, of each model what "
+        "was made from it and the one that was served last, and the references of these.",
     )
     nice: int = Field(0, ge=0, le=19, description="Niceness of a round's process.")
     threads: int = Field(0, ge=0, description="Threads of a round's own computation; 0: one per core.")
@@ -271,6 +278,7 @@ class LearnerSettings(SettingsBase):
     ppo: PPOSettings = Field(default_factory=PPOSettings, description="Proximal policy optimisation.")
     rloo: RLOOSettings = Field(default_factory=RLOOSettings, description="REINFORCE, leave-one-out.")
     dpo: DPOSettings = Field(default_factory=DPOSettings, description="Direct preference optimisation.")
+    sft: SFTSettings = Field(default_factory=SFTSettings, description="Learning from demonstrations and corrections.")
     review: ReviewSettings = Field(default_factory=ReviewSettings, description="What people are asked to compare.")
     judge: JudgeSettings = Field(
         default_factory=JudgeSettings, description="A model that chooses between stored answers."

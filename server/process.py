@@ -73,11 +73,13 @@ async def _serve(
     app = App(settings, store)
     set_environment(settings)
     dtype = await asyncio.to_thread(resolve_dtype, settings.dtype)
-    reference = await store(lambda store: store.policies.reference())
-    directory = await asyncio.to_thread(_prepare, settings, dtype.name, reference, say)
+    start = await store(
+        lambda store: store.policies.reference() if settings.serve_adapters else store.policies.origin()
+    )
+    directory = await asyncio.to_thread(_prepare, settings, dtype.name, start, say)
     await store(lambda store: store.policies.register_reference())
     say(f"starting the engine, which computes in {dtype}")
-    # Always start with the reference: compiled code is cached by the model's path. The active version is swapped in.
+    # Always start with the same version: compiled code is cached by the model's path. The active one is swapped in.
     engine = make_engine(settings, dtype.name, directory)
     try:
         await engine.start()
@@ -117,7 +119,7 @@ def exposed(app: App, settings: ServerSettings, say: Callable[[str], None]) -> I
 def make_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> VllmEngine:
     """An engine with the reference in `directory` that can swap versions. Raises ServiceError if the engine cannot
     start; vLLM writes the cause to standard error."""
-    start = partial(start_engine, settings, dtype, directory)
+    start = partial(start_engine, settings, dtype)
     try:
         if settings.serve_adapters:
             return AdapterEngine(start, directory, dtype)
@@ -130,7 +132,7 @@ def make_engine(settings: ServerSettings, dtype: DtypeName, directory: Path) -> 
 
 
 def _prepare(settings: ServerSettings, dtype: DtypeName, reference: str | None, say: Callable[[str], None]) -> Path:
-    """The directory of the active version's reference; at the first start there is none, and v0000 is prepared."""
+    """The directory of the reference to start with; at the first start there is none, and v0000 is prepared."""
     try:
         if reference:
             directory = settings.data_dir / "policies" / reference

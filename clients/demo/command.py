@@ -34,7 +34,9 @@ def main(
 ) -> None:
     """Serve, vote, learn, swap, and compare: the whole loop once, for real.
 
-    A run that failed or was stopped keeps its progress; the next run with the same flags resumes from it."""
+    A run that failed or was stopped keeps its progress; the next run with the same flags resumes from it. With a
+    --data-dir, `server serve` on it goes on from there: ten demonstrations of one style (/demonstrate in `chat`) and
+    `learner sft` change the answers to other questions."""
     if taste not in TASTES:
         raise typer.BadParameter(f"choose one of {', '.join(TASTES)}", param_hint="--taste")
     directory = (data_dir or DIRECTORY).resolve()

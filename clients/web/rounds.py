@@ -5,6 +5,7 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from prefloop.v1.policy_pb2 import (
+    ROUND_KIND_SFT,
     ROUND_STATE_CANARY,
     ROUND_STATE_FAILED,
     ROUND_STATE_PROMOTED,
@@ -14,7 +15,7 @@ from prefloop.v1.policy_pb2 import (
 )
 
 from clients.web.charts.chart import Chart, intervals
-from clients.web.charts.curves import step_curves
+from clients.web.charts.curves import epoch_curves, step_curves
 
 STATES = {
     ROUND_STATE_RUNNING: "running",
@@ -48,6 +49,7 @@ class RoundFigures:
         self.version = round_.policy_version
         self.create_time = round_.create_time
         self.metrics: dict[str, Any] = MessageToDict(round_.metrics)
+        self.imitates = round_.kind == ROUND_KIND_SFT
         self.promoted = round_.state == ROUND_STATE_PROMOTED
 
     def figure(self, *path: str) -> Any:
@@ -65,6 +67,9 @@ class RoundFigures:
 
     @property
     def votes(self) -> int | None:
+        """How many votes it used, or demonstrations and corrections."""
+        if shown := self.figure("sft"):
+            return int(shown["demonstrations"] + shown["corrections"])
         votes = self.figure("votes")
         return votes and int(sum(votes.get(kind, 0) for kind in ("choices", "thumbs", "corrections")))
 
@@ -119,12 +124,14 @@ class RoundFigures:
     @property
     def curves(self) -> list[Chart]:
         """Training curves by step, with the chosen step marked."""
+        if shown := self.figure("sft"):
+            return epoch_curves(shown)
         return step_curves(self.figure("improvement") or {}, self.figure("gate", "chosen", "step"))
 
 
 def interval(found: dict[str, float] | None) -> Interval | None:
-    """An Interval from the learner's metrics."""
-    return None if found is None else Interval(found["rate"], found["low"], found["high"])
+    """An Interval from the learner's metrics; None if there was no judge."""
+    return None if found is None or found["rate"] is None else Interval(found["rate"], found["low"], found["high"])
 
 
 def win_rates(rounds: list[RoundFigures]) -> Chart:

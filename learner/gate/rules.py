@@ -1,5 +1,6 @@
 """The rules for promoting a candidate. Each broken rule is reported in a sentence."""
 
+import math
 from dataclasses import dataclass, field
 
 from learner.improve.budget import Budget
@@ -34,6 +35,25 @@ def broken_rules(
     share = figures.health.length / incumbent.length
     if not low <= share <= high:
         reasons.append(f"Answers are {share:.2f} times as long as the incumbent's, outside {low:g} to {high:g}.")
+    return reasons + _ills(figures, incumbent, settings)
+
+
+def broken_rules_of_reference(
+    figures: CandidateMetrics, incumbent: AnswerHealth, shown_length: float, settings: GateSettings
+) -> list[str]:
+    """The rules about a candidate that is to become the reference: a sentence for each that it breaks. Its answers may
+    be as short or long as those that people showed, whose mean length is `shown_length` tokens."""
+    reasons = _losses(figures) if not math.isnan(figures.against_incumbent.rate) else []
+    low, high = settings.length_range
+    least, most = low * min(incumbent.length, shown_length), high * max(incumbent.length, shown_length)
+    if not least <= figures.health.length <= most:
+        reasons.append(f"Answers have {figures.health.length:.0f} tokens, outside {least:.0f} to {most:.0f}.")
+    return reasons + _ills(figures, incumbent, settings)
+
+
+def _ills(figures: CandidateMetrics, incumbent: AnswerHealth, settings: GateSettings) -> list[str]:
+    """A sentence for each way in which answers became worse that no judge need see."""
+    reasons = []
     if figures.health.empty > incumbent.empty + settings.empty_margin:
         reasons.append(f"{figures.health.empty:.0%} of the answers are empty (incumbent: {incumbent.empty:.0%}).")
     if figures.health.repetition > incumbent.repetition + settings.repetition_margin:

@@ -13,9 +13,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from learner.improve.adam import Adam
+from learner.improve.candidates import drop_candidates
 from server.store.files.manifest import new_directory
 
 TENSORS, FIGURES = "optimizer.safetensors", "figures.json"
+# The digest of what the states of a round were trained on.
+DIGEST = "votes.sha256"
 
 
 def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam) -> None:
@@ -44,3 +47,13 @@ def drop_states(directory: Path, but: Path | None = None) -> None:
     for path in (*directory.glob("state-*"), *directory.glob(".state-*.partial")):
         if path != but:
             shutil.rmtree(path)
+
+
+def start_over_unless(digest: str, directory: Path) -> None:
+    """Drops what was trained on other votes or examples than those of this digest: a deletion may have taken some since
+    the round was killed, and their numbers would be others' now."""
+    file = directory / DIGEST
+    if file.exists() and file.read_text(encoding="utf-8") != digest:
+        drop_states(directory)
+        drop_candidates(directory, after=0)
+    file.write_text(digest, encoding="utf-8")

@@ -79,8 +79,13 @@ class TrainablePolicy:
             self.model.save_pretrained(directory)
             (directory / "README.md").unlink(missing_ok=True)
             return
+        self.save_merged(directory)
+
+    def save_merged(self, directory: Path) -> None:
+        """Writes all weights, adapters merged, in Hugging Face layout."""
         weights = {name: tensor.contiguous() for name, tensor in merged_weights(self.model)}
-        self.model.save_pretrained(directory, state_dict=weights)
+        model = self.model.get_base_model() if self._reference is None else self.model
+        model.save_pretrained(directory, state_dict=weights)
 
     @torch.no_grad()
     def disturb(self, size: float, seed: int) -> None:

@@ -52,13 +52,13 @@ def operator() -> str:
     return f"operator {getpass.getuser()}"
 
 
-def needs_restart(store: Store, settings: LearnerSettings, reference: str) -> str:
-    """What must be done to serve a version of another reference than before, in a sentence."""
-    model = shlex.quote(made_from(settings.data_dir / "policies" / reference))
-    references, replicas = store.policies.references(), store.replicas.alive()
+def needs_restart(store: Store, settings: LearnerSettings, origin: str) -> str:
+    """What must be done to serve a version of another model than before, in a sentence."""
+    model = shlex.quote(made_from(settings.data_dir / "policies" / origin))
+    origins, replicas = store.policies.origins(), store.replicas.alive()
     if not replicas:
         return f"No server is running: start it with --model {model}."
-    others = [replica.id for replica in replicas if references.get(replica.loaded_version) != reference]
+    others = [replica.id for replica in replicas if origins.get(replica.loaded_version) != origin]
     if not others:
         return f"Every running server was started with its model, {model}."
     return f"Restart {', '.join(others)} with --model {model}; until then, what is loaded there is served."
@@ -67,15 +67,15 @@ def needs_restart(store: Store, settings: LearnerSettings, reference: str) -> st
 def _move(
     store: Store, settings: LearnerSettings, active: str, version: str, action: PointerAction, reason: str
 ) -> str:
-    policy, loadable = store.policies.get(version), store.policies.reference()
+    policy, loadable = store.policies.get(version), store.policies.active().origin_version
     if version == active:
         return f"{version} is active already; nothing was changed."
     # The store checks whether a version may be activated; the files of one that may must be complete.
     if policy.prune_time is None:
         verify(settings.data_dir / "policies" / version)
     store.policies.activate(version, actor=operator(), action=action, reason=reason, expected_active_version=active)
-    if policy.reference_version != loadable:
-        return f"{version} is active instead of {active}. {needs_restart(store, settings, policy.reference_version)}"
+    if policy.origin_version != loadable:
+        return f"{version} is active instead of {active}. {needs_restart(store, settings, policy.origin_version)}"
     loaded = wait_until_loaded(store, version, settings.load_timeout_seconds)
     if store.policies.active().version != version:
         raise FailedPreconditionError("POLICY_UNLOADABLE", f"{version} was activated and then reverted: {loaded}")

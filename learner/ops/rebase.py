@@ -37,14 +37,16 @@ def rebase(settings: LearnerSettings, model: str, reason: str, say: Callable[[st
         return _rebase(store, lease, settings, model, reason, say)
 
 
-def find_reference(data_dir: Path, model: str) -> str | None:
-    """The newest reference that was made from `model`, active or not, or published by a run that was killed."""
+def find_origin(data_dir: Path, model: str) -> str | None:
+    """The newest version that was made from `model`, active or not, or published by a run that was killed. Of what was
+    fine-tuned from it the manifest names the round instead."""
     for directory in sorted((data_dir / "policies").glob("v[0-9]*"), reverse=True):
         try:
             manifest = read_manifest(directory)
         except ManifestError:
             continue
-        if manifest.reference_version == directory.name and same_model(str(manifest.info.get("model")), model):
+        ours = manifest.reference_version == directory.name and "round_id" not in manifest.info
+        if ours and same_model(str(manifest.info.get("model")), model):
             return directory.name
     return None
 
@@ -53,21 +55,21 @@ def _rebase(
     store: Store, lease: Lease, settings: LearnerSettings, model: str, reason: str, say: Callable[[str], None]
 ) -> str:
     active = store.policies.active()
-    reference = find_reference(settings.data_dir, model) or free_version(store, settings.data_dir, "policies", "v")
-    if reference == active.reference_version:
+    origin = find_origin(settings.data_dir, model) or free_version(store, settings.data_dir, "policies", "v")
+    if origin == active.origin_version:
         return f"{active.version}, which is active, is of {model} already; nothing was changed."
-    _prepare(settings, model, reference, say)
-    version = store.policies.last_served(reference) or reference
-    if version != reference:
+    _prepare(settings, model, origin, say)
+    version = store.policies.last_served(origin) or origin
+    if version != origin:
         verify(settings.data_dir / "policies" / version)
     with store.transaction():
         # Registering it again changes nothing.
         store.policies.register(
-            reference,
+            origin,
             kind="full",
             state="candidate",
             parent_version=None,
-            reference_version=reference,
+            reference_version=origin,
             round_id=None,
             reward_model_version=None,
             metrics={},
@@ -84,7 +86,7 @@ def _rebase(
         )
     stopped = store.rounds.running()
     given_up = f" {stopped.id}, which was stopped, will be given up." if stopped else ""
-    return f"{version} is active instead of {active.version}. {needs_restart(store, settings, reference)}{given_up}"
+    return f"{version} is active instead of {active.version}. {needs_restart(store, settings, origin)}{given_up}"
 
 
 def _prepare(settings: LearnerSettings, model: str, reference: str, say: Callable[[str], None]) -> None:

@@ -72,6 +72,13 @@ def _learned(learned: Round | None, quarantined: list[str], votes: int) -> Itera
         yield "quarantine", _left_out(quarantined, learned)
 
 
+def _demonstrations(store: Store) -> Iterator[tuple[str, str]]:
+    """How many demonstrations and corrections wait, if there are any."""
+    last = store.rounds.last_fine_tuned()
+    if waiting := store.snapshots.count_examples(after=last.watermark if last else 0):
+        yield "to imitate", f"{waiting} new demonstrations and corrections; `learner sft` learns from them"
+
+
 def _moves(store: Store) -> Iterator[tuple[str, str]]:
     for move in store.lineage.moves(3):
         if move.previous_version:
@@ -110,6 +117,7 @@ def _status(store: Store, ab_test_voters: int, ab_test_user_votes: int) -> dict[
     lines += list(_learner(learner))
     since = f" of {votes} votes are new since then" if learned else " votes"
     lines.append(("new votes", f"{learner.new_votes}{since}"))
+    lines += list(_demonstrations(store))
     return {
         "active_version": active.version,
         "replicas": [{"id": r.id, "loaded_version": r.loaded_version, "error": r.error} for r in replicas],

@@ -124,14 +124,13 @@ def _made_lines(step: dict[str, Any]) -> Iterator[str]:
 
 
 def _with_ancestors(store: Store, policy: PolicyVersion) -> Iterator[PolicyVersion]:
-    """The version and, if its round started from the active policy, its ancestors for as long as theirs did too."""
+    """The version and what its weights come from, back to the model: what its round started from, and so on."""
     while True:
         yield policy
         if policy.round_id is None or policy.parent_version is None:
             return
-        if start_from(store.rounds.get(policy.round_id).settings) != "active":
-            return
-        policy = store.policies.get(policy.parent_version)
+        started_from = start_from(store.rounds.get(policy.round_id).settings)
+        policy = store.policies.get(policy.parent_version if started_from == "active" else policy.reference_version)
 
 
 def _seen(events: list[FeedbackEvent], round_: Round) -> FeedbackEvent | None:

@@ -11,7 +11,8 @@ import torch
 
 from learner.model.device import read_memory, resolve_device
 from learner.progress import Stages
-from learner.round.preconditions import failed_precondition
+from learner.round.preconditions import blocked, too_little_new
+from learner.round.sft.examples_stage import nothing_to_imitate
 from learner.round.token_ids import TokenIds
 from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError
@@ -22,7 +23,7 @@ from server.shared.model.families import family_of, limit_of
 from server.shared.model.needs import RoundNeed, Training, round_need
 from server.shared.model.shape import read_shape
 from server.store.chats.records import Prompt, Snapshot
-from server.store.learning.records import Lease, Round
+from server.store.learning.records import Lease, Round, RoundKind
 from server.store.store import Store
 
 
@@ -41,11 +42,25 @@ class MemoryPlan:
 
 
 def begin(
-    store: Store, lease: Lease, settings: LearnerSettings, stages: Stages, snapshot: Snapshot, quarantined: list[str]
+    store: Store,
+    lease: Lease,
+    settings: LearnerSettings,
+    stages: Stages,
+    snapshot: Snapshot,
+    quarantined: list[str],
+    kind: RoundKind = "alignment",
 ) -> tuple[Round, LearnerSettings] | str:
     """The new round with its final settings, or a sentence that says why there is none. Raises FailedPreconditionError
     if this model cannot learn."""
-    if reason := failed_precondition(store, snapshot, quarantined, settings):
+    if reason := blocked(store, settings):
+        return reason
+    if kind == "sft":
+        # It goes on from what people have, which what they voted for has made.
+        settings = settings.model_copy(update={"policy": settings.policy.model_copy(update={"start_from": "active"})})
+        reason = nothing_to_imitate(store, snapshot, settings)
+    else:
+        reason = too_little_new(store, snapshot, quarantined, settings)
+    if reason:
         return reason
     reference = store.policies.active().reference_version
     directory = settings.data_dir / "policies" / reference
@@ -66,6 +81,7 @@ def begin(
         quarantined=quarantined,
         judge=snapshot.judge,
         machine_watermark=snapshot.machine_watermark,
+        kind=kind,
         fence=lease,
     )
     return begun, settings

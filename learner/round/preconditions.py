@@ -18,10 +18,8 @@ from server.store.store import Store
 MIN_SIDE = 10
 
 
-def failed_precondition(
-    store: Store, snapshot: Snapshot, quarantined: list[str], settings: LearnerSettings
-) -> str | None:
-    """Why no round can start now, in a sentence; None if one can. A changed quarantine counts as new votes."""
+def blocked(store: Store, settings: LearnerSettings) -> str | None:
+    """Why no round of any kind can start now, in a sentence; None if one can."""
     try:
         store.policies.active()
     except NotFoundError:
@@ -40,11 +38,18 @@ def failed_precondition(
             read_checks(settings.checks.file)
     except (CheckError, OSError, UnicodeDecodeError) as error:
         return f"checks.file cannot be read: {error}. Nothing was changed."
+    return None
+
+
+def too_little_new(store: Store, snapshot: Snapshot, quarantined: list[str], settings: LearnerSettings) -> str | None:
+    """Why there is nothing to learn from these votes, in a sentence; None if there is. A changed quarantine counts as
+    new votes."""
     votes = len(snapshot.choices) + len(snapshot.thumbs) + len(snapshot.corrections)
     if votes == 0:
         return "There are no votes yet; nothing was changed."
     last = store.rounds.last_learned()
-    if last and (last.watermark, last.quarantined) == (snapshot.watermark, quarantined) and not judged(snapshot, last):
+    new = last is None or store.snapshots.votes_changed(after=last.watermark) or last.quarantined != quarantined
+    if last and not new and not judged(snapshot, last):
         return f"There are no new votes since {last.id} ({last.state}); nothing was changed."
     if votes < settings.min_votes:
         return f"There are {votes} votes, fewer than the {settings.min_votes} a round needs; nothing was changed."

@@ -1,14 +1,14 @@
 """The last two stages: the chosen candidate becomes an immutable version, and the pointer moves to it."""
 
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from learner.gate.rules import Verdict
 from learner.improve.candidates import candidate, copy_candidate
 from learner.round.review.canary import begin_canary
 from learner.round.workspace import Workspace
 from server.shared.errors import ConflictError
-from server.store.files.manifest import copy_tokenizer, new_version, verify
+from server.store.files.manifest import copy_tokenizer, made_from, new_version, verify
 from server.store.store import Store
 
 
@@ -18,19 +18,21 @@ def publish(work: Workspace, verdict: Verdict) -> str:
         return work.round.policy_version
     version = work.round.policy_version or work.free_version("policies", "v")
     work.update(policy_version=version)
-    kind: Literal["adapter", "full"] = "adapter" if work.settings.policy.train == "lora" else "full"
+    # What was fine-tuned becomes a reference, which must have all weights.
+    own = work.round.kind == "sft"
+    kind: Literal["adapter", "full"] = "adapter" if work.settings.policy.train == "lora" and not own else "full"
+    reference = version if own else work.round.reference_version
     directory = work.policy_directory(version)
-    info = {
-        "round_id": work.round.id,
-        "step": verdict.chosen.step,
-        "settings": work.round.settings,
-        "versions": work.round.metrics.versions,
-    }
     with work.stages.stage("publish", f"publishing {version}"):
         # It already exists if the round was killed after the rename; a version never changes.
         if not directory.exists():
-            with new_version(directory, kind=kind, reference_version=work.round.reference_version, info=info) as new:
-                copy_candidate(candidate(work.directory, verdict.chosen.step), new)
+            with new_version(directory, kind=kind, reference_version=reference, info=about(work, verdict)) as new:
+                weights = candidate(work.directory, verdict.chosen.step)
+                if own:
+                    work.policy.load(weights)
+                    work.policy.save_merged(new)
+                else:
+                    copy_candidate(weights, new)
                 if kind == "full":
                     copy_tokenizer(work.reference_directory, new)
         verify(directory)
@@ -39,7 +41,7 @@ def publish(work: Workspace, verdict: Verdict) -> str:
         kind=kind,
         state="candidate" if verdict.promoted else "rejected",
         parent_version=work.round.incumbent_version,
-        reference_version=work.round.reference_version,
+        reference_version=reference,
         round_id=work.round.id,
         reward_model_version=work.round.reward_model_version,
         metrics=work.round.metrics.to_json()["gate"]["chosen"],
@@ -48,6 +50,18 @@ def publish(work: Workspace, verdict: Verdict) -> str:
     )
     work.record("publish")
     return version
+
+
+def about(work: Workspace, verdict: Verdict) -> dict[str, Any]:
+    """What a version's manifest says beside its files: how it was made, and from which model."""
+    origin = work.store.policies.get(work.round.reference_version).origin_version
+    return {
+        "round_id": work.round.id,
+        "step": verdict.chosen.step,
+        "settings": work.round.settings,
+        "versions": work.round.metrics.versions,
+        "model": made_from(work.policy_directory(origin)),
+    }
 
 
 def activate(work: Workspace, version: str, verdict: Verdict) -> tuple[Literal["promoted", "canary", "rejected"], str]:

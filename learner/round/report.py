@@ -58,15 +58,23 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
             f"similar length {_two(model.matched_accuracy)} on {model.matched_votes}, correlation with length "
             f"{_two(model.length_correlation)}, temperature effect {_two(model.temperature_effect)}",
         )
+    if m.sft:
+        left_out = f", {m.sft.left_out} left out" if m.sft.left_out else ""
+        yield "imitated", f"{m.sft.demonstrations} demonstrations, {m.sft.corrections} corrections{left_out}"
+        yield "loss, held out", f"{m.sft}: after {m.sft.chosen} of {len(m.sft.epochs) - 1} passes"
     if m.improvement and (steps := m.improvement.steps):
         ended = ENDED[m.improvement.ended_by]
         yield "reward", f"{steps[0].score:+.2f} -> {steps[-1].score:+.2f} in {len(steps)} steps{ended}"
     if gate := m.gate:
         chosen = gate.chosen
-        yield "candidate", f"step {chosen.step} of {[candidate.step for candidate in gate.candidates]}"
+        if not m.sft:
+            yield "candidate", f"step {chosen.step} of {[candidate.step for candidate in gate.candidates]}"
         yield "KL", f"{chosen.kl:.1f} nats per response to the reference"
-        yield "win rate", f"{chosen.against_incumbent} against the incumbent, {report.incumbent_version}"
-        yield "", f"{chosen.against_reference} against the reference"
+        if math.isnan(chosen.against_incumbent.rate):
+            yield "win rate", "unknown: there are too few votes to judge by"
+        else:
+            yield "win rate", f"{chosen.against_incumbent} against the incumbent, {report.incumbent_version}"
+            yield "", f"{chosen.against_reference} against the reference"
         if chosen.against_best:
             yield "", f"{chosen.against_best} against {gate.best_version}, the best so far"
         if gate.reasons and gate.no_canary:

@@ -20,8 +20,9 @@ def resumable(store: Store, lease: Lease, max_resumes: int, stages: Stages) -> R
     if current is None:
         return None
     served, reason = store.policies.active(), ""
-    if served.reference_version != current.reference_version:
-        reason = f"It trains on {current.reference_version}, and {served.version} of another model is active since."
+    # A round that made a new reference may have moved the pointer to it.
+    if served.reference_version != current.reference_version and served.version != current.policy_version:
+        reason = f"It trains on {current.reference_version}, and {served.version} of another reference is active since."
     elif current.attempts > max_resumes:
         reason = f"It was killed {current.attempts} times, last after its stage {current.stage}."
     if reason:
@@ -48,7 +49,7 @@ def change_dtype(store: Store, lease: Lease, current: Round, settings: LearnerSe
     """Switches the round to another dtype than it began in. Steps in the old dtype are dropped, since no step may
     follow one with different rounding. Finished stages are kept."""
     directory = settings.data_dir / "rounds" / current.id
-    starts_over = current.stage == "reward_model" and any(directory.glob("state-*"))
+    starts_over = current.stage in ("snapshot", "reward_model") and any(directory.glob("state-*"))
     if starts_over:
         drop_states(directory)
         drop_candidates(directory, after=0)

@@ -40,7 +40,7 @@ class TokenIds:
     def __init__(self, store: Store, reference_version: str, settings: LearnerSettings) -> None:
         self._store, self._reference, self._settings = store, reference_version, settings
         self._directory = settings.data_dir / "policies" / reference_version
-        self._references = store.policies.references()
+        self._origins = store.policies.origins()
         self._conversations: dict[str, dict[str, AskedTurn]] = {}
         self._prompts: dict[tuple[str, int, int], list[int]] = {}
 
@@ -76,7 +76,8 @@ class TokenIds:
         return replace(response, prompt_token_ids=prompt, token_ids=answer, logprobs=[])
 
     def _foreign(self, version: str) -> bool:
-        return self._references.get(version, self._reference) != self._reference
+        ours = self._origins[self._reference]
+        return self._origins.get(version, ours) != ours
 
     def _answer(self, response: Response) -> list[int]:
         try:

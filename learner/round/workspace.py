@@ -21,7 +21,6 @@ from learner.model.forward import Tokens, to_tokens
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, to_rollout
 from learner.progress import Stages
-from learner.reward.base import RewardModel
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.prompts import ANSWER_TOKENS, Prompts, share_out, split_prompts, top_up
 from learner.round.token_ids import TokenIds
@@ -108,9 +107,12 @@ class Workspace:
     @cached_property
     def budget(self) -> Budget:
         """How far this round may go from the reference. The incumbent's KL is as its gate measured it; a version that
-        none judged has none."""
+        none judged has none, nor has the reference, whose gate measured from another one."""
         incumbent = self.store.policies.get(self.round.incumbent_version)
-        return Budget.after(incumbent.metrics.get("kl") or 0.0, self.settings.policy)
+        measured = incumbent.metrics.get("kl") or 0.0
+        return Budget.after(
+            0.0 if incumbent.version == self.round.reference_version else measured, self.settings.policy
+        )
 
     @cached_property
     def engine(self) -> RolloutEngine:
@@ -152,22 +154,22 @@ class Workspace:
     @cached_property
     def spec(self) -> FeatureSpec:
         """What features are made of. An earlier version may have fitted the round's reward model: it knows its own."""
-        if self.done("reward_model"):
+        if self.done("reward_model") and self.round.reward_model_version:
             return LinearRewardModel.load(self.reward_model_directory).spec
         return feature_spec(self.policy.model, self.text, self.settings.reward.layers)
 
-    def features_of(self, samples: list[SampledAnswer], model: RewardModel) -> Tensor:
+    def features_of(self, samples: list[SampledAnswer], spec: FeatureSpec) -> Tensor:
         """Features (N, F) of sampled answers."""
-        return self._extract(to_rollout(samples).tokens, model)
+        return self._extract(to_rollout(samples).tokens, spec)
 
-    def prompt_states(self, prompts: list[Prompt], model: RewardModel) -> Tensor:
+    def prompt_states(self, prompts: list[Prompt], spec: FeatureSpec) -> Tensor:
         """States (N, F - 1) of each prompt's last token: as the only token of a response, it is its own mean."""
         tokens = to_tokens([p.token_ids[:-1] for p in prompts], [p.token_ids[-1:] for p in prompts])
-        return self._extract(tokens, model)[:, :-1]
+        return self._extract(tokens, spec)[:, :-1]
 
-    def _extract(self, tokens: Tokens, model: RewardModel) -> Tensor:
+    def _extract(self, tokens: Tokens, spec: FeatureSpec) -> Tensor:
         with self.policy.reference() as reference:
-            return extract(reference, tokens, model.spec, self.settings.policy.micro_batch_tokens, lambda n: None)
+            return extract(reference, tokens, spec, self.settings.policy.micro_batch_tokens, lambda n: None)
 
     def clean(self) -> None:
         """Deletes what only a running round needs: the state to resume from, and candidates that are not to be kept."""

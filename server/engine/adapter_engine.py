@@ -3,12 +3,16 @@
 Each answer is pinned to one version from its first token to its last, whatever is activated in the meantime. An
 activation or rollback only changes the version of new answers. vLLM keys an adapter's cache by its number, so no answer
 reads keys and values of another version; a version never changes, and neither does its number.
+
+A version on another reference needs an engine that was started with that: once running answers have ended, the engine
+is restarted, which takes as long as a start, and new answers wait.
 """
 
 import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +23,29 @@ from server.engine.weights import adapter_weights, finite_tensors
 from server.shared.errors import ManifestError
 from server.shared.model.dtype import DtypeName
 from server.store.chats.records import Span
-from server.store.files.manifest import verify
+from server.store.files.manifest import read_manifest, verify
 
 log = logging.getLogger(__name__)
+
+# How long running answers may take to end before the reference is changed, and how often one looks.
+DRAIN_SECONDS, DRAIN_POLL_SECONDS = 60.0, 0.05
 
 
 class AdapterEngine(VllmEngine):
     """Engine over an AsyncLLM that was started with the reference and `enable_lora`."""
 
-    def __init__(self, start_engine: Callable[[], Any], directory: Path, dtype: DtypeName) -> None:
+    def __init__(self, start_engine: Callable[[Path], Any], directory: Path, dtype: DtypeName) -> None:
         super().__init__(start_engine, directory, dtype)
         self._directories: dict[str, Path] = {}
 
     def locate(self, data_dir: Path, version: str) -> Path:
-        return adapter_weights(data_dir, version, self.reference)
+        return adapter_weights(data_dir, version)
 
     async def keep_live(self, version: str, directory: Path) -> None:
         if version == self.reference or version in self._directories:
             return
+        if (base := reference_of(directory).name) != self.reference:
+            raise SwapError(f"{version} is an adapter on {base}, but the engine has {self.reference}.")
         try:
             await asyncio.to_thread(lambda: deque(finite_tensors(directory), maxlen=0))
         except ValueError as error:
@@ -51,10 +60,34 @@ class AdapterEngine(VllmEngine):
         self._directories[version] = directory
 
     async def _swap(self, version: str, directory: Path) -> None:
+        if (reference := reference_of(directory)) != self._reference_directory:
+            await self._restart_with(reference)
         await self.keep_live(version, directory)
         self._version, self._directory = version, directory
         self._admitted.set()
         log.info("new answers come from %s", version)
+
+    async def _restart_with(self, reference: Path) -> None:
+        """Restart the engine with another reference. If it cannot start, the one before serves again."""
+        before = self._version, self._directory, self._reference_directory, self._directories
+        self._admitted.clear()
+        await self._drain()
+        log.warning("restarting the engine with the reference %s", reference.name)
+        self._version, self._directory, self._reference_directory = reference.name, reference, reference
+        self._directories = {}
+        try:
+            await self._revive()
+        except Exception as error:
+            self._version, self._directory, self._reference_directory, self._directories = before
+            await self._revive()
+            raise SwapError(f"the engine could not start with {reference.name}: {error}") from error
+
+    async def _drain(self) -> None:
+        """Wait until the answers in progress have ended, but not for ever."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while self._engine.output_processor.has_unfinished_requests():
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     async def _make_spare(self) -> None:
         """Check the loaded adapters again. No spare is needed, since no weights are exchanged."""
@@ -79,6 +112,11 @@ class AdapterEngine(VllmEngine):
             return [Span(labelled[0].start, labelled[-1].end, version)] if labelled else []
 
         return Labels(lambda: version, pinned)
+
+
+def reference_of(directory: Path) -> Path:
+    """The directory of a published version's reference: itself, if it is one."""
+    return directory.parent / read_manifest(directory).reference_version
 
 
 def request(version: str, directory: Path) -> Any:

@@ -45,7 +45,7 @@ class ServingEngine(Protocol):
 
     @property
     def reference(self) -> str:
-        """The reference that it was started with. It can load the versions of this lineage, and no others."""
+        """The reference that it was started with. It can load the versions of the same model, and no others."""
         ...
 
     @property

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from server.engine.base import Sampling, SwapError
 from server.engine.vllm_stream import Labels, VllmAnswerStream
 from server.engine.watchdog import Pulse, complaint
-from server.engine.weights import engine_weights
+from server.engine.weights import check_weights, engine_weights
 from server.shared.model.dtype import DtypeName
 from server.shared.model.text import PLAIN, ChatText, embeddings
 from server.store.chats.records import Span
@@ -46,21 +46,21 @@ WARM_ANSWERS = 16
 
 
 class VllmEngine:
-    """Engine over an AsyncLLM created by `start_engine`, which loads the reference in `directory` and computes in
-    `dtype`. The directory has the name of the reference's version."""
+    """Engine over an AsyncLLM created by `start_engine`, which loads the reference in a directory, first `directory`,
+    and computes in `dtype`. The directory has the name of the reference's version."""
 
     def __init__(
-        self, start_engine: Callable[[], Any], directory: Path, dtype: DtypeName, *, keep_kv: bool = False
+        self, start_engine: Callable[[Path], Any], directory: Path, dtype: DtypeName, *, keep_kv: bool = False
     ) -> None:
         self._start_engine = start_engine
         self._dtype = dtype
+        self._version, self._directory, self._reference_directory = directory.name, directory, directory
         self._engine, self._pulse = self._launch()
         # Maximum tokens of a step; None before they are measured.
         self._step_tokens: int | None = None
         # When `probe` first saw the engine busy since it was last idle.
         self._working_since: float | None = None
         self._text = ChatText(self._engine.get_tokenizer(), embeddings(self._engine.model_config.hf_config))
-        self._version, self._directory, self._reference_directory = directory.name, directory, directory
         # The version in the worker's spare model; None if unknown.
         self._spare: str | None = None
         self._keep_kv = keep_kv
@@ -98,7 +98,9 @@ class VllmEngine:
         return self._text.answer(text)
 
     def locate(self, data_dir: Path, version: str) -> Path:
-        return engine_weights(data_dir, version, self._dtype, self._engine.model_config.trust_remote_code)
+        trust = self._engine.model_config.trust_remote_code
+        # What it must be like is what is loaded: a version that is its own reference is always like that.
+        return check_weights(engine_weights(data_dir, version, self._dtype, trust), self._reference_directory)
 
     async def sample(
         self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None
@@ -172,7 +174,7 @@ class VllmEngine:
         """A new engine, and the shared page on which its process reports its health."""
         pulse = Pulse.create()
         try:
-            return self._start_engine(), pulse
+            return self._start_engine(self._reference_directory), pulse
         except BaseException:
             pulse.close()
             raise
@@ -294,13 +296,15 @@ class VllmEngine:
 
     async def _start_engine_whole(self) -> None:
         """Start an engine on a thread; a cancellation waits for it, so that no engine is left without an owner."""
-        starting = asyncio.create_task(asyncio.to_thread(self._launch))
-        self._pulse.close()
+        starting, before = asyncio.create_task(asyncio.to_thread(self._launch)), self._pulse
         try:
             self._engine, self._pulse = await asyncio.shield(starting)
         except asyncio.CancelledError:
             self._engine, self._pulse = await starting
             raise
+        finally:
+            if self._pulse is not before:
+                before.close()
 
     async def _prepare(self) -> None:
         await self._ask(self._engine.collective_rpc("prefloop_keep_seeds"))

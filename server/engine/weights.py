@@ -41,14 +41,12 @@ def engine_weights(data_dir: Path, version: str, dtype: DtypeName, trust_remote_
     return check_weights(merged, base)
 
 
-def adapter_weights(data_dir: Path, version: str, reference: str) -> Path:
-    """The directory of an adapter on `reference`, or of the reference itself, verified. Raises ManifestError."""
+def adapter_weights(data_dir: Path, version: str) -> Path:
+    """The directory of an adapter, or of a reference, verified. Raises ManifestError."""
     directory = data_dir / "policies" / version
     manifest = verify(directory)
-    if manifest.kind == "full" and version != reference:
+    if manifest.kind == "full" and manifest.reference_version != version:
         raise ManifestError(f"{version} has full weights, but this server serves adapters (PREFLOOP_SERVE_ADAPTERS).")
-    if manifest.kind == "adapter" and manifest.base_version != reference:
-        raise ManifestError(f"{version} is an adapter on {manifest.base_version}, but the engine has {reference}.")
     return directory
 
 

@@ -194,6 +194,7 @@ def round_(record: learning.Round) -> policy_pb2.Round:
         reason=record.reason,
         create_time=timestamp(record.create_time),
         finish_time=timestamp(record.finish_time) if record.finish_time else None,
+        kind=policy_pb2.RoundKind.Value(f"ROUND_KIND_{record.kind.upper()}"),
     )
 
 

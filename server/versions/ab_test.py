@@ -73,7 +73,7 @@ class AbTest:
     def _read(self, store: Store) -> AbTestResult | None:
         duel = store.lineage.duel(*self._counted)
         # Another model's versions are tested by servers that were started with it.
-        known = duel and store.policies.get(duel.version).reference_version == self._follower.reference
+        known = duel and self._follower.can_load(store, store.policies.get(duel.version))
         return duel if known else None
 
     async def _live(self, version: str) -> bool:

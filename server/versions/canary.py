@@ -33,7 +33,7 @@ class CanaryWatch:
         def read(store: Store) -> tuple[Canary, Outcome | None, str] | None:
             canary = store.canaries.waiting()
             # Another model's canary is decided about by servers that were started with it.
-            if canary is None or store.policies.get(canary.version).reference_version != self._follower.reference:
+            if canary is None or not self._follower.can_load(store, store.policies.get(canary.version)):
                 return None
             seen, expired = (canary.version, store.snapshots.watermark()), store.canaries.expired(canary)
             if seen == self._seen and not expired:

@@ -3,8 +3,8 @@
 A version that cannot be loaded is marked as failed, the pointer goes back to the version loaded here, and the reason is
 in the store and in the status of the RPC that asked for it.
 
-An engine loads only versions of the lineage that it was started with: another one has another model. While the active
-version is of another lineage, this server keeps what it has loaded, and reports that it must be restarted.
+An engine loads only versions of one lineage, that of the model that it was started with. While the active version is
+of another lineage, this server keeps what it has loaded, and reports that it must be restarted.
 """
 
 import asyncio
@@ -49,10 +49,9 @@ class Follower:
         """The version that is loaded, whatever the store's pointer says."""
         return self._engine.version
 
-    @property
-    def reference(self) -> str:
-        """The reference of the versions that can be loaded."""
-        return self._engine.reference
+    def can_load(self, store: Store, policy: PolicyVersion) -> bool:
+        """Whether the version is of the model that the engine was started with."""
+        return store.policies.get(self._engine.reference).origin_version == policy.origin_version
 
     async def follow(self) -> None:
         """Restart a dead engine, and load the active version. Call it repeatedly."""
@@ -65,8 +64,8 @@ class Follower:
     async def converge(self) -> bool:
         """Load the active version if it is not loaded; True if something changed, including a failure."""
         async with self._converging:
-            policy = await self._store(lambda store: store.policies.active())
-            if policy.reference_version != self.reference:
+            policy, known = await self._store(lambda store: self._look_up(store, store.policies.active().version))
+            if not known:
                 return await self._wait_for_restart(policy)
             returned, self._unloadable = bool(self._unloadable), ""
             active = policy.version
@@ -92,8 +91,8 @@ class Follower:
         Raises FailedPreconditionError with the reason. The pointer was then not moved, or it is back because the engine
         could not load `version`, or somebody else has moved it since.
         """
-        policy = await self._store(lambda store: store.policies.get(version))
-        if policy.reference_version != self.reference:
+        policy, known = await self._store(lambda store: self._look_up(store, version))
+        if not known:
             raise FailedPreconditionError("OTHER_MODEL", await self._other_model(policy))
         try:
             await asyncio.to_thread(self._engine.locate, self._data_dir, version)
@@ -105,6 +104,11 @@ class Follower:
         await self.report()
         if self._engine.version != version:
             raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} has been replaced since.")
+
+    def _look_up(self, store: Store, version: str) -> tuple[PolicyVersion, bool]:
+        """A version, and whether it can be loaded."""
+        policy = store.policies.get(version)
+        return policy, self.can_load(store, policy)
 
     async def _wait_for_restart(self, active: PolicyVersion) -> bool:
         """Keep what is loaded, since this engine cannot load the active version; True if that is news."""
@@ -125,7 +129,7 @@ class Follower:
         )
 
     async def _model(self, policy: PolicyVersion) -> str:
-        return await asyncio.to_thread(made_from, self._data_dir / "policies" / policy.reference_version)
+        return await asyncio.to_thread(made_from, self._data_dir / "policies" / policy.origin_version)
 
     async def probe(self) -> None:
         """Kill an engine that hangs, so that `follow` restarts it. Call it repeatedly."""

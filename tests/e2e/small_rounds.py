@@ -58,18 +58,18 @@ class SmallRound:
         steps = {"PREFLOOP_PPO__STEPS": str(self.steps)}
         return {**os.environ, **LENIENT, **steps, **self.settings, **settings}
 
-    def run(self, data_dir: Path, **settings: str) -> Any:
-        """Runs `learner run-once`; returns its report."""
+    def run(self, data_dir: Path, name: str = "run-once", **settings: str) -> Any:
+        """Runs `learner run-once`, or another command that runs a round; returns its report."""
         result = subprocess.run(
-            command(data_dir), capture_output=True, text=True, timeout=SECONDS, check=False,
+            command(data_dir, name), capture_output=True, text=True, timeout=SECONDS, check=False,
             env=self.environment(**settings),
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-4000:]
         return json.loads(result.stdout.splitlines()[-1])
 
 
-def command(data_dir: Path) -> list[str]:
-    return [sys.executable, "-m", "learner.cli", "run-once", "--json", "--data-dir", str(data_dir)]
+def command(data_dir: Path, name: str = "run-once") -> list[str]:
+    return [sys.executable, "-m", "learner.cli", name, "--json", "--data-dir", str(data_dir)]
 
 
 DEFAULT = SmallRound(

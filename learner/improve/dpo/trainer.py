@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from statistics import mean
 
 import torch
@@ -10,9 +9,8 @@ from torch import Tensor, nn
 
 from learner.improve.adam import Adam
 from learner.improve.base import Task, endless
-from learner.improve.candidates import drop_candidates
 from learner.improve.dpo.votes import WeighedVotes, batches, implicit_rewards, penalty, trained
-from learner.improve.state import drop_states
+from learner.improve.state import start_over_unless
 from learner.improve.step_metrics import step_metrics
 from learner.improve.training import SampledBatch, Training
 from learner.improve_settings import DPOSettings, PolicySettings
@@ -24,8 +22,6 @@ from server.store.learning.round_metrics import Improvement, StepMetrics
 
 # Adam's learning rate for the width of a tie, the bars and the effect of temperature.
 BARS_LEARNING_RATE = 0.02
-# The digest of the votes that the states of a round were trained on.
-VOTES = "votes.sha256"
 
 
 class DPO:
@@ -84,16 +80,6 @@ class DPO:
             total += float(loss.detach())
         penalty(heads, self._votes.weight).backward()
         return total, optimizer.step(settings.max_grad_norm)
-
-
-def start_over_unless(digest: str, directory: Path) -> None:
-    """Drops what was trained on other votes than these: a deletion may have taken some since the round was killed, and
-    their numbers would be others' now."""
-    file = directory / VOTES
-    if file.exists() and file.read_text(encoding="utf-8") != digest:
-        drop_states(directory)
-        drop_candidates(directory, after=0)
-    file.write_text(digest, encoding="utf-8")
 
 
 @torch.no_grad()

@@ -39,3 +39,23 @@ def step_curves(improvement: Mapping[str, Any], chosen: float | None) -> list[Ch
         for name, title, unit in FIGURES
         if steps and all(step.get(name) is not None for step in steps)
     ]
+
+
+def epoch_curves(sft: Mapping[str, Any]) -> list[Chart]:
+    """The losses of a round that learned from demonstrations, by pass, from its `sft`; the chosen pass is marked."""
+    epochs, chosen, unit = sft["epochs"], sft["chosen"], "nats per token"
+    trained = [epoch for epoch in epochs if epoch.get("loss") is not None]
+    held_out = [sum(epoch["held_out"]) / len(epoch["held_out"]) for epoch in epochs]
+    return [
+        curve(
+            "Loss on examples held out", unit, [epoch["number"] for epoch in epochs], held_out, zero=False, mark=chosen
+        ),
+        curve(
+            "Loss of the pass",
+            unit,
+            [epoch["number"] for epoch in trained],
+            [epoch["loss"] for epoch in trained],
+            zero=False,
+            mark=chosen,
+        ),
+    ]

@@ -6,7 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from learner.ops.report_page.curves import step_curves
+from learner.ops.report_page.chart import Chart
+from learner.ops.report_page.curves import epoch_curves, step_curves
 from learner.round.report import Report, rows
 from server.shared.errors import FailedPreconditionError
 from server.shared.whole_file import whole_file
@@ -59,11 +60,17 @@ def render(round_: Round, answers: list[dict[str, Any]]) -> str:
     return environment.get_template("report_page.html.j2").render(
         round=asdict(round_),
         rows=list(rows(report)),
-        curves=step_curves(
-            metrics.get("improvement", {}), metrics["gate"]["chosen"]["step"] if "gate" in metrics else None
-        ),
+        curves=curves(metrics),
         answers=answers,
         conversations=" ".join(answer["conversation_id"] for answer in answers if answer["conversation_id"]),
         settings=json.dumps(round_.settings, indent=2),
         versions=round_.metrics.versions,
     )
+
+
+def curves(metrics: dict[str, Any]) -> list[Chart]:
+    """The training curves of a round of either kind."""
+    if "sft" in metrics:
+        return epoch_curves(metrics["sft"])
+    chosen = metrics["gate"]["chosen"]["step"] if "gate" in metrics else None
+    return step_curves(metrics.get("improvement", {}), chosen)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from learner.improve.candidates import candidate
+from learner.model.features import FeatureSpec
 from learner.model.kl import kl_k1
 from learner.model.mismatch import PUSH_ANSWERS, check_push, mismatch
 from learner.model.passes import policy_logprobs, reference_pass
 from learner.model.rollout import SampledAnswer, to_rollout
-from learner.reward.base import RewardModel
 from learner.round.workspace import Workspace
 from server.shared.whole_file import whole_file
 from server.store.chats.records import Prompt
@@ -55,25 +55,21 @@ def step_name(step: int) -> str:
     return f"step {step}"
 
 
-def published_answers(
-    work: Workspace, version: str, prompts: list[Prompt], seed: int, reward_model: RewardModel
-) -> Answers:
+def published_answers(work: Workspace, version: str, prompts: list[Prompt], seed: int, spec: FeatureSpec) -> Answers:
     """Answers of a published version."""
     work.push(version)
     samples = work.engine.sample(prompts, seed)
-    return Answers(samples, work.features_of(samples, reward_model), torch.zeros(0))
+    return Answers(samples, work.features_of(samples, spec), torch.zeros(0))
 
 
-def candidate_answers(
-    work: Workspace, step: int, prompts: list[Prompt], seed: int, reward_model: RewardModel
-) -> Answers:
+def candidate_answers(work: Workspace, step: int, prompts: list[Prompt], seed: int, spec: FeatureSpec) -> Answers:
     """Answers of the candidate after `step` updates. Raises RuntimeError if the engine cannot have had its weights."""
     settings, temperature = work.settings.policy, work.settings.service_temperature
     work.policy.load(candidate(work.directory, step))
     work.engine.push(work.policy.engine_weights())
     rollout = to_rollout(work.engine.sample(prompts, seed)).to(work.policy.model.device)
     budget = settings.micro_batch_tokens
-    judged = reference_pass(work.policy, rollout.tokens, reward_model.spec, temperature, budget)
+    judged = reference_pass(work.policy, rollout.tokens, spec, temperature, budget)
     # The trainer's log-probabilities, not the engine's: rounding adds to each token's, and so to a long answer's KL. In
     # float32 it adds nothing, and some answers are enough to check that the engine has the trained weights.
     exact = work.policy.model.dtype == torch.float32

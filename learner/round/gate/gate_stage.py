@@ -69,7 +69,7 @@ def judge_candidates(
     if work.done("gate") and (stored := work.round.metrics.gate):
         return Verdict(stored.chosen, stored.reasons, stored.canary)
     no_canary = why_no_canary(work.store, work.settings)
-    bench = Bench(work, _judge(work, dataset, features, reward_model), reward_model, opponents(work))
+    bench = Bench(work, fit_votes(work, dataset, features, reward_model), reward_model, opponents(work))
     steps = promising(improvement, work.settings.gate)
     verdict, candidates, judged = choose_and_confirm(bench, steps, canary=not no_canary)
     verdict, checks = checked(work, verdict)
@@ -147,6 +147,8 @@ def opponents(work: Workspace) -> dict[str, str]:
 
 def _won(policy: PolicyVersion) -> float:
     """The win rate against the reference as it was judged; a half for the reference itself, or if it was not."""
+    if policy.version == policy.reference_version:
+        return 0.5
     return float(policy.metrics.get("against_reference", {}).get("rate", 0.5))
 
 
@@ -175,10 +177,10 @@ def ask(
     asking = [prompt for prompt in prompts for _ in range(answers)]
     seed, published, ours = draw_seed(work.settings.seed, draw), dict[str, Answers](), dict[str, Answers]()
     for version in bench.versions:
-        published[version] = published_answers(work, version, asking, seed, model)
+        published[version] = published_answers(work, version, asking, seed, model.spec)
         advance(1)
     for step in steps:
-        ours[step_name(step)] = candidate_answers(work, step, asking, seed, model)
+        ours[step_name(step)] = candidate_answers(work, step, asking, seed, model.spec)
         advance(1)
     return Asked(prompts, {role: published[version] for role, version in bench.opponents.items()} | ours)
 
@@ -225,7 +227,8 @@ def promising(improvement: Improvement, gate: GateSettings) -> list[int]:
     return kept[::-1]
 
 
-def _judge(work: Workspace, dataset: Dataset, features: Tensor, reward_model: RewardModel) -> Judge:
+def fit_votes(work: Workspace, dataset: Dataset, features: Tensor, reward_model: RewardModel) -> Judge:
+    """The judge of the votes that judge."""
     return fit_judge(
         features,
         dataset.judge,

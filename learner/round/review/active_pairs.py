@@ -22,7 +22,7 @@ def offer_active_pairs(work: Workspace, reward_model: LinearRewardModel) -> None
     """Offers people pairs of the served version's answers, instead of those that earlier rounds offered."""
     store, answers = work.store, work.settings.review.active_answers
     active = store.policies.active()
-    # The engine of the round cannot load a version of another model.
+    # The round's engine and reward model are of its reference.
     if active.reference_version != work.round.reference_version or too_quiet(store, work.settings):
         return
     prompts, version = training_prompts(work), active.version
@@ -32,7 +32,7 @@ def offer_active_pairs(work: Workspace, reward_model: LinearRewardModel) -> None
     with work.stages.stage("review", "sampling answers to learn from", 2) as advance:
         samples = sample_answers(work, version, asked, DRAW)
         advance(1)
-        scores = reward_model.member_scores(work.features_of(samples, reward_model))
+        scores = reward_model.member_scores(work.features_of(samples, reward_model.spec))
         advance(1)
     pairs = []
     for prompt, (one, other) in zip(prompts, most_disputed(scores, answers), strict=True):

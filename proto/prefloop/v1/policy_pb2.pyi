@@ -86,6 +86,28 @@ ROUND_STATE_CANARY: RoundState.ValueType  # 5
 """The candidate waits for people's choices between it and the incumbent."""
 Global___RoundState: _TypeAlias = RoundState  # noqa: Y015
 
+class _RoundKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoundKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RoundKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROUND_KIND_UNSPECIFIED: _RoundKind.ValueType  # 0
+    ROUND_KIND_ALIGNMENT: _RoundKind.ValueType  # 1
+    """Votes: a reward model, and a policy improved by it."""
+    ROUND_KIND_SFT: _RoundKind.ValueType  # 2
+    """Demonstrations and corrections: supervised fine-tuning, whose version is the reference of the rounds after it."""
+
+class RoundKind(_RoundKind, metaclass=_RoundKindEnumTypeWrapper):
+    """What a round learns from."""
+
+ROUND_KIND_UNSPECIFIED: RoundKind.ValueType  # 0
+ROUND_KIND_ALIGNMENT: RoundKind.ValueType  # 1
+"""Votes: a reward model, and a policy improved by it."""
+ROUND_KIND_SFT: RoundKind.ValueType  # 2
+"""Demonstrations and corrections: supervised fine-tuning, whose version is the reference of the rounds after it."""
+Global___RoundKind: _TypeAlias = RoundKind  # noqa: Y015
+
 @_typing.final
 class Policy(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -187,6 +209,7 @@ class Round(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     FINISH_TIME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     round_id: _builtins.str
     state: Global___RoundState.ValueType
     stage: _builtins.str
@@ -194,6 +217,7 @@ class Round(_message.Message):
     policy_version: _builtins.str
     reward_model_version: _builtins.str
     reason: _builtins.str
+    kind: Global___RoundKind.ValueType
     @_builtins.property
     def metrics(self) -> _struct_pb2.Struct: ...
     @_builtins.property
@@ -212,10 +236,11 @@ class Round(_message.Message):
         reason: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         finish_time: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___RoundKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "finish_time", b"finish_time", "metrics", b"metrics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "finish_time", b"finish_time", "metrics", b"metrics", "policy_version", b"policy_version", "reason", b"reason", "reward_model_version", b"reward_model_version", "round_id", b"round_id", "stage", b"stage", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "finish_time", b"finish_time", "kind", b"kind", "metrics", b"metrics", "policy_version", b"policy_version", "reason", b"reason", "reward_model_version", b"reward_model_version", "round_id", b"round_id", "stage", b"stage", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -224,6 +224,7 @@ class Correction:
     text: str
     response: Response
     create_time: float
+    event_seq: int = 0
 
     @property
     def changes(self) -> bool:
@@ -239,6 +240,7 @@ class Demonstration:
     user: str
     messages: list[dict[str, str]]
     create_time: float
+    event_seq: int = 0
 
 
 @dataclass(frozen=True)

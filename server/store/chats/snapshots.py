@@ -42,6 +42,19 @@ class Snapshots:
         )
         return int(row["votes"])
 
+    def votes_changed(self, after: int) -> bool:
+        """Whether a choice, thumb or correction was given, changed, retracted or deleted after the event `after`."""
+        sql = "SELECT 1 FROM feedback_events WHERE seq > ? AND kind != 'demonstration' LIMIT 1"
+        return self._db.row(sql, [after]) is not None
+
+    def count_examples(self, after: int = 0) -> int:
+        """How many current demonstrations and corrections were given or changed after the event `after`."""
+        [row] = self._db.rows(
+            "SELECT count(*) AS examples FROM feedback WHERE event_seq > ? AND kind IN ('demonstration', 'correction')",
+            [after],
+        )
+        return int(row["examples"])
+
     def votes_of(self, users: Collection[str], watermark: int) -> int:
         """How much feedback of these users was current at `watermark`, including demonstrations."""
         [row] = self._db.rows(
@@ -51,7 +64,7 @@ class Snapshots:
         return int(row["votes"])
 
     def count_new_votes(self) -> int:
-        """How many current votes no round of the active version's lineage has learned from yet."""
+        """How many current votes no round of the active version's reference has learned from yet."""
         learned = self._rounds.last_learned()
         return self.count_votes(after=learned.watermark if learned else 0)
 
@@ -90,7 +103,9 @@ class Snapshots:
             thumbs=self._thumbs(by_kind["thumb"]),
             corrections=self._corrections(by_kind["correction"]),
             demonstrations=[
-                Demonstration(event["feedback_id"], event["user"], json.loads(event["value"]), event["create_time"])
+                Demonstration(
+                    event["feedback_id"], event["user"], json.loads(event["value"]), event["create_time"], event["seq"]
+                )
                 for event in demonstrations
             ],
             machine=self._machine_votes(judge, machine_watermark, without) if judge else [],
@@ -115,7 +130,7 @@ class Snapshots:
             # The same ids are another text in another lineage.
             "asked AS (SELECT r.id AS response_id, r.policy_version, r.conversation_id, r.user, r.prompt_token_ids, "
             "r.max_tokens, min(number) AS first FROM chosen JOIN responses r ON r.rowid = number "
-            "LEFT JOIN policies ON version = r.policy_version GROUP BY r.prompt_token_ids, reference_version) "
+            "LEFT JOIN policies ON version = r.policy_version GROUP BY r.prompt_token_ids, origin_version) "
             "SELECT *, first = (SELECT min(rowid) FROM responses WHERE conversation_id = asked.conversation_id) "
             "AS opens, (SELECT message FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
             "AS opening FROM asked ORDER BY first",
@@ -202,7 +217,9 @@ class Snapshots:
     def _corrections(self, events: list[Row]) -> list[Correction]:
         responses = load_responses(self._db, (event["response_id"] for event in events))
         return [
-            Correction(event["feedback_id"], event["user"], event["value"], response, event["create_time"])
+            Correction(
+                event["feedback_id"], event["user"], event["value"], response, event["create_time"], event["seq"]
+            )
             for event in events
             if (response := responses.get(event["response_id"]))
         ]

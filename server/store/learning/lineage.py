@@ -65,17 +65,27 @@ class Lineage:
         )
         return [row["id"] for row in rows]
 
+    def imitated(self) -> set[str]:
+        """The feedback ids of the demonstrations and corrections that a version was fine-tuned on."""
+        rows = self._db.rows(
+            "SELECT DISTINCT v.feedback_id FROM round_votes v JOIN rounds r ON r.id = v.round_id "
+            "WHERE r.kind = 'sft' AND r.state = 'promoted' AND v.side = 'train'"
+        )
+        return {row["feedback_id"] for row in rows}
+
     def carriers(self, round_ids: Iterable[str]) -> dict[str, str]:
         """The state of each version that carries these rounds' votes, oldest first: the rounds' own versions, and those
-        whose rounds started from one."""
+        whose rounds started from one, or whose reference is one."""
         rounds, found = set(round_ids), dict[str, str]()
         rows = self._db.rows(
-            "SELECT p.version, p.state, p.round_id, p.parent_version, coalesce(r.settings, '{}') AS settings "
-            "FROM policies p LEFT JOIN rounds r ON r.id = p.round_id ORDER BY p.rowid"
+            "SELECT p.version, p.state, p.round_id, p.parent_version, p.reference_version, "
+            "coalesce(r.settings, '{}') AS settings FROM policies p LEFT JOIN rounds r ON r.id = p.round_id "
+            "ORDER BY p.rowid"
         )
         for row in rows:  # A parent comes before its children.
-            inherits = stored_round.start_from(stored_round.SETTINGS.load(row["settings"])) == "active"
-            if row["round_id"] in rounds or (inherits and row["parent_version"] in found):
+            started_from = stored_round.start_from(stored_round.SETTINGS.load(row["settings"]))
+            start = row["parent_version" if started_from == "active" else "reference_version"]
+            if row["round_id"] in rounds or start in found:
                 found[row["version"]] = row["state"]
         return found
 
@@ -204,7 +214,7 @@ class Lineage:
         rows = self._db.rows(
             "SELECT DISTINCT previous_version FROM pointer_events b JOIN policies p ON p.version = b.previous_version "
             "WHERE action = 'rollback' AND b.create_time < ?1 "
-            "AND reference_version = (SELECT reference_version FROM policies WHERE version = b.version) "
+            "AND origin_version = (SELECT origin_version FROM policies WHERE version = b.version) "
             "AND NOT EXISTS (SELECT 1 FROM pointer_events WHERE version = b.previous_version AND seq > b.seq "
             "AND create_time < ?1)",
             [before],

@@ -15,7 +15,8 @@ from server.store.learning.leases import check_fence
 from server.store.learning.records import Lease, PointerAction, PolicyVersion
 from server.store.learning.replicas import ALIVE_SECONDS
 
-# The reference of a new data directory. Others are data: `learner rebase` makes another model's version one.
+# The reference of a new data directory. Others are data: `learner rebase` makes another model's version one, and
+# `learner sft` one of the same model.
 FIRST_REFERENCE = "v0000"
 # SQL: the reference of the active version.
 ACTIVE_REFERENCE = "SELECT reference_version FROM pointer JOIN policies USING (version)"
@@ -40,6 +41,7 @@ class Policies:
                     "state": "active",
                     "kind": "full",
                     "reference_version": FIRST_REFERENCE,
+                    "origin_version": FIRST_REFERENCE,
                     "create_time": now,
                     "activate_time": now,
                 },
@@ -64,7 +66,8 @@ class Policies:
         reason: str = "",
         fence: Lease | None = None,
     ) -> PolicyVersion:
-        """Record a version whose directory is published. Registering it again changes nothing."""
+        """Record a version whose directory is published. It may be its own reference: of the model of its parent, or
+        without one of another model. Registering it again changes nothing."""
         with self._db.write():
             check_fence(self._db, fence)
             if not self._db.row("SELECT 1 FROM policies WHERE version = ?", [version]):
@@ -76,6 +79,10 @@ class Policies:
                         "kind": kind,
                         "parent_version": parent_version,
                         "reference_version": reference_version,
+                        "origin_version": self._origin(
+                            parent_version if reference_version == version else reference_version
+                        )
+                        or reference_version,
                         "round_id": round_id,
                         "reward_model_version": reward_model_version,
                         "metrics": json.dumps(metrics),
@@ -107,17 +114,22 @@ class Policies:
         row = self._db.row(ACTIVE_REFERENCE)
         return str(row["reference_version"]) if row else None
 
-    def references(self) -> dict[str, str]:
-        """The reference of every version. Versions of one reference are a lineage: one model and one tokenizer."""
-        rows = self._db.rows("SELECT version, reference_version FROM policies")
-        return {row["version"]: row["reference_version"] for row in rows}
+    def origin(self) -> str | None:
+        """The origin of the active version; None before the first start of a server."""
+        row = self._db.row("SELECT origin_version FROM pointer JOIN policies USING (version)")
+        return str(row["origin_version"]) if row else None
 
-    def last_served(self, reference: str) -> str | None:
-        """The version of this reference's lineage that was active last and could be loaded, or None."""
+    def origins(self) -> dict[str, str]:
+        """The origin of every version. Versions of one origin are a lineage: one model and one tokenizer."""
+        rows = self._db.rows("SELECT version, origin_version FROM policies")
+        return {row["version"]: row["origin_version"] for row in rows}
+
+    def last_served(self, origin: str) -> str | None:
+        """The version of this lineage that was active last and could be loaded, or None."""
         row = self._db.row(
-            "SELECT e.version FROM pointer_events e JOIN policies p USING (version) WHERE p.reference_version = ? "
+            "SELECT e.version FROM pointer_events e JOIN policies p USING (version) WHERE p.origin_version = ? "
             "AND p.state IN ('active', 'retired') AND p.prune_time IS NULL ORDER BY e.seq DESC LIMIT 1",
-            [reference],
+            [origin],
         )
         return str(row["version"]) if row else None
 
@@ -178,11 +190,11 @@ class Policies:
     def fail(self, version: str, reason: str, back_to: str) -> None:
         """Record that an engine could not load `version`, and point at `back_to`, if `version` is still active.
 
-        A reference is never marked as failed, since everything of its lineage falls back to it.
+        What was made from a model is never marked as failed, since everything of its lineage falls back to it.
         """
         with self._db.write():
             active = self.active()
-            if active.version != version or active.reference_version == version:
+            if active.version != version or active.origin_version == version:
                 return
             self._point(version, "failed", back_to, "fail", "server", reason)
             self._db.execute("UPDATE policies SET reason = ? WHERE version = ?", [reason, version])
@@ -195,14 +207,15 @@ class Policies:
 
     def prune(self, version: str, *, fence: Lease | None = None) -> bool:
         """Mark that the version's directory is to be removed, so that it cannot be activated. False if it is in use: as
-        the reference of any policy, as the active or a loaded version, as the incumbent of a running round, or as a
-        canary or its opponent."""
+        the origin of its lineage, as the reference of another version that is not pruned, as the active or a loaded
+        version, as the incumbent of a running round, or as a canary or its opponent."""
         with self._db.write():
             check_fence(self._db, fence)
             marked = self._db.execute(
                 f"UPDATE policies SET prune_time = {self._db.NOW} WHERE version = ?1 AND prune_time IS NULL "
                 "AND state != 'active' "
-                "AND NOT EXISTS (SELECT 1 FROM policies WHERE reference_version = ?1) "
+                "AND origin_version != ?1 AND NOT EXISTS (SELECT 1 FROM policies "
+                "WHERE reference_version = ?1 AND version != ?1 AND prune_time IS NULL) "
                 "AND NOT EXISTS (SELECT 1 FROM replicas WHERE loaded_version = ?1 "
                 "AND boot = boot_id() AND uptime() - uptime <= ?2) "
                 "AND NOT EXISTS (SELECT 1 FROM rounds WHERE state = 'running' AND incumbent_version = ?1) "
@@ -210,6 +223,10 @@ class Policies:
                 [version, ALIVE_SECONDS],
             )
             return marked > 0
+
+    def _origin(self, version: str | None) -> str | None:
+        row = self._db.row("SELECT origin_version FROM policies WHERE version = ?", [version])
+        return str(row["origin_version"]) if row else None
 
     def _point(self, old: str, old_state: str, new: str, action: PointerAction, actor: str, reason: str) -> None:
         now = self._db.now()

@@ -9,6 +9,8 @@ from server.store.learning.round_metrics import RoundMetrics
 PointerAction = Literal["activate", "promote", "rollback", "fail"]
 # Whether a round trains on a vote or judges by it.
 Side = Literal["train", "judge"]
+# What a round learns from: votes, or demonstrations and corrections, whose version becomes the reference.
+RoundKind = Literal["alignment", "sft"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,10 @@ class PolicyVersion:
     state: Literal["candidate", "canary", "active", "retired", "rejected", "failed"]
     kind: Literal["adapter", "full"]
     parent_version: str | None
+    # What the KL of its rounds is measured from, and the version that was made from a model: versions of one origin
+    # are of one model and one tokenizer, and an engine can load all of them.
     reference_version: str
+    origin_version: str
     round_id: str | None
     reward_model_version: str | None
     metrics: dict[str, Any]
@@ -65,6 +70,7 @@ class Round:
     # The machine judge whose choices it read, if any, and the newest of all judges' at that time.
     judge: str = ""
     machine_watermark: int = 0
+    kind: RoundKind = "alignment"
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,12 @@ versions. Lengths are in tokens, KL in nats.
 import math
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
-from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-Figure = Annotated[
-    float,
-    BeforeValidator(lambda value: math.nan if value is None else value),
-    PlainSerializer(lambda value: None if math.isnan(value) else value),
-]
+from server.store.learning.fine_tuned import Figure, FineTuned
+
 # An estimate of more than this times the votes says only that they are weak.
 MOST_TIMES = 10
 EndedBy = Literal["steps", "kl_budget", "uncertainty"]
@@ -293,6 +290,7 @@ class RoundMetrics:
     signal: SignalTest | None = None
     voters: VoterWeights | None = None
     reward_model: RewardModelMetrics | None = None
+    sft: FineTuned | None = None
     improvement: Improvement | None = None
     gate: GateMetrics | None = None
     # Package versions by name.

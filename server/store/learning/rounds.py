@@ -11,7 +11,7 @@ from server.store.ids import new_id
 from server.store.learning.canaries import waiting_canary
 from server.store.learning.leases import check_fence
 from server.store.learning.policies import ACTIVE_REFERENCE, Policies
-from server.store.learning.records import Lease, Round
+from server.store.learning.records import Lease, Round, RoundKind
 from server.store.learning.round_metrics import RoundMetrics
 
 
@@ -31,6 +31,7 @@ class Rounds:
         quarantined: Iterable[str] = (),
         judge: str = "",
         machine_watermark: int = 0,
+        kind: RoundKind = "alignment",
         fence: Lease,
     ) -> Round:
         """Begin a round from the active policy and the votes up to `watermark`, except those of `quarantined` users.
@@ -39,7 +40,7 @@ class Rounds:
             check_fence(self._db, fence)
             active = self._policies.active()
             if active.reference_version != reference_version:
-                raise ConflictError(f"{active.version} of another model is active since; nothing was changed.")
+                raise ConflictError(f"{active.version} of another reference is active since; nothing was changed.")
             round_id = new_id("round")
             self._db.insert(
                 "rounds",
@@ -55,6 +56,7 @@ class Rounds:
                     "quarantined": json.dumps(sorted(quarantined)),
                     "judge": judge,
                     "machine_watermark": machine_watermark,
+                    "kind": kind,
                     "create_time": self._db.now(),
                 },
             )
@@ -126,11 +128,21 @@ class Rounds:
         return next(iter(self._rounds([row] if row else [])), None)
 
     def last_learned(self) -> Round | None:
-        """The newest round of the active version's lineage that was promoted or rejected, or None: what another model
-        learned is new to this one."""
+        """The newest round of the active version's reference that learned from votes and was promoted or rejected, or
+        None: what another one learned is new to this one."""
         row = self._db.row(
-            "SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') "
+            "SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') AND kind = 'alignment' "
             f"AND reference_version = ({ACTIVE_REFERENCE}) ORDER BY rowid DESC LIMIT 1"
+        )
+        return next(iter(self._rounds([row] if row else [])), None)
+
+    def last_fine_tuned(self) -> Round | None:
+        """The newest round that learned from demonstrations, of the active version's model, and was promoted or
+        rejected, or None."""
+        row = self._db.row(
+            "SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') AND kind = 'sft' AND reference_version IN "
+            "(SELECT version FROM policies WHERE origin_version = (SELECT origin_version FROM pointer "
+            "JOIN policies USING (version))) ORDER BY rowid DESC LIMIT 1"
         )
         return next(iter(self._rounds([row] if row else [])), None)
 

@@ -457,3 +457,21 @@ def m016_machine_choices(db: Database) -> None:
         ALTER TABLE rounds ADD COLUMN machine_watermark INTEGER NOT NULL DEFAULT 0;
         """,
     )
+
+
+@migrations()
+def m017_origins(db: Database) -> None:
+    """Which version each was made from a model as: one model may have several references."""
+    _run(
+        db,
+        """
+        ALTER TABLE policies ADD COLUMN origin_version TEXT NOT NULL DEFAULT '';
+        UPDATE policies SET origin_version = reference_version;
+        """,
+    )
+
+
+@migrations()
+def m018_kinds_of_round(db: Database) -> None:
+    """A round learns from votes, or from demonstrations."""
+    _run(db, "ALTER TABLE rounds ADD COLUMN kind TEXT NOT NULL DEFAULT 'alignment'")

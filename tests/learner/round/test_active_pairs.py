@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import learner.round.alignment.stages as alignment
 import learner.round.gate.gate_stage as judging
 import learner.round.review.active_pairs as active_pairs
-import learner.round.run as rounds
 import learner.round.workspace as workspace
 from learner.reward.dataset import is_judge, to_dataset
 from learner.round.prompts import Prompts
@@ -142,7 +142,7 @@ def test_a_version_of_another_model_answers_nothing(data_dir: Path, monkeypatch:
         policies.activate("v0009", actor="operator")
         return "rejected", "The active version was changed in the meantime."
 
-    monkeypatch.setattr(rounds, "improve_and_judge", moved)
+    monkeypatch.setattr(alignment, "improve_and_judge", moved)
     assert run(data_dir, review=PAIRS).state == "rejected"
     assert Store.open(data_dir).reviews.waiting("ann") == 0
 

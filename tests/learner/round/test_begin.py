@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import learner.round.alignment.stages as alignment
 import learner.round.begin as module
 import learner.round.gate.gate_stage as judging
 import learner.round.run as rounds
@@ -138,19 +139,19 @@ def test_a_round_keeps_its_decision_when_it_is_resumed(data_dir: Path, monkeypat
     returned: list[bool] = []
     monkeypatch.setattr(rounds, "return_large_blocks", lambda: returned.append(True))
     with monkeypatch.context() as patch:
-        patch.setattr(rounds, "improve_policy", interrupted)
+        patch.setattr(alignment, "improve_policy", interrupted)
         with pytest.raises(KeyboardInterrupt):
             rounds.run_once(settings(data_dir), Stages(Console(file=said, width=200)))
     assert "activations are computed again in the backward pass\n" in said.getvalue()
     assert the_round(data_dir).settings["policy"]["checkpoint_activations"] == "on"
     memory(monkeypatch, 16, 12)
-    judge = rounds.judge_candidates
+    judge = alignment.judge_candidates
 
     def noticing(work: workspace.Workspace, *rest: Any) -> Any:
         found.append(checkpointed(work.policy.model))
         return judge(work, *rest)
 
-    monkeypatch.setattr(rounds, "judge_candidates", noticing)
+    monkeypatch.setattr(alignment, "judge_candidates", noticing)
     assert rounds.run_once(settings(data_dir), Stages(Console(quiet=True))).state == "promoted"
     assert found == returned == [True, True]
 

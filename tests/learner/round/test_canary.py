@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+import learner.round.alignment.stages as alignment
 import learner.round.gate.gate_stage as judging
 import learner.round.review.canary as canary_stage
-import learner.round.run as rounds
 import learner.round.workspace as workspace
 from learner.ops.status import status
 from learner.reward.dataset import is_judge
@@ -177,7 +177,7 @@ def test_a_round_killed_as_its_canary_began_ends_as_the_canary_did(
     def die(*_: Any) -> Report:
         raise Killed
 
-    monkeypatch.setattr(rounds, "finish", die)
+    monkeypatch.setattr(alignment, "finish", die)
     with pytest.raises(Killed):
         run(data_dir, review=ONLY_CANARIES)
     monkeypatch.undo()

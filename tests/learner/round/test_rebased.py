@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import learner.ops.users as users
+import learner.round.alignment.signal_stage as signal_stage
+import learner.round.alignment.votes_stage as votes_stage
 import learner.round.gate.gate_stage as judging
-import learner.round.run as rounds
-import learner.round.signal_stage as signal_stage
 from learner.model.features import TokenPair
 from learner.ops.manual_decisions import rollback
 from learner.ops.rebase import rebase
@@ -40,7 +40,7 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> list[Dataset]:
         made.append(to_dataset(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(rounds, "to_dataset", keep)
+    monkeypatch.setattr(votes_stage, "to_dataset", keep)
     monkeypatch.setattr(users, "to_dataset", keep)
     return made
 
@@ -148,7 +148,7 @@ def test_a_stopped_round_of_the_model_before_is_given_up(
     assert (report.state, store.policies.get(str(report.policy_version)).reference_version) == ("promoted", reference)
     old = store.rounds.get(old.id)
     assert (old.state, old.reason) == (
-        "failed", f"It trains on v0000, and {reference} of another model is active since.",
+        "failed", f"It trains on v0000, and {reference} of another reference is active since.",
     )  # fmt: skip
     store.close()
 

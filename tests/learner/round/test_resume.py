@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 from learner.progress import Stages
 from learner.round.report import Report
 from learner.round.run import run_once
+from server.store.learning.records import RoundKind
 from server.store.store import Store
+from tests.learner.round.test_sft import demonstrate
 from tests.learner.rounds import TinyEngine, passing, settings
 from tests.tiers import slow
 
@@ -42,19 +44,22 @@ TRAINING: dict[str, dict[str, Any]] = {
     "ppo": {"steps": 4, "episodes": 16, "learning_rate": 3e-3, "epochs": 2},
     "rloo": {"steps": 4, "episodes": 16, "learning_rate": 3e-3, "epochs": 2},
     "dpo": {"steps": 4, "episodes": 16, "learning_rate": 3e-3, "votes": 16},
+    "sft": {"epochs": 4, "batch": 4, "learning_rate": 3e-3},
 }
 
 
 def run(data_dir: Path, dtype: str = "float32", said: Path | None = None, improver: str = "ppo") -> Report:
+    """Runs a round by an improver; `sft` is a round of its own kind."""
     import learner.round.gate.gate_stage
     import learner.round.workspace
 
     learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
     learner.round.gate.gate_stage.decide = passing
-    training = {"improver": improver, improver: TRAINING[improver]}
+    kind: RoundKind | None = "sft" if improver == "sft" else None
+    training = {improver: TRAINING[improver], **({} if kind else {"improver": improver})}
     with said.open("w") if said else nullcontext() as file:
         console = Console(file=file, width=200, quiet=file is None)
-        return run_once(settings(data_dir, dtype=dtype, **training), Stages(console))
+        return run_once(settings(data_dir, dtype=dtype, **training), Stages(console), kind=kind)
 
 
 def before_call(call: str, count: int, act: Callable[[], object]) -> None:
@@ -119,7 +124,7 @@ def outcome(data_dir: Path) -> dict[str, Any]:
     finally:
         store.close()
     assert round_.state == "promoted"
-    weights = [data_dir / "policies" / "v0001" / "adapter_model.safetensors"]
+    weights = sorted((data_dir / "policies" / "v0001").glob("*.safetensors"))
     weights += (data_dir / "reward_models" / "rm0001").glob("*.safetensors")
     answers = (data_dir / "rounds" / round_.id / "answers.jsonl").read_text().splitlines()
     return {
@@ -199,6 +204,68 @@ def test_a_round_by_another_improver_ends_as_an_unbroken_one(
     steps = found[0]["metrics"].improvement.steps
     assert [step.step for step in steps] == [0, 1, 2, 3]
     assert abs(steps[3].kl) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("call", "count", "left"),
+    [
+        ("learner.improve.sft.trainer:token_logprobs", 5, ["state-003"]),  # in the third pass
+        slow("learner.improve.sft.trainer:save_state", 3, ["state-003"]),  # weights without their state
+        slow("learner.improve.state:drop_states", 3, ["state-003", "state-004"]),  # two states
+        slow("learner.round.workspace:Workspace.record", 2, ["state-005"]),  # before the training is recorded
+        slow("learner.round.sft.gate_stage:keep_answers", 1, ["state-005"]),
+        ("server.store.files.manifest:publish", 5, ["state-005"]),  # the version is written, not yet renamed
+        slow("server.store.learning.policies:Policies.register", 1, ["state-005"]),
+        slow("learner.round.publish:wait_until_loaded", 1, ["state-005"]),  # the pointer has moved
+    ],
+)
+def test_a_killed_round_of_demonstrations_ends_as_an_unbroken_one(
+    voted: Path, tmp_path: Path, call: str, count: int, left: list[str]
+) -> None:
+    begun, found = tmp_path / "begun", []
+    shutil.copytree(voted, begun)
+    demonstrate(begun, 10)
+    killed(begun, "learner.round.workspace:Workspace.record", 1, "sft")
+    for name in ("unbroken", "killed"):
+        data_dir = tmp_path / name
+        shutil.copytree(begun, data_dir)
+        if name == "killed":
+            killed(data_dir, call, count, "sft")
+            assert sorted(path.name for path in data_dir.glob("rounds/*/state-*")) == left
+        process = PROCESSES.Process(target=run, args=(data_dir, "float32", None, "sft"))
+        process.start()
+        process.join(SECONDS)
+        assert process.exitcode == 0
+        found.append(outcome(data_dir))
+    assert found[0] == found[1]
+    assert (found[0]["active"], found[0]["left"]) == ("v0001", [])
+    assert len(found[0]["metrics"].sft.epochs) == 5
+
+
+def test_a_demonstration_that_was_deleted_meanwhile_is_not_learned_from(voted: Path, tmp_path: Path) -> None:
+    """What was trained so far knew it, and starts over."""
+    data_dir = tmp_path / "data"
+    shutil.copytree(voted, data_dir)
+    demonstrate(data_dir, 10)
+    demonstrate(data_dir, 1, first=30, user="eve")
+    killed(data_dir, "learner.improve.sft.trainer:token_logprobs", 7, "sft")
+    [state] = data_dir.glob("rounds/*/state-*")
+    before = json.loads((state / "figures.json").read_text())
+    store = Store.open(data_dir)
+    while store.deletion.step("eve"):
+        pass
+    store.close()
+    process = PROCESSES.Process(target=run, args=(data_dir, "float32", None, "sft"))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    store = Store.open(data_dir)
+    [round_] = store.rounds.page()
+    store.close()
+    assert round_.metrics.sft
+    assert (round_.state, round_.metrics.sft.demonstrations) == ("promoted", 10)
+    assert [epoch.number for epoch in round_.metrics.sft.epochs] == [0, 1, 2, 3, 4]
+    assert round_.metrics.sft.epochs[1].loss != before[1]["loss"]
 
 
 def test_dpo_starts_over_if_votes_were_deleted_since(voted: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
+import learner.round.alignment.stages as alignment
 import learner.round.gate.gate_stage as judging
 import learner.round.lease
-import learner.round.run as rounds
 import tests.learner.rounds as rounds_fixture
 from learner.gate.rules import Verdict
 from learner.improve.ppo.trainer import PPO
@@ -302,7 +302,7 @@ def test_votes_without_a_signal_end_the_round_before_training(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, engine: type[TinyEngine]
 ) -> None:
     weak = filled(SignalTest, accuracy=0.51, p_value=0.4, level=0.01, votes=80, conversations=80)
-    monkeypatch.setattr(rounds, "test_signal", lambda *_: weak)
+    monkeypatch.setattr(alignment, "test_signal", lambda *_: weak)
     monkeypatch.setattr(engine, "pushes", 0)
     report = run(data_dir)
     assert report.state == "rejected"
@@ -473,7 +473,7 @@ def test_users_in_quarantine_when_a_round_began_are_left_out(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rounds, "improve_policy", killed)
+        patch.setattr(alignment, "improve_policy", killed)
         with pytest.raises(KeyboardInterrupt):
             run(data_dir)
     report = run(data_dir)
@@ -515,7 +515,7 @@ def test_a_learner_that_waits_starts_when_the_other_is_done(data_dir: Path, monk
 
     monkeypatch.setattr(learner.round.lease, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
     assert "Another learner is running" in run(data_dir).sentence
-    monkeypatch.setattr("learner.round.begin.failed_precondition", lambda *_: "Its turn.")
+    monkeypatch.setattr("learner.round.begin.blocked", lambda *_: "Its turn.")
     assert run_once(settings(data_dir), Stages(Console(quiet=True)), wait=True).sentence == "Its turn."
     assert now[0] > 3600
 
@@ -523,7 +523,7 @@ def test_a_learner_that_waits_starts_when_the_other_is_done(data_dir: Path, monk
 def test_a_learner_that_was_stopped_past_its_lease_publishes_nothing(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = rounds.judge_candidates
+    judge = alignment.judge_candidates
 
     def stopped_meanwhile(*arguments: Any) -> Verdict:
         verdict = judge(*arguments)
@@ -532,7 +532,7 @@ def test_a_learner_that_was_stopped_past_its_lease_publishes_nothing(
         assert store.leases.acquire("learner", "another", 60)
         return Verdict(verdict.chosen, [])
 
-    monkeypatch.setattr(rounds, "judge_candidates", stopped_meanwhile)
+    monkeypatch.setattr(alignment, "judge_candidates", stopped_meanwhile)
     with pytest.raises(ConflictError, match="went to another"):
         run(data_dir)
     store = opened(data_dir)

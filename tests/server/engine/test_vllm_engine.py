@@ -1,14 +1,20 @@
 """What the server's engine does around vLLM, which a fake replaces; the real one is tested in tests/e2e."""
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from server.engine import vllm_engine
+from server.engine.adapter_engine import AdapterEngine
+from server.engine.base import SwapError
 from server.engine.vllm_engine import VllmEngine
 from server.engine.watchdog import Pulse
+from server.store.files.manifest import new_version
 from tests.learner.conftest import save_tiny_model
 
 
@@ -50,7 +56,7 @@ async def test_an_engine_has_the_label_of_its_reference_also_after_a_restart(
     monkeypatch.setattr(vllm_engine, "verify", lambda directory: checked.append(directory.name))
     started: list[FakeVllm] = []
 
-    def start() -> FakeVllm:
+    def start(_: Path) -> FakeVllm:
         started.append(FakeVllm(directory, Clock()))
         return started[-1]
 
@@ -80,7 +86,7 @@ async def test_a_new_engine_has_not_hung_since_before_its_start(
     monkeypatch.setattr(vllm_engine, "verify", lambda directory: None)
     started: list[FakeVllm] = []
 
-    def start() -> FakeVllm:
+    def start(_: Path) -> FakeVllm:
         started.append(FakeVllm(tmp_path, clock))
         return started[-1]
 
@@ -96,5 +102,110 @@ async def test_a_new_engine_has_not_hung_since_before_its_start(
         assert engine.probe(None) is None
         clock.now += 9
         assert engine.probe(None) is None
+    finally:
+        await engine.close()
+
+
+async def test_an_engine_that_could_not_start_again_is_started_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(tmp_path)
+    monkeypatch.setattr(vllm_engine, "verify", lambda directory: None)
+    started: list[FakeVllm | None] = []
+
+    def start(_: Path) -> FakeVllm:
+        if len(started) == 1:
+            started.append(None)
+            raise RuntimeError("no memory")
+        started.append(FakeVllm(tmp_path, Clock()))
+        return started[-1]  # type: ignore[return-value]
+
+    engine = VllmEngine(start, tmp_path, "float32")
+    try:
+        started[0].errored = True  # type: ignore[union-attr]
+        with pytest.raises(RuntimeError, match="no memory"):
+            await engine.revive()
+        assert not engine.alive
+        await engine.revive()
+        assert (engine.alive, len(started)) == (True, 3)
+    finally:
+        await engine.close()
+
+
+class AdapterVllm(FakeVllm):
+    """One that loads adapters."""
+
+    async def collective_rpc(self, name: str, args: tuple[object, ...] = ()) -> list[None]:
+        return [None]
+
+    async def add_lora(self, request: object) -> bool:
+        return True
+
+
+def publish_adapters(policies: Path) -> None:
+    """References v0000 and v0002, and an adapter on each."""
+    for reference, adapter in (("v0000", "v0001"), ("v0002", "v0003")):
+        with new_version(policies / reference, kind="full", reference_version=reference) as staging:
+            save_tiny_model(staging)
+        with new_version(policies / adapter, kind="adapter", reference_version=reference) as staging:
+            save_file({"a": torch.zeros(1)}, staging / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_adapters_on_another_reference_restart_the_engine(tmp_path: Path, fails: bool) -> None:
+    publish_adapters(tmp_path)
+    started: list[str] = []
+
+    def start(reference: Path) -> AdapterVllm:
+        started.append(reference.name)
+        if fails and reference.name == "v0002":
+            raise RuntimeError("no memory")
+        return AdapterVllm(reference, Clock())
+
+    engine = AdapterEngine(start, tmp_path / "v0000", "float32")
+    engine._admitted.set()
+    try:
+        await engine.swap("v0001", tmp_path / "v0001")
+        # Beside the active one it cannot be loaded: that has another reference.
+        with pytest.raises(SwapError, match=r"v0003 is an adapter on v0002, but the engine has v0000\."):
+            await engine.keep_live("v0003", tmp_path / "v0003")
+        if fails:
+            with pytest.raises(SwapError, match="the engine could not start with v0002: no memory"):
+                await engine.swap("v0003", tmp_path / "v0003")
+            assert (engine.version, engine.reference, started) == ("v0001", "v0000", ["v0000", "v0002", "v0000"])
+        else:
+            await engine.swap("v0003", tmp_path / "v0003")
+            assert (engine.version, engine.reference, started) == ("v0003", "v0002", ["v0000", "v0002"])
+            await engine.swap("v0002", tmp_path / "v0002")
+            assert (engine.version, engine.reference, started) == ("v0002", "v0002", ["v0000", "v0002"])
+            # And back.
+            await engine.swap("v0001", tmp_path / "v0001")
+            assert (engine.version, engine.reference, started) == ("v0001", "v0000", ["v0000", "v0002", "v0000"])
+        assert engine.alive
+        assert engine._admitted.is_set()
+    finally:
+        await engine.close()
+
+
+async def test_running_answers_end_before_the_reference_is_changed(tmp_path: Path) -> None:
+    publish_adapters(tmp_path)
+    engines: list[AdapterVllm] = []
+
+    def start(reference: Path) -> AdapterVllm:
+        engines.append(AdapterVllm(reference, Clock()))
+        return engines[-1]
+
+    engine = AdapterEngine(start, tmp_path / "v0000", "float32")
+    engine._admitted.set()
+    try:
+        engines[0].busy = True
+        swap = asyncio.create_task(engine.swap("v0003", tmp_path / "v0003"))
+        while engine._admitted.is_set():
+            await asyncio.sleep(0)
+        # New answers wait, and the engine is there for those that run.
+        assert (len(engines), engines[0].errored, swap.done()) == (1, False, False)
+        engines[0].busy = False
+        await asyncio.wait_for(swap, 30)
+        assert (len(engines), engine.reference) == (2, "v0002")
     finally:
         await engine.close()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import clients.cli
-import learner.cli
+import learner.cli_settings
 import server.cli
 from server.shared.errors import DatabaseError, NotFoundError
 from server.shared.program import begin, sentence
@@ -100,10 +100,10 @@ TAME = "red[31m, 2Jgone, ]0;title, back, turned"
 
 
 def test_text_cannot_control_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    for say in (lambda: learner.cli._say(lambda: HOSTILE), lambda: server.cli._say(HOSTILE)):
+    for say in (lambda: learner.cli_settings.say(lambda: HOSTILE), lambda: server.cli._say(HOSTILE)):
         say()
         assert capsys.readouterr().out == TAME + "\n"
-    for fail in (learner.cli._fail, server.cli._fail):
+    for fail in (learner.cli_settings.fail, server.cli._fail):
         with pytest.raises(SystemExit):
             fail(HOSTILE)
         assert capsys.readouterr().err.endswith(f": {TAME}\n")

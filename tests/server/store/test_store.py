@@ -1,6 +1,7 @@
 """The store on a real file: votes, history, what the learner sees, leases."""
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -394,9 +395,79 @@ def test_the_version_of_a_lineage_that_was_served_last(store: Store) -> None:
     assert (store.policies.reference(), store.policies.last_served("v0000")) == ("v0003", "v0001")
     store.policies.fail("v0004", "a tensor is missing", "v0003")
     assert store.policies.last_served("v0003") == "v0003"
-    assert store.policies.references() == {
+    assert store.policies.origins() == {
         "v0000": "v0000", "v0001": "v0000", "v0002": "v0000", "v0003": "v0003", "v0004": "v0003",
     }  # fmt: skip
+
+
+def fine_tuned(store: Store, version: str, parent: str) -> None:
+    """A reference of its own, of the model of its parent."""
+    store.policies.register(
+        version, kind="full", state="candidate", parent_version=parent, reference_version=version, round_id=None,
+        reward_model_version=None, metrics={},
+    )  # fmt: skip
+
+
+def test_one_model_may_have_several_references(store: Store) -> None:
+    register(store, "v0001")
+    fine_tuned(store, "v0002", "v0001")
+    store.policies.register(
+        "v0003", kind="adapter", state="candidate", parent_version="v0002", reference_version="v0002", round_id=None,
+        reward_model_version=None, metrics={},
+    )  # fmt: skip
+    register_lineage(store, "v0004", "v0005")
+    fine_tuned(store, "v0006", "v0005")
+    assert store.policies.origins() == {
+        "v0000": "v0000", "v0001": "v0000", "v0002": "v0000", "v0003": "v0000",
+        "v0004": "v0004", "v0005": "v0004", "v0006": "v0004",
+    }  # fmt: skip
+    for version in ("v0001", "v0002", "v0003", "v0006"):
+        store.policies.activate(version, actor="ann")
+    assert (store.policies.reference(), store.policies.origin()) == ("v0006", "v0004")
+    assert [store.policies.last_served(origin) for origin in ("v0000", "v0004")] == ["v0003", "v0006"]
+    # Going to another model was no rollback of v0003; going back from v0006 to v0005's model is one of v0006.
+    store.policies.activate("v0003", actor="ann", action="rollback")
+    assert store.lineage.rolled_back(math.inf) == set()
+    store.policies.activate("v0001", actor="ann", action="rollback")
+    assert store.lineage.rolled_back(math.inf) == {"v0003"}
+
+
+def test_a_reference_is_pruned_once_nothing_is_left_of_it(store: Store) -> None:
+    fine_tuned(store, "v0001", "v0000")
+    store.policies.register(
+        "v0002", kind="adapter", state="candidate", parent_version="v0001", reference_version="v0001", round_id=None,
+        reward_model_version=None, metrics={},
+    )  # fmt: skip
+    assert not store.policies.prune("v0001")
+    assert store.policies.prune("v0002")
+    assert store.policies.prune("v0001")
+    # What was made from the model stays.
+    fine_tuned(store, "v0003", "v0000")
+    store.policies.activate("v0003", actor="ann")
+    assert not store.policies.prune("v0000")
+
+
+def test_a_fine_tuned_reference_that_cannot_be_loaded_has_failed(store: Store) -> None:
+    fine_tuned(store, "v0001", "v0000")
+    store.policies.activate("v0001", actor="ann")
+    store.policies.fail("v0001", "a tensor is missing", "v0000")
+    assert (store.policies.active().version, store.policies.get("v0001").state) == ("v0000", "failed")
+
+
+def test_demonstrations_are_no_new_votes(store: Store) -> None:
+    conversation_id = store.conversations.create("ann", "hello")
+    response = answer(store, conversation_id)
+    thumb = store.feedback.submit_thumb("ann", response, up=True)
+    before = store.snapshots.watermark()
+    store.feedback.submit_demonstration(
+        "ann", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    )
+    assert (store.snapshots.votes_changed(before), store.snapshots.count_examples(before)) == (False, 1)
+    store.feedback.submit_correction("ann", response, "better")
+    assert (store.snapshots.votes_changed(before), store.snapshots.count_examples(before)) == (True, 2)
+    before = store.snapshots.watermark()
+    store.feedback.retract("ann", thumb.id)
+    assert store.snapshots.votes_changed(before)
 
 
 def test_another_model_has_learned_from_no_vote(store: Store) -> None:
@@ -411,7 +482,7 @@ def test_another_model_has_learned_from_no_vote(store: Store) -> None:
     store.policies.activate("v0001", actor="ann")
     assert (store.rounds.last_learned(), store.snapshots.count_new_votes()) == (None, 1)
     # An operator may go back to the other model just before a round begins.
-    with pytest.raises(ConflictError, match=r"v0001 of another model is active since; nothing was changed\."):
+    with pytest.raises(ConflictError, match=r"v0001 of another reference is active since; nothing was changed\."):
         store.rounds.create(1, {}, reference_version="v0000", fence=fence)
     store.policies.activate("v0000", actor="ann")
     assert store.snapshots.count_new_votes() == 0

@@ -118,7 +118,7 @@ async def test_no_call_to_it_moves_the_pointer_to_another_model(waiting: Running
 async def test_a_canary_of_another_model_waits_for_a_server_that_can_load_it(running: Running) -> None:
     def begin(store: Store) -> None:
         begin_canary(store)
-        store._db.execute("UPDATE policies SET reference_version = 'v0002' WHERE version = 'v0001'")  # type: ignore[attr-defined]
+        store._db.execute("UPDATE policies SET origin_version = 'v0002' WHERE version = 'v0001'")  # type: ignore[attr-defined]
         for _ in range(7):
             vote(store, "ann", new=True)
 
@@ -147,3 +147,19 @@ async def test_versions_of_two_models_are_not_shown_side_by_side(tmp_path: Path)
         before = len(running.engine.pinned)
         await compare(running)
         assert running.engine.pinned[before:] == [None, None]
+
+
+async def test_another_reference_of_the_same_model_is_loaded_without_a_restart(running: Running) -> None:
+    publish_version(running.data_dir, "v0001")
+    await running.store(
+        lambda store: store.policies.register(
+            "v0001", kind="full", state="candidate", parent_version="v0000", reference_version="v0001", round_id=None,
+            reward_model_version=None, metrics={},
+        )
+    )  # fmt: skip
+    await running.store(make_active("v0001"))
+    async with asyncio.timeout(10):
+        while running.engine.version != "v0001":
+            await asyncio.sleep(0.01)
+    assert await replica_error(running) == ""
+    assert (await chat(running))[0].started.policy_version == "v0001"

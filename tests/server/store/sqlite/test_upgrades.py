@@ -33,6 +33,8 @@ RELEASED = {
     "m014_review_purposes": "20480a71735570d8",
     "m015_stage_of_any_improver": "1ccac380203c8a35",
     "m016_machine_choices": "9def04adb6134575",
+    "m017_origins": "3ac9d7192c3c0b1f",
+    "m018_kinds_of_round": "189d3b6f2feb0d4f",
 }
 
 

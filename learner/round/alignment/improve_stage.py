@@ -9,9 +9,9 @@ from learner.improve.ppo.trainer import PPO
 from learner.improve.rloo.trainer import RLOO
 from learner.reward.base import RewardModel
 from learner.reward.dataset import Dataset
+from learner.round.start import load_start
 from learner.round.workspace import Workspace
 from learner.settings import LearnerSettings
-from server.store.files.manifest import verify
 from server.store.learning.round_metrics import Improvement, RoundMetrics, StepMetrics
 
 
@@ -48,18 +48,3 @@ def make_improver(settings: LearnerSettings, dataset: Dataset) -> Improver:
             return RLOO(settings.rloo, settings.policy)
         case "dpo":
             return DPO(settings.dpo, settings.policy, WeighedVotes.of(dataset, settings.reward.label_smoothing))
-
-
-def load_start(work: Workspace) -> None:
-    """Gives the policy the weights that the round starts from. Raises ValueError if it cannot train them."""
-    policy = work.settings.policy
-    if policy.start_from == "reference" or work.round.incumbent_version == work.round.reference_version:
-        return
-    directory = work.policy_directory(work.round.incumbent_version)
-    manifest = verify(directory)
-    if (manifest.kind == "adapter") != (policy.train == "lora"):
-        raise ValueError(
-            f"The active {directory.name} is of the kind {manifest.kind}, but policy.train is {policy.train}. A round "
-            "that starts from it must train the same kind: start from the reference, or change policy.train."
-        )
-    work.policy.load(directory)

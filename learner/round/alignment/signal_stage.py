@@ -22,8 +22,9 @@ def test_signal(work: Workspace, dataset: Dataset, features: Tensor) -> SignalTe
     there_are, some = len(votes), some_conversations(votes, reward.signal_votes, generator)
     votes, conversations = select(votes, some), of_groups(conversations, some)
     # Each model is tested with an error of its own: what another one could not see does not count against it.
-    reference = work.round.reference_version
-    rounds = [one for one in work.store.rounds.page() if one.reference_version == reference and one.id != work.round.id]
+    origins, ours = work.store.policies.origins(), work.round.reference_version
+    alike = {reference for reference, origin in origins.items() if origin == origins[ours]}
+    rounds = [one for one in work.store.rounds.page() if one.reference_version in alike and one.id != work.round.id]
     earlier = open_test(rounds)
     with work.stages.stage("signal", "testing the votes for a signal"):
         signal = signal_test(features, votes, conversations, work.spec, reward, error, earlier, there_are)

@@ -1,0 +1,160 @@
+"""What supervised fine-tuning imitates: answers that people demonstrated, and corrected answers.
+
+Some questions are held out, to stop by and to judge by: never one that a version was trained on before. An example
+counts by its tokens; what a user, or a conversation, has of all tokens is capped as votes are.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from learner.improve_settings import SFTSettings
+from learner.model.features import TokenPair
+from learner.model.forward import Tokens, to_tokens
+from learner.reward.dataset import Encode, is_judge
+from learner.reward.vote_weights import cap_shares
+from server.store.chats.records import Correction, Demonstration, Snapshot
+from server.store.learning.records import Side
+
+# With fewer examples to train on, or questions held out, nothing can be learned or stopped.
+MIN_TRAIN, MIN_HELD_OUT = 4, 2
+
+# Token ids of a conversation up to its next answer, which began at a time in seconds since 1970.
+EncodePrompt = Callable[[list[dict[str, str]], float], list[int]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """An answer to imitate. Examples of one `question` are all trained on or all held out."""
+
+    feedback_id: str
+    user: str
+    conversation: str
+    question: str
+    tokens: TokenPair
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples, and the weight of each, (N,)."""
+
+    examples: list[Example]
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, numbers: Tensor) -> "Examples":
+        return Examples([self.examples[number] for number in numbers.tolist()], self.weights[numbers])
+
+    @property
+    def tokens(self) -> Tokens:
+        """Their answers as a batch."""
+        prompts, answers = zip(*(example.tokens for example in self.examples), strict=True)
+        return to_tokens(list(prompts), list(answers))
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(N,) tokens of each answer."""
+        return torch.tensor([len(example.tokens[1]) for example in self.examples])
+
+    @property
+    def weight(self) -> float:
+        """The weighted number of tokens."""
+        return float((self.weights * self.lengths).sum())
+
+    @property
+    def digest(self) -> str:
+        """Differs for other examples, or the same in another order."""
+        said = [[example.tokens for example in self.examples], self.weights.tolist()]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples to train on and examples held out."""
+
+    train: Examples
+    held_out: Examples
+
+    @property
+    def sides(self) -> list[tuple[str, Side]]:
+        """Each example's feedback id and its side."""
+        train: list[tuple[str, Side]] = [(example.feedback_id, "train") for example in self.train.examples]
+        return train + [(example.feedback_id, "judge") for example in self.held_out.examples]
+
+    @property
+    def too_few(self) -> bool:
+        return len(self.train) < MIN_TRAIN or len({one.question for one in self.held_out.examples}) < MIN_HELD_OUT
+
+
+def usable_corrections(snapshot: Snapshot, judge_share: float) -> list[Correction]:
+    """The corrections that say something, in conversations that train."""
+    return [
+        vote
+        for vote in snapshot.corrections
+        if vote.changes and not is_judge(vote.response.conversation_id, judge_share)
+    ]
+
+
+def to_examples(
+    demonstrations: Iterable[Demonstration],
+    corrections: Iterable[Correction],
+    encode_prompt: EncodePrompt,
+    encode: Encode,
+    longest: int,
+) -> list[Example]:
+    """The examples that this model can read, of at most `longest` tokens."""
+    found = [demonstrated(shown, encode_prompt, encode) for shown in demonstrations]
+    found += [corrected(vote, encode) for vote in corrections]
+    return [one for one in found if one and all(one.tokens) and sum(map(len, one.tokens)) <= longest]
+
+
+def demonstrated(shown: Demonstration, encode_prompt: EncodePrompt, encode: Encode) -> Example | None:
+    """The last message of a demonstration after those before it; None if they cannot be encoded."""
+    *before, answer = shown.messages
+    try:
+        tokens = encode_prompt(before, shown.create_time), encode(answer["content"], True)
+    except ValueError:
+        return None
+    return Example(shown.feedback_id, shown.user, shown.feedback_id, json.dumps(before), tokens)
+
+
+def corrected(vote: Correction, encode: Encode) -> Example | None:
+    """A corrected answer, which ends with EOS only if the answer did; None if it cannot be encoded."""
+    try:
+        tokens = vote.response.prompt_token_ids, encode(vote.text, vote.response.finish_reason == "stop")
+    except ValueError:
+        return None
+    conversation = vote.response.conversation_id
+    return Example(vote.feedback_id, vote.user, conversation, conversation, tokens)
+
+
+def split(examples: list[Example], trained: Collection[str], settings: SFTSettings, user_share: float) -> Split:
+    """Holds out a share of the questions, at least two, but none of an example in `trained`, by feedback id: a version
+    that was trained on it knows its answer. A hash of the question decides, so that later examples change little."""
+    known = {one.question for one in examples if one.feedback_id in trained}
+    questions = sorted({one.question for one in examples}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    count = max(round(settings.held_out_share * len(questions)), MIN_HELD_OUT)
+    held_out = set([question for question in questions if question not in known][:count])
+    sides = [[one for one in examples if (one.question in held_out) is wanted] for wanted in (False, True)]
+    return Split(*(weigh(side, settings.conversation_share, user_share) for side in sides))
+
+
+def weigh(examples: list[Example], conversation_share: float, user_share: float) -> Examples:
+    """Weights after which no conversation has more than its share of the weighted tokens, and no user, as votes."""
+    found = Examples(examples, torch.ones(len(examples)))
+    for names, share in (
+        ([one.conversation for one in examples], conversation_share),
+        ([one.user for one in examples], user_share),
+    ):
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        owner = torch.tensor([numbers[name] for name in names], dtype=torch.long)
+        totals = torch.zeros(len(numbers)).scatter_add_(0, owner, found.weights * found.lengths)
+        found = Examples(examples, found.weights * cap_shares(totals, share)[owner])
+    return found

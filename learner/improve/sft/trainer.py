@@ -1,0 +1,110 @@
+"""Fine-tunes a policy on examples, as long as the loss on those held out falls.
+
+The loss is that of the served policy, at the temperature of the service: the negative log-likelihood of an answer's
+tokens, as a weighted mean over tokens. A pass's order depends only on the seed and its number, so a killed training
+resumes from its last state (`learner.improve.state`) as if it had not been killed.
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from learner.improve.adam import Adam
+from learner.improve.candidates import candidate, drop_candidates
+from learner.improve.sft.examples import Examples, Split
+from learner.improve.state import load_state, save_state, start_over_unless
+from learner.improve_settings import SFTSettings
+from learner.model.forward import micro_batches, run_trunk, shares_prefix, token_logprobs
+from learner.model.passes import policy_logprobs
+from learner.model.policy import TrainablePolicy
+from learner.model.rollout import draw_generator
+from server.store.learning.fine_tuned import Epoch
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What to fine-tune: a policy on examples. The best weights are left in `directory`, and `on_epoch` hears of each
+    pass."""
+
+    policy: TrainablePolicy
+    split: Split
+    settings: SFTSettings
+    # Tokens in one forward pass, including padding.
+    budget: int
+    temperature: float
+    seed: int
+    directory: Path
+    on_epoch: Callable[[Epoch], None]
+
+    def run(self) -> list[Epoch]:
+        """Trains until the loss has not fallen for some passes; resumes after the last one saved. Returns all passes,
+        before them the policy as it began. `best` is the one whose weights were kept."""
+        settings, directory = self.settings, self.directory
+        optimizer = Adam([(self.policy.parameters, settings.learning_rate)], settings.adam_epsilon)
+        start_over_unless(self.split.train.digest + self.split.held_out.digest, directory)
+        epochs = [Epoch(**epoch) for epoch in load_state(directory, optimizer)]
+        drop_candidates(directory, after=len(epochs) - 1)
+        epochs = epochs or [Epoch(0, math.nan, self.held_out_nll(), math.nan)]
+        for epoch in epochs[1:]:
+            self.on_epoch(epoch)
+        while len(epochs) <= settings.epochs and len(epochs) - best(epochs) <= settings.patience:
+            epochs.append(self._pass(optimizer, len(epochs)))
+            self._keep(optimizer, epochs)
+            self.on_epoch(epochs[-1])
+        return epochs
+
+    def held_out_nll(self) -> list[float]:
+        """The mean loss per token of each example held out, under the policy as it is."""
+        held_out = self.split.held_out
+        tokens = held_out.tokens.to(self.policy.model.device)
+        logprobs = policy_logprobs(self.policy, tokens, self.temperature, self.budget)
+        return (-logprobs.sum(dim=1).cpu() / held_out.lengths).tolist()
+
+    def _pass(self, optimizer: Adam, number: int) -> Epoch:
+        """One pass over the examples in a new order."""
+        train, batch = self.split.train, self.settings.batch
+        order = torch.randperm(len(train), generator=draw_generator(self.seed, number))
+        made = [self._step(optimizer, train[some.sort().values]) for some in order.split(batch)]
+        loss, norm = (sum(values) / len(made) for values in zip(*made, strict=True))
+        return Epoch(number, loss, self.held_out_nll(), norm)
+
+    def _step(self, optimizer: Adam, examples: Examples) -> tuple[float, float]:
+        """One optimiser step; returns its loss and the gradient's norm."""
+        model, total = self.policy.model, 0.0
+        tokens = examples.tokens.to(model.device)
+        # The weight of as many examples on average, so that a batch of those that count little makes a small step.
+        weight = self.split.train.weight * len(examples) / len(self.split.train)
+        for rows in micro_batches(tokens, self.budget, sharing=shares_prefix(model)):
+            part = tokens[rows]
+            hidden, _ = run_trunk(model, part)
+            logprobs = token_logprobs(model, hidden, part, self.temperature)
+            loss = weighted_nll(logprobs, examples.weights.to(model.device)[rows], weight)
+            loss.backward()
+            optimizer.gather()
+            total += float(loss.detach())
+        return total, optimizer.step(self.settings.max_grad_norm)
+
+    def _keep(self, optimizer: Adam, epochs: list[Epoch]) -> None:
+        """Saves the weights, if they are the best so far, and the state to resume from."""
+        last, before = len(epochs) - 1, best(epochs[:-1])
+        if best(epochs) == last:
+            self.policy.save(candidate(self.directory, last))
+        save_state(self.directory, [asdict(epoch) for epoch in epochs], optimizer)
+        if best(epochs) == last:
+            shutil.rmtree(candidate(self.directory, before), ignore_errors=True)
+
+
+def best(epochs: list[Epoch]) -> int:
+    """The number of the pass after which the loss on the examples held out was lowest; 0 if it never fell."""
+    return min(range(len(epochs)), key=lambda number: epochs[number].mean_nll)
+
+
+def weighted_nll(logprobs: Tensor, weights: Tensor, weight: float) -> Tensor:
+    """The weighted sum of the losses of all tokens, divided by `weight`: a weighted mean over tokens if that is the
+    weighted number of tokens. `logprobs` (B, T) are zero beyond an answer, `weights` (B,) are of answers."""
+    return -(logprobs.sum(dim=1) * weights).sum() / weight

@@ -1,0 +1,1 @@
+"""A round that learns from votes."""

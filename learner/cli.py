@@ -5,6 +5,8 @@ Heavy imports are deferred until a command runs.
 
 import json
 import signal
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -14,6 +16,13 @@ from learner.cli_settings import DataDir, Json, Reason, fail, load_settings, say
 from learner.process import STOPPED
 from server.shared.errors import ServiceError
 from server.shared.printable import printable
+
+
+class ImportFormat(StrEnum):
+    """The formats of files of preferences."""
+
+    TRL_PREFERENCE = "trl-preference"
+
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Turns votes into a better policy."
@@ -39,6 +48,37 @@ def judge(data_dir: DataDir = None) -> None:
     except KeyboardInterrupt:
         typer.echo("learner: Stopped. The next `learner judge` continues.", err=True)
         raise SystemExit(STOPPED) from None
+
+
+@app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(help="JSON lines or Parquet.", exists=True, dir_okay=False)],
+    form: Annotated[
+        ImportFormat, typer.Option("--format", help="`trl-preference`: prompt, chosen, rejected.")
+    ] = ImportFormat.TRL_PREFERENCE,
+    name: Annotated[str, typer.Option(help="The import's name. Default: the file's.")] = "",
+    data_dir: DataDir = None,
+) -> None:
+    """Import preferences of other people, so that the first votes here teach more.
+
+    They never judge, and count as far as they help to predict the votes of people here. Each import is removed as
+    one."""
+    settings = settings_with_data(data_dir)
+    from learner.ops.import_preferences import import_preferences
+
+    say(lambda: import_preferences(settings, file, name))
+
+
+@app.command()
+def imports(
+    remove: Annotated[Optional[str], typer.Option(help="Delete the import of this name.", metavar="NAME")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """List what was imported, or remove an import."""
+    settings = settings_with_data(data_dir)
+    from learner.ops.import_preferences import list_imports, remove_import
+
+    say(lambda: list_imports(settings) if remove is None else remove_import(settings, remove))
 
 
 @app.command()
@@ -219,7 +259,9 @@ def schedule(
     from learner.ops.schedule import RoundScheduler
 
     try:
-        scheduler = RoundScheduler(settings.schedule, settings.data_dir, lambda line: typer.echo(printable(line)))
+        scheduler = RoundScheduler(
+            settings.schedule, settings.data_dir, lambda line: typer.echo(printable(line)), settings.sft.min_new
+        )
     except ValueError as error:
         fail(f"{error}.")
     scheduler.run()

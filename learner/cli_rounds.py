@@ -45,7 +45,7 @@ def run_once(
     if steps is not None:
         training = {settings.improver: {"steps": steps}}
         settings = load_settings(data_dir=data_dir, policy=policy, improver=improver, seed=seed, **training)
-    _show(_run_round(settings, wait, report_file), settings, as_json)
+    _show(_run_round(settings, wait, report_file, "alignment"), settings, as_json)
 
 
 def sft(
@@ -82,9 +82,7 @@ def _show(report: "Report", settings: "LearnerSettings", as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def _run_round(
-    settings: "LearnerSettings", wait: bool, report_file: Path | None, kind: "RoundKind | None" = None
-) -> "Report":
+def _run_round(settings: "LearnerSettings", wait: bool, report_file: Path | None, kind: "RoundKind") -> "Report":
     """Prepares this process and runs the round; writes the result to the file, too."""
     from learner.progress import Stages
 
@@ -97,6 +95,7 @@ def _run_round(
         keep_freed_memory()
         give_way(settings.nice, settings.threads)
 
+        from learner.ops.imitate_first import both, imitate_first
         from learner.round.report import Report
         from learner.round.run import run_once as run
 
@@ -104,17 +103,19 @@ def _run_round(
         if report_file:
             report_file.write_text(json.dumps(report.to_json()), encoding="utf-8")
 
+    before = None
     try:
-        report = run(settings, stages, wait=wait, kind=kind)
+        before = imitate_first(settings, stages.console.print) if kind == "alignment" else None
+        report = both(before, run(settings, stages, wait=wait, kind=kind))
     except KeyboardInterrupt:
-        typer.echo("learner: Stopped. The next `learner run-once` resumes the round.", err=True)
+        typer.echo("learner: Stopped. The next run of this command resumes the round.", err=True)
         raise SystemExit(STOPPED) from None
     except Exception as error:
-        keep(Report("failed", str(error) or type(error).__name__))
+        keep(both(before, Report("failed", str(error) or type(error).__name__)))
         if isinstance(error, ServiceError):
             fail(str(error))
         if not isinstance(error, (RuntimeError, ValueError, OSError, ArithmeticError)):
             raise
-        fail(f"The round failed and the served policy is unchanged: {error}")
+        fail(f"The round failed and left the served policy as it was: {error}")
     keep(report)
     return report

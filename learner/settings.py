@@ -65,6 +65,9 @@ class RewardSettings(BaseModel):
     members: int = Field(
         32, ge=2, description="Heads refitted on redrawn conversations; if they differ, the score is uncertain."
     )
+    imported: int = Field(
+        1000, ge=0, description="Imported preferences that a round reads, at most: evenly spaced over all of them."
+    )
     reference_answers: int = Field(64, ge=8, description="Number of reference answers that scores are standardised on.")
 
 

@@ -33,6 +33,7 @@ from learner.ops.cron import Cron, local_zone
 from learner.ops.request_poller import RequestPoller
 from learner.process import STOPPED
 from learner.round.report import Report, outcome
+from learner.round.sft.due import due
 from learner.schedule_settings import ScheduleSettings, quiet, quiet_hours
 from server.shared.errors import DatabaseError, ServiceError
 from server.store.store import Store
@@ -45,8 +46,11 @@ WRITE_SECONDS = 2.0
 class RoundScheduler:
     """`run` blocks until SIGTERM or SIGINT. Raises ValueError for an invalid cron line or TZ."""
 
-    def __init__(self, settings: ScheduleSettings, data_dir: Path, say: Callable[[str], None]) -> None:
-        self._settings, self._data_dir, self._say = settings, data_dir, say
+    def __init__(
+        self, settings: ScheduleSettings, data_dir: Path, say: Callable[[str], None], min_examples: int = 0
+    ) -> None:
+        """Without new votes a round also starts if `min_examples` demonstrations and corrections wait; 0: never."""
+        self._settings, self._data_dir, self._say, self._min_examples = settings, data_dir, say, min_examples
         # One thread: if a regular time comes while a round is running or waits for a retry, its round starts
         # afterwards.
         self._zone = local_zone()
@@ -194,6 +198,8 @@ class RoundScheduler:
         with closing(Store.open(self._data_dir)) as store:
             if store.rounds.running():
                 return sys.maxsize  # It was stopped: resume it, however few votes are new.
+            if due(store, self._min_examples):
+                return sys.maxsize  # Demonstrations wait, and need no votes.
             return store.snapshots.count_new_votes()
 
     def _last_round(self) -> tuple[datetime | None, bool]:

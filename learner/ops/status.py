@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.ops.slot_order import order_warnings
+from learner.round.sft.due import after_last
 from server.shared.errors import NotFoundError
 from server.store.learning.records import Learner, Round
 from server.store.store import Store
@@ -73,10 +74,11 @@ def _learned(learned: Round | None, quarantined: list[str], votes: int) -> Itera
 
 
 def _demonstrations(store: Store) -> Iterator[tuple[str, str]]:
-    """How many demonstrations and corrections wait, if there are any."""
-    last = store.rounds.last_fine_tuned()
-    if waiting := store.snapshots.count_examples(after=last.watermark if last else 0):
-        yield "to imitate", f"{waiting} new demonstrations and corrections; `learner sft` learns from them"
+    """What was learned from demonstrations and corrections last, and how many wait, if there are any."""
+    if last := store.rounds.last_fine_tuned():
+        yield "imitated", f"in {last.id} ({last.state}): {last.reason}"
+    if waiting := sum(store.snapshots.count_examples(after_last(store)).values()):
+        yield "to imitate", f"{waiting} new demonstrations and corrections, for `learner sft`"
 
 
 def _moves(store: Store) -> Iterator[tuple[str, str]]:

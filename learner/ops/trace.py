@@ -31,7 +31,7 @@ def trace_version(data_dir: Path, version: str) -> Trace:
     with closing(Store.open(data_dir)) as store:
         policy = store.policies.get(version)
         moves = [move for move in reversed(store.lineage.moves()) if version in (move.version, move.previous_version)]
-        made = [_made(store, ancestor) for ancestor in _with_ancestors(store, policy)]
+        made = [_made(store, store.policies.get(ancestor)) for ancestor in store.lineage.ancestors(version)]
     record: dict[str, Any] = {
         "version": version,
         "state": policy.state,
@@ -113,7 +113,8 @@ def _made(store: Store, policy: PolicyVersion) -> dict[str, Any] | None:
 
 def _made_lines(step: dict[str, Any]) -> Iterator[str]:
     votes, since = step["votes"], step["since"]
-    what = f"made {step['version']} from the {step['start_from']}, {step['reward_model_version']}"
+    learned_by = step["reward_model_version"] or "by imitation"
+    what = f"made {step['version']} from the {step['start_from']}, {learned_by}"
     yield (
         f"       {_time(step['create_time'])}  {step['round_id']} {what} from {len(votes['train'])} votes; "
         f"{len(votes['judge'])} judged"
@@ -121,16 +122,6 @@ def _made_lines(step: dict[str, Any]) -> Iterator[str]:
     changes = ", ".join(f"{count} {change}" for change, count in since.items() if count)
     if changes:
         yield f"       of these votes, since then: {changes}"
-
-
-def _with_ancestors(store: Store, policy: PolicyVersion) -> Iterator[PolicyVersion]:
-    """The version and what its weights come from, back to the model: what its round started from, and so on."""
-    while True:
-        yield policy
-        if policy.round_id is None or policy.parent_version is None:
-            return
-        started_from = start_from(store.rounds.get(policy.round_id).settings)
-        policy = store.policies.get(policy.parent_version if started_from == "active" else policy.reference_version)
 
 
 def _seen(events: list[FeedbackEvent], round_: Round) -> FeedbackEvent | None:

@@ -19,6 +19,8 @@ from learner.reward import evaluation
 from learner.reward import linear_heads as fitting
 from learner.reward.dataset import select, some_conversations
 from learner.reward.linear_heads import Heads, VoteTensors
+from learner.reward.prior import WEIGHTS as PRIOR_WEIGHTS
+from learner.reward.prior import ImportedPreferences, Prior, direction
 from learner.reward.standardiser import Standardiser, mixes, standardiser, states_scale
 from learner.settings import RewardSettings
 from server.store.learning.round_metrics import HeldOut
@@ -55,6 +57,8 @@ class LinearRewardModel:
     # `standardised`.
     prompt_mean: Tensor
     prompt_scale: Tensor
+    # Standard deviations of what imported preferences say (`learner.reward.prior`); 0: nothing.
+    prior_weight: float = 0.0
 
     @classmethod
     def fit(
@@ -64,14 +68,17 @@ class LinearRewardModel:
         spec: FeatureSpec,
         settings: RewardSettings,
         generator: torch.Generator,
+        imported: ImportedPreferences | None = None,
     ) -> "LinearRewardModel":
-        """Fits the score to `votes` on features (N, F) of the answers. Its penalty, and the mix of features, are chosen
-        by cross-validation."""
+        """Fits the score to `votes` on features (N, F) of the answers. Its penalty, the mix of features and how much
+        imported preferences say are chosen by cross-validation."""
         voted, votes = votes.voted(features)
         scalings = [standardiser(voted, spec, mix) for mix in mixes(spec)]
         scaling, l2 = choose(scalings, voted, votes, settings, generator)
-        standard = scaling(voted)
-        basis = fitting.span_basis(standard)
+        standard, prior = scaling(voted), None
+        if imported:
+            prior, l2 = choose_prior(imported, scaling, voted, votes, l2, settings, generator)
+        basis = coordinates(standard, prior)
         reduced = standard @ basis
         head = fitting.fit(reduced, votes, torch.tensor([l2]), settings.label_smoothing)
         members = fitting.bootstrap(reduced, votes, l2, settings.label_smoothing, settings.members, generator)
@@ -91,6 +98,7 @@ class LinearRewardModel:
             eta=float(head.eta()),
             temperature=float(head.temperature),
             l2=l2,
+            prior_weight=prior.weight if prior else 0.0,
             prompt_mean=torch.zeros(features.shape[1] - 1),
             prompt_scale=torch.zeros(features.shape[1] - 1),
         )
@@ -218,13 +226,48 @@ def choose(
     return scalings[best], settings.l2_grid[int(nll.argmin())]
 
 
+def choose_prior(
+    imported: ImportedPreferences,
+    scaling: Standardiser,
+    features: Tensor,
+    votes: VoteTensors,
+    l2: float,
+    settings: RewardSettings,
+    generator: torch.Generator,
+) -> tuple[Prior | None, float]:
+    """What imported preferences say, with the weight and the penalty that predict votes on features (N, F) best; None,
+    and `l2`, if no weight is clearly better than none."""
+    if votes.groups == 1:
+        return None, l2
+    standard, said = scaling(features), direction(imported, scaling, settings, generator)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    priors = [None, *(Prior.of(said, standard, weight) for weight in PRIOR_WEIGHTS)]
+    losses = torch.stack([validated(scaling, features, votes, settings, seed, prior) for prior in priors])
+    reached = losses.amin(dim=1)
+    best = int(reached.argmin())
+    if reached[0] < reached[best] + BETTER:
+        return None, l2
+    return priors[best], settings.l2_grid[int(losses[best].argmin())]
+
+
+def coordinates(standard: Tensor, prior: Prior | None) -> Tensor:
+    """(F, P) directions that a fit on standardised features (N, F) has weights for: their span, and a prior's own."""
+    basis = fitting.span_basis(standard)
+    return torch.cat([basis, prior.direction[:, None]], dim=1) if prior else basis
+
+
 def validated(
-    scaling: Standardiser, features: Tensor, votes: VoteTensors, settings: RewardSettings, seed: int
+    scaling: Standardiser,
+    features: Tensor,
+    votes: VoteTensors,
+    settings: RewardSettings,
+    seed: int,
+    prior: Prior | None = None,
 ) -> Tensor:
     """(L,) cross-validated NLL of each penalty of the grid, averaged over several ways to make folds."""
     voted, votes = votes.voted(features)
     standard = scaling(voted)
-    reduced, grid = standard @ fitting.span_basis(standard), torch.tensor(settings.l2_grid)
+    reduced, grid = standard @ coordinates(standard, prior), torch.tensor(settings.l2_grid)
     generator, folds = torch.Generator().manual_seed(seed), min(settings.folds, votes.groups)
     every = [
         evaluation.cross_validate(

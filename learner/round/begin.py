@@ -12,7 +12,7 @@ import torch
 from learner.model.device import read_memory, resolve_device
 from learner.progress import Stages
 from learner.round.preconditions import blocked, too_little_new
-from learner.round.sft.examples_stage import nothing_to_imitate
+from learner.round.sft.examples_stage import continuing, nothing_to_imitate, read_examples
 from learner.round.token_ids import TokenIds
 from learner.settings import LearnerSettings
 from server.shared.errors import FailedPreconditionError
@@ -22,6 +22,7 @@ from server.shared.model.dtype import DtypeName
 from server.shared.model.families import family_of, limit_of
 from server.shared.model.needs import RoundNeed, Training, round_need
 from server.shared.model.shape import read_shape
+from server.shared.model.text import ChatText
 from server.store.chats.records import Prompt, Snapshot
 from server.store.learning.records import Lease, Round, RoundKind
 from server.store.store import Store
@@ -54,19 +55,22 @@ def begin(
     if this model cannot learn."""
     if reason := blocked(store, settings):
         return reason
+    nothing = nothing_to_imitate if kind == "sft" else too_little_new
+    if reason := nothing(store, snapshot, quarantined, settings):
+        return reason
+    active = store.policies.active()
+    reference = active.reference_version
+    directory = settings.data_dir / "policies" / reference
     if kind == "sft":
         # It goes on from what people have, which what they voted for has made.
-        settings = settings.model_copy(update={"policy": settings.policy.model_copy(update={"start_from": "active"})})
-        reason = nothing_to_imitate(store, snapshot, settings)
-    else:
-        reason = too_little_new(store, snapshot, quarantined, settings)
-    if reason:
-        return reason
-    reference = store.policies.active().reference_version
-    directory = settings.data_dir / "policies" / reference
+        policy = continuing(settings.policy, active, settings.data_dir)
+        settings = settings.model_copy(update={"policy": policy})
     check_family(directory, settings)
     asked = store.snapshots.prompts(limit=settings.max_prompts, without=quarantined)
-    prompts = TokenIds(store, reference, settings).prompts(asked)
+    ids = TokenIds(store, reference, settings)
+    prompts = ids.prompts(asked)
+    if kind == "sft":
+        prompts += example_prompts(ids.snapshot(snapshot), directory, settings)
     plan = plan_memory(settings, directory, prompts, resolve_device(settings.learner_device))
     if reason := too_little_memory(plan, settings):
         return reason
@@ -85,6 +89,13 @@ def begin(
         fence=lease,
     )
     return begun, settings
+
+
+def example_prompts(snapshot: Snapshot, reference: Path, settings: LearnerSettings) -> list[Prompt]:
+    """The examples of a round that imitates, as long prompts: it reads their answers, and samples none."""
+    longest = context_length(reference, settings.max_model_len, settings.trust_remote_code)
+    examples = read_examples(snapshot, ChatText.load(reference, settings.trust_remote_code), longest, settings)
+    return [Prompt("", [*prompt, *answer[1:]], 1) for prompt, answer in (one.tokens for one in examples)]
 
 
 def check_family(reference: Path, settings: LearnerSettings) -> None:

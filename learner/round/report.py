@@ -53,6 +53,9 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "reward model, held out", f"accuracy {_two(model.accuracy)} on {model.votes} choices"
         yield "", f"NLL {_two(model.nll)}, ECE {_two(model.ece)}"
         yield "simpler rules", f"longer wins {_two(model.longer_wins)}, hotter wins {_two(model.hotter_wins)}"
+        if model.imported:
+            used = f"weight {model.prior_weight:g}" if model.prior_weight else "not used: they do not predict the votes"
+            yield "imported", f"{model.imported} preferences, {used}"
         yield (
             "controls",
             f"similar length {_two(model.matched_accuracy)} on {model.matched_votes}, correlation with length "

@@ -1,5 +1,4 @@
-"""One run of the learner: a round, begun or resumed; before one that learns from votes perhaps one that learns from
-demonstrations.
+"""One run of the learner: a round, begun or resumed, that learns from votes or from demonstrations.
 
 Each stage of a round ends with one fenced write that records it. `run_once` resumes after the last recorded stage, so a
 round may be killed anywhere. A stage's output is on disk before the stage is recorded: the reward model under
@@ -18,21 +17,20 @@ from learner.round.lease import learner_lease
 from learner.round.report import Report
 from learner.round.resume import began_with, change_dtype, resumable
 from learner.round.retention import prune
-from learner.round.sft.examples_stage import new_examples
 from learner.round.sft.stages import run as fine_tune
 from learner.round.workspace import Workspace
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import resolve_dtype
-from server.store.learning.records import Lease, Round, RoundKind
+from server.store.learning.records import Lease, RoundKind
 from server.store.store import Store
 
+COMMANDS: dict[RoundKind, str] = {"alignment": "learner run-once", "sft": "learner sft"}
 # Settings that a resumed round takes from the machine that resumes it.
 THIS_MACHINES = ("data_dir", "dtype", "learner_device", "learner_gpu_memory_share")
 
 
-def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False, kind: RoundKind | None = None) -> Report:
-    """Runs or resumes one round; with `wait`, waits while another learner is running. Of a `kind` that is not given, a
-    round learns from votes, after one that learns from demonstrations if there are enough new ones."""
+def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False, kind: RoundKind = "alignment") -> Report:
+    """Runs or resumes one round; with `wait`, waits while another learner is running."""
     if not Store.exists(settings.data_dir):
         return Report("nothing", f"There is no data in {str(settings.data_dir)!r} yet: start `server serve` and vote.")
     store = Store.open(settings.data_dir)
@@ -40,43 +38,22 @@ def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False, k
         with learner_lease(store, settings.data_dir, settings.lease_seconds, wait=wait) as lease:
             if lease is None:
                 return Report("nothing", "Another learner is running on this data directory; nothing was done.")
-            report = _learn(store, lease, settings, stages, kind)
+            report = _run_or_resume(store, lease, settings, stages, kind)
             prune(store, settings.data_dir, settings.keep_versions, fence=lease)
             return report
     finally:
         store.close()
 
 
-def _learn(store: Store, lease: Lease, settings: LearnerSettings, stages: Stages, kind: RoundKind | None) -> Report:
-    dtype = resolve_dtype(settings.dtype).name
-    require_memory(settings.server_gpu_memory_share, settings.learner_gpu_memory_share)
-    settings = settings.model_copy(update={"dtype": dtype})
-    stopped = resumable(store, lease, settings.max_resumes, stages)
-    if kind and stopped and stopped.kind != kind:
-        store.rounds.stop(stopped.id, fence=lease)
-        return Report(
-            "nothing", f"{stopped.id} was stopped: `learner run-once` finishes it first. Nothing was changed."
-        )
-    if kind == "sft" or (stopped.kind == "sft" if stopped else due(store, settings)):
-        report = _run_or_resume(store, lease, settings, stages, stopped, "sft")
-        if kind == "sft":
-            return report
-        stages.console.print(report.sentence, highlight=False, markup=False)
-        after = _run_or_resume(store, lease, settings, stages, None, "alignment")
-        return after if after.round_id else report
-    return _run_or_resume(store, lease, settings, stages, stopped, "alignment")
-
-
-def due(store: Store, settings: LearnerSettings) -> bool:
-    """Whether a round is to learn from demonstrations by itself."""
-    least = settings.sft.min_new
-    return bool(least) and bool(store.policies.reference()) and new_examples(store, settings) >= least
-
-
-def _run_or_resume(
-    store: Store, lease: Lease, settings: LearnerSettings, stages: Stages, current: Round | None, kind: RoundKind
-) -> Report:
+def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages: Stages, kind: RoundKind) -> Report:
+    stopped = store.rounds.running()
+    if stopped and stopped.kind != kind:
+        command = COMMANDS[stopped.kind]
+        return Report("nothing", f"{stopped.id} was stopped: `{command}` finishes it first. Nothing was changed.")
     dtype, device = resolve_dtype(settings.dtype), resolve_device(settings.learner_device)
+    require_memory(settings.server_gpu_memory_share, settings.learner_gpu_memory_share)
+    settings = settings.model_copy(update={"dtype": dtype.name})
+    current = resumable(store, lease, settings.max_resumes, stages)
     if current:
         stages.console.print(f"resuming {current.id} after its stage {current.stage}", highlight=False)
         # The settings that the round began with, except for the data directory and this machine's dtype and devices.

@@ -35,7 +35,7 @@ SMOLLM2 = ModelShape(
 def read_model(data_dir: Path, model: str, trust_remote_code: bool = False, dtype: DtypeName = "bfloat16") -> Model:
     """The reference that a server here starts with, or the files that it would be created from, checked as `server
     serve` does except for the values of weights."""
-    reference = data_dir / "policies" / (Store.peek_reference(data_dir) or FIRST_REFERENCE)
+    reference = data_dir / "policies" / (Store.peek_origin(data_dir) or FIRST_REFERENCE)
     try:
         if reference.exists():
             check_same_model(reference, model, read_manifest)

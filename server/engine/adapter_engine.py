@@ -20,7 +20,7 @@ from server.engine.base import SwapError
 from server.engine.vllm_engine import VllmEngine
 from server.engine.vllm_stream import Labels
 from server.engine.weights import adapter_weights, finite_tensors
-from server.shared.errors import ManifestError
+from server.shared.errors import ManifestError, UnavailableError
 from server.shared.model.dtype import DtypeName
 from server.store.chats.records import Span
 from server.store.files.manifest import read_manifest, verify
@@ -37,19 +37,23 @@ class AdapterEngine(VllmEngine):
     def __init__(self, start_engine: Callable[[Path], Any], directory: Path, dtype: DtypeName) -> None:
         super().__init__(start_engine, directory, dtype)
         self._directories: dict[str, Path] = {}
+        # The version that was loaded before the reference was to be changed, while that is under way.
+        self._before = ""
 
     def locate(self, data_dir: Path, version: str) -> Path:
         return adapter_weights(data_dir, version)
+
+    @property
+    def version(self) -> str:
+        # While the reference is changed, what was loaded before: nothing else may yet be.
+        return self._before or super().version
 
     async def keep_live(self, version: str, directory: Path) -> None:
         if version == self.reference or version in self._directories:
             return
         if (base := reference_of(directory).name) != self.reference:
             raise SwapError(f"{version} is an adapter on {base}, but the engine has {self.reference}.")
-        try:
-            await asyncio.to_thread(lambda: deque(finite_tensors(directory), maxlen=0))
-        except ValueError as error:
-            raise SwapError(f"{version}: {error}") from error
+        await check_finite(version, directory)
         # If the engine later evicts it for others, it reloads it by itself.
         try:
             await self._ask(self._engine.add_lora(request(version, directory)))
@@ -61,26 +65,36 @@ class AdapterEngine(VllmEngine):
 
     async def _swap(self, version: str, directory: Path) -> None:
         if (reference := reference_of(directory)) != self._reference_directory:
-            await self._restart_with(reference)
+            await self._restart_with(reference, version, directory)
+            return
         await self.keep_live(version, directory)
         self._version, self._directory = version, directory
         self._admitted.set()
         log.info("new answers come from %s", version)
 
-    async def _restart_with(self, reference: Path) -> None:
-        """Restart the engine with another reference. If it cannot start, the one before serves again."""
+    async def _restart_with(self, reference: Path, version: str, directory: Path) -> None:
+        """Restart the engine with another reference, and load the version. If that cannot be, what was loaded before
+        serves again."""
+        # While the engine still serves: whatever is wrong with the files is found before it is stopped.
+        await asyncio.to_thread(verify, reference)
+        await check_finite(version, directory)
         before = self._version, self._directory, self._reference_directory, self._directories
-        self._admitted.clear()
-        await self._drain()
-        log.warning("restarting the engine with the reference %s", reference.name)
-        self._version, self._directory, self._reference_directory = reference.name, reference, reference
-        self._directories = {}
+        self._before = self._version
         try:
-            await self._revive()
-        except Exception as error:
-            self._version, self._directory, self._reference_directory, self._directories = before
-            await self._revive()
-            raise SwapError(f"the engine could not start with {reference.name}: {error}") from error
+            self._admitted.clear()
+            await self._drain()
+            log.warning("restarting the engine with the reference %s", reference.name)
+            self._version, self._directory, self._reference_directory = version, directory, reference
+            self._directories = {}
+            try:
+                await self._revive()
+            except Exception as error:
+                self._admitted.clear()
+                self._version, self._directory, self._reference_directory, self._directories = before
+                await self._revive()
+                raise SwapError(f"the engine could not start with {version}: {error}") from error
+        finally:
+            self._before = ""
 
     async def _drain(self) -> None:
         """Wait until the answers in progress have ended, but not for ever."""
@@ -102,7 +116,8 @@ class AdapterEngine(VllmEngine):
         if version == self.reference:
             return None
         if version not in self._directories:
-            raise ValueError(f"{version} was never loaded")
+            # It was when the answer was asked for, and the answer waited while the reference was changed.
+            raise UnavailableError(f"{version} is not loaded any more; {self.version} is.")
         return request(version, self._directories[version])
 
     def _labels(self, version: str) -> Labels:
@@ -112,6 +127,14 @@ class AdapterEngine(VllmEngine):
             return [Span(labelled[0].start, labelled[-1].end, version)] if labelled else []
 
         return Labels(lambda: version, pinned)
+
+
+async def check_finite(version: str, directory: Path) -> None:
+    """Raise SwapError for a version with a value that is not finite."""
+    try:
+        await asyncio.to_thread(lambda: deque(finite_tensors(directory), maxlen=0))
+    except ValueError as error:
+        raise SwapError(f"{version}: {error}") from error
 
 
 def reference_of(directory: Path) -> Path:

@@ -66,7 +66,8 @@ class ServingEngine(Protocol):
         ...
 
     async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> AnswerStream:
-        """Start an answer; waits during a swap. Raises ValueError for a `version` that is neither loaded nor live."""
+        """Start an answer; waits during a swap. Raises ValueError for a `version` that is neither loaded nor live, and
+        UnavailableError for one that is live no more."""
         ...
 
     def locate(self, data_dir: Path, version: str) -> Path:

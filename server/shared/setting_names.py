@@ -152,6 +152,7 @@ SETTINGS = frozenset(
         "reward.fold_repeats",
         "reward.folds",
         "reward.half_life_days",
+        "reward.imported",
         "reward.l2_grid",
         "reward.label_smoothing",
         "reward.layers",

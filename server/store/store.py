@@ -17,9 +17,10 @@ from server.store.database import Database
 from server.store.deletion import Deletion
 from server.store.keys import Keys
 from server.store.learning.canaries import Canaries
+from server.store.learning.imports import Imports
 from server.store.learning.leases import Leases
 from server.store.learning.lineage import Lineage
-from server.store.learning.policies import ACTIVE_REFERENCE, Policies
+from server.store.learning.policies import ACTIVE_ORIGIN, ACTIVE_REFERENCE, Policies
 from server.store.learning.quarantine import Quarantine
 from server.store.learning.records import Learner
 from server.store.learning.replicas import Replicas
@@ -51,6 +52,7 @@ class Store:
         self.reviews = Reviews(database, self.conversations, self.responses)
         self.requests = Requests(database)
         self.machine_choices = MachineChoices(database)
+        self.imports = Imports(database)
         self.snapshots = Snapshots(database, self.deletion, self.rounds, self.machine_choices)
 
     @classmethod
@@ -64,10 +66,10 @@ class Store:
         return (data_dir / DATABASE).exists()
 
     @staticmethod
-    def peek_reference(data_dir: Path) -> str | None:
-        """The reference of the active version, read without creating or migrating the database; None if there is none,
-        or it cannot be read."""
-        return peek(data_dir / DATABASE, ACTIVE_REFERENCE)
+    def peek_origin(data_dir: Path) -> str | None:
+        """What the active version was made from a model as, read without creating or migrating the database; None if
+        there is none, or it cannot be read. In an older database each reference was made from a model."""
+        return peek(data_dir / DATABASE, ACTIVE_ORIGIN) or peek(data_dir / DATABASE, ACTIVE_REFERENCE)
 
     def transaction(self) -> AbstractContextManager[None]:
         """Everything written inside becomes durable together or not at all."""

@@ -56,7 +56,6 @@ class Follower:
     async def follow(self) -> None:
         """Restart a dead engine, and load the active version. Call it repeatedly."""
         if not self._engine.alive:
-            ENGINE_RESTARTS.inc()
             await self._revive()
         if await self.converge():
             await self.report()
@@ -138,9 +137,12 @@ class Follower:
             ENGINE_HANGS.inc()
 
     async def _revive(self) -> None:
-        log.error("the engine died; starting it again with %s", self._engine.version)
         async with self._converging:
-            await self._engine.revive()
+            # A swap may have restarted it meanwhile, or be the reason.
+            if not self._engine.alive:
+                ENGINE_RESTARTS.inc()
+                log.error("the engine died; starting it again with %s", self._engine.version)
+                await self._engine.revive()
 
     async def keep_live(self, version: str) -> None:
         """Make `version` answer beside the active one, if the engine supports it."""

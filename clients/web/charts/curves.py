@@ -44,7 +44,7 @@ def epoch_curves(sft: Mapping[str, Any]) -> list[Chart]:
     """The losses of a round that learned from demonstrations, by pass, from its `sft`; the chosen pass is marked."""
     epochs, chosen, unit = sft["epochs"], sft["chosen"], "nats per token"
     trained = [epoch for epoch in epochs if epoch.get("loss") is not None]
-    held_out = [sum(epoch["held_out"]) / len(epoch["held_out"]) for epoch in epochs]
+    held_out = [epoch["held_out"] for epoch in epochs]
     return [
         curve(
             "Loss on examples held out", unit, [epoch["number"] for epoch in epochs], held_out, zero=False, mark=chosen

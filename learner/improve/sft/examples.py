@@ -1,6 +1,6 @@
 """What supervised fine-tuning imitates: answers that people demonstrated, and corrected answers.
 
-Some questions are held out, to stop by and to judge by: never one that a version was trained on before. An example
+Some topics are held out, to stop by and to judge by: never one that the weights were trained on before. An example
 counts by its tokens; what a user, or a conversation, has of all tokens is capped as votes are.
 """
 
@@ -23,14 +23,19 @@ from server.store.learning.records import Side
 
 # With fewer examples to train on, or questions held out, nothing can be learned or stopped.
 MIN_TRAIN, MIN_HELD_OUT = 4, 2
+# How often each cap is applied.
+TURNS = 5
 
 # Token ids of a conversation up to its next answer, which began at a time in seconds since 1970.
 EncodePrompt = Callable[[list[dict[str, str]], float], list[int]]
+# A prompt as readable text, from its token ids.
+Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True)
 class Example:
-    """An answer to imitate. Examples of one `question` are all trained on or all held out."""
+    """An answer to imitate. Examples of one `question`, as text, or of one conversation are all trained on or all held
+    out."""
 
     feedback_id: str
     user: str
@@ -81,6 +86,8 @@ class Split:
 
     train: Examples
     held_out: Examples
+    # The topic of each example held out.
+    topics: list[str]
 
     @property
     def sides(self) -> list[tuple[str, Side]]:
@@ -90,7 +97,7 @@ class Split:
 
     @property
     def too_few(self) -> bool:
-        return len(self.train) < MIN_TRAIN or len({one.question for one in self.held_out.examples}) < MIN_HELD_OUT
+        return len(self.train) < MIN_TRAIN or len(set(self.topics)) < MIN_HELD_OUT
 
 
 def usable_corrections(snapshot: Snapshot, judge_share: float) -> list[Correction]:
@@ -107,54 +114,84 @@ def to_examples(
     corrections: Iterable[Correction],
     encode_prompt: EncodePrompt,
     encode: Encode,
+    decode: Decode,
     longest: int,
 ) -> list[Example]:
     """The examples that this model can read, of at most `longest` tokens."""
-    found = [demonstrated(shown, encode_prompt, encode) for shown in demonstrations]
-    found += [corrected(vote, encode) for vote in corrections]
-    return [one for one in found if one and all(one.tokens) and sum(map(len, one.tokens)) <= longest]
+    read = [
+        (one.feedback_id, one.user, one.feedback_id, demonstrated(one, encode_prompt, encode)) for one in demonstrations
+    ]
+    read += [(one.feedback_id, one.user, one.response.conversation_id, corrected(one, encode)) for one in corrections]
+    return [
+        Example(feedback_id, user, conversation, decode(tokens[0]), tokens)
+        for feedback_id, user, conversation, tokens in read
+        if tokens and all(tokens) and sum(map(len, tokens)) <= longest
+    ]
 
 
-def demonstrated(shown: Demonstration, encode_prompt: EncodePrompt, encode: Encode) -> Example | None:
+def demonstrated(shown: Demonstration, encode_prompt: EncodePrompt, encode: Encode) -> TokenPair | None:
     """The last message of a demonstration after those before it; None if they cannot be encoded."""
     *before, answer = shown.messages
     try:
-        tokens = encode_prompt(before, shown.create_time), encode(answer["content"], True)
+        return encode_prompt(before, shown.create_time), encode(answer["content"], True)
     except ValueError:
         return None
-    return Example(shown.feedback_id, shown.user, shown.feedback_id, json.dumps(before), tokens)
 
 
-def corrected(vote: Correction, encode: Encode) -> Example | None:
+def corrected(vote: Correction, encode: Encode) -> TokenPair | None:
     """A corrected answer, which ends with EOS only if the answer did; None if it cannot be encoded."""
     try:
-        tokens = vote.response.prompt_token_ids, encode(vote.text, vote.response.finish_reason == "stop")
+        return vote.response.prompt_token_ids, encode(vote.text, vote.response.finish_reason == "stop")
     except ValueError:
         return None
-    conversation = vote.response.conversation_id
-    return Example(vote.feedback_id, vote.user, conversation, conversation, tokens)
 
 
 def split(examples: list[Example], trained: Collection[str], settings: SFTSettings, user_share: float) -> Split:
-    """Holds out a share of the questions, at least two, but none of an example in `trained`, by feedback id: a version
-    that was trained on it knows its answer. A hash of the question decides, so that later examples change little."""
-    known = {one.question for one in examples if one.feedback_id in trained}
-    questions = sorted({one.question for one in examples}, key=lambda text: hashlib.sha256(text.encode()).digest())
-    count = max(round(settings.held_out_share * len(questions)), MIN_HELD_OUT)
-    held_out = set([question for question in questions if question not in known][:count])
-    sides = [[one for one in examples if (one.question in held_out) is wanted] for wanted in (False, True)]
-    return Split(*(weigh(side, settings.conversation_share, user_share) for side in sides))
+    """Holds out a share of the topics, at least two, but none of an example in `trained`, by feedback id: a version
+    that was trained on it knows its answer. A hash of the topic decides, so that later examples change little."""
+    of = topics(examples)
+    known = {topic for one, topic in zip(examples, of, strict=True) if one.feedback_id in trained}
+    ordered = sorted(set(of), key=lambda topic: hashlib.sha256(topic.encode()).digest())
+    count = max(round(settings.held_out_share * len(ordered)), MIN_HELD_OUT)
+    held_out = set([topic for topic in ordered if topic not in known][:count])
+    train, rest = (
+        [one for one, topic in zip(examples, of, strict=True) if (topic in held_out) is wanted]
+        for wanted in (False, True)
+    )
+    shares = settings.conversation_share, user_share
+    return Split(weigh(train, *shares), weigh(rest, *shares), [topic for topic in of if topic in held_out])
+
+
+def topics(examples: list[Example]) -> list[str]:
+    """What each example is about: the same for examples of one question, and for those of one conversation."""
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            name = leader[name]
+        return name
+
+    for one in examples:
+        first, second = sorted((find(f"question {one.question}"), find(f"conversation {one.conversation}")))
+        leader[second] = first
+    return [find(f"question {one.question}") for one in examples]
 
 
 def weigh(examples: list[Example], conversation_share: float, user_share: float) -> Examples:
-    """Weights after which no conversation has more than its share of the weighted tokens, and no user, as votes."""
+    """Weights after which no user has more than their share of the weighted tokens, as of votes, and nearly no
+    conversation: what one cap takes away changes the others' shares, so they take turns."""
     found = Examples(examples, torch.ones(len(examples)))
-    for names, share in (
-        ([one.conversation for one in examples], conversation_share),
-        ([one.user for one in examples], user_share),
-    ):
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-        owner = torch.tensor([numbers[name] for name in names], dtype=torch.long)
-        totals = torch.zeros(len(numbers)).scatter_add_(0, owner, found.weights * found.lengths)
+    caps = [
+        (numbered([one.conversation for one in examples]), conversation_share),
+        (numbered([one.user for one in examples]), user_share),
+    ]
+    for owner, share in caps * TURNS:
+        totals = torch.zeros(len(examples)).scatter_add_(0, owner, found.weights * found.lengths)
         found = Examples(examples, found.weights * cap_shares(totals, share)[owner])
     return found
+
+
+def numbered(names: list[str]) -> Tensor:
+    """(N,) each name's number, in order of appearance."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names], dtype=torch.long)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from learner.improve.adam import Adam
 from learner.improve.candidates import candidate, drop_candidates
-from learner.improve.sft.examples import Examples, Split
+from learner.improve.sft.examples import Examples, Split, numbered
 from learner.improve.state import load_state, save_state, start_over_unless
 from learner.improve_settings import SFTSettings
 from learner.model.forward import micro_batches, run_trunk, shares_prefix, token_logprobs
@@ -24,6 +24,9 @@ from learner.model.passes import policy_logprobs
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import draw_generator
 from server.store.learning.fine_tuned import Epoch
+
+# Draws of the bootstrap over topics.
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class FineTuning:
         start_over_unless(self.split.train.digest + self.split.held_out.digest, directory)
         epochs = [Epoch(**epoch) for epoch in load_state(directory, optimizer)]
         drop_candidates(directory, after=len(epochs) - 1)
-        epochs = epochs or [Epoch(0, math.nan, self.held_out_nll(), math.nan)]
+        epochs = epochs or [self._epoch(0, math.nan, math.nan)]
         for epoch in epochs[1:]:
             self.on_epoch(epoch)
         while len(epochs) <= settings.epochs and len(epochs) - best(epochs) <= settings.patience:
@@ -58,12 +61,16 @@ class FineTuning:
             self.on_epoch(epochs[-1])
         return epochs
 
-    def held_out_nll(self) -> list[float]:
-        """The mean loss per token of each example held out, under the policy as it is."""
-        held_out = self.split.held_out
-        tokens = held_out.tokens.to(self.policy.model.device)
-        logprobs = policy_logprobs(self.policy, tokens, self.temperature, self.budget)
-        return (-logprobs.sum(dim=1).cpu() / held_out.lengths).tolist()
+    def held_out_losses(self) -> Tensor:
+        """(N,) the loss of each example held out, in nats, under the policy as it is."""
+        tokens = self.split.held_out.tokens.to(self.policy.model.device)
+        return -policy_logprobs(self.policy, tokens, self.temperature, self.budget).sum(dim=1).cpu()
+
+    def _epoch(self, number: int, loss: float, grad_norm: float) -> Epoch:
+        """The figures after a pass."""
+        held_out, losses = self.split.held_out, self.held_out_losses()
+        mean = float((losses * held_out.weights).sum()) / held_out.weight
+        return Epoch(number, loss, mean, (losses / held_out.lengths).tolist(), grad_norm)
 
     def _pass(self, optimizer: Adam, number: int) -> Epoch:
         """One pass over the examples in a new order."""
@@ -71,7 +78,7 @@ class FineTuning:
         order = torch.randperm(len(train), generator=draw_generator(self.seed, number))
         made = [self._step(optimizer, train[some.sort().values]) for some in order.split(batch)]
         loss, norm = (sum(values) / len(made) for values in zip(*made, strict=True))
-        return Epoch(number, loss, self.held_out_nll(), norm)
+        return self._epoch(number, loss, norm)
 
     def _step(self, optimizer: Adam, examples: Examples) -> tuple[float, float]:
         """One optimiser step; returns its loss and the gradient's norm."""
@@ -101,10 +108,23 @@ class FineTuning:
 
 def best(epochs: list[Epoch]) -> int:
     """The number of the pass after which the loss on the examples held out was lowest; 0 if it never fell."""
-    return min(range(len(epochs)), key=lambda number: epochs[number].mean_nll)
+    return min(range(len(epochs)), key=lambda number: epochs[number].held_out)
 
 
 def weighted_nll(logprobs: Tensor, weights: Tensor, weight: float) -> Tensor:
     """The weighted sum of the losses of all tokens, divided by `weight`: a weighted mean over tokens if that is the
     weighted number of tokens. `logprobs` (B, T) are zero beyond an answer, `weights` (B,) are of answers."""
     return -(logprobs.sum(dim=1) * weights).sum() / weight
+
+
+def fall_low(split: Split, before: Epoch, after: Epoch, generator: torch.Generator) -> float:
+    """By how much the loss on the examples held out fell, at least, in nats per token: a one-sided 95 % bound from a
+    bootstrap over their topics."""
+    held_out, topics = split.held_out, numbered(split.topics)
+    tokens = held_out.weights * held_out.lengths
+    falls = tokens * (torch.tensor(before.each) - torch.tensor(after.each))
+    count = int(topics.max()) + 1
+    of_topics = [torch.zeros(count).scatter_add_(0, topics, each) for each in (falls, tokens)]
+    drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
+    fell, all_tokens = (each[drawn].sum(dim=1) for each in of_topics)
+    return float(torch.quantile(fell / all_tokens, 0.05))

@@ -9,6 +9,7 @@ from learner.reward import linear_reward_model as scoring
 from learner.reward import voter_reliability
 from learner.reward.dataset import Dataset
 from learner.reward.linear_reward_model import LinearRewardModel
+from learner.round.alignment.imports_stage import read_imports
 from learner.round.alignment.improve_stage import improve_policy
 from learner.round.alignment.signal_stage import test_signal
 from learner.round.alignment.votes_stage import extract_features, load_feedback
@@ -76,8 +77,10 @@ def fit_reward_model(
         directory = work.reward_model_directory
         verify(directory)
         return LinearRewardModel.load(directory)
+    imported = read_imports(work)
     with work.stages.stage("reward_model", "fitting the reward model"):
-        model = LinearRewardModel.fit(features, dataset.train, work.spec, work.settings.reward, work.generator(2))
+        generator = work.generator(2)
+        model = LinearRewardModel.fit(features, dataset.train, work.spec, work.settings.reward, generator, imported)
         held_out = scoring.evaluate(model, features, dataset.judge)
     # The reference's own answers at the service temperature give the score its zero and its unit.
     prompts = spread(work.prompts.train, work.settings.reward.reference_answers)
@@ -99,6 +102,8 @@ def fit_reward_model(
         l2=model.l2,
         score_low=model.low,
         score_high=model.high,
+        imported=len(imported) if imported else 0,
+        prior_weight=model.prior_weight,
     )
     metrics = RoundMetrics(voters=voters, reward_model=figures)
     work.store.reward_models.register(

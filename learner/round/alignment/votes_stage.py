@@ -4,7 +4,7 @@ from contextlib import closing
 
 from torch import Tensor
 
-from learner.model.features import FeatureCache
+from learner.model.features import FeatureCache, TokenPair
 from learner.process import package_versions
 from learner.reward.dataset import Dataset, to_dataset
 from learner.round.workspace import Workspace
@@ -52,14 +52,19 @@ def load_feedback(work: Workspace) -> Dataset:
 
 
 def extract_features(work: Workspace, dataset: Dataset) -> Tensor:
-    """Features (N, F) of every voted answer, from the cache or the reference."""
+    """Features (N, F) of every voted answer."""
+    return read_answers(work, dataset.answers, "reading the voted answers")
+
+
+def read_answers(work: Workspace, answers: list[TokenPair], what: str) -> Tensor:
+    """Features (N, F) of answers, from the cache or the reference."""
     directory = cache_directory(work.settings.data_dir, work.snapshot.deletions)
     with (
         closing(FeatureCache.open(directory, work.reference_sha256, work.spec, work.dtype)) as cache,
         work.policy.reference() as reference,
-        work.stages.stage("features", "reading the voted answers", len(dataset.answers)) as advance,
+        work.stages.stage("features", what, len(answers)) as advance,
     ):
-        features = cache.get(dataset.answers, reference, work.spec, work.settings.policy.micro_batch_tokens, advance)
+        features = cache.get(answers, reference, work.spec, work.settings.policy.micro_batch_tokens, advance)
     # An answer may have been deleted in the meantime.
     sweep(work.settings.data_dir)
     return features

@@ -27,7 +27,7 @@ def judge_fine_tuned(work: Workspace, tuned: FineTuned) -> Verdict:
     if work.done("gate") and (stored := work.round.metrics.gate):
         return Verdict(stored.chosen, stored.reasons)
     bench = make_bench(work)
-    asked = ask(work, tuned.chosen)
+    asked = ask(work, tuned.chosen, versions(work) if bench else {"incumbent": work.round.incumbent_version})
     figures = measure(bench, tuned.chosen, asked, [len(asked.prompts)]) if bench else unjudged(asked, tuned.chosen)
     incumbent = health(asked.answers["incumbent"].samples)
     reasons = broken_rules_of_reference(figures, incumbent, tuned.length, work.settings.gate)
@@ -55,18 +55,18 @@ def versions(work: Workspace) -> dict[str, str]:
     return {"reference": work.round.reference_version, "incumbent": work.round.incumbent_version}
 
 
-def ask(work: Workspace, step: int) -> Asked:
-    """Answers of the reference, the incumbent and the candidate to held-out prompts, all with the same draw."""
+def ask(work: Workspace, step: int, opponents: dict[str, str]) -> Asked:
+    """Answers of the opponents, versions by role, and of the candidate to held-out prompts, all with the same draw."""
     gate, spec = work.settings.gate, work.spec
     prompts = spread(work.prompts.held_out, gate.prompts)
     asking = [prompt for prompt in prompts for _ in range(gate.answers)]
     seed = draw_seed(work.settings.seed, CHOICE_DRAW)
-    with work.stages.stage("gate", "asking the fine-tuned version", 3) as advance:
+    with work.stages.stage("gate", "asking the fine-tuned version", 1 + len(set(opponents.values()))) as advance:
         answers = {}
-        for version in dict.fromkeys(versions(work).values()):
+        for version in dict.fromkeys(opponents.values()):
             answers[version] = published_answers(work, version, asking, seed, spec)
             advance(1)
-        by_role = {role: answers[version] for role, version in versions(work).items()}
+        by_role = {role: answers[version] for role, version in opponents.items()}
         by_role[step_name(step)] = candidate_answers(work, step, asking, seed, spec)
         advance(1)
     return Asked(prompts, by_role)

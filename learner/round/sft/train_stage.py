@@ -1,7 +1,7 @@
 """The stage that fine-tunes the policy."""
 
 from learner.improve.sft.examples import Split
-from learner.improve.sft.trainer import FineTuning, best
+from learner.improve.sft.trainer import FineTuning, best, fall_low
 from learner.round.sft.examples_stage import usable
 from learner.round.start import load_start
 from learner.round.workspace import Workspace
@@ -16,6 +16,8 @@ def fine_tune(work: Workspace, split: Split) -> FineTuned:
         return work.round.metrics.sft
     settings = work.settings
     load_start(work)
+    # It samples nothing, and the engine's memory may be needed.
+    work.engine.sleep()
     with (
         work.stages.stage("improve", "fine-tuning", settings.sft.epochs) as advance,
         work.tensorboard() as writer,
@@ -23,7 +25,7 @@ def fine_tune(work: Workspace, split: Split) -> FineTuned:
 
         def on_epoch(epoch: Epoch) -> None:
             writer.add_scalar("sft/loss", epoch.loss, epoch.number)
-            writer.add_scalar("sft/held_out", epoch.mean_nll, epoch.number)
+            writer.add_scalar("sft/held_out", epoch.held_out, epoch.number)
             advance(1)
 
         epochs = FineTuning(
@@ -36,6 +38,7 @@ def fine_tune(work: Workspace, split: Split) -> FineTuned:
             work.directory,
             on_epoch,
         ).run()
+    chosen = best(epochs)
     examples = split.train.examples + split.held_out.examples
     shown = {one.feedback_id for one in work.snapshot.demonstrations}
     demonstrations = sum(one.feedback_id in shown for one in examples)
@@ -44,9 +47,10 @@ def fine_tune(work: Workspace, split: Split) -> FineTuned:
         corrections=len(examples) - demonstrations,
         left_out=len(usable(work.snapshot, settings)) - len(examples),
         users=len({one.user for one in examples}),
-        length=float(split.train.lengths.float().mean()),
+        length=split.train.weight / float(split.train.weights.sum()),
         epochs=epochs,
-        chosen=best(epochs),
+        chosen=chosen,
+        fall_low=fall_low(split, epochs[0], epochs[chosen], work.generator(1)),
     )
     work.record("improve", RoundMetrics(sft=found))
     return found

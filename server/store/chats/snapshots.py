@@ -47,13 +47,15 @@ class Snapshots:
         sql = "SELECT 1 FROM feedback_events WHERE seq > ? AND kind != 'demonstration' LIMIT 1"
         return self._db.row(sql, [after]) is not None
 
-    def count_examples(self, after: int = 0) -> int:
-        """How many current demonstrations and corrections were given or changed after the event `after`."""
-        [row] = self._db.rows(
-            "SELECT count(*) AS examples FROM feedback WHERE event_seq > ? AND kind IN ('demonstration', 'correction')",
+    def count_examples(self, after: int = 0) -> dict[str, int]:
+        """How many current demonstrations and corrections each user gave or changed after the event `after`; without
+        users in quarantine."""
+        rows = self._db.rows(
+            "SELECT user, count(*) AS examples FROM feedback WHERE event_seq > ? "
+            "AND kind IN ('demonstration', 'correction') AND user NOT IN (SELECT user FROM quarantined) GROUP BY user",
             [after],
         )
-        return int(row["examples"])
+        return {row["user"]: row["examples"] for row in rows}
 
     def votes_of(self, users: Collection[str], watermark: int) -> int:
         """How much feedback of these users was current at `watermark`, including demonstrations."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from server.shared import stored_round
 from server.store.chats.records import Choice, Feedback, FeedbackEvent
-from server.store.database import UNLIMITED, Database
+from server.store.database import UNLIMITED, Database, Row
 from server.store.e_value import AbTestResult
 from server.store.learning.leases import check_fence
 from server.store.learning.records import Lease, PointerEvent, Side
@@ -65,11 +65,27 @@ class Lineage:
         )
         return [row["id"] for row in rows]
 
-    def imitated(self) -> set[str]:
-        """The feedback ids of the demonstrations and corrections that a version was fine-tuned on."""
+    def ancestors(self, version: str) -> list[str]:
+        """The version and what its weights come from, back to the model: what its round started from, and so on."""
         rows = self._db.rows(
-            "SELECT DISTINCT v.feedback_id FROM round_votes v JOIN rounds r ON r.id = v.round_id "
-            "WHERE r.kind = 'sft' AND r.state = 'promoted' AND v.side = 'train'"
+            "SELECT p.version, p.parent_version, p.reference_version, coalesce(r.settings, '{}') AS settings "
+            "FROM policies p LEFT JOIN rounds r ON r.id = p.round_id"
+        )
+        starts = {row["version"]: _start(row) for row in rows}
+        found = [version]
+        while (before := starts.get(found[-1])) and before not in found:
+            found.append(before)
+        return found
+
+    def imitated(self, version: str) -> set[str]:
+        """The feedback ids of all that a version's weights, or what they come from, were trained on token by token:
+        demonstrations and corrections by supervised fine-tuning, and votes by DPO."""
+        marks = ", ".join("?" * len(versions := self.ancestors(version)))
+        rows = self._db.rows(
+            "SELECT DISTINCT v.feedback_id FROM policies p JOIN rounds r ON r.id = p.round_id "
+            f"JOIN round_votes v ON v.round_id = r.id WHERE p.version IN ({marks}) AND v.side = 'train' "
+            "AND (r.kind = 'sft' OR json_extract(r.settings, '$.improver') = 'dpo')",
+            versions,
         )
         return {row["feedback_id"] for row in rows}
 
@@ -83,9 +99,7 @@ class Lineage:
             "ORDER BY p.rowid"
         )
         for row in rows:  # A parent comes before its children.
-            started_from = stored_round.start_from(stored_round.SETTINGS.load(row["settings"]))
-            start = row["parent_version" if started_from == "active" else "reference_version"]
-            if row["round_id"] in rounds or start in found:
+            if row["round_id"] in rounds or _start(row) in found:
                 found[row["version"]] = row["state"]
         return found
 
@@ -220,3 +234,10 @@ class Lineage:
             [before],
         )
         return {str(row["previous_version"]) for row in rows}
+
+
+def _start(row: Row) -> str | None:
+    """What the weights of a version, with its round's settings, began as; None for a model's own."""
+    started_from = stored_round.start_from(stored_round.SETTINGS.load(row["settings"]))
+    start = row["parent_version" if started_from == "active" else "reference_version"]
+    return None if start == row["version"] else start

@@ -20,6 +20,8 @@ from server.store.learning.replicas import ALIVE_SECONDS
 FIRST_REFERENCE = "v0000"
 # SQL: the reference of the active version.
 ACTIVE_REFERENCE = "SELECT reference_version FROM pointer JOIN policies USING (version)"
+# SQL: its origin.
+ACTIVE_ORIGIN = "SELECT origin_version FROM pointer JOIN policies USING (version)"
 
 
 class Policies:
@@ -116,7 +118,7 @@ class Policies:
 
     def origin(self) -> str | None:
         """The origin of the active version; None before the first start of a server."""
-        row = self._db.row("SELECT origin_version FROM pointer JOIN policies USING (version)")
+        row = self._db.row(ACTIVE_ORIGIN)
         return str(row["origin_version"]) if row else None
 
     def origins(self) -> dict[str, str]:
@@ -198,10 +200,9 @@ class Policies:
                 return
             self._point(version, "failed", back_to, "fail", "server", reason)
             self._db.execute("UPDATE policies SET reason = ? WHERE version = ?", [reason, version])
-            # A canary's round had ended when the canary was promoted.
+            # Its round may have ended: a canary's had, and one that did not wait for this server.
             self._db.execute(
-                "UPDATE rounds SET state = 'rejected', reason = ? WHERE state = 'promoted' AND id IN "
-                "(SELECT round_id FROM canaries WHERE version = ?)",
+                "UPDATE rounds SET state = 'rejected', reason = ? WHERE state = 'promoted' AND policy_version = ?",
                 [f"{version} was activated and then reverted: {reason}", version],
             )
 

@@ -51,8 +51,11 @@ class RewardModels:
         return None if row is None else _reward_model(row)
 
     def reads(self, version: str, reference: str) -> bool:
-        """Whether a reward model reads this reference's features; not if it is not known."""
-        sql = "SELECT 1 FROM reward_models WHERE version = ? AND reference_version = ?"
+        """Whether a reward model reads the token ids of this reference's model; not if it is not known."""
+        sql = (
+            "SELECT 1 FROM reward_models m JOIN policies its ON its.version = m.reference_version "
+            "JOIN policies ours USING (origin_version) WHERE m.version = ? AND ours.version = ?"
+        )
         return self._db.row(sql, [version, reference]) is not None
 
 

@@ -119,6 +119,9 @@ class RewardModelMetrics(HeldOut):
     l2: Figure
     score_low: Figure
     score_high: Figure
+    # Imported preferences that it read, and the weight that votes gave to what they say, in sd.
+    imported: int = 0
+    prior_weight: Figure = 0.0
 
 
 @dataclass(frozen=True)

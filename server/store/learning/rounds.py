@@ -137,10 +137,10 @@ class Rounds:
         return next(iter(self._rounds([row] if row else [])), None)
 
     def last_fine_tuned(self) -> Round | None:
-        """The newest round that learned from demonstrations, of the active version's model, and was promoted or
-        rejected, or None."""
+        """The newest round of the active version's model that learned from demonstrations, or tried to; None if there
+        is none. A running one does not count."""
         row = self._db.row(
-            "SELECT * FROM rounds WHERE state IN ('promoted', 'rejected') AND kind = 'sft' AND reference_version IN "
+            "SELECT * FROM rounds WHERE state != 'running' AND kind = 'sft' AND reference_version IN "
             "(SELECT version FROM policies WHERE origin_version = (SELECT origin_version FROM pointer "
             "JOIN policies USING (version))) ORDER BY rowid DESC LIMIT 1"
         )

@@ -475,3 +475,27 @@ def m017_origins(db: Database) -> None:
 def m018_kinds_of_round(db: Database) -> None:
     """A round learns from votes, or from demonstrations."""
     _run(db, "ALTER TABLE rounds ADD COLUMN kind TEXT NOT NULL DEFAULT 'alignment'")
+
+
+@migrations()
+def m019_imports(db: Database) -> None:
+    """Preferences of other people, from files."""
+    _run(
+        db,
+        """
+        CREATE TABLE imports (
+            id INTEGER PRIMARY KEY,
+            name TEXT NOT NULL UNIQUE,
+            source TEXT NOT NULL,
+            create_time REAL NOT NULL
+        ) STRICT;
+        CREATE TABLE imported_preferences (
+            id INTEGER PRIMARY KEY,
+            import_id INTEGER NOT NULL REFERENCES imports (id),
+            prompt TEXT NOT NULL,
+            chosen TEXT NOT NULL,
+            rejected TEXT NOT NULL
+        ) STRICT;
+        CREATE INDEX imported_by_import ON imported_preferences (import_id);
+        """,
+    )

@@ -10,11 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from learner.cli import app
+from learner.ops.rebase import find_origin
 from learner.round.lease import learner_lease
 from learner.round.retention import prune
 from server.shared.errors import NotFoundError
 from server.shared.model.text import ChatText
-from server.store.files.manifest import verify
+from server.store.files.manifest import new_version, verify
 from server.store.learning.policies import Policies
 from server.store.store import Store
 from tests.learner.rounds import make_version
@@ -163,6 +164,26 @@ def test_servers_with_another_model_are_named(
     assert learner("rollback", data_dir=data_dir)[1] == (
         f"v0000 is active instead of v0001. Every running server was started with its model, {model_directory}."
     )
+
+
+def test_what_was_fine_tuned_is_no_model_of_its_own(
+    data_dir: Path, model_directory: Path, other_model: Path, store: Store
+) -> None:
+    """It is of the model that it was fine-tuned from: one goes back to it, and it is not that model's origin."""
+    fine_tuned = data_dir / "policies" / "v0001"
+    info = {"model": str(model_directory), "round_id": "round_1"}
+    with new_version(fine_tuned, kind="full", reference_version="v0001", info=info) as staging:
+        shutil.copytree(data_dir / "policies" / "v0000", staging, dirs_exist_ok=True)
+        (staging / "manifest.json").unlink()
+    store.policies.register(
+        "v0001", kind="full", state="candidate", parent_version="v0000", reference_version="v0001", round_id=None,
+        reward_model_version=None, metrics={},
+    )  # fmt: skip
+    store.policies.activate("v0001", actor="learner")
+    assert find_origin(data_dir, str(model_directory)) == "v0000"
+    assert "is of" in rebase(data_dir, model_directory)[1]
+    assert rebase(data_dir, other_model)[1].startswith("v0002 is active instead of v0001")
+    assert rebase(data_dir, model_directory)[1].startswith("v0001 is active instead of v0002")
 
 
 def test_the_way_back_is_never_pruned(data_dir: Path, other_model: Path, store: Store) -> None:

@@ -35,6 +35,7 @@ from learner.schedule_settings import ScheduleSettings
 from server.shared.errors import DatabaseError, FailedPreconditionError
 from server.store.learning.round_requests import RoundRequests
 from server.store.store import Store
+from tests.learner.round.test_sft import demonstrate
 
 NOON = datetime(2026, 11, 23, 12, 0).astimezone()
 
@@ -122,6 +123,17 @@ def test_too_few_new_votes_start_no_round(data_dir: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(scheduled.scheduler, "_run_round", lambda: started.append(1) or (0, None))
     scheduled.scheduler.due()
     assert started == [1]
+
+
+def test_enough_demonstrations_start_a_round_without_votes(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demonstrate(data_dir, 10)
+    demonstrate(data_dir, 10, first=10, user="eve")
+    for least, said in ((21, ["no round: 80 new votes, fewer than 81"]), (20, [])):
+        spoken: list[str] = []
+        scheduler = RoundScheduler(ScheduleSettings(min_new_votes=81), data_dir, spoken.append, least)
+        monkeypatch.setattr(scheduler, "_run_round", lambda: (0, None))
+        scheduler.due()
+        assert spoken == said
 
 
 def test_quiet_hours_postpone_a_round(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from server.engine.adapter_engine import AdapterEngine
 from server.engine.base import SwapError
 from server.engine.vllm_engine import VllmEngine
 from server.engine.watchdog import Pulse
+from server.shared.errors import UnavailableError
 from server.store.files.manifest import new_version
 from tests.learner.conftest import save_tiny_model
 
@@ -170,7 +172,7 @@ async def test_adapters_on_another_reference_restart_the_engine(tmp_path: Path, 
         with pytest.raises(SwapError, match=r"v0003 is an adapter on v0002, but the engine has v0000\."):
             await engine.keep_live("v0003", tmp_path / "v0003")
         if fails:
-            with pytest.raises(SwapError, match="the engine could not start with v0002: no memory"):
+            with pytest.raises(SwapError, match="the engine could not start with v0003: no memory"):
                 await engine.swap("v0003", tmp_path / "v0003")
             assert (engine.version, engine.reference, started) == ("v0001", "v0000", ["v0000", "v0002", "v0000"])
         else:
@@ -178,11 +180,65 @@ async def test_adapters_on_another_reference_restart_the_engine(tmp_path: Path, 
             assert (engine.version, engine.reference, started) == ("v0003", "v0002", ["v0000", "v0002"])
             await engine.swap("v0002", tmp_path / "v0002")
             assert (engine.version, engine.reference, started) == ("v0002", "v0002", ["v0000", "v0002"])
+            # An answer that waited for a version of the reference before is to be asked for again.
+            with pytest.raises(UnavailableError, match="v0001 is not loaded any more; v0002 is"):
+                engine._adapter("v0001")
             # And back.
             await engine.swap("v0001", tmp_path / "v0001")
             assert (engine.version, engine.reference, started) == ("v0001", "v0000", ["v0000", "v0002", "v0000"])
         assert engine.alive
         assert engine._admitted.is_set()
+    finally:
+        await engine.close()
+
+
+@pytest.mark.parametrize("damage", ["reference", "adapter"])
+async def test_damaged_files_are_found_before_the_engine_is_stopped(tmp_path: Path, damage: str) -> None:
+    publish_adapters(tmp_path)
+    started: list[str] = []
+
+    def start(reference: Path) -> AdapterVllm:
+        started.append(reference.name)
+        return AdapterVllm(reference, Clock())
+
+    engine = AdapterEngine(start, tmp_path / "v0000", "float32")
+    engine._admitted.set()
+    try:
+        await engine.swap("v0001", tmp_path / "v0001")
+        if damage == "reference":
+            (tmp_path / "v0002" / "config.json").write_text("{}")
+        else:
+            save_file({"a": torch.tensor([float("nan")])}, tmp_path / "v0003" / "adapter_model.safetensors")
+        with pytest.raises(SwapError, match="SHA-256" if damage == "reference" else "not finite"):
+            await engine.swap("v0003", tmp_path / "v0003")
+        assert (engine.version, started) == ("v0001", ["v0000"])
+        assert engine._admitted.is_set()
+    finally:
+        await engine.close()
+
+
+async def test_an_adapter_that_cannot_be_loaded_after_the_restart_leaves_what_was_there(tmp_path: Path) -> None:
+    publish_adapters(tmp_path)
+
+    class Refusing(AdapterVllm):
+        async def add_lora(self, request: Any) -> bool:
+            if request.lora_name == "v0003":
+                raise ValueError("unsupported")
+            return True
+
+    started: list[str] = []
+
+    def start(reference: Path) -> Refusing:
+        started.append(reference.name)
+        return Refusing(reference, Clock())
+
+    engine = AdapterEngine(start, tmp_path / "v0000", "float32")
+    engine._admitted.set()
+    try:
+        await engine.swap("v0001", tmp_path / "v0001")
+        with pytest.raises(SwapError, match="the engine could not start with v0003"):
+            await engine.swap("v0003", tmp_path / "v0003")
+        assert (engine.version, engine.reference, started) == ("v0001", "v0000", ["v0000", "v0002", "v0000"])
     finally:
         await engine.close()
 
@@ -202,8 +258,8 @@ async def test_running_answers_end_before_the_reference_is_changed(tmp_path: Pat
         swap = asyncio.create_task(engine.swap("v0003", tmp_path / "v0003"))
         while engine._admitted.is_set():
             await asyncio.sleep(0)
-        # New answers wait, and the engine is there for those that run.
-        assert (len(engines), engines[0].errored, swap.done()) == (1, False, False)
+        # New answers wait, and the engine is there for those that run. What it reports is what it has.
+        assert (len(engines), engines[0].errored, swap.done(), engine.version) == (1, False, False, "v0000")
         engines[0].busy = False
         await asyncio.wait_for(swap, 30)
         assert (len(engines), engine.reference) == (2, "v0002")

@@ -454,6 +454,33 @@ def test_a_fine_tuned_reference_that_cannot_be_loaded_has_failed(store: Store) -
     assert (store.policies.active().version, store.policies.get("v0001").state) == ("v0000", "failed")
 
 
+def test_scores_are_of_any_reference_of_the_model(store: Store) -> None:
+    fine_tuned(store, "v0001", "v0000")
+    register_lineage(store, "v0002")
+    fence = store.leases.acquire("learner", "here", 60)
+    assert fence
+    for number, reference in enumerate(("v0000", "v0001", "v0002")):
+        store.reward_models.register(
+            f"rm000{number}", reference_version=reference, round_id=None, metrics={}, fence=fence
+        )
+    assert [store.reward_models.reads(f"rm000{number}", "v0000") for number in range(3)] == [True, True, False]
+    assert not store.reward_models.reads("rm0009", "v0000")
+
+
+def test_a_round_whose_version_could_not_be_loaded_after_all_is_rejected(store: Store) -> None:
+    """It had ended, because it did not wait that long."""
+    fence = store.leases.acquire("learner", "here", 60)
+    assert fence
+    round_ = store.rounds.create(0, {}, reference_version="v0000", kind="sft", fence=fence)
+    fine_tuned(store, "v0001", "v0000")
+    store.policies.activate("v0001", actor="learner")
+    store.rounds.update(round_.id, policy_version="v0001", fence=fence)
+    store.rounds.finish(round_.id, "promoted", fence=fence)
+    store.policies.fail("v0001", "no memory", "v0000")
+    found = store.rounds.get(round_.id)
+    assert (found.state, found.reason) == ("rejected", "v0001 was activated and then reverted: no memory")
+
+
 def test_demonstrations_are_no_new_votes(store: Store) -> None:
     conversation_id = store.conversations.create("ann", "hello")
     response = answer(store, conversation_id)
@@ -462,9 +489,9 @@ def test_demonstrations_are_no_new_votes(store: Store) -> None:
     store.feedback.submit_demonstration(
         "ann", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     )
-    assert (store.snapshots.votes_changed(before), store.snapshots.count_examples(before)) == (False, 1)
+    assert (store.snapshots.votes_changed(before), store.snapshots.count_examples(before)) == (False, {"ann": 1})
     store.feedback.submit_correction("ann", response, "better")
-    assert (store.snapshots.votes_changed(before), store.snapshots.count_examples(before)) == (True, 2)
+    assert (store.snapshots.votes_changed(before), store.snapshots.count_examples(before)) == (True, {"ann": 2})
     before = store.snapshots.watermark()
     store.feedback.retract("ann", thumb.id)
     assert store.snapshots.votes_changed(before)
@@ -488,15 +515,15 @@ def test_another_model_has_learned_from_no_vote(store: Store) -> None:
     assert store.snapshots.count_new_votes() == 0
 
 
-def test_the_reference_is_read_without_changing_the_file(store: Store, tmp_path: Path) -> None:
-    assert Store.peek_reference(tmp_path) == "v0000"
+def test_the_origin_is_read_without_changing_the_file(store: Store, tmp_path: Path) -> None:
+    assert Store.peek_origin(tmp_path) == "v0000"
     register_lineage(store, "v0001", "v0002")
     store.policies.activate("v0002", actor="ann")
-    assert Store.peek_reference(tmp_path) == "v0001"
-    assert Store.peek_reference(tmp_path / "nowhere") is None
+    assert Store.peek_origin(tmp_path) == "v0001"
+    assert Store.peek_origin(tmp_path / "nowhere") is None
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "prefloop.db").write_bytes(b"not a database")
-    assert Store.peek_reference(tmp_path / "other") is None
+    assert Store.peek_origin(tmp_path / "other") is None
     assert (tmp_path / "other" / "prefloop.db").read_bytes() == b"not a database"
 
 

@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from learner.improve.sft.examples import Example, corrected, demonstrated, split, to_examples, usable_corrections, weigh
+from learner.improve.sft.examples import (
+    Example,
+    corrected,
+    demonstrated,
+    split,
+    to_examples,
+    topics,
+    usable_corrections,
+    weigh,
+)
 from learner.improve_settings import SFTSettings
 from learner.reward.dataset import is_judge
 from server.shared.model.text import UnknownTokenError
@@ -23,6 +32,10 @@ def encode(text: str, ended: bool) -> list[int]:
     if "☃" in text:
         raise UnknownTokenError("☃")
     return [len(word) for word in text.split()] + [EOS] * ended
+
+
+def decode(token_ids: list[int]) -> str:
+    return " ".join(map(str, token_ids))
 
 
 def shown(content: str, answer: str = "as it is", user: str = "ann") -> Demonstration:
@@ -46,24 +59,21 @@ def test_only_the_last_message_of_a_demonstration_is_imitated() -> None:
         {"role": "assistant", "content": "no"},
     ]
     found = demonstrated(Demonstration("f", "ann", messages, 7.0), encode_prompt, encode)
-    assert found is not None
-    assert found.tokens == ([1, 3, 3, 3, 6, 6], [2, EOS])
+    assert found == ([1, 3, 3, 3, 6, 6], [2, EOS])
 
 
 def test_a_correction_ends_as_its_answer_did() -> None:
     correction = Correction("f", "ann", "new words", response(), 0.0)
-    found = corrected(correction, encode)
-    assert found is not None
-    assert (found.tokens, found.question, found.conversation) == (([1, 5], [3, 5, EOS]), "c1", "c1")
-    cut = corrected(replace(correction, response=response(finish="length")), encode)
-    assert cut is not None
-    assert cut.tokens == ([1, 5], [3, 5])
+    assert corrected(correction, encode) == ([1, 5], [3, 5, EOS])
+    assert corrected(replace(correction, response=response(finish="length")), encode) == ([1, 5], [3, 5])
+    [found] = to_examples([], [correction], encode_prompt, encode, decode, 8)
+    assert (found.question, found.conversation) == ("1 5", "c1")
 
 
 def test_what_the_model_cannot_read_is_left_out() -> None:
     told = [shown("one two"), shown("three", "a ☃"), shown("four", "so very long an answer that it does not fit")]
     corrections = [Correction("f", "ann", "", replace(response(), prompt_token_ids=[]), 0.0)]
-    found = to_examples(told, corrections, encode_prompt, encode, longest=8)
+    found = to_examples(told, corrections, encode_prompt, encode, decode, longest=8)
     assert [one.feedback_id for one in found] == ["feedback_one two"]
 
 
@@ -99,6 +109,19 @@ def test_one_question_is_on_one_side() -> None:
     found = split(twice, set(), SFTSettings(), 1.0)
     assert len(found.held_out) == 4
     assert {one.question for one in found.train.examples} & {one.question for one in found.held_out.examples} == set()
+    assert len(set(found.topics)) == 2
+
+
+def test_what_shares_a_question_or_a_conversation_is_one_topic() -> None:
+    """A question that was corrected in two conversations joins them, and a demonstration of it belongs to both."""
+    made = [
+        Example(str(number), "ann", conversation, question, ([1], [2]))
+        for number, (conversation, question) in enumerate(
+            [("c1", "why"), ("c2", "who"), ("c1", "who"), ("d3", "why"), ("c4", "how"), ("c4", "when"), ("d5", "what")]
+        )
+    ]
+    found = topics(made)
+    assert [found.index(topic) for topic in found] == [0, 0, 0, 0, 4, 4, 6]
 
 
 def test_nothing_is_held_out_that_a_version_was_trained_on() -> None:
@@ -122,3 +145,12 @@ def test_no_user_and_no_conversation_has_more_than_its_share_of_the_tokens() -> 
     weights = weigh(one_talk, 0.1, 1.0).weights
     assert float(weights[:30].sum() / weights.sum()) == pytest.approx(0.1, abs=1e-3)
     assert torch.equal(weights[30:], torch.ones(27))
+
+
+def test_both_caps_hold_together() -> None:
+    """What the users' cap takes from one with many conversations makes another's only one too large a share."""
+    many = examples(20, "ann", 100)
+    several = [*many, *examples(1, "bob", 200), *(one for name in "cdefghijk" for one in examples(1, name, 20))]
+    weights = weigh(several, 0.1, 0.2).weights * torch.tensor([float(len(one.tokens[1])) for one in several])
+    assert float(weights[:20].sum() / weights.sum()) < 0.21
+    assert float(weights[20] / weights.sum()) < 0.11

@@ -11,7 +11,7 @@ from torch import nn
 
 from learner.improve.adam import Adam
 from learner.improve.sft.examples import Example, Examples, Split
-from learner.improve.sft.trainer import FineTuning, best, weighted_nll
+from learner.improve.sft.trainer import FineTuning, best, fall_low, weighted_nll
 from learner.improve_settings import PolicySettings, SFTSettings
 from learner.model.policy import TrainablePolicy
 from server.store.learning.fine_tuned import Epoch
@@ -53,9 +53,7 @@ def test_it_reaches_the_shares_of_a_bandit() -> None:
 
 
 def test_the_best_pass_has_the_lowest_loss_on_what_was_held_out() -> None:
-    epochs = [
-        Epoch(number, math.nan, losses, 1.0) for number, losses in enumerate([[2.0, 4.0], [1.0, 4.5], [3.0, 3.0]])
-    ]
+    epochs = [Epoch(number, math.nan, loss, [], 1.0) for number, loss in enumerate([3.0, 2.75, 3.0])]
     assert best(epochs) == 1
     assert best([epochs[0], epochs[2]]) == 0
 
@@ -81,15 +79,16 @@ def tuning(policy: TrainablePolicy, directory: Path, split: Split, **settings: A
 
 
 def test_what_is_shown_carries_over_to_what_was_held_out(policy: TrainablePolicy, tmp_path: Path) -> None:
-    split = Split(examples([[7, 8, 9, 2]] * 8), examples([[7, 8, 9, 2]] * 2))
+    split = Split(examples([[7, 8, 9, 2]] * 8), examples([[7, 8, 9, 2]] * 2), ["a", "b"])
     epochs = tuning(policy, tmp_path, split, epochs=5).run()
     assert [epoch.number for epoch in epochs] == [0, 1, 2, 3, 4, 5]
     chosen = best(epochs)
-    assert epochs[chosen].mean_nll < 0.5 * epochs[0].mean_nll
+    assert epochs[chosen].held_out < 0.5 * epochs[0].held_out
     # Only the best weights are kept, and they are those.
     assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{chosen:03d}"]
     policy.load(tmp_path / f"step-{chosen:03d}")
-    assert tuning(policy, tmp_path, split).held_out_nll() == pytest.approx(epochs[chosen].held_out, rel=1e-5)
+    losses = tuning(policy, tmp_path, split).held_out_losses()
+    assert losses.tolist() == pytest.approx([4 * loss for loss in epochs[chosen].each], rel=1e-5)
 
 
 @torch.no_grad()
@@ -100,7 +99,7 @@ def favourite(policy: TrainablePolicy, prompt: list[int]) -> int:
 
 def test_it_stops_when_what_was_held_out_gets_worse(policy: TrainablePolicy, tmp_path: Path) -> None:
     favourites = [favourite(policy, prompt) for prompt in ([4, 5], [4, 6])]
-    split = Split(examples([[7, 8, 9, 2]] * 8), examples([[word] for word in favourites]))
+    split = Split(examples([[7, 8, 9, 2]] * 8), examples([[word] for word in favourites]), ["a", "b"])
     epochs = tuning(policy, tmp_path, split, epochs=9, patience=2).run()
     assert (best(epochs), len(epochs)) == (0, 3)
     assert list(tmp_path.glob("step-*")) == []
@@ -113,13 +112,13 @@ def test_an_example_that_counts_nothing_changes_nothing(policy: TrainablePolicy,
     for name, train in (("ignored", ignored), ("absent", ignored[torch.arange(4)])):
         (tmp_path / name).mkdir()
         policy.reset()
-        found.append(tuning(policy, tmp_path / name, Split(train, held_out), epochs=1).run()[1])
+        found.append(tuning(policy, tmp_path / name, Split(train, held_out, ["a", "b"]), epochs=1).run()[1])
     assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)
     assert found[0].held_out == pytest.approx(found[1].held_out, rel=1e-4)
 
 
 def test_micro_batches_make_the_same_step(policy: TrainablePolicy, tmp_path: Path) -> None:
-    split = Split(examples([[7, 8], [9, 10, 11, 2], [12], [13, 2]]), examples([[7, 8, 9, 2]] * 2))
+    split = Split(examples([[7, 8], [9, 10, 11, 2], [12], [13, 2]]), examples([[7, 8, 9, 2]] * 2), ["a", "b"])
     found = []
     for budget in (1, 1024):
         (tmp_path / str(budget)).mkdir()
@@ -128,3 +127,24 @@ def test_micro_batches_make_the_same_step(policy: TrainablePolicy, tmp_path: Pat
     assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)
     assert found[0].grad_norm == pytest.approx(found[1].grad_norm, rel=1e-5)
     assert found[0].held_out == pytest.approx(found[1].held_out, rel=1e-4)
+
+
+def test_the_loss_on_what_was_held_out_is_weighted_as_the_training_is(policy: TrainablePolicy, tmp_path: Path) -> None:
+    held_out = Examples(examples([[7, 8], [9, 10, 11, 2]]).examples, torch.tensor([1.0, 0.5]))
+    [epoch] = tuning(policy, tmp_path, Split(examples([[7]]), held_out, ["a", "b"]), epochs=1).run()[:1]
+    # Two tokens of weight 1 and four of weight a half.
+    assert epoch.held_out == pytest.approx((2 * epoch.each[0] + 0.5 * 4 * epoch.each[1]) / 4, rel=1e-5)
+
+
+def test_a_fall_is_sure_only_if_every_topic_of_few_shows_it() -> None:
+    held_out = examples([[1, 1]] * 4)
+
+    def bound(after: list[float], topics: list[str]) -> float:
+        before = Epoch(0, 0.0, 2.0, [2.0] * 4, 0.0)
+        split = Split(examples([[1]]), held_out, topics)
+        return fall_low(split, before, Epoch(1, 0.0, 0.0, after, 0.0), torch.Generator().manual_seed(0))
+
+    assert bound([1.5, 1.5, 1.0, 1.0], list("aabb")) == pytest.approx(0.5, abs=1e-6)
+    # One of two topics got worse, if less than the other got better: on other topics it may be the other way round.
+    assert bound([1.0, 1.0, 2.1, 2.1], list("aabb")) == pytest.approx(-0.1, abs=1e-6)
+    assert bound([1.0, 1.0, 2.1, 1.0], list("abcd")) > 0

@@ -35,6 +35,7 @@ RELEASED = {
     "m016_machine_choices": "9def04adb6134575",
     "m017_origins": "3ac9d7192c3c0b1f",
     "m018_kinds_of_round": "189d3b6f2feb0d4f",
+    "m019_imports": "429cce2d9badde78",
 }
 
 

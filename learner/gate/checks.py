@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,15 +109,12 @@ def score_by(command: str, answers: list[CheckedAnswer], timeout: float) -> floa
     """The number that the command prints last for these answers. Raises CheckError."""
     lines = "".join(json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers)
     try:
-        done = subprocess.run(
-            shlex.split(command), input=lines, capture_output=True, timeout=timeout, encoding="utf-8", check=False,
-            env={name: value for name, value in os.environ.items() if name != JUDGES_KEY},
-        )  # fmt: skip
+        status, said, complained = run(shlex.split(command), lines, timeout)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise CheckError(f"{command!r} failed: {error}") from error
-    if done.returncode:
-        raise CheckError(f"{command!r} exited with {done.returncode}: {done.stderr.strip()[-SAID:]}")
-    last = (done.stdout.split() or [""])[-1]
+    if status:
+        raise CheckError(f"{command!r} exited with {status}: {complained.strip()[-SAID:]}")
+    last = (said.split() or [""])[-1]
     try:
         score = float(last)
     except ValueError:
@@ -124,3 +122,19 @@ def score_by(command: str, answers: list[CheckedAnswer], timeout: float) -> floa
     if not math.isfinite(score):
         raise CheckError(f"{command!r} printed {last[:SAID]!r} last, which is not a number")
     return score
+
+
+def run(command: list[str], read: str, timeout: float) -> tuple[int, str, str]:
+    """Runs a command that reads a text; its exit status and what it printed, on both outputs. Whatever it started ends
+    with it if it takes too long. Raises OSError, ValueError and TimeoutExpired."""
+    environment = {name: value for name, value in os.environ.items() if name != JUDGES_KEY}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        env=environment, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, complained = process.communicate(read, timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return process.returncode, said, complained

@@ -30,6 +30,8 @@ def export(store: Store, user: str) -> Iterator[account_pb2.ExportUserResponse]:
         lambda last: store.requests.page(user, CHUNK, (last.rpc, last.request_id) if last else ("", ""))
     ):
         yield account_pb2.ExportUserResponse(repeated_request=to_proto.repeated_request(request))
+    for said in in_chunks(lambda last: store.machine_choices.page(user, CHUNK, last.seq if last else 0)):
+        yield account_pb2.ExportUserResponse(machine_choice=to_proto.machine_choice(said))
     for word in store.quarantine.events(user):
         yield account_pb2.ExportUserResponse(quarantine=to_proto.quarantine(word))
     for move in store.lineage.moves():

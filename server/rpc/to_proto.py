@@ -10,6 +10,7 @@ from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server.shared.errors import InvalidArgumentError
 from server.store.chats import records
+from server.store.chats.machine_choices import SaidOfUser
 from server.store.e_value import AbTestResult, CanaryResult
 from server.store.files.round_samples import RoundSample
 from server.store.keys import Key
@@ -272,3 +273,13 @@ def policy_move(record: learning.PointerEvent) -> account_pb2.PolicyMove:
 
 def quarantine(record: learning.QuarantineEvent) -> account_pb2.Quarantine:
     return account_pb2.Quarantine(action=record.action, reason=record.reason, create_time=timestamp(record.create_time))
+
+
+def machine_choice(record: SaidOfUser) -> account_pb2.MachineChoice:
+    return account_pb2.MachineChoice(
+        comparison_id=record.comparison_id,
+        judge=record.judge,
+        shown=record.shown,
+        swapped=record.swapped,
+        create_time=timestamp(record.create_time),
+    )

@@ -158,6 +158,7 @@ class ExportUserResponse(_message.Message):
     REPEATED_REQUEST_FIELD_NUMBER: _builtins.int
     POLICY_MOVE_FIELD_NUMBER: _builtins.int
     QUARANTINE_FIELD_NUMBER: _builtins.int
+    MACHINE_CHOICE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def conversation(self) -> _chat_pb2.Conversation:
         """A long conversation comes in several parts, in order."""
@@ -178,6 +179,8 @@ class ExportUserResponse(_message.Message):
     def policy_move(self) -> Global___PolicyMove: ...
     @_builtins.property
     def quarantine(self) -> Global___Quarantine: ...
+    @_builtins.property
+    def machine_choice(self) -> Global___MachineChoice: ...
     def __init__(
         self,
         *,
@@ -188,16 +191,53 @@ class ExportUserResponse(_message.Message):
         repeated_request: Global___RepeatedRequest | None = ...,
         policy_move: Global___PolicyMove | None = ...,
         quarantine: Global___Quarantine | None = ...,
+        machine_choice: Global___MachineChoice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "event", b"event", "feedback", b"feedback", "key", b"key", "past_feedback", b"past_feedback", "policy_move", b"policy_move", "quarantine", b"quarantine", "repeated_request", b"repeated_request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "event", b"event", "feedback", b"feedback", "key", b"key", "machine_choice", b"machine_choice", "past_feedback", b"past_feedback", "policy_move", b"policy_move", "quarantine", b"quarantine", "repeated_request", b"repeated_request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "event", b"event", "feedback", b"feedback", "key", b"key", "past_feedback", b"past_feedback", "policy_move", b"policy_move", "quarantine", b"quarantine", "repeated_request", b"repeated_request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "event", b"event", "feedback", b"feedback", "key", b"key", "machine_choice", b"machine_choice", "past_feedback", b"past_feedback", "policy_move", b"policy_move", "quarantine", b"quarantine", "repeated_request", b"repeated_request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["conversation", "feedback", "past_feedback", "key", "repeated_request", "policy_move", "quarantine"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["conversation", "feedback", "past_feedback", "key", "repeated_request", "policy_move", "quarantine", "machine_choice"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___ExportUserResponse: _TypeAlias = ExportUserResponse  # noqa: Y015
+
+@_typing.final
+class MachineChoice(_message.Message):
+    """What a machine judge said of two answers to the user: the better one, "TIE", or "UNREADABLE", in terms of the
+    comparison's A and B; with its answers as they were shown, and swapped.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPARISON_ID_FIELD_NUMBER: _builtins.int
+    JUDGE_FIELD_NUMBER: _builtins.int
+    SHOWN_FIELD_NUMBER: _builtins.int
+    SWAPPED_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    comparison_id: _builtins.str
+    judge: _builtins.str
+    shown: _builtins.str
+    swapped: _builtins.str
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        comparison_id: _builtins.str = ...,
+        judge: _builtins.str = ...,
+        shown: _builtins.str = ...,
+        swapped: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison_id", b"comparison_id", "create_time", b"create_time", "judge", b"judge", "shown", b"shown", "swapped", b"swapped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MachineChoice: _TypeAlias = MachineChoice  # noqa: Y015
 
 @_typing.final
 class Key(_message.Message):

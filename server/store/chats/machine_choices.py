@@ -45,6 +45,18 @@ class MachineChoice:
         return self.shown if self.shown == self.swapped else "TIE"
 
 
+@dataclass(frozen=True)
+class SaidOfUser:
+    """What a judge said of a user's comparison."""
+
+    seq: int
+    comparison_id: str
+    judge: str
+    shown: Verdict
+    swapped: Verdict
+    create_time: float
+
+
 class MachineChoices:
     """Reads and writes of them. `judge` names a model with its rubric: another one begins from nothing."""
 
@@ -83,6 +95,15 @@ class MachineChoices:
             [json.dumps(list(without)), judge],
         )
         return [Asked(row["id"], row["user"], row["conversation_id"]) for row in rows]
+
+    def page(self, user: str, limit: int, after: int = 0) -> list[SaidOfUser]:
+        """What any judge said of the user's comparisons, oldest first; at most `limit` after the number `after`."""
+        rows = self._db.rows(
+            "SELECT seq, comparison_id, judge, shown, swapped, create_time FROM machine_choices "
+            "WHERE user = ? AND seq > ? AND shown IS NOT NULL ORDER BY seq LIMIT ?",
+            [user, after, limit],
+        )
+        return [SaidOfUser(**row) for row in rows]
 
     def watermark(self) -> int:
         """The number of the newest one; 0 before the first."""

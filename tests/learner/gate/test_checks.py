@@ -95,3 +95,16 @@ def test_a_command_that_gives_no_number_is_an_error(command: str, said: str) -> 
     with pytest.raises(CheckError) as caught:
         score_by(command, ANSWERS, 0.2 if "sleep" in command else 30)
     assert said in str(caught.value)
+
+
+def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
+    """As a shell's children do, or a model's workers."""
+    number = tmp_path / "number"
+    code = (
+        "import subprocess, sys; child = subprocess.Popen(['sleep', '60']); "
+        f"open({str(number)!r}, 'w').write(str(child.pid)); child.wait()"
+    )
+    with pytest.raises(CheckError, match="timed out after 2"):
+        score_by(python(code), ANSWERS, 2.0)
+    child = Path("/proc") / number.read_text() / "status"
+    assert not child.exists() or "Z (zombie)" in child.read_text()

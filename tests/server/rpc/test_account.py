@@ -276,6 +276,12 @@ async def test_an_export_has_all_data_of_the_user_and_none_of_others(locked: Loc
     )
     await say_everything(running, locked.bob)
     await running.store(lambda store: store.quarantine.set("ann", actor="operator olga", reason="too fast"))
+
+    def judge(store: Store) -> None:
+        for asked in store.machine_choices.missing("m 1"):
+            store.machine_choices.add(asked, "m 1", "A", "TIE")
+
+    await running.store(judge)
     parts = await exported(running, ann)
     assert [part.WhichOneof("event") for part in parts] == [
         "conversation",
@@ -283,6 +289,7 @@ async def test_an_export_has_all_data_of_the_user_and_none_of_others(locked: Loc
         "past_feedback",
         "key",
         *["repeated_request"] * 5,
+        "machine_choice",
         "quarantine",
     ]
     conversation, thumb, demonstration, key = (getattr(part, part.WhichOneof("event")) for part in parts[:4])
@@ -293,7 +300,10 @@ async def test_an_export_has_all_data_of_the_user_and_none_of_others(locked: Loc
     assert (thumb.thumb, thumb.comment) == (feedback_pb2.THUMB_UP, f"{WORD} 1")
     assert [message.content for message in demonstration.demonstration.messages] == [f"{WORD} shown", f"{WORD} how"]
     assert (key.role, key.key_id[:4], key.HasField("revoke_time")) == ("user", "key_", False)
-    assert [part.repeated_request.request_id for part in parts[4:-1]] == [f"{WORD}-1", "r3", "r4", "r1", "r2"]
+    assert [part.repeated_request.request_id for part in parts[4:-2]] == [f"{WORD}-1", "r3", "r4", "r1", "r2"]
+    said = parts[-2].machine_choice
+    assert (said.comparison_id, said.judge) == (second.comparison.comparison_id, "m 1")
+    assert (said.shown, said.swapped) == ("A", "TIE")
     assert (parts[-1].quarantine.action, parts[-1].quarantine.reason) == ("set", "too fast")
 
 

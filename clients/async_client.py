@@ -162,12 +162,14 @@ class AsyncClient:
         temperature: float | None = None,
         max_tokens: int | None = None,
         seed: int | None = None,
+        system: str | None = None,
         request_id: str = "",
     ) -> AsyncStream[ChatEvent]:
         """Streams the answer to one message: `ChatStarted`, any number of `ChatDelta`, `ChatFinished`.
 
-        An empty `conversation_id` starts a conversation. `max_tokens` limits the answer. A `request_id` used before
-        returns the first answer again. By default a new one is generated, so that a retried message is answered once.
+        An empty `conversation_id` starts a conversation, with `system` as its system prompt, or the server's if that is
+        None. `max_tokens` limits the answer. A `request_id` used before returns the first answer again. By default a
+        new one is generated, so that a retried message is answered once.
 
         >>> stream = client.chat("Where do owls live?", temperature=0)
         >>> async for event in stream:
@@ -182,6 +184,7 @@ class AsyncClient:
             message=message,
             sampling=SamplingOptions(temperature=temperature, max_tokens=max_tokens, seed=seed),
             request_id=request_id or _fresh_id(),
+            system=system,
         )
         return self._stream(self._chat.Chat, request, chat_event)
 
@@ -192,6 +195,7 @@ class AsyncClient:
         conversation_id: str = "",
         max_tokens: int | None = None,
         seed: int | None = None,
+        system: str | None = None,
         request_id: str = "",
     ) -> AsyncStream[CompareEvent]:
         """Streams two answers to one message: `CompareStarted`, `CompareDelta`s and one `CompareFinished` per slot.
@@ -212,6 +216,7 @@ class AsyncClient:
             message=message,
             sampling=SamplingOptions(max_tokens=max_tokens, seed=seed),
             request_id=request_id or _fresh_id(),
+            system=system,
         )
         return self._stream(self._chat.Compare, request, compare_event)
 

@@ -213,6 +213,9 @@ class LearnerSettings(SettingsBase):
     trust_remote_code: bool = Field(
         False, description="Run the Python code in the model's directory, if transformers does not know the model."
     )
+    system_prompt: str = Field(
+        "", description="What every conversation begins with; so do prompts of nobody's, and demonstrations."
+    )
     service_temperature: float = Field(
         0.85, gt=0, le=2, description="Chat's default temperature, also used by rollouts and the gate."
     )

@@ -40,6 +40,9 @@ class ServerSettings(SettingsBase):
         Path | None,
         Field(description="PEM certificates of the CAs of client certificates; clients must then show one (mTLS)."),
     ] = None
+    system_prompt: Annotated[
+        str, Field(description="What every conversation begins with, unless its caller says otherwise.")
+    ] = ""
     service_temperature: Annotated[
         float, Field(gt=0, le=2, description="Chat's default temperature, also used when the learner samples.")
     ] = 0.85

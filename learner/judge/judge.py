@@ -191,7 +191,7 @@ def read_pair(store: Store, asked: Asked) -> Pair | None:
     turn = asked_turns(store, asked.user, asked.conversation_id).get(comparison.a.id)
     if turn is None:
         return None
-    return Pair(asked, comparison, to_messages(turn.said[: turn.before], turn.message))
+    return Pair(asked, comparison, to_messages(turn.said[: turn.before], turn.message, turn.system))
 
 
 def judged(endpoint: Endpoint, waiting: Iterator[Pair], concurrency: int) -> Generator[Said]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.shared.printable import printable
-from server.store.learning.round_metrics import RoundMetrics
+from server.store.learning.round_metrics import GateMetrics, RoundMetrics
 
 # Added to the table if training ended before its last step.
 ENDED = {"steps": "", "kl_budget": ", stopped at the KL budget", "uncertainty": ", stopped as the score grew uncertain"}
@@ -68,27 +68,32 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
     if m.improvement and (steps := m.improvement.steps):
         ended = ENDED[m.improvement.ended_by]
         yield "reward", f"{steps[0].score:+.2f} -> {steps[-1].score:+.2f} in {len(steps)} steps{ended}"
-    if gate := m.gate:
-        chosen = gate.chosen
-        if not m.sft:
-            yield "candidate", f"step {chosen.step} of {[candidate.step for candidate in gate.candidates]}"
-        yield "KL", f"{chosen.kl:.1f} nats per response to the reference"
-        if math.isnan(chosen.against_incumbent.rate):
-            yield "win rate", "unknown: there are too few votes to judge by"
-        else:
-            yield "win rate", f"{chosen.against_incumbent} against the incumbent, {report.incumbent_version}"
-            yield "", f"{chosen.against_reference} against the reference"
-        if chosen.against_best:
-            yield "", f"{chosen.against_best} against {gate.best_version}, the best so far"
-        if gate.reasons and gate.no_canary:
-            yield "no canary", gate.no_canary
-        if gate.checks:
-            yield "checks", str(gate.checks)
-            yield from (("", f"{one.name} {one.why}: {one.answer}") for one in gate.checks.failed)
-        yield "answer length", f"{gate.incumbent_health.length:.0f} -> {chosen.health.length:.0f} tokens"
+    if m.gate:
+        yield from gate_rows(m.gate, report, one_of_many=not m.sft)
     if m.seconds:
         yield "seconds", ", ".join(f"{name} {value:.0f}" for name, value in m.seconds.items())
         yield "total", f"{sum(m.seconds.values()):.0f} s"
+
+
+def gate_rows(gate: GateMetrics, report: Report, *, one_of_many: bool) -> Iterator[tuple[str, str]]:
+    """The rows about the candidate, which may be the only one."""
+    chosen = gate.chosen
+    if one_of_many:
+        yield "candidate", f"step {chosen.step} of {[candidate.step for candidate in gate.candidates]}"
+    yield "KL", f"{chosen.kl:.1f} nats per response to the reference"
+    if math.isnan(chosen.against_incumbent.rate):
+        yield "win rate", "unknown: there are too few votes to judge by"
+    else:
+        yield "win rate", f"{chosen.against_incumbent} against the incumbent, {report.incumbent_version}"
+        yield "", f"{chosen.against_reference} against the reference"
+    if chosen.against_best:
+        yield "", f"{chosen.against_best} against {gate.best_version}, the best so far"
+    if gate.reasons and gate.no_canary:
+        yield "no canary", gate.no_canary
+    if gate.checks:
+        yield "checks", str(gate.checks)
+        yield from (("", f"{one.name} {one.why}: {one.answer}") for one in gate.checks.failed)
+    yield "answer length", f"{gate.incumbent_health.length:.0f} -> {chosen.health.length:.0f} tokens"
 
 
 def outcome(report: Report) -> str:

@@ -21,7 +21,8 @@ from learner.round.sft.stages import run as fine_tune
 from learner.round.workspace import Workspace
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import resolve_dtype
-from server.store.learning.records import Lease, RoundKind
+from server.store.chats.records import Snapshot
+from server.store.learning.records import Lease, Round, RoundKind
 from server.store.store import Store
 
 COMMANDS: dict[RoundKind, str] = {"alignment": "learner run-once", "sft": "learner sft"}
@@ -64,16 +65,7 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
             current = change_dtype(store, lease, current, settings, stages)
     # Users in quarantine when the round began are left out to its end, even if that changes in the meantime.
     quarantined = current.quarantined if current else sorted(store.quarantine.current())
-    snapshot = (
-        store.snapshots.take(
-            current.watermark, settings.max_votes, quarantined, current.judge, current.machine_watermark
-        )
-        if current
-        else store.snapshots.take(None, settings.max_votes, quarantined, settings.judge.name)
-    )
-    if settings.skip_rolled_back:
-        before = current.create_time if current else math.inf
-        snapshot = snapshot.without(store.lineage.rolled_back(before))
+    snapshot = take_snapshot(store, settings, current, quarantined)
     if current is None:
         stages.console.print(f"computing in {dtype} on {device}", highlight=False)
         begun = begin(store, lease, settings, stages, snapshot, quarantined, kind)
@@ -97,3 +89,17 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
         raise
     finally:
         work.close()
+
+
+def take_snapshot(store: Store, settings: LearnerSettings, current: Round | None, quarantined: list[str]) -> Snapshot:
+    """The feedback that a new round learns from, or that the current one does, as far as it was not deleted since."""
+    if current:
+        snapshot = store.snapshots.take(
+            current.watermark, settings.max_votes, quarantined, current.judge, current.machine_watermark
+        )
+    else:
+        snapshot = store.snapshots.take(None, settings.max_votes, quarantined, settings.judge.name)
+    if settings.skip_rolled_back:
+        before = current.create_time if current else math.inf
+        snapshot = snapshot.without(store.lineage.rolled_back(before))
+    return snapshot

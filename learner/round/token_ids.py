@@ -25,12 +25,13 @@ from server.store.store import Store
 @dataclass(frozen=True)
 class AskedTurn:
     """A user's message in its conversation: `said` holds all turns that the model saw, of which `before` came before
-    this one. `began` is when the conversation did, in seconds since 1970."""
+    this one. `began` is when the conversation did, in seconds since 1970; `system` is its system prompt."""
 
     said: list[Said]
     before: int
     message: str
     began: float
+    system: str = ""
 
 
 class TokenIds:
@@ -102,7 +103,7 @@ class TokenIds:
             return self._text.prompt(messages, turn.began)
 
         try:
-            return build_prompt(encode, turn.said[: turn.before], turn.message, room)
+            return build_prompt(encode, turn.said[: turn.before], turn.message, room, turn.system)
         except (InvalidArgumentError, ValueError):
             return []
 
@@ -133,7 +134,7 @@ def asked_turns(store: Store, user: str, conversation_id: str) -> dict[str, Aske
         return {}
     said, found = list[Said](), dict[str, AskedTurn]()
     for turn in turns:
-        asked = AskedTurn(said, len(said), turn.message, conversation.create_time)
+        asked = AskedTurn(said, len(said), turn.message, conversation.create_time, conversation.system)
         answers = (turn.comparison.a, turn.comparison.b) if turn.comparison else (turn.response,)
         found |= {answer.id: asked for answer in answers if answer}
         if (answer := turn.answer) is not None:

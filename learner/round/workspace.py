@@ -27,6 +27,7 @@ from learner.round.token_ids import TokenIds
 from learner.settings import LearnerSettings
 from server.shared.model.context import context_length
 from server.shared.model.dtype import DtypeName, torch_dtype
+from server.shared.model.prompt import with_system
 from server.shared.model.text import ChatText, UnknownTokenError
 from server.store.chats.records import Prompt, Snapshot
 from server.store.files.manifest import read_manifest, verify
@@ -219,8 +220,9 @@ class Workspace:
         return ChatText.load(self.reference_directory, self.settings.trust_remote_code)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the chat template, up to its next answer, as if it began with the round."""
-        return self.text.prompt(messages, self.round.create_time)
+        """Token ids of a conversation in the chat template, up to its next answer, as if it began with the round: after
+        the service's system prompt, unless it has one."""
+        return self.text.prompt(with_system(messages, self.settings.system_prompt), self.round.create_time)
 
     @cached_property
     def _template_ends(self) -> tuple[list[int], list[int]]:

@@ -156,6 +156,7 @@ def conversation(
         create_time=timestamp(record.create_time),
         update_time=timestamp(record.update_time),
         turns=[turn(part, votes or []) for part in turns or []],
+        system=record.system,
     )
 
 

@@ -98,6 +98,7 @@ def _chat_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Messag
         Field("message", text(settings.max_message_chars)),
         Field("request_id", identifier(empty=True)),
     )
+    system = Field("system", text(settings.max_message_chars, empty=True))
     maybe_conversation, conversation = (Field("conversation_id", identifier(empty=empty)) for empty in (True, False))
     temperature = Field("sampling.temperature", between(0, 2))
     server_temperature = Field("sampling.temperature", unset("the server chooses Compare's two temperatures"))
@@ -105,8 +106,16 @@ def _chat_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Messag
     # vLLM accepts seeds as signed 64-bit numbers.
     seed = Field("sampling.seed", between(0, 2**63 - 1))
     return {
-        chat_pb2.ChatRequest: [maybe_conversation, message, temperature, max_tokens, seed, request_id],
-        chat_pb2.CompareRequest: [maybe_conversation, message, server_temperature, max_tokens, seed, request_id],
+        chat_pb2.ChatRequest: [maybe_conversation, message, system, temperature, max_tokens, seed, request_id],
+        chat_pb2.CompareRequest: [
+            maybe_conversation,
+            message,
+            system,
+            server_temperature,
+            max_tokens,
+            seed,
+            request_id,
+        ],
         chat_pb2.GetConversationRequest: [conversation, *page],
         chat_pb2.ListConversationsRequest: page,
         chat_pb2.DeleteConversationRequest: [conversation],

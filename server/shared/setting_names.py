@@ -212,6 +212,7 @@ SETTINGS = frozenset(
         "sft.min_new",
         "sft.patience",
         "skip_rolled_back",
+        "system_prompt",
         "threads",
         "tls_cert",
         "tls_client_ca",

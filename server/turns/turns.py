@@ -42,6 +42,8 @@ class NewMessage:
     temperature: float | None = None
     max_tokens: int | None = None
     seed: int | None = None
+    # The system prompt of a new conversation. None: the server's default, or the conversation's own.
+    system: str | None = None
     # A call that repeats this id with the same body gets the first call's result. Empty: calls are never repeats.
     request_id: str = ""
     body_sha256: bytes = b""
@@ -116,7 +118,7 @@ class Turns:
 
             def begin(store: Store) -> Begun:
                 with store.transaction():
-                    conversation_id = self._open_conversation(store, message)
+                    conversation_id = self._open_conversation(store, message, before)
                     response_id = store.responses.begin(
                         message.user,
                         conversation_id,
@@ -150,7 +152,7 @@ class Turns:
 
             def begin(store: Store) -> Begun:
                 with store.transaction():
-                    conversation_id = self._open_conversation(store, message)
+                    conversation_id = self._open_conversation(store, message, before)
                     comparison_id, a, b = store.responses.begin_comparison(
                         message.user,
                         conversation_id,
@@ -192,22 +194,26 @@ class Turns:
 
     async def _look_back(self, rpc: str, message: NewMessage) -> "_Before":
         chars = CHARS_A_TOKEN * self._engine.max_model_len
+        new = _Before(system=self._settings.system_prompt if message.system is None else message.system)
 
         def read(store: Store) -> _Before:
             first = store.requests.find(message.user, rpc, message.request_id, message.body_sha256)
             if first is not None:
                 return _Before(first_result=first.decode())
             if not message.conversation_id:
-                return _Before()
+                return new
             conversation = store.conversations.get(message.user, message.conversation_id)
             if conversation.kind == "review":
                 raise FailedPreconditionError("REVIEW", "This is a review of two answers, not a chat; start a chat.")
             if store.conversations.count_turns(conversation.id) >= self._settings.max_turns:
                 raise ResourceExhaustedError("CONVERSATION_FULL", "This conversation is full; start another one.")
-            return _Before(conversation.create_time, recent_turns(store, message.user, conversation.id, chars))
+            if message.system not in (None, conversation.system):
+                raise InvalidArgumentError("system", "A conversation keeps the system prompt that it began with.")
+            turns = recent_turns(store, message.user, conversation.id, chars)
+            return _Before(conversation.create_time, conversation.system, turns)
 
         # Most calls have neither, and skip the store's thread.
-        return await self._store.read(read) if message.request_id or message.conversation_id else _Before()
+        return await self._store.read(read) if message.request_id or message.conversation_id else new
 
     async def _prompt(self, message: NewMessage, before: "_Before") -> tuple[list[int], Sampling]:
         limit = self._engine.max_model_len
@@ -224,13 +230,14 @@ class Turns:
             )
         began = time.time() if before.conversation_began is None else before.conversation_began
         encode = partial(self._engine.encode, began=began)
-        prompt = await encoding(build_prompt, encode, before.history, message.text, limit - sampling.max_tokens)
+        room = limit - sampling.max_tokens
+        prompt = await encoding(build_prompt, encode, before.history, message.text, room, before.system)
         return prompt, sampling
 
-    def _open_conversation(self, store: Store, message: NewMessage) -> str:
+    def _open_conversation(self, store: Store, message: NewMessage, before: "_Before") -> str:
         if not message.conversation_id:
             check_conversations(store, message.user, self._settings.user_conversations)
-            return store.conversations.create(message.user, message.text)
+            return store.conversations.create(message.user, message.text, system=before.system)
         store.conversations.get(message.user, message.conversation_id)
         store.responses.skip_open_comparisons(message.conversation_id)
         return message.conversation_id
@@ -263,10 +270,11 @@ class Turns:
 
 @dataclass(frozen=True)
 class _Before:
-    """The state before a message: when its conversation began, in seconds since 1970, and its last turns; or the id of
-    the result of the first call with the same request_id."""
+    """The state before a message: when its conversation began, in seconds since 1970, its system prompt and its last
+    turns; or the id of the result of the first call with the same request_id."""
 
     conversation_began: float | None = None
+    system: str = ""
     history: tuple[Said, ...] | list[Said] = ()
     first_result: str = ""
 

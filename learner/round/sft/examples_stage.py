@@ -8,6 +8,7 @@ from learner.improve_settings import PolicySettings
 from learner.process import package_versions
 from learner.round.workspace import Workspace
 from learner.settings import LearnerSettings
+from server.shared.model.prompt import with_system
 from server.shared.model.text import ChatText
 from server.store.chats.records import Correction, Demonstration, Snapshot
 from server.store.files.manifest import read_manifest
@@ -57,8 +58,12 @@ def continuing(policy: PolicySettings, active: PolicyVersion, data_dir: Path) ->
 
 def read_examples(snapshot: Snapshot, text: ChatText, longest: int, settings: LearnerSettings) -> list[Example]:
     """The examples that this model can read, of at most `longest` tokens."""
+
+    def encode(messages: list[dict[str, str]], began: float) -> list[int]:
+        return text.prompt(with_system(messages, settings.system_prompt), began)
+
     corrections = usable_corrections(snapshot, settings.gate.judge_share)
-    return to_examples(snapshot.demonstrations, corrections, text.prompt, text.answer, text.text, longest)
+    return to_examples(snapshot.demonstrations, corrections, encode, text.answer, text.text, longest)
 
 
 def load_examples(work: Workspace) -> Split:

@@ -122,6 +122,7 @@ def _message(request: chat_pb2.ChatRequest | chat_pb2.CompareRequest) -> NewMess
         conversation_id=request.conversation_id,
         request_id=request.request_id,
         body_sha256=body_sha256(request),
+        system=request.system if request.HasField("system") else None,
         **given,
     )
 

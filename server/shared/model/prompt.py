@@ -10,26 +10,39 @@ Message = dict[str, str]
 Said = tuple[str, str]
 
 
-def to_messages(history: Sequence[Said], message: str) -> list[Message]:
-    """The messages of `history`, oldest first, and then `message`, the user's."""
+def with_system(messages: list[Message], system: str) -> list[Message]:
+    """The messages after a system prompt, unless it is empty or they have one."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def to_messages(history: Sequence[Said], message: str, system: str = "") -> list[Message]:
+    """The messages of `history`, oldest first, after the system prompt if there is one, and then `message`, the
+    user's."""
     messages: list[Message] = []
     for asked, answered in history:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return [*messages, {"role": "user", "content": message}]
+    return with_system([*messages, {"role": "user", "content": message}], system)
 
 
 def build_prompt(
-    encode: Callable[[list[Message]], list[int]], history: Sequence[Said], message: str, max_prompt_tokens: int
+    encode: Callable[[list[Message]], list[int]],
+    history: Sequence[Said],
+    message: str,
+    max_prompt_tokens: int,
+    system: str = "",
 ) -> list[int]:
-    """Token ids of `message` after as many of the newest turns of `history` as fit.
+    """Token ids of `message` after the system prompt and as many of the newest turns of `history` as fit.
 
-    A turn is a user message with its answer; neither is ever cut. Raises InvalidArgumentError if `message` alone does
-    not fit, or has a token that the model lacks. A turn with such a token does not fit. Never encodes much more than
-    fits, however long the conversation is.
+    A turn is a user message with its answer; neither is ever cut, nor is the system prompt. Raises InvalidArgumentError
+    if `message` with the system prompt does not fit, or has a token that the model lacks, or if the model takes no
+    system prompt. A turn with such a token does not fit. Never encodes much more than fits, however long the
+    conversation is.
     """
 
     def encoded(kept: int) -> list[int]:
-        return encode(to_messages(history[len(history) - kept :], message))
+        return encode(to_messages(history[len(history) - kept :], message, system))
 
     def fitting(kept: int) -> list[int] | None:
         try:
@@ -42,9 +55,14 @@ def build_prompt(
         prompt = encoded(0)
     except UnknownTokenError as error:
         raise InvalidArgumentError("message", f"The message has {error}") from error
+    except ValueError as error:
+        if not system:
+            raise
+        raise InvalidArgumentError("system", f"This model takes no such system prompt: {error}") from error
     if len(prompt) > max_prompt_tokens:
+        what = "The message and the system prompt have" if system else "The message has"
         raise InvalidArgumentError(
-            "message", f"The message has {len(prompt)} tokens; at most {max_prompt_tokens} fit with its answer."
+            "message", f"{what} {len(prompt)} tokens; at most {max_prompt_tokens} fit with its answer."
         )
     # Double the number of added turns until they do not fit, then bisect.
     fits, too_many, step = 0, len(history) + 1, 1

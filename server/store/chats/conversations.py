@@ -19,7 +19,7 @@ class Conversations:
         self._db = database
         self._deletion = deletion
 
-    def create(self, user: str, message: str, kind: ConversationKind = "chat") -> str:
+    def create(self, user: str, message: str, kind: ConversationKind = "chat", system: str = "") -> str:
         """Create a conversation, titled with its first message, and return its id."""
         conversation_id, now = new_id("conv"), self._db.now()
         title = " ".join(message.split())
@@ -35,6 +35,7 @@ class Conversations:
                     "create_time": now,
                     "update_time": now,
                     "kind": kind,
+                    "system": system,
                 },
             )
         return conversation_id

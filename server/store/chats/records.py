@@ -182,6 +182,8 @@ class Conversation:
     update_time: float
     # A review holds one comparison, whose answers a round sampled.
     kind: ConversationKind = "chat"
+    # Its system prompt; empty if it has none.
+    system: str = ""
 
 
 @dataclass(frozen=True)

@@ -499,3 +499,9 @@ def m019_imports(db: Database) -> None:
         CREATE INDEX imported_by_import ON imported_preferences (import_id);
         """,
     )
+
+
+@migrations()
+def m020_system_prompts(db: Database) -> None:
+    """A conversation may begin with a system prompt."""
+    _run(db, "ALTER TABLE conversations ADD COLUMN system TEXT NOT NULL DEFAULT ''")

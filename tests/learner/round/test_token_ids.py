@@ -73,6 +73,13 @@ def test_an_answer_of_another_model_is_read_as_text(store: Store, tmp_path: Path
     assert (read.logprobs, read.text, read.spans) == ([], "6 7", [Span(0, 2, "v0000")])
 
 
+def test_the_system_prompt_of_a_conversation_is_read_too(store: Store, tmp_path: Path) -> None:
+    conversation = store.conversations.create("ann", "question 5", system="8")
+    first = answered(store, conversation, "question 5", "6 7")
+    encode = token_ids(store, tmp_path)
+    assert ids(encode.response(first)) == ([ASK, EIGHT, ASK, QUESTION, FIVE, ANSWER], [SIX, SEVEN, END])
+
+
 @pytest.mark.parametrize("version", ["v0001", "v0002"])
 def test_an_answer_of_the_same_model_keeps_what_was_sampled(store: Store, tmp_path: Path, version: str) -> None:
     conversation = store.conversations.create("ann", "question 5")

@@ -8,7 +8,7 @@ import pytest
 
 from learner.round.gate.gate_stage import promising
 from learner.round.workspace import Workspace
-from learner.settings import GateSettings
+from learner.settings import GateSettings, LearnerSettings
 from server.shared.model.text import ChatText
 from server.store.learning.round_metrics import Improvement, StepMetrics
 from tests.learner.conftest import EOS
@@ -18,7 +18,9 @@ from tests.round_metrics import filled
 @pytest.fixture
 def work(model_directory: Path) -> Any:
     """A workspace with only a tokenizer; the chat template is `w1 CONTENT ... w3`."""
-    made: Any = SimpleNamespace(text=ChatText.load(model_directory), round=SimpleNamespace(create_time=0.0))
+    made: Any = SimpleNamespace(
+        text=ChatText.load(model_directory), round=SimpleNamespace(create_time=0.0), settings=LearnerSettings()
+    )
     made.encode_chat = lambda messages: Workspace.encode_chat(made, messages)
     return made
 
@@ -35,6 +37,12 @@ def test_a_conversation_is_encoded_in_the_chat_template(work: Any) -> None:
         8,
         3,
     ]
+
+
+def test_what_nobody_asked_begins_with_the_services_system_prompt(work: Any) -> None:
+    work.settings = LearnerSettings(system_prompt="w9")
+    assert work.encode_chat([{"role": "user", "content": "w7"}]) == [1, 9, 1, 7, 3]
+    assert work.encode_chat([{"role": "system", "content": "w8"}, {"role": "user", "content": "w7"}]) == [1, 8, 1, 7, 3]
 
 
 def test_a_readable_prompt_has_no_template_ends(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,50 @@ async def test_the_model_reads_the_whole_conversation(running: Running) -> None:
     ]
 
 
+def system(running: Running, number: int = -1) -> str | None:
+    """The system prompt that the model read."""
+    first = running.engine.encoded[number][0]
+    return first["content"] if first["role"] == "system" else None
+
+
+async def test_a_conversation_keeps_the_system_prompt_that_it_began_with(running: Running) -> None:
+    started, *_ = await chat(running, system="be brief")
+    conversation_id = started.started.conversation_id
+    assert running.engine.encoded[-1] == [
+        {"role": "system", "content": "be brief"}, {"role": "user", "content": "hello there"},
+    ]  # fmt: skip
+    await compare(running, "and then", conversation_id=conversation_id)
+    assert (system(running), len(running.engine.encoded[-1])) == ("be brief", 4)
+    await chat(running, "again", conversation_id=conversation_id, system="be brief")
+    call = running.chat.Chat(
+        chat_pb2.ChatRequest(message="no", conversation_id=conversation_id, system="be long"), metadata=ANN
+    )
+    assert await refusal(call) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "A conversation keeps the system prompt that it began with.",
+        ["INVALID_FIELD", "system"],
+    )
+    request = chat_pb2.GetConversationRequest(conversation_id=conversation_id)
+    assert (await running.chat.GetConversation(request, metadata=ANN)).conversation.system == "be brief"
+    await compare(running, "first", system="be kind")
+    assert system(running) == "be kind"
+    # Without one there is none.
+    await chat(running)
+    assert system(running) is None
+
+
+async def test_the_servers_system_prompt_is_the_default_of_new_conversations(tmp_path: Path) -> None:
+    async with running_server(tmp_path, system_prompt="you are owl") as running:
+        started, *_ = await chat(running)
+        assert system(running) == "you are owl"
+        await chat(running, system="")
+        assert system(running) is None
+    # A conversation keeps it, whatever the setting is later.
+    async with running_server(tmp_path) as running:
+        await chat(running, "more", conversation_id=started.started.conversation_id)
+        assert system(running) == "you are owl"
+
+
 async def test_a_second_message_waits_for_the_first_answer_also_in_a_new_conversation(running: Running) -> None:
     running.engine.hold_after = 2
     call = running.chat.Chat(chat_pb2.ChatRequest(message="hello there"), metadata=ANN)

@@ -3,7 +3,7 @@
 import pytest
 
 from server.shared.errors import InvalidArgumentError
-from server.shared.model.prompt import Said, build_prompt
+from server.shared.model.prompt import Said, build_prompt, with_system
 from server.shared.model.text import UnknownTokenError
 
 encoded: list[int] = []
@@ -65,3 +65,33 @@ def test_a_message_with_a_token_that_the_model_lacks_is_refused() -> None:
 def test_turns_before_one_with_a_token_that_the_model_lacks_are_left_out() -> None:
     turns = [*conversation(3), ("d", "?"), *conversation(2)]
     assert "".join(map(chr, build_prompt(lacking, turns, "!", 100))) == "aAbB!"
+
+
+def test_the_system_prompt_is_never_cut() -> None:
+    def shown(limit: int) -> str:
+        return "".join(map(chr, build_prompt(encode, conversation(3), "!", limit, "be ")))
+
+    assert (shown(100), shown(8), shown(4)) == ("be aAbBcC!", "be bBcC!", "be !")
+    with pytest.raises(InvalidArgumentError, match="The message and the system prompt have 4 tokens; at most 3 fit"):
+        shown(3)
+
+
+def test_a_model_that_takes_no_system_prompt_says_so() -> None:
+    def users_only(messages: list[dict[str, str]]) -> list[int]:
+        if messages[0]["role"] == "system":
+            raise ValueError("System role not supported")
+        return encode(messages)
+
+    assert build_prompt(users_only, [], "!", 9) == [ord("!")]
+    with pytest.raises(InvalidArgumentError) as refused:
+        build_prompt(users_only, [], "!", 9, "be")
+    assert (refused.value.field, str(refused.value)) == (
+        "system", "This model takes no such system prompt: System role not supported",
+    )  # fmt: skip
+
+
+def test_messages_that_have_a_system_prompt_keep_it() -> None:
+    user, own = {"role": "user", "content": "a"}, {"role": "system", "content": "mine"}
+    assert with_system([user], "be") == [{"role": "system", "content": "be"}, user]
+    assert with_system([user], "") == [user]
+    assert with_system([own, user], "be") == [own, user]

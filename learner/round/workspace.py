@@ -126,7 +126,9 @@ class Workspace:
         room for."""
         prompts = self.prompts.train + self.prompts.held_out
         asked = max(len(p.token_ids) + p.max_tokens for p in prompts + [prompt for _, prompt in self.checks])
-        return min(self.longest, max(asked, POOL_TOKENS + max(p.max_tokens for p in prompts)))
+        # A prompt of the pool comes after the service's system prompt.
+        of_pool = POOL_TOKENS + len(self.text.answer(self.settings.system_prompt, ended=False))
+        return min(self.longest, max(asked, of_pool + max(p.max_tokens for p in prompts)))
 
     @cached_property
     def checks(self) -> list[tuple[Check, Prompt]]:

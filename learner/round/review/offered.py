@@ -25,6 +25,7 @@ def to_review(
         (_offered(*one), _offered(*other)),
         work.settings.service_temperature,
         prompt.asked.max_tokens,
+        prompt.asked.system,
     )
 
 

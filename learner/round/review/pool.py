@@ -44,4 +44,4 @@ def from_pool(work: Workspace, stream: int) -> Iterator[tuple[str, Prompt]]:
         except UnknownTokenError:
             continue
         if len(token_ids) + length <= work.longest_rollout:
-            yield texts[place], Prompt("", token_ids, length)
+            yield texts[place], Prompt("", token_ids, length, system=work.settings.system_prompt)

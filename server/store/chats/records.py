@@ -127,6 +127,8 @@ class OfferedReview:
     answers: tuple[OfferedAnswer, OfferedAnswer]
     temperature: float
     max_tokens: int
+    # The system prompt that the model read, which is not shown.
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,8 @@ class Prompt:
     # The first answer to it, and the version that it was sampled from: they say whose tokenizer `token_ids` are of.
     response_id: str = ""
     policy_version: str = ""
+    # The system prompt that it begins with, if there is one.
+    system: str = ""
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Reviews:
                             "answers": json.dumps([asdict(answer) for answer in one.answers], ensure_ascii=False),
                             "temperature": one.temperature,
                             "max_tokens": one.max_tokens,
+                            "system": one.system,
                         },
                     )
 
@@ -99,7 +100,7 @@ class Reviews:
         """A comparison of the pair, in random order, in a new conversation; return its id."""
         messages = json.loads(row["messages"])
         a, b = random.sample(json.loads(row["answers"]), 2)
-        conversation_id = self._conversations.create(user, messages[-1]["content"], kind="review")
+        conversation_id = self._conversations.create(user, messages[-1]["content"], kind="review", system=row["system"])
         comparison_id, *ids = self._responses.begin_comparison(
             user,
             conversation_id,

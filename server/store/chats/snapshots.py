@@ -135,7 +135,8 @@ class Snapshots:
             "LEFT JOIN policies ON version = r.policy_version GROUP BY r.prompt_token_ids, origin_version) "
             "SELECT *, first = (SELECT min(rowid) FROM responses WHERE conversation_id = asked.conversation_id) "
             "AS opens, (SELECT message FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
-            "AS opening FROM asked ORDER BY first",
+            "AS opening, (SELECT system FROM conversations WHERE id = asked.conversation_id) AS system "
+            "FROM asked ORDER BY first",
             [math.inf if before is None else before, json.dumps(list(without)), limit],
         )
         openers: dict[str, str] = {}
@@ -149,6 +150,7 @@ class Snapshots:
                 row["opening"] if row["opens"] else "",
                 row["response_id"],
                 row["policy_version"],
+                row["system"],
             )
             for row in rows
         ]

@@ -503,5 +503,6 @@ def m019_imports(db: Database) -> None:
 
 @migrations()
 def m020_system_prompts(db: Database) -> None:
-    """A conversation may begin with a system prompt."""
-    _run(db, "ALTER TABLE conversations ADD COLUMN system TEXT NOT NULL DEFAULT ''")
+    """A conversation may begin with a system prompt, and so may the prompt of a review."""
+    for table in ("conversations", "reviews"):
+        _run(db, f"ALTER TABLE {table} ADD COLUMN system TEXT NOT NULL DEFAULT ''")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import learner.round.gate.gate_stage as judging
 from learner.gate.rules import broken_rules_of_reference
@@ -359,6 +360,14 @@ def test_all_weights_can_be_fine_tuned(without_votes: Path) -> None:
     report = fine_tune(without_votes, policy={"train": "full"}, sft={"learning_rate": 3e-4, "epochs": 4})
     assert (report.state, report.policy_version) == ("promoted", "v0001"), report.sentence
     assert verify(without_votes / "policies" / "v0001").kind == "full"
+
+
+def test_it_is_fine_tuned_in_bfloat16_too(without_votes: Path) -> None:
+    demonstrate(without_votes, 10)
+    report = fine_tune(without_votes, dtype="bfloat16")
+    assert (report.state, report.policy_version) == ("promoted", "v0001"), report.sentence
+    [weights] = (without_votes / "policies" / "v0001").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
 
 
 def test_the_first_published_version_is_not_held_to_another_references_kl(data_dir: Path) -> None:

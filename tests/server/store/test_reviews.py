@@ -54,6 +54,15 @@ def test_a_pair_is_a_comparison_of_whole_answers(store: Store) -> None:
     assert by_version["v0000"].finish_reason == "length"
 
 
+def test_a_review_belongs_to_the_system_prompt_that_the_model_read(store: Store) -> None:
+    """It is not shown, but another model has to read it, too."""
+    offer(store, asked("why?", system="be brief"))
+    review = store.reviews.next("ann")
+    assert review
+    assert review.messages == [{"role": "user", "content": "why?"}]
+    assert store.conversations.get("ann", review.comparison.conversation_id).system == "be brief"
+
+
 def test_which_answer_is_a_is_random(store: Store) -> None:
     offer(store, PAIR)
     first = set()

@@ -36,7 +36,7 @@ RELEASED = {
     "m017_origins": "3ac9d7192c3c0b1f",
     "m018_kinds_of_round": "189d3b6f2feb0d4f",
     "m019_imports": "429cce2d9badde78",
-    "m020_system_prompts": "71e73adf2f041713",
+    "m020_system_prompts": "7988f055a6b921f3",
 }
 
 

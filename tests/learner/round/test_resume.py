@@ -209,12 +209,12 @@ def test_a_round_by_another_improver_ends_as_an_unbroken_one(
 @pytest.mark.parametrize(
     ("call", "count", "left"),
     [
-        ("learner.improve.sft.trainer:token_logprobs", 5, ["state-003"]),  # in the third pass
-        slow("learner.improve.sft.trainer:save_state", 3, ["state-003"]),  # weights without their state
+        slow("learner.improve.sft.trainer:token_logprobs", 5, ["state-003"]),  # in the third pass
+        ("learner.improve.sft.trainer:save_state", 3, ["state-003"]),  # weights without their state
         slow("learner.improve.state:drop_states", 3, ["state-003", "state-004"]),  # two states
         slow("learner.round.workspace:Workspace.record", 2, ["state-005"]),  # before the training is recorded
         slow("learner.round.sft.gate_stage:keep_answers", 1, ["state-005"]),
-        ("server.store.files.manifest:publish", 5, ["state-005"]),  # the version is written, not yet renamed
+        slow("server.store.files.manifest:publish", 5, ["state-005"]),  # the version is written, not yet renamed
         slow("server.store.learning.policies:Policies.register", 1, ["state-005"]),
         slow("learner.round.publish:wait_until_loaded", 1, ["state-005"]),  # the pointer has moved
     ],
@@ -242,6 +242,7 @@ def test_a_killed_round_of_demonstrations_ends_as_an_unbroken_one(
     assert len(found[0]["metrics"].sft.epochs) == 5
 
 
+@pytest.mark.slow
 def test_a_demonstration_that_was_deleted_meanwhile_is_not_learned_from(voted: Path, tmp_path: Path) -> None:
     """What was trained so far knew it, and starts over."""
     data_dir = tmp_path / "data"

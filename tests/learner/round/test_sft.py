@@ -272,6 +272,7 @@ def test_a_stopped_round_of_the_other_kind_comes_first(data_dir: Path, monkeypat
         assert not due(store, 1)
 
 
+@pytest.mark.slow
 def test_a_round_on_the_reference_before_is_given_up(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator goes back while it is stopped."""
     demonstrate(data_dir, 10)
@@ -292,6 +293,7 @@ def test_a_round_on_the_reference_before_is_given_up(data_dir: Path, monkeypatch
         assert given_up.reason == "It trains on v0001, and v0000 of another reference is active since."
 
 
+@pytest.mark.slow
 def test_an_adapter_keeps_its_size_and_its_scale(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the settings say by now: the round goes on from what is served."""
     monkeypatch.setattr(judging, "decide", passing)
@@ -317,6 +319,7 @@ def test_a_version_that_loses_for_certain_is_not_promoted(data_dir: Path, monkey
         assert store.lineage.imitated("v0000") == set()
 
 
+@pytest.mark.slow
 def test_what_dpo_was_trained_on_is_not_held_out(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "decide", passing)
     dpo = {"improver": "dpo", "dpo": {"steps": 2, "episodes": 16, "votes": 16, "learning_rate": 3e-3}}
@@ -326,6 +329,7 @@ def test_what_dpo_was_trained_on_is_not_held_out(data_dir: Path, monkeypatch: py
         assert store.lineage.imitated("v0001") == {vote for vote, side in sides.items() if side == "train"}
 
 
+@pytest.mark.slow
 def test_a_round_whose_examples_went_while_it_waited_ends_as_it_was(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +349,7 @@ def test_a_round_whose_examples_went_while_it_waited_ends_as_it_was(
     assert fine_tune(data_dir).state == "promoted"
 
 
+@pytest.mark.slow
 def test_an_adapter_cannot_be_continued_in_full(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "decide", passing)
     assert run(data_dir).policy_version == "v0001"
@@ -355,6 +360,7 @@ def test_an_adapter_cannot_be_continued_in_full(data_dir: Path, monkeypatch: pyt
     )
 
 
+@pytest.mark.slow
 def test_all_weights_can_be_fine_tuned(without_votes: Path) -> None:
     demonstrate(without_votes, 10)
     report = fine_tune(without_votes, policy={"train": "full"}, sft={"learning_rate": 3e-4, "epochs": 4})
@@ -362,6 +368,7 @@ def test_all_weights_can_be_fine_tuned(without_votes: Path) -> None:
     assert verify(without_votes / "policies" / "v0001").kind == "full"
 
 
+@pytest.mark.slow
 def test_it_is_fine_tuned_in_bfloat16_too(without_votes: Path) -> None:
     demonstrate(without_votes, 10)
     report = fine_tune(without_votes, dtype="bfloat16")
@@ -421,6 +428,7 @@ def test_a_deleted_user_is_named_in_what_their_demonstrations_made(data_dir: Pat
     assert fine_tune(data_dir).sentence == "There are no demonstrations or corrections yet; nothing was changed."
 
 
+@pytest.mark.slow
 def test_a_reference_that_nothing_needs_is_pruned(data_dir: Path) -> None:
     for number in range(4):
         demonstrate(data_dir, 6, first=6 * number)

@@ -4,7 +4,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
 
 import learner.round.gate.gate_stage as judging
 from learner.round.report import rows
@@ -53,5 +52,6 @@ def test_without_them_a_round_is_as_it_was(data_dir: Path, tmp_path: Path) -> No
         report = run(tmp_path / name, reward={"imported": limit, "reference_answers": 16, "fold_repeats": 1})
         assert report.metrics.reward_model is not None
         found.append((report.metrics.reward_model.imported, report.metrics.reward_model.nll))
-    assert found == [(0, found[0][1])] * 3
-    assert torch.isfinite(torch.tensor(found[0][1]))
+    assert [imported for imported, _ in found] == [0, 0, 0]
+    # Votes are a few seconds older in each.
+    assert [nll for _, nll in found] == pytest.approx([found[0][1]] * 3, abs=1e-3)

@@ -55,8 +55,8 @@ def run(data_dir: Path, dtype: str = "float32", said: Path | None = None, improv
 
     learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
     learner.round.gate.gate_stage.decide = passing
-    kind: RoundKind | None = "sft" if improver == "sft" else None
-    training = {improver: TRAINING[improver], **({} if kind else {"improver": improver})}
+    kind: RoundKind = "sft" if improver == "sft" else "alignment"
+    training = {improver: TRAINING[improver], **({"improver": improver} if kind == "alignment" else {})}
     with said.open("w") if said else nullcontext() as file:
         console = Console(file=file, width=200, quiet=file is None)
         return run_once(settings(data_dir, dtype=dtype, **training), Stages(console), kind=kind)

@@ -23,10 +23,13 @@ from learner.progress import Stages
 from learner.round.report import Report, rows
 from learner.round.run import run_once
 from learner.round.sft.due import due
+from learner.round.sft.examples_stage import read_examples
 from learner.settings import GateSettings
+from server.shared.model.text import ChatText
 from server.store.files.manifest import read_manifest, verify
 from server.store.learning.round_metrics import AnswerHealth, CandidateMetrics, WinRate
 from server.store.store import Store
+from tests.learner.conftest import EOS
 from tests.learner.rounds import passing, run, settings
 from tests.round_metrics import filled
 
@@ -386,6 +389,17 @@ def test_the_first_published_version_is_not_held_to_another_references_kl(data_d
     report = run(data_dir)
     assert report.metrics.improvement is not None
     assert report.metrics.improvement.kl_budget == Budget.after(0.0, settings(data_dir).policy).kl
+
+
+def test_a_demonstration_begins_with_the_services_system_prompt(data_dir: Path, model_directory: Path) -> None:
+    demonstrate(data_dir, 1)
+    with opened(data_dir) as store:
+        own = [{"role": "system", "content": "w8"}, {"role": "user", "content": "w4"}]
+        store.feedback.submit_demonstration("bob", [*own, {"role": "assistant", "content": "w7"}])
+        snapshot = store.snapshots.take()
+    text = ChatText.load(model_directory)
+    read = [one.tokens for one in read_examples(snapshot, text, 100, settings(data_dir, system_prompt="w9"))]
+    assert read == [([1, 9, 1, 3, 4, 5, 3], [7, 8, 9, EOS]), ([1, 8, 1, 4, 3], [7, EOS])]
 
 
 def judged(length: float, high: float = 0.6, empty: float = 0.0, repetition: float = 0.0) -> Any:

@@ -59,7 +59,7 @@ def import_file(
     name: Annotated[str, typer.Option(help="The import's name. Default: the file's.")] = "",
     data_dir: DataDir = None,
 ) -> None:
-    """Import preferences of other people, so that the first votes here teach more.
+    """Import preferences of other people, which a reward model may follow.
 
     They never judge, and count as far as they help to predict the votes of people here. Each import is removed as
     one."""

@@ -212,10 +212,16 @@ def count_sides(snapshot: Snapshot, judge_share: float) -> tuple[int, int]:
     said = [vote.conversation_id for vote in snapshot.choices if vote.a.token_ids and vote.b.token_ids]
     said += [vote.response.conversation_id for vote in snapshot.thumbs if vote.response.token_ids]
     judging = sum(is_judge(conversation, judge_share) for conversation in said)
-    corrections = sum(
-        vote.changes and not is_judge(vote.response.conversation_id, judge_share) for vote in snapshot.corrections
-    )
-    return len(said) - judging + corrections, judging
+    return len(said) - judging + len(usable_corrections(snapshot, judge_share)), judging
+
+
+def usable_corrections(snapshot: Snapshot, judge_share: float) -> list[Correction]:
+    """The corrections that say something, in conversations that train."""
+    return [
+        vote
+        for vote in snapshot.corrections
+        if vote.changes and not is_judge(vote.response.conversation_id, judge_share)
+    ]
 
 
 class _Rows:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from learner.reward import linear_heads as fitting
 from learner.reward.evaluation import cross_validate, fold_of
+from learner.reward.likelihood import A
 from learner.reward.linear_heads import VoteTensors
 from learner.reward.standardiser import Standardiser
 from learner.settings import RewardSettings
@@ -34,7 +35,7 @@ class ImportedPreferences:
         """Each preference as a choice, in a conversation of its own."""
         numbers, none = torch.arange(len(self)), torch.zeros(0, dtype=torch.long)
         return VoteTensors(
-            a=2 * numbers, b=2 * numbers + 1, outcome=torch.zeros_like(numbers),
+            a=2 * numbers, b=2 * numbers + 1, outcome=torch.full_like(numbers, A),
             temperature_difference=torch.zeros(len(self)), choice_weight=torch.ones(len(self)), choice_group=numbers,
             response=none, thumb=torch.zeros(0), user=none, thumb_weight=torch.zeros(0), thumb_group=none, users=1,
         )  # fmt: skip

@@ -16,12 +16,12 @@ from torch import Tensor
 from learner.improve_settings import SFTSettings
 from learner.model.features import TokenPair
 from learner.model.forward import Tokens, to_tokens
-from learner.reward.dataset import Encode, is_judge
+from learner.reward.dataset import Encode
 from learner.reward.vote_weights import cap_shares
-from server.store.chats.records import Correction, Demonstration, Snapshot
+from server.store.chats.records import Correction, Demonstration
 from server.store.learning.records import Side
 
-# With fewer examples to train on, or questions held out, nothing can be learned or stopped.
+# With fewer examples to train on, or topics held out, nothing can be learned or stopped.
 MIN_TRAIN, MIN_HELD_OUT = 4, 2
 # How often each cap is applied.
 TURNS = 5
@@ -98,15 +98,6 @@ class Split:
     @property
     def too_few(self) -> bool:
         return len(self.train) < MIN_TRAIN or len(set(self.topics)) < MIN_HELD_OUT
-
-
-def usable_corrections(snapshot: Snapshot, judge_share: float) -> list[Correction]:
-    """The corrections that say something, in conversations that train."""
-    return [
-        vote
-        for vote in snapshot.corrections
-        if vote.changes and not is_judge(vote.response.conversation_id, judge_share)
-    ]
 
 
 def to_examples(

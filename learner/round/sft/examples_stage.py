@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from learner.improve.sft.examples import Example, Split, split, to_examples, usable_corrections
+from learner.improve.sft.examples import Example, Split, split, to_examples
 from learner.improve_settings import PolicySettings
 from learner.process import package_versions
+from learner.reward.dataset import usable_corrections
 from learner.round.workspace import Workspace
 from learner.settings import LearnerSettings
 from server.shared.model.prompt import with_system

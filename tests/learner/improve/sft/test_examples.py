@@ -12,11 +12,10 @@ from learner.improve.sft.examples import (
     split,
     to_examples,
     topics,
-    usable_corrections,
     weigh,
 )
 from learner.improve_settings import SFTSettings
-from learner.reward.dataset import is_judge
+from learner.reward.dataset import is_judge, usable_corrections
 from server.shared.model.text import UnknownTokenError
 from server.store.chats.records import Correction, Demonstration, Response, Snapshot
 

@@ -1,7 +1,7 @@
 """What the gate judges: versions' answers to prompts, with the features that a judge reads; and the file of them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, product
@@ -15,7 +15,7 @@ from learner.model.features import FeatureSpec
 from learner.model.kl import kl_k1
 from learner.model.mismatch import PUSH_ANSWERS, check_push, mismatch
 from learner.model.passes import policy_logprobs, reference_pass
-from learner.model.rollout import SampledAnswer, to_rollout
+from learner.model.rollout import SampledAnswer, draw_seed, to_rollout
 from learner.round.workspace import Workspace
 from server.shared.whole_file import whole_file
 from server.store.chats.records import Prompt
@@ -79,6 +79,29 @@ def candidate_answers(work: Workspace, step: int, prompts: list[Prompt], seed: i
     check_push(gap, settings.mismatch_limit, work.policy.model.dtype)
     kl = kl_k1(rollout.behavior_logprobs if exact else seen, judged.ref_logprobs).sum(dim=1)
     return Answers(rollout.samples, judged.features, kl.cpu())
+
+
+def ask(
+    work: Workspace,
+    spec: FeatureSpec,
+    opponents: dict[str, str],
+    steps: list[int],
+    prompts: list[Prompt],
+    answers: int,
+    draw: int,
+    advance: Callable[[int], None],
+) -> Asked:
+    """Answers of the opponents, versions by role, and of the candidates after these steps: `answers` to each prompt,
+    all with the same draw. A version with two roles is asked once."""
+    asking = [prompt for prompt in prompts for _ in range(answers)]
+    seed, published, ours = draw_seed(work.settings.seed, draw), dict[str, Answers](), dict[str, Answers]()
+    for version in dict.fromkeys(opponents.values()):
+        published[version] = published_answers(work, version, asking, seed, spec)
+        advance(1)
+    for step in steps:
+        ours[step_name(step)] = candidate_answers(work, step, asking, seed, spec)
+        advance(1)
+    return Asked(prompts, {role: published[version] for role, version in opponents.items()} | ours)
 
 
 def keep_answers(work: Workspace, asked: list[Asked]) -> None:

@@ -14,16 +14,13 @@ from torch import Tensor
 from learner.gate.answer_health import health
 from learner.gate.rules import Verdict, decide
 from learner.gate.win_rate import Judge, compare, fit_judge, length_matched, looks, more_prompts_help, win_rate, wins
-from learner.model.rollout import draw_seed
 from learner.reward.base import RewardModel
 from learner.reward.dataset import Dataset
 from learner.round.gate.checks_stage import checked
 from learner.round.gate.gate_answers import (
-    Answers,
     Asked,
-    candidate_answers,
+    ask,
     keep_answers,
-    published_answers,
     step_name,
 )
 from learner.round.review.canary import why_no_canary
@@ -54,6 +51,12 @@ class Bench:
     def versions(self) -> list[str]:
         """The opponents, each once: in the first round incumbent and reference are the same."""
         return list(dict.fromkeys(self.opponents.values()))
+
+    def ask(
+        self, steps: list[int], prompts: list[Prompt], answers: int, draw: int, advance: Callable[[int], None]
+    ) -> Asked:
+        """Answers of each opponent and each candidate."""
+        return ask(self.work, self.reward_model.spec, self.opponents, steps, prompts, answers, draw, advance)
 
     def decide(self, candidates: list[CandidateMetrics], asked: Asked, *, canary: bool) -> Verdict:
         """The verdict on candidates that answered as the incumbent did."""
@@ -99,7 +102,7 @@ def choose_and_confirm(
     ends = looks(len(others), work.settings.gate.confirm_batch)
     total = len(bench.versions) + len(steps) + len(ends) * (len(bench.versions) + 1)
     with work.stages.stage("gate", "judging candidates", total) as advance:
-        asked = ask(bench, steps, few, work.settings.gate.answers, CHOICE_DRAW, advance)
+        asked = bench.ask(steps, few, work.settings.gate.answers, CHOICE_DRAW, advance)
         candidates = [measure(bench, step, asked, [len(few)], earlier=steps[:n]) for n, step in enumerate(steps)]
         verdict = bench.decide(candidates, asked, canary=canary)
         if verdict.chosen.hopeless:
@@ -115,7 +118,7 @@ def confirm(
     could decide it."""
     asked, confidence = Asked([], {}), bench.work.settings.gate.confidence
     for number, (start, end) in enumerate(pairwise([0, *ends])):
-        asked += ask(bench, [step], prompts[start:end], 1, CONFIRMATION_DRAW + number, advance)
+        asked += bench.ask([step], prompts[start:end], 1, CONFIRMATION_DRAW + number, advance)
         figures = measure(bench, step, asked, ends)
         verdict = bench.decide([figures], asked, canary=canary)
         # What people are to decide may still become clear.
@@ -167,22 +170,6 @@ def without(prompts: Iterable[Prompt], known: list[Prompt]) -> Iterator[Prompt]:
     """The prompts that ask something else than the known ones."""
     asked = {tuple(prompt.token_ids) for prompt in known}
     return (prompt for prompt in prompts if tuple(prompt.token_ids) not in asked)
-
-
-def ask(
-    bench: Bench, steps: list[int], prompts: list[Prompt], answers: int, draw: int, advance: Callable[[int], None]
-) -> Asked:
-    """Answers of each opponent and each candidate, `answers` to each prompt, all with the same draw."""
-    work, model = bench.work, bench.reward_model
-    asking = [prompt for prompt in prompts for _ in range(answers)]
-    seed, published, ours = draw_seed(work.settings.seed, draw), dict[str, Answers](), dict[str, Answers]()
-    for version in bench.versions:
-        published[version] = published_answers(work, version, asking, seed, model.spec)
-        advance(1)
-    for step in steps:
-        ours[step_name(step)] = candidate_answers(work, step, asking, seed, model.spec)
-        advance(1)
-    return Asked(prompts, {role: published[version] for role, version in bench.opponents.items()} | ours)
 
 
 def measure(bench: Bench, step: int, asked: Asked, ends: list[int], earlier: Sequence[int] = ()) -> CandidateMetrics:

@@ -8,11 +8,10 @@ import math
 
 from learner.gate.answer_health import health
 from learner.gate.rules import Verdict, broken_rules_of_reference
-from learner.model.rollout import draw_seed
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.alignment.votes_stage import extract_features, read_votes
 from learner.round.gate.checks_stage import checked
-from learner.round.gate.gate_answers import Asked, candidate_answers, keep_answers, published_answers, step_name
+from learner.round.gate.gate_answers import Asked, ask, keep_answers, step_name
 from learner.round.gate.gate_stage import CHOICE_DRAW, Bench, fit_votes, measure
 from learner.round.preconditions import too_few_votes
 from learner.round.workspace import Workspace, spread
@@ -27,7 +26,12 @@ def judge_fine_tuned(work: Workspace, tuned: FineTuned) -> Verdict:
     if work.done("gate") and (stored := work.round.metrics.gate):
         return Verdict(stored.chosen, stored.reasons)
     bench = make_bench(work)
-    asked = ask(work, tuned.chosen, versions(work) if bench else {"incumbent": work.round.incumbent_version})
+    opponents = versions(work) if bench else {"incumbent": work.round.incumbent_version}
+    prompts = spread(work.prompts.held_out, work.settings.gate.prompts)
+    total = 1 + len(set(opponents.values()))
+    with work.stages.stage("gate", "asking the fine-tuned version", total) as advance:
+        answers, steps = work.settings.gate.answers, [tuned.chosen]
+        asked = ask(work, work.spec, opponents, steps, prompts, answers, CHOICE_DRAW, advance)
     figures = measure(bench, tuned.chosen, asked, [len(asked.prompts)]) if bench else unjudged(asked, tuned.chosen)
     incumbent = health(asked.answers["incumbent"].samples)
     reasons = broken_rules_of_reference(figures, incumbent, tuned.length, work.settings.gate)
@@ -53,23 +57,6 @@ def make_bench(work: Workspace) -> Bench | None:
 def versions(work: Workspace) -> dict[str, str]:
     """The versions that it is compared with, by role."""
     return {"reference": work.round.reference_version, "incumbent": work.round.incumbent_version}
-
-
-def ask(work: Workspace, step: int, opponents: dict[str, str]) -> Asked:
-    """Answers of the opponents, versions by role, and of the candidate to held-out prompts, all with the same draw."""
-    gate, spec = work.settings.gate, work.spec
-    prompts = spread(work.prompts.held_out, gate.prompts)
-    asking = [prompt for prompt in prompts for _ in range(gate.answers)]
-    seed = draw_seed(work.settings.seed, CHOICE_DRAW)
-    with work.stages.stage("gate", "asking the fine-tuned version", 1 + len(set(opponents.values()))) as advance:
-        answers = {}
-        for version in dict.fromkeys(opponents.values()):
-            answers[version] = published_answers(work, version, asking, seed, spec)
-            advance(1)
-        by_role = {role: answers[version] for role, version in opponents.items()}
-        by_role[step_name(step)] = candidate_answers(work, step, asking, seed, spec)
-        advance(1)
-    return Asked(prompts, by_role)
 
 
 def unjudged(asked: Asked, step: int) -> CandidateMetrics:

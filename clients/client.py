@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -156,20 +156,23 @@ class Client:
 
     def chat(
         self,
-        message: str,
+        message: str | Sequence[Message],
         *,
         conversation_id: str = "",
         temperature: float | None = None,
         max_tokens: int | None = None,
         seed: int | None = None,
+        stop: Sequence[str] = (),
         system: str | None = None,
         request_id: str = "",
     ) -> Stream[ChatEvent]:
         """Streams the answer to one message: `ChatStarted`, any number of `ChatDelta`, `ChatFinished`.
 
         An empty `conversation_id` starts a conversation, with `system` as its system prompt, or the server's if that is
-        None. `max_tokens` limits the answer. A `request_id` used before returns the first answer again. By default a
-        new one is generated, so that a retried message is answered once.
+        None. Instead of a message, the caller's own history may be given, which ends with the new message; the server
+        finds the conversation that it continues. `max_tokens` limits the answer, and it ends before the first of `stop`
+        that comes. A `request_id` used before returns the first answer again. By default a new one is generated,
+        so that a retried message is answered once.
 
         >>> stream = client.chat("Where do owls live?", temperature=0)
         >>> for event in stream:
@@ -181,8 +184,9 @@ class Client:
         """
         request = chat_pb2.ChatRequest(
             conversation_id=conversation_id,
-            message=message,
-            sampling=SamplingOptions(temperature=temperature, max_tokens=max_tokens, seed=seed),
+            message=message if isinstance(message, str) else "",
+            messages=() if isinstance(message, str) else message,
+            sampling=SamplingOptions(temperature=temperature, max_tokens=max_tokens, seed=seed, stop=stop),
             request_id=request_id or _fresh_id(),
             system=system,
         )
@@ -190,11 +194,12 @@ class Client:
 
     def compare(
         self,
-        message: str,
+        message: str | Sequence[Message],
         *,
         conversation_id: str = "",
         max_tokens: int | None = None,
         seed: int | None = None,
+        stop: Sequence[str] = (),
         system: str | None = None,
         request_id: str = "",
     ) -> Stream[CompareEvent]:
@@ -213,8 +218,9 @@ class Client:
         """
         request = chat_pb2.CompareRequest(
             conversation_id=conversation_id,
-            message=message,
-            sampling=SamplingOptions(max_tokens=max_tokens, seed=seed),
+            message=message if isinstance(message, str) else "",
+            messages=() if isinstance(message, str) else message,
+            sampling=SamplingOptions(max_tokens=max_tokens, seed=seed, stop=stop),
             request_id=request_id or _fresh_id(),
             system=system,
         )

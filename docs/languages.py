@@ -35,7 +35,8 @@ EXAMPLES: dict[str, Any] = {
 # Field names, or fields of one message. Empty means a new conversation, the last version, or the caller.
 OPTIONAL = {
     "comment", "reason", "request_id", "page_size", "page_token", "user", "days",
-    "ChatRequest.conversation_id", "CompareRequest.conversation_id", "RollbackPolicyRequest.version",
+    "ChatRequest.conversation_id", "CompareRequest.conversation_id", "ChatRequest.messages", "CompareRequest.messages",
+    "RollbackPolicyRequest.version",
 }  # fmt: skip
 # The most useful RPCs; docs/reference.md has the others.
 SHOWN = (

@@ -11,6 +11,7 @@ from prefloop.v1.chat_pb2 import (
     COMPARISON_STATE_OPEN,
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
+    FINISH_REASON_STOP_SEQUENCE,
     SLOT_A,
     SLOT_B,
     ChatDelta,
@@ -233,7 +234,7 @@ class OpenConversation:
 
 
 def _choosable(comparison: Comparison) -> bool:
-    whole = (FINISH_REASON_STOP, FINISH_REASON_LENGTH)
+    whole = (FINISH_REASON_STOP, FINISH_REASON_STOP_SEQUENCE, FINISH_REASON_LENGTH)
     both = comparison.a.finish_reason in whole and comparison.b.finish_reason in whole
     return comparison.state == COMPARISON_STATE_OPEN and both
 

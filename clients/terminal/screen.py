@@ -100,10 +100,13 @@ class Screen:
 
     def turn(self, turn: Turn) -> None:
         """A message, its answer or answers, and their votes."""
-        self.say(f"> {printable(turn.message)}", "bold")
+        if turn.message:
+            self.say(f"> {printable(turn.message)}", "bold")
         if turn.HasField("response"):
             self.console.print(Text(printable(turn.response.text)))
             self.note(response_words(turn.response))
+        elif turn.HasField("given_answer"):
+            self.console.print(Text(printable(turn.given_answer)))
         elif turn.HasField("comparison"):
             comparison = turn.comparison
             answers = {SLOT_A: comparison.a, SLOT_B: comparison.b}
@@ -163,7 +166,7 @@ def comparison_words(comparison: Comparison) -> str:
     if comparison.state == COMPARISON_STATE_OPEN:
         return "no choice yet"
     if comparison.state == COMPARISON_STATE_SKIPPED:
-        return "no choice made; continued with A"
+        return f"no choice made; continued with {SLOT_NAMES.get(comparison.continued_with, 'A')}"
     words = vote_words(comparison.feedback) if comparison.HasField("feedback") else "choice retracted"
     slot = SLOT_NAMES.get(comparison.continued_with)
     return f"{words}; continued with {slot}" if slot else f"{words}; hidden from the model"

@@ -12,6 +12,7 @@ from prefloop.v1.chat_pb2 import (
     FINISH_REASON_ERROR,
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
+    FINISH_REASON_STOP_SEQUENCE,
     FINISH_REASON_UNSPECIFIED,
     Response,
     Turn,
@@ -25,7 +26,7 @@ ENDINGS = {
     FINISH_REASON_CANCELLED: "stopped",
     FINISH_REASON_ERROR: "cut off by an error",
 }
-WHOLE = (FINISH_REASON_STOP, FINISH_REASON_LENGTH)
+WHOLE = (FINISH_REASON_STOP, FINISH_REASON_STOP_SEQUENCE, FINISH_REASON_LENGTH)
 
 
 def environment() -> jinja2.Environment:
@@ -48,6 +49,9 @@ def answers(turn: Turn) -> list[tuple[str, Response]]:
     """A turn's answers with their displayed names: A and B, or one without a name."""
     if turn.HasField("comparison"):
         return [("A", turn.comparison.a), ("B", turn.comparison.b)]
+    if turn.HasField("given_answer"):
+        # Of another service: it has no id, and so no votes.
+        return [("", Response(text=turn.given_answer, finish_reason=FINISH_REASON_STOP))]
     return [("", turn.response)]
 
 
@@ -72,7 +76,8 @@ def vote(answer: Response, kind: FeedbackKind.ValueType) -> Feedback | None:
 
 def turn_id(turn: Turn) -> str:
     """The id of a turn's HTML element."""
-    return "turn-" + (turn.comparison.comparison_id or turn.response.response_id)
+    given = f"given-{turn.create_time.ToMicroseconds()}"
+    return "turn-" + (turn.comparison.comparison_id or turn.response.response_id or given)
 
 
 def footer(answer: Response) -> str:

@@ -26,6 +26,7 @@ from server.shared.model.dtype import DtypeName, engine_uses_gpu
 from server.shared.model.packing import keep_experts_packed, pack_tied_head
 from server.shared.model.rotary import rotate_every_head
 from server.shared.model.seeds import keep_seeds
+from server.shared.model.stopping import StoppingText
 from server.shared.model.text import ChatText
 from server.store.chats.records import Prompt
 
@@ -42,8 +43,8 @@ class SampledAnswer:
 
     @property
     def ended(self) -> bool:
-        """Whether the model ended it, rather than the length limit."""
-        return self.finish_reason == "stop"
+        """Whether the model ended it, or a stop sequence came, rather than the length limit."""
+        return self.finish_reason in ("stop", "stop_sequence")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,10 @@ class RolloutEngine:
                     top_k=0,
                     max_tokens=prompt.max_tokens,
                     logprobs=0,
-                    detokenize=False,  # server.shared.model.text does
+                    # Only to find a stop sequence; the text is from server.shared.model.
+                    detokenize=bool(prompt.stop),
+                    skip_special_tokens=False,
+                    stop=list(prompt.stop),
                     seed=seed * 100_003 + number,
                 )
                 for number, prompt in enumerate(prompts)
@@ -167,4 +171,12 @@ class RolloutEngine:
     def _sample(self, prompt: Prompt, output: Any) -> SampledAnswer:
         token_ids = list(output.token_ids)
         logprobs = [entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True)]
-        return SampledAnswer(prompt.token_ids, token_ids, logprobs, self._text.text(token_ids), output.finish_reason)
+        if not prompt.stop:
+            text = self._text.text(token_ids)
+            return SampledAnswer(prompt.token_ids, token_ids, logprobs, text, output.finish_reason)
+        shown = StoppingText(self._text.stream(prompt.token_ids), prompt.stop)
+        text = shown.text(token_ids) + shown.rest()
+        if not shown.stopped:
+            return SampledAnswer(prompt.token_ids, token_ids, logprobs, text, output.finish_reason)
+        count = shown.token_count
+        return SampledAnswer(prompt.token_ids, token_ids[:count], logprobs[:count], text, "stop_sequence")

@@ -32,6 +32,8 @@ class AskedTurn:
     message: str
     began: float
     system: str = ""
+    # The turn's number in the store.
+    seq: int = 0
 
 
 class TokenIds:
@@ -43,7 +45,7 @@ class TokenIds:
         self._directory = settings.data_dir / "policies" / reference_version
         self._origins = store.policies.origins()
         self._conversations: dict[str, dict[str, AskedTurn]] = {}
-        self._prompts: dict[tuple[str, int, int], list[int]] = {}
+        self._prompts: dict[tuple[int, int], list[int]] = {}
 
     def snapshot(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with the token ids of this reference. Answers that cannot be encoded, or were deleted since,
@@ -93,7 +95,7 @@ class TokenIds:
             return []
         room = self._longest - self._room(max_tokens)
         # The answers of a comparison have one prompt.
-        key = conversation_id, turn.before, room
+        key = turn.seq, room
         if key not in self._prompts:
             self._prompts[key] = self._encoded(turn, room)
         return self._prompts[key]
@@ -132,11 +134,16 @@ def asked_turns(store: Store, user: str, conversation_id: str) -> dict[str, Aske
         turns = store.conversations.turns(user, conversation_id)
     except NotFoundError:
         return {}
-    said, found = list[Said](), dict[str, AskedTurn]()
+    said, found = dict[int | None, tuple[list[Said], int]](), dict[str, AskedTurn]()
     for turn in turns:
-        asked = AskedTurn(said, len(said), turn.message, conversation.create_time, conversation.system)
+        before, count = said.get(turn.parent, ([], 0))
+        if len(before) > count:
+            # Another turn continues the same one.
+            before = before[:count]
+        asked = AskedTurn(before, count, turn.message, conversation.create_time, conversation.system, turn.seq)
         answers = (turn.comparison.a, turn.comparison.b) if turn.comparison else (turn.response,)
         found |= {answer.id: asked for answer in answers if answer}
         if (answer := turn.answer) is not None:
-            said.append((turn.message, answer))
+            before.append((turn.message, answer))
+        said[turn.seq] = before, len(before)
     return found

@@ -15,6 +15,8 @@ class Sampling:
     temperature: float
     max_tokens: int
     seed: int | None = None
+    # The answer ends before the first of these that comes.
+    stop: tuple[str, ...] = ()
 
 
 class SwapError(Exception):

@@ -127,7 +127,7 @@ class VllmEngine:
             lora_request=self._adapter(version),
         )
         text = self._text.stream(prompt_token_ids)
-        return VllmAnswerStream(self._engine, request_id, queue, text, self._labels(version))
+        return VllmAnswerStream(self._engine, request_id, queue, text, self._labels(version), sampling.stop)
 
     async def swap(self, version: str, directory: Path) -> None:
         async with self._swapping:

@@ -1,10 +1,11 @@
 """One answer from vLLM, as text, token ids and log-probabilities, however it ends."""
 
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from server.shared.model.stopping import StoppingText
 from server.shared.model.text import TextStream
 from server.store.chats.records import FinishReason, Generation, Span
 
@@ -29,6 +30,7 @@ class VllmAnswerStream:
         queue: Any,
         text: TextStream,
         labels: "Labels",
+        stop: Sequence[str] = (),
     ) -> None:
         self._engine = engine
         self._labels = labels
@@ -36,12 +38,13 @@ class VllmAnswerStream:
         self._arrived: list[tuple[int, str]] = []
         self._request_id = request_id
         self._queue = queue
-        self._decoded = text
+        self._decoded = StoppingText(text, stop)
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._text: list[str] = []
         self._last: Any = None
         self._died = False
+        self._stopping = False
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while self._last is None:
@@ -60,9 +63,16 @@ class VllmAnswerStream:
                 self._logprobs.extend(completion.logprobs.logprobs)
             if completion.finish_reason is not None:
                 self._last = completion
-            if text := self._decoded.text(completion.token_ids):
+            text = self._decoded.text(completion.token_ids)
+            if self._last is not None:
+                text += self._decoded.rest()
+            if text:
                 self._text.append(text)
                 yield text
+            if self._decoded.stopped and self._last is None and not self._stopping:
+                # What comes until the engine has heard of it is left out.
+                self._stopping = True
+                await self._engine.abort(self._request_id)
 
     async def finish(self) -> Generation:
         if self._died:
@@ -82,7 +92,12 @@ class VllmAnswerStream:
         return self._generation("error", self._labels.settle(to_spans(self._arrived, len(self._token_ids))))
 
     def _generation(self, finish_reason: FinishReason, spans: list[Span]) -> Generation:
-        return Generation(self._token_ids, self._logprobs, "".join(self._text), finish_reason, spans)
+        text = "".join(self._text)
+        if not self._decoded.stopped:
+            return Generation(self._token_ids, self._logprobs, text, finish_reason, spans)
+        count = self._decoded.token_count
+        kept = [replace(span, end=min(span.end, count)) for span in spans if span.start < count]
+        return Generation(self._token_ids[:count], self._logprobs[:count], text, "stop_sequence", kept)
 
 
 def to_spans(changes: list[tuple[int, str]], end: int) -> list[Span]:

@@ -20,6 +20,7 @@ DEFAULT_PAGE_SIZE = 50
 
 FINISH_REASONS = {
     "stop": chat_pb2.FINISH_REASON_STOP,
+    "stop_sequence": chat_pb2.FINISH_REASON_STOP_SEQUENCE,
     "length": chat_pb2.FINISH_REASON_LENGTH,
     "cancelled": chat_pb2.FINISH_REASON_CANCELLED,
     "error": chat_pb2.FINISH_REASON_ERROR,
@@ -138,13 +139,16 @@ def comparison(record: records.Comparison, votes: list[records.Feedback]) -> cha
 
 
 def turn(record: records.Turn, votes: list[records.Feedback]) -> chat_pb2.Turn:
-    return chat_pb2.Turn(
+    message = chat_pb2.Turn(
         message=record.message,
         create_time=timestamp(record.create_time),
         dropped=record.dropped,
         response=response(record.response, votes) if record.response else None,
         comparison=comparison(record.comparison, votes) if record.comparison else None,
     )
+    if record.given_answer is not None:
+        message.given_answer = record.given_answer
+    return message
 
 
 def conversation(

@@ -18,6 +18,9 @@ MAX_DEMONSTRATION_MESSAGES = 64
 # A demonstration may be as long as this many of the longest messages.
 DEMONSTRATION_MESSAGES = 4
 MAX_DAYS = 366
+MAX_HISTORY_MESSAGES = 1000
+MAX_STOP_SEQUENCES = 4
+MAX_STOP_CHARS = 100
 
 
 # Returns what is wrong with a value, as the end of "FIELD ...", or None.
@@ -26,10 +29,12 @@ Rule = Callable[[Any], str | None]
 
 @dataclass(frozen=True)
 class Field:
-    """The rule of one field; a field with presence is checked only if it is set."""
+    """The rule of one field of requests for which `when` is true; a field with presence is checked only if it is
+    set."""
 
     name: str
     rule: Rule
+    when: Callable[[Any], bool] = lambda request: True
 
 
 def text(max_chars: int, *, empty: bool = False) -> Rule:
@@ -63,8 +68,40 @@ def one_of(allowed: Any) -> Rule:
     return rule
 
 
+def blank(why: str) -> Rule:
+    return lambda value: f"must be empty: {why}" if value else None
+
+
 def unset(why: str) -> Rule:
     return lambda value: f"must not be set: {why}"
+
+
+def stop_sequences(stop: Any) -> str | None:
+    if len(stop) > MAX_STOP_SEQUENCES:
+        return f"must be at most {MAX_STOP_SEQUENCES} sequences, not {len(stop)}"
+    if not all(1 <= len(sequence) <= MAX_STOP_CHARS for sequence in stop):
+        return f"must each have 1 to {MAX_STOP_CHARS} characters"
+    return None
+
+
+def own_history(max_chars: int) -> Rule:
+    """A system prompt, if any, then messages of the user and the assistant in turn, the user's last."""
+    system, user, assistant = feedback_pb2.ROLE_SYSTEM, feedback_pb2.ROLE_USER, feedback_pb2.ROLE_ASSISTANT
+
+    def rule(messages: Any) -> str | None:
+        roles = [message.role for message in messages]
+        if len(roles) > MAX_HISTORY_MESSAGES:
+            return f"must be at most {MAX_HISTORY_MESSAGES} messages, not {len(roles)}"
+        if roles[-1] != user:
+            return "must end with the user's message"
+        turns = roles[1:] if roles[0] == system else roles
+        if turns[::-1] != [user if place % 2 == 0 else assistant for place in range(len(turns))]:
+            return "must be the user's and the assistant's in turn, after a system prompt if there is one"
+        problems = (text(max_chars, empty=message.role != user)(message.content) for message in messages)
+        problem = next(filter(None, problems), None)
+        return f"must each be valid: content {problem}" if problem else None
+
+    return rule
 
 
 def demonstration(max_chars: int) -> Rule:
@@ -94,32 +131,42 @@ def rules(settings: ServerSettings) -> dict[type[Message], list[Field]]:
 
 
 def _chat_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Message], list[Field]]:
-    message, request_id = (
-        Field("message", text(settings.max_message_chars)),
-        Field("request_id", identifier(empty=True)),
-    )
-    system = Field("system", text(settings.max_message_chars, empty=True))
+    request_id = Field("request_id", identifier(empty=True))
     maybe_conversation, conversation = (Field("conversation_id", identifier(empty=empty)) for empty in (True, False))
-    temperature = Field("sampling.temperature", between(0, 2))
-    server_temperature = Field("sampling.temperature", unset("the server chooses Compare's two temperatures"))
+    said = [
+        maybe_conversation,
+        Field("message", text(settings.max_message_chars), lambda request: not request.messages),
+        Field("system", text(settings.max_message_chars, empty=True)),
+        *_own_history(settings.max_message_chars),
+    ]
     max_tokens = Field("sampling.max_tokens", between(1, settings.max_tokens))
     # vLLM accepts seeds as signed 64-bit numbers.
     seed = Field("sampling.seed", between(0, 2**63 - 1))
+    stop = Field("sampling.stop", stop_sequences)
+    temperature = Field("sampling.temperature", between(0, 2))
+    server_temperature = Field("sampling.temperature", unset("the server chooses Compare's two temperatures"))
     return {
-        chat_pb2.ChatRequest: [maybe_conversation, message, system, temperature, max_tokens, seed, request_id],
-        chat_pb2.CompareRequest: [
-            maybe_conversation,
-            message,
-            system,
-            server_temperature,
-            max_tokens,
-            seed,
-            request_id,
-        ],
+        chat_pb2.ChatRequest: [*said, temperature, max_tokens, seed, stop, request_id],
+        chat_pb2.CompareRequest: [*said, server_temperature, max_tokens, seed, stop, request_id],
         chat_pb2.GetConversationRequest: [conversation, *page],
         chat_pb2.ListConversationsRequest: page,
         chat_pb2.DeleteConversationRequest: [conversation],
     }
+
+
+def _own_history(max_chars: int) -> list[Field]:
+    """Rules of `messages`, and of the fields that they replace."""
+    system = feedback_pb2.ROLE_SYSTEM
+    return [
+        Field("messages", own_history(max_chars), lambda request: request.messages),
+        Field("message", blank("messages has the message"), lambda request: request.messages),
+        Field("conversation_id", blank("messages has the conversation"), lambda request: request.messages),
+        Field(
+            "system",
+            unset("messages has a system prompt"),
+            lambda request: request.messages and request.messages[0].role == system,
+        ),
+    ]
 
 
 def _feedback_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Message], list[Field]]:
@@ -181,6 +228,8 @@ def validator(settings: ServerSettings) -> Callable[[Message], None]:
 
 
 def _problem(field: Field, request: Message) -> str | None:
+    if not field.when(request):
+        return None
     *parents, name = field.name.split(".")
     holder: Any = request
     for parent in parents:

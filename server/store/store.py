@@ -8,6 +8,7 @@ from pathlib import Path
 
 from server.store.chats.conversations import Conversations
 from server.store.chats.feedback import FeedbackTable
+from server.store.chats.histories import Histories
 from server.store.chats.machine_choices import MachineChoices
 from server.store.chats.requests import Requests
 from server.store.chats.responses import Responses
@@ -48,6 +49,7 @@ class Store:
         self.deletion = Deletion(database, self.lineage)
         self.conversations = Conversations(database, self.deletion)
         self.responses = Responses(database, self.replicas)
+        self.histories = Histories(database)
         self.feedback = FeedbackTable(database, self.responses)
         self.reviews = Reviews(database, self.conversations, self.responses)
         self.requests = Requests(database)

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from server.engine.base import Sampling
 from server.store.chats.records import Comparison, Generation, Slot
@@ -32,7 +33,7 @@ def arrange(
 def two_samplings(base: Sampling, a: float, b: float) -> tuple[Sampling, Sampling]:
     """Samplings at two temperatures, with different seeds so that answers at equal temperatures differ."""
     first, second = (None, None) if base.seed is None else (base.seed, (base.seed + 1) % 2**63)
-    return Sampling(a, base.max_tokens, first), Sampling(b, base.max_tokens, second)
+    return replace(base, temperature=a, seed=first), replace(base, temperature=b, seed=second)
 
 
 async def stream_answers(

@@ -8,13 +8,15 @@ CHUNK = 20
 
 
 def recent_turns(store: Store, user: str, conversation_id: str, chars: int) -> list[Said]:
-    """The last turns of a conversation in order, at most about `chars` characters, without turns that the model must
-    not see."""
+    """The last turns that a conversation's newest one continues, in order and with that one: at most about `chars`
+    characters, without turns that the model must not see."""
     found: list[Said] = []
-    before: int | None = None
-    while chars > 0 and (turns := store.conversations.newest_turns(user, conversation_id, CHUNK, before)):
+    last: int | None = None
+    while chars > 0 and (turns := store.conversations.path(user, conversation_id, CHUNK, last)):
         said = [(turn.message, turn.answer) for turn in turns if turn.answer is not None]
         found += said
         chars -= sum(len(message) + len(answer) for message, answer in said)
-        before = turns[-1].seq
+        last = turns[-1].parent
+        if last is None:
+            break
     return found[::-1]

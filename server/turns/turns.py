@@ -13,8 +13,9 @@ from functools import partial
 from server.engine.base import Sampling, ServingEngine
 from server.settings import ServerSettings
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
-from server.shared.model.prompt import Said, build_prompt
-from server.store.chats.records import Generation
+from server.shared.model.prompt import Said, build_prompt, to_messages, whole_prompt
+from server.store.chats.histories import OwnHistory
+from server.store.chats.records import Generation, Place
 from server.store.quotas import check_conversations
 from server.store.store import Store
 from server.store.store_thread import StoreThread
@@ -44,6 +45,10 @@ class NewMessage:
     seed: int | None = None
     # The system prompt of a new conversation. None: the server's default, or the conversation's own.
     system: str | None = None
+    # The caller's own history before the message, which then has no `conversation_id`.
+    said: list[Said] | None = None
+    # The answer ends before the first of these.
+    stop: tuple[str, ...] = ()
     # A call that repeats this id with the same body gets the first call's result. Empty: calls are never repeats.
     request_id: str = ""
     body_sha256: bytes = b""
@@ -118,7 +123,7 @@ class Turns:
 
             def begin(store: Store) -> Begun:
                 with store.transaction():
-                    conversation_id = self._open_conversation(store, message, before)
+                    conversation_id, place = self._open_conversation(store, message, before)
                     response_id = store.responses.begin(
                         message.user,
                         conversation_id,
@@ -129,6 +134,8 @@ class Turns:
                         temperature=sampling.temperature,
                         max_tokens=sampling.max_tokens,
                         seed=sampling.seed,
+                        stop=sampling.stop,
+                        place=place,
                     )
                     _remember(store, "Chat", message, response_id)
                 return Begun(conversation_id, [response_id])
@@ -152,7 +159,7 @@ class Turns:
 
             def begin(store: Store) -> Begun:
                 with store.transaction():
-                    conversation_id = self._open_conversation(store, message, before)
+                    conversation_id, place = self._open_conversation(store, message, before)
                     comparison_id, a, b = store.responses.begin_comparison(
                         message.user,
                         conversation_id,
@@ -163,6 +170,8 @@ class Turns:
                         temperatures=(samplings[0].temperature, samplings[1].temperature),
                         max_tokens=sampling.max_tokens,
                         seeds=(samplings[0].seed, samplings[1].seed),
+                        stop=sampling.stop,
+                        place=place,
                     )
                     _remember(store, "Compare", message, comparison_id)
                 return Begun(conversation_id, [a, b], comparison_id)
@@ -222,6 +231,7 @@ class Turns:
             temperature=self._settings.service_temperature if temperature is None else temperature,
             max_tokens=min(self._settings.max_tokens, limit // 2) if max_tokens is None else max_tokens,
             seed=message.seed,
+            stop=message.stop,
         )
         if sampling.max_tokens >= limit:
             raise InvalidArgumentError(
@@ -231,24 +241,38 @@ class Turns:
         began = time.time() if before.conversation_began is None else before.conversation_began
         encode = partial(self._engine.encode, began=began)
         room = limit - sampling.max_tokens
+        if message.said is not None:
+            messages = to_messages(message.said, message.text, before.system)
+            return await encoding(whole_prompt, encode, messages, room, CHARS_A_TOKEN * room), sampling
         prompt = await encoding(build_prompt, encode, before.history, message.text, room, before.system)
         return prompt, sampling
 
-    def _open_conversation(self, store: Store, message: NewMessage, before: "_Before") -> str:
-        if not message.conversation_id:
+    def _open_conversation(self, store: Store, message: NewMessage, before: "_Before") -> tuple[str, Place | None]:
+        """The id of the message's conversation, and its place there if that is not after the newest turn."""
+
+        def create() -> str:
             check_conversations(store, message.user, self._settings.user_conversations)
-            return store.conversations.create(message.user, message.text, system=before.system)
+            first = next((asked for asked, _ in message.said or () if asked), message.text)
+            return store.conversations.create(message.user, first, system=before.system)
+
+        if message.said is not None:
+            own = OwnHistory(before.system, message.said, message.text)
+            return store.histories.place(message.user, own, self._settings.max_turns, create)
+        if not message.conversation_id:
+            return create(), None
         store.conversations.get(message.user, message.conversation_id)
         store.responses.skip_open_comparisons(message.conversation_id)
-        return message.conversation_id
+        return message.conversation_id, None
 
     @asynccontextmanager
     async def _begun(self, message: NewMessage, begin: Callable[[Store], Begun], answers: int) -> AsyncIterator[Begun]:
         """A turn in progress. It takes places in the queue from now on, not while it waited for the previous turn."""
         with self._room(message.user, answers):
             async with self._answers.begun(begin) as begun:
-                # A new conversation is locked like an existing one, before its id is sent.
-                key = "" if message.conversation_id else _turn_key(message.user, begun.conversation_id)
+                # A new conversation is locked like an existing one, before its id is sent. Calls with their own history
+                # do not depend on one another.
+                new = not message.conversation_id and message.said is None
+                key = _turn_key(message.user, begun.conversation_id) if new else ""
                 async with self._locks.hold(key):
                     yield begun
 

@@ -71,7 +71,7 @@ async def test_the_examples_on_the_clients_page(root: Path, address: str) -> Non
         for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
         for example in doctest.DocTestParser().get_examples(block)
     ]
-    assert len(found) == 7
+    assert len(found) == 10
     for example in found:
         await check(example, known)
 

@@ -94,6 +94,20 @@ def test_every_sampled_token_is_stored_with_its_logprob(live: LiveServer) -> Non
     assert (response.seed, round(response.temperature, 3), response.max_tokens) == (3, 0.7, 12)
 
 
+def test_an_answer_ends_before_a_stop_sequence(live: LiveServer) -> None:
+    _, _, whole = ask(live, "Name a colour.", temperature=0, max_tokens=24)
+    stop = whole.text[7:10]
+    started, streamed, finished = ask(live, "Name a colour.", temperature=0, max_tokens=24, stop=[stop])
+    assert finished.finish_reason == chat_pb2.FINISH_REASON_STOP_SEQUENCE
+    assert streamed == finished.text == whole.text[: whole.text.index(stop)]
+    with closing(Store.open(live.data_dir)) as store:
+        response = load_responses(store._db, [started.response_id])[started.response_id]
+    # The tokens are those of the text, without what came next.
+    count = len(response.token_ids)
+    assert 1 <= count == len(response.logprobs) == finished.usage.completion_tokens < whole.usage.completion_tokens
+    assert [(span.start, span.end) for span in response.spans] == [(0, count)]
+
+
 def test_a_version_with_other_words_answers_as_it_was_trained(live: LiveServer) -> None:
     """All weights may change, also those of a matrix that the model reads words and predicts words by."""
     version = make_version(live.data_dir, roll_words)

@@ -17,7 +17,10 @@ class FakeStream:
     def __init__(self, engine: "FakeEngine", words: list[str], sampling: Sampling, pinned: str | None) -> None:
         self._engine = engine
         self._pinned = pinned
-        self.words = words[: sampling.max_tokens]
+        # A stop sequence is a word here.
+        stop = next((number for number, word in enumerate(words) if word in sampling.stop), None)
+        self._stopped = stop is not None and stop < sampling.max_tokens
+        self.words = words[: sampling.max_tokens if stop is None else min(stop, sampling.max_tokens)]
         self.ended = False
         self._cut = len(words) > sampling.max_tokens
         self.said: list[str] = []
@@ -43,7 +46,8 @@ class FakeStream:
         if self._engine.dies:
             raise EngineDeadError
         done = len(self.said) == len(self.words)
-        return self._generation(("length" if self._cut else "stop") if done else "cancelled")
+        whole: FinishReason = "stop_sequence" if self._stopped else "length" if self._cut else "stop"
+        return self._generation(whole if done else "cancelled")
 
     def fail(self) -> Generation:
         return self._generation("error")

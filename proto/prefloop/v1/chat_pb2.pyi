@@ -53,6 +53,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The client cancelled or its deadline passed."""
     FINISH_REASON_ERROR: _FinishReason.ValueType  # 4
     """The server could not continue."""
+    FINISH_REASON_STOP_SEQUENCE: _FinishReason.ValueType  # 5
+    """One of `SamplingOptions.stop` came next."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -65,6 +67,8 @@ FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
 """The client cancelled or its deadline passed."""
 FINISH_REASON_ERROR: FinishReason.ValueType  # 4
 """The server could not continue."""
+FINISH_REASON_STOP_SEQUENCE: FinishReason.ValueType  # 5
+"""One of `SamplingOptions.stop` came next."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _ComparisonState:
@@ -95,22 +99,28 @@ class SamplingOptions(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 to 2; 0 is greedy. Default: the service temperature. Must be unset in Compare."""
     max_tokens: _builtins.int
     """1 or more. Default: the server's setting."""
     seed: _builtins.int
     """Repeats an answer on the same policy version, within floating-point batching effects."""
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The answer ends before the first of these that comes. At most 4, each of 1 to 100 characters."""
+
     def __init__(
         self,
         *,
         temperature: _builtins.float | None = ...,
         max_tokens: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "max_tokens", b"max_tokens", "seed", b"seed", "temperature", b"temperature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "max_tokens", b"max_tokens", "seed", b"seed", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "max_tokens", b"max_tokens", "seed", b"seed", "stop", b"stop", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
@@ -158,6 +168,7 @@ class ChatRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SYSTEM_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
     conversation_id: _builtins.str
     """Empty starts a conversation."""
     message: _builtins.str
@@ -167,6 +178,13 @@ class ChatRequest(_message.Message):
     """The system prompt of the conversation that this starts; a conversation keeps its own. Default: the server's."""
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions: ...
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_feedback_pb2.Message]:
+        """Instead of `message` and `conversation_id`: the caller's own history, which ends with the new message. A system
+        prompt may come first, then the user's and the assistant's messages in turn. The call belongs to the conversation
+        that it continues, or whose message it repeats; otherwise it starts one. It is never shortened to fit.
+        """
+
     def __init__(
         self,
         *,
@@ -175,10 +193,11 @@ class ChatRequest(_message.Message):
         sampling: Global___SamplingOptions | None = ...,
         request_id: _builtins.str = ...,
         system: _builtins.str | None = ...,
+        messages: _abc.Iterable[_feedback_pb2.Message] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_system", b"_system", "sampling", b"sampling", "system", b"system"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_system", b"_system", "conversation_id", b"conversation_id", "message", b"message", "request_id", b"request_id", "sampling", b"sampling", "system", b"system"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_system", b"_system", "conversation_id", b"conversation_id", "message", b"message", "messages", b"messages", "request_id", b"request_id", "sampling", b"sampling", "system", b"system"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__system: _TypeAlias = _typing.Literal["system"]  # noqa: Y015
     _WhichOneofArgType__system: _TypeAlias = _typing.Literal["_system", b"_system"]  # noqa: Y015
@@ -299,6 +318,7 @@ class CompareRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SYSTEM_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
     conversation_id: _builtins.str
     """Empty starts a conversation."""
     message: _builtins.str
@@ -308,6 +328,8 @@ class CompareRequest(_message.Message):
     def sampling(self) -> Global___SamplingOptions:
         """`temperature` must be unset: the server sets both temperatures."""
 
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_feedback_pb2.Message]: ...
     def __init__(
         self,
         *,
@@ -316,10 +338,11 @@ class CompareRequest(_message.Message):
         sampling: Global___SamplingOptions | None = ...,
         request_id: _builtins.str = ...,
         system: _builtins.str | None = ...,
+        messages: _abc.Iterable[_feedback_pb2.Message] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_system", b"_system", "sampling", b"sampling", "system", b"system"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_system", b"_system", "conversation_id", b"conversation_id", "message", b"message", "request_id", b"request_id", "sampling", b"sampling", "system", b"system"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_system", b"_system", "conversation_id", b"conversation_id", "message", b"message", "messages", b"messages", "request_id", b"request_id", "sampling", b"sampling", "system", b"system"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__system: _TypeAlias = _typing.Literal["system"]  # noqa: Y015
     _WhichOneofArgType__system: _TypeAlias = _typing.Literal["_system", b"_system"]  # noqa: Y015
@@ -616,8 +639,11 @@ class Turn(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     COMPARISON_FIELD_NUMBER: _builtins.int
+    GIVEN_ANSWER_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
     message: _builtins.str
+    given_answer: _builtins.str
+    """Of a caller's own history: the model did not sample it."""
     dropped: _builtins.bool
     """True if both answers were rejected: the model no longer sees this turn."""
     @_builtins.property
@@ -633,13 +659,14 @@ class Turn(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         response: Global___Response | None = ...,
         comparison: Global___Comparison | None = ...,
+        given_answer: _builtins.str = ...,
         dropped: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "comparison", b"comparison", "create_time", b"create_time", "response", b"response"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "comparison", b"comparison", "create_time", b"create_time", "given_answer", b"given_answer", "response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "comparison", b"comparison", "create_time", b"create_time", "dropped", b"dropped", "message", b"message", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "comparison", b"comparison", "create_time", b"create_time", "dropped", b"dropped", "given_answer", b"given_answer", "message", b"message", "response", b"response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_answer: _TypeAlias = _typing.Literal["response", "comparison"]  # noqa: Y015
+    _WhichOneofReturnType_answer: _TypeAlias = _typing.Literal["response", "comparison", "given_answer"]  # noqa: Y015
     _WhichOneofArgType_answer: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_answer) -> _WhichOneofReturnType_answer | None: ...
 

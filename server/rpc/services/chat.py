@@ -5,10 +5,11 @@ and the text so far is stored.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from prefloop.v1 import chat_pb2, chat_pb2_grpc
+from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2
 
 from server.admin.retention_task import RetentionTask
 from server.rpc import to_proto
@@ -116,15 +117,29 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
 def _message(request: chat_pb2.ChatRequest | chat_pb2.CompareRequest) -> NewMessage:
     given = {field.name: value for field, value in request.sampling.ListFields()}
-    return NewMessage(
+    message = NewMessage(
         user=current_user(),
         text=request.message,
         conversation_id=request.conversation_id,
         request_id=request.request_id,
         body_sha256=body_sha256(request),
         system=request.system if request.HasField("system") else None,
-        **given,
+        **{**given, "stop": tuple(request.sampling.stop)},
     )
+    return with_own_history(message, request.messages) if request.messages else message
+
+
+def with_own_history(message: NewMessage, messages: Sequence[feedback_pb2.Message]) -> NewMessage:
+    """The message with a caller's valid `messages` as its history, text and system prompt."""
+    *before, last = messages
+    system = message.system
+    if before and before[0].role == feedback_pb2.ROLE_SYSTEM:
+        system = before.pop(0).content
+    # An answer that comes first has no message.
+    asked = [""] if before and before[0].role == feedback_pb2.ROLE_ASSISTANT else []
+    asked += [one.content for one in before if one.role == feedback_pb2.ROLE_USER]
+    answers = [one.content for one in before if one.role == feedback_pb2.ROLE_ASSISTANT]
+    return replace(message, text=last.content, system=system, said=list(zip(asked, answers, strict=True)))
 
 
 def _chat_finished(turn: ChatTurn, generation: Generation) -> chat_pb2.ChatFinished:

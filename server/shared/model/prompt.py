@@ -6,7 +6,9 @@ from server.shared.errors import InvalidArgumentError
 from server.shared.model.text import UnknownTokenError
 
 Message = dict[str, str]
-# A user's message and its answer.
+# The reason of an InvalidArgumentError.
+PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+# A user's message and its answer. The message is empty where a caller's own history begins with an answer.
 Said = tuple[str, str]
 
 
@@ -22,8 +24,30 @@ def to_messages(history: Sequence[Said], message: str, system: str = "") -> list
     user's."""
     messages: list[Message] = []
     for asked, answered in history:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        messages += [{"role": "user", "content": asked}] if asked else []
+        messages.append({"role": "assistant", "content": answered})
     return with_system([*messages, {"role": "user", "content": message}], system)
+
+
+def whole_prompt(
+    encode: Callable[[list[Message]], list[int]], messages: list[Message], max_prompt_tokens: int, max_chars: int
+) -> list[int]:
+    """Token ids of a caller's own messages, all of them. Raises InvalidArgumentError if they do not fit, have a token
+    that the model lacks, or if the model's template does not take them. Never encodes more than `max_chars`."""
+    chars = sum(len(message["content"]) for message in messages)
+    if chars > max_chars:
+        sentence = f"The messages have {chars} characters, more than fit in {max_prompt_tokens} tokens."
+        raise InvalidArgumentError("messages", sentence, PROMPT_TOO_LONG)
+    try:
+        prompt = encode(messages)
+    except UnknownTokenError as error:
+        raise InvalidArgumentError("messages", f"The messages have {error}") from error
+    except ValueError as error:
+        raise InvalidArgumentError("messages", f"This model takes no such messages: {error}") from error
+    if len(prompt) > max_prompt_tokens:
+        sentence = f"The messages have {len(prompt)} tokens; at most {max_prompt_tokens} fit with an answer."
+        raise InvalidArgumentError("messages", sentence, PROMPT_TOO_LONG)
+    return prompt
 
 
 def build_prompt(
@@ -62,7 +86,9 @@ def build_prompt(
     if len(prompt) > max_prompt_tokens:
         what = "The message and the system prompt have" if system else "The message has"
         raise InvalidArgumentError(
-            "message", f"{what} {len(prompt)} tokens; at most {max_prompt_tokens} fit with its answer."
+            "message",
+            f"{what} {len(prompt)} tokens; at most {max_prompt_tokens} fit with its answer.",
+            PROMPT_TOO_LONG,
         )
     # Double the number of added turns until they do not fit, then bisect.
     fits, too_many, step = 0, len(history) + 1, 1

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from server.shared.errors import NotFoundError
 from server.store.chats.records import Conversation, ConversationKind, Turn
 from server.store.chats.responses import load_comparisons, load_responses
-from server.store.database import UNLIMITED, Database, pages
+from server.store.database import UNLIMITED, Database, Row, pages
 from server.store.deletion import Deletion
 from server.store.ids import new_id
 
@@ -84,32 +84,45 @@ class Conversations:
 
     def turns(self, user: str, conversation_id: str, limit: int = UNLIMITED, after: int = 0) -> list[Turn]:
         """The conversation in order: at most `limit` turns after the one with the number `after`."""
-        return self._turns(user, conversation_id, "seq > ? ORDER BY seq LIMIT ?", [after, limit])
+        self.get(user, conversation_id)
+        rows = self._db.rows(
+            "SELECT * FROM turns WHERE conversation_id = ? AND seq > ? ORDER BY seq LIMIT ?",
+            [conversation_id, after, limit],
+        )
+        return load_turns(self._db, rows)
 
-    def newest_turns(self, user: str, conversation_id: str, limit: int, before: int | None = None) -> list[Turn]:
-        """The last turns, newest first: at most `limit` before the one with the number `before`."""
-        most = 2**62 if before is None else before
-        return self._turns(user, conversation_id, "seq < ? ORDER BY seq DESC LIMIT ?", [most, limit])
+    def path(self, user: str, conversation_id: str, limit: int, last: int | None = None) -> list[Turn]:
+        """The turns that the one with the number `last`, or else the newest, continues, with that one: newest first, at
+        most `limit`."""
+        self.get(user, conversation_id)
+        rows = self._db.rows(
+            "WITH RECURSIVE path (seq, parent_seq) AS (SELECT seq, parent_seq FROM turns WHERE seq = "
+            "coalesce(?, (SELECT max(seq) FROM turns WHERE conversation_id = ?)) "
+            "UNION ALL SELECT turns.seq, turns.parent_seq FROM path JOIN turns ON turns.seq = path.parent_seq) "
+            "SELECT * FROM turns WHERE seq IN (SELECT seq FROM path LIMIT ?) ORDER BY seq DESC",
+            [last, conversation_id, limit],
+        )
+        return load_turns(self._db, rows)
 
     def count_turns(self, conversation_id: str) -> int:
         [row] = self._db.rows("SELECT count(*) AS turns FROM turns WHERE conversation_id = ?", [conversation_id])
         return int(row["turns"])
 
-    def _turns(self, user: str, conversation_id: str, which: str, parameters: list[int]) -> list[Turn]:
-        self.get(user, conversation_id)
-        rows = self._db.rows(
-            f"SELECT * FROM turns WHERE conversation_id = ? AND {which}", [conversation_id, *parameters]
+
+def load_turns(database: Database, rows: list[Row]) -> list[Turn]:
+    """The turns of these rows, in their order."""
+    responses = load_responses(database, (row["response_id"] for row in rows))
+    comparisons = load_comparisons(database, (row["comparison_id"] for row in rows))
+    return [
+        Turn(
+            seq=row["seq"],
+            message=row["message"],
+            create_time=row["create_time"],
+            dropped=bool(row["dropped"]),
+            response=responses.get(row["response_id"]),
+            comparison=comparisons.get(row["comparison_id"]),
+            given_answer=row["given_answer"],
+            parent=row["parent_seq"],
         )
-        responses = load_responses(self._db, (row["response_id"] for row in rows))
-        comparisons = load_comparisons(self._db, (row["comparison_id"] for row in rows))
-        return [
-            Turn(
-                seq=row["seq"],
-                message=row["message"],
-                create_time=row["create_time"],
-                dropped=bool(row["dropped"]),
-                response=responses.get(row["response_id"]),
-                comparison=comparisons.get(row["comparison_id"]),
-            )
-            for row in rows
-        ]
+        for row in rows
+    ]

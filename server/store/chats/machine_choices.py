@@ -88,7 +88,7 @@ class MachineChoices:
         between before the others. Without those of some users."""
         rows = self._db.rows(
             "SELECT id, user, conversation_id FROM comparisons c WHERE 2 = (SELECT count(*) FROM responses "
-            "WHERE id IN (c.response_a, c.response_b) AND finish_reason IN ('stop', 'length')) "
+            "WHERE id IN (c.response_a, c.response_b) AND finish_reason IN ('stop', 'stop_sequence', 'length')) "
             f"AND NOT {self._db.AMONG} "
             "AND NOT EXISTS (SELECT 1 FROM machine_choices WHERE comparison_id = c.id AND judge = ?) "
             "ORDER BY EXISTS (SELECT 1 FROM feedback WHERE comparison_id = c.id) DESC, c.rowid DESC",

@@ -7,7 +7,8 @@ Slot = Literal["A", "B"]
 Choice = Literal["A", "B", "TIE", "BOTH_BAD"]
 Kind = Literal["thumb", "choice", "correction", "demonstration"]
 ConversationKind = Literal["chat", "review"]
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+# "stop": the model ended the answer; "stop_sequence": the caller's sequence came.
+FinishReason = Literal["stop", "stop_sequence", "length", "cancelled", "error"]
 Status = Literal["streaming", "finished", "cancelled", "failed"]
 
 
@@ -56,6 +57,8 @@ class Response:
     spans: list[Span] = field(default_factory=list)
     # The reward model that chose it among several answers; the others are not stored. It is not a plain sample then.
     chosen_by: str | None = None
+    # It ends before the first of these that came.
+    stop: tuple[str, ...] = ()
 
     @property
     def shown(self) -> str | None:
@@ -141,7 +144,7 @@ class Review:
 
 @dataclass(frozen=True)
 class Turn:
-    """One user message and its answer; exactly one of `response` and `comparison` is set."""
+    """One user message and its answer; exactly one of `response`, `comparison` and `given_answer` is set."""
 
     seq: int
     message: str
@@ -149,6 +152,10 @@ class Turn:
     dropped: bool
     response: Response | None
     comparison: Comparison | None
+    # An answer of a caller's own history, which no version sampled.
+    given_answer: str | None = None
+    # The `seq` of the turn that this one continues. With a caller's own history several may continue one.
+    parent: int | None = None
 
     @property
     def answer(self) -> str | None:
@@ -161,7 +168,17 @@ class Turn:
             slot = self.comparison.unless_chosen if open_ else self.comparison.continued_with
             chosen = {"A": self.comparison.a, "B": self.comparison.b}.get(slot) if slot else None
             return chosen.shown if chosen else None
-        return self.response.shown if self.response else None
+        return self.response.shown if self.response else self.given_answer
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a turn goes: after the turn `parent` of its conversation, or at its beginning; with the digests of a
+    caller's own history (`server.store.chats.histories`)."""
+
+    parent: int | None
+    history: bytes | None = None
+    asked: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -303,6 +320,8 @@ class Prompt:
     policy_version: str = ""
     # The system prompt that it begins with, if there is one.
     system: str = ""
+    # Answers end before the first of these that comes.
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

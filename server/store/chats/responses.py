@@ -1,11 +1,12 @@
 """Answers and comparisons, from beginning to end."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from server.shared.errors import NotFoundError
-from server.store.chats.records import Comparison, Generation, Response, Span, Status
+from server.store.chats.records import Comparison, Generation, Place, Response, Span, Status
 from server.store.database import Database, Row, pages
 from server.store.ids import new_id
 from server.store.learning.replicas import Replicas
@@ -34,13 +35,16 @@ class Responses:
         temperature: float,
         max_tokens: int,
         seed: int | None,
+        stop: Sequence[str] = (),
+        place: Place | None = None,
     ) -> str:
-        """Add a turn with one response that is being sampled; return the response's id."""
+        """Add a turn with one response that is being sampled; return the response's id. Without a place, the turn
+        continues the conversation's newest one."""
         with self._db.write():
             response_id = self._insert_response(
-                user, conversation_id, replica_id, policy_version, prompt_token_ids, temperature, max_tokens, seed
+                user, conversation_id, replica_id, policy_version, prompt_token_ids, temperature, max_tokens, seed, stop
             )
-            self._insert_turn(conversation_id, message, response_id=response_id)
+            insert_turn(self._db, conversation_id, message, place, response_id=response_id)
         return response_id
 
     def begin_comparison(
@@ -55,6 +59,8 @@ class Responses:
         temperatures: tuple[float, float],
         max_tokens: int,
         seeds: tuple[int | None, int | None],
+        stop: Sequence[str] = (),
+        place: Place | None = None,
     ) -> tuple[str, str, str]:
         """Add a turn with two responses, from the versions and at the temperatures of A and B; return the ids of the
         comparison, A and B."""
@@ -62,7 +68,15 @@ class Responses:
         with self._db.write():
             a, b = (
                 self._insert_response(
-                    user, conversation_id, replica_id, policy_version, prompt_token_ids, temperature, max_tokens, seed
+                    user,
+                    conversation_id,
+                    replica_id,
+                    policy_version,
+                    prompt_token_ids,
+                    temperature,
+                    max_tokens,
+                    seed,
+                    stop,
                 )
                 for policy_version, temperature, seed in zip(policy_versions, temperatures, seeds, strict=True)
             )
@@ -78,7 +92,7 @@ class Responses:
                     "create_time": self._db.now(),
                 },
             )
-            self._insert_turn(conversation_id, message, comparison_id=comparison_id)
+            insert_turn(self._db, conversation_id, message, place, comparison_id=comparison_id)
         return comparison_id, a, b
 
     def finish(self, response_id: str, generation: Generation, chosen_by: str | None = None) -> None:
@@ -157,11 +171,6 @@ class Responses:
                     [comparison.unless_chosen, comparison.id],
                 )
 
-    def _insert_turn(self, conversation_id: str, message: str, **answer: str) -> None:
-        now = self._db.now()
-        self._db.insert("turns", {"conversation_id": conversation_id, "message": message, "create_time": now, **answer})
-        self._db.execute("UPDATE conversations SET update_time = ? WHERE id = ?", [now, conversation_id])
-
     def _insert_response(
         self,
         user: str,
@@ -172,6 +181,7 @@ class Responses:
         temperature: float,
         max_tokens: int,
         seed: int | None,
+        stop: Sequence[str],
     ) -> str:
         response_id = new_id("resp")
         self._db.insert(
@@ -186,11 +196,34 @@ class Responses:
                 "temperature": temperature,
                 "max_tokens": max_tokens,
                 "seed": seed,
+                "stop": json.dumps(stop),
                 "policy_version": policy_version,
                 "create_time": self._db.now(),
             },
         )
         return response_id
+
+
+def insert_turn(database: Database, conversation_id: str, message: str, place: Place | None, **answer: str) -> int:
+    """Insert a turn with its answer; return its number. Without a place, it continues the newest turn."""
+    now = database.now()
+    if place is None:
+        [row] = database.rows("SELECT max(seq) AS seq FROM turns WHERE conversation_id = ?", [conversation_id])
+        place = Place(row["seq"])
+    seq = database.insert(
+        "turns",
+        {
+            "conversation_id": conversation_id,
+            "message": message,
+            "create_time": now,
+            "parent_seq": place.parent,
+            "history": place.history,
+            "asked": place.asked,
+            **answer,
+        },
+    )
+    database.execute("UPDATE conversations SET update_time = ? WHERE id = ?", [now, conversation_id])
+    return seq
 
 
 def load_responses(database: Database, ids: Iterable[str | None]) -> dict[str, Response]:
@@ -249,4 +282,5 @@ def _response(row: Row, spans: list[Span]) -> Response:
         create_time=row["create_time"],
         spans=spans,
         chosen_by=row["chosen_by"],
+        stop=tuple(json.loads(row["stop"])),
     )

@@ -131,10 +131,13 @@ class Snapshots:
             "chosen AS (SELECT number FROM placed ORDER BY place, number DESC LIMIT ?), "
             # The same ids are another text in another lineage.
             "asked AS (SELECT r.id AS response_id, r.policy_version, r.conversation_id, r.user, r.prompt_token_ids, "
-            "r.max_tokens, min(number) AS first FROM chosen JOIN responses r ON r.rowid = number "
+            "r.max_tokens, r.stop, min(number) AS first FROM chosen JOIN responses r ON r.rowid = number "
             "LEFT JOIN policies ON version = r.policy_version GROUP BY r.prompt_token_ids, origin_version) "
             "SELECT *, first = (SELECT min(rowid) FROM responses WHERE conversation_id = asked.conversation_id) "
-            "AS opens, (SELECT message FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
+            # A caller's own history may begin with turns that were answered elsewhere.
+            "AND (SELECT given_answer FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
+            "IS NULL AS opens, "
+            "(SELECT message FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
             "AS opening, (SELECT system FROM conversations WHERE id = asked.conversation_id) AS system "
             "FROM asked ORDER BY first",
             [math.inf if before is None else before, json.dumps(list(without)), limit],
@@ -151,6 +154,7 @@ class Snapshots:
                 row["response_id"],
                 row["policy_version"],
                 row["system"],
+                tuple(json.loads(row["stop"])),
             )
             for row in rows
         ]

@@ -506,3 +506,22 @@ def m020_system_prompts(db: Database) -> None:
     """A conversation may begin with a system prompt, and so may the prompt of a review."""
     for table in ("conversations", "reviews"):
         _run(db, f"ALTER TABLE {table} ADD COLUMN system TEXT NOT NULL DEFAULT ''")
+
+
+@migrations()
+def m021_histories(db: Database) -> None:
+    """Callers may bring their own history, and stop sequences."""
+    _run(
+        db,
+        """
+        ALTER TABLE turns ADD COLUMN parent_seq INTEGER;
+        ALTER TABLE turns ADD COLUMN given_answer TEXT;
+        ALTER TABLE turns ADD COLUMN history BLOB;
+        ALTER TABLE turns ADD COLUMN asked BLOB;
+        UPDATE turns SET parent_seq =
+            (SELECT max(seq) FROM turns b WHERE b.conversation_id = turns.conversation_id AND b.seq < turns.seq);
+        CREATE INDEX turns_by_history ON turns (history) WHERE history IS NOT NULL;
+        CREATE INDEX turns_by_asked ON turns (asked) WHERE asked IS NOT NULL;
+        ALTER TABLE responses ADD COLUMN stop TEXT NOT NULL DEFAULT '[]';
+        """,
+    )

@@ -161,7 +161,9 @@ def test_history_shows_votes_versions_and_endings(session: Session, service: Fak
     corrected = Response(feedback=[Feedback(kind=FEEDBACK_KIND_CORRECTION, correction="Hollow trees.")])
     comparison = Comparison(state=COMPARISON_STATE_CHOSEN, continued_with=SLOT_B, feedback=choice, b=corrected)
     service.conversation.turns.extend([Turn(message="Owls?", response=response), Turn(comparison=comparison)])
+    service.conversation.turns.append(Turn(given_answer="Welcome!"))
     screen = session("hi", "/history")
+    assert "Welcome!\n" in screen
     assert "> Owls?\nTrees.\nv0000 -> v0001 · 9 tokens · cut at the length limit · thumb up (right)\n" in screen
     assert "equally good; continued with B · B: corrected to: Hollow trees.\n" in screen
 

@@ -520,3 +520,17 @@ async def test_a_vote_that_came_from_elsewhere_is_shown(site: Site) -> None:
     await site.running.feedback.SubmitThumb(request, metadata=[("x-user-id", "ann")], timeout=10)
     await page.reload()
     await expect(page.get_by_role("button", name="Bad: this answer")).to_have_attribute("aria-pressed", "true")
+
+
+async def test_turns_of_a_callers_own_history_are_shown(site: Site) -> None:
+    said = [
+        feedback_pb2.Message(role=feedback_pb2.ROLE_ASSISTANT, content="Welcome!"),
+        feedback_pb2.Message(role=feedback_pb2.ROLE_USER, content="Where do owls live?"),
+    ]
+    call = site.running.chat.Chat(chat_pb2.ChatRequest(messages=said), metadata=[("x-user-id", "ann")], timeout=10)
+    started, *_ = [event async for event in call]
+    page = await site.visit(f"/c/{started.started.conversation_id}")
+    await expect(page.locator(".text")).to_have_text(["Welcome!", "one two three four"])
+    await expect(page.locator(".message")).to_have_text(["Where do owls live?"])
+    # Only what the model sampled can be voted on.
+    await expect(good(page)).to_have_count(1)

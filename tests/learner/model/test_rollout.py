@@ -1,4 +1,5 @@
-"""The learner's engine on a GPU: it sleeps between a batch and the next push. vLLM's build for GPUs is a stand-in."""
+"""The learner's engine: on a GPU it sleeps between a batch and the next push, and its answers end at a prompt's stop
+sequences. vLLM is a stand-in."""
 
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import learner.model.rollout as module
 from learner.model.rollout import RolloutEngine
 from learner.settings import LearnerSettings
+from server.store.chats.records import Prompt
 
 
 class Llm:
@@ -22,6 +24,14 @@ class Llm:
     def collective_rpc(self, call: Any, kwargs: Any = None) -> None:
         if isinstance(call, str):
             self.calls.append(call)
+
+    def generate(self, prompts: list[Any], samplings: list[Any], use_tqdm: bool) -> list[Any]:
+        """Answers every prompt with the words of three tokens, "w16 w17 w18"."""
+        self.samplings = samplings
+        tokens = [16, 17, 18]
+        logprobs = [{token: SimpleNamespace(logprob=-0.5)} for token in tokens]
+        output = SimpleNamespace(token_ids=tokens, logprobs=logprobs, finish_reason="stop")
+        return [SimpleNamespace(outputs=[output]) for _ in prompts]
 
     def sleep(self, level: int) -> None:
         self.calls.append(f"sleep {level}")
@@ -38,15 +48,20 @@ class FakeRotary:
     def forward_cpu(self) -> None: ...
 
 
-def start(device: str, uses_gpu: bool, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Llm:
-    """The calls of a push, a batch, another push, and one more."""
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Llm))  # type: ignore[arg-type]
+def make_engine(device: str, uses_gpu: bool, directory: Path, monkeypatch: pytest.MonkeyPatch) -> RolloutEngine:
+    vllm: Any = SimpleNamespace(LLM=Llm, SamplingParams=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
     rotary = SimpleNamespace(RotaryEmbedding=FakeRotary)
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.rotary_embedding.base", rotary)  # type: ignore[arg-type]
     monkeypatch.setattr(module, "set_environment", lambda settings: None)
     monkeypatch.setattr(module, "engine_uses_gpu", lambda: uses_gpu)
     monkeypatch.setattr(module, "resolve_device", lambda setting: torch.device(setting))
-    engine = RolloutEngine(directory, LearnerSettings.from_values({"learner_device": device}), "float32", 64)
+    return RolloutEngine(directory, LearnerSettings.from_values({"learner_device": device}), "float32", 64)
+
+
+def start(device: str, uses_gpu: bool, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Llm:
+    """The calls of a push, a batch, another push, and one more."""
+    engine = make_engine(device, uses_gpu, directory, monkeypatch)
     engine.push(iter(()))
     engine.sleep()
     engine.push(iter(()))
@@ -74,3 +89,20 @@ def test_it_stays_awake_if_trainer_and_engine_do_not_share_a_gpu(
     assert llm.arguments["enable_sleep_mode"] is False
     assert llm.calls == ["reload_weights", "reset_prefix_cache"] * 3
     assert hasattr(FakeRotary.forward_cpu, "__wrapped__")
+
+
+def test_an_answer_ends_before_its_prompts_stop_sequence(
+    model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine("cpu", False, model_directory, monkeypatch)
+    prompts = [Prompt("", [15], 8, stop=stop) for stop in ((), ("w17", "w19"), ("w19",))]
+    found = [(one.token_ids, one.text, one.finish_reason, one.ended) for one in engine.sample(prompts, seed=1)]
+    # As voters saw it: what comes after is neither trained on nor scored.
+    assert found == [
+        ([16, 17, 18], "w16 w17 w18", "stop", True),
+        ([16], "w16 ", "stop_sequence", True),
+        ([16, 17, 18], "w16 w17 w18", "stop", True),
+    ]
+    assert [(one.stop, one.detokenize) for one in engine._llm.samplings] == [
+        ([], False), (["w17", "w19"], True), (["w19"], True),
+    ]  # fmt: skip

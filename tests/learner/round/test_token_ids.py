@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from learner.round.token_ids import TokenIds
-from server.store.chats.records import FinishReason, Generation, Prompt, Response, Span
+from server.store.chats.histories import OwnHistory
+from server.store.chats.records import FinishReason, Generation, Place, Prompt, Response, Span
 from server.store.files.manifest import new_version
 from server.store.store import Store
 from tests.learner.rounds import settings
@@ -47,11 +48,12 @@ def answered(
     prompt: tuple[int, ...] = (30, 31),
     reason: FinishReason = "stop",
     max_tokens: int = 20,
+    place: Place | None = None,
 ) -> Response:
     """A turn of ann, as the server stores it; its ids are of `version`'s tokenizer."""
     response = store.responses.begin(
         "ann", conversation, message=message, replica_id="here", policy_version=version, prompt_token_ids=list(prompt),
-        temperature=0.85, max_tokens=max_tokens, seed=None,
+        temperature=0.85, max_tokens=max_tokens, seed=None, place=place,
     )  # fmt: skip
     store.responses.finish(response, Generation([99, 98], [-0.5, -0.5], answer, reason, [Span(0, 2, version)]))
     return store.responses.get("ann", response)
@@ -71,6 +73,34 @@ def test_an_answer_of_another_model_is_read_as_text(store: Store, tmp_path: Path
     assert ids(encode.response(second)) == ([ASK, QUESTION, FIVE, ASK, SIX, SEVEN, ASK, EIGHT, ANSWER], [NINE])
     read = encode.response(first)
     assert (read.logprobs, read.text, read.spans) == ([], "6 7", [Span(0, 2, "v0000")])
+
+
+def test_a_callers_own_history_is_read_as_it_was_sent(store: Store, tmp_path: Path) -> None:
+    def own(message: str, answer: str, *said: tuple[str, str]) -> Response:
+        def create() -> str:
+            return store.conversations.create("ann", message)
+
+        conversation, place = store.histories.place("ann", OwnHistory("", list(said), message), 100, create)
+        return answered(store, conversation, message, answer, place=place)
+
+    # The second answer to the same message, and what was said after each of them. "5" was answered elsewhere.
+    first = own("5", "6")
+    second = own("5", "7")
+    after_first = own("8", "9", ("5", "6"))
+    after_second = own("8", "9", ("5", "7"))
+    edited = own("8", "9", ("5", "9"))
+    assert len({one.conversation_id for one in (first, second, after_first, after_second, edited)}) == 1
+    encode = token_ids(store, tmp_path)
+    assert ids(encode.response(first))[0] == ids(encode.response(second))[0] == [ASK, FIVE, ANSWER]
+    assert ids(encode.response(after_second))[0] == [ASK, FIVE, ASK, SEVEN, ASK, EIGHT, ANSWER]
+    assert ids(encode.response(after_first))[0] == [ASK, FIVE, ASK, SIX, ASK, EIGHT, ANSWER]
+    assert ids(encode.response(edited))[0] == [ASK, FIVE, ASK, NINE, ASK, EIGHT, ANSWER]
+
+
+def test_an_answer_that_a_stop_sequence_ended_has_no_end_token(store: Store, tmp_path: Path) -> None:
+    conversation = store.conversations.create("ann", "question 5")
+    response = answered(store, conversation, "question 5", "6 7", reason="stop_sequence")
+    assert ids(token_ids(store, tmp_path).response(response))[1] == [SIX, SEVEN]
 
 
 def test_the_system_prompt_of_a_conversation_is_read_too(store: Store, tmp_path: Path) -> None:

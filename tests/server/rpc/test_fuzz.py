@@ -79,6 +79,8 @@ class Maker:
         # A third are valid in each field, and odd only in combination.
         self._sound = self._draw.random() < 0.3
         self._fill(message)
+        if "messages" in method.input_type.fields_by_name and "message" in method.input_type.fields_by_name:
+            self._choose_history(message)
         data = message.SerializeToString()
         if self._draw.random() < 0.3:
             data = self._broken(data)
@@ -90,13 +92,31 @@ class Maker:
             if not self._sound and self._draw.random() < 0.3:
                 continue
             if field.is_repeated:
-                for _ in range(self._draw.choice([1, 2, 64, 65])):
-                    self._fill(getattr(message, field.name).add())
+                self._repeat(field, getattr(message, field.name))
             elif field.type == FieldDescriptor.TYPE_MESSAGE:
                 getattr(message, field.name).SetInParent()
                 self._fill(getattr(message, field.name))
             else:
                 setattr(message, field.name, self._draw.choice(self._values(field)))
+
+    def _repeat(self, field: FieldDescriptor, values: Any) -> None:
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            for _ in range(self._draw.choice([1, 2, 64, 65])):
+                self._fill(values.add())
+        else:
+            values.extend(self._draw.choices(self._values(field), k=self._draw.choice([0, 1, 4, 5])))
+
+    def _choose_history(self, message: Any) -> None:
+        """Mostly, only one of the two ways to say what came before; a caller's own often has its roles in turn."""
+        way = self._draw.choice(["stored", "own", "own in turn", "both"])
+        if way == "stored":
+            message.ClearField("messages")
+        elif way.startswith("own"):
+            for name in ("message", "conversation_id", "system"):
+                message.ClearField(name)
+        if way == "own in turn":
+            for place, said in enumerate(reversed(message.messages)):
+                said.role = feedback_pb2.ROLE_ASSISTANT if place % 2 else feedback_pb2.ROLE_USER
 
     def _values(self, field: FieldDescriptor) -> list[Any]:
         numbers = NUMBERS.get(field.type)

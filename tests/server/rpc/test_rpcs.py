@@ -170,7 +170,7 @@ async def test_a_message_that_cannot_fit_is_refused_and_not_stored(running: Runn
     code, message, details = await refusal(running.chat.Chat(chat_pb2.ChatRequest(message="a " * 21), metadata=ANN))
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert message == "The message has 21 tokens; at most 20 fit with its answer."
-    assert details == ["INVALID_FIELD", "message"]
+    assert details == ["PROMPT_TOO_LONG", "message"]
     listed = await running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=ANN)
     assert list(listed.conversations) == []
 

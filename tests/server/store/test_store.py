@@ -14,6 +14,7 @@ from server.shared.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
+from server.store.chats.histories import OwnHistory
 from server.store.chats.records import Generation, Span, VoteCount
 from server.store.store import Store
 from tests.server.conftest import register
@@ -316,6 +317,20 @@ def test_a_prompt_knows_the_first_conversation_that_began_like_its_own(store: St
         prompt_token_ids=[4], temperature=0.85, max_tokens=8, seed=None,
     )  # fmt: skip
     assert [prompt.opened_by for prompt in store.snapshots.prompts()] == [first, other, first, ""]
+
+
+def test_a_message_after_turns_that_were_answered_elsewhere_does_not_open_a_conversation(store: Store) -> None:
+    def create() -> str:
+        return store.conversations.create("ann", "What day is it?")
+
+    own = OwnHistory("", [("What day is it?", "Monday.")], "And now?")
+    conversation, place = store.histories.place("ann", own, 10, create)
+    store.responses.begin(
+        "ann", conversation, message="And now?", replica_id="here", policy_version="v0000", place=place,
+        prompt_token_ids=[4], temperature=0.85, max_tokens=8, seed=None, stop=["."],
+    )  # fmt: skip
+    [prompt] = store.snapshots.prompts()
+    assert (prompt.opened_by, prompt.opening, prompt.stop) == ("", "", (".",))
 
 
 def test_a_newer_data_directory_is_refused(tmp_path: Path) -> None:

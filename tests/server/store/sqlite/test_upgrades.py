@@ -37,6 +37,7 @@ RELEASED = {
     "m018_kinds_of_round": "189d3b6f2feb0d4f",
     "m019_imports": "429cce2d9badde78",
     "m020_system_prompts": "7988f055a6b921f3",
+    "m021_histories": "501e118c82e8f8b4",
 }
 
 

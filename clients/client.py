@@ -87,7 +87,8 @@ PageT = TypeVar("PageT", bound=Page)
 class Client:
     """A connection to one prefloop server.
 
-    `address` is "host:port". `api_key` identifies the caller; on a loopback server without keys, `user` does. Beyond
+    `address` is "host:port". `api_key` identifies the caller; on a loopback server without keys, `user` does. The key
+    of an application speaks for `end_user`, a name of its own choice. Beyond
     loopback the connection is encrypted, with `tls` if it is given. `timeout` (seconds) limits each attempt at a unary
     call, `stream_timeout` (seconds) each attempt at a streamed answer.
 
@@ -102,6 +103,7 @@ class Client:
         *,
         api_key: str | None = None,
         user: str | None = None,
+        end_user: str | None = None,
         tls: Tls | None = None,
         timeout: float = 30.0,
         stream_timeout: float = 600.0,
@@ -113,7 +115,7 @@ class Client:
         self.stream_timeout = stream_timeout
         self.patience = patience
         self.on_wait = on_wait
-        self._metadata = _credentials(api_key, user)
+        self._metadata = _credentials(api_key, user, end_user)
         self._owner = True
         self._pauses = Pauses()
         self._channel = open_channel(address, tls)
@@ -140,7 +142,7 @@ class Client:
             self._pauses.close()
             self._channel.close()
 
-    def acting_as(self, api_key: str | None = None, user: str | None = None) -> Self:
+    def acting_as(self, api_key: str | None = None, user: str | None = None, end_user: str | None = None) -> Self:
         """A client for another user over the same connection. Closing it leaves the connection open.
 
         >>> ben = client.acting_as(user="ben")
@@ -148,7 +150,7 @@ class Client:
         ('ben', 'ana')
         """
         other = copy.copy(self)
-        other._metadata = _credentials(api_key, user)
+        other._metadata = _credentials(api_key, user, end_user)
         other._owner = False
         return other
 
@@ -601,15 +603,15 @@ class Client:
                 return
 
 
-def _credentials(api_key: str | None, user: str | None) -> Metadata:
+def _credentials(api_key: str | None, user: str | None, end_user: str | None) -> Metadata:
     # gRPC would reject other characters too, but only during a call and with unclear errors.
-    if user is not None and not (user and user.isascii() and user.isprintable()):
-        raise ValueError("A user name must be one or more printable ASCII characters.")
-    if api_key:
-        if not (api_key.isascii() and api_key.isprintable()):
-            raise ValueError("An API key must contain only printable ASCII characters.")
-        return (("authorization", f"Bearer {api_key}"),)
-    return (("x-user-id", user),) if user else ()
+    for name in (user, end_user):
+        if name is not None and not (name and name.isascii() and name.isprintable()):
+            raise ValueError("A user name must be one or more printable ASCII characters.")
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise ValueError("An API key must contain only printable ASCII characters.")
+    given = {"authorization": f"Bearer {api_key}"} if api_key else {"x-user-id": user} if user else {}
+    return tuple((given | ({"x-end-user": end_user} if end_user else {})).items())
 
 
 def _fresh_id() -> str:

@@ -98,7 +98,12 @@ def backup(
 @keys_app.command()
 def create(
     user: Annotated[str, typer.Option(help="The key's user; a user may have several keys.")],
-    role: Annotated[Role, typer.Option(help="`user`: chat and vote. `operator`: also policies and rounds.")] = "user",
+    role: Annotated[
+        Role,
+        typer.Option(
+            help="`user`: chat and vote. `application`: for users that it names. `operator`: also policies and rounds."
+        ),
+    ] = "user",
     data_dir: DataDir = None,
 ) -> None:
     """Create a key and print it once. A running server accepts it at once."""
@@ -113,7 +118,7 @@ def list_keys(data_dir: DataDir = None) -> None:
         for key in store.keys.all():
             revoked = f"revoked {_date(key.revoke_time)}" if key.revoke_time else ""
             user = key.user or "(deleted)"
-            typer.echo(f"{key.id}  {key.role:8}  {user:20}  created {_date(key.create_time)}  {revoked}".rstrip())
+            typer.echo(f"{key.id}  {key.role:11}  {user:20}  created {_date(key.create_time)}  {revoked}".rstrip())
 
 
 @keys_app.command()

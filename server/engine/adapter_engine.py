@@ -20,7 +20,7 @@ from server.engine.base import SwapError
 from server.engine.vllm_engine import VllmEngine
 from server.engine.vllm_stream import Labels
 from server.engine.weights import adapter_weights, finite_tensors
-from server.shared.errors import ManifestError, UnavailableError
+from server.shared.errors import ManifestError
 from server.shared.model.dtype import DtypeName
 from server.store.chats.records import Span
 from server.store.files.manifest import read_manifest, verify
@@ -47,6 +47,10 @@ class AdapterEngine(VllmEngine):
     def version(self) -> str:
         # While the reference is changed, what was loaded before: nothing else may yet be.
         return self._before or super().version
+
+    @property
+    def live_versions(self) -> list[str]:
+        return list(dict.fromkeys([self.version, self.reference, *self._directories]))
 
     async def keep_live(self, version: str, directory: Path) -> None:
         if version == self.reference or version in self._directories:
@@ -113,12 +117,8 @@ class AdapterEngine(VllmEngine):
                 del self._directories[version]
 
     def _adapter(self, version: str) -> Any:
-        if version == self.reference:
-            return None
-        if version not in self._directories:
-            # It was when the answer was asked for, and the answer waited while the reference was changed.
-            raise UnavailableError(f"{version} is not loaded any more; {self.version} is.")
-        return request(version, self._directories[version])
+        super()._adapter(version)
+        return None if version == self.reference else request(version, self._directories[version])
 
     def _labels(self, version: str) -> Labels:
         """One span, of the version that the answer was pinned to; vLLM only knows the reference's label."""

@@ -46,6 +46,11 @@ class ServingEngine(Protocol):
         ...
 
     @property
+    def live_versions(self) -> list[str]:
+        """The versions that `sample` may be asked for, the loaded one first."""
+        ...
+
+    @property
     def reference(self) -> str:
         """The reference that it was started with. It can load the versions of the same model, and no others."""
         ...
@@ -68,8 +73,7 @@ class ServingEngine(Protocol):
         ...
 
     async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> AnswerStream:
-        """Start an answer; waits during a swap. Raises ValueError for a `version` that is neither loaded nor live, and
-        UnavailableError for one that is live no more."""
+        """Start an answer; waits during a swap. Raises UnavailableError for a `version` that is not live any more."""
         ...
 
     def locate(self, data_dir: Path, version: str) -> Path:

@@ -12,17 +12,16 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from server.engine.base import Sampling, SwapError
-from server.engine.vllm_stream import Labels, VllmAnswerStream
+from server.engine.vllm_stream import Labels, VllmAnswerStream, mark_stale
 from server.engine.watchdog import Pulse, complaint
 from server.engine.weights import check_weights, engine_weights
+from server.shared.errors import UnavailableError
 from server.shared.model.dtype import DtypeName
 from server.shared.model.text import PLAIN, ChatText, embeddings
-from server.store.chats.records import Span
 from server.store.files.manifest import verify
 from server.store.ids import new_id
 from server.telemetry.metrics import SWAP_SECONDS
@@ -71,6 +70,10 @@ class VllmEngine:
     @property
     def version(self) -> str:
         return self._version
+
+    @property
+    def live_versions(self) -> list[str]:
+        return [self.version]
 
     @property
     def reference(self) -> str:
@@ -336,15 +339,10 @@ class VllmEngine:
             process.kill()
 
     def _adapter(self, version: str) -> Any:
-        """The vLLM adapter for a request's `version`; merged weights need none. Raises ValueError."""
-        if version != self._version:
-            raise ValueError(f"{version} is not loaded; {self._version} is")
+        """The vLLM adapter for a request's `version`; merged weights need none. Raises UnavailableError."""
+        if version not in self.live_versions:
+            # It was when the answer was asked for, and the answer waited while another was loaded.
+            raise UnavailableError(f"{version} is not loaded any more; {self.version} is.")
 
     def _labels(self, version: str) -> Labels:
-        return Labels(lambda: self._version, self._mark)
-
-    def _mark(self, labelled: list[Span]) -> list[Span]:
-        """Mark every span but the first if swaps keep the KV cache."""
-        if not self._keep_kv:
-            return labelled
-        return [replace(span, stale_kv=number > 0) for number, span in enumerate(labelled)]
+        return Labels(lambda: self._version, mark_stale if self._keep_kv else list)

@@ -100,6 +100,11 @@ class VllmAnswerStream:
         return Generation(self._token_ids[:count], self._logprobs[:count], text, "stop_sequence", kept)
 
 
+def mark_stale(labelled: list[Span]) -> list[Span]:
+    """The spans of an answer whose KV cache was kept over swaps: all but the first attended to another version's."""
+    return [replace(span, stale_kv=number > 0) for number, span in enumerate(labelled)]
+
+
 def to_spans(changes: list[tuple[int, str]], end: int) -> list[Span]:
     """Spans up to token `end`, from pairs of a version's first token and the version; empty spans are left out."""
     return [

@@ -1,7 +1,8 @@
 """The role that each RPC requires, and the caller that a call's metadata identifies.
 
 Once a key exists, only the metadata `authorization: Bearer KEY` identifies the user. Without keys, which only a server
-on loopback allows, `x-user-id` does, and every caller is an operator.
+on loopback allows, `x-user-id` does, and every caller is an operator. A key of an application names its end user in
+`x-end-user`.
 """
 
 from typing import Any
@@ -12,11 +13,13 @@ from server.store.store_thread import StoreThread
 
 DEFAULT_USER = "local"
 BEARER = "Bearer "
+END_USER = "x-end-user"
 
 # None: no key needed. An RPC that is not listed here cannot be called.
 ROLES: dict[str, Role | None] = {
     "/prefloop.v1.ChatService/Chat": "user",
     "/prefloop.v1.ChatService/Compare": "user",
+    "/prefloop.v1.ChatService/ListVersions": "user",
     "/prefloop.v1.ChatService/GetConversation": "user",
     "/prefloop.v1.ChatService/ListConversations": "user",
     "/prefloop.v1.ChatService/DeleteConversation": "user",
@@ -63,11 +66,14 @@ class Access:
 
     def caller(self, method: str, metadata: Any) -> Caller | None:
         """The caller of `method` ("/package.Service/Method"); None if it needs no key. Raises UnauthenticatedError,
-        PermissionDeniedError, and InvalidArgumentError for an x-user-id that cannot be a name."""
+        PermissionDeniedError, and InvalidArgumentError for an x-user-id or x-end-user that cannot be a name."""
         needed = ROLES[method]
         if needed is None:
             return None
-        caller = self._identify(dict(metadata or ()))
+        given = dict(metadata or ())
+        caller = self._identify(given)
+        if END_USER in given:
+            caller = caller.on_behalf_of(str(given[END_USER]))
         if not caller.may(needed):
             raise PermissionDeniedError(f"{method.rpartition('/')[2]} requires a key with the role {needed}.")
         return caller

@@ -118,11 +118,15 @@ def response(record: records.Response, votes: list[records.Feedback], *, blind: 
     )
     if not blind:
         message.temperature = record.temperature
-        for span in record.spans:
-            message.spans.add(
-                start=span.start, end=span.end, policy_version=span.policy_version, stale_kv=span.stale_kv
-            )
+        message.spans.extend(spans(record.spans))
     return message
+
+
+def spans(labelled: list[records.Span]) -> list[chat_pb2.VersionSpan]:
+    return [
+        chat_pb2.VersionSpan(start=one.start, end=one.end, policy_version=one.policy_version, stale_kv=one.stale_kv)
+        for one in labelled
+    ]
 
 
 def comparison(record: records.Comparison, votes: list[records.Feedback]) -> chat_pb2.Comparison:

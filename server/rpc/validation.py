@@ -143,11 +143,13 @@ def _chat_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Messag
     # vLLM accepts seeds as signed 64-bit numbers.
     seed = Field("sampling.seed", between(0, 2**63 - 1))
     stop = Field("sampling.stop", stop_sequences)
+    version = Field("policy_version", identifier(empty=True))
     temperature = Field("sampling.temperature", between(0, 2))
     server_temperature = Field("sampling.temperature", unset("the server chooses Compare's two temperatures"))
     return {
-        chat_pb2.ChatRequest: [*said, temperature, max_tokens, seed, stop, request_id],
+        chat_pb2.ChatRequest: [*said, temperature, max_tokens, seed, stop, request_id, version],
         chat_pb2.CompareRequest: [*said, server_temperature, max_tokens, seed, stop, request_id],
+        chat_pb2.ListVersionsRequest: [],
         chat_pb2.GetConversationRequest: [conversation, *page],
         chat_pb2.ListConversationsRequest: page,
         chat_pb2.DeleteConversationRequest: [conversation],

@@ -3,28 +3,35 @@
 A key is "ID.SECRET". The id finds the row and may be shown; the secret is shown once, when the key is created. A plain
 hash is enough, since 256 bits cannot be guessed. A revoked key stays on record, so that a server that ever had a key
 never accepts a caller without one again.
+
+A key of the role `application` speaks for many people. It names them in its own namespace: its end user `ana` is the
+user `shop/ana`, with votes, limits and data of their own. No key of another user can have such a name.
 """
 
 import hashlib
 import hmac
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from server.shared.errors import InvalidArgumentError, NotFoundError
+from server.shared.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
 from server.store.database import Database
 from server.store.ids import new_id
 
-Role = Literal["user", "operator"]
+Role = Literal["user", "application", "operator"]
 
 SECRET_BYTES = 32
 USER_NAME = re.compile(r"[\x21-\x7e]{1,128}")
+# Together, with what is between them, not longer than a user's name.
+APPLICATION_NAME = re.compile(r"[\x21-\x2e\x30-\x7e]{1,63}")
+END_USER_NAME = re.compile(r"[\x21-\x7e]{1,64}")
+BETWEEN = "/"
 
 
 @dataclass(frozen=True)
 class Caller:
-    """A user and their role. An operator may do whatever a user may."""
+    """A user and their role. An operator may do whatever a user may, and so may an application."""
 
     user: str
     role: Role
@@ -32,7 +39,17 @@ class Caller:
     has_key: bool = True
 
     def may(self, needed: Role) -> bool:
-        return self.role == "operator" or needed == "user"
+        return needed in ("user", self.role)
+
+    def on_behalf_of(self, end_user: str) -> "Caller":
+        """The same caller with one of its end users. Raises PermissionDeniedError for other keys, and
+        InvalidArgumentError for an invalid name."""
+        if self.has_key and self.role != "application":
+            raise PermissionDeniedError("Only a key with the role application may name an end user.")
+        if not END_USER_NAME.fullmatch(end_user):
+            sentence = "An end user's name is 1 to 64 printable ASCII characters without spaces."
+            raise InvalidArgumentError("x-end-user", sentence)
+        return replace(self, user=f"{self.user}{BETWEEN}{end_user}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,7 @@ class Keys:
     def create(self, user: str, role: Role) -> str:
         """Create a key and return it; it can never be shown again. Raises InvalidArgumentError."""
         check_user_name(user)
+        self._check_namespace(user, role)
         key_id, secret = new_id("key"), secrets.token_urlsafe(SECRET_BYTES)
         row = {"id": key_id, "sha256": _sha256(secret), "user": user, "role": role, "create_time": self._db.now()}
         with self._db.write():
@@ -100,6 +118,20 @@ class Keys:
         """Every key ever created, oldest first."""
         rows = self._db.rows("SELECT id, user, role, create_time, revoke_time FROM keys ORDER BY create_time, id")
         return [Key(**row) for row in rows]
+
+    def _check_namespace(self, user: str, role: Role) -> None:
+        """Raise InvalidArgumentError if an application's end users could have this user's name, or it theirs."""
+        if role == "application" and not APPLICATION_NAME.fullmatch(user):
+            sentence = f"An application's name has at most 63 characters and no {BETWEEN!r}."
+            raise InvalidArgumentError("user", sentence)
+        others = self._db.rows("SELECT DISTINCT user, role FROM keys")
+        taken = [row["user"] for row in others if role == "application" and row["user"].startswith(user + BETWEEN)]
+        if taken:
+            raise InvalidArgumentError("user", f"An end user of {user} would have the name of the user {taken[0]}.")
+        names = {row["user"] for row in others if row["role"] == "application"}
+        application = user.partition(BETWEEN)[0]
+        if application != user and application in names:
+            raise InvalidArgumentError("user", f"{user} is the name of an end user of the application {application}.")
 
     def credentials(self, known: Credentials | None = None) -> Credentials:
         """The keys that are valid now; `known` itself if nothing has changed since."""

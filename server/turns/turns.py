@@ -12,7 +12,7 @@ from functools import partial
 
 from server.engine.base import Sampling, ServingEngine
 from server.settings import ServerSettings
-from server.shared.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from server.shared.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from server.shared.model.prompt import Said, build_prompt, to_messages, whole_prompt
 from server.store.chats.histories import OwnHistory
 from server.store.chats.records import Generation, Place
@@ -49,6 +49,8 @@ class NewMessage:
     said: list[Said] | None = None
     # The answer ends before the first of these.
     stop: tuple[str, ...] = ()
+    # A live version to answer with. Empty: what is loaded when the answer begins.
+    policy_version: str = ""
     # A call that repeats this id with the same body gets the first call's result. Empty: calls are never repeats.
     request_id: str = ""
     body_sha256: bytes = b""
@@ -101,6 +103,11 @@ class Turns:
         self._locks = KeyedLocks()
         self._answers = Answers(store, engine)
 
+    @property
+    def live_versions(self) -> list[str]:
+        """The versions that a message may name, the loaded one first."""
+        return self._engine.live_versions
+
     @asynccontextmanager
     async def start_chat(self, message: NewMessage) -> AsyncIterator[ChatTurn]:
         """Start a turn with one answer.
@@ -119,7 +126,9 @@ class Turns:
                 yield await self._repeated_chat(message.user, before.first_result)
                 return
             prompt, sampling = await self._prompt(message, before)
-            version = self._engine.version
+            version = message.policy_version or self._engine.version
+            if version not in self._engine.live_versions:
+                raise NotFoundError("live version", version)
 
             def begin(store: Store) -> Begun:
                 with store.transaction():
@@ -142,7 +151,8 @@ class Turns:
 
             async with self._begun(message, begin, answers=1) as begun:
                 [response_id] = begun.response_ids
-                stream = partial(self._answers.sample, response_id, prompt, sampling)
+                pinned = message.policy_version or None
+                stream = partial(self._answers.sample, response_id, prompt, sampling, version=pinned)
                 yield ChatTurn(begun.conversation_id, response_id, version, prompt, stream)
 
     @asynccontextmanager

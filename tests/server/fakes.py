@@ -116,6 +116,10 @@ class FakeEngine:
         self.streams.append(FakeStream(self, answer.split(), sampling, version))
         return self.streams[-1]
 
+    @property
+    def live_versions(self) -> list[str]:
+        return [self.version, *sorted(self.live - {self.version})]
+
     async def swap(self, version: str, directory: Path) -> None:
         self.swaps += 1
         await self.may_swap.wait()

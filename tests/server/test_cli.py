@@ -82,7 +82,7 @@ def test_keys_are_created_listed_and_revoked(tmp_path: Path) -> None:
     assert re.fullmatch(r"key_[0-9a-f]{24}", key_id)
     assert re.fullmatch(r"[\w-]{43}", secret)
     listed = keys("list", data_dir=tmp_path).stdout
-    assert listed.startswith(f"{key_id}  operator  ann ")
+    assert listed.startswith(f"{key_id}  operator     ann ")
     assert "revoked" not in listed
     assert secret not in listed
     assert secret.encode() not in (tmp_path / "prefloop.db").read_bytes()

@@ -45,7 +45,7 @@ class GetCallerResponse(_message.Message):
     HAS_KEY_FIELD_NUMBER: _builtins.int
     user: _builtins.str
     role: _builtins.str
-    """"user" or "operator"."""
+    """"user", "application" or "operator"."""
     has_key: _builtins.bool
     """False on a server without keys, where callers name themselves."""
     def __init__(

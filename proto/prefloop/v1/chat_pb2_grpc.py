@@ -45,6 +45,11 @@ class ChatServiceStub:
                 request_serializer=prefloop_dot_v1_dot_chat__pb2.CompareRequest.SerializeToString,
                 response_deserializer=prefloop_dot_v1_dot_chat__pb2.CompareResponse.FromString,
                 _registered_method=True)
+        self.ListVersions = channel.unary_unary(
+                '/prefloop.v1.ChatService/ListVersions',
+                request_serializer=prefloop_dot_v1_dot_chat__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=prefloop_dot_v1_dot_chat__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
         self.GetConversation = channel.unary_unary(
                 '/prefloop.v1.ChatService/GetConversation',
                 request_serializer=prefloop_dot_v1_dot_chat__pb2.GetConversationRequest.SerializeToString,
@@ -77,6 +82,13 @@ class ChatServiceServicer:
     def Compare(self, request, context):
         """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
         If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVersions(self, request, context):
+        """The versions that can answer now: the one that serves first, then others that a Chat may name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +127,11 @@ def add_ChatServiceServicer_to_server(servicer, server):
                     servicer.Compare,
                     request_deserializer=prefloop_dot_v1_dot_chat__pb2.CompareRequest.FromString,
                     response_serializer=prefloop_dot_v1_dot_chat__pb2.CompareResponse.SerializeToString,
+            ),
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=prefloop_dot_v1_dot_chat__pb2.ListVersionsRequest.FromString,
+                    response_serializer=prefloop_dot_v1_dot_chat__pb2.ListVersionsResponse.SerializeToString,
             ),
             'GetConversation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetConversation,
@@ -187,6 +204,33 @@ class ChatService:
             '/prefloop.v1.ChatService/Compare',
             prefloop_dot_v1_dot_chat__pb2.CompareRequest.SerializeToString,
             prefloop_dot_v1_dot_chat__pb2.CompareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefloop.v1.ChatService/ListVersions',
+            prefloop_dot_v1_dot_chat__pb2.ListVersionsRequest.SerializeToString,
+            prefloop_dot_v1_dot_chat__pb2.ListVersionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

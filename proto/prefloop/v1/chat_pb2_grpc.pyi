@@ -41,6 +41,8 @@ class ChatServiceStub:
     """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
     If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
     """
+    ListVersions: _grpc.UnaryUnaryMultiCallable[_chat_pb2.ListVersionsRequest, _chat_pb2.ListVersionsResponse]
+    """The versions that can answer now: the one that serves first, then others that a Chat may name."""
     GetConversation: _grpc.UnaryUnaryMultiCallable[_chat_pb2.GetConversationRequest, _chat_pb2.GetConversationResponse]
     """Everything that the user saw in one conversation, in order, including votes."""
     ListConversations: _grpc.UnaryUnaryMultiCallable[_chat_pb2.ListConversationsRequest, _chat_pb2.ListConversationsResponse]
@@ -61,6 +63,8 @@ class ChatServiceAsyncStub(ChatServiceStub):
     """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
     If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
     """
+    ListVersions: _aio.UnaryUnaryMultiCallable[_chat_pb2.ListVersionsRequest, _chat_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    """The versions that can answer now: the one that serves first, then others that a Chat may name."""
     GetConversation: _aio.UnaryUnaryMultiCallable[_chat_pb2.GetConversationRequest, _chat_pb2.GetConversationResponse]  # type: ignore[assignment]
     """Everything that the user saw in one conversation, in order, including votes."""
     ListConversations: _aio.UnaryUnaryMultiCallable[_chat_pb2.ListConversationsRequest, _chat_pb2.ListConversationsResponse]  # type: ignore[assignment]
@@ -90,6 +94,14 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
         If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
         """
+
+    @_abc_1.abstractmethod
+    def ListVersions(
+        self,
+        request: _chat_pb2.ListVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_pb2.ListVersionsResponse, _abc.Awaitable[_chat_pb2.ListVersionsResponse]]:
+        """The versions that can answer now: the one that serves first, then others that a Chat may name."""
 
     @_abc_1.abstractmethod
     def GetConversation(

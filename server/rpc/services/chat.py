@@ -69,6 +69,15 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             await write(chat_pb2.CompareResponse(started=started))
             await turn.stream(delta, ended)
 
+    async def ListVersions(self, request: chat_pb2.ListVersionsRequest, context: Any) -> chat_pb2.ListVersionsResponse:
+        live = self._turns.live_versions
+        found = await self._store.read(lambda store: [store.policies.get(version) for version in live])
+        versions = [
+            chat_pb2.LiveVersion(policy_version=one.version, create_time=to_proto.timestamp(one.create_time))
+            for one in found
+        ]
+        return chat_pb2.ListVersionsResponse(versions=versions)
+
     async def GetConversation(
         self, request: chat_pb2.GetConversationRequest, context: Any
     ) -> chat_pb2.GetConversationResponse:
@@ -124,6 +133,7 @@ def _message(request: chat_pb2.ChatRequest | chat_pb2.CompareRequest) -> NewMess
         request_id=request.request_id,
         body_sha256=body_sha256(request),
         system=request.system if request.HasField("system") else None,
+        policy_version=request.policy_version if isinstance(request, chat_pb2.ChatRequest) else "",
         **{**given, "stop": tuple(request.sampling.stop)},
     )
     return with_own_history(message, request.messages) if request.messages else message
@@ -148,4 +158,5 @@ def _chat_finished(turn: ChatTurn, generation: Generation) -> chat_pb2.ChatFinis
         finish_reason=to_proto.FINISH_REASONS[generation.finish_reason],
         usage=to_proto.usage(turn.prompt_token_ids, generation.token_ids),
         policy_version=generation.spans[-1].policy_version if generation.spans else turn.policy_version,
+        spans=to_proto.spans(generation.spans),
     )

@@ -525,3 +525,26 @@ def m021_histories(db: Database) -> None:
         ALTER TABLE responses ADD COLUMN stop TEXT NOT NULL DEFAULT '[]';
         """,
     )
+
+
+@migrations()
+def m022_applications(db: Database) -> None:
+    """A third role of keys, which names the people that it speaks for."""
+    _run(
+        db,
+        """
+        CREATE TABLE new_keys (
+            id TEXT PRIMARY KEY,
+            sha256 BLOB NOT NULL,
+            user TEXT NOT NULL,
+            role TEXT NOT NULL CHECK (role IN ('user', 'application', 'operator')),
+            create_time REAL NOT NULL,
+            revoke_time REAL
+        ) STRICT;
+        INSERT INTO new_keys (rowid, id, sha256, user, role, create_time, revoke_time)
+            SELECT rowid, id, sha256, user, role, create_time, revoke_time FROM keys;
+        DROP TABLE keys;
+        ALTER TABLE new_keys RENAME TO keys;
+        CREATE INDEX keys_revoked ON keys (revoke_time) WHERE revoke_time IS NOT NULL;
+        """,
+    )

@@ -38,6 +38,7 @@ class Locked:
     running: Running
     ann: Any
     bob: Any
+    shop: Any
     operator: Any
 
 
@@ -48,7 +49,9 @@ def bearer(key: str) -> tuple[tuple[str, str]]:
 @pytest.fixture
 async def locked(tmp_path: Path) -> AsyncIterator[Locked]:
     async with running_server(tmp_path) as running:
-        people: list[tuple[str, Role]] = [("ann", "user"), ("bob", "user"), ("olga", "operator")]
+        people: list[tuple[str, Role]] = [
+            ("ann", "user"), ("bob", "user"), ("shop", "application"), ("olga", "operator"),
+        ]  # fmt: skip
         keys = [await running.store(lambda store, p=person: store.keys.create(*p)) for person in people]
         locked = Locked(running, *map(bearer, keys))
         await until(lambda: listing(running, ()), UNAUTHENTICATED)
@@ -112,6 +115,13 @@ async def test_a_user_may_only_call_what_users_may(locked: Locked, method: str) 
         assert code in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT)
 
 
+@pytest.mark.parametrize("end_user", [(), (("x-end-user", "ann"),)])
+@pytest.mark.parametrize("method", OURS)
+async def test_an_application_may_only_call_what_users_may(locked: Locked, method: str, end_user: Any) -> None:
+    code = await answered(call(locked.running, method, (*locked.shop, *end_user)))
+    assert (code == DENIED) == method.startswith("/prefloop.v1.PolicyService/")
+
+
 @pytest.mark.parametrize("method", OURS)
 async def test_an_operator_may_call_everything(locked: Locked, method: str) -> None:
     assert await answered(call(locked.running, method, locked.operator)) not in (UNAUTHENTICATED, DENIED)
@@ -157,6 +167,92 @@ async def test_other_users_data_is_not_found(locked: Locked) -> None:
         assert told[0][0] == grpc.StatusCode.NOT_FOUND
     listed = await running.feedback.ListFeedback(feedback_pb2.ListFeedbackRequest(), metadata=bob)
     assert list(listed.feedback) == []
+
+
+def speaking_for(metadata: Any, end_user: str) -> Any:
+    return (*metadata, ("x-end-user", end_user))
+
+
+async def test_an_application_speaks_for_users_of_its_own(locked: Locked) -> None:
+    running, shop = locked.running, locked.shop
+    people = {name: speaking_for(shop, name) for name in ("ann", "zoe@example.org")} | {"": shop}
+    told = {}
+    for name, metadata in people.items():
+        started, *_ = await chat(running, user=metadata)
+        thumb = feedback_pb2.SubmitThumbRequest(response_id=started.started.response_id, thumb=feedback_pb2.THUMB_UP)
+        await running.feedback.SubmitThumb(thumb, metadata=metadata)
+        caller = await running.account.GetCaller(account_pb2.GetCallerRequest(), metadata=metadata)
+        told[name] = (caller.user, caller.role, caller.has_key)
+        # What one of them was shown, none of the others can vote on: they are different people.
+        others = [other for other in (*people.values(), locked.ann) if other != metadata]
+        for other in others:
+            assert await failure(running.feedback.SubmitThumb(thumb, metadata=other)) == grpc.StatusCode.NOT_FOUND
+    assert told == {
+        "ann": ("shop/ann", "application", True),
+        "zoe@example.org": ("shop/zoe@example.org", "application", True),
+        "": ("shop", "application", True),
+    }
+    # Deleting one of them deletes nothing of the others, and the key stays valid.
+    await running.account.ForgetUser(account_pb2.ForgetUserRequest(), metadata=people["ann"])
+    counts = {
+        name: len(
+            (await running.chat.ListConversations(chat_pb2.ListConversationsRequest(), metadata=metadata)).conversations
+        )
+        for name, metadata in people.items()
+    }
+    assert counts == {"ann": 0, "zoe@example.org": 1, "": 1}
+
+
+async def test_only_an_application_names_end_users(locked: Locked) -> None:
+    for metadata in (locked.ann, locked.operator):
+        code, message, _ = await refusal(call(locked.running, OURS[0], speaking_for(metadata, "bob")))
+        assert (code, message) == (DENIED, "Only a key with the role application may name an end user.")
+    for name in ("", "two words", "a" * 65):
+        code, message, details = await refusal(call(locked.running, OURS[0], speaking_for(locked.shop, name)))
+        assert (code, message) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "An end user's name is 1 to 64 printable ASCII characters without spaces.",
+        )
+        assert details[1:] == ["x-end-user"]
+    # An application may not act on its end users' data in its own name.
+    request = account_pb2.ForgetUserRequest(user="shop/ann")
+    assert await failure(locked.running.account.ForgetUser(request, metadata=locked.shop)) == DENIED
+
+
+async def test_without_keys_anybody_names_end_users(running: Running) -> None:
+    metadata = (("x-user-id", "shop"), ("x-end-user", "ann"))
+    caller = await running.account.GetCaller(account_pb2.GetCallerRequest(), metadata=metadata)
+    assert (caller.user, caller.role, caller.has_key) == ("shop/ann", "operator", False)
+
+
+async def test_limits_are_those_of_each_end_user(tmp_path: Path) -> None:
+    async with running_server(tmp_path, user_conversations=1) as running:
+        for name in ("ann", "bob"):
+            metadata = (("x-user-id", "shop"), ("x-end-user", name))
+            await chat(running, user=metadata)
+            code, _, details = await refusal(running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=metadata))
+            assert (code, details) == (grpc.StatusCode.RESOURCE_EXHAUSTED, ["USER_CONVERSATIONS"])
+
+
+def test_no_key_has_the_name_of_an_applications_end_user(store: Store) -> None:
+    store.keys.create("shop", "application")
+    store.keys.create("shop", "application")
+    store.keys.create("cafe/ann", "user")
+    for user, role, sentence in [
+        ("shop/ann", "user", "shop/ann is the name of an end user of the application shop."),
+        ("cafe", "application", "An end user of cafe would have the name of the user cafe/ann."),
+        ("a/b", "application", "An application's name has at most 63 characters and no '/'."),
+        ("a" * 64, "application", "An application's name has at most 63 characters and no '/'."),
+    ]:
+        with pytest.raises(InvalidArgumentError) as error:
+            store.keys.create(user, role)  # type: ignore[arg-type]
+        assert str(error.value) == sentence
+    # Revoked, the names are still taken: the data are still there.
+    for key in store.keys.all():
+        store.keys.revoke(key.id)
+    with pytest.raises(InvalidArgumentError):
+        store.keys.create("shop/ann", "user")
+    store.keys.create("shopper/ann", "user")
 
 
 async def test_other_users_cannot_tell_that_a_conversation_is_being_answered(locked: Locked) -> None:

@@ -792,3 +792,19 @@ async def test_a_text_that_cannot_fit_is_not_encoded(running: Running) -> None:
         grpc.StatusCode.INVALID_ARGUMENT,
         "messages must have at most 40 tokens, but has 642 characters.",
     )
+
+
+async def test_a_message_may_name_a_live_version(running: Running) -> None:
+    publish_version(running.data_dir, "v0001")
+    await running.store(lambda store: register(store, "v0001"))
+    running.engine.live = {"v0001"}
+    listed = await running.chat.ListVersions(chat_pb2.ListVersionsRequest(), metadata=ANN)
+    assert [one.policy_version for one in listed.versions] == ["v0000", "v0001"]
+    assert all(one.create_time.seconds > 0 for one in listed.versions)
+    started, *_, last = await chat(running, policy_version="v0001")
+    assert (started.started.policy_version, last.finished.policy_version) == ("v0001", "v0001")
+    assert [(span.start, span.end, span.policy_version) for span in last.finished.spans] == [(0, 4, "v0001")]
+    await chat(running)
+    assert running.engine.pinned == ["v0001", None]
+    call = running.chat.Chat(chat_pb2.ChatRequest(message="hi", policy_version="v0007"), metadata=ANN)
+    assert (await refusal(call))[:2] == (grpc.StatusCode.NOT_FOUND, "There is no live version 'v0007'.")

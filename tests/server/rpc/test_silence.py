@@ -58,6 +58,7 @@ def requests(response_id: str, comparison_id: str, conversation_id: str) -> dict
     return {
         "Chat": chat_pb2.ChatRequest(message=WORDS["message"], conversation_id=conversation_id),
         "Compare": chat_pb2.CompareRequest(message=WORDS["message"], conversation_id=conversation_id),
+        "ListVersions": chat_pb2.ListVersionsRequest(),
         "GetConversation": chat_pb2.GetConversationRequest(conversation_id=conversation_id),
         "ListConversations": chat_pb2.ListConversationsRequest(),
         "SubmitThumb": feedback_pb2.SubmitThumbRequest(

@@ -38,6 +38,7 @@ RELEASED = {
     "m019_imports": "429cce2d9badde78",
     "m020_system_prompts": "7988f055a6b921f3",
     "m021_histories": "501e118c82e8f8b4",
+    "m022_applications": "0ecfb40d8de12281",
 }
 
 

@@ -69,6 +69,7 @@ docs: setup
 	$(BIN)/python docs/copies.py
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/languages.py
+	$(BIN)/python docs/gateway.py
 	$(BIN)/python docs/floors.py
 
 # After a change of dependencies: one file for each extra and all Pythons that are supported. No index address may be in

@@ -34,7 +34,7 @@ from prefloop.v1 import (
     review_pb2_grpc,
 )
 from prefloop.v1.account_pb2 import ExportUserResponse, ForgetUserResponse, GetCallerResponse
-from prefloop.v1.chat_pb2 import Conversation, SamplingOptions, Turn
+from prefloop.v1.chat_pb2 import Conversation, LiveVersion, SamplingOptions, Turn
 from prefloop.v1.feedback_pb2 import Choice, Feedback, Message, Thumb
 from prefloop.v1.policy_pb2 import GetActivePolicyResponse, Learner, Policy, Round, RoundSample, VoteCount
 from prefloop.v1.review_pb2 import GetReviewResponse
@@ -166,6 +166,7 @@ class AsyncClient:
         seed: int | None = None,
         stop: Sequence[str] = (),
         system: str | None = None,
+        policy_version: str = "",
         request_id: str = "",
     ) -> AsyncStream[ChatEvent]:
         """Streams the answer to one message: `ChatStarted`, any number of `ChatDelta`, `ChatFinished`.
@@ -173,8 +174,8 @@ class AsyncClient:
         An empty `conversation_id` starts a conversation, with `system` as its system prompt, or the server's if that is
         None. Instead of a message, the caller's own history may be given, which ends with the new message; the server
         finds the conversation that it continues. `max_tokens` limits the answer, and it ends before the first of `stop`
-        that comes. A `request_id` used before returns the first answer again. By default a new one is generated,
-        so that a retried message is answered once.
+        that comes. `policy_version` is one of `versions` to answer with. A `request_id` used before returns the first
+        answer again. By default a new one is generated, so that a retried message is answered once.
 
         >>> stream = client.chat("Where do owls live?", temperature=0)
         >>> async for event in stream:
@@ -191,6 +192,7 @@ class AsyncClient:
             sampling=SamplingOptions(temperature=temperature, max_tokens=max_tokens, seed=seed, stop=stop),
             request_id=request_id or _fresh_id(),
             system=system,
+            policy_version=policy_version,
         )
         return self._stream(self._chat.Chat, request, chat_event)
 
@@ -227,6 +229,15 @@ class AsyncClient:
             system=system,
         )
         return self._stream(self._chat.Compare, request, compare_event)
+
+    async def versions(self) -> list[LiveVersion]:
+        """The versions that can answer now, the one that serves first.
+
+        >>> [version.policy_version for version in await client.versions()]
+        ['v0001', 'v0000']
+        """
+        found = await self._call(self._chat.ListVersions, chat_pb2.ListVersionsRequest())
+        return list(found.versions)
 
     async def refetch(self, stream: AsyncStream[ChatEvent] | AsyncStream[CompareEvent], timeout: float = 60.0) -> Turn:
         """The turn as the server stored it, for a stream that broke. Waits up to `timeout` seconds for the server to

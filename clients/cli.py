@@ -113,54 +113,97 @@ def send(
         print(json.dumps(answer, ensure_ascii=sys.stdout.isatty()))
 
 
+WebHost = Annotated[str, typer.Option(envvar="PREFLOOP_WEB_HOST", help="The address to listen on for HTTP.")]
+WebPort = Annotated[
+    int, typer.Option(envvar="PREFLOOP_WEB_PORT", help="The port for HTTP; 0 picks a free one.", min=0, max=65535)
+]
+WebName = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="PREFLOOP_WEB_NAME",
+        help="A host name under which others reach it; may be repeated (in the variable: separated by spaces).",
+    ),
+]
+WebCert = Annotated[Path | None, typer.Option(envvar="PREFLOOP_WEB_CERT", help="PEM file of its TLS certificate.")]
+WebKey = Annotated[
+    Path | None, typer.Option(envvar="PREFLOOP_WEB_KEY", help="PEM file of that certificate's private key.")
+]
+WebServer = Annotated[
+    str,
+    typer.Option(
+        envvar="PREFLOOP_WEB_SERVER",
+        help="The server's name in its certificate, if --host is only the address it listens on.",
+    ),
+]
+WebOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="PREFLOOP_WEB_ORIGIN",
+        help="A site whose scripts may call the gateway, as https://app.example.org; may be repeated.",
+    ),
+]
+DEFAULT_WEB_HOST, DEFAULT_WEB_PORT = "127.0.0.1", 8080
+
+
 @app.command()
 def web(
     context: typer.Context,
-    web_host: Annotated[
-        str, typer.Option(envvar="PREFLOOP_WEB_HOST", help="The address the page listens on.")
-    ] = "127.0.0.1",
-    web_port: Annotated[
-        int, typer.Option(envvar="PREFLOOP_WEB_PORT", help="The page's port; 0 picks a free one.", min=0, max=65535)
-    ] = 8080,
-    web_name: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="PREFLOOP_WEB_NAME",
-            help="A host name under which browsers reach the page; may be repeated (in the variable: separated by "
-            "spaces).",
-        ),
-    ] = None,
-    web_cert: Annotated[
-        Path | None, typer.Option(envvar="PREFLOOP_WEB_CERT", help="PEM file of the page's TLS certificate.")
-    ] = None,
-    web_key: Annotated[
-        Path | None, typer.Option(envvar="PREFLOOP_WEB_KEY", help="PEM file of that certificate's private key.")
-    ] = None,
-    web_server: Annotated[
-        str,
-        typer.Option(
-            envvar="PREFLOOP_WEB_SERVER",
-            help="The server's name in its certificate, if --host is only the address it listens on.",
-        ),
-    ] = "",
+    web_host: WebHost = DEFAULT_WEB_HOST,
+    web_port: WebPort = DEFAULT_WEB_PORT,
+    web_name: WebName = None,
+    web_cert: WebCert = None,
+    web_key: WebKey = None,
+    web_server: WebServer = "",
+    web_origin: WebOrigin = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Also start a server, and a learner that runs rounds on request.")
     ] = False,
 ) -> None:
-    """Serve a page to chat and vote on, with a board for operators.
+    """Serve a page to chat and vote on, with a board for operators, and the gateway beside it.
 
     If others can reach it, directly or through a proxy, they need keys."""
-    outer = context.obj
+    names, origins = tuple(web_name or ()), tuple(web_origin or ())
+    listening = (web_host, web_port, names, web_cert, web_key, origins)
+    _serve_http(context.obj, listening, web_server, serve=serve)
+
+
+@app.command()
+def gateway(
+    context: typer.Context,
+    web_host: WebHost = DEFAULT_WEB_HOST,
+    web_port: WebPort = DEFAULT_WEB_PORT,
+    web_name: WebName = None,
+    web_cert: WebCert = None,
+    web_key: WebKey = None,
+    web_server: WebServer = "",
+    web_origin: WebOrigin = None,
+) -> None:
+    """Serve OpenAI's HTTP API for clients that speak it, without the page.
+
+    If others can reach it, directly or through a proxy, they need keys."""
+    names, origins = tuple(web_name or ()), tuple(web_origin or ())
+    listening = (web_host, web_port, names, web_cert, web_key, origins)
+    _serve_http(context.obj, listening, web_server, gateway_alone=True)
+
+
+def _serve_http(
+    outer: dict[str, Any],
+    listening: tuple[str, int, tuple[str, ...], Path | None, Path | None, tuple[str, ...]],
+    server: str,
+    *,
+    serve: bool = False,
+    gateway_alone: bool = False,
+) -> None:
     try:
-        from clients.web.command import Page, run
+        from clients.http.command import Page, run
     except ModuleNotFoundError as error:
-        sys.exit(f"chat: The page needs {error.name}; install it with `pip install 'prefloop[web]'`.")
-    page = Page(web_host, web_port, tuple(web_name or ()), web_cert, web_key)
+        sys.exit(f"chat: This needs {error.name}; install it with `pip install 'prefloop[web]'`.")
+    page = Page(*listening)
     tls = read_tls(outer["ca"], outer["cert"], outer["key"])
-    address = address_of(web_server or outer["host"], outer["port"])
+    address = address_of(server or outer["host"], outer["port"])
     # Strangers need keys, and in a container getuser() may fail.
     name = "" if page.strangers else outer["user"] or getpass.getuser()
-    run(page, address, name, tls, serve=serve)
+    run(page, address, name, tls, serve=serve, gateway_alone=gateway_alone)
 
 
 def connect(

@@ -241,6 +241,7 @@ VARIABLES = frozenset(
         "web_host",
         "web_key",
         "web_name",
+        "web_origin",
         "web_port",
         "web_server",
     }

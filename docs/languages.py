@@ -36,7 +36,7 @@ EXAMPLES: dict[str, Any] = {
 OPTIONAL = {
     "comment", "reason", "request_id", "page_size", "page_token", "user", "days",
     "ChatRequest.conversation_id", "CompareRequest.conversation_id", "ChatRequest.messages", "CompareRequest.messages",
-    "RollbackPolicyRequest.version",
+    "ChatRequest.policy_version", "RollbackPolicyRequest.version",
 }  # fmt: skip
 # The most useful RPCs; docs/reference.md has the others.
 SHOWN = (

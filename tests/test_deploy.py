@@ -16,7 +16,7 @@ import yaml
 from sse_starlette import EventSourceResponse
 
 from clients.cli import app as chat
-from clients.web.command import GRACE_SECONDS
+from clients.http.command import GRACE_SECONDS
 from clients.web.sign_in import KEY, MONTH_SECONDS, NAME, NO_KEYS
 from clients.web.site import AWAY
 from learner.cli import app as learner
@@ -157,7 +157,7 @@ def test_the_page_is_found_where_it_listens(compose: Any) -> None:
         page["environment"]
     )
     assert page["environment"]["PREFLOOP_WEB_PORT"] == 8080
-    assert {"web_name"} == {name for name in flags if name.startswith("web_")} - {
+    assert {"web_name", "web_origin"} == {name for name in flags if name.startswith("web_")} - {
         name.removeprefix("PREFLOOP_").lower() for name in page["environment"]
     }
 

@@ -82,7 +82,7 @@ def test_the_page_is_the_generators(root: Path, tmp_path: Path) -> None:
 
 def test_each_rpc_has_a_request(root: Path) -> None:
     made = requests(root)
-    assert len(made) == 25
+    assert len(made) == 26
     assert made["prefloop.v1.FeedbackService/SubmitThumb"] == '{"response_id": "resp_...", "thumb": "THUMB_UP"}'
     assert made["prefloop.v1.PolicyService/ActivatePolicy"] == '{"version": "v0001"}'
     assert made["prefloop.v1.ChatService/Chat"] == '{"message": "Why is the sky blue?"}'

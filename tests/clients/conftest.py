@@ -137,6 +137,11 @@ class FakeService(
                 )
             )
 
+    def ListVersions(self, request: Any, context: Any) -> chat_pb2.ListVersionsResponse:
+        self._enter(request, context)
+        versions = [chat_pb2.LiveVersion(policy_version=version) for version in ("v0001", "v0000")]
+        return chat_pb2.ListVersionsResponse(versions=versions)
+
     def GetConversation(self, request: Any, context: Any) -> chat_pb2.GetConversationResponse:
         self._enter(request, context)
         self._wait(context)

@@ -18,8 +18,8 @@ import pytest_asyncio
 import uvicorn
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request, async_playwright, expect
 
+from clients.http.command import server_config
 from clients.web.app import make_app
-from clients.web.command import server_config
 from clients.web.sign_in import KEY, NAME
 from tests.server.conftest import Running, running_server
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 from playwright.async_api import expect
 from prefloop.v1 import account_pb2
 
-from clients.web import connections
+from clients.http import connections
 from clients.web.sign_in import KEY
 from tests.clients.web.conftest import Site, serving_page, together
 from tests.clients.web.test_chat import ask, good

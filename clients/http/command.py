@@ -1,4 +1,5 @@
-"""`chat web`: the page's process and, with `--serve`, a server and a learner.
+"""`chat web` and `chat gateway`: the process that serves the page, the gateway or both and, with `--serve`, a server
+and a learner.
 
 SIGTERM, Ctrl-C and the end of the terminal all stop first the page, then the learner, then the server, with exit code
 0. If one of the processes ends by itself, all are stopped, and its exit code is used.
@@ -10,19 +11,20 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from clients.channel import Tls
+from clients.gateway.app import PREFIX, make_gateway
+from clients.http.certificate import serving_context
+from clients.http.connections import BoundedProtocol
 from clients.loopback import is_loopback
-from clients.web.app import make_app
-from clients.web.certificate import serving_context
-from clients.web.connections import BoundedProtocol
 
 LEARNER = ["learner.cli", "schedule", "--on-request"]
 # Longer than a server's grace period (PREFLOOP_GRACE_SECONDS, 30) and a learner's wait for its round (60).
@@ -37,7 +39,7 @@ ANYWHERE = ("0.0.0.0", "[::]")
 
 @dataclass(frozen=True)
 class Page:
-    """The address, names and certificate of the page."""
+    """The address, names and certificate of the page and the gateway, and the other sites that may call the gateway."""
 
     host: str
     port: int
@@ -45,23 +47,20 @@ class Page:
     names: tuple[str, ...] = ()
     cert: Path | None = None
     key: Path | None = None
+    origins: tuple[str, ...] = ()
 
     @property
     def strangers(self) -> bool:
-        """Whether the page can be reached from other machines."""
+        """Whether they can be reached from other machines."""
         return bool(self.names) or not is_loopback(self.host)
 
 
-def run(page: Page, address: str, default_name: str, tls: Tls | None, *, serve: bool) -> None:
-    """Serves the page until it is stopped. An invalid setup ends with one sentence and exit code 1."""
+def run(
+    page: Page, address: str, default_name: str, tls: Tls | None, *, serve: bool = False, gateway_alone: bool = False
+) -> None:
+    """Serves the page and the gateway until it is stopped. An invalid setup ends with one sentence and exit code 1."""
     check(page, address)
-    app = make_app(
-        address,
-        hosts=[*LOOPBACK, *page.names],
-        default_name=None if page.strangers else default_name,
-        secure=page.strangers,
-        tls=tls,
-    )
+    app = make(page, address, default_name, tls, gateway_alone=gateway_alone)
     config = server_config(app)
     config.load()
     if page.cert and page.key:
@@ -81,12 +80,45 @@ def run(page: Page, address: str, default_name: str, tls: Tls | None, *, serve: 
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, leave)
     with beside(server_and_learner(address) if serve else [], leave) as ended:
-        print(f"chat on {url(page, listening.getsockname()[1])}", flush=True)
+        what = "gateway on" if gateway_alone else "chat on"
+        print(f"{what} {url(page, listening.getsockname()[1])}{PREFIX if gateway_alone else ''}", flush=True)
         server.run(sockets=[listening])
     sys.exit(next((status for status in ended if status), 0))
 
 
-def server_config(app: Starlette) -> uvicorn.Config:
+def make(page: Page, address: str, default_name: str, tls: Tls | None, *, gateway_alone: bool) -> ASGIApp:
+    """The gateway, and the page beside it unless it is to be alone."""
+    hosts, name = [*LOOPBACK, *page.names], None if page.strangers else default_name
+    gateway = make_gateway(address, hosts=hosts, default_name=name, origins=page.origins, tls=tls)
+    if gateway_alone:
+        return gateway
+    from clients.web.app import make_app
+
+    return beside_page(make_app(address, hosts=hosts, default_name=name, secure=page.strangers, tls=tls), gateway)
+
+
+def beside_page(page: Starlette, gateway: Starlette) -> ASGIApp:
+    """An application that serves both; each has its own middleware and lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with page.router.lifespan_context(page), gateway.router.lifespan_context(gateway):
+            yield
+
+    both = Starlette(lifespan=lifespan)
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await both(scope, receive, send)
+        elif scope["path"].startswith(PREFIX):
+            await gateway(scope, receive, send)
+        else:
+            await page(scope, receive, send)
+
+    return serve
+
+
+def server_config(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         # uvicorn's other parser has no limit on headers and would buffer a GiB of them.

@@ -23,8 +23,8 @@ from prefloop.v1 import account_pb2
 from typer.testing import CliRunner
 
 from clients import cli
-from clients.web import command
-from clients.web.command import Page, beside, run
+from clients.http import command
+from clients.http.command import Page, beside, run
 from tests.clients.conftest import FakeService, serving
 from tests.pem import Pem, make_pem
 
@@ -161,11 +161,13 @@ class Started:
 
 
 @contextmanager
-def started(*arguments: str, server: str = "127.0.0.1:1", terminal: bool = False) -> Iterator[Started]:
-    """Starts `chat web` on a free port; yields once it accepts connections."""
+def started(
+    *arguments: str, server: str = "127.0.0.1:1", terminal: bool = False, what: str = "web"
+) -> Iterator[Started]:
+    """Starts `chat web` or `chat gateway` on a free port; yields once it accepts connections."""
     host, _, port = server.partition(":")
     process = subprocess.Popen(
-        [sys.executable, "-m", "clients.cli", "--host", host, "--port", port, "web", "--web-port", "0", *arguments],
+        [sys.executable, "-m", "clients.cli", "--host", host, "--port", port, what, "--web-port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -176,7 +178,7 @@ def started(*arguments: str, server: str = "127.0.0.1:1", terminal: bool = False
     assert process.stdout
     try:
         said = process.stdout.readline()
-        found = re.fullmatch(r"chat on (https?://\S+:\d+)\n", said)
+        found = re.fullmatch(r"(?:chat|gateway) on (https?://\S+:\d+)(?:/v1/)?\n", said)
         assert found, (said, process.stderr and process.stderr.read())
         yield Started(process, found[1])
     finally:
@@ -282,7 +284,7 @@ def test_nobody_is_asked_for_the_password_of_a_key(tmp_path: Path) -> None:
 def told(monkeypatch: pytest.MonkeyPatch, *arguments: str, **environment: str) -> tuple[Any, ...]:
     """The arguments that `chat web` passes to `run`."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(command, "run", lambda *arguments, serve: calls.append(arguments))
+    monkeypatch.setattr(command, "run", lambda *arguments, serve, gateway_alone: calls.append(arguments))
     for name in [name for name in os.environ if name.startswith("PREFLOOP_")]:
         monkeypatch.delenv(name)
     result = CliRunner().invoke(cli.app, ["web", *arguments], env={"LOGNAME": "ana", **environment})
@@ -312,6 +314,26 @@ def test_one_environment_is_for_the_server_and_for_the_page(monkeypatch: pytest.
     assert page == Page("0.0.0.0", 8443, ("chat.example.org", "www.example.org"), Path("tls.crt"), Path("tls.key"))
     # Strangers have only the name that belongs to their key.
     assert name == ""
+
+
+def test_allowed_origins_are_the_gateways(monkeypatch: pytest.MonkeyPatch) -> None:
+    page, *_ = told(monkeypatch, PREFLOOP_WEB_ORIGIN="https://a.example https://b.example")
+    assert page.origins == ("https://a.example", "https://b.example")
+
+
+def test_the_gateway_is_beside_the_page_or_alone(service: FakeService) -> None:
+    with serving(service) as port:
+        for what, statuses in [("web", [200, 200, 404]), ("gateway", [404, 200, 404])]:
+            with started(server=f"127.0.0.1:{port}", what=what) as process, process.client() as http:
+                paths = ("/static/page.css", "/v1/models", "/v1/other")
+                assert [http.get(path).status_code for path in paths] == statuses
+                # Each refuses in its own shape.
+                assert http.get("/v1/other").json()["error"]["code"] == "unknown_url"
+                assert (
+                    http.get("/other")
+                    .headers["content-type"]
+                    .startswith("text/html" if what == "web" else "application/json")
+                )
 
 
 def test_the_port_that_it_got_is_printed_and_served() -> None:

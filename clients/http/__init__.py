@@ -1,0 +1,1 @@
+"""The process that serves HTTP: the page, the gateway or both."""

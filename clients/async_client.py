@@ -309,6 +309,24 @@ class AsyncClient:
         )
         return (await self._call(self._feedback.SubmitChoice, request)).feedback
 
+    async def choose_pair(
+        self, earlier: str, later: str, choice: Choice.ValueType, *, comment: str = "", request_id: str = ""
+    ) -> Feedback:
+        """Sets the user's choice between two answers to the same messages that they saw one after another, by the
+        answers' ids; the earlier one is A.
+
+        >>> (await client.choose_pair("resp", "resp2", CHOICE_B)).choice == CHOICE_B
+        True
+        """
+        request = feedback_pb2.SubmitPairChoiceRequest(
+            response_id_a=earlier,
+            response_id_b=later,
+            choice=choice,
+            comment=comment,
+            request_id=request_id or _fresh_id(),
+        )
+        return (await self._call(self._feedback.SubmitPairChoice, request)).feedback
+
     async def correct(self, response_id: str, text: str, *, request_id: str = "") -> Feedback:
         """Sets the text that the answer should have had.
 

@@ -24,6 +24,8 @@ EXAMPLES: dict[str, Any] = {
     "conversation_id": "conv_...",
     "response_id": "resp_...",
     "comparison_id": "cmp_...",
+    "response_id_a": "resp_1...",
+    "response_id_b": "resp_2...",
     "feedback_id": "fb_...",
     "round_id": "round_...",
     "version": "v0001",

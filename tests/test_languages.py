@@ -49,6 +49,7 @@ async def with_ids(running: Running, text: str) -> str:
     thumb = feedback_pb2.SubmitThumbRequest(response_id=started.response_id, thumb=feedback_pb2.THUMB_DOWN)
     ids = {
         "conv_...": started.conversation_id,
+        **dict(zip(("resp_1...", "resp_2..."), await twice(running), strict=True)),
         "resp_...": started.response_id,
         "cmp_...": compare[0].started.comparison_id,
         "fb_...": (await running.feedback.SubmitThumb(thumb, metadata=ANA)).feedback.feedback_id,
@@ -58,6 +59,14 @@ async def with_ids(running: Running, text: str) -> str:
     for example, real in ids.items():
         text = text.replace(example, real)
     return text
+
+
+async def twice(running: Running) -> list[str]:
+    """The ids of two answers to the same messages."""
+    said = [feedback_pb2.Message(role=feedback_pb2.ROLE_USER, content="hi")]
+    calls = [running.chat.Chat(chat_pb2.ChatRequest(messages=said), metadata=ANA) for _ in range(2)]
+    streams = [[event async for event in call] for call in calls]
+    return [stream[0].started.response_id for stream in streams]
 
 
 def requests(root: Path) -> dict[str, str]:
@@ -82,7 +91,7 @@ def test_the_page_is_the_generators(root: Path, tmp_path: Path) -> None:
 
 def test_each_rpc_has_a_request(root: Path) -> None:
     made = requests(root)
-    assert len(made) == 26
+    assert len(made) == 27
     assert made["prefloop.v1.FeedbackService/SubmitThumb"] == '{"response_id": "resp_...", "thumb": "THUMB_UP"}'
     assert made["prefloop.v1.PolicyService/ActivatePolicy"] == '{"version": "v0001"}'
     assert made["prefloop.v1.ChatService/Chat"] == '{"message": "Why is the sky blue?"}'

@@ -88,6 +88,7 @@ class FeedbackBody(Body):
     """Feedback on an answer or a comparison."""
 
     id: str
+    other_id: str | None = None
     value: bool | Literal["a", "b", "tie", "both_bad"] | None = None
     comment: str = ""
     correction: str | None = None
@@ -125,6 +126,8 @@ async def read_feedback(request: Request) -> FeedbackBody:
     _check_same(body, "user", "safety_identifier")
     if body.value is None and body.correction is None:
         raise GatewayError(400, "Feedback has a value, a correction or both.", param="value")
+    if body.other_id is not None and not isinstance(body.value, str):
+        raise GatewayError(400, 'other_id goes with the value "a", "b", "tie" or "both_bad".', param="other_id")
     if body.value is None and body.comment:
         raise GatewayError(400, "A comment goes with a value.", param="comment")
     return body

@@ -23,7 +23,14 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 # The server's reasons that clients know by a name of OpenAI's.
 CODES = {"PROMPT_TOO_LONG": "context_length_exceeded", "UNAUTHENTICATED": "invalid_api_key"}
 # The server's fields by the names that they have here.
-PARAMS = {"message": "messages", "system": "messages", "x-end-user": "user", "text": "correction"}
+PARAMS = {
+    "message": "messages",
+    "system": "messages",
+    "x-end-user": "user",
+    "text": "correction",
+    "response_id_a": "id",
+    "response_id_b": "other_id",
+}
 SAMPLING = "sampling."
 
 

@@ -25,13 +25,19 @@ WORDS = {choice: word for word, choice in CHOICES.items()}
 
 
 async def submit(request: Request) -> JSONResponse:
-    """A thumb (true or false), a choice, a correction, or a thumb and a correction."""
+    """A thumb (true or false), a choice, a correction, or a thumb and a correction. With `other_id` the choice is
+    between two completions of the same messages, one after the other."""
     callers: Callers = request.app.state.callers
     body = await read_feedback(request)
     client = await callers.client(request, body.end_user)
     request_id = request.headers.get(IDEMPOTENCY_KEY, "")
     stored = []
-    if isinstance(body.value, str):
+    if isinstance(body.value, str) and body.other_id is not None:
+        choice = CHOICES[body.value]
+        stored.append(
+            await client.choose_pair(body.id, body.other_id, choice, comment=body.comment, request_id=request_id)
+        )
+    elif isinstance(body.value, str):
         stored.append(await client.choose(body.id, CHOICES[body.value], comment=body.comment, request_id=request_id))
     elif body.value is not None:
         thumb = THUMB_UP if body.value else THUMB_DOWN

@@ -25,6 +25,7 @@ ROLES: dict[str, Role | None] = {
     "/prefloop.v1.ChatService/DeleteConversation": "user",
     "/prefloop.v1.FeedbackService/SubmitThumb": "user",
     "/prefloop.v1.FeedbackService/SubmitChoice": "user",
+    "/prefloop.v1.FeedbackService/SubmitPairChoice": "user",
     "/prefloop.v1.FeedbackService/SubmitCorrection": "user",
     "/prefloop.v1.FeedbackService/SubmitDemonstration": "user",
     "/prefloop.v1.FeedbackService/RetractFeedback": "user",

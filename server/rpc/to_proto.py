@@ -32,6 +32,7 @@ CHOICES: dict[records.Choice, feedback_pb2.Choice.ValueType] = {
     "TIE": feedback_pb2.CHOICE_TIE,
     "BOTH_BAD": feedback_pb2.CHOICE_BOTH_BAD,
 }
+CHOICE_OF = {value: name for name, value in CHOICES.items()}
 ROLES = {
     feedback_pb2.ROLE_SYSTEM: "system",
     feedback_pb2.ROLE_USER: "user",

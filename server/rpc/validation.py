@@ -181,6 +181,10 @@ def _feedback_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Me
         feedback_pb2.SubmitChoiceRequest: [
             Field("comparison_id", identifier()), Field("choice", one_of(feedback_pb2.Choice)), comment, request_id,
         ],
+        feedback_pb2.SubmitPairChoiceRequest: [
+            Field("response_id_a", identifier()), Field("response_id_b", identifier()),
+            Field("choice", one_of(feedback_pb2.Choice)), comment, request_id,
+        ],
         feedback_pb2.SubmitCorrectionRequest: [
             response, Field("text", text(settings.max_message_chars)), request_id,
         ],

@@ -167,6 +167,12 @@ class FakeService(
             feedback=feedback_pb2.Feedback(feedback_id="fb", choice=request.choice)
         )
 
+    def SubmitPairChoice(self, request: Any, context: Any) -> feedback_pb2.SubmitPairChoiceResponse:
+        self._enter(request, context)
+        return feedback_pb2.SubmitPairChoiceResponse(
+            feedback=feedback_pb2.Feedback(feedback_id="fb", choice=request.choice)
+        )
+
     def GetReview(self, request: Any, context: Any) -> review_pb2.GetReviewResponse:
         self._enter(request, context)
         if not self.reviews:

@@ -165,7 +165,7 @@ class ExportUserResponse(_message.Message):
 
     @_builtins.property
     def feedback(self) -> _feedback_pb2.Feedback:
-        """A demonstration, which belongs to no conversation."""
+        """A demonstration, or a choice between answers of two turns: they belong to no turn."""
 
     @_builtins.property
     def past_feedback(self) -> _feedback_pb2.Feedback:

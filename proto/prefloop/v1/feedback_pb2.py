@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprefloop/v1/feedback.proto\x12\x0bprefloop.v1\x1a\x1fgoogle/protobuf/timestamp.proto\";\n\x07Message\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.prefloop.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"7\n\rDemonstration\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.prefloop.v1.Message\"\xe4\x02\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.prefloop.v1.FeedbackKind\x12\x15\n\x0bresponse_id\x18\x03 \x01(\tH\x00\x12\x17\n\rcomparison_id\x18\x04 \x01(\tH\x00\x12#\n\x05thumb\x18\x05 \x01(\x0e\x32\x12.prefloop.v1.ThumbH\x01\x12%\n\x06\x63hoice\x18\x06 \x01(\x0e\x32\x13.prefloop.v1.ChoiceH\x01\x12\x14\n\ncorrection\x18\x07 \x01(\tH\x01\x12\x33\n\rdemonstration\x18\x08 \x01(\x0b\x32\x1a.prefloop.v1.DemonstrationH\x01\x12\x0f\n\x07\x63omment\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\n\x06targetB\x07\n\x05value\"q\n\x12SubmitThumbRequest\x12\x13\n\x0bresponse_id\x18\x01 \x01(\t\x12!\n\x05thumb\x18\x02 \x01(\x0e\x32\x12.prefloop.v1.Thumb\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\">\n\x13SubmitThumbResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x15.prefloop.v1.Feedback\"v\n\x13SubmitChoiceRequest\x12\x15\n\rcomparison_id\x18\x01 \x01(\t\x12#\n\x06\x63hoice\x18\x02 \x01(\x0e\x32\x13.prefloop.v1.Choice\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"?\n\x14SubmitChoiceResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x15.prefloop.v1.Feedback\"P\n\x17SubmitCorrectionRequest\x12\x13\n\x0bresponse_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"C\n\x18SubmitCorrectionResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x15.prefloop.v1.Feedback\"X\n\x1aSubmitDemonstrationRequest\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.prefloop.v1.Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"F\n\x1bSubmitDemonstrationResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x15.prefloop.v1.Feedback\"-\n\x16RetractFeedbackRequest\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\"\x19\n\x17RetractFeedbackResponse\"<\n\x13ListFeedbackRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListFeedbackResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x03(\x0b\x32\x15.prefloop.v1.Feedback\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*<\n\x05Thumb\x12\x15\n\x11THUMB_UNSPECIFIED\x10\x00\x12\x0c\n\x08THUMB_UP\x10\x01\x12\x0e\n\nTHUMB_DOWN\x10\x02*a\n\x06\x43hoice\x12\x16\n\x12\x43HOICE_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x43HOICE_A\x10\x01\x12\x0c\n\x08\x43HOICE_B\x10\x02\x12\x0e\n\nCHOICE_TIE\x10\x03\x12\x13\n\x0f\x43HOICE_BOTH_BAD\x10\x04*\x9f\x01\n\x0c\x46\x65\x65\x64\x62\x61\x63kKind\x12\x1d\n\x19\x46\x45\x45\x44\x42\x41\x43K_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x45\x45\x44\x42\x41\x43K_KIND_THUMB\x10\x01\x12\x18\n\x14\x46\x45\x45\x44\x42\x41\x43K_KIND_CHOICE\x10\x02\x12\x1c\n\x18\x46\x45\x45\x44\x42\x41\x43K_KIND_CORRECTION\x10\x03\x12\x1f\n\x1b\x46\x45\x45\x44\x42\x41\x43K_KIND_DEMONSTRATION\x10\x04*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x32\xb6\x04\n\x0f\x46\x65\x65\x64\x62\x61\x63kService\x12P\n\x0bSubmitThumb\x12\x1f.prefloop.v1.SubmitThumbRequest\x1a .prefloop.v1.SubmitThumbResponse\x12S\n\x0cSubmitChoice\x12 .prefloop.v1.SubmitChoiceRequest\x1a!.prefloop.v1.SubmitChoiceResponse\x12_\n\x10SubmitCorrection\x12$.prefloop.v1.SubmitCorrectionRequest\x1a%.prefloop.v1.SubmitCorrectionResponse\x12h\n\x13SubmitDemonstration\x12\'.prefloop.v1.SubmitDemonstrationRequest\x1a(.prefloop.v1.SubmitDemonstrationResponse\x12\\\n\x0fRetractFeedback\x12#.prefloop.v1.RetractFeedbackRequest\x1a$.prefloop.v1.RetractFeedbackResponse\x12S\n\x0cListFeedback\x12 .prefloop.v1.ListFeedbackRequest\x1a!.prefloop.v1.ListFeedbackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprefloop/v1/feedback.proto\x12\x0bprefloop.v1\x1a\x1fgoogle/protobuf/timestamp.proto\";\n\x07Message\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.prefloop.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"7\n\rDemonstration\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.prefloop.v1.Message\"\xe4\x02\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.prefloop.v1.FeedbackKind\x12\x15\n\x0bresponse_id\x18\x03 \x01(\tH\x00\x12\x17\n\rcomparison_id\x18\x04 \x01(\tH\x00\x12#\n\x05thumb\x18\x05 \x01(\x0e\x32\x12.prefloop.v1.ThumbH\x01\x12%\n\x06\x63hoice\x18\x06 \x01(\x0e\x32\x13.prefloop.v1.ChoiceH\x01\x12\x14\n\ncorrection\x18\x07 \x01(\tH\x01\x12\x33\n\rdemonstration\x18\x08 \x01(\x0b\x32\x1a.prefloop.v1.DemonstrationH\x01\x12\x0f\n\x07\x63omment\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x08\n\x06targetB\x07\n\x05value\"q\n\x12SubmitThumbRequest\x12\x13\n\x0bresponse_id\x18\x01 \x01(\t\x12!\n\x05thumb\x18\x02 \x01(\x0e\x32\x12.prefloop.v1.Thumb\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\">\n\x13SubmitThumbResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x15.prefloop.v1.Feedback\"v\n\x13SubmitChoiceRequest\x12\x15\n\rcomparison_id\x18\x01 \x01(\t\x12#\n\x06\x63hoice\x18\x02 \x01(\x0e\x32\x13.prefloop.v1.Choice\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"?\n\x14SubmitChoiceResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x15.prefloop.v1.Feedback\"\x91\x01\n\x17SubmitPairChoiceRequest\x12\x15\n\rresponse_id_a\x18\x01 \x01(\t\x12\x15\n\rresponse_id_b\x18\x02 \x01(\t\x12#\n\x06\x63hoice\x18\x03 \x01(\x0e\x32\x13.prefloop.v1.Choice\x12\x0f\n\x07\x63omment\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"C\n\x18SubmitPairChoiceResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x15.prefloop.v1.Feedback\"P\n\x17SubmitCorrectionRequest\x12\x13\n\x0bresponse_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"C\n\x18SubmitCorrectionResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x15.prefloop.v1.Feedback\"X\n\x1aSubmitDemonstrationRequest\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.prefloop.v1.Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"F\n\x1bSubmitDemonstrationResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x15.prefloop.v1.Feedback\"-\n\x16RetractFeedbackRequest\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\"\x19\n\x17RetractFeedbackResponse\"<\n\x13ListFeedbackRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListFeedbackResponse\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x03(\x0b\x32\x15.prefloop.v1.Feedback\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*<\n\x05Thumb\x12\x15\n\x11THUMB_UNSPECIFIED\x10\x00\x12\x0c\n\x08THUMB_UP\x10\x01\x12\x0e\n\nTHUMB_DOWN\x10\x02*a\n\x06\x43hoice\x12\x16\n\x12\x43HOICE_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x43HOICE_A\x10\x01\x12\x0c\n\x08\x43HOICE_B\x10\x02\x12\x0e\n\nCHOICE_TIE\x10\x03\x12\x13\n\x0f\x43HOICE_BOTH_BAD\x10\x04*\x9f\x01\n\x0c\x46\x65\x65\x64\x62\x61\x63kKind\x12\x1d\n\x19\x46\x45\x45\x44\x42\x41\x43K_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x45\x45\x44\x42\x41\x43K_KIND_THUMB\x10\x01\x12\x18\n\x14\x46\x45\x45\x44\x42\x41\x43K_KIND_CHOICE\x10\x02\x12\x1c\n\x18\x46\x45\x45\x44\x42\x41\x43K_KIND_CORRECTION\x10\x03\x12\x1f\n\x1b\x46\x45\x45\x44\x42\x41\x43K_KIND_DEMONSTRATION\x10\x04*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x32\x97\x05\n\x0f\x46\x65\x65\x64\x62\x61\x63kService\x12P\n\x0bSubmitThumb\x12\x1f.prefloop.v1.SubmitThumbRequest\x1a .prefloop.v1.SubmitThumbResponse\x12S\n\x0cSubmitChoice\x12 .prefloop.v1.SubmitChoiceRequest\x1a!.prefloop.v1.SubmitChoiceResponse\x12_\n\x10SubmitPairChoice\x12$.prefloop.v1.SubmitPairChoiceRequest\x1a%.prefloop.v1.SubmitPairChoiceResponse\x12_\n\x10SubmitCorrection\x12$.prefloop.v1.SubmitCorrectionRequest\x1a%.prefloop.v1.SubmitCorrectionResponse\x12h\n\x13SubmitDemonstration\x12\'.prefloop.v1.SubmitDemonstrationRequest\x1a(.prefloop.v1.SubmitDemonstrationResponse\x12\\\n\x0fRetractFeedback\x12#.prefloop.v1.RetractFeedbackRequest\x1a$.prefloop.v1.RetractFeedbackResponse\x12S\n\x0cListFeedback\x12 .prefloop.v1.ListFeedbackRequest\x1a!.prefloop.v1.ListFeedbackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefloop.v1.feedback_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_THUMB']._serialized_start=1456
-  _globals['_THUMB']._serialized_end=1516
-  _globals['_CHOICE']._serialized_start=1518
-  _globals['_CHOICE']._serialized_end=1615
-  _globals['_FEEDBACKKIND']._serialized_start=1618
-  _globals['_FEEDBACKKIND']._serialized_end=1777
-  _globals['_ROLE']._serialized_start=1779
-  _globals['_ROLE']._serialized_end=1859
+  _globals['_THUMB']._serialized_start=1673
+  _globals['_THUMB']._serialized_end=1733
+  _globals['_CHOICE']._serialized_start=1735
+  _globals['_CHOICE']._serialized_end=1832
+  _globals['_FEEDBACKKIND']._serialized_start=1835
+  _globals['_FEEDBACKKIND']._serialized_end=1994
+  _globals['_ROLE']._serialized_start=1996
+  _globals['_ROLE']._serialized_end=2076
   _globals['_MESSAGE']._serialized_start=76
   _globals['_MESSAGE']._serialized_end=135
   _globals['_DEMONSTRATION']._serialized_start=137
@@ -54,22 +54,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITCHOICEREQUEST']._serialized_end=850
   _globals['_SUBMITCHOICERESPONSE']._serialized_start=852
   _globals['_SUBMITCHOICERESPONSE']._serialized_end=915
-  _globals['_SUBMITCORRECTIONREQUEST']._serialized_start=917
-  _globals['_SUBMITCORRECTIONREQUEST']._serialized_end=997
-  _globals['_SUBMITCORRECTIONRESPONSE']._serialized_start=999
-  _globals['_SUBMITCORRECTIONRESPONSE']._serialized_end=1066
-  _globals['_SUBMITDEMONSTRATIONREQUEST']._serialized_start=1068
-  _globals['_SUBMITDEMONSTRATIONREQUEST']._serialized_end=1156
-  _globals['_SUBMITDEMONSTRATIONRESPONSE']._serialized_start=1158
-  _globals['_SUBMITDEMONSTRATIONRESPONSE']._serialized_end=1228
-  _globals['_RETRACTFEEDBACKREQUEST']._serialized_start=1230
-  _globals['_RETRACTFEEDBACKREQUEST']._serialized_end=1275
-  _globals['_RETRACTFEEDBACKRESPONSE']._serialized_start=1277
-  _globals['_RETRACTFEEDBACKRESPONSE']._serialized_end=1302
-  _globals['_LISTFEEDBACKREQUEST']._serialized_start=1304
-  _globals['_LISTFEEDBACKREQUEST']._serialized_end=1364
-  _globals['_LISTFEEDBACKRESPONSE']._serialized_start=1366
-  _globals['_LISTFEEDBACKRESPONSE']._serialized_end=1454
-  _globals['_FEEDBACKSERVICE']._serialized_start=1862
-  _globals['_FEEDBACKSERVICE']._serialized_end=2428
+  _globals['_SUBMITPAIRCHOICEREQUEST']._serialized_start=918
+  _globals['_SUBMITPAIRCHOICEREQUEST']._serialized_end=1063
+  _globals['_SUBMITPAIRCHOICERESPONSE']._serialized_start=1065
+  _globals['_SUBMITPAIRCHOICERESPONSE']._serialized_end=1132
+  _globals['_SUBMITCORRECTIONREQUEST']._serialized_start=1134
+  _globals['_SUBMITCORRECTIONREQUEST']._serialized_end=1214
+  _globals['_SUBMITCORRECTIONRESPONSE']._serialized_start=1216
+  _globals['_SUBMITCORRECTIONRESPONSE']._serialized_end=1283
+  _globals['_SUBMITDEMONSTRATIONREQUEST']._serialized_start=1285
+  _globals['_SUBMITDEMONSTRATIONREQUEST']._serialized_end=1373
+  _globals['_SUBMITDEMONSTRATIONRESPONSE']._serialized_start=1375
+  _globals['_SUBMITDEMONSTRATIONRESPONSE']._serialized_end=1445
+  _globals['_RETRACTFEEDBACKREQUEST']._serialized_start=1447
+  _globals['_RETRACTFEEDBACKREQUEST']._serialized_end=1492
+  _globals['_RETRACTFEEDBACKRESPONSE']._serialized_start=1494
+  _globals['_RETRACTFEEDBACKRESPONSE']._serialized_end=1519
+  _globals['_LISTFEEDBACKREQUEST']._serialized_start=1521
+  _globals['_LISTFEEDBACKREQUEST']._serialized_end=1581
+  _globals['_LISTFEEDBACKRESPONSE']._serialized_start=1583
+  _globals['_LISTFEEDBACKRESPONSE']._serialized_end=1671
+  _globals['_FEEDBACKSERVICE']._serialized_start=2079
+  _globals['_FEEDBACKSERVICE']._serialized_end=2742
 # @@protoc_insertion_point(module_scope)

@@ -292,6 +292,58 @@ class SubmitChoiceResponse(_message.Message):
 Global___SubmitChoiceResponse: _TypeAlias = SubmitChoiceResponse  # noqa: Y015
 
 @_typing.final
+class SubmitPairChoiceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSE_ID_A_FIELD_NUMBER: _builtins.int
+    RESPONSE_ID_B_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    COMMENT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    response_id_a: _builtins.str
+    """The answer that came first; it is A."""
+    response_id_b: _builtins.str
+    choice: Global___Choice.ValueType
+    comment: _builtins.str
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        response_id_a: _builtins.str = ...,
+        response_id_b: _builtins.str = ...,
+        choice: Global___Choice.ValueType = ...,
+        comment: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "comment", b"comment", "request_id", b"request_id", "response_id_a", b"response_id_a", "response_id_b", b"response_id_b"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitPairChoiceRequest: _TypeAlias = SubmitPairChoiceRequest  # noqa: Y015
+
+@_typing.final
+class SubmitPairChoiceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEEDBACK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def feedback(self) -> Global___Feedback: ...
+    def __init__(
+        self,
+        *,
+        feedback: Global___Feedback | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["feedback", b"feedback"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feedback", b"feedback"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitPairChoiceResponse: _TypeAlias = SubmitPairChoiceResponse  # noqa: Y015
+
+@_typing.final
 class SubmitCorrectionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -45,6 +45,11 @@ class FeedbackServiceStub:
                 request_serializer=prefloop_dot_v1_dot_feedback__pb2.SubmitChoiceRequest.SerializeToString,
                 response_deserializer=prefloop_dot_v1_dot_feedback__pb2.SubmitChoiceResponse.FromString,
                 _registered_method=True)
+        self.SubmitPairChoice = channel.unary_unary(
+                '/prefloop.v1.FeedbackService/SubmitPairChoice',
+                request_serializer=prefloop_dot_v1_dot_feedback__pb2.SubmitPairChoiceRequest.SerializeToString,
+                response_deserializer=prefloop_dot_v1_dot_feedback__pb2.SubmitPairChoiceResponse.FromString,
+                _registered_method=True)
         self.SubmitCorrection = channel.unary_unary(
                 '/prefloop.v1.FeedbackService/SubmitCorrection',
                 request_serializer=prefloop_dot_v1_dot_feedback__pb2.SubmitCorrectionRequest.SerializeToString,
@@ -80,6 +85,14 @@ class FeedbackServiceServicer:
 
     def SubmitChoice(self, request, context):
         """Sets the user's choice on a finished comparison. The first choice also decides how the conversation continues.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitPairChoice(self, request, context):
+        """Sets the user's choice between two answers to the same messages that they saw one after another. It teaches like any
+        other, but decides no test between versions, since it was not blind; the conversation stays as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +138,11 @@ def add_FeedbackServiceServicer_to_server(servicer, server):
                     servicer.SubmitChoice,
                     request_deserializer=prefloop_dot_v1_dot_feedback__pb2.SubmitChoiceRequest.FromString,
                     response_serializer=prefloop_dot_v1_dot_feedback__pb2.SubmitChoiceResponse.SerializeToString,
+            ),
+            'SubmitPairChoice': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitPairChoice,
+                    request_deserializer=prefloop_dot_v1_dot_feedback__pb2.SubmitPairChoiceRequest.FromString,
+                    response_serializer=prefloop_dot_v1_dot_feedback__pb2.SubmitPairChoiceResponse.SerializeToString,
             ),
             'SubmitCorrection': grpc.unary_unary_rpc_method_handler(
                     servicer.SubmitCorrection,
@@ -202,6 +220,33 @@ class FeedbackService:
             '/prefloop.v1.FeedbackService/SubmitChoice',
             prefloop_dot_v1_dot_feedback__pb2.SubmitChoiceRequest.SerializeToString,
             prefloop_dot_v1_dot_feedback__pb2.SubmitChoiceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitPairChoice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefloop.v1.FeedbackService/SubmitPairChoice',
+            prefloop_dot_v1_dot_feedback__pb2.SubmitPairChoiceRequest.SerializeToString,
+            prefloop_dot_v1_dot_feedback__pb2.SubmitPairChoiceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class FeedbackServiceStub:
     """Sets the user's thumb on a response. Voting again replaces it."""
     SubmitChoice: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.SubmitChoiceRequest, _feedback_pb2.SubmitChoiceResponse]
     """Sets the user's choice on a finished comparison. The first choice also decides how the conversation continues."""
+    SubmitPairChoice: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.SubmitPairChoiceRequest, _feedback_pb2.SubmitPairChoiceResponse]
+    """Sets the user's choice between two answers to the same messages that they saw one after another. It teaches like any
+    other, but decides no test between versions, since it was not blind; the conversation stays as it is.
+    """
     SubmitCorrection: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.SubmitCorrectionRequest, _feedback_pb2.SubmitCorrectionResponse]
     """Submits the text that the answer should have been."""
     SubmitDemonstration: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.SubmitDemonstrationRequest, _feedback_pb2.SubmitDemonstrationResponse]
@@ -55,6 +59,10 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     """Sets the user's thumb on a response. Voting again replaces it."""
     SubmitChoice: _aio.UnaryUnaryMultiCallable[_feedback_pb2.SubmitChoiceRequest, _feedback_pb2.SubmitChoiceResponse]  # type: ignore[assignment]
     """Sets the user's choice on a finished comparison. The first choice also decides how the conversation continues."""
+    SubmitPairChoice: _aio.UnaryUnaryMultiCallable[_feedback_pb2.SubmitPairChoiceRequest, _feedback_pb2.SubmitPairChoiceResponse]  # type: ignore[assignment]
+    """Sets the user's choice between two answers to the same messages that they saw one after another. It teaches like any
+    other, but decides no test between versions, since it was not blind; the conversation stays as it is.
+    """
     SubmitCorrection: _aio.UnaryUnaryMultiCallable[_feedback_pb2.SubmitCorrectionRequest, _feedback_pb2.SubmitCorrectionResponse]  # type: ignore[assignment]
     """Submits the text that the answer should have been."""
     SubmitDemonstration: _aio.UnaryUnaryMultiCallable[_feedback_pb2.SubmitDemonstrationRequest, _feedback_pb2.SubmitDemonstrationResponse]  # type: ignore[assignment]
@@ -82,6 +90,16 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_feedback_pb2.SubmitChoiceResponse, _abc.Awaitable[_feedback_pb2.SubmitChoiceResponse]]:
         """Sets the user's choice on a finished comparison. The first choice also decides how the conversation continues."""
+
+    @_abc_1.abstractmethod
+    def SubmitPairChoice(
+        self,
+        request: _feedback_pb2.SubmitPairChoiceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feedback_pb2.SubmitPairChoiceResponse, _abc.Awaitable[_feedback_pb2.SubmitPairChoiceResponse]]:
+        """Sets the user's choice between two answers to the same messages that they saw one after another. It teaches like any
+        other, but decides no test between versions, since it was not blind; the conversation stays as it is.
+        """
 
     @_abc_1.abstractmethod
     def SubmitCorrection(

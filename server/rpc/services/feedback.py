@@ -44,7 +44,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
     async def SubmitChoice(
         self, request: feedback_pb2.SubmitChoiceRequest, context: Any
     ) -> feedback_pb2.SubmitChoiceResponse:
-        choice = next(name for name, value in to_proto.CHOICES.items() if value == request.choice)
+        choice = to_proto.CHOICE_OF[request.choice]
         feedback = await self._once(
             "SubmitChoice",
             request,
@@ -52,6 +52,19 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             lambda store, user: store.feedback.submit_choice(user, request.comparison_id, choice, request.comment),
         )
         return feedback_pb2.SubmitChoiceResponse(feedback=feedback)
+
+    async def SubmitPairChoice(
+        self, request: feedback_pb2.SubmitPairChoiceRequest, context: Any
+    ) -> feedback_pb2.SubmitPairChoiceResponse:
+        choice = to_proto.CHOICE_OF[request.choice]
+        a, b = request.response_id_a, request.response_id_b
+        feedback = await self._once(
+            "SubmitPairChoice",
+            request,
+            context,
+            lambda store, user: store.feedback.submit_pair_choice(user, a, b, choice, request.comment),
+        )
+        return feedback_pb2.SubmitPairChoiceResponse(feedback=feedback)
 
     async def SubmitCorrection(
         self, request: feedback_pb2.SubmitCorrectionRequest, context: Any

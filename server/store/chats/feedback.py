@@ -66,6 +66,20 @@ class FeedbackTable:
                 self._db.execute("UPDATE comparisons SET state = 'chosen' WHERE id = ?", [comparison_id])
             return self._submit(user, "choice", choice, comment, comparison_id=comparison_id)
 
+    def submit_pair_choice(self, user: str, earlier: str, later: str, choice: Choice, comment: str = "") -> Feedback:
+        """A choice between two answers that the user saw one after another; `earlier` is A. Raises the errors of
+        `Responses.pair` and `submit_choice`."""
+        with self._db.write():
+            return self.submit_choice(user, self._responses.pair(user, earlier, later), choice, comment)
+
+    def of_pairs(self, user: str) -> set[str]:
+        """The ids of the user's feedback on comparisons that no turn has."""
+        rows = self._db.rows(
+            "SELECT f.id FROM feedback f JOIN comparisons c ON c.id = f.comparison_id WHERE f.user = ? AND c.blind = 0",
+            [user],
+        )
+        return {row["id"] for row in rows}
+
     def retract(self, user: str, feedback_id: str) -> None:
         """Delete the current state; the log keeps its events. Raises NotFoundError."""
         with self._db.write():

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from server.shared.errors import NotFoundError
+from server.shared.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from server.store.chats.records import Comparison, Generation, Place, Response, Span, Status
 from server.store.database import Database, Row, pages
 from server.store.ids import new_id
@@ -64,7 +64,6 @@ class Responses:
     ) -> tuple[str, str, str]:
         """Add a turn with two responses, from the versions and at the temperatures of A and B; return the ids of the
         comparison, A and B."""
-        comparison_id = new_id("cmp")
         with self._db.write():
             a, b = (
                 self._insert_response(
@@ -80,18 +79,7 @@ class Responses:
                 )
                 for policy_version, temperature, seed in zip(policy_versions, temperatures, seeds, strict=True)
             )
-            self._db.insert(
-                "comparisons",
-                {
-                    "id": comparison_id,
-                    "conversation_id": conversation_id,
-                    "user": user,
-                    "response_a": a,
-                    "response_b": b,
-                    "state": "open",
-                    "create_time": self._db.now(),
-                },
-            )
+            comparison_id = self._insert_comparison(user, conversation_id, a, b, "open")
             insert_turn(self._db, conversation_id, message, place, comparison_id=comparison_id)
         return comparison_id, a, b
 
@@ -159,6 +147,33 @@ class Responses:
             raise NotFoundError("comparison", comparison_id)
         return comparison
 
+    def pair(self, user: str, earlier: str, later: str) -> str:
+        """The id of the comparison of two answers that the user saw one after another; made if there is none. It is not
+        blind, and no turn's: the conversation went on by itself. Raises NotFoundError, InvalidArgumentError if `later`
+        came first, and FailedPreconditionError if they do not answer the same messages."""
+        conversation_id = self.get(user, earlier).conversation_id
+        self.get(user, later)
+        turns = self._db.rows(
+            "SELECT response_id, message, parent_seq FROM turns WHERE conversation_id = ? AND response_id IN (?, ?) "
+            "ORDER BY seq",
+            [conversation_id, earlier, later],
+        )
+        if (
+            len(turns) != 2
+            or turns[0]["message"] != turns[1]["message"]
+            or turns[0]["parent_seq"] != turns[1]["parent_seq"]
+        ):
+            raise FailedPreconditionError("OTHER_MESSAGES", "The two answers are not to the same messages.")
+        if turns[0]["response_id"] != earlier:
+            raise InvalidArgumentError("response_id_a", "response_id_a must be the answer that came first.")
+        with self._db.write():
+            row = self._db.row(
+                "SELECT id FROM comparisons WHERE response_a = ? AND response_b = ? AND blind = 0", [earlier, later]
+            )
+            if row:
+                return str(row["id"])
+            return self._insert_comparison(user, conversation_id, earlier, later, "skipped", blind=False)
+
     def skip_open_comparisons(self, conversation_id: str) -> None:
         """Mark open comparisons as skipped: the conversation continues with A, or with B if only B has an answer."""
         with self._db.write():
@@ -170,6 +185,25 @@ class Responses:
                     "UPDATE comparisons SET state = 'skipped', continued_with = ? WHERE id = ?",
                     [comparison.unless_chosen, comparison.id],
                 )
+
+    def _insert_comparison(
+        self, user: str, conversation_id: str, a: str, b: str, state: Literal["open", "skipped"], blind: bool = True
+    ) -> str:
+        comparison_id = new_id("cmp")
+        self._db.insert(
+            "comparisons",
+            {
+                "id": comparison_id,
+                "conversation_id": conversation_id,
+                "user": user,
+                "response_a": a,
+                "response_b": b,
+                "state": state,
+                "blind": int(blind),
+                "create_time": self._db.now(),
+            },
+        )
+        return comparison_id
 
     def _insert_response(
         self,

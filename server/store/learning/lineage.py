@@ -170,16 +170,17 @@ class Lineage:
         )
 
     def choices_between(self, version: str, opponent: str, since: float, user_votes: int) -> list[ChoiceBetween]:
-        """The first `user_votes` choices of each user between answers of two versions, of comparisons made since a
-        time, in the order in which they were first made; without users in quarantine. Choices that were retracted since
-        count, too: a user who sees the versions could take back what does not suit them."""
+        """The first `user_votes` choices of each user between answers of two versions, of blind comparisons made since
+        a time, in the order in which they were first made; without users in quarantine. Choices that were retracted
+        since count, too: a user who sees the versions could take back what does not suit them."""
         rows = self._db.rows(
             "SELECT user, value, version_a FROM (SELECT e.user, e.value, e.seq, a.policy_version AS version_a, "
             "row_number() OVER (PARTITION BY e.user ORDER BY e.seq) AS nth FROM comparisons c "
             "JOIN responses a ON a.id = c.response_a JOIN responses b ON b.id = c.response_b "
             "JOIN feedback_events e ON e.seq = (SELECT min(seq) FROM feedback_events "
             "WHERE comparison_id = c.id AND kind = 'choice' AND action = 'submit') "
-            "WHERE c.create_time >= ?3 AND e.value IS NOT NULL AND e.user NOT IN (SELECT user FROM quarantined) "
+            "WHERE c.create_time >= ?3 AND c.blind = 1 AND e.value IS NOT NULL "
+            "AND e.user NOT IN (SELECT user FROM quarantined) "
             "AND ((a.policy_version = ?1 AND b.policy_version = ?2) "
             "OR (a.policy_version = ?2 AND b.policy_version = ?1))) WHERE nth <= ?4 ORDER BY seq",
             [version, opponent, since, user_votes],
@@ -215,7 +216,7 @@ class Lineage:
             "count(*) FILTER (WHERE v.rowid != w.rowid) AS newer, "
             "count(*) FILTER (WHERE a.chosen_by IS NOT NULL AND b.chosen_by IS NULL) AS chosen_a, "
             "count(*) FILTER (WHERE (a.chosen_by IS NULL) != (b.chosen_by IS NULL)) AS chosen "
-            "FROM (SELECT * FROM comparisons ORDER BY rowid DESC LIMIT ?) c "
+            "FROM (SELECT * FROM comparisons WHERE blind = 1 ORDER BY rowid DESC LIMIT ?) c "
             "JOIN responses a ON a.id = c.response_a JOIN responses b ON b.id = c.response_b "
             "LEFT JOIN policies v ON v.version = a.policy_version LEFT JOIN policies w ON w.version = b.policy_version",
             [limit],

@@ -548,3 +548,15 @@ def m022_applications(db: Database) -> None:
         CREATE INDEX keys_revoked ON keys (revoke_time) WHERE revoke_time IS NOT NULL;
         """,
     )
+
+
+@migrations()
+def m023_pairs(db: Database) -> None:
+    """Comparisons of two answers that a user saw one after another, with their versions."""
+    _run(
+        db,
+        """
+        ALTER TABLE comparisons ADD COLUMN blind INTEGER NOT NULL DEFAULT 1;
+        CREATE UNIQUE INDEX comparisons_of_pairs ON comparisons (response_a, response_b) WHERE blind = 0;
+        """,
+    )

@@ -46,6 +46,25 @@ async def test_every_choice(gateway: Gateway, word: str, stored: str) -> None:
     assert await votes(gateway) == [("choice", stored, "")]
 
 
+async def test_a_second_completion_is_compared_with_the_first(gateway: Gateway) -> None:
+    gateway.running.engine.answers = ["first", "second"]
+    first, second = await completion(gateway), await completion(gateway)
+    body = {"id": first, "other_id": second, "value": "b", "comment": "longer"}
+    [choice] = (await gateway.post("/v1/feedback", body)).json()["data"]
+    assert (choice["value"], choice["comment"]) == ("b", "longer")
+    # Changed, not counted twice.
+    [again] = (await gateway.post("/v1/feedback", {**body, "value": "tie"})).json()["data"]
+    assert (again["id"], again["completion_id"]) == (choice["id"], choice["completion_id"])
+    assert await votes(gateway) == [("choice", "TIE", "longer")]
+    assert error(await gateway.post("/v1/feedback", {**body, "id": second, "other_id": first})) == (
+        400, "response_id_a must be the answer that came first.", "id", "invalid_field",
+    )  # fmt: skip
+    other = await completion(gateway, messages=[{"role": "user", "content": "other"}])
+    assert error(await gateway.post("/v1/feedback", {**body, "other_id": other}))[:2] == (
+        409, "The two answers are not to the same messages.",
+    )  # fmt: skip
+
+
 async def test_the_version_is_named_once_the_choice_is_made(gateway: Gateway) -> None:
     comparison = await completion(gateway, n=2)
     found = await gateway.running.store(lambda store: store.responses.comparison("ann", comparison))
@@ -84,6 +103,8 @@ async def test_feedback_is_retracted(gateway: Gateway) -> None:
         ({"value": True}, (400, "id: Field required.", "id", None)),
         ({"id": "resp_x"}, (400, "Feedback has a value, a correction or both.", "value", None)),
         ({"id": "resp_x", "correction": "y", "comment": "z"}, (400, "A comment goes with a value.", "comment", None)),
+        ({"id": "resp_x", "other_id": "resp_y", "value": True},
+         (400, 'other_id goes with the value "a", "b", "tie" or "both_bad".', "other_id", None)),
         ({"id": "resp_x", "value": "c"}, (400, "value: Input should be a valid boolean.", "value", None)),
         ({"id": "resp_x", "value": 1}, (400, "value: Input should be a valid boolean.", "value", None)),
         ({"id": "resp_x", "value": True, "score": 1}, (400, "score: Extra inputs are not permitted.", "score", None)),

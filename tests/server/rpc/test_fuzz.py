@@ -21,15 +21,18 @@ from prefloop.v1 import chat_pb2, feedback_pb2
 from server.rpc.access import ROLES
 from server.rpc.to_proto import page_token
 from tests.server.conftest import Running, running_server
+from tests.server.rpc.test_pairs import answer
 from tests.server.rpc.test_round_samples import judged, keep_line
 from tests.server.rpc.test_rpcs import ANN, BOB, chat, compare
 from tests.tiers import slow
 
 EACH, SAMPLE = 700, 250
-# Few of these requests are valid: they need an existing version, and the active one, or a token that a page had.
+# Few of these requests are valid: they need an existing version, and the active one, a token that a page had, or two
+# answers to the same messages.
 SELDOM_RIGHT = {
     *(f"/prefloop.v1.PolicyService/{name}" for name in ("ActivatePolicy", "RollbackPolicy", "ListRoundSamples")),
     "/prefloop.v1.ChatService/GetConversation",
+    "/prefloop.v1.FeedbackService/SubmitPairChoice",
 }
 AT_ONCE = 16
 SECONDS = 30
@@ -163,6 +166,7 @@ async def test_no_request_is_the_servers_fault(wide: Running, name: str, each: i
         kept.feedback.feedback_id,
         theirs.started.conversation_id,
         theirs.started.response_id,
+        *[await answer(wide, "hello") for _ in range(3)],
     ]
     method = descriptor_pool.Default().FindMethodByName(name[1:].replace("/", "."))
     # By its name: a new RPC changes the requests of no other.

@@ -67,6 +67,9 @@ def requests(response_id: str, comparison_id: str, conversation_id: str) -> dict
         "SubmitChoice": feedback_pb2.SubmitChoiceRequest(
             comparison_id=comparison_id, choice=feedback_pb2.CHOICE_A, comment=WORDS["comment"]
         ),
+        "SubmitPairChoice": feedback_pb2.SubmitPairChoiceRequest(
+            response_id_a=response_id, response_id_b=response_id, choice=feedback_pb2.CHOICE_A, comment=WORDS["comment"]
+        ),
         "SubmitCorrection": feedback_pb2.SubmitCorrectionRequest(response_id=response_id, text=WORDS["correction"]),
         "SubmitDemonstration": feedback_pb2.SubmitDemonstrationRequest(messages=messages()),
         "RetractFeedback": feedback_pb2.RetractFeedbackRequest(feedback_id="fb_none"),
@@ -126,6 +129,7 @@ async def test_user_text_is_not_quoted(running: Running, said: list[str]) -> Non
     assert set(asked) == {method.rpartition("/")[2] for method in ROLES if method.startswith("/prefloop.")}
     told = await call_all(running, asked, ZOE)
     assert {name for name, status in told.items() if status} == {
+        "SubmitPairChoice",
         "RetractFeedback",
         "DeleteConversation",
         "ActivatePolicy",

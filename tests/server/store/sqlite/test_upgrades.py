@@ -39,6 +39,7 @@ RELEASED = {
     "m020_system_prompts": "7988f055a6b921f3",
     "m021_histories": "501e118c82e8f8b4",
     "m022_applications": "0ecfb40d8de12281",
+    "m023_pairs": "a614d697125ee9a5",
 }
 
 

@@ -8,6 +8,8 @@ from server.shared.model.text import UnknownTokenError
 Message = dict[str, str]
 # The reason of an InvalidArgumentError.
 PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+# Programs that shorten a history by themselves know an error by these words.
+TOO_LONG = "is longer than the model's context length"
 # A user's message and its answer. The message is empty where a caller's own history begins with an answer.
 Said = tuple[str, str]
 
@@ -36,7 +38,7 @@ def whole_prompt(
     that the model lacks, or if the model's template does not take them. Never encodes more than `max_chars`."""
     chars = sum(len(message["content"]) for message in messages)
     if chars > max_chars:
-        sentence = f"The messages have {chars} characters, more than fit in {max_prompt_tokens} tokens."
+        sentence = f"A prompt of {chars} characters {TOO_LONG}; at most {max_prompt_tokens} tokens fit with an answer."
         raise InvalidArgumentError("messages", sentence, PROMPT_TOO_LONG)
     try:
         prompt = encode(messages)
@@ -45,7 +47,7 @@ def whole_prompt(
     except ValueError as error:
         raise InvalidArgumentError("messages", f"This model takes no such messages: {error}") from error
     if len(prompt) > max_prompt_tokens:
-        sentence = f"The messages have {len(prompt)} tokens; at most {max_prompt_tokens} fit with an answer."
+        sentence = f"A prompt of {len(prompt)} tokens {TOO_LONG}; at most {max_prompt_tokens} fit with an answer."
         raise InvalidArgumentError("messages", sentence, PROMPT_TOO_LONG)
     return prompt
 

@@ -188,7 +188,7 @@ async def test_a_history_that_does_not_fit_is_refused_and_not_stored(running: Ru
     said = messages("a " * 9, "b " * 10, "c c")
     assert await refusal(running.chat.Chat(chat_pb2.ChatRequest(messages=said), metadata=ANN)) == (
         grpc.StatusCode.INVALID_ARGUMENT,
-        "The messages have 21 tokens; at most 20 fit with an answer.",
+        "A prompt of 21 tokens is longer than the model's context length; at most 20 fit with an answer.",
         ["PROMPT_TOO_LONG", "messages"],
     )
     # Far more text is not even encoded.

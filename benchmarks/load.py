@@ -4,8 +4,9 @@ Reads one load per line from standard input, as JSON {"streams", "waves", "token
 and answers each with one JSON line: {"tokens", "answers", "deltas", "seconds", "ttft_s", "gap_p99_s", "cpu_s"}. A wave
 is `streams` questions sent at once; the next one starts when all are answered. Times are in seconds.
 
-Targets: `grpc ADDRESS` (prefloop), `openai ADDRESS` (an OpenAI-compatible server), `bare DIRECTORY` (vLLM's AsyncLLM
-in this process with pre-tokenised prompts, so without any front end).
+Targets: `grpc ADDRESS` (prefloop), `openai ADDRESS` (vLLM's OpenAI server), `gateway ADDRESS` (the same client against
+prefloop's gateway, which stores log-probabilities but does not send them), `bare DIRECTORY` (vLLM's AsyncLLM in this
+process with pre-tokenised prompts, so without any front end).
 """
 
 import asyncio
@@ -49,7 +50,7 @@ async def main(target: str, address: str) -> None:
     # vLLM's processes print to standard output, so that is redirected to standard error and replies use a copy.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    open_target = {"grpc": grpc_target, "openai": openai_target, "bare": bare_target}[target]
+    open_target = TARGETS[target]
     async with asyncio.timeout(300):
         ask, close = await open_target(address)
     print(READY, file=replies)
@@ -123,7 +124,7 @@ async def grpc_target(address: str) -> Target:
     return ask, close
 
 
-async def openai_target(address: str) -> Target:
+async def openai_target(address: str, model: str = "bench", may_ask_logprobs: bool = True) -> Target:
     """Streamed chat completions over HTTP with aiohttp, a lighter client than OpenAI's own library."""
     import aiohttp
 
@@ -135,14 +136,14 @@ async def openai_target(address: str) -> Target:
     def ask(load: Load) -> Ask:
         async def answer(question: str, heard: Callable[[], None]) -> int:
             body: dict[str, Any] = {
-                "model": "bench",
+                "model": model,
                 "messages": [{"role": "user", "content": question}],
                 "max_tokens": load.tokens,
                 "temperature": load.temperature,
                 "stream": True,
                 "stream_options": {"include_usage": True},
             }
-            if load.logprobs:
+            if load.logprobs and may_ask_logprobs:
                 body |= {"logprobs": True, "top_logprobs": 0}
             tokens = 0
             async with session.post(url, json=body) as response:
@@ -160,6 +161,10 @@ async def openai_target(address: str) -> Target:
         return answer
 
     return ask, session.close
+
+
+async def gateway_target(address: str) -> Target:
+    return await openai_target(address, "prefloop", may_ask_logprobs=False)
 
 
 async def bare_target(directory: str) -> Target:
@@ -204,6 +209,9 @@ async def bare_target(directory: str) -> Target:
         await asyncio.to_thread(engine.shutdown)
 
     return ask, close
+
+
+TARGETS = {"grpc": grpc_target, "openai": openai_target, "gateway": gateway_target, "bare": bare_target}
 
 
 if __name__ == "__main__":

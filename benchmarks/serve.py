@@ -1,4 +1,5 @@
-"""How much of the engine's speed reaches a client: prefloop's gRPC server, the bare engine, vLLM's OpenAI server.
+"""How much of the engine's speed reaches a client: prefloop's gRPC server and its gateway, the bare engine, vLLM's
+OpenAI server.
 
     python benchmarks/serve.py [--quick] [--part real|defaults|tiny] [--write]
 
@@ -55,6 +56,7 @@ HERE = Path(__file__).parent
 REPORT = HERE.parent / "docs" / "benchmarks" / "serve.md"
 TARGETS = {
     "grpc": "prefloop gRPC",
+    "gateway": "prefloop gateway",
     "bare": "bare AsyncLLM",
     "openai": "vLLM OpenAI server, our processes",
     "openai-mp": "vLLM OpenAI server, its own processes",
@@ -129,6 +131,8 @@ async def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str,
         clients: Clients = {}
         address = await stack.enter_async_context(grpc_server(environment, work))
         clients["grpc"] = await stack.enter_async_context(client("grpc", address, environment))
+        door = await stack.enter_async_context(gateway(address, environment, work))
+        clients["gateway"] = await stack.enter_async_context(client("gateway", door, environment))
         # The server's copy of the model, so that all targets read the same files.
         served = data / "policies" / "v0000"
         if alike:
@@ -192,6 +196,20 @@ async def grpc_server(environment: dict[str, str], work: Path) -> AsyncIterator[
             client.check()
 
     async with process(command, environment, work / "grpc.log", check, PrefloopError):
+        yield f"127.0.0.1:{port}"
+
+
+@asynccontextmanager
+async def gateway(server: str, environment: dict[str, str], work: Path) -> AsyncIterator[str]:
+    """`chat gateway` to a server; yields its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "clients.cli", "--host", "127.0.0.1", "--port", server.rpartition(":")[2]]
+    command += ["gateway", "--web-port", str(port)]
+
+    def check() -> None:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
+
+    async with process(command, environment, work / "gateway.log", check, OSError):
         yield f"127.0.0.1:{port}"
 
 
@@ -382,19 +400,20 @@ def make_tiny_model(work: Path) -> Path:
 
 
 def table(part: str, figures: dict[str, Figures]) -> str:
-    """A part's results as a Markdown table; the ratio is prefloop's tokens/s to the row's."""
+    """A part's results as a Markdown table; the ratios are those of prefloop's tokens/s to the row's."""
     lines = [
         f"## {TITLES[part]}",
         "",
-        "| streams | server | tokens/s | prefloop is | first token, median ms | gap p99 ms | deltas an answer |",
-        "|---:|---|---:|---:|---:|---:|---:|",
+        "| streams | server | tokens/s | gRPC is | gateway is | first token, median ms | gap p99 ms "
+        "| deltas an answer |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for streams in figures["grpc"]:
-        ours = figures["grpc"][streams]["tokens_per_s"]
+        ours = [figures[target][streams]["tokens_per_s"] for target in ("grpc", "gateway")]
         for target, row in ((target, figures[target][streams]) for target in TARGETS if target in figures):
-            ratio = "" if target == "grpc" else f"{ours / row['tokens_per_s']:.2f} x"
+            ratios = " | ".join(f"{one / row['tokens_per_s']:.2f} x" for one in ours)
             lines.append(
-                f"| {streams} | {TARGETS[target]} | {row['tokens_per_s']:.0f} | {ratio} | {row['ttft_ms']:.0f} "
+                f"| {streams} | {TARGETS[target]} | {row['tokens_per_s']:.0f} | {ratios} | {row['ttft_ms']:.0f} "
                 f"| {row['gap_p99_ms']:.0f} | {row['deltas_per_answer']:.1f} |"
             )
     return "\n".join([*lines, ""])

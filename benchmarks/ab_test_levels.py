@@ -6,7 +6,8 @@ often people's choices promote and reject a canary.
 Simulates tests at the shipped defaults with 1, 3, 10 and 100 voters, each of whom casts up to 40 votes, in random order
 and in unequal numbers. People may differ: half of them prefer the new version more than the mean of all, half less. The
 votes are counted as `server.store.learning.lineage` counts them; for comparison, as it did before: up to ten votes of
-each. A canary is promoted or rejected at its evidence, or undecided. Prints two tables, and one JSON line last.
+each. A canary is promoted or rejected at its evidence, or promoted by all choices at the end, or undecided. Prints two
+tables, and one JSON line last.
 """
 
 import argparse
@@ -15,9 +16,10 @@ import random
 from collections import Counter
 from functools import cache
 
+from learner.round.review.canary import EARLY
 from learner.settings import GateSettings
 from server.settings import ServerSettings
-from server.store.e_value import STAKES, e_value
+from server.store.e_value import STAKES, chance_of, e_value
 
 VOTERS, MOST = (1, 3, 10, 100), 40
 # (name, mean of the people's rates of preferring the new version, how far the rates are spread to either side).
@@ -88,22 +90,23 @@ def canary(chance: random.Random, voters: int, rate: float, spread: float, sever
     few = voters < gate.canary_voters
     unit, most = (1, several if voters > 1 else gate.canary_votes) if few else (gate.canary_user_votes,) * 2
     won = [list[float]() for _ in people]
-    better, worse, counted = [1.0] * len(STAKES), [1.0] * len(STAKES), 0
+    better, worse, counted, means = [1.0] * len(STAKES), [1.0] * len(STAKES), 0, list[float]()
     order = [person for person, (_, votes) in enumerate(people) for _ in range(min(votes, most))]
     chance.shuffle(order)
     for person in order:
         won[person].append(float(chance.random() < people[person][0]))
         if len(won[person]) % unit == 0:
             mean, counted = sum(won[person][-unit:]) / unit - 0.5, counted + unit
+            means.append(mean + 0.5)
             better = [wealth * (1 + stake * mean) for wealth, stake in zip(better, STAKES, strict=True)]
             worse = [wealth * (1 - stake * mean) for wealth, stake in zip(worse, STAKES, strict=True)]
-        if sum(better) / len(STAKES) >= gate.canary_evidence:
+        if sum(better) / len(STAKES) >= gate.canary_evidence / EARLY:
             return "promoted"
-        if sum(worse) / len(STAKES) >= gate.canary_evidence:
+        if sum(worse) / len(STAKES) >= gate.canary_evidence / EARLY:
             return "rejected"
         if counted >= gate.canary_votes:
             break
-    return "undecided"
+    return "promoted" if chance_of(means) <= (1 - EARLY) / gate.canary_evidence else "undecided"
 
 
 def loses(chance: random.Random, voters: int, rate: float, spread: float, counted: int, limit: float) -> bool:

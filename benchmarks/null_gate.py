@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from clients.interval import wilson
-from server.store.e_value import CanaryResult
+from learner.round.review.canary import EARLY
+from server.store.e_value import CanaryResult, chance_of
 
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "null_gate.md"
 VOTERS, CHOICES_EACH = 10, 10
@@ -124,14 +125,14 @@ def one_shuffle(work: Any, dataset: Any, features: Any, reward_model: Any, numbe
 
 
 def coins_promote(chance: random.Random) -> bool:
-    """Whether ten people who choose at random ever give enough evidence for a canary before any against it."""
+    """Whether ten people who choose at random promote a canary, by evidence on the way or by all choices at the end."""
     means: list[float] = []
     for _ in range(VOTERS * CHOICES_EACH):
         means.append(chance.choice([0.0, 1.0]))
         result = CanaryResult(tuple(means), len(means))
-        if max(result.better, result.worse) >= EVIDENCE:
-            return result.better >= EVIDENCE
-    return False
+        if max(result.better, result.worse) >= EVIDENCE / EARLY:
+            return result.better >= EVIDENCE / EARLY
+    return chance_of(means) <= (1 - EARLY) / EVIDENCE
 
 
 def page(results: dict[str, Any]) -> Iterator[str]:

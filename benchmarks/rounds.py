@@ -6,9 +6,10 @@ A cell is a taste (`clients.demo.voter`), a seed and an arm. In the arm `rounds`
 version that serves and a tenth of their choices is flipped; then `learner run-once` runs as an operator runs it. If its
 candidate waits as a canary, the same voters compare the pairs that it offers until the server's rule decides. This is
 done four times; before the Nth, voters have compared N * 150 pairs, those of canaries included. In the arm `once`, they
-compare 600 pairs of the reference's answers, and one round runs, with the furthest KL budget of the rounds of the other
-arm. After each round the served version answers 256 questions that nobody voted on; its win rate over the reference is
-by the taste itself, a draw is half.
+compare 600 pairs of the reference's answers, and one round runs, with the furthest KL budget of the arm `rounds`. The
+arm `active` is like `rounds`, but half of the votes of each round after the first are on pairs that the round before
+offers because they would teach its reward model most (`review.active_pairs`). After each round the served version
+answers 256 questions that nobody voted on; its win rate over the reference is by the taste itself, a draw is half.
 
 A cell's data directory is kept and each of its rounds saved in docs/benchmarks/rounds.json, so that a killed run
 resumes after the last saved one. `--write` writes docs/benchmarks/rounds.md from it. No round starts after `--hours`.
@@ -39,7 +40,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks" / "rounds.json"
 REPORT = RESULTS.with_suffix(".md")
 ROUNDS, VOTES = 4, 150
 TOKENS, UNSEEN = 64, 256
-ARMS = ("rounds", "once")
+ARMS = ("rounds", "once", "active")
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ def main() -> None:
     for cell in cells():
         if arguments.only and cell.name not in arguments.only:
             continue
-        while len(results.get(cell.name, [])) < (ROUNDS if cell.arm == "rounds" else 1) and time.monotonic() < end:
+        while len(results.get(cell.name, [])) < (1 if cell.arm == "once" else ROUNDS) and time.monotonic() < end:
             other = results.get(Cell(cell.taste, cell.seed, "rounds").name, [])
             if cell.arm == "once" and len(other) < ROUNDS:
-                print(f"{cell.name} needs the KL budget of the {ROUNDS} rounds of the other arm.", file=sys.stderr)
+                print(f"{cell.name} needs the KL budget of the {ROUNDS} rounds of the arm `rounds`.", file=sys.stderr)
                 break
             done = results.setdefault(cell.name, [])
             done.append(one_round(work, cell, arguments.model, len(done), furthest_budget(other)))
@@ -150,7 +151,10 @@ def run_round(data: Path, cell: Cell, kl_budget: float) -> dict[str, Any]:
             "PREFLOOP_PPO__KL_TARGET": str(PPOSettings().kl_target + moved),
         }
     command = ["-m", "learner.cli", "run-once", "--data-dir", str(data), "--seed", str(cell.seed), "--json"]
-    people = {"PREFLOOP_GATE__CANARY": "on" if cell.arm == "rounds" else "off", "PREFLOOP_REVIEW__ACTIVE_PAIRS": "0"}
+    people = {
+        "PREFLOOP_GATE__CANARY": "off" if cell.arm == "once" else "on",
+        "PREFLOOP_REVIEW__ACTIVE_PAIRS": str(VOTES // 2 if cell.arm == "active" else 0),
+    }
     return run_json(command, PREFLOOP_GATE__KEEP_CANDIDATES="true", **people, **budget)
 
 
@@ -162,13 +166,28 @@ def ask(data: Path, cell: Cell) -> dict[str, Any]:
     from server.store.store import Store
 
     store = Store.open(data)
-    number, given = len(store.rounds.page()), len(store.snapshots.take().choices)
-    store.close()
+    number = len(store.rounds.page())
     chance = random.Random(f"{cell.name} {number}")
-    count = VOTES * (number + 1 if cell.arm == "rounds" else ROUNDS) - given
+    offered = compare_offered(store, cell, chance) if cell.arm == "active" else 0
+    given = len(store.snapshots.take().choices)
+    store.close()
+    count = VOTES * (ROUNDS if cell.arm == "once" else number + 1) - given
     seen = questions(0)[UNSEEN:]
     cast(data, cell.taste, chance, [chance.choice(seen) for _ in range(count)], TOKENS, 2 * number)
-    return {"asked": count}
+    return {"asked": count, "offered": offered}
+
+
+def compare_offered(store: Any, cell: Cell, chance: random.Random) -> int:
+    """Voters compare the pairs that the last round offers, in turn, at most half of a round's votes; returns how
+    many."""
+    for number in range(VOTES // 2):
+        user = f"voter{number % VOTERS}"
+        review = store.reviews.next(user)
+        if review is None:
+            return number
+        both = map(shown, (review.comparison.a, review.comparison.b))
+        store.feedback.submit_choice(user, review.comparison.id, choose(cell.taste, chance, *both))
+    return VOTES // 2
 
 
 def evaluate(work: Path, cell: Cell) -> dict[str, Any]:

@@ -124,12 +124,14 @@ class GateSettings(BaseModel):
         20, ge=0, description="Votes in the last seven days from which `auto` lets a candidate wait as a canary."
     )
     canary_evidence: float = Field(
-        20.0, gt=1, description="E-value at which a canary is promoted or rejected; wrongly at most once in this many."
+        20.0, gt=1, description="A canary that is no better is promoted at most once in this many times."
     )
     canary_votes: int = Field(
-        200, ge=1, description="A canary is rejected after this many choices that count, without a decision."
+        200, ge=1, description="A canary waits for at most this many choices that count; all together then decide."
     )
-    canary_days: Positive = Field(7.0, description="A canary is rejected after this many days without a decision.")
+    canary_days: Positive = Field(
+        7.0, description="A canary waits for at most this many days; all choices then decide."
+    )
     canary_voters: int = Field(
         20,
         ge=1,

@@ -1,4 +1,4 @@
-"""Which of two versions wins the votes, and how certain that is, however often it is checked.
+"""Which of two versions wins the votes, and how certain that is, however often it is checked; and once at the end.
 
 The evidence is an e-value. The null hypothesis is that the one is at least as good as the other. The alternative gives
 every win rate p below a half the same weight, and e = 2 * integral over (0, 1/2) of p^wins (1 - p)^losses dp /
@@ -8,6 +8,7 @@ checked after every vote.
 """
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,20 @@ def mean_e_value(means: Sequence[float]) -> float:
     that were won. It bets on each in turn (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by
     betting", JRSS B 2024), with every stake at once; for choices won or lost it is about `e_value`. 1 without any."""
     return sum(math.prod(1 + stake * (mean - 0.5) for mean in means) for stake in STAKES) / len(STAKES)
+
+
+def chance_of(means: Sequence[float]) -> float:
+    """The chance that means as far from a half as these, each above or below it at random, have as large a sum: the
+    exact sign-flip test against no preference, for one look (Fisher 1935, section 21). 1 without any."""
+    sums, total = {0.0: 1.0}, sum(mean - 0.5 for mean in means)
+    for distance, count in Counter(round(abs(mean - 0.5), 6) for mean in means).items():
+        weights = [math.comb(count, above) / 2**count for above in range(count + 1)]
+        found: dict[float, float] = defaultdict(float)
+        for before, chance in sums.items():
+            for above, weight in enumerate(weights):
+                found[round(before + distance * (2 * above - count), 6)] += chance * weight
+        sums = found
+    return sum(chance for reached, chance in sums.items() if reached >= total - 1e-4)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ RECENT_DAYS = 7
 VOTER_SECONDS = 30 * 86_400
 # Fewer pairs could not decide even if all choices agree.
 MIN_PAIRS = 6
+# The part of a canary's errors that may be made before its end (docs/decisions/0054-last-look.md).
+EARLY = 0.4
 
 
 def why_no_canary(store: Store, settings: LearnerSettings) -> str:
@@ -75,7 +77,15 @@ def canary_terms(store: Store, settings: LearnerSettings, now: float, pairs: int
         unit, most, said = 1, settings.ab_test_user_votes, voters * min(settings.ab_test_user_votes, pairs)
     else:
         unit, most, said = 1, gate.canary_votes, pairs
-    return CanaryTerms(gate.canary_evidence, min(gate.canary_votes, said), gate.canary_days, unit, most)
+    return CanaryTerms(
+        # Chance promotes once in `canary_evidence` times: so often on the way, and so often at the end.
+        evidence=gate.canary_evidence / EARLY,
+        max_votes=min(gate.canary_votes, said),
+        days=gate.canary_days,
+        unit=unit,
+        user_votes=most,
+        last_level=(1 - EARLY) / gate.canary_evidence,
+    )
 
 
 def _moved(store: Store, version: str, incumbent: str) -> str:

@@ -324,7 +324,9 @@ class Canary(_message.Message):
     """Choices so far. After `max_votes` without a decision, or at `expire_time`, it is rejected."""
     max_votes: _builtins.int
     evidence_better: _builtins.float
-    """E-values. It is promoted once `evidence_better` reaches `evidence_needed`, and rejected once `evidence_worse` does."""
+    """E-values. It is promoted once `evidence_better` reaches `evidence_needed`, and rejected once `evidence_worse` does.
+    Where neither does until the wait ends, all choices together decide.
+    """
     evidence_worse: _builtins.float
     evidence_needed: _builtins.float
     @_builtins.property

@@ -44,6 +44,7 @@ class Canaries:
                     "max_votes": terms.max_votes,
                     "unit": terms.unit,
                     "user_votes": terms.user_votes,
+                    "last_level": terms.last_level,
                     "create_time": now,
                     "expire_time": now + terms.days * DAY_SECONDS,
                 },

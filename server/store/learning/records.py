@@ -79,12 +79,14 @@ class CanaryTerms:
 
     # Promote it at this evidence that it is better, reject it at this evidence that it is worse.
     evidence: float
-    # Reject it after so many choices that count without a decision, or after so many days.
+    # After so many choices that count without a decision, or so many days, the wait ends.
     max_votes: int
     days: float
     # Each user's first `user_votes` choices count, every `unit` of them together as their mean.
     unit: int
     user_votes: int
+    # Then promote it all the same if chance alone says as much for it at most this often; 0: never.
+    last_level: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Canary:
     expire_time: float
     end_time: float | None = None
     outcome: str = ""
+    last_level: float = 0.0
 
 
 @dataclass(frozen=True)

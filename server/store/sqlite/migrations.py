@@ -560,3 +560,9 @@ def m023_pairs(db: Database) -> None:
         CREATE UNIQUE INDEX comparisons_of_pairs ON comparisons (response_a, response_b) WHERE blind = 0;
         """,
     )
+
+
+@migrations()
+def m024_last_looks(db: Database) -> None:
+    """What a canary's choices say at the end counts, too; of one that waits already it does not."""
+    _run(db, "ALTER TABLE canaries ADD COLUMN last_level REAL NOT NULL DEFAULT 0")

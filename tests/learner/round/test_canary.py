@@ -43,12 +43,14 @@ def test_a_canary_waits_and_the_incumbent_is_served(data_dir: Path) -> None:
     assert (canary.version, canary.opponent_version, canary.round_id) == ("v0001", "v0000", report.round_id)
     # The only voter can say no more than there are pairs.
     offered = len(store._db.rows("SELECT 1 FROM reviews WHERE purpose = 'canary'"))
-    assert (canary.evidence, canary.max_votes, canary.unit, canary.user_votes) == (20.0, offered, 1, 200)
+    assert (canary.evidence, canary.max_votes, canary.unit, canary.user_votes) == (50.0, offered, 1, 200)
+    # Together with the evidence, chance alone promotes at most once in 20 times.
+    assert canary.last_level == pytest.approx(0.03)
     assert store.policies.active().version == "v0000"
     assert store.rounds.get(canary.round_id).state == "canary"
     assert (data_dir / "policies" / "v0001").exists()
     assert dict(status(data_dir, 10, 10)["lines"])["canary"].startswith(
-        "v0001 waits against v0000: it won 0.50 of 0 choices, evidence that it is better 1, worse 1; 20 decides, at "
+        "v0001 waits against v0000: it won 0.50 of 0 choices, evidence that it is better 1, worse 1; 50 decides, at "
     )
 
 

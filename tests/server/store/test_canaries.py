@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from server.store.chats.reviews import withdraw_reviews
-from server.store.e_value import CanaryResult, mean_e_value
+from server.store.e_value import CanaryResult, chance_of, mean_e_value
 from server.store.learning.records import Canary, CanaryTerms
 from server.store.store import Store
 from tests.server.conftest import register
@@ -148,3 +148,23 @@ def test_it_expires_by_its_terms(store: Store) -> None:
     waiting = store.canaries.waiting()
     assert waiting
     assert store.canaries.expired(waiting)
+
+
+@pytest.mark.parametrize(
+    ("means", "chance"),
+    [
+        ([], 1.0),
+        ([0.5, 0.5], 1.0),
+        ([1.0] * 6, 1 / 64),
+        ([0.0], 1.0),
+        ([1.0, 0.0], 0.75),
+        # 60 heads of 100 coins; a tie says nothing.
+        ([1.0] * 60 + [0.0] * 40, 0.0284440),
+        ([1.0] * 60 + [0.0] * 40 + [0.5] * 9, 0.0284440),
+        # Of the eight ways to turn these around, only this one and one more sum to 5/6.
+        ([1.0, 5 / 6, 0.5], 0.25),
+        ([1.0, 5 / 6, 1 / 3], 0.25),
+    ],
+)
+def test_the_chance_of_as_many_votes_for_one_of_two_equals(means: list[float], chance: float) -> None:
+    assert chance_of(means) == pytest.approx(chance, abs=1e-6)

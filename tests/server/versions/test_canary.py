@@ -40,6 +40,20 @@ def test_what_becomes_of_a_canary(result: CanaryResult, expired: bool, outcome: 
     assert reason.startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("wins", "level", "outcome"), [(60, 0.03, "promoted"), (59, 0.03, "rejected"), (60, 0.0, "rejected")]
+)
+def test_at_the_end_all_choices_decide_together(wins: int, level: float, outcome: str) -> None:
+    canary = replace(CANARY, max_votes=100, last_level=level)
+    result = CanaryResult((1.0,) * wins + (0.0,) * (100 - wins), 100)
+    decided, reason = decide(canary, result, expired=False)
+    assert decided == outcome
+    said = "People prefer it to v0000: at the end, it won 0.60 of 100 choices, evidence that it is better 1.65"
+    assert reason.startswith(said) == (outcome == "promoted")
+    if outcome == "promoted":
+        assert reason.endswith("; chance alone says as much for it once in 35 times.")
+
+
 async def until_decided(running: Running) -> None:
     async with asyncio.timeout(10):
         while await running.store(lambda store: store.canaries.waiting()):

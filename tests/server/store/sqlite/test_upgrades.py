@@ -40,6 +40,7 @@ RELEASED = {
     "m021_histories": "501e118c82e8f8b4",
     "m022_applications": "0ecfb40d8de12281",
     "m023_pairs": "a614d697125ee9a5",
+    "m024_last_looks": "4cadea1c28ade0d2",
 }
 
 

@@ -116,10 +116,11 @@ async def _chunks(begun: Begun, answer: AsyncGenerator[Event], body: ChatComplet
     """The completion as server-sent events. A failure is an event, too, and the last one."""
     head, ended = Head.of(begun), list[Ended]()
     with_usage = body.stream_options.include_usage
+    same = _beginning(head)
 
     def chunk(index: int, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return _event(head, [choice], {"usage": None} if with_usage else {})
+        return _event(same, [choice], {"usage": None} if with_usage else {})
 
     try:
         async with aclosing(answer):
@@ -131,7 +132,7 @@ async def _chunks(begun: Begun, answer: AsyncGenerator[Event], body: ChatComplet
                         yield chunk(event.index, {"content": event.text})
                     case Ended():
                         ended.append(event)
-                        head = Head(head.id, head.created, event.versions or head.versions)
+                        same = _beginning(Head(head.id, head.created, event.versions or head.versions))
                         yield chunk(event.index, {}, event.finish_reason)
     except PrefloopError as error:
         yield _data(from_call(error).body())
@@ -140,7 +141,7 @@ async def _chunks(begun: Begun, answer: AsyncGenerator[Event], body: ChatComplet
         yield _data(error.body())
         return
     if with_usage:
-        yield _event(head, [], {"usage": usage([one.usage for one in ended])})
+        yield _event(same, [], {"usage": usage([one.usage for one in ended])})
     yield b"data: [DONE]\n\n"
 
 
@@ -151,9 +152,19 @@ def usage(of_answers: list[Usage]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _event(head: Head, choices: list[dict[str, Any]], more: dict[str, Any]) -> bytes:
-    return _data({**head.fields("chat.completion.chunk"), "choices": choices, **more})
+def _beginning(head: Head) -> str:
+    """What is the same in all chunks, encoded once."""
+    return _json(head.fields("chat.completion.chunk"))[:-1]
+
+
+def _event(beginning: str, choices: list[dict[str, Any]], more: dict[str, Any]) -> bytes:
+    rest = _json({"choices": choices, **more})[1:]
+    return f"data: {beginning},{rest}\n\n".encode()
 
 
 def _data(content: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
+    return f"data: {_json(content)}\n\n".encode()
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, separators=(",", ":"))

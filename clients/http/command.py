@@ -31,7 +31,6 @@ LEARNER = ["learner.cli", "schedule", "--on-request"]
 STOP_SECONDS = 75
 # Needed because open pages follow their answers indefinitely.
 GRACE_SECONDS = 3
-HEADER_BYTES = 64 * 1024
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 # Wildcard addresses: for listening, not for connecting.
 ANYWHERE = ("0.0.0.0", "[::]")
@@ -121,9 +120,7 @@ def beside_page(page: Starlette, gateway: Starlette) -> ASGIApp:
 def server_config(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        # uvicorn's other parser has no limit on headers and would buffer a GiB of them.
         http=BoundedProtocol,
-        h11_max_incomplete_event_size=HEADER_BYTES,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -1,18 +1,26 @@
-"""Limits that uvicorn lacks: on the number of connections, and on the time to send a request's headers."""
+"""Limits that uvicorn lacks: on the number of connections, on the time to send a request's headers, and on a request's
+size, which its parser in C does not have."""
 
 import asyncio
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # A browser opens at most six. By default a process may have 1,024 open files.
 CONNECTIONS = 800
 HEADERS_SECONDS = 20.0
+HEADER_BYTES = 64 * 1024
+# Of a whole request; pages and gateway have lower limits for their bodies.
+REQUEST_BYTES = 8 * 2**20
 
 
-class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections above the limit, and those whose request does not arrive in time."""
+class BoundedProtocol(HttpToolsProtocol):
+    """HTTP/1.1 that closes connections above the limit, and those whose request is too long or does not arrive in
+    time."""
 
     _late: asyncio.TimerHandle | None = None
+    # Of the request that is arriving.
+    _bytes = 0
+    _in_headers = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -21,8 +29,21 @@ class BoundedProtocol(H11Protocol):
         else:
             self._wait()
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._bytes, self._in_headers = 0, True
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        super().on_headers_complete()
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        self._bytes += len(data)
+        if self.transport.is_closing():
+            return
+        if self._bytes > (HEADER_BYTES if self._in_headers else REQUEST_BYTES):
+            self.send_400_response("The request is too long.")
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,6 +1,7 @@
 """Sign-in, acceptance of forms, limits, and the security headers of every response."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,23 @@ async def test_headers_have_a_size(running: Running, size: int, end: bytes, stat
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /static/page.css HTTP/1.1\r\nHost: 127.0.0.1\r\nx: " + b"x" * size + end)
         assert await reader.readline() == b"HTTP/1.1 " + status + b"\r\n"
+        writer.close()
+
+
+async def test_a_request_has_a_size_whatever_it_is_made_of(running: Running) -> None:
+    """Trailers, which follow a body, are headers, too, and nothing reads them."""
+    async with serving_page(f"127.0.0.1:{running.app.port}") as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /messages HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ")
+        # Well before the time that headers may take.
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionError):
+                for _ in range(200):
+                    writer.write(b"a" * 65_536)
+                    await writer.drain()
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+        assert writer.transport.is_closing() or reader.at_eof()
         writer.close()
 
 

@@ -230,6 +230,17 @@ class Client:
         )
         return self._stream(self._chat.Compare, request, compare_event)
 
+    def find_response(self, messages: Sequence[Message], *, system: str | None = None) -> str:
+        """The id of the answer that ends a history of the caller's own.
+
+        >>> question = Message(role=ROLE_USER, content="What do owls eat?")
+        >>> answer = Message(role=ROLE_ASSISTANT, content="Mice.")
+        >>> client.find_response([question, answer])
+        'resp'
+        """
+        request = chat_pb2.FindResponseRequest(messages=messages, system=system)
+        return (self._call(self._chat.FindResponse, request)).response_id
+
     def versions(self) -> list[LiveVersion]:
         """The versions that can answer now, the one that serves first.
 

@@ -47,6 +47,10 @@ async def with_ids(running: Running, text: str) -> str:
     compare = [event async for event in running.chat.Compare(chat_pb2.CompareRequest(message="hi"), metadata=ANA)]
     started = chat[0].started
     thumb = feedback_pb2.SubmitThumbRequest(response_id=started.response_id, thumb=feedback_pb2.THUMB_DOWN)
+    # The answer that the examples have.
+    running.engine.answers = ["Air scatters blue light most."]
+    said = [feedback_pb2.Message(role=feedback_pb2.ROLE_USER, content="Why is the sky blue?")]
+    _ = [event async for event in running.chat.Chat(chat_pb2.ChatRequest(messages=said), metadata=ANA)]
     ids = {
         "conv_...": started.conversation_id,
         **dict(zip(("resp_1...", "resp_2..."), await twice(running), strict=True)),
@@ -91,7 +95,7 @@ def test_the_page_is_the_generators(root: Path, tmp_path: Path) -> None:
 
 def test_each_rpc_has_a_request(root: Path) -> None:
     made = requests(root)
-    assert len(made) == 27
+    assert len(made) == 28
     assert made["prefloop.v1.FeedbackService/SubmitThumb"] == '{"response_id": "resp_...", "thumb": "THUMB_UP"}'
     assert made["prefloop.v1.PolicyService/ActivatePolicy"] == '{"version": "v0001"}'
     assert made["prefloop.v1.ChatService/Chat"] == '{"message": "Why is the sky blue?"}'

@@ -87,7 +87,9 @@ class ChatCompletion(Body):
 class FeedbackBody(Body):
     """Feedback on an answer or a comparison."""
 
-    id: str
+    id: str | None = None
+    # In place of the id: the messages, with the answer last.
+    messages: list[SaidMessage] | None = None
     other_id: str | None = None
     value: bool | Literal["a", "b", "tie", "both_bad"] | None = None
     comment: str = ""
@@ -122,8 +124,12 @@ async def read_completion(request: Request) -> ChatCompletion:
 async def read_feedback(request: Request) -> FeedbackBody:
     """The body of feedback. Raises GatewayError if it is invalid."""
     given = await _json(request)
+    if isinstance(said := given.get("messages"), list):
+        given["messages"] = [_message(message, place) for place, message in enumerate(said)]
     body = _checked(FeedbackBody, {name: value for name, value in given.items() if value is not None})
     _check_same(body, "user", "safety_identifier")
+    if (body.id is None) == (body.messages is None):
+        raise GatewayError(400, "Feedback has the id of a completion, or the messages that end with it.", param="id")
     if body.value is None and body.correction is None:
         raise GatewayError(400, "Feedback has a value, a correction or both.", param="value")
     if body.other_id is not None and not isinstance(body.value, str):

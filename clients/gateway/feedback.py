@@ -16,7 +16,7 @@ from prefloop.v1.feedback_pb2 import (
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from clients.gateway.bodies import read_feedback
+from clients.gateway.bodies import read_feedback, to_messages
 from clients.gateway.callers import Callers
 from clients.gateway.completions import IDEMPOTENCY_KEY
 
@@ -31,19 +31,20 @@ async def submit(request: Request) -> JSONResponse:
     body = await read_feedback(request)
     client = await callers.client(request, body.end_user)
     request_id = request.headers.get(IDEMPOTENCY_KEY, "")
+    about = body.id or await client.find_response(to_messages(body.messages or []))
     stored = []
     if isinstance(body.value, str) and body.other_id is not None:
         choice = CHOICES[body.value]
         stored.append(
-            await client.choose_pair(body.id, body.other_id, choice, comment=body.comment, request_id=request_id)
+            await client.choose_pair(about, body.other_id, choice, comment=body.comment, request_id=request_id)
         )
     elif isinstance(body.value, str):
-        stored.append(await client.choose(body.id, CHOICES[body.value], comment=body.comment, request_id=request_id))
+        stored.append(await client.choose(about, CHOICES[body.value], comment=body.comment, request_id=request_id))
     elif body.value is not None:
         thumb = THUMB_UP if body.value else THUMB_DOWN
-        stored.append(await client.thumb(body.id, thumb, comment=body.comment, request_id=request_id))
+        stored.append(await client.thumb(about, thumb, comment=body.comment, request_id=request_id))
     if body.correction is not None:
-        stored.append(await client.correct(body.id, body.correction, request_id=request_id))
+        stored.append(await client.correct(about, body.correction, request_id=request_id))
     return JSONResponse({"object": "list", "data": [_object(one) for one in stored]})
 
 

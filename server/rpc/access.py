@@ -19,6 +19,7 @@ END_USER = "x-end-user"
 ROLES: dict[str, Role | None] = {
     "/prefloop.v1.ChatService/Chat": "user",
     "/prefloop.v1.ChatService/Compare": "user",
+    "/prefloop.v1.ChatService/FindResponse": "user",
     "/prefloop.v1.ChatService/ListVersions": "user",
     "/prefloop.v1.ChatService/GetConversation": "user",
     "/prefloop.v1.ChatService/ListConversations": "user",

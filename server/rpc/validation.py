@@ -104,6 +104,17 @@ def own_history(max_chars: int) -> Rule:
     return rule
 
 
+def answered_history(max_chars: int) -> Rule:
+    """The same, and then the assistant's message."""
+
+    def rule(messages: Any) -> str | None:
+        if len(messages) < 2 or messages[-1].role != feedback_pb2.ROLE_ASSISTANT:
+            return "must end with the assistant's message after the user's"
+        return own_history(max_chars)(messages[:-1]) or text(max_chars, empty=True)(messages[-1].content)
+
+    return rule
+
+
 def demonstration(max_chars: int) -> Rule:
     """A conversation with roles and text that ends with the assistant's message."""
 
@@ -149,6 +160,10 @@ def _chat_rules(settings: ServerSettings, page: list[Field]) -> dict[type[Messag
     return {
         chat_pb2.ChatRequest: [*said, temperature, max_tokens, seed, stop, request_id, version],
         chat_pb2.CompareRequest: [*said, server_temperature, max_tokens, seed, stop, request_id],
+        chat_pb2.FindResponseRequest: [
+            Field("messages", answered_history(settings.max_message_chars)),
+            *(field for field in said if field.name == "system"),
+        ],
         chat_pb2.ListVersionsRequest: [],
         chat_pb2.GetConversationRequest: [conversation, *page],
         chat_pb2.ListConversationsRequest: page,

@@ -195,6 +195,17 @@ class Turns:
                 stream = partial(stream_answers, self._answers, chooser, sampled, prompt, answers)
                 yield ComparisonTurn(begun.conversation_id, begun.comparison_id, prompt, stream)
 
+    async def find_response(self, message: NewMessage, answer: str) -> str:
+        """The id of the response that has this answer to a message with its caller's own history. Raises
+        NotFoundError."""
+        assert message.said is not None
+        system = self._settings.system_prompt if message.system is None else message.system
+        own = OwnHistory(system, message.said, message.text)
+        found = await self._store.read(lambda store: store.histories.response(message.user, own, answer))
+        if found is None:
+            raise NotFoundError("response", "with these messages")
+        return found
+
     async def delete_conversation(self, user: str, conversation_id: str) -> None:
         """Delete a conversation once its current turn has ended. Raises NotFoundError."""
         async with self._locks.hold(_turn_key(user, conversation_id)):

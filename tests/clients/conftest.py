@@ -137,6 +137,10 @@ class FakeService(
                 )
             )
 
+    def FindResponse(self, request: Any, context: Any) -> chat_pb2.FindResponseResponse:
+        self._enter(request, context)
+        return chat_pb2.FindResponseResponse(response_id="resp")
+
     def ListVersions(self, request: Any, context: Any) -> chat_pb2.ListVersionsResponse:
         self._enter(request, context)
         versions = [chat_pb2.LiveVersion(policy_version=version) for version in ("v0001", "v0000")]

@@ -26,19 +26,19 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from prefloop.v1 import feedback_pb2 as prefloop_dot_v1_dot_feedback__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16prefloop/v1/chat.proto\x12\x0bprefloop.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aprefloop/v1/feedback.proto\"\x8d\x01\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\x04 \x03(\tB\x0e\n\x0c_temperatureB\r\n\x0b_max_tokensB\x07\n\x05_seed\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xdb\x01\n\x0b\x43hatRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.prefloop.v1.SamplingOptions\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x06system\x18\x05 \x01(\tH\x00\x88\x01\x01\x12&\n\x08messages\x18\x06 \x03(\x0b\x32\x14.prefloop.v1.Message\x12\x16\n\x0epolicy_version\x18\x07 \x01(\tB\t\n\x07_system\"\x9c\x01\n\x0c\x43hatResponse\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x18.prefloop.v1.ChatStartedH\x00\x12\'\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x16.prefloop.v1.ChatDeltaH\x00\x12-\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x19.prefloop.v1.ChatFinishedH\x00\x42\x07\n\x05\x65vent\"S\n\x0b\x43hatStarted\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x13\n\x0bresponse_id\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\t\"\x19\n\tChatDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xb2\x01\n\x0c\x43hatFinished\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x30\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x19.prefloop.v1.FinishReason\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.prefloop.v1.Usage\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\x12\'\n\x05spans\x18\x05 \x03(\x0b\x32\x18.prefloop.v1.VersionSpan\"\x15\n\x13ListVersionsRequest\"B\n\x14ListVersionsResponse\x12*\n\x08versions\x18\x01 \x03(\x0b\x32\x18.prefloop.v1.LiveVersion\"V\n\x0bLiveVersion\x12\x16\n\x0epolicy_version\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc6\x01\n\x0e\x43ompareRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.prefloop.v1.SamplingOptions\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x06system\x18\x05 \x01(\tH\x00\x88\x01\x01\x12&\n\x08messages\x18\x06 \x03(\x0b\x32\x14.prefloop.v1.MessageB\t\n\x07_system\"\xa8\x01\n\x0f\x43ompareResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.prefloop.v1.CompareStartedH\x00\x12*\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.prefloop.v1.CompareDeltaH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.prefloop.v1.CompareFinishedH\x00\x42\x07\n\x05\x65vent\"@\n\x0e\x43ompareStarted\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x15\n\rcomparison_id\x18\x02 \x01(\t\"=\n\x0c\x43ompareDelta\x12\x1f\n\x04slot\x18\x01 \x01(\x0e\x32\x11.prefloop.v1.Slot\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xaa\x01\n\x0f\x43ompareFinished\x12\x1f\n\x04slot\x18\x01 \x01(\x0e\x32\x11.prefloop.v1.Slot\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.prefloop.v1.FinishReason\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.prefloop.v1.Usage\x12\x13\n\x0bresponse_id\x18\x05 \x01(\t\"X\n\x16GetConversationRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"c\n\x17GetConversationResponse\x12/\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x19.prefloop.v1.Conversation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"A\n\x18ListConversationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"f\n\x19ListConversationsResponse\x12\x30\n\rconversations\x18\x01 \x03(\x0b\x32\x19.prefloop.v1.Conversation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x19\x44\x65leteConversationRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteConversationResponse\"\xca\x01\n\x0c\x43onversation\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x05turns\x18\x05 \x03(\x0b\x32\x11.prefloop.v1.Turn\x12\x0e\n\x06system\x18\x06 \x01(\t\"\xd5\x01\n\x04Turn\x12\x0f\n\x07message\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x08response\x18\x03 \x01(\x0b\x32\x15.prefloop.v1.ResponseH\x00\x12-\n\ncomparison\x18\x04 \x01(\x0b\x32\x17.prefloop.v1.ComparisonH\x00\x12\x16\n\x0cgiven_answer\x18\x06 \x01(\tH\x00\x12\x0f\n\x07\x64ropped\x18\x05 \x01(\x08\x42\x08\n\x06\x61nswer\"\xaf\x02\n\x08Response\x12\x13\n\x0bresponse_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.prefloop.v1.FinishReason\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.prefloop.v1.Usage\x12\'\n\x05spans\x18\x05 \x03(\x0b\x32\x18.prefloop.v1.VersionSpan\x12\x18\n\x0btemperature\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x08 \x03(\x0b\x32\x15.prefloop.v1.FeedbackB\x0e\n\x0c_temperature\"S\n\x0bVersionSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x16\n\x0epolicy_version\x18\x03 \x01(\t\x12\x10\n\x08stale_kv\x18\x04 \x01(\x08\"\xe8\x01\n\nComparison\x12\x15\n\rcomparison_id\x18\x01 \x01(\t\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.prefloop.v1.ComparisonState\x12 \n\x01\x61\x18\x03 \x01(\x0b\x32\x15.prefloop.v1.Response\x12 \n\x01\x62\x18\x04 \x01(\x0b\x32\x15.prefloop.v1.Response\x12)\n\x0e\x63ontinued_with\x18\x05 \x01(\x0e\x32\x11.prefloop.v1.Slot\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x06 \x01(\x0b\x32\x15.prefloop.v1.Feedback*4\n\x04Slot\x12\x14\n\x10SLOT_UNSPECIFIED\x10\x00\x12\n\n\x06SLOT_A\x10\x01\x12\n\n\x06SLOT_B\x10\x02*\xb6\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x05*\x89\x01\n\x0f\x43omparisonState\x12 \n\x1c\x43OMPARISON_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OMPARISON_STATE_OPEN\x10\x01\x12\x1b\n\x17\x43OMPARISON_STATE_CHOSEN\x10\x02\x12\x1c\n\x18\x43OMPARISON_STATE_SKIPPED\x10\x03\x32\x92\x04\n\x0b\x43hatService\x12=\n\x04\x43hat\x12\x18.prefloop.v1.ChatRequest\x1a\x19.prefloop.v1.ChatResponse0\x01\x12\x46\n\x07\x43ompare\x12\x1b.prefloop.v1.CompareRequest\x1a\x1c.prefloop.v1.CompareResponse0\x01\x12S\n\x0cListVersions\x12 .prefloop.v1.ListVersionsRequest\x1a!.prefloop.v1.ListVersionsResponse\x12\\\n\x0fGetConversation\x12#.prefloop.v1.GetConversationRequest\x1a$.prefloop.v1.GetConversationResponse\x12\x62\n\x11ListConversations\x12%.prefloop.v1.ListConversationsRequest\x1a&.prefloop.v1.ListConversationsResponse\x12\x65\n\x12\x44\x65leteConversation\x12&.prefloop.v1.DeleteConversationRequest\x1a\'.prefloop.v1.DeleteConversationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16prefloop/v1/chat.proto\x12\x0bprefloop.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aprefloop/v1/feedback.proto\"\x8d\x01\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\x04 \x03(\tB\x0e\n\x0c_temperatureB\r\n\x0b_max_tokensB\x07\n\x05_seed\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xdb\x01\n\x0b\x43hatRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.prefloop.v1.SamplingOptions\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x06system\x18\x05 \x01(\tH\x00\x88\x01\x01\x12&\n\x08messages\x18\x06 \x03(\x0b\x32\x14.prefloop.v1.Message\x12\x16\n\x0epolicy_version\x18\x07 \x01(\tB\t\n\x07_system\"\x9c\x01\n\x0c\x43hatResponse\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x18.prefloop.v1.ChatStartedH\x00\x12\'\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x16.prefloop.v1.ChatDeltaH\x00\x12-\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x19.prefloop.v1.ChatFinishedH\x00\x42\x07\n\x05\x65vent\"S\n\x0b\x43hatStarted\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x13\n\x0bresponse_id\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\t\"\x19\n\tChatDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xb2\x01\n\x0c\x43hatFinished\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x30\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x19.prefloop.v1.FinishReason\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.prefloop.v1.Usage\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\x12\'\n\x05spans\x18\x05 \x03(\x0b\x32\x18.prefloop.v1.VersionSpan\"]\n\x13\x46indResponseRequest\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.prefloop.v1.Message\x12\x13\n\x06system\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_system\"+\n\x14\x46indResponseResponse\x12\x13\n\x0bresponse_id\x18\x01 \x01(\t\"\x15\n\x13ListVersionsRequest\"B\n\x14ListVersionsResponse\x12*\n\x08versions\x18\x01 \x03(\x0b\x32\x18.prefloop.v1.LiveVersion\"V\n\x0bLiveVersion\x12\x16\n\x0epolicy_version\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc6\x01\n\x0e\x43ompareRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.prefloop.v1.SamplingOptions\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x06system\x18\x05 \x01(\tH\x00\x88\x01\x01\x12&\n\x08messages\x18\x06 \x03(\x0b\x32\x14.prefloop.v1.MessageB\t\n\x07_system\"\xa8\x01\n\x0f\x43ompareResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.prefloop.v1.CompareStartedH\x00\x12*\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.prefloop.v1.CompareDeltaH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.prefloop.v1.CompareFinishedH\x00\x42\x07\n\x05\x65vent\"@\n\x0e\x43ompareStarted\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x15\n\rcomparison_id\x18\x02 \x01(\t\"=\n\x0c\x43ompareDelta\x12\x1f\n\x04slot\x18\x01 \x01(\x0e\x32\x11.prefloop.v1.Slot\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xaa\x01\n\x0f\x43ompareFinished\x12\x1f\n\x04slot\x18\x01 \x01(\x0e\x32\x11.prefloop.v1.Slot\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.prefloop.v1.FinishReason\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.prefloop.v1.Usage\x12\x13\n\x0bresponse_id\x18\x05 \x01(\t\"X\n\x16GetConversationRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"c\n\x17GetConversationResponse\x12/\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x19.prefloop.v1.Conversation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"A\n\x18ListConversationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"f\n\x19ListConversationsResponse\x12\x30\n\rconversations\x18\x01 \x03(\x0b\x32\x19.prefloop.v1.Conversation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x19\x44\x65leteConversationRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteConversationResponse\"\xca\x01\n\x0c\x43onversation\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x05turns\x18\x05 \x03(\x0b\x32\x11.prefloop.v1.Turn\x12\x0e\n\x06system\x18\x06 \x01(\t\"\xd5\x01\n\x04Turn\x12\x0f\n\x07message\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x08response\x18\x03 \x01(\x0b\x32\x15.prefloop.v1.ResponseH\x00\x12-\n\ncomparison\x18\x04 \x01(\x0b\x32\x17.prefloop.v1.ComparisonH\x00\x12\x16\n\x0cgiven_answer\x18\x06 \x01(\tH\x00\x12\x0f\n\x07\x64ropped\x18\x05 \x01(\x08\x42\x08\n\x06\x61nswer\"\xaf\x02\n\x08Response\x12\x13\n\x0bresponse_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.prefloop.v1.FinishReason\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.prefloop.v1.Usage\x12\'\n\x05spans\x18\x05 \x03(\x0b\x32\x18.prefloop.v1.VersionSpan\x12\x18\n\x0btemperature\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x08 \x03(\x0b\x32\x15.prefloop.v1.FeedbackB\x0e\n\x0c_temperature\"S\n\x0bVersionSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x16\n\x0epolicy_version\x18\x03 \x01(\t\x12\x10\n\x08stale_kv\x18\x04 \x01(\x08\"\xe8\x01\n\nComparison\x12\x15\n\rcomparison_id\x18\x01 \x01(\t\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.prefloop.v1.ComparisonState\x12 \n\x01\x61\x18\x03 \x01(\x0b\x32\x15.prefloop.v1.Response\x12 \n\x01\x62\x18\x04 \x01(\x0b\x32\x15.prefloop.v1.Response\x12)\n\x0e\x63ontinued_with\x18\x05 \x01(\x0e\x32\x11.prefloop.v1.Slot\x12\'\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x06 \x01(\x0b\x32\x15.prefloop.v1.Feedback*4\n\x04Slot\x12\x14\n\x10SLOT_UNSPECIFIED\x10\x00\x12\n\n\x06SLOT_A\x10\x01\x12\n\n\x06SLOT_B\x10\x02*\xb6\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x05*\x89\x01\n\x0f\x43omparisonState\x12 \n\x1c\x43OMPARISON_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OMPARISON_STATE_OPEN\x10\x01\x12\x1b\n\x17\x43OMPARISON_STATE_CHOSEN\x10\x02\x12\x1c\n\x18\x43OMPARISON_STATE_SKIPPED\x10\x03\x32\xe7\x04\n\x0b\x43hatService\x12=\n\x04\x43hat\x12\x18.prefloop.v1.ChatRequest\x1a\x19.prefloop.v1.ChatResponse0\x01\x12\x46\n\x07\x43ompare\x12\x1b.prefloop.v1.CompareRequest\x1a\x1c.prefloop.v1.CompareResponse0\x01\x12S\n\x0c\x46indResponse\x12 .prefloop.v1.FindResponseRequest\x1a!.prefloop.v1.FindResponseResponse\x12S\n\x0cListVersions\x12 .prefloop.v1.ListVersionsRequest\x1a!.prefloop.v1.ListVersionsResponse\x12\\\n\x0fGetConversation\x12#.prefloop.v1.GetConversationRequest\x1a$.prefloop.v1.GetConversationResponse\x12\x62\n\x11ListConversations\x12%.prefloop.v1.ListConversationsRequest\x1a&.prefloop.v1.ListConversationsResponse\x12\x65\n\x12\x44\x65leteConversation\x12&.prefloop.v1.DeleteConversationRequest\x1a\'.prefloop.v1.DeleteConversationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefloop.v1.chat_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SLOT']._serialized_start=3323
-  _globals['_SLOT']._serialized_end=3375
-  _globals['_FINISHREASON']._serialized_start=3378
-  _globals['_FINISHREASON']._serialized_end=3560
-  _globals['_COMPARISONSTATE']._serialized_start=3563
-  _globals['_COMPARISONSTATE']._serialized_end=3700
+  _globals['_SLOT']._serialized_start=3463
+  _globals['_SLOT']._serialized_end=3515
+  _globals['_FINISHREASON']._serialized_start=3518
+  _globals['_FINISHREASON']._serialized_end=3700
+  _globals['_COMPARISONSTATE']._serialized_start=3703
+  _globals['_COMPARISONSTATE']._serialized_end=3840
   _globals['_SAMPLINGOPTIONS']._serialized_start=101
   _globals['_SAMPLINGOPTIONS']._serialized_end=242
   _globals['_USAGE']._serialized_start=244
@@ -53,44 +53,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATDELTA']._serialized_end=794
   _globals['_CHATFINISHED']._serialized_start=797
   _globals['_CHATFINISHED']._serialized_end=975
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=977
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=998
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1000
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1066
-  _globals['_LIVEVERSION']._serialized_start=1068
-  _globals['_LIVEVERSION']._serialized_end=1154
-  _globals['_COMPAREREQUEST']._serialized_start=1157
-  _globals['_COMPAREREQUEST']._serialized_end=1355
-  _globals['_COMPARERESPONSE']._serialized_start=1358
-  _globals['_COMPARERESPONSE']._serialized_end=1526
-  _globals['_COMPARESTARTED']._serialized_start=1528
-  _globals['_COMPARESTARTED']._serialized_end=1592
-  _globals['_COMPAREDELTA']._serialized_start=1594
-  _globals['_COMPAREDELTA']._serialized_end=1655
-  _globals['_COMPAREFINISHED']._serialized_start=1658
-  _globals['_COMPAREFINISHED']._serialized_end=1828
-  _globals['_GETCONVERSATIONREQUEST']._serialized_start=1830
-  _globals['_GETCONVERSATIONREQUEST']._serialized_end=1918
-  _globals['_GETCONVERSATIONRESPONSE']._serialized_start=1920
-  _globals['_GETCONVERSATIONRESPONSE']._serialized_end=2019
-  _globals['_LISTCONVERSATIONSREQUEST']._serialized_start=2021
-  _globals['_LISTCONVERSATIONSREQUEST']._serialized_end=2086
-  _globals['_LISTCONVERSATIONSRESPONSE']._serialized_start=2088
-  _globals['_LISTCONVERSATIONSRESPONSE']._serialized_end=2190
-  _globals['_DELETECONVERSATIONREQUEST']._serialized_start=2192
-  _globals['_DELETECONVERSATIONREQUEST']._serialized_end=2244
-  _globals['_DELETECONVERSATIONRESPONSE']._serialized_start=2246
-  _globals['_DELETECONVERSATIONRESPONSE']._serialized_end=2274
-  _globals['_CONVERSATION']._serialized_start=2277
-  _globals['_CONVERSATION']._serialized_end=2479
-  _globals['_TURN']._serialized_start=2482
-  _globals['_TURN']._serialized_end=2695
-  _globals['_RESPONSE']._serialized_start=2698
-  _globals['_RESPONSE']._serialized_end=3001
-  _globals['_VERSIONSPAN']._serialized_start=3003
-  _globals['_VERSIONSPAN']._serialized_end=3086
-  _globals['_COMPARISON']._serialized_start=3089
-  _globals['_COMPARISON']._serialized_end=3321
-  _globals['_CHATSERVICE']._serialized_start=3703
-  _globals['_CHATSERVICE']._serialized_end=4233
+  _globals['_FINDRESPONSEREQUEST']._serialized_start=977
+  _globals['_FINDRESPONSEREQUEST']._serialized_end=1070
+  _globals['_FINDRESPONSERESPONSE']._serialized_start=1072
+  _globals['_FINDRESPONSERESPONSE']._serialized_end=1115
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=1117
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=1138
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1140
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1206
+  _globals['_LIVEVERSION']._serialized_start=1208
+  _globals['_LIVEVERSION']._serialized_end=1294
+  _globals['_COMPAREREQUEST']._serialized_start=1297
+  _globals['_COMPAREREQUEST']._serialized_end=1495
+  _globals['_COMPARERESPONSE']._serialized_start=1498
+  _globals['_COMPARERESPONSE']._serialized_end=1666
+  _globals['_COMPARESTARTED']._serialized_start=1668
+  _globals['_COMPARESTARTED']._serialized_end=1732
+  _globals['_COMPAREDELTA']._serialized_start=1734
+  _globals['_COMPAREDELTA']._serialized_end=1795
+  _globals['_COMPAREFINISHED']._serialized_start=1798
+  _globals['_COMPAREFINISHED']._serialized_end=1968
+  _globals['_GETCONVERSATIONREQUEST']._serialized_start=1970
+  _globals['_GETCONVERSATIONREQUEST']._serialized_end=2058
+  _globals['_GETCONVERSATIONRESPONSE']._serialized_start=2060
+  _globals['_GETCONVERSATIONRESPONSE']._serialized_end=2159
+  _globals['_LISTCONVERSATIONSREQUEST']._serialized_start=2161
+  _globals['_LISTCONVERSATIONSREQUEST']._serialized_end=2226
+  _globals['_LISTCONVERSATIONSRESPONSE']._serialized_start=2228
+  _globals['_LISTCONVERSATIONSRESPONSE']._serialized_end=2330
+  _globals['_DELETECONVERSATIONREQUEST']._serialized_start=2332
+  _globals['_DELETECONVERSATIONREQUEST']._serialized_end=2384
+  _globals['_DELETECONVERSATIONRESPONSE']._serialized_start=2386
+  _globals['_DELETECONVERSATIONRESPONSE']._serialized_end=2414
+  _globals['_CONVERSATION']._serialized_start=2417
+  _globals['_CONVERSATION']._serialized_end=2619
+  _globals['_TURN']._serialized_start=2622
+  _globals['_TURN']._serialized_end=2835
+  _globals['_RESPONSE']._serialized_start=2838
+  _globals['_RESPONSE']._serialized_end=3141
+  _globals['_VERSIONSPAN']._serialized_start=3143
+  _globals['_VERSIONSPAN']._serialized_end=3226
+  _globals['_COMPARISON']._serialized_start=3229
+  _globals['_COMPARISON']._serialized_end=3461
+  _globals['_CHATSERVICE']._serialized_start=3843
+  _globals['_CHATSERVICE']._serialized_end=4458
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,11 @@ class ChatServiceStub:
                 request_serializer=prefloop_dot_v1_dot_chat__pb2.CompareRequest.SerializeToString,
                 response_deserializer=prefloop_dot_v1_dot_chat__pb2.CompareResponse.FromString,
                 _registered_method=True)
+        self.FindResponse = channel.unary_unary(
+                '/prefloop.v1.ChatService/FindResponse',
+                request_serializer=prefloop_dot_v1_dot_chat__pb2.FindResponseRequest.SerializeToString,
+                response_deserializer=prefloop_dot_v1_dot_chat__pb2.FindResponseResponse.FromString,
+                _registered_method=True)
         self.ListVersions = channel.unary_unary(
                 '/prefloop.v1.ChatService/ListVersions',
                 request_serializer=prefloop_dot_v1_dot_chat__pb2.ListVersionsRequest.SerializeToString,
@@ -82,6 +87,13 @@ class ChatServiceServicer:
     def Compare(self, request, context):
         """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
         If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindResponse(self, request, context):
+        """The answer that ends a caller's own history, for programs that did not keep its id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,6 +139,11 @@ def add_ChatServiceServicer_to_server(servicer, server):
                     servicer.Compare,
                     request_deserializer=prefloop_dot_v1_dot_chat__pb2.CompareRequest.FromString,
                     response_serializer=prefloop_dot_v1_dot_chat__pb2.CompareResponse.SerializeToString,
+            ),
+            'FindResponse': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindResponse,
+                    request_deserializer=prefloop_dot_v1_dot_chat__pb2.FindResponseRequest.FromString,
+                    response_serializer=prefloop_dot_v1_dot_chat__pb2.FindResponseResponse.SerializeToString,
             ),
             'ListVersions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListVersions,
@@ -204,6 +221,33 @@ class ChatService:
             '/prefloop.v1.ChatService/Compare',
             prefloop_dot_v1_dot_chat__pb2.CompareRequest.SerializeToString,
             prefloop_dot_v1_dot_chat__pb2.CompareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindResponse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefloop.v1.ChatService/FindResponse',
+            prefloop_dot_v1_dot_chat__pb2.FindResponseRequest.SerializeToString,
+            prefloop_dot_v1_dot_chat__pb2.FindResponseResponse.FromString,
             options,
             channel_credentials,
             insecure,

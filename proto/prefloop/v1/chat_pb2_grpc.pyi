@@ -41,6 +41,8 @@ class ChatServiceStub:
     """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
     If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
     """
+    FindResponse: _grpc.UnaryUnaryMultiCallable[_chat_pb2.FindResponseRequest, _chat_pb2.FindResponseResponse]
+    """The answer that ends a caller's own history, for programs that did not keep its id."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_chat_pb2.ListVersionsRequest, _chat_pb2.ListVersionsResponse]
     """The versions that can answer now: the one that serves first, then others that a Chat may name."""
     GetConversation: _grpc.UnaryUnaryMultiCallable[_chat_pb2.GetConversationRequest, _chat_pb2.GetConversationResponse]
@@ -63,6 +65,8 @@ class ChatServiceAsyncStub(ChatServiceStub):
     """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
     If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
     """
+    FindResponse: _aio.UnaryUnaryMultiCallable[_chat_pb2.FindResponseRequest, _chat_pb2.FindResponseResponse]  # type: ignore[assignment]
+    """The answer that ends a caller's own history, for programs that did not keep its id."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_chat_pb2.ListVersionsRequest, _chat_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """The versions that can answer now: the one that serves first, then others that a Chat may name."""
     GetConversation: _aio.UnaryUnaryMultiCallable[_chat_pb2.GetConversationRequest, _chat_pb2.GetConversationResponse]  # type: ignore[assignment]
@@ -94,6 +98,14 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         """Answers one message twice, at two temperatures, side by side. The user chooses with FeedbackService.SubmitChoice.
         If the next message comes without a choice, the conversation continues with A, or with B if only B has an answer.
         """
+
+    @_abc_1.abstractmethod
+    def FindResponse(
+        self,
+        request: _chat_pb2.FindResponseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_pb2.FindResponseResponse, _abc.Awaitable[_chat_pb2.FindResponseResponse]]:
+        """The answer that ends a caller's own history, for programs that did not keep its id."""
 
     @_abc_1.abstractmethod
     def ListVersions(

@@ -69,6 +69,12 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             await write(chat_pb2.CompareResponse(started=started))
             await turn.stream(delta, ended)
 
+    async def FindResponse(self, request: chat_pb2.FindResponseRequest, context: Any) -> chat_pb2.FindResponseResponse:
+        *said, answer = request.messages
+        system = request.system if request.HasField("system") else None
+        message = with_own_history(NewMessage(current_user(), "", system=system), said)
+        return chat_pb2.FindResponseResponse(response_id=await self._turns.find_response(message, answer.content))
+
     async def ListVersions(self, request: chat_pb2.ListVersionsRequest, context: Any) -> chat_pb2.ListVersionsResponse:
         live = self._turns.live_versions
         found = await self._store.read(lambda store: [store.policies.get(version) for version in live])

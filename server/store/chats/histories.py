@@ -74,6 +74,16 @@ class Histories:
                 )
         return found.conversation_id, Place(parent, *digests[-1])
 
+    def response(self, user: str, own: OwnHistory, answer: str) -> str | None:
+        """The id of the newest response to a history that has this answer; also if the caller left out the oldest
+        messages."""
+        history, asked = own.digests(user)[-1]
+        for column, digest in (("history", history), ("asked", asked)):
+            for turn in load_turns(self._db, self._newest(column, digest)):
+                if turn.response and turn.response.shown is not None and turn.response.shown.strip() == answer.strip():
+                    return turn.response.id
+        return None
+
     def _find(self, own: OwnHistory, digests: list[tuple[bytes, bytes]]) -> _Found | None:
         histories = [history for history, _ in digests]
         marks = ", ".join("?" for _ in histories)

@@ -65,6 +65,15 @@ async def test_a_second_completion_is_compared_with_the_first(gateway: Gateway) 
     )  # fmt: skip
 
 
+async def test_an_answer_may_be_named_by_its_messages(gateway: Gateway) -> None:
+    answer = (await gateway.complete()).json()
+    said = [{"role": "user", "content": "hello there"}, answer["choices"][0]["message"]]
+    [thumb] = (await gateway.post("/v1/feedback", {"messages": said, "value": False})).json()["data"]
+    assert thumb["completion_id"] == answer["id"]
+    said[1] = {"role": "assistant", "content": "another"}
+    assert (await gateway.post("/v1/feedback", {"messages": said, "value": False})).status_code == 404
+
+
 async def test_the_version_is_named_once_the_choice_is_made(gateway: Gateway) -> None:
     comparison = await completion(gateway, n=2)
     found = await gateway.running.store(lambda store: store.responses.comparison("ann", comparison))
@@ -100,7 +109,11 @@ async def test_feedback_is_retracted(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ({"value": True}, (400, "id: Field required.", "id", None)),
+        ({"value": True}, (400, "Feedback has the id of a completion, or the messages that end with it.", "id", None)),
+        ({"id": "resp_x", "messages": [], "value": True},
+         (400, "Feedback has the id of a completion, or the messages that end with it.", "id", None)),
+        ({"messages": [{"role": "user", "content": "a"}], "value": True},
+         (400, "messages must end with the assistant's message after the user's.", "messages", "invalid_field")),
         ({"id": "resp_x"}, (400, "Feedback has a value, a correction or both.", "value", None)),
         ({"id": "resp_x", "correction": "y", "comment": "z"}, (400, "A comment goes with a value.", "comment", None)),
         ({"id": "resp_x", "other_id": "resp_y", "value": True},

@@ -226,3 +226,33 @@ async def test_an_answer_ends_before_a_stop_sequence(running: Running) -> None:
         comparison_id=compared.started.comparison_id, choice=feedback_pb2.CHOICE_A
     )
     assert (await running.feedback.SubmitChoice(choice, metadata=ANN)).feedback.choice == feedback_pb2.CHOICE_A
+
+
+async def find(running: Running, *texts: str, user: Any = ANN, **fields: Any) -> Any:
+    said = messages(*texts, "")[:-1]
+    request = chat_pb2.FindResponseRequest(messages=said, **fields)
+    return (await running.chat.FindResponse(request, metadata=user)).response_id
+
+
+async def test_an_answer_is_found_by_its_history(running: Running) -> None:
+    ids = []
+    for texts in [("hello",), ("hello",), ("hello", ANSWER, "more")]:
+        started, *_ = await chat(running, "", messages=messages(*texts, system="be kind"))
+        ids.append(started.started.response_id)
+    found = [await find(running, "hello", ANSWER.strip(), system="be kind")]
+    found.append(await find(running, "hello", ANSWER, "more", f"\n{ANSWER}", system="be kind"))
+    # Without the first messages, too.
+    found.append(await find(running, "more", ANSWER, system="be kind"))
+    # Of two answers with one text, the newer one.
+    assert found == [ids[1], ids[2], ids[2]]
+    for texts, fields in [
+        (("hello", "another answer"), {"system": "be kind"}),
+        (("hello", ANSWER), {}),
+        (("hello", ANSWER), {"system": "be kind", "user": BOB}),
+    ]:
+        with pytest.raises(grpc.aio.AioRpcError, match="There is no response 'with these messages'"):
+            await find(running, *texts, **fields)
+    call = running.chat.FindResponse(chat_pb2.FindResponseRequest(messages=messages("hello")), metadata=ANN)
+    assert (await refusal(call))[:2] == (
+        grpc.StatusCode.INVALID_ARGUMENT, "messages must end with the assistant's message after the user's.",
+    )  # fmt: skip

@@ -58,6 +58,7 @@ def requests(response_id: str, comparison_id: str, conversation_id: str) -> dict
     return {
         "Chat": chat_pb2.ChatRequest(message=WORDS["message"], conversation_id=conversation_id),
         "Compare": chat_pb2.CompareRequest(message=WORDS["message"], conversation_id=conversation_id),
+        "FindResponse": chat_pb2.FindResponseRequest(messages=messages()),
         "ListVersions": chat_pb2.ListVersionsRequest(),
         "GetConversation": chat_pb2.GetConversationRequest(conversation_id=conversation_id),
         "ListConversations": chat_pb2.ListConversationsRequest(),
@@ -129,6 +130,7 @@ async def test_user_text_is_not_quoted(running: Running, said: list[str]) -> Non
     assert set(asked) == {method.rpartition("/")[2] for method in ROLES if method.startswith("/prefloop.")}
     told = await call_all(running, asked, ZOE)
     assert {name for name, status in told.items() if status} == {
+        "FindResponse",
         "SubmitPairChoice",
         "RetractFeedback",
         "DeleteConversation",

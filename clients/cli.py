@@ -113,6 +113,30 @@ def send(
         print(json.dumps(answer, ensure_ascii=sys.stdout.isatty()))
 
 
+@app.command("import-feedback")
+def import_feedback(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Open WebUI's export of all feedback, as JSON.")],
+    end_users: Annotated[
+        bool, typer.Option("--end-users", help="Each rating is by its own user, as an end user of this application.")
+    ] = False,
+) -> None:
+    """Turn ratings that people gave in Open WebUI into votes. An export may be imported again."""
+    from clients.import_feedback import ExportError, import_ratings, read_export
+
+    name = context.obj["user"] or getpass.getuser()
+    with connect(**context.obj) as client:
+        try:
+            print(
+                import_ratings(
+                    lambda user: client.acting_as(os.environ.get(API_KEY), name, user) if end_users else client,
+                    read_export(file),
+                )
+            )
+        except (ExportError, OSError) as error:
+            sys.exit(f"chat: {error}")
+
+
 WebHost = Annotated[str, typer.Option(envvar="PREFLOOP_WEB_HOST", help="The address to listen on for HTTP.")]
 WebPort = Annotated[
     int, typer.Option(envvar="PREFLOOP_WEB_PORT", help="The port for HTTP; 0 picks a free one.", min=0, max=65535)

@@ -209,8 +209,9 @@ def evaluate(work: Path, cell: Cell) -> dict[str, Any]:
 
 def decide_canary(data: Path, cell: Cell, number: int) -> dict[str, Any]:
     """Voters compare the offered pairs, in turn, until the server's rule decides or nothing more would count."""
+    from server.store.learning.canaries import decide
     from server.store.store import Store
-    from server.versions.canary import ACTOR, decide
+    from server.versions.canary import ACTOR
 
     store = Store.open(data)
     canary, chance, choices = store.canaries.waiting(), random.Random(f"{cell.name} {number} canary"), 0

@@ -35,27 +35,30 @@ class Rating:
     comment: str
 
 
-def read_export(path: Path) -> Iterator[Rating]:
-    """The ratings of Open WebUI's export of all feedback (Admin Panel, Evaluations, Feedback). Raises ExportError, and
-    OSError if the file cannot be read."""
+def read_export(path: Path) -> Iterator[Rating | None]:
+    """The ratings of Open WebUI's export of all feedback (Admin Panel, Evaluations, Feedback); None for one that cannot
+    be read, such as of a picture. Raises ExportError, and OSError if the file cannot be read."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ExportError(f"{path} is not JSON.") from error
     if not isinstance(entries, list):
         raise ExportError(f"{path} is not a list of feedback, as Open WebUI exports it.")
-    for number, entry in enumerate(entries, start=1):
+    for entry in entries:
         try:
-            if rating := _rating(entry):
-                yield rating
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ExportError(f"Entry {number} of {path} is not feedback as Open WebUI exports it.") from error
+            if _is_rating(entry):
+                yield _rating(entry)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            yield None
 
 
-def import_ratings(client_of: Callable[[str], Client], ratings: Iterable[Rating]) -> str:
+def import_ratings(client_of: Callable[[str], Client], ratings: Iterable[Rating | None]) -> str:
     """Submits the ratings as thumbs, each with the client of the person who gave it; returns a sentence about them."""
     counts = Counter[str]()
     for rating in ratings:
+        if rating is None:
+            counts["unreadable"] += 1
+            continue
         speaker = client_of(rating.user)
         response_id = _find(speaker, rating)
         if response_id is None:
@@ -64,19 +67,22 @@ def import_ratings(client_of: Callable[[str], Client], ratings: Iterable[Rating]
         thumb = THUMB_UP if rating.good else THUMB_DOWN
         speaker.thumb(response_id, thumb, comment=rating.comment, request_id=rating.request_id)
         counts["votes"] += 1
-    unknown = (
-        f"; {counts['unknown']} more are about answers that this server did not give." if counts["unknown"] else "."
-    )
-    votes = "1 rating is a vote" if counts["votes"] == 1 else f"{counts['votes']} ratings are votes"
-    return f"{votes} now{unknown}"
+    parts = ["1 rating is a vote now" if counts["votes"] == 1 else f"{counts['votes']} ratings are votes now"]
+    if counts["unknown"]:
+        parts.append(f"{counts['unknown']} more are about answers that this server did not give")
+    if counts["unreadable"]:
+        parts.append(f"{counts['unreadable']} cannot be read")
+    return "; ".join(parts) + "."
 
 
-def _rating(entry: dict[str, Any]) -> Rating | None:
-    """One entry; None if it is no rating of an answer."""
-    data, chat = entry["data"] or {}, (entry["snapshot"] or {}).get("chat")
-    if entry["type"] != "rating" or str(data.get("rating")) not in ("1", "-1") or not chat:
-        return None
-    said = chat["chat"]
+def _is_rating(entry: dict[str, Any]) -> bool:
+    """Whether an entry rates an answer."""
+    rated = str((entry["data"] or {}).get("rating")) in ("1", "-1")
+    return entry["type"] == "rating" and rated and bool((entry["snapshot"] or {}).get("chat"))
+
+
+def _rating(entry: dict[str, Any]) -> Rating:
+    data, said = entry["data"], entry["snapshot"]["chat"]["chat"]
     return Rating(
         request_id=f"open-webui {entry['id']} {entry['updated_at']}",
         user=entry["user_id"],

@@ -124,7 +124,7 @@ class GateSettings(BaseModel):
         20, ge=0, description="Votes in the last seven days from which `auto` lets a candidate wait as a canary."
     )
     canary_evidence: float = Field(
-        20.0, gt=1, description="A canary that is no better is promoted at most once in this many times."
+        20.0, gt=1, description="A canary that is no better is promoted about once in this many times."
     )
     canary_votes: int = Field(
         200, ge=1, description="A canary waits for at most this many choices that count; all together then decide."

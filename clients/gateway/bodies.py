@@ -1,6 +1,7 @@
 """The bodies of requests, read and checked."""
 
 import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from prefloop.v1 import feedback_pb2
@@ -110,7 +111,7 @@ async def read_completion(request: Request) -> ChatCompletion:
     if isinstance(options := given.get("stream_options"), dict):
         given["stream_options"] = keep_served(options, {"include_usage"}, NEUTRAL_IN_STREAM_OPTIONS, "stream_options.")
     body = _checked(ChatCompletion, given)
-    if body.model != MODEL and not body.model.startswith(f"{MODEL}@"):
+    if body.model != MODEL and not re.match(rf"{MODEL}@.", body.model):
         raise GatewayError(
             404, f"There is no model {body.model!r}; {MODEL!r} is served.", param="model", code="model_not_found"
         )
@@ -159,9 +160,10 @@ def to_messages(said: list[SaidMessage]) -> list[feedback_pb2.Message]:
 async def _json(request: Request) -> dict[str, Any]:
     body = await request.body()
     try:
-        # Python would accept NaN and Infinity, and half of a surrogate pair.
-        given = json.loads(body, parse_constant=_no_json)
-        if b"\\ud" in body.lower():
+        # Python would accept other encodings, NaN and Infinity, and half of a surrogate pair.
+        text = body.decode("utf-8")
+        given = json.loads(text, parse_constant=_no_json)
+        if "\\ud" in text.lower():
             json.dumps(given, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise GatewayError(400, "The body is not valid JSON.") from error

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from prefloop.v1.chat_pb2 import Usage
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from clients.errors import PrefloopError
+from clients.errors import NotFoundError, PrefloopError
 from clients.gateway.bodies import MODEL, ChatCompletion, read_completion
 from clients.gateway.callers import Callers
 from clients.gateway.errors import GatewayError, from_call
@@ -34,13 +35,19 @@ async def chat_completions(request: Request) -> Response:
     body = await read_completion(request)
     client = await callers.client(request, body.end_user)
     answer = events(ask(client, body, request.headers.get(IDEMPOTENCY_KEY, "")))
-    if not body.stream:
-        found = await unless_left(request, _whole(answer))
-        return Response(status_code=LEFT) if found is None else JSONResponse(found)
-    begun = await unless_left(request, _first(answer))
+    try:
+        if not body.stream:
+            found = await unless_left(request, _whole(answer))
+            return Response(status_code=LEFT) if found is None else JSONResponse(found)
+        begun = await unless_left(request, _first(answer))
+    except NotFoundError as error:
+        # A completion names nothing else that could be missing.
+        raise GatewayError(404, str(error), param="model", code="model_not_found") from error
     if begun is None:
         return Response(status_code=LEFT)
-    return StreamingResponse(_chunks(begun, answer, body), media_type="text/event-stream")
+    # The answer is closed however the response ends: Starlette leaves its chunks to the garbage collector.
+    closing = BackgroundTask(answer.aclose)
+    return StreamingResponse(_chunks(begun, answer, body), media_type="text/event-stream", background=closing)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ PARAMS = {
     "system": "messages",
     "x-end-user": "user",
     "text": "correction",
+    "policy_version": "model",
+    "request_id": "idempotency-key",
     "response_id_a": "id",
     "response_id_b": "other_id",
 }

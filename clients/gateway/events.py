@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from prefloop.v1.chat_pb2 import (
+    FINISH_REASON_CANCELLED,
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
     FINISH_REASON_STOP_SEQUENCE,
@@ -102,6 +103,10 @@ async def events(stream: AsyncStream[ChatEvent] | AsyncStream[CompareEvent]) -> 
 
 
 def _reason(reason: FinishReason.ValueType) -> str:
+    if reason == FINISH_REASON_CANCELLED:
+        # Only a repeated request gets such an answer: its first caller left.
+        sentence = "The first request with this Idempotency-Key was cancelled; send it with another."
+        raise GatewayError(400, sentence, code="request_cancelled")
     if reason not in FINISH_REASONS:
         raise GatewayError(500, "The answer was not finished.")
     return FINISH_REASONS[reason]

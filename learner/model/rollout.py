@@ -177,6 +177,8 @@ class RolloutEngine:
         shown = StoppingText(self._text.stream(prompt.token_ids), prompt.stop)
         text = shown.text(token_ids) + shown.rest()
         if not shown.stopped:
-            return SampledAnswer(prompt.token_ids, token_ids, logprobs, text, output.finish_reason)
+            # vLLM's own text may have the sequence where ours does not: then it has cut the answer.
+            reason = "length" if isinstance(output.stop_reason, str) else output.finish_reason
+            return SampledAnswer(prompt.token_ids, token_ids, logprobs, text, reason)
         count = shown.token_count
         return SampledAnswer(prompt.token_ids, token_ids[:count], logprobs[:count], text, "stop_sequence")

@@ -8,9 +8,10 @@ from learner.round.prompts import Prompts
 from learner.round.review.canary import waits
 from learner.round.review.pool import pool
 from learner.settings import LearnerSettings
-from server.shared.errors import NotFoundError
+from server.shared.errors import ConflictError, NotFoundError
 from server.store.chats.records import Snapshot
-from server.store.learning.records import Round
+from server.store.learning.canaries import decide
+from server.store.learning.records import Canary, Round
 from server.store.learning.round_metrics import Improvement, SignalTest
 from server.store.store import Store
 
@@ -27,8 +28,7 @@ def blocked(store: Store, settings: LearnerSettings) -> str | None:
     if canary := store.canaries.waiting():
         if not store.canaries.expired(canary):
             return f"{waits(canary)} Nothing was changed."
-        # No server has run to say so.
-        store.canaries.end(canary.version, "rejected", f"People have not decided; {canary.opponent_version} stays.")
+        end_expired(store, canary)
     try:
         pool(settings.review.prompt_files)
     except (OSError, UnicodeDecodeError) as error:
@@ -39,6 +39,20 @@ def blocked(store: Store, settings: LearnerSettings) -> str | None:
     except (CheckError, OSError, UnicodeDecodeError) as error:
         return f"checks.file cannot be read: {error}. Nothing was changed."
     return None
+
+
+def end_expired(store: Store, canary: Canary) -> None:
+    """Decide about a canary whose time is over, as a server would have, had one run."""
+    outcome, reason = decide(canary, store.canaries.result(canary), expired=True)
+    try:
+        if outcome == "promoted":
+            store.policies.activate(
+                canary.version, actor="learner", reason=reason, expected_active_version=canary.opponent_version
+            )
+            return
+    except ConflictError as error:
+        reason = str(error)
+    store.canaries.end(canary.version, "rejected", reason)
 
 
 def too_little_new(store: Store, snapshot: Snapshot, quarantined: list[str], settings: LearnerSettings) -> str | None:

@@ -89,6 +89,7 @@ class VllmAnswerStream:
 
     def fail(self) -> Generation:
         """The answer so far of a dead engine, labelled with the versions loaded when its tokens arrived here."""
+        self._text.append(self._decoded.rest())
         return self._generation("error", self._labels.settle(to_spans(self._arrived, len(self._token_ids))))
 
     def _generation(self, finish_reason: FinishReason, spans: list[Span]) -> Generation:

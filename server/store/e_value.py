@@ -43,7 +43,7 @@ def chance_of(means: Sequence[float]) -> float:
             for above, weight in enumerate(weights):
                 found[round(before + distance * (2 * above - count), 6)] += chance * weight
         sums = found
-    return sum(chance for reached, chance in sums.items() if reached >= total - 1e-4)
+    return sum(chance for reached, chance in sums.items() if reached >= total - 1e-6 * (1 + len(means)))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from server.shared.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
+from server.shared.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, PermissionDeniedError
 from server.store.database import Database
 from server.store.ids import new_id
 
@@ -89,10 +89,10 @@ class Keys:
     def create(self, user: str, role: Role) -> str:
         """Create a key and return it; it can never be shown again. Raises InvalidArgumentError."""
         check_user_name(user)
-        self._check_namespace(user, role)
         key_id, secret = new_id("key"), secrets.token_urlsafe(SECRET_BYTES)
         row = {"id": key_id, "sha256": _sha256(secret), "user": user, "role": role, "create_time": self._db.now()}
         with self._db.write():
+            self._check_namespace(user, role)
             self._db.insert("keys", row)
         return f"{key_id}.{secret}"
 
@@ -106,8 +106,13 @@ class Keys:
                 raise NotFoundError("key", key_id)
 
     def forget(self, user: str) -> None:
-        """Revoke the user's keys, and delete their user and hash."""
+        """Revoke the user's keys, and delete their user and hash. Raises FailedPreconditionError for an application
+        whose end users have data: another user could get its name, and so theirs."""
         with self._db.write():
+            application = self._db.row("SELECT 1 FROM keys WHERE user = ? AND role = 'application'", [user])
+            if application and (others := self._with_data(user + BETWEEN)):
+                sentence = f"{len(others)} end users of {user} have data, {others[0]} for one; delete theirs first."
+                raise FailedPreconditionError("END_USERS", sentence)
             self._db.execute(
                 f"UPDATE keys SET user = '', sha256 = ?, revoke_time = coalesce(revoke_time, {self._db.NOW}) "
                 "WHERE user = ?",
@@ -129,9 +134,20 @@ class Keys:
         if taken:
             raise InvalidArgumentError("user", f"An end user of {user} would have the name of the user {taken[0]}.")
         names = {row["user"] for row in others if row["role"] == "application"}
+        if role == "application" and user not in names and (taken := self._with_data(user + BETWEEN)):
+            raise InvalidArgumentError("user", f"An end user of {user} would have the data of the user {taken[0]}.")
         application = user.partition(BETWEEN)[0]
         if application != user and application in names:
             raise InvalidArgumentError("user", f"{user} is the name of an end user of the application {application}.")
+
+    def _with_data(self, prefix: str) -> list[str]:
+        """The users with data whose names begin so."""
+        rows = self._db.rows(
+            "SELECT DISTINCT user FROM (SELECT user FROM conversations UNION ALL SELECT user FROM feedback) "
+            "WHERE substr(user, 1, ?) = ? ORDER BY user",
+            [len(prefix), prefix],
+        )
+        return [row["user"] for row in rows]
 
     def credentials(self, known: Credentials | None = None) -> Credentials:
         """The keys that are valid now; `known` itself if nothing has changed since."""

@@ -239,8 +239,8 @@ class Turns:
                 raise ResourceExhaustedError("CONVERSATION_FULL", "This conversation is full; start another one.")
             if message.system not in (None, conversation.system):
                 raise InvalidArgumentError("system", "A conversation keeps the system prompt that it began with.")
-            turns = recent_turns(store, message.user, conversation.id, chars)
-            return _Before(conversation.create_time, conversation.system, turns)
+            turns, parent = recent_turns(store, message.user, conversation.id, chars)
+            return _Before(conversation.create_time, conversation.system, turns, parent)
 
         # Most calls have neither, and skip the store's thread.
         return await self._store.read(read) if message.request_id or message.conversation_id else new
@@ -269,7 +269,7 @@ class Turns:
         return prompt, sampling
 
     def _open_conversation(self, store: Store, message: NewMessage, before: "_Before") -> tuple[str, Place | None]:
-        """The id of the message's conversation, and its place there if that is not after the newest turn."""
+        """The id of the message's conversation, and its place there; None at the beginning."""
 
         def create() -> str:
             check_conversations(store, message.user, self._settings.user_conversations)
@@ -283,7 +283,8 @@ class Turns:
             return create(), None
         store.conversations.get(message.user, message.conversation_id)
         store.responses.skip_open_comparisons(message.conversation_id)
-        return message.conversation_id, None
+        # Calls with their own history may have come between, and are not what the model reads.
+        return message.conversation_id, Place(before.parent)
 
     @asynccontextmanager
     async def _begun(self, message: NewMessage, begin: Callable[[Store], Begun], answers: int) -> AsyncIterator[Begun]:
@@ -321,6 +322,8 @@ class _Before:
     conversation_began: float | None = None
     system: str = ""
     history: tuple[Said, ...] | list[Said] = ()
+    # The number of the last of these turns.
+    parent: int | None = None
     first_result: str = ""
 
 

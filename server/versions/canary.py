@@ -7,8 +7,7 @@ after a restart. The first to decide has decided.
 import logging
 
 from server.shared.errors import ConflictError, FailedPreconditionError
-from server.store.e_value import CanaryResult, chance_of
-from server.store.learning.canaries import Outcome
+from server.store.learning.canaries import Outcome, decide
 from server.store.learning.records import Canary
 from server.store.store import Store
 from server.store.store_thread import StoreThread
@@ -70,18 +69,3 @@ class CanaryWatch:
             log.error("%s cannot be served: %s", canary.version, error)
             unloadable = f"It cannot be served: {error}"
             await self._store(lambda store: store.canaries.end(canary.version, "rejected", unloadable))
-
-
-def decide(canary: Canary, result: CanaryResult, *, expired: bool) -> tuple[Outcome | None, str]:
-    """What becomes of the canary, and why; None while votes are awaited."""
-    if result.better >= canary.evidence:
-        return "promoted", f"People prefer it to {canary.opponent_version}: {result}."
-    if result.worse >= canary.evidence:
-        return "rejected", f"People prefer {canary.opponent_version}: {result}."
-    if result.votes >= canary.max_votes or expired:
-        chance = chance_of(result.means)
-        if chance <= canary.last_level:
-            said = f"at the end, {result}; chance alone says as much for it once in {1 / chance:.0f} times"
-            return "promoted", f"People prefer it to {canary.opponent_version}: {said}."
-        return "rejected", f"People have not decided between it and {canary.opponent_version}, which stays: {result}."
-    return None, str(result)

@@ -86,7 +86,11 @@ async def test_ratings_are_votes(running: Running, tmp_path: Path) -> None:
         rating("other", True, said),
         rating("m1", True, said, id="fb-4", data={"rating": None}),
         rating("m1", True, None, id="fb-5"),
+        # What cannot be read keeps no other from being imported.
+        3,
+        rating("missing", True, said, id="fb-6"),
     ]
+    entries = entries[-2:] + entries[:-2]
     export = written(tmp_path / "export.json", entries)
 
     def run() -> str:
@@ -96,7 +100,9 @@ async def test_ratings_are_votes(running: Running, tmp_path: Path) -> None:
     for _ in range(2):
         # Once and again: it counts once.
         told = await asyncio.to_thread(run)
-        assert told == "2 ratings are votes now; 1 more are about answers that this server did not give."
+        assert told == (
+            "2 ratings are votes now; 1 more are about answers that this server did not give; 2 cannot be read."
+        )
         assert await votes(running) == [("DOWN", "too long", ANSWER), ("UP", "why", ANSWER)]
     # A rating that was changed replaces the earlier one.
     written(export, [rating("m1", False, said, updated_at=6)])
@@ -125,7 +131,6 @@ async def test_the_command_imports_for_end_users(running: Running, tmp_path: Pat
     [
         ("{", "is not JSON."),
         ("{}", "is not a list of feedback, as Open WebUI exports it."),
-        ("[3]", "is not feedback as Open WebUI exports it."),
         ('[{"id": "1", "data": {"rating": 1}, "type": "rating", "snapshot": {"chat": {}}}]', None),
         (None, "No such file"),
     ],

@@ -101,7 +101,7 @@ def waits(canary: Canary) -> str:
     return (
         f"{canary.version} waits as a canary until people have chosen between its answers and those of "
         f"{canary.opponent_version}: on the page under Compare, or with /review in the terminal. At most "
-        f"{canary.max_votes} choices; then {canary.opponent_version} stays."
+        f"{canary.max_votes} choices; then all together decide."
     )
 
 

@@ -3,7 +3,7 @@
 from learner.model.rollout import SampledAnswer, draw_seed
 from learner.round.review.prompts import ReviewPrompt
 from learner.round.workspace import Workspace
-from server.store.chats.records import OfferedAnswer, OfferedReview
+from server.store.chats.records import FinishReason, OfferedAnswer, OfferedReview
 
 
 def sample_answers(work: Workspace, version: str, prompts: list[ReviewPrompt], draw: int) -> list[SampledAnswer]:
@@ -26,8 +26,11 @@ def to_review(
         work.settings.service_temperature,
         prompt.asked.max_tokens,
         prompt.asked.system,
+        prompt.asked.stop,
     )
 
 
 def _offered(version: str, sample: SampledAnswer) -> OfferedAnswer:
-    return OfferedAnswer(version, sample.token_ids, sample.logprobs, sample.text, "stop" if sample.ended else "length")
+    reasons: dict[str, FinishReason] = {"stop": "stop", "stop_sequence": "stop_sequence"}
+    reason = reasons.get(sample.finish_reason, "length")
+    return OfferedAnswer(version, sample.token_ids, sample.logprobs, sample.text, reason)

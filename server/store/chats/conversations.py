@@ -92,12 +92,14 @@ class Conversations:
         return load_turns(self._db, rows)
 
     def path(self, user: str, conversation_id: str, limit: int, last: int | None = None) -> list[Turn]:
-        """The turns that the one with the number `last`, or else the newest, continues, with that one: newest first, at
-        most `limit`."""
+        """The turns that the one with the number `last`, or else the newest that has ended, continues, with that one:
+        newest first, at most `limit`."""
         self.get(user, conversation_id)
         rows = self._db.rows(
             "WITH RECURSIVE path (seq, parent_seq) AS (SELECT seq, parent_seq FROM turns WHERE seq = "
-            "coalesce(?, (SELECT max(seq) FROM turns WHERE conversation_id = ?)) "
+            # An answer that is being written is no part of what was said.
+            "coalesce(?, (SELECT max(seq) FROM turns t LEFT JOIN responses r ON r.id = t.response_id "
+            "WHERE t.conversation_id = ? AND coalesce(r.status, '') != 'streaming')) "
             "UNION ALL SELECT turns.seq, turns.parent_seq FROM path JOIN turns ON turns.seq = path.parent_seq) "
             "SELECT * FROM turns WHERE seq IN (SELECT seq FROM path LIMIT ?) ORDER BY seq DESC",
             [last, conversation_id, limit],

@@ -78,7 +78,9 @@ class Histories:
         """The id of the newest response to a history that has this answer; also if the caller left out the oldest
         messages."""
         history, asked = own.digests(user)[-1]
-        for column, digest in (("history", history), ("asked", asked)):
+        # One message alone may stand in any conversation: it is not taken for the end of another.
+        looked_up = [("history", history), *([("asked", asked)] if own.said else [])]
+        for column, digest in looked_up:
             for turn in load_turns(self._db, self._newest(column, digest)):
                 if turn.response and turn.response.shown is not None and turn.response.shown.strip() == answer.strip():
                     return turn.response.id

@@ -132,6 +132,8 @@ class OfferedReview:
     max_tokens: int
     # The system prompt that the model read, which is not shown.
     system: str = ""
+    # The answers end before the first of these that came.
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,7 @@ class Conversation:
     update_time: float
     # A review holds one comparison, whose answers a round sampled.
     kind: ConversationKind = "chat"
-    # Its system prompt; empty if it has none.
-    system: str = ""
+    system: str = ""  # Empty if it has none.
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,8 @@ class Responses:
         conversation_id = self.get(user, earlier).conversation_id
         self.get(user, later)
         turns = self._db.rows(
-            "SELECT response_id, message, parent_seq FROM turns WHERE conversation_id = ? AND response_id IN (?, ?) "
-            "ORDER BY seq",
+            "SELECT response_id, message, parent_seq, history FROM turns "
+            "WHERE conversation_id = ? AND response_id IN (?, ?) ORDER BY seq",
             [conversation_id, earlier, later],
         )
         if (

@@ -61,6 +61,7 @@ class Reviews:
                             "temperature": one.temperature,
                             "max_tokens": one.max_tokens,
                             "system": one.system,
+                            "stop": json.dumps(one.stop),
                         },
                     )
 
@@ -111,6 +112,7 @@ class Reviews:
             temperatures=(row["temperature"], row["temperature"]),
             max_tokens=row["max_tokens"],
             seeds=(None, None),
+            stop=json.loads(row["stop"]),
         )
         for response_id, answer in zip(ids, (a, b), strict=True):
             span = Span(0, len(answer["token_ids"]), answer.pop("policy_version"))

@@ -10,7 +10,7 @@ from typing import Literal
 
 from server.store.chats.reviews import withdraw_reviews
 from server.store.database import Database
-from server.store.e_value import CanaryResult
+from server.store.e_value import CanaryResult, chance_of
 from server.store.learning.leases import check_fence
 from server.store.learning.lineage import Lineage
 from server.store.learning.records import Canary, CanaryTerms, Lease
@@ -77,6 +77,21 @@ class Canaries:
     def end(self, version: str, outcome: Outcome, reason: str) -> bool:
         """End the wait, and tell the canary's round and version; False if it had ended already."""
         return end_canary(self._db, version, outcome, reason)
+
+
+def decide(canary: Canary, result: CanaryResult, *, expired: bool) -> tuple[Outcome | None, str]:
+    """What becomes of the canary, and why; None while votes are awaited."""
+    if result.better >= canary.evidence:
+        return "promoted", f"People prefer it to {canary.opponent_version}: {result}."
+    if result.worse >= canary.evidence:
+        return "rejected", f"People prefer {canary.opponent_version}: {result}."
+    if result.votes >= canary.max_votes or expired:
+        chance = chance_of(result.means)
+        if chance <= canary.last_level and canary.last_level > 0:
+            said = f"at the end, {result}; chance alone says as much for it once in {1 / chance:.0f} times"
+            return "promoted", f"People prefer it to {canary.opponent_version}: {said}."
+        return "rejected", f"People have not decided between it and {canary.opponent_version}, which stays: {result}."
+    return None, str(result)
 
 
 def waiting_canary(database: Database) -> Canary | None:

@@ -566,3 +566,9 @@ def m023_pairs(db: Database) -> None:
 def m024_last_looks(db: Database) -> None:
     """What a canary's choices say at the end counts, too; of one that waits already it does not."""
     _run(db, "ALTER TABLE canaries ADD COLUMN last_level REAL NOT NULL DEFAULT 0")
+
+
+@migrations()
+def m025_stops_of_reviews(db: Database) -> None:
+    """The stop sequences of the prompt that a pair answers."""
+    _run(db, "ALTER TABLE reviews ADD COLUMN stop TEXT NOT NULL DEFAULT '[]'")

@@ -128,11 +128,12 @@ async def test_a_model_names_a_live_version(gateway: Gateway) -> None:
     assert (await gateway.complete(model="prefloop@v0001")).json()["model"] == "prefloop@v0001"
     assert running.engine.pinned == ["v0001"]
     assert error(await gateway.complete(model="prefloop@v0007")) == (
-        404, "There is no live version 'v0007'.", None, "not_found",
+        404, "There is no live version 'v0007'.", "model", "model_not_found",
     )  # fmt: skip
-    assert error(await gateway.complete(model="gpt-4o")) == (
-        404, "There is no model 'gpt-4o'; 'prefloop' is served.", "model", "model_not_found",
-    )  # fmt: skip
+    for name in ("gpt-4o", "prefloop@", "prefloop2"):
+        assert error(await gateway.complete(model=name)) == (
+            404, f"There is no model {name!r}; 'prefloop' is served.", "model", "model_not_found",
+        )  # fmt: skip
 
 
 async def test_the_history_is_the_callers(gateway: Gateway) -> None:
@@ -210,7 +211,9 @@ async def test_what_is_invalid_is_refused_by_name(gateway: Gateway, fields: dict
         assert error(await gateway.post("/v1/chat/completions", {**body, "stream": stream})) == expected
 
 
-@pytest.mark.parametrize("body", ["", "{", "[]", "null", '{"a": NaN}', "[" * 100_000, '"\xff"', '{"a": "\\ud800"}'])
+@pytest.mark.parametrize(
+    "body", ["", "{", "[]", "null", '{"a": NaN}', "[" * 100_000, '"\xff"', '{"a": "\\ud800"}', '{"a": "\xed\xa0\x80"}']
+)
 async def test_a_body_that_is_no_object(gateway: Gateway, body: str) -> None:
     response = await gateway.http.post(
         "/v1/chat/completions", content=body.encode("latin-1"), headers={"content-type": "application/json"}
@@ -259,6 +262,21 @@ async def test_a_repeated_idempotency_key_is_answered_once(gateway: Gateway) -> 
     ]
     assert found[0] == found[1]
     assert len(gateway.running.engine.prompts) == 1
+
+
+async def test_a_repeat_of_a_cancelled_request_says_so(gateway: Gateway) -> None:
+    engine, body = gateway.running.engine, {"model": "prefloop", "messages": SAID}
+    engine.hold_after = 2
+    asking = asyncio.create_task(gateway.post("/v1/chat/completions", body, **{"idempotency-key": "once"}))
+    await asyncio.wait_for(engine.holding.wait(), SECONDS)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    # Not a status that clients try again.
+    assert error(await gateway.post("/v1/chat/completions", body, **{"idempotency-key": "once"})) == (
+        400, "The first request with this Idempotency-Key was cancelled; send it with another.", None,
+        "request_cancelled",
+    )  # fmt: skip
 
 
 async def test_a_server_that_is_away(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ async def test_a_repeated_idempotency_key_counts_once(gateway: Gateway) -> None:
     assert events == [{"n": 1}]
     other = await gateway.post("/v1/feedback", {**body, "value": False}, **{"idempotency-key": "once"})
     assert error(other) == (
-        400, "This request_id was used with another body; use a new one.", "request_id", "request_id_reused",
+        400, "This request_id was used with another body; use a new one.", "idempotency-key", "request_id_reused",
     )  # fmt: skip
 
 

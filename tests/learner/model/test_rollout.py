@@ -30,7 +30,7 @@ class Llm:
         self.samplings = samplings
         tokens = [16, 17, 18]
         logprobs = [{token: SimpleNamespace(logprob=-0.5)} for token in tokens]
-        output = SimpleNamespace(token_ids=tokens, logprobs=logprobs, finish_reason="stop")
+        output = SimpleNamespace(token_ids=tokens, logprobs=logprobs, finish_reason="stop", stop_reason=None)
         return [SimpleNamespace(outputs=[output]) for _ in prompts]
 
     def sleep(self, level: int) -> None:
@@ -95,14 +95,16 @@ def test_an_answer_ends_before_its_prompts_stop_sequence(
     model_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine("cpu", False, model_directory, monkeypatch)
-    prompts = [Prompt("", [15], 8, stop=stop) for stop in ((), ("w17", "w19"), ("w19",))]
+    prompts = [Prompt("", [15], 8, stop=stop) for stop in ((), (" w17", "w19"), ("7",), ("w19",))]
     found = [(one.token_ids, one.text, one.finish_reason, one.ended) for one in engine.sample(prompts, seed=1)]
     # As voters saw it: what comes after is neither trained on nor scored.
     assert found == [
         ([16, 17, 18], "w16 w17 w18", "stop", True),
-        ([16], "w16 ", "stop_sequence", True),
-        ([16, 17, 18], "w16 w17 w18", "stop", True),
+        ([16], " w16", "stop_sequence", True),
+        # A token with the text's end and the sequence's beginning stays.
+        ([16, 17], " w16 w1", "stop_sequence", True),
+        ([16, 17, 18], " w16 w17 w18", "stop", True),
     ]
     assert [(one.stop, one.detokenize) for one in engine._llm.samplings] == [
-        ([], False), (["w17", "w19"], True), (["w19"], True),
+        ([], False), ([" w17", "w19"], True), (["7"], True), (["w19"], True),
     ]  # fmt: skip

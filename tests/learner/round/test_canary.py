@@ -13,6 +13,7 @@ import learner.round.review.canary as canary_stage
 import learner.round.workspace as workspace
 from learner.ops.status import status
 from learner.reward.dataset import is_judge
+from learner.round.preconditions import end_expired
 from learner.round.report import Report
 from learner.round.review.canary import why_no_canary
 from learner.round.review.pool import pool, shipped
@@ -166,7 +167,29 @@ def test_a_canary_that_expired_without_a_server_gives_way(data_dir: Path) -> Non
     second = run(data_dir)
     assert (second.state, second.policy_version) == ("canary", "v0002")
     round_ = store.rounds.get(str(first.round_id))
-    assert (round_.state, round_.reason) == ("rejected", "People have not decided; v0000 stays.")
+    assert round_.state == "rejected"
+    assert round_.reason.startswith(
+        "People have not decided between it and v0000, which stays: it won 0.50 of 0 choices"
+    )
+
+
+def test_all_choices_decide_on_a_canary_that_expired_without_a_server(data_dir: Path) -> None:
+    run(data_dir)
+    store = Store.open(data_dir)
+    for _ in range(6):
+        review = store.reviews.next("ann")
+        assert review
+        new = "A" if review.comparison.a.policy_version == "v0001" else "B"
+        store.feedback.submit_choice("ann", review.comparison.id, new)
+    canary = store.canaries.waiting()
+    assert canary
+    # Six of six are not enough before the end.
+    assert (store.canaries.result(canary).better < canary.evidence, store.policies.active().version) == (True, "v0000")
+    store._db.execute("UPDATE canaries SET expire_time = create_time")
+    end_expired(store, canary)
+    assert (store.canaries.waiting(), store.policies.active().version) == (None, "v0001")
+    moved = store.lineage.moves(1)[0]
+    assert moved.reason.endswith("chance alone says as much for it once in 64 times.")
 
 
 @pytest.mark.parametrize("promoted", [False, True])

@@ -255,6 +255,23 @@ def test_no_key_has_the_name_of_an_applications_end_user(store: Store) -> None:
     store.keys.create("shopper/ann", "user")
 
 
+async def test_an_application_is_not_forgotten_before_its_end_users(locked: Locked) -> None:
+    await chat(locked.running, user=speaking_for(locked.shop, "ann"))
+    forget = locked.running.account.ForgetUser
+    request = account_pb2.ForgetUserRequest(user="shop")
+    code, message, details = await refusal(forget(request, metadata=locked.operator))
+    assert (code, details) == (grpc.StatusCode.FAILED_PRECONDITION, ["END_USERS"])
+    assert message == "1 end users of shop have data, shop/ann for one; delete theirs first."
+    await forget(account_pb2.ForgetUserRequest(user="shop/ann"), metadata=locked.operator)
+    await forget(request, metadata=locked.operator)
+
+
+async def test_an_application_does_not_inherit_data(running: Running) -> None:
+    await chat(running, user=(("x-user-id", "shop/ann"),))
+    with pytest.raises(InvalidArgumentError, match="would have the data of the user shop/ann"):
+        await running.store(lambda store: store.keys.create("shop", "application"))
+
+
 async def test_other_users_cannot_tell_that_a_conversation_is_being_answered(locked: Locked) -> None:
     locked.running.engine.hold_after = 1
     call = locked.running.chat.Chat(chat_pb2.ChatRequest(message="hi"), metadata=locked.ann)

@@ -120,6 +120,26 @@ async def test_a_conversation_goes_on_by_its_id_after_the_newest_turn(running: R
     ]  # fmt: skip
 
 
+async def test_a_message_by_id_continues_what_the_model_read(running: Running) -> None:
+    first = await own(running, "hello")
+    running.engine.hold_after = 2
+    # A second answer is being written.
+    call = running.chat.Chat(chat_pb2.ChatRequest(messages=messages("hello")), metadata=ANN)
+    await call.read()
+    await running.engine.holding.wait()
+    running.engine.hold_after = None
+    await chat(running, "more", conversation_id=first)
+    running.engine.go_on.set()
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+    def parents(store: Store) -> list[tuple[int, int | None]]:
+        return [(turn.seq, turn.parent) for turn in store.conversations.turns("ann", first)]
+
+    [(one, _), (_, two), (_, three)] = await running.store(parents)
+    assert (two, three) == (None, one)
+
+
 async def test_either_answer_of_an_open_comparison_may_be_continued(running: Running) -> None:
     running.engine.answers = ["left", "right"]
     started, *events = await compare(running, "", messages=messages("hello"))
@@ -236,16 +256,17 @@ async def find(running: Running, *texts: str, user: Any = ANN, **fields: Any) ->
 
 async def test_an_answer_is_found_by_its_history(running: Running) -> None:
     ids = []
-    for texts in [("hello",), ("hello",), ("hello", ANSWER, "more")]:
+    for texts in [("hello",), ("hello",), ("hello", ANSWER, "more"), ("hello", ANSWER, "more", ANSWER, "last")]:
         started, *_ = await chat(running, "", messages=messages(*texts, system="be kind"))
         ids.append(started.started.response_id)
     found = [await find(running, "hello", ANSWER.strip(), system="be kind")]
     found.append(await find(running, "hello", ANSWER, "more", f"\n{ANSWER}", system="be kind"))
     # Without the first messages, too.
-    found.append(await find(running, "more", ANSWER, system="be kind"))
+    found.append(await find(running, "more", ANSWER, "last", ANSWER, system="be kind"))
     # Of two answers with one text, the newer one.
-    assert found == [ids[1], ids[2], ids[2]]
+    assert found == [ids[1], ids[2], ids[3]]
     for texts, fields in [
+        (("more", ANSWER), {"system": "be kind"}),
         (("hello", "another answer"), {"system": "be kind"}),
         (("hello", ANSWER), {}),
         (("hello", ANSWER), {"system": "be kind", "user": BOB}),

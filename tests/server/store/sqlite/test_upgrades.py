@@ -41,6 +41,7 @@ RELEASED = {
     "m022_applications": "0ecfb40d8de12281",
     "m023_pairs": "a614d697125ee9a5",
     "m024_last_looks": "4cadea1c28ade0d2",
+    "m025_stops_of_reviews": "cca9a4233a313d86",
 }
 
 

@@ -13,6 +13,10 @@ NO_KEYS = (
 )
 
 
+# Headers that name an end user: as over gRPC, and as Open WebUI sends it.
+USER_HEADERS = ("x-end-user", "x-openwebui-user-id")
+
+
 class Callers:
     """Clients for the callers of requests. `default_name` is the user on a server without keys; None if strangers can
     reach the gateway, who all need a key."""
@@ -23,7 +27,10 @@ class Callers:
         self._keys_needed = False
 
     async def client(self, request: Request, end_user: str | None = None) -> AsyncClient:
-        """A client for the request's caller, speaking for `end_user`. Raises GatewayError and NotAllowedError."""
+        """A client for the caller, speaking for `end_user` or the one that a header names. Raises GatewayError
+        and NotAllowedError."""
+        headers = (request.headers[name] for name in USER_HEADERS if name in request.headers)
+        end_user = next(headers, None) if end_user is None else end_user
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if not await self._need_keys():
             if self._default_name is None:

@@ -159,7 +159,8 @@ async def open_webui(directory: Path, gateway: Gateway) -> AsyncIterator[httpx.A
         "PATH": os.environ["PATH"], "HOME": str(directory), "DATA_DIR": str(directory / "webui"),
         "WEBUI_AUTH": "False", "OPENAI_API_BASE_URL": f"{gateway.url}/v1", "OPENAI_API_KEY": "any",
         "ENABLE_OLLAMA_API": "False", "OFFLINE_MODE": "True", "HF_HUB_OFFLINE": "1",
-        "RAG_EMBEDDING_ENGINE": "openai", "AUDIO_STT_ENGINE": "openai", "ANONYMIZED_TELEMETRY": "False",
+        "ENABLE_FORWARD_USER_INFO_HEADERS": "True", "RAG_EMBEDDING_ENGINE": "openai",
+        "AUDIO_STT_ENGINE": "openai", "ANONYMIZED_TELEMETRY": "False",
     }  # fmt: skip
     (directory / "webui").mkdir()
     with (directory / "webui.log").open("w") as log:
@@ -212,8 +213,10 @@ async def test_open_webui_chats_and_its_ratings_are_votes(tmp_path: Path) -> Non
         export.write_text((await http.get("/api/v1/evaluations/feedbacks/all/export")).text)
 
         def run() -> str:
-            with Client(f"127.0.0.1:{running.app.port}", user="ann") as client:
-                return import_ratings(lambda _: client, read_export(export))
+            with Client(f"127.0.0.1:{running.app.port}") as client:
+                return import_ratings(lambda user: client.acting_as(user="ann", end_user=user), read_export(export))
 
         assert await asyncio.to_thread(run) == "1 rating is a vote now."
-        assert await votes(running) == [("UP", "nice", ANSWER)]
+        # Who gave it is an end user of the gateway's own user.
+        [entry] = json.loads(export.read_text())
+        assert await votes(running, f"ann/{entry['user_id']}") == [("UP", "nice", ANSWER)]

@@ -167,6 +167,11 @@ async def test_keys_and_end_users(tmp_path: Path) -> None:
         body = {"id": hers, "value": True}
         assert (await gateway.post("/v1/feedback", {**body, "safety_identifier": "zoe"}, shop)).status_code == 200
         assert await votes(gateway, "shop/zoe") == [("thumb", "UP", "")]
+        # A header may name the end user, too.
+        for name in ("x-end-user", "x-openwebui-user-id"):
+            assert (await gateway.post("/v1/feedback", body, shop, **{name: "zoe"})).status_code == 200
+            assert (await gateway.post("/v1/feedback", body, shop, **{name: "yan"})).status_code == 404
+            assert (await gateway.post("/v1/feedback", body, ann, **{name: "zoe"})).status_code == 403
         for key, user in [(shop, "yan"), (shop, None), (ann, None)]:
             assert error(await gateway.post("/v1/feedback", {**body, "user": user}, key))[0] == 404
         assert error(await gateway.complete(ann, user="zoe")) == (

@@ -20,7 +20,10 @@ def export(store: Store, user: str) -> Iterator[account_pb2.ExportUserResponse]:
         yield from _conversation(store, record)
     pairs = store.feedback.of_pairs(user)
     for vote in in_chunks(lambda last: store.feedback.page(user, CHUNK, last.event_seq if last else None)):
-        if vote.id in pairs or not (vote.response_id or vote.comparison_id):
+        if vote.id in pairs and vote.comparison_id:
+            pair = store.responses.comparison(user, vote.comparison_id)
+            yield account_pb2.ExportUserResponse(pair=to_proto.comparison(pair, [vote]))
+        elif not (vote.response_id or vote.comparison_id):
             yield account_pb2.ExportUserResponse(feedback=to_proto.feedback(vote))
     for vote in in_chunks(lambda last: store.lineage.past_feedback(user, CHUNK, last.event_seq if last else 0)):
         yield account_pb2.ExportUserResponse(past_feedback=to_proto.feedback(vote))

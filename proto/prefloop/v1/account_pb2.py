@@ -27,7 +27,7 @@ from prefloop.v1 import chat_pb2 as prefloop_dot_v1_dot_chat__pb2
 from prefloop.v1 import feedback_pb2 as prefloop_dot_v1_dot_feedback__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19prefloop/v1/account.proto\x12\x0bprefloop.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16prefloop/v1/chat.proto\x1a\x1aprefloop/v1/feedback.proto\"\x12\n\x10GetCallerRequest\"@\n\x11GetCallerResponse\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07has_key\x18\x03 \x01(\x08\"!\n\x11\x46orgetUserRequest\x12\x0c\n\x04user\x18\x01 \x01(\t\"\x9d\x01\n\x12\x46orgetUserResponse\x12\x15\n\rconversations\x18\x01 \x01(\x04\x12\r\n\x05votes\x18\x02 \x01(\x04\x12\x17\n\x0fpolicy_versions\x18\x03 \x03(\t\x12\x1d\n\x15reward_model_versions\x18\x04 \x03(\t\x12\x19\n\x11running_round_ids\x18\x05 \x03(\t\x12\x0e\n\x06\x65rased\x18\x06 \x01(\x08\"!\n\x11\x45xportUserRequest\x12\x0c\n\x04user\x18\x01 \x01(\t\"\x9b\x03\n\x12\x45xportUserResponse\x12\x31\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x19.prefloop.v1.ConversationH\x00\x12)\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x02 \x01(\x0b\x32\x15.prefloop.v1.FeedbackH\x00\x12.\n\rpast_feedback\x18\x03 \x01(\x0b\x32\x15.prefloop.v1.FeedbackH\x00\x12\x1f\n\x03key\x18\x04 \x01(\x0b\x32\x10.prefloop.v1.KeyH\x00\x12\x38\n\x10repeated_request\x18\x05 \x01(\x0b\x32\x1c.prefloop.v1.RepeatedRequestH\x00\x12.\n\x0bpolicy_move\x18\x06 \x01(\x0b\x32\x17.prefloop.v1.PolicyMoveH\x00\x12-\n\nquarantine\x18\x07 \x01(\x0b\x32\x17.prefloop.v1.QuarantineH\x00\x12\x34\n\x0emachine_choice\x18\x08 \x01(\x0b\x32\x1a.prefloop.v1.MachineChoiceH\x00\x42\x07\n\x05\x65vent\"\x86\x01\n\rMachineChoice\x12\x15\n\rcomparison_id\x18\x01 \x01(\t\x12\r\n\x05judge\x18\x02 \x01(\t\x12\r\n\x05shown\x18\x03 \x01(\t\x12\x0f\n\x07swapped\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x85\x01\n\x03Key\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"c\n\x0fRepeatedRequest\x12\x0b\n\x03rpc\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"n\n\nPolicyMove\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"]\n\nQuarantine\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xfc\x01\n\x0e\x41\x63\x63ountService\x12J\n\tGetCaller\x12\x1d.prefloop.v1.GetCallerRequest\x1a\x1e.prefloop.v1.GetCallerResponse\x12M\n\nForgetUser\x12\x1e.prefloop.v1.ForgetUserRequest\x1a\x1f.prefloop.v1.ForgetUserResponse\x12O\n\nExportUser\x12\x1e.prefloop.v1.ExportUserRequest\x1a\x1f.prefloop.v1.ExportUserResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19prefloop/v1/account.proto\x12\x0bprefloop.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16prefloop/v1/chat.proto\x1a\x1aprefloop/v1/feedback.proto\"\x12\n\x10GetCallerRequest\"@\n\x11GetCallerResponse\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07has_key\x18\x03 \x01(\x08\"!\n\x11\x46orgetUserRequest\x12\x0c\n\x04user\x18\x01 \x01(\t\"\x9d\x01\n\x12\x46orgetUserResponse\x12\x15\n\rconversations\x18\x01 \x01(\x04\x12\r\n\x05votes\x18\x02 \x01(\x04\x12\x17\n\x0fpolicy_versions\x18\x03 \x03(\t\x12\x1d\n\x15reward_model_versions\x18\x04 \x03(\t\x12\x19\n\x11running_round_ids\x18\x05 \x03(\t\x12\x0e\n\x06\x65rased\x18\x06 \x01(\x08\"!\n\x11\x45xportUserRequest\x12\x0c\n\x04user\x18\x01 \x01(\t\"\xc4\x03\n\x12\x45xportUserResponse\x12\x31\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32\x19.prefloop.v1.ConversationH\x00\x12)\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x02 \x01(\x0b\x32\x15.prefloop.v1.FeedbackH\x00\x12.\n\rpast_feedback\x18\x03 \x01(\x0b\x32\x15.prefloop.v1.FeedbackH\x00\x12\x1f\n\x03key\x18\x04 \x01(\x0b\x32\x10.prefloop.v1.KeyH\x00\x12\x38\n\x10repeated_request\x18\x05 \x01(\x0b\x32\x1c.prefloop.v1.RepeatedRequestH\x00\x12.\n\x0bpolicy_move\x18\x06 \x01(\x0b\x32\x17.prefloop.v1.PolicyMoveH\x00\x12-\n\nquarantine\x18\x07 \x01(\x0b\x32\x17.prefloop.v1.QuarantineH\x00\x12\x34\n\x0emachine_choice\x18\x08 \x01(\x0b\x32\x1a.prefloop.v1.MachineChoiceH\x00\x12\'\n\x04pair\x18\t \x01(\x0b\x32\x17.prefloop.v1.ComparisonH\x00\x42\x07\n\x05\x65vent\"\x86\x01\n\rMachineChoice\x12\x15\n\rcomparison_id\x18\x01 \x01(\t\x12\r\n\x05judge\x18\x02 \x01(\t\x12\r\n\x05shown\x18\x03 \x01(\t\x12\x0f\n\x07swapped\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x85\x01\n\x03Key\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"c\n\x0fRepeatedRequest\x12\x0b\n\x03rpc\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"n\n\nPolicyMove\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"]\n\nQuarantine\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xfc\x01\n\x0e\x41\x63\x63ountService\x12J\n\tGetCaller\x12\x1d.prefloop.v1.GetCallerRequest\x1a\x1e.prefloop.v1.GetCallerResponse\x12M\n\nForgetUser\x12\x1e.prefloop.v1.ForgetUserRequest\x1a\x1f.prefloop.v1.ForgetUserResponse\x12O\n\nExportUser\x12\x1e.prefloop.v1.ExportUserRequest\x1a\x1f.prefloop.v1.ExportUserResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,17 +45,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPORTUSERREQUEST']._serialized_start=408
   _globals['_EXPORTUSERREQUEST']._serialized_end=441
   _globals['_EXPORTUSERRESPONSE']._serialized_start=444
-  _globals['_EXPORTUSERRESPONSE']._serialized_end=855
-  _globals['_MACHINECHOICE']._serialized_start=858
-  _globals['_MACHINECHOICE']._serialized_end=992
-  _globals['_KEY']._serialized_start=995
-  _globals['_KEY']._serialized_end=1128
-  _globals['_REPEATEDREQUEST']._serialized_start=1130
-  _globals['_REPEATEDREQUEST']._serialized_end=1229
-  _globals['_POLICYMOVE']._serialized_start=1231
-  _globals['_POLICYMOVE']._serialized_end=1341
-  _globals['_QUARANTINE']._serialized_start=1343
-  _globals['_QUARANTINE']._serialized_end=1436
-  _globals['_ACCOUNTSERVICE']._serialized_start=1439
-  _globals['_ACCOUNTSERVICE']._serialized_end=1691
+  _globals['_EXPORTUSERRESPONSE']._serialized_end=896
+  _globals['_MACHINECHOICE']._serialized_start=899
+  _globals['_MACHINECHOICE']._serialized_end=1033
+  _globals['_KEY']._serialized_start=1036
+  _globals['_KEY']._serialized_end=1169
+  _globals['_REPEATEDREQUEST']._serialized_start=1171
+  _globals['_REPEATEDREQUEST']._serialized_end=1270
+  _globals['_POLICYMOVE']._serialized_start=1272
+  _globals['_POLICYMOVE']._serialized_end=1382
+  _globals['_QUARANTINE']._serialized_start=1384
+  _globals['_QUARANTINE']._serialized_end=1477
+  _globals['_ACCOUNTSERVICE']._serialized_start=1480
+  _globals['_ACCOUNTSERVICE']._serialized_end=1732
 # @@protoc_insertion_point(module_scope)

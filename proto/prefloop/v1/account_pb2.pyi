@@ -159,13 +159,14 @@ class ExportUserResponse(_message.Message):
     POLICY_MOVE_FIELD_NUMBER: _builtins.int
     QUARANTINE_FIELD_NUMBER: _builtins.int
     MACHINE_CHOICE_FIELD_NUMBER: _builtins.int
+    PAIR_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def conversation(self) -> _chat_pb2.Conversation:
         """A long conversation comes in several parts, in order."""
 
     @_builtins.property
     def feedback(self) -> _feedback_pb2.Feedback:
-        """A demonstration, or a choice between answers of two turns: they belong to no turn."""
+        """A demonstration, which belongs to no conversation."""
 
     @_builtins.property
     def past_feedback(self) -> _feedback_pb2.Feedback:
@@ -181,6 +182,10 @@ class ExportUserResponse(_message.Message):
     def quarantine(self) -> Global___Quarantine: ...
     @_builtins.property
     def machine_choice(self) -> Global___MachineChoice: ...
+    @_builtins.property
+    def pair(self) -> _chat_pb2.Comparison:
+        """A choice between the answers of two turns (SubmitPairChoice)."""
+
     def __init__(
         self,
         *,
@@ -192,12 +197,13 @@ class ExportUserResponse(_message.Message):
         policy_move: Global___PolicyMove | None = ...,
         quarantine: Global___Quarantine | None = ...,
         machine_choice: Global___MachineChoice | None = ...,
+        pair: _chat_pb2.Comparison | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "event", b"event", "feedback", b"feedback", "key", b"key", "machine_choice", b"machine_choice", "past_feedback", b"past_feedback", "policy_move", b"policy_move", "quarantine", b"quarantine", "repeated_request", b"repeated_request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "event", b"event", "feedback", b"feedback", "key", b"key", "machine_choice", b"machine_choice", "pair", b"pair", "past_feedback", b"past_feedback", "policy_move", b"policy_move", "quarantine", b"quarantine", "repeated_request", b"repeated_request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "event", b"event", "feedback", b"feedback", "key", b"key", "machine_choice", b"machine_choice", "past_feedback", b"past_feedback", "policy_move", b"policy_move", "quarantine", b"quarantine", "repeated_request", b"repeated_request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "event", b"event", "feedback", b"feedback", "key", b"key", "machine_choice", b"machine_choice", "pair", b"pair", "past_feedback", b"past_feedback", "policy_move", b"policy_move", "quarantine", b"quarantine", "repeated_request", b"repeated_request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["conversation", "feedback", "past_feedback", "key", "repeated_request", "policy_move", "quarantine", "machine_choice"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["conversation", "feedback", "past_feedback", "key", "repeated_request", "policy_move", "quarantine", "machine_choice", "pair"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

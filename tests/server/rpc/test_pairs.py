@@ -42,12 +42,12 @@ async def test_it_teaches_like_any_other_choice(running: Running) -> None:
     exported = [
         part
         async for part in running.account.ExportUser(account_pb2.ExportUserRequest(), metadata=ANN)
-        if part.WhichOneof("event") in ("conversation", "feedback")
+        if part.WhichOneof("event") in ("conversation", "pair")
     ]
     assert [turn.response.text for turn in exported[0].conversation.turns] == ["first ", "second "]
-    assert [(part.feedback.choice, part.feedback.comparison_id) for part in exported[1:]] == [
-        (CHOICE_A, vote.comparison_id)
-    ]
+    [pair] = [part.pair for part in exported[1:]]
+    assert (pair.comparison_id, pair.feedback.choice) == (vote.comparison_id, CHOICE_A)
+    assert [pair.a.response_id, pair.b.response_id] == [first, second]
     # It goes with its conversation.
     conversation_id = exported[0].conversation.conversation_id
     request = chat_pb2.DeleteConversationRequest(conversation_id=conversation_id)

@@ -91,7 +91,12 @@ class App:
         self._settings = settings
         self._store = store
         self._access = Access(store, keys_needed=not is_loopback(settings.host))
-        self._limits = Limits(settings.user_rate, settings.user_calls, settings.max_streams + settings.max_waiting)
+        self._limits = Limits(
+            settings.user_rate,
+            settings.user_calls,
+            settings.max_streams + settings.max_waiting,
+            settings.application_calls,
+        )
         self._calls = OpenCalls()
         edge = Interceptor(self._access, self._limits, self._calls, validator(settings), settings.call_seconds)
         self._health = health.aio.HealthServicer()

@@ -76,6 +76,9 @@ class ServerSettings(SettingsBase):
     user_demonstrations: Annotated[int, Field(ge=1, description="Maximum stored demonstrations per user.")] = 1_000
     user_rate: Annotated[int, Field(ge=1, description="Calls per minute and user; all may come at once.")] = 1200
     user_calls: Annotated[int, Field(ge=1, description="Concurrent calls per user.")] = 32
+    application_calls: Annotated[
+        int, Field(ge=1, description="Concurrent calls of an application, for all its end users together.")
+    ] = 128
     call_seconds: Annotated[float, Field(gt=0, description="Maximum duration of a call.")] = 600.0
     max_connections: Annotated[int, Field(ge=1, description="Open connections; more are closed.")] = 2000
     kv_cache_gib: Annotated[int, Field(ge=1, description="Memory for the KV cache on a CPU.")] = 1

@@ -24,16 +24,19 @@ BUSY_SECONDS = 2.0
 
 
 class Limits:
-    """Limits a user to `user_rate` calls per minute and `user_calls` at once, and all users together to `answers`
-    running or waiting. No user may have more answers than are left for others."""
+    """Limits a user to `user_rate` calls per minute and `user_calls` at once, the end users of an application together
+    to `application_calls` at once, and all users together to `answers` running or waiting. No user may have more
+    answers than are left for others."""
 
-    def __init__(self, user_rate: int, user_calls: int, answers: int) -> None:
+    def __init__(self, user_rate: int, user_calls: int, answers: int, application_calls: int = 128) -> None:
         # A whole minute's calls may come at once, later ones evenly spaced (generic cell rate algorithm).
         store = MemoryStore(options={"MAX_SIZE": USERS})
         self._rate = Throttled(using=RateLimiterType.GCRA.value, quota=per_min(user_rate), store=store)
         self._user_rate = user_rate
         self._user_calls = user_calls
         self._most_answers = answers
+        self._application_calls = application_calls
+        self._applications: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
         # In order of arrival.
         self._strangers: dict[asyncio.Task[object], None] = {}
@@ -50,11 +53,16 @@ class Limits:
         if self._calls[user] >= self._user_calls:
             sentence = f"You have {self._user_calls} calls open, which is the limit."
             raise ResourceExhaustedError("USER_CALLS", sentence, BUSY_SECONDS)
+        # It names its end users itself, as many as it likes.
+        application = caller.application
+        if application and self._applications[application] >= self._application_calls:
+            sentence = f"{application} has {self._application_calls} calls open, which is the limit."
+            raise ResourceExhaustedError("APPLICATION_CALLS", sentence, BUSY_SECONDS)
         # Checked last: a call that is refused for another reason does not use up the rate.
         if (turn := self._rate.limit(user)).limited:
             sentence = f"The limit is {self._user_rate} calls per minute and user."
             raise ResourceExhaustedError("USER_RATE", sentence, turn.state.retry_after)
-        with _counted(self._calls, user, 1):
+        with _counted(self._calls, user, 1), _counted(self._applications, application, 1 if application else 0):
             yield
 
     @contextmanager

@@ -7,6 +7,7 @@ SETTINGS = frozenset(
         "ab_test_user_votes",
         "ab_test_voters",
         "adapter_rank",
+        "application_calls",
         "call_seconds",
         "checks",
         "checks.command",

@@ -37,6 +37,8 @@ class Caller:
     role: Role
     # Whether a key identifies the user, not merely their own metadata.
     has_key: bool = True
+    # The application that speaks for the user, if one does.
+    application: str = ""
 
     def may(self, needed: Role) -> bool:
         return needed in ("user", self.role)
@@ -49,7 +51,7 @@ class Caller:
         if not END_USER_NAME.fullmatch(end_user):
             sentence = "An end user's name is 1 to 64 printable ASCII characters without spaces."
             raise InvalidArgumentError("x-end-user", sentence)
-        return replace(self, user=f"{self.user}{BETWEEN}{end_user}")
+        return replace(self, user=f"{self.user}{BETWEEN}{end_user}", application=self.user)
 
 
 @dataclass(frozen=True)

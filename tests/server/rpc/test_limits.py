@@ -65,6 +65,16 @@ def test_concurrent_calls_are_counted_while_they_run() -> None:
         assert admitted(limits, ANNA) == ""
 
 
+def test_an_applications_users_are_counted_together() -> None:
+    """It could invent any number of them."""
+    limits, shop = Limits(100, user_calls=9, answers=9, application_calls=2), Caller("shop", "application")
+    with limits.admit(shop.on_behalf_of("anna")), limits.admit(shop.on_behalf_of("ben")):
+        assert admitted(limits, shop.on_behalf_of("cora")) == "APPLICATION_CALLS"
+        # Others, and what it asks for itself, are counted as ever.
+        assert [admitted(limits, caller) for caller in (ANNA, shop)] == ["", ""]
+    assert admitted(limits, shop.on_behalf_of("cora")) == ""
+
+
 def test_answers_are_counted_over_all_users() -> None:
     limits = Limits(100, user_calls=9, answers=3)
     with limits.answering("anna", 2):

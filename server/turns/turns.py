@@ -277,6 +277,9 @@ class Turns:
             return store.conversations.create(message.user, first, system=before.system)
 
         if message.said is not None:
+            if len(message.said) >= self._settings.max_turns:
+                sentence = f"A conversation has at most {self._settings.max_turns} messages; leave out the oldest ones."
+                raise ResourceExhaustedError("CONVERSATION_FULL", sentence)
             own = OwnHistory(before.system, message.said, message.text)
             return store.histories.place(message.user, own, self._settings.max_turns, create)
         if not message.conversation_id:

@@ -162,6 +162,11 @@ async def test_a_full_conversation_is_not_continued(tmp_path: Path) -> None:
         second = await own(running, "hello")
         assert second != first
         assert await stored(running, second) == [("hello", ANSWER)]
+        # One that is longer than any conversation would begin a new one with each call.
+        said = messages("a", "b", "c", "d", "e")
+        code, message, details = await refusal(running.chat.Chat(chat_pb2.ChatRequest(messages=said), metadata=ANN))
+        assert (code, details) == (grpc.StatusCode.RESOURCE_EXHAUSTED, ["CONVERSATION_FULL"])
+        assert message == "A conversation has at most 2 messages; leave out the oldest ones."
 
 
 async def test_calls_at_the_same_time_share_a_conversation(running: Running) -> None:

@@ -2,7 +2,6 @@
 
 from datetime import UTC
 from pathlib import Path
-from zlib import crc32
 
 import jinja2
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -77,9 +76,7 @@ def vote(answer: Response, kind: FeedbackKind.ValueType) -> Feedback | None:
 
 def turn_id(turn: Turn) -> str:
     """The id of a turn's HTML element."""
-    # Several are stored at one time.
-    given = f"given-{turn.create_time.ToMicroseconds()}-{crc32((turn.message + turn.given_answer).encode())}"
-    return "turn-" + (turn.comparison.comparison_id or turn.response.response_id or given)
+    return "turn-" + (turn.comparison.comparison_id or turn.response.response_id or turn.turn_id)
 
 
 def footer(answer: Response) -> str:

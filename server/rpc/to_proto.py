@@ -148,12 +148,18 @@ def turn(record: records.Turn, votes: list[records.Feedback]) -> chat_pb2.Turn:
         message=record.message,
         create_time=timestamp(record.create_time),
         dropped=record.dropped,
+        turn_id=_turn_id(record.seq),
+        parent_turn_id=_turn_id(record.parent),
         response=response(record.response, votes) if record.response else None,
         comparison=comparison(record.comparison, votes) if record.comparison else None,
     )
     if record.given_answer is not None:
         message.given_answer = record.given_answer
     return message
+
+
+def _turn_id(seq: int | None) -> str:
+    return "" if seq is None else f"turn_{seq}"
 
 
 def conversation(

@@ -755,11 +755,16 @@ class Turn(_message.Message):
     COMPARISON_FIELD_NUMBER: _builtins.int
     GIVEN_ANSWER_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    PARENT_TURN_ID_FIELD_NUMBER: _builtins.int
     message: _builtins.str
     given_answer: _builtins.str
     """Of a caller's own history: the model did not sample it."""
     dropped: _builtins.bool
     """True if both answers were rejected: the model no longer sees this turn."""
+    turn_id: _builtins.str
+    parent_turn_id: _builtins.str
+    """The turn that this one continues; empty at the beginning. With a caller's own history, several may continue one."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -775,10 +780,12 @@ class Turn(_message.Message):
         comparison: Global___Comparison | None = ...,
         given_answer: _builtins.str = ...,
         dropped: _builtins.bool = ...,
+        turn_id: _builtins.str = ...,
+        parent_turn_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "comparison", b"comparison", "create_time", b"create_time", "given_answer", b"given_answer", "response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "comparison", b"comparison", "create_time", b"create_time", "dropped", b"dropped", "given_answer", b"given_answer", "message", b"message", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "comparison", b"comparison", "create_time", b"create_time", "dropped", b"dropped", "given_answer", b"given_answer", "message", b"message", "parent_turn_id", b"parent_turn_id", "response", b"response", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_answer: _TypeAlias = _typing.Literal["response", "comparison", "given_answer"]  # noqa: Y015
     _WhichOneofArgType_answer: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015

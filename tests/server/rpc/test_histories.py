@@ -81,6 +81,10 @@ async def test_the_same_message_again_belongs_to_the_same_conversation(running: 
     assert await stored(running, first) == [
         ("hello", ANSWER), ("hello", "another answer "), ("more", ANSWER), ("more", ANSWER), ("more", ANSWER),
     ]  # fmt: skip
+    # Each says what it continues.
+    shown = await turns(running, first)
+    one, two, *_ = [turn.turn_id for turn in shown]
+    assert [turn.parent_turn_id for turn in shown] == ["", "", one, two, two]
 
 
 async def test_what_the_store_does_not_know_is_added_once(running: Running) -> None:

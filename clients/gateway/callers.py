@@ -1,5 +1,7 @@
 """Who sends a request: the key in its Authorization header alone decides. Cookies are the page's, and not read here."""
 
+import time
+
 import grpc
 from starlette.requests import Request
 
@@ -13,6 +15,8 @@ NO_KEYS = (
 )
 
 
+# How often a server without keys is asked whether it still has none. In between it refuses calls by itself.
+ASK_SECONDS = 1.0
 # Headers that name an end user: as over gRPC, and as Open WebUI sends it.
 USER_HEADERS = ("x-end-user", "x-openwebui-user-id")
 
@@ -25,6 +29,7 @@ class Callers:
         self._client = client
         self._default_name = default_name
         self._keys_needed = False
+        self._ask_again = 0.0
 
     async def client(self, request: Request, end_user: str | None = None) -> AsyncClient:
         """A client for the caller, speaking for `end_user` or the one that a header names. Raises GatewayError
@@ -48,9 +53,10 @@ class Callers:
 
     async def _need_keys(self) -> bool:
         """Whether the server identifies callers by keys."""
-        if not self._keys_needed:
+        if not self._keys_needed and time.monotonic() >= self._ask_again:
             try:
                 await self._client.acting_as(user=self._default_name).caller()
+                self._ask_again = time.monotonic() + ASK_SECONDS
             except NotAllowedError:
                 # Once it has had a key, it always wants one.
                 self._keys_needed = True

@@ -37,7 +37,7 @@ def test_who_has_a_key_gets_in_and_nobody_else(model: str, tmp_path: Path) -> No
         assert refused.stderr == "chat: This API key is unknown or was revoked.\n"
         assert "Send an API key" in run(*send).stderr
         listed = run("server.cli", "keys", "list", "--data-dir", str(data_dir)).stdout
-        assert "user      olga" in listed
+        assert "user         olga" in listed
         assert run("server.cli", "keys", "revoke", key.partition(".")[0], "--data-dir", str(data_dir)).returncode == 0
         assert "unknown or was revoked" in run(*send, PREFLOOP_API_KEY=key).stderr
         # A killed server does not leave its engine behind.

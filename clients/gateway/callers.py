@@ -13,8 +13,6 @@ NO_KEYS = (
     "Strangers can reach this gateway, but the server has no keys to identify them: create one with "
     "`server keys create --user NAME`."
 )
-
-
 # How often a server without keys is asked whether it still has none. In between it refuses calls by itself.
 ASK_SECONDS = 1.0
 # Headers that name an end user: as over gRPC, and as Open WebUI sends it.

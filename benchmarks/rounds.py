@@ -181,13 +181,18 @@ def compare_offered(store: Any, cell: Cell, chance: random.Random) -> int:
     """Voters compare the pairs that the last round offers, in turn, at most half of a round's votes; returns how
     many."""
     for number in range(VOTES // 2):
-        user = f"voter{number % VOTERS}"
-        review = store.reviews.next(user)
-        if review is None:
+        if not compare_next(store, cell, chance, f"voter{number % VOTERS}"):
             return number
+    return VOTES // 2
+
+
+def compare_next(store: Any, cell: Cell, chance: random.Random, user: str) -> bool:
+    """A voter compares the next pair that is offered to them; False if there is none."""
+    review = store.reviews.next(user)
+    if review:
         both = map(shown, (review.comparison.a, review.comparison.b))
         store.feedback.submit_choice(user, review.comparison.id, choose(cell.taste, chance, *both))
-    return VOTES // 2
+    return review is not None
 
 
 def evaluate(work: Path, cell: Cell) -> dict[str, Any]:
@@ -220,11 +225,7 @@ def decide_canary(data: Path, cell: Cell, number: int) -> dict[str, Any]:
     turns = iter([f"voter{place}" for _ in range(canary.user_votes) for place in range(VOTERS)])
     while True:
         user = next(turns, "")
-        review = store.reviews.next(user) if user else None
-        if review:
-            both = map(shown, (review.comparison.a, review.comparison.b))
-            store.feedback.submit_choice(user, review.comparison.id, choose(cell.taste, chance, *both))
-            choices += 1
+        choices += compare_next(store, cell, chance, user) if user else False
         outcome, reason = decide(canary, store.canaries.result(canary), expired=not user)
         if outcome:
             break

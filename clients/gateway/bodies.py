@@ -51,7 +51,18 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class ChatCompletion(Body):
+class OfEndUser(Body):
+    """A request that may name an end user, under either name of the field."""
+
+    user: str | None = None
+    safety_identifier: str | None = None
+
+    @property
+    def end_user(self) -> str | None:
+        return self.user if self.safety_identifier is None else self.safety_identifier
+
+
+class ChatCompletion(OfEndUser):
     """A chat completion as far as it is served."""
 
     model: str
@@ -64,8 +75,6 @@ class ChatCompletion(Body):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = None
-    safety_identifier: str | None = None
 
     @property
     def version(self) -> str:
@@ -80,12 +89,8 @@ class ChatCompletion(Body):
     def stop_sequences(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
-    @property
-    def end_user(self) -> str | None:
-        return self.user if self.safety_identifier is None else self.safety_identifier
 
-
-class FeedbackBody(Body):
+class FeedbackBody(OfEndUser):
     """Feedback on an answer or a comparison."""
 
     id: str | None = None
@@ -95,12 +100,6 @@ class FeedbackBody(Body):
     value: bool | Literal["a", "b", "tie", "both_bad"] | None = None
     comment: str = ""
     correction: str | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-
-    @property
-    def end_user(self) -> str | None:
-        return self.user if self.safety_identifier is None else self.safety_identifier
 
 
 async def read_completion(request: Request) -> ChatCompletion:
@@ -112,14 +111,17 @@ async def read_completion(request: Request) -> ChatCompletion:
         given["stream_options"] = keep_served(options, {"include_usage"}, NEUTRAL_IN_STREAM_OPTIONS, "stream_options.")
     body = _checked(ChatCompletion, given)
     if body.model != MODEL and not re.match(rf"{MODEL}@.", body.model):
-        raise GatewayError(
-            404, f"There is no model {body.model!r}; {MODEL!r} is served.", param="model", code="model_not_found"
-        )
+        raise no_model(body.model)
     for older, newer in (("max_tokens", "max_completion_tokens"), ("user", "safety_identifier")):
         _check_same(body, older, newer)
     if body.n == 2:
         _check_comparison(body)
     return body
+
+
+def no_model(name: str) -> GatewayError:
+    sentence = f"There is no model {name!r}; {MODEL!r} is served."
+    return GatewayError(404, sentence, param="model", code="model_not_found")
 
 
 async def read_feedback(request: Request) -> FeedbackBody:

@@ -6,19 +6,9 @@ import grpc
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from clients.asgi.requests import STATUSES
 from clients.errors import PrefloopError
 
-STATUSES = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.UNAUTHENTICATED: 401,
-    grpc.StatusCode.PERMISSION_DENIED: 403,
-    grpc.StatusCode.NOT_FOUND: 404,
-    grpc.StatusCode.FAILED_PRECONDITION: 409,
-    grpc.StatusCode.ABORTED: 409,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
-    grpc.StatusCode.UNAVAILABLE: 503,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
-}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # The server's reasons that clients know by a name of OpenAI's.
 CODES = {"PROMPT_TOO_LONG": "context_length_exceeded", "UNAUTHENTICATED": "invalid_api_key"}
@@ -66,7 +56,7 @@ class GatewayError(Exception):
 def from_call(error: PrefloopError) -> GatewayError:
     """The refusal for a failed call to the server."""
     return GatewayError(
-        STATUSES.get(error.code, 500),
+        503 if error.code is grpc.StatusCode.UNAVAILABLE else STATUSES.get(error.code, 500),
         str(error).replace(SAMPLING, ""),
         param=PARAMS.get(error.field, error.field.removeprefix(SAMPLING)) or None,
         code=CODES.get(error.reason, error.reason.lower()) or None,

@@ -5,9 +5,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from clients.gateway.bodies import MODEL
+from clients.gateway.bodies import MODEL, no_model
 from clients.gateway.callers import Callers
-from clients.gateway.errors import GatewayError
 
 
 async def list_models(request: Request) -> JSONResponse:
@@ -19,7 +18,7 @@ async def get_model(request: Request) -> JSONResponse:
     for model in await _models(request):
         if model["id"] == name:
             return JSONResponse(model)
-    raise GatewayError(404, f"There is no model {name!r}; {MODEL!r} is served.", param="model", code="model_not_found")
+    raise no_model(name)
 
 
 async def _models(request: Request) -> list[dict[str, Any]]:

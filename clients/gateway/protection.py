@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from throttled import MemoryStore, RateLimiterType, Throttled, per_min
 
+from clients.asgi.requests import bounded, from_this_site
 from clients.gateway.errors import GatewayError
 
 # The longest that the server would read.
@@ -46,13 +47,14 @@ class Protection:
                 self._failures.limit(address)
             await send(message)
 
-        await self._app(scope, _bounded(receive), send_and_count)
+        too_large = GatewayError(413, f"The body has more than {MAX_BODY_BYTES} bytes.")
+        await self._app(scope, bounded(receive, MAX_BODY_BYTES, too_large), send_and_count)
 
     def _check(self, method: str, headers: Headers, address: str) -> None:
         host = re.sub(r":\d+$", "", headers.get("host", ""))
         if host not in self._hosts:
             raise GatewayError(400, f"This gateway does not serve the host {host!r}.")
-        if not self._may_call(headers):
+        if headers.get("origin") not in self._origins and not from_this_site(headers):
             raise GatewayError(403, "This request was sent by another site, which is not among the allowed origins.")
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise GatewayError(415, "The content type must be application/json.")
@@ -62,30 +64,7 @@ class Protection:
             sentence = f"The limit is {KEY_RATE} requests per minute and key."
             raise GatewayError(429, sentence, retry_seconds=turn.state.retry_after)
 
-    def _may_call(self, headers: Headers) -> bool:
-        origin = headers.get("origin")
-        if origin in self._origins:
-            return True
-        if site := headers.get("sec-fetch-site"):
-            return site in ("same-origin", "none")
-        return origin is None or origin.partition("://")[2] == headers.get("host")
-
 
 def _rate(limit: int) -> Throttled:
     store = MemoryStore(options={"MAX_SIZE": TRACKED})
     return Throttled(using=RateLimiterType.GCRA.value, quota=per_min(limit), store=store)
-
-
-def _bounded(receive: Receive) -> Receive:
-    """`receive`, up to the longest body."""
-    left = MAX_BODY_BYTES
-
-    async def receive_some() -> Message:
-        nonlocal left
-        message = await receive()
-        left -= len(message.get("body", b""))
-        if left < 0:
-            raise GatewayError(413, f"The body has more than {MAX_BODY_BYTES} bytes.")
-        return message
-
-    return receive_some

@@ -5,6 +5,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clients.asgi.requests import bounded, from_this_site
+
 # Only our own files, no inline scripts or styles; HTML is inserted only through one named policy in static/page.js.
 CONTENT_SECURITY_POLICY = "; ".join(
     [
@@ -51,28 +53,10 @@ class Protection:
                 headers.setdefault("cache-control", "no-cache" if scope["path"].startswith("/static/") else "no-store")
             await send(message)
 
-        left = MAX_FORM_BYTES
-
-        async def receive_some() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise HTTPException(413, "The request is too large.")
-            return message
-
         changes = scope["method"] not in ("GET", "HEAD")
         if changes and not from_this_site(Headers(scope=scope)):
             refusal = PlainTextResponse("This form was sent by another site.", 403)
             await refusal(scope, receive, send_protected)
         else:
-            await self._app(scope, receive_some, send_protected)
-
-
-def from_this_site(headers: Headers) -> bool:
-    """Whether a request comes from our own page, or from no page at all. Browsers send headers that tell; other
-    programs have no cookie that another site could misuse."""
-    if site := headers.get("sec-fetch-site"):
-        return site in ("same-origin", "none")
-    origin = headers.get("origin")
-    return origin is None or origin.partition("://")[2] == headers.get("host")
+            too_large = HTTPException(413, "The request is too large.")
+            await self._app(scope, bounded(receive, MAX_FORM_BYTES, too_large), send_protected)

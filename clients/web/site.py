@@ -12,22 +12,13 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.templating import Jinja2Templates
 
+from clients.asgi.requests import STATUSES
 from clients.errors import NotAllowedError, PrefloopError, UnavailableError
 from clients.web.rendering import environment
 from clients.web.sign_in import Doorkeeper, SignedIn
 from clients.web.turns_under_way import TurnsUnderWay
 
 T = TypeVar("T")
-STATUSES = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.UNAUTHENTICATED: 401,
-    grpc.StatusCode.PERMISSION_DENIED: 403,
-    grpc.StatusCode.NOT_FOUND: 404,
-    grpc.StatusCode.FAILED_PRECONDITION: 409,
-    grpc.StatusCode.ABORTED: 409,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
-}
 AWAY = "The server is away, or just starting. Nothing that was said or voted is lost; try again in a moment."
 
 

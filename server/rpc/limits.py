@@ -28,7 +28,7 @@ class Limits:
     to `application_calls` at once, and all users together to `answers` running or waiting. No user may have more
     answers than are left for others."""
 
-    def __init__(self, user_rate: int, user_calls: int, answers: int, application_calls: int = 128) -> None:
+    def __init__(self, user_rate: int, user_calls: int, answers: int, application_calls: int) -> None:
         # A whole minute's calls may come at once, later ones evenly spaced (generic cell rate algorithm).
         store = MemoryStore(options={"MAX_SIZE": USERS})
         self._rate = Throttled(using=RateLimiterType.GCRA.value, quota=per_min(user_rate), store=store)

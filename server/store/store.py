@@ -49,7 +49,7 @@ class Store:
         self.deletion = Deletion(database, self.lineage)
         self.conversations = Conversations(database, self.deletion)
         self.responses = Responses(database, self.replicas)
-        self.histories = Histories(database)
+        self.histories = Histories(database, self.conversations)
         self.feedback = FeedbackTable(database, self.responses)
         self.reviews = Reviews(database, self.conversations, self.responses)
         self.requests = Requests(database)

@@ -199,8 +199,7 @@ class Turns:
         """The id of the response that has this answer to a message with its caller's own history. Raises
         NotFoundError."""
         assert message.said is not None
-        system = self._settings.system_prompt if message.system is None else message.system
-        own = OwnHistory(system, message.said, message.text)
+        own = OwnHistory(self._system(message), message.said, message.text)
         found = await self._store.read(lambda store: store.histories.response(message.user, own, answer))
         if found is None:
             raise NotFoundError("response", "with these messages")
@@ -224,7 +223,7 @@ class Turns:
 
     async def _look_back(self, rpc: str, message: NewMessage) -> "_Before":
         chars = CHARS_A_TOKEN * self._engine.max_model_len
-        new = _Before(system=self._settings.system_prompt if message.system is None else message.system)
+        new = _Before(system=self._system(message))
 
         def read(store: Store) -> _Before:
             first = store.requests.find(message.user, rpc, message.request_id, message.body_sha256)
@@ -244,6 +243,10 @@ class Turns:
 
         # Most calls have neither, and skip the store's thread.
         return await self._store.read(read) if message.request_id or message.conversation_id else new
+
+    def _system(self, message: NewMessage) -> str:
+        """The system prompt of a conversation that begins with the message."""
+        return self._settings.system_prompt if message.system is None else message.system
 
     async def _prompt(self, message: NewMessage, before: "_Before") -> tuple[list[int], Sampling]:
         limit = self._engine.max_model_len

@@ -40,6 +40,7 @@ def test_neither_brings_an_engine(root: Path, extras: tuple[str, ...]) -> None:
         ("clients", (), {"grpc", "google.rpc.status_pb2", "typer"}),
         ("clients/demo", (), {"google.protobuf.json_format", "rich.table"}),
         ("clients/web", ("web",), {"starlette.routing", "nh3", "sse_starlette"}),
+        ("clients/asgi", ("web",), {"starlette.types", "grpc"}),
         ("clients/http", ("web",), {"starlette.types", "uvicorn"}),
         ("clients/gateway", ("web",), {"starlette.routing", "pydantic", "throttled"}),
     ],

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.shared.model.prompt import Said
-from server.store.chats.conversations import load_turns
-from server.store.chats.records import Place, Slot, Turn
-from server.store.chats.responses import insert_turn
+from server.store.chats.conversations import Conversations, load_turns
+from server.store.chats.records import Place, Slot
+from server.store.chats.responses import insert_turn, skip_comparison
 from server.store.database import Database, Row
 
 # Turns with one message that are looked at, the newest ones, for the answer that was continued.
@@ -55,8 +55,9 @@ class _Found:
 class Histories:
     """Finds the place of a caller's own history."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, conversations: Conversations) -> None:
         self._db = database
+        self._conversations = conversations
 
     def place(self, user: str, own: OwnHistory, most_turns: int, create: Callable[[], str]) -> tuple[str, Place]:
         """The id of the conversation, and where the new message goes in it; adds turns that are new. `create` starts a
@@ -82,7 +83,7 @@ class Histories:
         looked_up = [("history", history), *([("asked", asked)] if own.said else [])]
         for column, digest in looked_up:
             for turn in load_turns(self._db, self._newest(column, digest)):
-                if turn.response and turn.response.shown is not None and turn.response.shown.strip() == answer.strip():
+                if turn.response and _same(turn.response.shown, answer):
                     return turn.response.id
         return None
 
@@ -116,33 +117,23 @@ class Histories:
     def _continued(self, rows: list[Row], answer: str) -> Row | None:
         """The newest of these turns that has this answer. An open comparison is skipped: it goes on with this one."""
         for row, turn in zip(rows, load_turns(self._db, rows), strict=True):
-            if (slot := _open_slot(turn, answer)) is not None:
-                self._db.execute(
-                    "UPDATE comparisons SET state = 'skipped', continued_with = ? WHERE id = ?",
-                    [slot, row["comparison_id"]],
-                )
-                return row
-            if _is_open(turn) or turn.answer is None:
-                continue
-            if turn.answer.strip() == answer.strip():
+            compared = turn.comparison
+            if compared and compared.state == "open":
+                answers: dict[Slot, str | None] = {"A": compared.a.shown, "B": compared.b.shown}
+                slot = next((slot for slot, text in answers.items() if _same(text, answer)), None)
+                if slot:
+                    skip_comparison(self._db, compared.id, slot)
+                    return row
+            elif _same(turn.answer, answer):
                 return row
         return None
 
     def _full(self, found: _Found, most_turns: int) -> bool:
-        [row] = self._db.rows("SELECT count(*) AS turns FROM turns WHERE conversation_id = ?", [found.conversation_id])
-        return int(row["turns"]) + len(found.new) >= most_turns
+        return self._conversations.count_turns(found.conversation_id) + len(found.new) >= most_turns
 
 
-def _is_open(turn: Turn) -> bool:
-    return turn.comparison is not None and turn.comparison.state == "open"
-
-
-def _open_slot(turn: Turn, answer: str) -> Slot | None:
-    """Which answer of an open comparison this is."""
-    if turn.comparison is None or not _is_open(turn):
-        return None
-    texts: dict[Slot, str | None] = {"A": turn.comparison.a.shown, "B": turn.comparison.b.shown}
-    return next((slot for slot, text in texts.items() if text is not None and text.strip() == answer.strip()), None)
+def _same(text: str | None, answer: str) -> bool:
+    return text is not None and text.strip() == answer.strip()
 
 
 def _digest(before: bytes, texts: list[str]) -> bytes:

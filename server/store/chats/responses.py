@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
-from server.store.chats.records import Comparison, Generation, Place, Response, Span, Status
+from server.store.chats.records import Comparison, Generation, Place, Response, Slot, Span, Status
 from server.store.database import Database, Row, pages
 from server.store.ids import new_id
 from server.store.learning.replicas import Replicas
@@ -181,10 +181,7 @@ class Responses:
                 "SELECT id FROM comparisons WHERE conversation_id = ? AND state = 'open'", [conversation_id]
             )
             for comparison in load_comparisons(self._db, (row["id"] for row in rows)).values():
-                self._db.execute(
-                    "UPDATE comparisons SET state = 'skipped', continued_with = ? WHERE id = ?",
-                    [comparison.unless_chosen, comparison.id],
-                )
+                skip_comparison(self._db, comparison.id, comparison.unless_chosen)
 
     def _insert_comparison(
         self, user: str, conversation_id: str, a: str, b: str, state: Literal["open", "skipped"], blind: bool = True
@@ -236,6 +233,11 @@ class Responses:
             },
         )
         return response_id
+
+
+def skip_comparison(database: Database, comparison_id: str, slot: Slot) -> None:
+    """The conversation continues with this answer, without a choice."""
+    database.execute("UPDATE comparisons SET state = 'skipped', continued_with = ? WHERE id = ?", [slot, comparison_id])
 
 
 def insert_turn(database: Database, conversation_id: str, message: str, place: Place | None, **answer: str) -> int:

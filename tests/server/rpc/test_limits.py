@@ -47,7 +47,7 @@ def refused(block: AbstractContextManager[None]) -> str:
 
 
 def test_a_users_rate_is_separate_and_says_when_to_retry() -> None:
-    limits = Limits(2, user_calls=9, answers=9)
+    limits = Limits(2, user_calls=9, answers=9, application_calls=9)
     assert [admitted(limits, ANNA) for _ in range(3)] == ["", "", "USER_RATE"]
     assert admitted(limits, BEN) == ""
     with pytest.raises(ResourceExhaustedError) as refused, limits.admit(ANNA):
@@ -57,7 +57,7 @@ def test_a_users_rate_is_separate_and_says_when_to_retry() -> None:
 
 
 def test_concurrent_calls_are_counted_while_they_run() -> None:
-    limits = Limits(100, user_calls=2, answers=9)
+    limits = Limits(100, user_calls=2, answers=9, application_calls=9)
     with limits.admit(ANNA):
         with limits.admit(ANNA):
             assert admitted(limits, ANNA) == "USER_CALLS"
@@ -76,7 +76,7 @@ def test_an_applications_users_are_counted_together() -> None:
 
 
 def test_answers_are_counted_over_all_users() -> None:
-    limits = Limits(100, user_calls=9, answers=3)
+    limits = Limits(100, user_calls=9, answers=3, application_calls=9)
     with limits.answering("anna", 2):
         assert answered(limits, "ben", 2) == "QUEUE_FULL"
         with limits.answering("ben", 1):
@@ -85,7 +85,7 @@ def test_answers_are_counted_over_all_users() -> None:
 
 
 def test_users_who_take_all_they_can_leave_room_for_one_more() -> None:
-    limits = Limits(1000, user_calls=900, answers=256)
+    limits = Limits(1000, user_calls=900, answers=256, application_calls=9)
     with ExitStack() as under_way:
 
         def fill(user: str) -> int:
@@ -116,7 +116,7 @@ async def test_a_call_that_waits_for_the_previous_turn_takes_no_place_in_the_que
 
 
 def test_a_call_that_failed_is_no_longer_counted() -> None:
-    limits = Limits(100, user_calls=1, answers=1)
+    limits = Limits(100, user_calls=1, answers=1, application_calls=9)
     with pytest.raises(ValueError, match="oops"), limits.admit(ANNA):
         raise ValueError("oops")
     assert admitted(limits, ANNA) == ""

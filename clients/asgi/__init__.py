@@ -1,0 +1,1 @@
+"""What the page and the gateway decide alike about a request."""

@@ -214,6 +214,7 @@ SETTINGS = frozenset(
         "sft.min_new",
         "sft.patience",
         "skip_rolled_back",
+        "store_url",
         "system_prompt",
         "threads",
         "tls_cert",

@@ -22,8 +22,8 @@ from learner.judge_settings import JudgeSettings
 from learner.number_types import Positive, Share
 from learner.schedule_settings import ScheduleSettings
 from server.shared.model.dtype import DtypeSetting
-from server.shared.settings_base import SettingsBase
 from server.shared.stored_round import ANSWER_TOKENS, ONCE_OF_PPO
+from server.store.settings import StoreSettings
 
 
 class RewardSettings(BaseModel):
@@ -193,7 +193,7 @@ class ReviewSettings(BaseModel):
     )
 
 
-class LearnerSettings(SettingsBase):
+class LearnerSettings(StoreSettings):
     """The settings of every learner command."""
 
     renamed: ClassVar = {

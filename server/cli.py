@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Optional
 
 import typer
 
@@ -93,6 +93,24 @@ def backup(
     _say(f"backed up to {destination}")
     if damaged:
         _fail(f"The backup is incomplete: damaged versions were left out. {' '.join(damaged)}")
+
+
+@app.command()
+def migrate_store(
+    to: Annotated[Literal["postgres", "sqlite"], typer.Argument(help="Where the store goes.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Copy the store from the data directory to the database that `store_url` names, or back, and compare the two.
+    Server and learner must be stopped. A copy that was interrupted goes on."""
+    settings = _settings(data_dir=data_dir)
+    from server.store.store import Store
+
+    try:
+        for table, rows in Store.migrate(settings.data_dir, to):
+            _say(f"{table}: {rows} rows")
+    except ServiceError as error:
+        _fail(str(error))
+    _say("Both have the same rows. " + ("Keep store_url set." if to == "postgres" else "Remove store_url."))
 
 
 @keys_app.command()

@@ -7,12 +7,12 @@ from pydantic import Field, field_validator, model_validator
 
 from server.shared.loopback import is_loopback
 from server.shared.model.dtype import DtypeSetting
-from server.shared.settings_base import SettingsBase
+from server.store.settings import StoreSettings
 
 DEFAULT_MODEL = "smollm2"
 
 
-class ServerSettings(SettingsBase):
+class ServerSettings(StoreSettings):
     """Settings of `server serve` and the other `server` commands."""
 
     renamed: ClassVar = {

@@ -1,11 +1,13 @@
 """Fixtures and environment variables for all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.node import install
+from tests.postgres import PostgresServer, postgres_server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -35,3 +37,24 @@ def root() -> Path:
 def node_example(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the installed JavaScript example; skips if it cannot be installed."""
     return install(root, tmp_path_factory.mktemp("node"))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server; a test makes a database of its own."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where `Store.open` finds an empty database: in the data directory, or in a server (`on_both`)."""
+    name = str(getattr(request, "param", "sqlite"))
+    if name == "sqlite":
+        yield name
+        return
+    server: PostgresServer = request.getfixturevalue("postgres")
+    url = server.create()
+    monkeypatch.setenv("PREFLOOP_STORE_URL", url)
+    yield name
+    server.drop(url)

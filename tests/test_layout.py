@@ -58,7 +58,7 @@ RULES = [
         ["server", "learner", "clients"],
         ["sqlite3", "pysqlite3", "sqlite_utils"],
         [],
-        ["server.store.sqlite", "learner.model.features"],
+        ["server.store.sqlite", "server.store.migrations", "learner.model.features"],
     ),
     # The store implementation is chosen in one place; the doctor checks the SQLite library.
     (
@@ -67,6 +67,8 @@ RULES = [
         [],
         ["server.store.sqlite", "server.store.store", "server.doctor"],
     ),
+    (["server", "learner"], ["server.store.postgres"], [], ["server.store.postgres", "server.store.store"]),
+    (["server", "learner", "clients"], ["psycopg", "psycopg_pool"], [], ["server.store.postgres"]),
     (["learner.model", "learner.reward", "learner.gate", "learner.improve"], ["learner.round", "learner.ops"], [], []),
 ]
 
@@ -110,7 +112,7 @@ def strings(path: Path) -> list[str]:
     return [node.value for node in nodes if isinstance(node.value, str)]
 
 
-def test_sql_is_in_the_store_alone_and_sqlites_own_in_its_room(root: Path) -> None:
+def test_sql_is_in_the_store_alone_and_dialects_in_their_rooms(root: Path) -> None:
     sql, dialect = [], []
     for path in (path for top in TOPS for path in (root / top).rglob("*.py")):
         place = path.relative_to(root)
@@ -118,7 +120,8 @@ def test_sql_is_in_the_store_alone_and_sqlites_own_in_its_room(root: Path) -> No
         dialect += [f"{place}: {text}" for text in strings(path) if DIALECT.search(text)]
     assert sql
     assert [found for found in sql if not found.startswith("server/store/")] == []
-    assert [found for found in dialect if not found.startswith("server/store/sqlite/")] == []
+    rooms = ("server/store/sqlite/", "server/store/postgres/", "server/store/migrations.py")
+    assert [found for found in dialect if not found.startswith(rooms)] == []
 
 
 def without_encoding(path: Path) -> list[str]:
@@ -171,11 +174,11 @@ def test_nothing_shadows_the_package_proto(root: Path) -> None:
 LONG_FILES = {
     "clients/async_client.py": "one class with a method per call and the examples that are its reference",
     "clients/client.py": "generated from async_client.py",
-    "server/store/sqlite/migrations.py": "a released migration is never edited",
+    "server/store/migrations.py": "a released migration is never edited",
 }
 LONG_FUNCTIONS = {
-    "server/store/sqlite/migrations.py m001_chat": "one table after another",
-    "server/store/sqlite/migrations.py m003_policies": "one table after another",
+    "server/store/migrations.py m001_chat": "one table after another",
+    "server/store/migrations.py m003_policies": "one table after another",
 }
 MOST_LINES, MOST_FUNCTION_LINES, MOST_FILES = 350, 50, 15
 

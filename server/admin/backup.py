@@ -43,7 +43,7 @@ def _copy(store: Store, data_dir: Path, staging: Path) -> list[str]:
         for version in sorted(_versions(store) - tried.keys()):
             tried[version] = _copy_version(data_dir / version, staging / version)
         store.copy_to(staging)
-        with closing(Store.open(staging)) as copy:
+        with closing(Store.open_file(staging)) as copy:
             needed = _versions(copy)
             if round_ := copy.rounds.running():
                 copy.rounds.finish(round_.id, "failed", reason=UNDER_WAY)

@@ -1,13 +1,13 @@
 """The store's interface to a database: durable transactions, and SQL that every database understands.
 
-What differs between databases has a name here: a fragment of SQL, or a method. `server.store.sqlite` is the only
-implementation. Tables need a column `rowid` that grows with every row, and SQL the functions `uptime()`, in seconds of
-a clock that cannot be set, and `boot_id()`, which identifies the start of that clock.
+What differs between databases has a name here: a fragment of SQL, or a method. `server.store.sqlite` and
+`server.store.postgres` implement it. Tables need a column `rowid` that grows with every row, and that `*` leaves out;
+SQL the functions `uptime()`, in seconds of a clock that cannot be set, and `boot_id()`, which identifies the start of
+that clock. Parameters are `?` in their order, or `?1`, `?2`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Protocol
 
 Row = dict[str, Any]
@@ -24,15 +24,25 @@ class Database(Protocol):
     """SQL: seconds since 1970, with fractions."""
     AMONG: str
     """SQL: `user` is in the JSON list bound to the placeholder."""
+    DAY: str
+    """SQL: the day of `create_time`, counted from 1970; to the letter as in the index `feedback_by_day`."""
 
     def write(self) -> AbstractContextManager[None]:
         """One transaction that holds the write lock from its first statement; nested calls join the outer one. Atomic,
         and durable when it returns; inside a `group()`, when that returns."""
         ...
 
-    def group(self) -> AbstractContextManager[None]:
+    def group(self, users: Collection[str] | None = None) -> AbstractContextManager[None]:
         """Each `write` inside is still atomic, but all become durable by one commit at the end. Raises if that commit
-        fails; then none of them was stored."""
+        fails; then none of them was stored.
+
+        With `users`, the writes depend on these users' data alone and change nothing else: other connections may write
+        other users' at the same time, where the database can."""
+        ...
+
+    def settled(self) -> AbstractContextManager[None]:
+        """Inside, no other connection has drawn a number of a row that it has not committed: none that commits later is
+        smaller than one that is seen."""
         ...
 
     def reading(self) -> AbstractContextManager[None]:
@@ -45,6 +55,10 @@ class Database(Protocol):
 
     def insert(self, table: str, row: Row) -> int:
         """Insert one row; return its rowid."""
+        ...
+
+    def load(self, table: str, rows: Sequence[Row]) -> None:
+        """Insert many rows with their numbers, in the open transaction; later rows get greater ones."""
         ...
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
@@ -69,11 +83,6 @@ class Database(Protocol):
 
     def bytes(self) -> int:
         """Size of the database in bytes."""
-        ...
-
-    def copy_to(self, path: Path) -> None:
-        """Copy the database, as of one moment, to the file `path` while others write. Raises DataDirectoryError if it
-        is damaged. Not durable until the caller syncs it."""
         ...
 
     def close(self) -> None: ...

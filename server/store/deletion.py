@@ -52,7 +52,7 @@ class Deletion:
             [user],
         )
         rounds = self._lineage.rounds_trained_on(user)
-        marks = ", ".join("?" * len(rounds))
+        marks = ", ".join("?" * len(rounds)) or "NULL"
         models = self._db.rows(
             f"SELECT version FROM reward_models WHERE round_id IN ({marks}) ORDER BY create_time", rounds
         )

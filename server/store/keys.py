@@ -145,7 +145,7 @@ class Keys:
     def _with_data(self, prefix: str) -> list[str]:
         """The users with data whose names begin so."""
         rows = self._db.rows(
-            "SELECT DISTINCT user FROM (SELECT user FROM conversations UNION ALL SELECT user FROM feedback) "
+            "SELECT DISTINCT user FROM (SELECT user FROM conversations UNION ALL SELECT user FROM feedback) AS known "
             "WHERE substr(user, 1, ?) = ? ORDER BY user",
             [len(prefix), prefix],
         )

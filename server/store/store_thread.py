@@ -30,14 +30,16 @@ class StoreThread:
         self._store = self._executor.submit(Store.open, data_dir).result()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._reading = self._reader.submit(Store.open, data_dir).result()
-        self._waiting: list[tuple[Work, asyncio.Future[Any]]] = []
+        self._waiting: list[tuple[Work, str | None, asyncio.Future[Any]]] = []
         self._running: asyncio.Task[None] | None = None
         self._last_group = 0
 
-    async def __call__(self, work: Callable[[Store], T]) -> T:
-        """Run `work`, and return its result once it is on disk. If the caller is cancelled, the work is still done."""
+    async def __call__(self, work: Callable[[Store], T], user: str | None = None) -> T:
+        """Run `work`, and return its result once it is on disk. If the caller is cancelled, the work is still done.
+
+        With `user`, it depends on that user's data alone and changes nothing else; see `Database.group`."""
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append((work, done))
+        self._waiting.append((work, user, done))
         if self._running is None:
             self._running = asyncio.create_task(self._run())
         return await done
@@ -68,13 +70,13 @@ class StoreThread:
                 await asyncio.sleep(LINGER_SECONDS)
             calls, self._waiting = self._waiting, []
             self._last_group = len(calls)
-            works = [work for work, _ in calls]
+            works, users = [work for work, _, _ in calls], [user for _, user, _ in calls]
             try:
-                outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._group, works)
+                outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._group, works, users)
             except Exception as error:
                 # The commit failed, or the store is closed: none of the calls was stored.
                 outcomes = [(None, error)] * len(works)
-            for (_, done), (result, failure) in zip(calls, outcomes, strict=True):
+            for (_, _, done), (result, failure) in zip(calls, outcomes, strict=True):
                 if done.cancelled():
                     continue
                 if failure is None:
@@ -83,9 +85,10 @@ class StoreThread:
                     done.set_exception(failure)
         self._running = None
 
-    def _group(self, works: list[Work]) -> list[tuple[Any, Exception | None]]:
+    def _group(self, works: list[Work], users: list[str | None]) -> list[tuple[Any, Exception | None]]:
         outcomes: list[tuple[Any, Exception | None]] = []
-        with self._store.group():
+        known = {user for user in users if user is not None}
+        with self._store.group(None if None in users else known):
             for work in works:
                 try:
                     outcomes.append((work(self._store), None))

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -40,6 +41,13 @@ class Answers:
         self._store = store
         self._engine = engine
         self._settling: set[asyncio.Future[Any]] = set()
+        self._user: str | None = None
+
+    def of(self, user: str) -> "Answers":
+        """The same, for the answers of one user."""
+        theirs = copy(self)
+        theirs._user = user
+        return theirs
 
     @asynccontextmanager
     async def begun(self, begin: Callable[[Store], Begun]) -> AsyncIterator[Begun]:
@@ -47,7 +55,7 @@ class Answers:
 
         If the block raises, responses that have no stored end are stored as failed, or as cancelled if the caller left.
         """
-        beginning = asyncio.create_task(self._store(begin))
+        beginning = asyncio.create_task(self._store(begin, self._user))
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settling.add(ended)
         try:
@@ -94,7 +102,7 @@ class Answers:
 
     async def keep(self, response_id: str, generation: Generation, chosen_by: str | None) -> None:
         """Store an answer that was sampled unseen, and which reward model chose it, even if the caller is cancelled."""
-        keeping = self._store(lambda store: store.responses.finish(response_id, generation, chosen_by))
+        keeping = self._store(lambda store: store.responses.finish(response_id, generation, chosen_by), self._user)
         await asyncio.shield(self._settle(keeping))
 
     async def drain(self) -> None:
@@ -115,7 +123,7 @@ class Answers:
             # The stream itself reports the engine's failure to the caller; here the answer so far must not be lost.
             log.error("an answer could not be finished; storing it as far as it got\n%s", safe_traceback(error))
             generation = stream.fail()
-        await self._store(lambda store: store.responses.finish(response_id, generation))
+        await self._store(lambda store: store.responses.finish(response_id, generation), self._user)
         return generation
 
     async def _abandon(self, beginning: asyncio.Task[Begun], reason: Abandoned) -> None:
@@ -123,4 +131,4 @@ class Answers:
         # If `begin` failed, there is nothing to end.
         if beginning.exception() is None:
             response_ids = beginning.result().response_ids
-            await self._store(lambda store: store.responses.abandon(response_ids, reason))
+            await self._store(lambda store: store.responses.abandon(response_ids, reason), self._user)

@@ -152,7 +152,7 @@ class Turns:
             async with self._begun(message, begin, answers=1) as begun:
                 [response_id] = begun.response_ids
                 pinned = message.policy_version or None
-                stream = partial(self._answers.sample, response_id, prompt, sampling, version=pinned)
+                stream = partial(self._answers.of(message.user).sample, response_id, prompt, sampling, version=pinned)
                 yield ChatTurn(begun.conversation_id, response_id, version, prompt, stream)
 
     @asynccontextmanager
@@ -192,7 +192,7 @@ class Turns:
                 # Without a pair, a swap may come first: the answer uses what is loaded then, and its spans say what.
                 pinned = versions if pair else (None, None)
                 answers = list(zip(SLOTS, begun.response_ids, samplings, pinned, strict=True))
-                stream = partial(stream_answers, self._answers, chooser, sampled, prompt, answers)
+                stream = partial(stream_answers, self._answers.of(message.user), chooser, sampled, prompt, answers)
                 yield ComparisonTurn(begun.conversation_id, begun.comparison_id, prompt, stream)
 
     async def find_response(self, message: NewMessage, answer: str) -> str:
@@ -296,7 +296,7 @@ class Turns:
     async def _begun(self, message: NewMessage, begin: Callable[[Store], Begun], answers: int) -> AsyncIterator[Begun]:
         """A turn in progress. It takes places in the queue from now on, not while it waited for the previous turn."""
         with self._room(message.user, answers):
-            async with self._answers.begun(begin) as begun:
+            async with self._answers.of(message.user).begun(begin) as begun:
                 # A new conversation is locked like an existing one, before its id is sent. Calls with their own history
                 # do not depend on one another.
                 new = not message.conversation_id and message.said is None
@@ -305,7 +305,7 @@ class Turns:
                     yield begun
 
     async def _repeated_chat(self, user: str, response_id: str) -> ChatTurn:
-        response = await self._store(lambda store: store.responses.get(user, response_id))
+        response = await self._store(lambda store: store.responses.get(user, response_id), user)
 
         async def stream(write: Write) -> Generation:
             await write(response.text)
@@ -315,7 +315,7 @@ class Turns:
         return ChatTurn(response.conversation_id, response.id, response.policy_version, prompt, stream)
 
     async def _repeated_comparison(self, user: str, comparison_id: str) -> ComparisonTurn:
-        found = await self._store(lambda store: store.responses.comparison(user, comparison_id))
+        found = await self._store(lambda store: store.responses.comparison(user, comparison_id), user)
         stream = partial(repeat_answers, found)
         return ComparisonTurn(found.conversation_id, found.id, found.a.prompt_token_ids, stream)
 

@@ -125,6 +125,13 @@ def voted(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> Pa
 
 
 @pytest.fixture
-def data_dir(voted: Path, tmp_path: Path) -> Path:
-    shutil.copytree(voted, tmp_path / "data")
-    return tmp_path / "data"
+def data_dir(voted: Path, tmp_path: Path, database: str) -> Path:
+    from server.store.store import Store
+
+    copy = tmp_path / "data"
+    shutil.copytree(voted, copy)
+    if database == "postgres":
+        for _ in Store.migrate(copy, "postgres"):
+            pass
+        (copy / "prefloop.db").unlink()
+    return copy

@@ -21,6 +21,7 @@ from server.store.store import Store
 from tests.learner.rounds import TinyEngine, passing, settings
 
 SECONDS = 240
+STORE_URL = "PREFLOOP_STORE_URL"
 # Imported once, in a process that has never computed: a fork of this one would inherit OpenMP's dead threads.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -28,12 +29,12 @@ PROCESSES.set_forkserver_preload(
 )
 
 
-def round_with(data_dir: Path, failpoint: str) -> None:
+def round_with(data_dir: Path, failpoint: str, store_url: str) -> None:
     """A whole round on the tiny model, its gate passing; keeps one old version."""
     import learner.round.gate.gate_stage
     import learner.round.workspace
 
-    os.environ[VARIABLE] = failpoint
+    os.environ |= {VARIABLE: failpoint, STORE_URL: store_url}
     learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
     learner.round.gate.gate_stage.decide = passing
     run_once(settings(data_dir, keep_versions=1), Stages(Console(quiet=True)))
@@ -41,7 +42,7 @@ def round_with(data_dir: Path, failpoint: str) -> None:
 
 def run_round(data_dir: Path, failpoint: str = "") -> bool:
     """Whether the round finished in a separate process; False if the failpoint killed it."""
-    process = PROCESSES.Process(target=round_with, args=(data_dir, failpoint))
+    process = PROCESSES.Process(target=round_with, args=(data_dir, failpoint, os.environ.get(STORE_URL, "")))
     process.start()
     process.join(SECONDS)
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
@@ -51,7 +52,8 @@ def run_round(data_dir: Path, failpoint: str = "") -> bool:
 def violations(data_dir: Path, votes: set[str]) -> list[str]:
     """What is wrong with a data directory right after a kill; `votes` were acknowledged before it."""
     found = []
-    with closing(sqlite3.connect(data_dir / "prefloop.db")) as connection:
+    file = data_dir / "prefloop.db"
+    with closing(sqlite3.connect(file if file.exists() else ":memory:")) as connection:
         if (check := connection.execute("PRAGMA integrity_check").fetchall()) != [("ok",)]:
             found.append(f"integrity_check: {check}")
     with closing(Store.open(data_dir)) as store:

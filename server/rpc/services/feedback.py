@@ -112,7 +112,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         self, request: feedback_pb2.RetractFeedbackRequest, context: Any
     ) -> feedback_pb2.RetractFeedbackResponse:
         user = current_user()
-        await self._store(lambda store: store.feedback.retract(user, request.feedback_id))
+        await self._store(lambda store: store.feedback.retract(user, request.feedback_id), user)
         return feedback_pb2.RetractFeedbackResponse()
 
     async def ListFeedback(
@@ -167,7 +167,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
                 store.requests.remember(user, rpc, request.request_id, body, result, about)
                 return result, vote
 
-        result, vote = await self._store(work)
+        result, vote = await self._store(work, user)
         if vote:
             VOTES.labels(vote.kind, vote.value if vote.kind in ("thumb", "choice") else "").inc()
         return feedback_pb2.Feedback.FromString(result)

@@ -27,11 +27,11 @@ class ReviewService(review_pb2_grpc.ReviewServiceServicer):
                     review=_review(found) if found else None, waiting=store.reviews.waiting(user)
                 )
 
-        return await self._store(get)
+        return await self._store(get, user)
 
     async def SkipReview(self, request: review_pb2.SkipReviewRequest, context: Any) -> review_pb2.SkipReviewResponse:
         user = current_user()
-        await self._store(lambda store: store.reviews.skip(user, request.comparison_id))
+        await self._store(lambda store: store.reviews.skip(user, request.comparison_id), user)
         return review_pb2.SkipReviewResponse()
 
 

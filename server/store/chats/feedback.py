@@ -114,11 +114,10 @@ class FeedbackTable:
     def count_by_day(self, days: int) -> list[VoteCount]:
         """Counts of current feedback by kind for each of the last `days` UTC days including today, oldest first; zero
         counts are left out."""
-        # Uses only the index feedback_by_day, in its order: the expression must match the index's to the letter.
+        # Uses only the index feedback_by_day, in its order.
         rows = self._db.rows(
-            "SELECT CAST(create_time / 86400 AS INTEGER) AS day, kind, count(*) AS votes FROM feedback "
-            "WHERE CAST(create_time / 86400 AS INTEGER) > ? "
-            "GROUP BY CAST(create_time / 86400 AS INTEGER), kind ORDER BY 1, 2",
+            f"SELECT {self._db.DAY} AS day, kind, count(*) AS votes FROM feedback WHERE {self._db.DAY} > ? "
+            f"GROUP BY {self._db.DAY}, kind ORDER BY 1, 2",
             [int(self._db.now() / DAY_SECONDS) - days],
         )
         return [VoteCount(f"{EPOCH + timedelta(row['day'])}", row["kind"], row["votes"]) for row in rows]

@@ -126,8 +126,9 @@ class Responses:
     def fail_interrupted(self, replica_id: str, *, starting: bool = False) -> int:
         """Mark answers of servers that are no longer alive as failed, with `starting` also this server's own earlier
         ones. Returns how many."""
-        alive = {replica.id for replica in self._replicas.alive()} | {replica_id}
-        alive -= {replica_id} if starting else set()
+        alive = {replica.id for replica in self._replicas.alive()} - {replica_id}
+        # No server's id is empty.
+        alive.add("" if starting else replica_id)
         with self._db.write():
             return self._db.execute(
                 f"UPDATE responses SET status = 'failed', finish_reason = 'error', finish_time = {self._db.NOW} "

@@ -31,8 +31,9 @@ class Snapshots:
         self._machine = machine
 
     def watermark(self) -> int:
-        """The number of the newest feedback event; 0 before the first."""
-        return int(self._db.rows("SELECT coalesce(max(seq), 0) AS seq FROM feedback_events")[0]["seq"])
+        """The number of the newest feedback event; 0 before the first. No smaller one is stored later."""
+        with self._db.settled():
+            return int(self._db.rows("SELECT coalesce(max(seq), 0) AS seq FROM feedback_events")[0]["seq"])
 
     def count_votes(self, after: int = 0) -> int:
         """How many current choices, thumbs and corrections were given or changed after the event `after`."""
@@ -131,15 +132,16 @@ class Snapshots:
             "chosen AS (SELECT number FROM placed ORDER BY place, number DESC LIMIT ?), "
             # The same ids are another text in another lineage.
             "asked AS (SELECT r.id AS response_id, r.policy_version, r.conversation_id, r.user, r.prompt_token_ids, "
-            "r.max_tokens, r.stop, min(number) AS first FROM chosen JOIN responses r ON r.rowid = number "
-            "LEFT JOIN policies ON version = r.policy_version GROUP BY r.prompt_token_ids, origin_version) "
+            "r.max_tokens, r.stop, number AS first, "
+            "row_number() OVER (PARTITION BY r.prompt_token_ids, origin_version ORDER BY number) AS nth "
+            "FROM chosen JOIN responses r ON r.rowid = number LEFT JOIN policies ON version = r.policy_version) "
             "SELECT *, first = (SELECT min(rowid) FROM responses WHERE conversation_id = asked.conversation_id) "
             # A caller's own history may begin with turns that were answered elsewhere.
             "AND (SELECT given_answer FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
             "IS NULL AS opens, "
             "(SELECT message FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
             "AS opening, (SELECT system FROM conversations WHERE id = asked.conversation_id) AS system "
-            "FROM asked ORDER BY first",
+            "FROM asked WHERE nth = 1 ORDER BY first",
             [math.inf if before is None else before, json.dumps(list(without)), limit],
         )
         openers: dict[str, str] = {}

@@ -77,7 +77,7 @@ class Imports:
         every = max(-(-row["n"] // limit), 1)
         rows = self._db.rows(
             "SELECT prompt, chosen, rejected FROM (SELECT *, row_number() OVER (ORDER BY id) - 1 AS place "
-            "FROM imported_preferences) WHERE place % ? = 0 ORDER BY id",
+            "FROM imported_preferences) AS placed WHERE place % ? = 0 ORDER BY id",
             [every],
         )
         return [ImportedPreference(json.loads(row["prompt"]), row["chosen"], row["rejected"]) for row in rows]

@@ -81,13 +81,18 @@ class Lineage:
         """The feedback ids of all that a version's weights, or what they come from, were trained on token by token:
         demonstrations and corrections by supervised fine-tuning, and votes by DPO."""
         marks = ", ".join("?" * len(versions := self.ancestors(version)))
-        rows = self._db.rows(
-            "SELECT DISTINCT v.feedback_id FROM policies p JOIN rounds r ON r.id = p.round_id "
-            f"JOIN round_votes v ON v.round_id = r.id WHERE p.version IN ({marks}) AND v.side = 'train' "
-            "AND (r.kind = 'sft' OR json_extract(r.settings, '$.improver') = 'dpo')",
+        rounds = self._db.rows(
+            "SELECT r.id, r.kind, r.settings FROM policies p JOIN rounds r ON r.id = p.round_id "
+            f"WHERE p.version IN ({marks})",
             versions,
         )
-        return {row["feedback_id"] for row in rows}
+        imitating = [row["id"] for row in rounds if row["kind"] == "sft" or _improver(row) == "dpo"]
+        return {
+            feedback_id
+            for round_id in imitating
+            for feedback_id, side in self.round_votes(round_id).items()
+            if side == "train"
+        }
 
     def carriers(self, round_ids: Iterable[str]) -> dict[str, str]:
         """The state of each version that carries these rounds' votes, oldest first: the rounds' own versions, and those
@@ -123,9 +128,9 @@ class Lineage:
     def fate(self, round_id: str, watermark: int) -> dict[str, int]:
         """How many of the round's votes were changed, retracted and deleted since it took its snapshot."""
         rows = self._db.rows(
-            "SELECT action, count(*) AS votes FROM (SELECT e.action, max(e.seq) FROM feedback_events e "
-            "JOIN round_votes v USING (feedback_id) WHERE v.round_id = ? AND e.seq > ? GROUP BY e.feedback_id) "
-            "GROUP BY action",
+            "SELECT action, count(*) AS votes FROM feedback_events JOIN (SELECT max(e.seq) AS seq "
+            "FROM feedback_events e JOIN round_votes v USING (feedback_id) WHERE v.round_id = ? AND e.seq > ? "
+            "GROUP BY e.feedback_id) AS newest USING (seq) GROUP BY action",
             [round_id, watermark],
         )
         found = {row["action"]: int(row["votes"]) for row in rows}
@@ -182,7 +187,7 @@ class Lineage:
             "WHERE c.create_time >= ?3 AND c.blind = 1 AND e.value IS NOT NULL "
             "AND e.user NOT IN (SELECT user FROM quarantined) "
             "AND ((a.policy_version = ?1 AND b.policy_version = ?2) "
-            "OR (a.policy_version = ?2 AND b.policy_version = ?1))) WHERE nth <= ?4 ORDER BY seq",
+            "OR (a.policy_version = ?2 AND b.policy_version = ?1))) AS placed WHERE nth <= ?4 ORDER BY seq",
             [version, opponent, since, user_votes],
         )
         return [ChoiceBetween(**row) for row in rows]
@@ -191,7 +196,7 @@ class Lineage:
         """How many users have current feedback from after a time, at most `limit`; without users in quarantine."""
         [row] = self._db.rows(
             "SELECT count(*) AS voters FROM (SELECT DISTINCT user FROM feedback "
-            "WHERE create_time >= ? AND user NOT IN (SELECT user FROM quarantined) LIMIT ?)",
+            "WHERE create_time >= ? AND user NOT IN (SELECT user FROM quarantined) LIMIT ?) AS voting",
             [since, limit],
         )
         return int(row["voters"])
@@ -235,6 +240,10 @@ class Lineage:
             [before],
         )
         return {str(row["previous_version"]) for row in rows}
+
+
+def _improver(row: Row) -> str:
+    return str(stored_round.SETTINGS.load(row["settings"]).get("improver", ""))
 
 
 def _start(row: Row) -> str | None:

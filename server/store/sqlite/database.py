@@ -11,7 +11,7 @@ newer release has migrated the file, writes are refused.
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +19,11 @@ import pysqlite3.dbapi2 as sqlite3
 import sqlite_utils
 
 from server.shared.errors import DatabaseError, DataDirectoryError, advice
-from server.shared.failpoints import failpoint
 from server.store.database import Row
+from server.store.migrations import known_migrations, migrations
 from server.store.sqlite.clock import boot_id, uptime
-from server.store.sqlite.migrations import known_migrations, migrations
+from server.store.transactions import Transactions
+from server.store.upgrades import SIGN_SECONDS, check
 
 # Its name in a data directory.
 DATABASE = "prefloop.db"
@@ -34,9 +35,8 @@ EMPTY_TIMEOUT_MS = 50
 MENDED_SQLITE = (3, 51, 3)
 MENDED_LINES = {(3, 50): 7, (3, 44): 6}
 
-# A process without a heartbeat for this long is gone. By the time of day, which all releases write.
-SIGN_SECONDS = 30
-# Per kind of process: its table, the column of its name, and until when it counts as alive.
+# Per kind of process: its table, the column of its name, and until when it counts as alive: by the time of day, which
+# all releases write.
 LIVING = (
     ("server", "replicas", "id", f"heartbeat_time + {SIGN_SECONDS}"),
     ("learner", "listeners", "id", f"heartbeat_time + {SIGN_SECONDS}"),
@@ -92,11 +92,12 @@ def _make_private(path: Path) -> None:
             file.chmod(file.stat().st_mode & 0o770)
 
 
-class SqliteDatabase:
+class SqliteDatabase(Transactions):
     """A migrated database file. Raises DataDirectoryError if the file cannot be used."""
 
     NOW = "unixepoch('subsec')"
     AMONG = "user IN (SELECT value FROM json_each(?))"
+    DAY = "CAST(create_time / 86400 AS INTEGER)"
 
     def __init__(self, path: Path) -> None:
         if reason := sqlite_problem(sqlite_version()):
@@ -114,8 +115,6 @@ class SqliteDatabase:
             connection.create_function("uptime", 0, uptime)
             connection.create_function("boot_id", 0, boot_id)
             self._db = sqlite_utils.Database(connection, recursive_triggers=False)
-            self._writing = self._grouped = False
-            self._lost: BaseException | None = None
             self._schema: int | None = None
             self._migrate(path)
             self._schema = self._schema_version()
@@ -129,16 +128,7 @@ class SqliteDatabase:
         # Take the write lock first: two processes may open a new directory at once.
         with self.write():
             applied = {migration.name for migration in migrations.applied(self._db)}
-            if newer := applied - known_migrations():
-                raise DataDirectoryError(
-                    f"The data directory {str(path.parent)!r} was written by a newer prefloop ({min(newer)}); "
-                    "upgrade prefloop or choose another --data-dir."
-                )
-            if applied and known_migrations() - applied and (alive := self._alive()):
-                raise DataDirectoryError(
-                    f"The data directory {str(path.parent)!r} is in use by an older prefloop, the {alive}; stop it, "
-                    f"and start this one {SIGN_SECONDS} seconds after it has ended."
-                )
+            check(f"The data directory {str(path.parent)!r}", applied, known_migrations(), self._alive)
             migrations.apply(self._db)
 
     def _alive(self) -> str | None:
@@ -162,62 +152,20 @@ class SqliteDatabase:
     def _schema_version(self) -> int:
         return int(self._execute("PRAGMA schema_version").fetchone()[0])
 
-    @contextmanager
-    def write(self) -> Iterator[None]:
-        """One transaction that holds the write lock from its first statement; nested calls join the outer one."""
-        if self._writing:
-            yield
-        elif self._grouped:
-            with self._savepoint():
-                yield
-        else:
-            with self.group(), self._savepoint():
-                yield
+    def _in_transaction(self) -> bool:
+        return bool(self._db.conn.in_transaction)
 
-    @contextmanager
-    def group(self) -> Iterator[None]:
-        """Each `write` inside is still atomic, but all become durable by one commit at the end.
+    def _begin(self) -> None:
+        # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it changes from reading to writing in WAL mode.
+        self._execute("BEGIN IMMEDIATE")
+        self._check_schema()
 
-        Raises if that commit fails; then none of them was stored.
-        """
-        self._grouped, self._lost = True, None
-        try:
-            yield
-            if self._lost:
-                raise self._lost
-            if self._db.conn.in_transaction:
-                failpoint("commit")
-                self._execute("COMMIT")
-                failpoint("committed")
-        except BaseException:
-            self._db.rollback()
-            raise
-        finally:
-            self._grouped = False
+    def _rollback(self) -> None:
+        self._db.rollback()
 
-    @contextmanager
-    def _savepoint(self) -> Iterator[None]:
-        if self._lost:
-            raise self._lost
-        if not self._db.conn.in_transaction:
-            # DEFERRED, SQLite's default, gets SQLITE_BUSY at once when it changes from reading to writing in WAL mode.
-            self._execute("BEGIN IMMEDIATE")
-            self._check_schema()
-        self._execute("SAVEPOINT one")
-        self._writing = True
-        try:
-            yield
-        except BaseException as error:
-            if self._db.conn.in_transaction:
-                self._execute("ROLLBACK TO one")
-                self._execute("RELEASE one")
-            else:
-                # For example a full disk: SQLite rolled back the whole transaction, including earlier writes.
-                self._lost = error
-            raise
-        finally:
-            self._writing = False
-        self._execute("RELEASE one")
+    def settled(self) -> AbstractContextManager[None]:
+        """Numbers are drawn under the write lock, so they are committed in their order."""
+        return nullcontext()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -238,6 +186,11 @@ class SqliteDatabase:
         columns, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
         statement = f'INSERT INTO "{table}" ({columns}) VALUES ({marks})'
         return int(self._execute(statement, list(row.values())).lastrowid or 0)
+
+    def load(self, table: str, rows: Sequence[Row]) -> None:
+        """Insert many rows with their numbers; later rows get greater ones."""
+        for row in rows:
+            self.insert(table, row)
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """All rows of a SELECT as dictionaries."""

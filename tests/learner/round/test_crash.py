@@ -14,11 +14,11 @@ from tests.learner.crash import run_round, violations
 from tests.learner.rounds import make_version
 from tests.tiers import slow
 
+PLACES = ["committed:9", "rename:1", slow("commit:4"), slow("fsync:8"), slow("renamed:4"), slow("prune:1")]
 
-@pytest.mark.parametrize(
-    "failpoint",
-    ["committed:9", "rename:1", slow("commit:4"), slow("fsync:8"), slow("renamed:4"), slow("prune:1")],
-)
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"], indirect=True)
+@pytest.mark.parametrize("failpoint", PLACES)
 def test_a_round_survives_a_kill(data_dir: Path, failpoint: str) -> None:
     for version in ("v0001", "v0002", "v0003"):
         make_version(data_dir, version)

@@ -9,6 +9,7 @@ from server.store.deletion import STEP, Kept
 from server.store.keys import Credentials
 from server.store.learning.records import Lease
 from server.store.store import Store
+from tests.server.store.conftest import on_sqlite
 from tests.server.store.test_lineage import lease
 from tests.server.store.test_store import answer, comparison
 
@@ -126,8 +127,9 @@ def test_a_repeated_message_does_not_restart_a_deleted_conversation(store: Store
     assert store.requests.find("ann", "Chat", "r2", b"body") == b"another"
 
 
+@on_sqlite
 def test_the_target_of_old_stored_requests_is_found(tmp_path: Path) -> None:
-    from server.store.sqlite.migrations import m008_deletions
+    from server.store.migrations import m008_deletions
 
     store = Store.open(tmp_path)
     target = "resp_" + "0a" * 12

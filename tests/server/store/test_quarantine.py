@@ -7,9 +7,10 @@ import sqlite_utils
 
 from server.shared.errors import NotFoundError
 from server.store.chats.records import Generation, Span
-from server.store.sqlite.migrations import migrations
+from server.store.migrations import migrations
 from server.store.store import Store
 from tests.server.conftest import register
+from tests.server.store.conftest import on_sqlite
 from tests.server.store.test_store import answer, comparison
 
 
@@ -106,6 +107,7 @@ def test_answers_in_slot_a_are_counted(store: Store) -> None:
     assert store.lineage.slot_order(3) == {"hotter": (1, 1), "newer": (1, 2), "chosen": (0, 0)}
 
 
+@on_sqlite
 def test_an_older_round_excluded_nobody(tmp_path: Path) -> None:
     old = sqlite_utils.Database(tmp_path / "prefloop.db")
     migrations.apply(old, stop_before="m007_quarantine")

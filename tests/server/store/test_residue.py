@@ -9,6 +9,7 @@ from server.store.chats.records import Generation, Span
 from server.store.files.residue import ANSWERS, cache_directory, erase, sweep
 from server.store.sqlite.database import SqliteDatabase
 from server.store.store import Store
+from tests.server.store.conftest import on_sqlite
 from tests.server.store.test_deletion import forget
 
 SECRET = b"quixotic"
@@ -48,6 +49,7 @@ def fill(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         store.requests.remember(user, "Chat", f"{number}", b"x" * 32, text().encode(), response_id)
 
 
+@on_sqlite
 def test_rows_that_moved_leave_copies_which_a_rewrite_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.open(tmp_path)
     fill(store, monkeypatch)
@@ -67,6 +69,7 @@ def test_rows_that_moved_leave_copies_which_a_rewrite_drops(tmp_path: Path, monk
     store.close()
 
 
+@on_sqlite
 def test_a_reader_that_keeps_the_log_is_reported(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
     conversation_id = store.conversations.create("ann", SECRET.decode())

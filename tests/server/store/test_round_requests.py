@@ -11,10 +11,11 @@ from prefloop.v1 import policy_pb2
 
 from server.admin.backup import back_up
 from server.store.learning.round_requests import OUTCOME_CHARACTERS
-from server.store.sqlite.migrations import migrations
+from server.store.migrations import migrations
 from server.store.store import Store
 from tests.server.conftest import Running
 from tests.server.rpc.test_rpcs import ANN, BOB, chat, refusal
+from tests.server.store.conftest import on_sqlite
 from tests.server.store.test_store import answer
 
 REFUSED = grpc.StatusCode.FAILED_PRECONDITION
@@ -84,7 +85,8 @@ async def test_a_request_is_asked_taken_and_closed(running: Running) -> None:
     again = await ask(running)
     assert again.request_time.ToMicroseconds() > over.request_time.ToMicroseconds()
     assert (again.HasField("end_time"), again.outcome) == (False, "")
-    columns = {row["name"] for row in await running.store(lambda s: s._db.rows("PRAGMA table_info(round_requests)"))}
+    [row] = await running.store(lambda store: store._db.rows("SELECT * FROM round_requests LIMIT 1"))
+    columns = set(row)
     assert columns == {"id", "listener", "create_time", "end_time", "outcome"}
 
 
@@ -192,6 +194,7 @@ def test_a_long_outcome_is_truncated(store: Store) -> None:
     assert len(last.outcome) == OUTCOME_CHARACTERS == 2000
 
 
+@on_sqlite
 def test_a_backup_has_no_open_request(store: Store, tmp_path: Path) -> None:
     store.round_requests.listen("here", None)
     store.round_requests.ask()
@@ -207,6 +210,7 @@ def test_a_backup_has_no_open_request(store: Store, tmp_path: Path) -> None:
     assert store.round_requests.waits()
 
 
+@on_sqlite
 def test_an_older_database_has_no_learner_and_counts_its_votes(tmp_path: Path) -> None:
     newer = Store.open(tmp_path / "newer")
     newer.feedback.submit_thumb("ann", answer(newer, newer.conversations.create("ann", "hello")), up=True)

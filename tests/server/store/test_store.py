@@ -18,6 +18,7 @@ from server.store.chats.histories import OwnHistory
 from server.store.chats.records import Generation, Span, VoteCount
 from server.store.store import Store
 from tests.server.conftest import register
+from tests.server.store.conftest import on_sqlite
 
 DONE = Generation([5, 6, 7], [-0.5, -1.0, -0.25], "hi there", "stop", [Span(0, 1, "v0000"), Span(1, 3, "v0001", True)])
 CUT = Generation([5], [-0.5], "hi", "cancelled", [Span(0, 1, "v0000")])
@@ -100,6 +101,7 @@ def test_limits_select_the_newest_votes_and_prompts(store: Store) -> None:
     assert len(store.snapshots.prompts(limit=1)) == len(store.snapshots.prompts()) == 1
 
 
+@on_sqlite
 def test_votes_by_day_are_counted_from_the_index_only(store: Store) -> None:
     given = [
         store.feedback.submit_thumb(user, answer(store, store.conversations.create(user, "hello"), user), up=True)
@@ -333,6 +335,7 @@ def test_a_message_after_turns_that_were_answered_elsewhere_does_not_open_a_conv
     assert (prompt.opened_by, prompt.opening, prompt.stop) == ("", "", (".",))
 
 
+@on_sqlite
 def test_a_newer_data_directory_is_refused(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
     store._db.insert("_sqlite_migrations", {"migration_set": "prefloop", "name": "m999_future", "applied_at": "2099"})
@@ -341,6 +344,7 @@ def test_a_newer_data_directory_is_refused(tmp_path: Path) -> None:
         Store.open(tmp_path)
 
 
+@on_sqlite
 def test_a_data_directory_that_is_a_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataDirectoryError, match="give --data-dir a folder"):
@@ -530,11 +534,15 @@ def test_another_model_has_learned_from_no_vote(store: Store) -> None:
     assert store.snapshots.count_new_votes() == 0
 
 
-def test_the_origin_is_read_without_changing_the_file(store: Store, tmp_path: Path) -> None:
+def test_the_origin_is_read_without_changing_anything(store: Store, tmp_path: Path) -> None:
     assert Store.peek_origin(tmp_path) == "v0000"
     register_lineage(store, "v0001", "v0002")
     store.policies.activate("v0002", actor="ann")
     assert Store.peek_origin(tmp_path) == "v0001"
+
+
+@on_sqlite
+def test_no_origin_is_read_where_there_is_no_database(tmp_path: Path) -> None:
     assert Store.peek_origin(tmp_path / "nowhere") is None
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "prefloop.db").write_bytes(b"not a database")
@@ -567,6 +575,7 @@ def test_versions_are_in_the_order_of_their_numbers(store: Store) -> None:
     assert [policy.version for policy in store.policies.page()] == ["v10000", "v9999", "v0000"]
 
 
+@on_sqlite
 def test_a_votes_cost_is_independent_of_the_number_of_votes(store: Store) -> None:
     conversation = store.conversations.create("ann", "hello")
     response_id, comparison_id = answer(store, conversation), comparison(store, conversation)

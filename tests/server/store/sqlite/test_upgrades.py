@@ -10,9 +10,9 @@ import pytest
 import sqlite_utils
 
 from server.shared.errors import DataDirectoryError, advice
+from server.store.migrations import known_migrations, migrations
 from server.store.sqlite import clock
 from server.store.sqlite.database import SqliteDatabase
-from server.store.sqlite.migrations import known_migrations, migrations
 from server.store.store import Store
 
 # Hashes of each released step's source: a released step is never edited, a later one corrects it.
@@ -46,7 +46,7 @@ RELEASED = {
 
 
 def sha256(name: str) -> str:
-    import server.store.sqlite.migrations as module
+    import server.store.migrations as module
 
     return hashlib.sha256(inspect.getsource(getattr(module, name)).encode()).hexdigest()[:16]
 

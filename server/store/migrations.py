@@ -1,9 +1,12 @@
-"""The database's schema as a list of steps. A step that was released is never edited; the next one mends it.
+"""The schema as a list of steps, for every database. A step that was released is never edited; the next one mends it.
 
-Times are seconds since 1970 by the database's clock (`unixepoch('subsec')`).
+Steps are written for SQLite; `server.store.postgres.dialect` reads them as PostgreSQL. Times are seconds since 1970 by
+the database's clock.
 """
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
@@ -13,9 +16,14 @@ migrations = Migrations("prefloop")
 TARGET = re.compile(rb"(?:resp|cmp)_[0-9a-f]{24}")
 
 
+def steps() -> dict[str, Callable[[Any], None]]:
+    """All steps that this release has, by name, in their order."""
+    return {step.name: step.fn for step in migrations.pending(Database(memory=True))}
+
+
 def known_migrations() -> set[str]:
     """The names of all steps that this release has."""
-    return {migration.name for migration in migrations.pending(Database(memory=True))}
+    return set(steps())
 
 
 def _run(db: Database, script: str) -> None:

@@ -19,7 +19,7 @@ from server.doctor.readings import Torch
 from server.doctor.speed import Speed, measure
 from server.engine.weights import MERGED
 from server.settings import ServerSettings
-from server.shared.errors import ServiceError
+from server.shared.errors import DataDirectoryError, ServiceError
 from server.shared.machine import GIB, Machine, read_machine, slow_reason
 from server.shared.model.dtype import MICRO_BATCH_TOKENS
 from server.shared.model.needs import Training
@@ -27,6 +27,7 @@ from server.shared.settings_base import CONFIG_FILE, explain
 from server.shared.stored_round import ANSWER_TOKENS
 from server.shared.variables import PREFIX
 from server.store.sqlite.database import sqlite_version
+from server.store.store import Store
 
 # The most memory that measuring the speed takes, with room for torch itself.
 MEASURE_BYTES = GIB
@@ -117,7 +118,7 @@ class Examination:
         yield "memory", lambda: machine_checks.check_memory(self.machine, self.needs, bool(self.health))
         yield "speed", lambda: machine_checks.check_speed(*self.speed)
         yield "disk", self.check_disk
-        yield "sqlite", lambda: setup_checks.check_sqlite(sqlite_version())
+        yield "store", self.check_store
         yield "port", lambda: self.check_port(setup_checks.check_port, self.settings.host, self.settings.port)
         host, port = self.settings.metrics_host, self.settings.metrics_port
         yield "metrics port", lambda: self.check_port(setup_checks.check_metrics_port, host, port)
@@ -130,6 +131,15 @@ class Examination:
         sources = [CONFIG_FILE] if Path(CONFIG_FILE).exists() else []
         sources += [f"{variables} {PREFIX}* variables"] if variables else []
         return setup_checks.check_settings(sources, self.settings_problem)
+
+    def check_store(self) -> Finding:
+        url = self.settings.store_url.get_secret_value()
+        if not url:
+            return setup_checks.check_sqlite(sqlite_version())
+        try:
+            return Finding("store", "ok", Store.describe_server(url))
+        except DataDirectoryError as error:
+            return Finding("store", "wrong", "PostgreSQL", str(error))
 
     def check_gpu(self) -> Finding:
         # Without a number, the learner's engine is on the same GPU as the server's.

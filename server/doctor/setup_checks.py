@@ -36,10 +36,10 @@ def check_packages(unmet: list[str] | None) -> Finding:
 
 
 def check_sqlite(version: tuple[int, int, int]) -> Finding:
-    value = ".".join(map(str, version))
+    value = f"SQLite {'.'.join(map(str, version))}"
     if reason := sqlite_problem(version):
-        return Finding("sqlite", "wrong", value, reason)
-    return Finding("sqlite", "ok", value)
+        return Finding("store", "wrong", value, reason)
+    return Finding("store", "ok", value)
 
 
 def check_model(value: str, problem: str, fetched: bool, offline: bool) -> Finding:

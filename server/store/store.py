@@ -84,6 +84,11 @@ class Store:
         return bool(_postgres().exists(url)) if url else (data_dir / DATABASE).exists()
 
     @staticmethod
+    def describe_server(url: str) -> str:
+        """The PostgreSQL that answers there and its version. Raises DataDirectoryError if it cannot be used."""
+        return str(_postgres().describe(url))
+
+    @staticmethod
     def peek_origin(data_dir: Path) -> str | None:
         """What the active version was made from a model as, read without creating or migrating the database; None if
         there is none, or it cannot be read. In an older database each reference was made from a model."""

@@ -246,6 +246,17 @@ def exists(url: str) -> bool:
         raise _unusable(url, error) from error
 
 
+def describe(url: str) -> str:
+    """The server's version and place. Raises DataDirectoryError if it cannot be used. Changes nothing."""
+    try:
+        with psycopg.connect(address.conninfo(url), autocommit=True) as connection:
+            upgrade.check_durable(connection)
+            number = connection.info.server_version
+            return f"PostgreSQL {number // 10_000}.{number % 10_000} at {address.place(url)}"
+    except psycopg.Error as error:
+        raise _unusable(url, error) from error
+
+
 def peek(url: str, sql: str) -> str | None:
     """The first value that a query finds; None if there is none, or it cannot be read."""
     try:

@@ -18,10 +18,11 @@ from server.doctor.examine import DoctorSettings, Examination, Report, load_sett
 from server.doctor.finding import Finding
 from server.doctor.show import show
 from server.shared.errors import ServiceError
+from tests.postgres import PostgresServer
 
 NAMES = [
     "python", "system", "system packages", "packages", "settings", "cores", "arithmetic", "gpu", "model", "memory",
-    "speed", "disk", "sqlite", "port", "metrics port",
+    "speed", "disk", "store", "port", "metrics port",
 ]  # fmt: skip
 
 
@@ -207,3 +208,15 @@ def test_the_table_has_a_row_for_each_check_and_advice_below(capsys: pytest.Capt
         "",
         "wrong, disk: Make room [now], or elsewhere.",
     ]
+
+
+def test_a_store_in_postgresql(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFLOOP_STORE_URL", postgres.url())
+    found = Examination(*load_settings()).check_store()
+    assert (found.state, found.value) == ("ok", f"PostgreSQL 18.6 at postgresql://{postgres.folder}:5432/postgres")
+    assert postgres.command("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == [(0,)]
+    monkeypatch.setenv("PREFLOOP_STORE_URL", "postgresql://ann:secret@localhost:1/none")
+    found = Examination(*load_settings()).check_store()
+    assert (found.state, found.value) == ("wrong", "PostgreSQL")
+    assert "postgresql://localhost:1/none cannot be used: " in found.advice
+    assert "secret" not in found.advice

@@ -48,7 +48,7 @@ def test_a_sqlite_that_keeps_its_commits(version: tuple[int, int, int]) -> None:
 def test_a_sqlite_that_can_lose_commits(version: tuple[int, int, int]) -> None:
     number = ".".join(map(str, version))
     assert checks.check_sqlite(version) == Finding(
-        "sqlite", "wrong", number,
+        "store", "wrong", f"SQLite {number}",
         f"SQLite {number} can lose commits; install pysqlite3 with SQLite 3.51.3 or newer.",
     )  # fmt: skip
 

@@ -1,83 +1,49 @@
 """Turns: a message and its one or two answers. One turn at a time per conversation, and per request_id.
 
 `start_chat` documents what is on disk when; a comparison guarantees the same for both of its answers.
+
+Several servers may share the store. An answer that one of them is writing keeps the others from its conversation: its
+row is the lock, which the server's heartbeat renews, and which ends with the answer or when others find the server gone
+(`Responses.fail_interrupted`). A turn that another server came before is started again.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
+from typing import TypeVar
 
 from server.engine.base import Sampling, ServingEngine
 from server.settings import ServerSettings
-from server.shared.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
-from server.shared.model.prompt import Said, build_prompt, to_messages, whole_prompt
+from server.shared.errors import (
+    ConflictError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+)
+from server.shared.model.prompt import build_prompt, to_messages, whole_prompt
 from server.store.chats.histories import OwnHistory
 from server.store.chats.records import Generation, Place
 from server.store.quotas import check_conversations
 from server.store.store import Store
 from server.store.store_thread import StoreThread
 from server.turns.answers import Answers, Begun
+from server.turns.before import Before, check_still, look_back
 from server.turns.candidate_choice import CandidateChooser
-from server.turns.comparison import SLOTS, Ended, WriteDelta, arrange, repeat_answers, stream_answers
+from server.turns.comparison import SLOTS, arrange, repeat_answers, stream_answers
 from server.turns.encoding_thread import CHARS_A_TOKEN, encoding
-from server.turns.history import recent_turns
 from server.turns.keyed_locks import KeyedLocks
+from server.turns.messages import ChatTurn, ComparisonTurn, NewMessage, Write
 from server.versions.ab_test import AbTest
 
-Write = Callable[[str], Awaitable[None]]
 # Takes places in the queue for a number of a user's answers while the block runs. Raises ResourceExhaustedError.
 Room = Callable[[str, int], AbstractContextManager[None]]
+# Between two looks at what another server does.
+ELSEWHERE_SECONDS = 0.1
 
-
-@dataclass(frozen=True)
-class NewMessage:
-    """A user's message, and how to sample the answer; None: the server's default."""
-
-    user: str
-    text: str
-    # Empty: start a new conversation.
-    conversation_id: str = ""
-    temperature: float | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
-    # The system prompt of a new conversation. None: the server's default, or the conversation's own.
-    system: str | None = None
-    # The caller's own history before the message, which then has no `conversation_id`.
-    said: list[Said] | None = None
-    # The answer ends before the first of these.
-    stop: tuple[str, ...] = ()
-    # A live version to answer with. Empty: what is loaded when the answer begins.
-    policy_version: str = ""
-    # A call that repeats this id with the same body gets the first call's result. Empty: calls are never repeats.
-    request_id: str = ""
-    body_sha256: bytes = b""
-
-
-@dataclass(frozen=True)
-class ChatTurn:
-    """A message and its answer."""
-
-    conversation_id: str
-    response_id: str
-    # The version that is loaded when the turn begins.
-    policy_version: str
-    prompt_token_ids: list[int]
-    stream: Callable[[Write], Awaitable[Generation]]
-    """Writes the answer's text piece by piece; returns the whole answer, once it is on disk."""
-
-
-@dataclass(frozen=True)
-class ComparisonTurn:
-    """A message and its two answers."""
-
-    conversation_id: str
-    comparison_id: str
-    prompt_token_ids: list[int]
-    stream: Callable[[WriteDelta, Ended], Awaitable[None]]
-    """Writes the text of both answers piece by piece, and reports the end of each once it is on disk."""
+T = TypeVar("T")
 
 
 class Turns:
@@ -120,80 +86,86 @@ class Turns:
 
         If the request_id was answered before, this is the stored turn, and `stream` repeats its answer.
         Raises NotFoundError, InvalidArgumentError and ResourceExhaustedError."""
-        async with self._alone("Chat", message):
-            before = await self._look_back("Chat", message)
-            if before.first_result:
-                yield await self._repeated_chat(message.user, before.first_result)
-                return
-            prompt, sampling = await self._prompt(message, before)
-            version = message.policy_version or self._engine.version
-            if version not in self._engine.live_versions:
-                raise NotFoundError("live version", version)
+        async with self._alone("Chat", message), AsyncExitStack() as turn:
+            yield await _started(lambda: self._chat(message, turn))
 
-            def begin(store: Store) -> Begun:
-                with store.transaction():
-                    conversation_id, place = self._open_conversation(store, message, before)
-                    response_id = store.responses.begin(
-                        message.user,
-                        conversation_id,
-                        message=message.text,
-                        replica_id=self._replica_id,
-                        policy_version=version,
-                        prompt_token_ids=prompt,
-                        temperature=sampling.temperature,
-                        max_tokens=sampling.max_tokens,
-                        seed=sampling.seed,
-                        stop=sampling.stop,
-                        place=place,
-                    )
-                    _remember(store, "Chat", message, response_id)
-                return Begun(conversation_id, [response_id])
+    async def _chat(self, message: NewMessage, turn: AsyncExitStack) -> ChatTurn:
+        before = await self._look_back("Chat", message)
+        if before.first_result:
+            return await self._repeated_chat(message.user, before.first_result)
+        prompt, sampling = await self._prompt(message, before)
+        version = message.policy_version or self._engine.version
+        if version not in self._engine.live_versions:
+            raise NotFoundError("live version", version)
 
-            async with self._begun(message, begin, answers=1) as begun:
-                [response_id] = begun.response_ids
-                pinned = message.policy_version or None
-                stream = partial(self._answers.of(message.user).sample, response_id, prompt, sampling, version=pinned)
-                yield ChatTurn(begun.conversation_id, response_id, version, prompt, stream)
+        def begin(store: Store) -> Begun:
+            with store.transaction():
+                check_still(store, "Chat", message, before)
+                conversation_id, place = self._open_conversation(store, message, before)
+                response_id = store.responses.begin(
+                    message.user,
+                    conversation_id,
+                    message=message.text,
+                    replica_id=self._replica_id,
+                    policy_version=version,
+                    prompt_token_ids=prompt,
+                    temperature=sampling.temperature,
+                    max_tokens=sampling.max_tokens,
+                    seed=sampling.seed,
+                    stop=sampling.stop,
+                    place=place,
+                )
+                _remember(store, "Chat", message, response_id)
+            return Begun(conversation_id, [response_id])
+
+        begun = await turn.enter_async_context(self._begun(message, begin, answers=1))
+        [response_id] = begun.response_ids
+        pinned = message.policy_version or None
+        stream = partial(self._answers.of(message.user).sample, response_id, prompt, sampling, version=pinned)
+        return ChatTurn(begun.conversation_id, response_id, version, prompt, stream)
 
     @asynccontextmanager
     async def start_comparison(self, message: NewMessage) -> AsyncIterator[ComparisonTurn]:
         """Start a turn with two answers, side by side. What is on disk when is as in `start_chat`."""
-        async with self._alone("Compare", message):
-            before = await self._look_back("Compare", message)
-            if before.first_result:
-                yield await self._repeated_comparison(message.user, before.first_result)
-                return
-            prompt, sampling = await self._prompt(message, before)
-            pair = self._ab_test.pair if self._ab_test else None
-            versions, samplings = arrange(pair, self._engine.version, sampling, self._settings.compare_temperatures)
+        async with self._alone("Compare", message), AsyncExitStack() as turn:
+            yield await _started(lambda: self._comparison(message, turn))
 
-            def begin(store: Store) -> Begun:
-                with store.transaction():
-                    conversation_id, place = self._open_conversation(store, message, before)
-                    comparison_id, a, b = store.responses.begin_comparison(
-                        message.user,
-                        conversation_id,
-                        message=message.text,
-                        replica_id=self._replica_id,
-                        policy_versions=versions,
-                        prompt_token_ids=prompt,
-                        temperatures=(samplings[0].temperature, samplings[1].temperature),
-                        max_tokens=sampling.max_tokens,
-                        seeds=(samplings[0].seed, samplings[1].seed),
-                        stop=sampling.stop,
-                        place=place,
-                    )
-                    _remember(store, "Compare", message, comparison_id)
-                return Begun(conversation_id, [a, b], comparison_id)
+    async def _comparison(self, message: NewMessage, turn: AsyncExitStack) -> ComparisonTurn:
+        before = await self._look_back("Compare", message)
+        if before.first_result:
+            return await self._repeated_comparison(message.user, before.first_result)
+        prompt, sampling = await self._prompt(message, before)
+        pair = self._ab_test.pair if self._ab_test else None
+        versions, samplings = arrange(pair, self._engine.version, sampling, self._settings.compare_temperatures)
 
-            chooser = self._chooser if not pair and sampling.seed is None else None
-            sampled = self._settings.compare_candidates if chooser else 2
-            async with self._begun(message, begin, answers=sampled) as begun:
-                # Without a pair, a swap may come first: the answer uses what is loaded then, and its spans say what.
-                pinned = versions if pair else (None, None)
-                answers = list(zip(SLOTS, begun.response_ids, samplings, pinned, strict=True))
-                stream = partial(stream_answers, self._answers.of(message.user), chooser, sampled, prompt, answers)
-                yield ComparisonTurn(begun.conversation_id, begun.comparison_id, prompt, stream)
+        def begin(store: Store) -> Begun:
+            with store.transaction():
+                check_still(store, "Compare", message, before)
+                conversation_id, place = self._open_conversation(store, message, before)
+                comparison_id, a, b = store.responses.begin_comparison(
+                    message.user,
+                    conversation_id,
+                    message=message.text,
+                    replica_id=self._replica_id,
+                    policy_versions=versions,
+                    prompt_token_ids=prompt,
+                    temperatures=(samplings[0].temperature, samplings[1].temperature),
+                    max_tokens=sampling.max_tokens,
+                    seeds=(samplings[0].seed, samplings[1].seed),
+                    stop=sampling.stop,
+                    place=place,
+                )
+                _remember(store, "Compare", message, comparison_id)
+            return Begun(conversation_id, [a, b], comparison_id)
+
+        chooser = self._chooser if not pair and sampling.seed is None else None
+        sampled = self._settings.compare_candidates if chooser else 2
+        begun = await turn.enter_async_context(self._begun(message, begin, answers=sampled))
+        # Without a pair, a swap may come first: the answer uses what is loaded then, and its spans say what.
+        pinned = versions if pair else (None, None)
+        answers = list(zip(SLOTS, begun.response_ids, samplings, pinned, strict=True))
+        stream = partial(stream_answers, self._answers.of(message.user), chooser, sampled, prompt, answers)
+        return ComparisonTurn(begun.conversation_id, begun.comparison_id, prompt, stream)
 
     async def find_response(self, message: NewMessage, answer: str) -> str:
         """The id of the response that has this answer to a message with its caller's own history. Raises
@@ -206,9 +178,18 @@ class Turns:
         return found
 
     async def delete_conversation(self, user: str, conversation_id: str) -> None:
-        """Delete a conversation once its current turn has ended. Raises NotFoundError."""
+        """Delete a conversation once its current turn has ended, here or at another server. Raises NotFoundError."""
+
+        def delete(store: Store) -> bool:
+            store.conversations.get(user, conversation_id)
+            if store.responses.elsewhere(self._replica_id, conversation_id):
+                return False
+            store.conversations.delete(user, conversation_id)
+            return True
+
         async with self._locks.hold(_turn_key(user, conversation_id)):
-            await self._store(lambda store: store.conversations.delete(user, conversation_id))
+            while not await self._store(delete):
+                await asyncio.sleep(ELSEWHERE_SECONDS)
 
     async def drain(self) -> None:
         """Return once every answer that was begun is on disk."""
@@ -221,34 +202,22 @@ class Turns:
         async with self._locks.hold(repeat), self._locks.hold(_turn_key(message.user, message.conversation_id)):
             yield
 
-    async def _look_back(self, rpc: str, message: NewMessage) -> "_Before":
-        chars = CHARS_A_TOKEN * self._engine.max_model_len
-        new = _Before(system=self._system(message))
-
-        def read(store: Store) -> _Before:
-            first = store.requests.find(message.user, rpc, message.request_id, message.body_sha256)
-            if first is not None:
-                return _Before(first_result=first.decode())
-            if not message.conversation_id:
-                return new
-            conversation = store.conversations.get(message.user, message.conversation_id)
-            if conversation.kind == "review":
-                raise FailedPreconditionError("REVIEW", "This is a review of two answers, not a chat; start a chat.")
-            if store.conversations.count_turns(conversation.id) >= self._settings.max_turns:
-                raise ResourceExhaustedError("CONVERSATION_FULL", "This conversation is full; start another one.")
-            if message.system not in (None, conversation.system):
-                raise InvalidArgumentError("system", "A conversation keeps the system prompt that it began with.")
-            turns, parent = recent_turns(store, message.user, conversation.id, chars)
-            return _Before(conversation.create_time, conversation.system, turns, parent)
-
+    async def _look_back(self, rpc: str, message: NewMessage) -> Before:
+        new = Before(system=self._system(message))
         # Most calls have neither, and skip the store's thread.
-        return await self._store.read(read) if message.request_id or message.conversation_id else new
+        if not message.request_id and not message.conversation_id:
+            return new
+        chars = CHARS_A_TOKEN * self._engine.max_model_len
+        read = partial(look_back, rpc, message, self._replica_id, new, self._settings.max_turns, chars)
+        while (before := await self._store.read(read)).elsewhere:
+            await asyncio.sleep(ELSEWHERE_SECONDS)
+        return before
 
     def _system(self, message: NewMessage) -> str:
         """The system prompt of a conversation that begins with the message."""
         return self._settings.system_prompt if message.system is None else message.system
 
-    async def _prompt(self, message: NewMessage, before: "_Before") -> tuple[list[int], Sampling]:
+    async def _prompt(self, message: NewMessage, before: Before) -> tuple[list[int], Sampling]:
         limit = self._engine.max_model_len
         temperature, max_tokens = message.temperature, message.max_tokens
         sampling = Sampling(
@@ -271,7 +240,7 @@ class Turns:
         prompt = await encoding(build_prompt, encode, before.history, message.text, room, before.system)
         return prompt, sampling
 
-    def _open_conversation(self, store: Store, message: NewMessage, before: "_Before") -> tuple[str, Place | None]:
+    def _open_conversation(self, store: Store, message: NewMessage, before: Before) -> tuple[str, Place | None]:
         """The id of the message's conversation, and its place there; None at the beginning."""
 
         def create() -> str:
@@ -320,17 +289,13 @@ class Turns:
         return ComparisonTurn(found.conversation_id, found.id, found.a.prompt_token_ids, stream)
 
 
-@dataclass(frozen=True)
-class _Before:
-    """The state before a message: when its conversation began, in seconds since 1970, its system prompt and its last
-    turns; or the id of the result of the first call with the same request_id."""
-
-    conversation_began: float | None = None
-    system: str = ""
-    history: tuple[Said, ...] | list[Said] = ()
-    # The number of the last of these turns.
-    parent: int | None = None
-    first_result: str = ""
+async def _started(start: Callable[[], Awaitable[T]]) -> T:
+    """Start a turn; start it again if another server came first."""
+    while True:
+        try:
+            return await start()
+        except ConflictError:
+            continue
 
 
 def _remember(store: Store, rpc: str, message: NewMessage, result: str) -> None:

@@ -20,7 +20,8 @@ from server.rpc.validation import MAX_PAGE_SIZE
 from server.store.chats.records import Generation, Slot
 from server.store.store import Store
 from server.store.store_thread import StoreThread
-from server.turns.turns import ChatTurn, NewMessage, Turns
+from server.turns.messages import ChatTurn, NewMessage
+from server.turns.turns import Turns
 
 
 class ChatService(chat_pb2_grpc.ChatServiceServicer):

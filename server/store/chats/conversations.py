@@ -106,6 +106,11 @@ class Conversations:
         )
         return load_turns(self._db, rows)
 
+    def newest_turn(self, conversation_id: str) -> int | None:
+        """The number of the conversation's newest turn; None before the first."""
+        [row] = self._db.rows("SELECT max(seq) AS seq FROM turns WHERE conversation_id = ?", [conversation_id])
+        return None if row["seq"] is None else int(row["seq"])
+
     def count_turns(self, conversation_id: str) -> int:
         [row] = self._db.rows("SELECT count(*) AS turns FROM turns WHERE conversation_id = ?", [conversation_id])
         return int(row["turns"])

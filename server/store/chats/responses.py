@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from server.shared.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from server.shared.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
 from server.store.chats.records import Comparison, Generation, Place, Response, Slot, Span, Status
 from server.store.database import Database, Row, pages
 from server.store.ids import new_id
@@ -84,12 +84,13 @@ class Responses:
         return comparison_id, a, b
 
     def finish(self, response_id: str, generation: Generation, chosen_by: str | None = None) -> None:
-        """Store what was sampled, however it ended, and the reward model that chose it among others."""
+        """Store what was sampled, however it ended, and the reward model that chose it among others. Raises
+        UnavailableError if another server has marked it as failed."""
         status = STATUS_OF.get(generation.finish_reason, "finished")
         with self._db.write():
             changed = self._db.execute(
                 "UPDATE responses SET status = ?, token_ids = ?, logprobs = ?, text = ?, finish_reason = ?, "
-                f"chosen_by = ?, finish_time = {self._db.NOW} WHERE id = ?",
+                f"chosen_by = ?, finish_time = {self._db.NOW} WHERE id = ? AND status != 'failed'",
                 [
                     status,
                     pack_ints(generation.token_ids),
@@ -100,6 +101,8 @@ class Responses:
                     response_id,
                 ],
             )
+            if not changed and self._db.row("SELECT 1 FROM responses WHERE id = ?", [response_id]):
+                raise UnavailableError("This server was taken for gone, and its answer for failed; ask again.")
             # A conversation that was deleted while its answer was being sampled stays deleted.
             for span in generation.spans if changed else []:
                 self._db.insert(
@@ -122,6 +125,16 @@ class Responses:
                     "WHERE id = ? AND status = 'streaming'",
                     [STATUS_OF.get(reason, "finished"), reason, response_id],
                 )
+
+    def elsewhere(self, replica_id: str, target: str) -> bool:
+        """Whether another server is writing an answer of this conversation or comparison, or this response."""
+        row = self._db.row(
+            "SELECT 1 FROM responses WHERE status = 'streaming' AND replica_id != ?1 AND (conversation_id = ?2 "
+            "OR id = ?2 OR id IN (SELECT response_a FROM comparisons WHERE id = ?2 "
+            "UNION ALL SELECT response_b FROM comparisons WHERE id = ?2)) LIMIT 1",
+            [replica_id, target],
+        )
+        return row is not None
 
     def fail_interrupted(self, replica_id: str, *, starting: bool = False) -> int:
         """Mark answers of servers that are no longer alive as failed, with `starting` also this server's own earlier

@@ -1,0 +1,78 @@
+"""Three servers on one store, killed and restarted while people chat and vote: nothing that was said is lost."""
+
+import random
+from contextlib import closing
+from pathlib import Path
+
+import grpc
+import pytest
+
+from server.store.store import Store
+from tests.server.conftest import publish_version
+from tests.server.replicas import ANSWER, Crowd, Servers
+from tests.tiers import slow
+
+pytestmark = pytest.mark.parametrize("database", ["postgres"], indirect=True)
+PEOPLE = 8
+
+
+@pytest.fixture
+def servers(tmp_path: Path, database: str) -> Servers:
+    publish_version(tmp_path, "v0000")
+    return Servers(tmp_path)
+
+
+@pytest.mark.parametrize(("kills", "votes", "streams"), [(3, 300, 100), slow(20, 5_000, 200)])
+def test_what_was_acknowledged_by_servers_that_are_killed_is_there_once(
+    servers: Servers, tmp_path: Path, kills: int, votes: int, streams: int
+) -> None:
+    crowd, draw = Crowd(), random.Random(7)
+    with servers.running(), crowd.chatting(servers.ports, PEOPLE):
+        for kill in range(1, kills + 1):
+            crowd.wait(lambda crowd, least=votes * kill / (kills + 1): crowd.acknowledged >= least, seconds=300)
+            port = draw.choice(servers.ports)
+            servers.kill(port)
+            servers.start(port)
+        crowd.wait(lambda crowd: crowd.acknowledged >= votes and len(crowd.answers) >= streams, seconds=300)
+    with closing(Store.open(tmp_path)) as store:
+        for number in range(PEOPLE):
+            user = f"user{number}"
+            stored = {vote.id: vote.value for vote in store.feedback.page(user, 1_000_000)}
+            mine = {vote for vote in crowd.votes if vote in stored}
+            # Each once, with the value that was acknowledged last; the very last may be stored without an answer.
+            assert sum(stored[vote] != crowd.votes[vote] for vote in mine) <= 1
+            for conversation in store.conversations.page(user):
+                for turn in store.conversations.turns(user, conversation.id):
+                    assert turn.response
+                    assert turn.message == "hello there"
+                    if turn.response.id in crowd.answers:
+                        assert turn.response.text == crowd.answers[turn.response.id] == ANSWER
+                        assert turn.response.status == "finished"
+        known = {vote.id for number in range(PEOPLE) for vote in store.feedback.page(f"user{number}", 1_000_000)}
+        events = store._db.rows("SELECT count(*) AS n FROM feedback_events")[0]["n"]
+        broken = [store.responses.get(user_of(store, one), one) for one in crowd.broken]
+    assert crowd.votes.keys() <= known
+    # A vote that was repeated after a kill is one event; nobody's last one may have been acknowledged.
+    assert 0 <= events - crowd.acknowledged <= PEOPLE
+    assert set(crowd.broken.values()) <= {grpc.StatusCode.UNAVAILABLE}
+    assert broken, "no kill broke a stream"
+    # The server that came back has closed them; one was whole, if the kill came before its last word was sent.
+    assert {one.status for one in broken} <= {"failed", "finished"}
+
+
+def test_servers_are_restarted_one_after_another_without_breaking_a_stream(servers: Servers) -> None:
+    crowd = Crowd()
+    with servers.running(), crowd.chatting(servers.ports, PEOPLE):
+        for port in servers.ports:
+            before = len(crowd.answers)
+            crowd.wait(lambda crowd, least=before + 20: len(crowd.answers) >= least, seconds=60)
+            servers.stop(port)
+            servers.start(port)
+        before = len(crowd.answers)
+        crowd.wait(lambda crowd: len(crowd.answers) >= before + 20, seconds=60)
+    assert crowd.broken == {}
+    assert set(crowd.answers.values()) == {ANSWER}
+
+
+def user_of(store: Store, response_id: str) -> str:
+    return str(store._db.rows("SELECT user FROM responses WHERE id = ?", [response_id])[0]["user"])

@@ -36,6 +36,10 @@ class AnswerStream(Protocol):
         """The answer so far, without asking the engine again."""
         ...
 
+    def so_far(self) -> Generation:
+        """What was given to the reader until now; it goes on."""
+        ...
+
 
 class ServingEngine(Protocol):
     """Samples answers from one version at a time."""

@@ -92,6 +92,11 @@ class VllmAnswerStream:
         self._text.append(self._decoded.rest())
         return self._generation("error", self._labels.settle(to_spans(self._arrived, len(self._token_ids))))
 
+    def so_far(self) -> Generation:
+        found = self._generation("error", to_spans(self._arrived, len(self._token_ids)))
+        # The lists grow while this is stored.
+        return replace(found, token_ids=[*found.token_ids], logprobs=[*found.logprobs])
+
     def _generation(self, finish_reason: FinishReason, spans: list[Span]) -> Generation:
         text = "".join(self._text)
         if not self._decoded.stopped:

@@ -6,6 +6,7 @@ closed.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from copy import copy
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from server.engine.base import AnswerStream, Sampling, ServingEngine
+from server.shared.errors import DatabaseError
 from server.store.chats.records import Generation
 from server.store.store import Store
 from server.store.store_thread import StoreThread
@@ -20,6 +22,9 @@ from server.telemetry.observation import observed_answer
 from server.telemetry.safe_traceback import safe_traceback
 
 log = logging.getLogger(__name__)
+
+# How often what an answer says so far is stored: what is left of it after a kill.
+KEEP_SECONDS = 2.0
 
 T = TypeVar("T")
 Abandoned = Literal["cancelled", "error"]
@@ -76,13 +81,18 @@ class Answers:
         send: Callable[[str], Awaitable[None]],
         version: str | None = None,
     ) -> Generation:
-        """Sample one answer, send its text piece by piece, and return once it is stored."""
+        """Sample one answer, send its text piece by piece, and return once it is stored. Its beginning is stored every
+        KEEP_SECONDS."""
         with observed_answer(len(prompt)) as seen:
             stream = await self._engine.sample(prompt, sampling, version)
+            kept = time.monotonic()
             try:
                 async for text in stream:
                     seen.text()
                     await send(text)
+                    if time.monotonic() - kept > KEEP_SECONDS:
+                        kept = time.monotonic()
+                        self._settle(self._keep_so_far(response_id, stream.so_far()))
             finally:
                 generation = await asyncio.shield(self._settle(self._finish(response_id, stream)))
                 seen.end(generation)
@@ -125,6 +135,12 @@ class Answers:
             generation = stream.fail()
         await self._store(lambda store: store.responses.finish(response_id, generation), self._user)
         return generation
+
+    async def _keep_so_far(self, response_id: str, so_far: Generation) -> None:
+        try:
+            await self._store(lambda store: store.responses.keep(response_id, so_far), self._user)
+        except DatabaseError as error:
+            log.warning("the beginning of an answer could not be stored: %s", error)
 
     async def _abandon(self, beginning: asyncio.Task[Begun], reason: Abandoned) -> None:
         await asyncio.wait([beginning])

@@ -52,6 +52,9 @@ class FakeStream:
     def fail(self) -> Generation:
         return self._generation("error")
 
+    def so_far(self) -> Generation:
+        return self._generation("error")
+
     def _generation(self, reason: FinishReason) -> Generation:
         spans: list[Span] = []
         for index, version in enumerate(self._versions):

@@ -25,6 +25,7 @@ from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc
 from server.app import App
 from server.settings import ServerSettings
 from server.store.store_thread import StoreThread
+from server.turns import answers
 from tests.server.fakes import FakeEngine
 
 SECONDS = 60
@@ -36,6 +37,8 @@ PAUSE = 0.01
 
 def serve(data_dir: Path, port: int, parent: Connection) -> None:
     """Serve until SIGTERM, with the grace that open streams have; report once serving."""
+
+    answers.KEEP_SECONDS = PAUSE / 2
 
     async def run() -> None:
         store = StoreThread(data_dir)

@@ -58,6 +58,11 @@ def test_what_was_acknowledged_by_servers_that_are_killed_is_there_once(
     assert broken, "no kill broke a stream"
     # The server that came back has closed them; one was whole, if the kill came before its last word was sent.
     assert {one.status for one in broken} <= {"failed", "finished"}
+    # What was said until then is kept, token by token.
+    assert all(ANSWER.startswith(one.text) for one in broken)
+    half = [one for one in broken if one.status == "failed" and one.text]
+    assert half, "no broken answer was kept"
+    assert all(len(one.text.split()) == len(one.token_ids) == one.spans[-1].end for one in half)
 
 
 def test_servers_are_restarted_one_after_another_without_breaking_a_stream(servers: Servers) -> None:

@@ -62,8 +62,8 @@ class Response:
 
     @property
     def shown(self) -> str | None:
-        """The text that was shown, empty if the model wrote nothing; None if the answer failed without text."""
-        return self.text if self.text or self.status == "finished" else None
+        """The text that was shown, empty if the model wrote none; None while it is written or if it failed without."""
+        return self.text if self.status == "finished" or (self.text and self.status != "streaming") else None
 
     @property
     def generation(self) -> Generation:

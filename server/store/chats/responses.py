@@ -84,8 +84,8 @@ class Responses:
         return comparison_id, a, b
 
     def finish(self, response_id: str, generation: Generation, chosen_by: str | None = None) -> None:
-        """Store what was sampled, however it ended, and the reward model that chose it among others. Raises
-        UnavailableError if another server has marked it as failed."""
+        """Store what was sampled, however it ended, and the reward model that chose it. Raises UnavailableError if
+        another server has marked it as failed."""
         status = STATUS_OF.get(generation.finish_reason, "finished")
         with self._db.write():
             changed = self._db.execute(
@@ -104,17 +104,17 @@ class Responses:
             if not changed and self._db.row("SELECT 1 FROM responses WHERE id = ?", [response_id]):
                 raise UnavailableError("This server was taken for gone, and its answer for failed; ask again.")
             # A conversation that was deleted while its answer was being sampled stays deleted.
-            for span in generation.spans if changed else []:
-                self._db.insert(
-                    "spans",
-                    {
-                        "response_id": response_id,
-                        "start": span.start,
-                        "end": span.end,
-                        "policy_version": span.policy_version,
-                        "stale_kv": int(span.stale_kv),
-                    },
-                )
+            if changed:
+                self._set_spans(response_id, generation.spans)
+
+    def keep(self, response_id: str, so_far: Generation) -> None:
+        """Store the beginning of an answer that is being written: what is left of it if its server is killed."""
+        with self._db.write():
+            if self._db.execute(
+                "UPDATE responses SET token_ids = ?, logprobs = ?, text = ? WHERE id = ? AND status = 'streaming'",
+                [pack_ints(so_far.token_ids), pack_floats(so_far.logprobs), so_far.text, response_id],
+            ):
+                self._set_spans(response_id, so_far.spans)
 
     def abandon(self, response_ids: Sequence[str], reason: Literal["cancelled", "error"]) -> None:
         """End those that have no stored result; the others stay unchanged."""
@@ -196,6 +196,20 @@ class Responses:
             )
             for comparison in load_comparisons(self._db, (row["id"] for row in rows)).values():
                 skip_comparison(self._db, comparison.id, comparison.unless_chosen)
+
+    def _set_spans(self, response_id: str, spans: Sequence[Span]) -> None:
+        self._db.execute("DELETE FROM spans WHERE response_id = ?", [response_id])
+        for span in spans:
+            self._db.insert(
+                "spans",
+                {
+                    "response_id": response_id,
+                    "start": span.start,
+                    "end": span.end,
+                    "policy_version": span.policy_version,
+                    "stale_kv": int(span.stale_kv),
+                },
+            )
 
     def _insert_comparison(
         self, user: str, conversation_id: str, a: str, b: str, state: Literal["open", "skipped"], blind: bool = True

@@ -68,3 +68,16 @@ async def test_an_answer_that_ends_before_a_stop_sequence_is_whole_keeps_its_tex
     assert [part async for part in stream] == ["ab", "d"]
     assert await stream.finish() == Generation([0, 1, 3], [-0.25] * 3, "abd", "stop", [Span(0, 3, "v0001")])
     assert engine.aborted == []
+
+
+async def test_what_an_answer_says_so_far_does_not_change_with_it() -> None:
+    whole = [SimpleNamespace(start=0, end=4, version="v0001")]
+    engine = Engine([output([0, 1]), output([2]), output([3], "stop", whole)], [])
+    text: Any = Letters()
+    stream = VllmAnswerStream(engine, "req", engine, text, Labels(lambda: "v0001", lambda found: found))
+    reader = aiter(stream)
+    assert [await anext(reader), await anext(reader)] == ["ab", "c"]
+    so_far = stream.so_far()
+    assert [piece async for piece in reader] == ["d"]
+    assert so_far == Generation([0, 1, 2], [-0.25] * 3, "abc", "error", [Span(0, 3, "v0001")])
+    assert (await stream.finish()).token_ids == [0, 1, 2, 3]

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from server.engine.base import Sampling
-from server.store.chats.records import Response
+from server.shared.errors import DatabaseError, UnavailableError
+from server.store.chats.records import Generation, Response, Span
+from server.store.chats.responses import Responses
 from server.store.store import Store
 from server.store.store_thread import StoreThread
+from server.turns import answers as module
 from server.turns.answers import Answers, Begun
 from tests.server.fakes import FakeEngine
 
@@ -104,3 +107,49 @@ async def test_a_turn_that_could_not_be_stored_leaves_nothing(thread: StoreThrea
             pytest.fail("nothing was begun")
     await answers.drain()
     assert await thread(lambda store: store.conversations.page("ann", 10)) == []
+
+
+async def test_the_beginning_of_an_answer_is_stored_while_it_is_written(
+    thread: StoreThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEEP_SECONDS", 0.0)
+    engine = FakeEngine()
+    engine.hold_after = 3
+    answers = Answers(thread, engine)
+
+    async def send(text: str) -> None: ...
+
+    async with answers.begun(begin) as begun:
+        sampling = asyncio.create_task(answers.sample(begun.response_ids[0], [1], Sampling(0.85, 8), send))
+        await engine.holding.wait()
+        response = await stored(thread)
+        assert (response.status, response.text, response.token_ids) == ("streaming", "one two three ", [0, 1, 2])
+        assert (response.spans, response.shown) == ([Span(0, 3, "v0000")], None)
+        # The server is killed now: another one closes the answer as it is.
+        await thread(lambda store: store.responses.fail_interrupted("there"))
+        response = await stored(thread)
+        assert (response.status, response.finish_reason, response.shown) == ("failed", "error", "one two three ")
+        engine.go_on.set()
+        with pytest.raises(UnavailableError, match="taken for gone"):
+            await sampling
+    assert (await stored(thread)).text == "one two three "
+
+
+async def test_an_answer_whose_beginning_cannot_be_stored_goes_on(
+    thread: StoreThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "KEEP_SECONDS", 0.0)
+
+    def full(responses: Responses, response_id: str, so_far: Generation) -> None:
+        raise DatabaseError("database or disk is full", "full")
+
+    monkeypatch.setattr(Responses, "keep", full)
+    answers = Answers(thread, FakeEngine())
+
+    async def send(text: str) -> None: ...
+
+    async with answers.begun(begin) as begun:
+        await answers.sample(begun.response_ids[0], [1], Sampling(0.85, 8), send)
+    await answers.drain()
+    assert (await stored(thread)).status == "finished"
+    assert "the beginning of an answer could not be stored: database or disk is full" in caplog.messages

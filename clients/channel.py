@@ -1,8 +1,12 @@
-"""gRPC channels: keepalive that a standard gRPC server accepts, and quick reconnects.
+"""gRPC channels: keepalive that a standard gRPC server accepts, quick reconnects, and one or several servers.
 
-gRPC gets no retry policy; `clients.retries` retries calls.
+Several are "host:port,host:port", with IP addresses, or "dns:///name:port", a name with several addresses. Calls go to
+those in turn that can be reached and say that they serve. gRPC gets no retry policy; `clients.retries` retries calls,
+so that one whose server went away is answered by another.
 """
 
+import ipaddress
+import json
 import re
 from dataclasses import dataclass
 
@@ -18,8 +22,27 @@ CONNECT_MILLISECONDS = 4_000
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
+# A name that may have several addresses.
+NAME = "dns:///"
+IN_TURN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}})
+
+
+def channel_target(address: str) -> str:
+    """gRPC's name for one or several addresses. Raises ValueError for several that are not all IPv4 or all IPv6."""
+    several = address.split(",")
+    if len(several) == 1:
+        return address
+    try:
+        versions = {ipaddress.ip_address(one.rpartition(":")[0].strip("[]")).version for one in several}
+    except ValueError as error:
+        raise ValueError(f"{address}: of several servers, give IP addresses, or one name that has them all.") from error
+    if len(versions) > 1:
+        raise ValueError(f"{address}: give addresses of one kind, IPv4 or IPv6.")
+    return f"ipv{versions.pop()}:{address}"
+
+
 def channel_options(address: str) -> list[tuple[str, str | int]]:
-    """gRPC channel arguments for `address` ("host:port")."""
+    """gRPC channel arguments for `address`."""
     options: list[tuple[str, str | int]] = [
         ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", 20_000),
@@ -28,6 +51,8 @@ def channel_options(address: str) -> list[tuple[str, str | int]]:
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ]
+    if "," in address or address.startswith(NAME):
+        options.append(("grpc.service_config", IN_TURN))
     if on_loopback(address):
         # A network proxy cannot reach this machine's loopback.
         options.append(("grpc.enable_http_proxy", 0))
@@ -56,16 +81,16 @@ def open_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
     only if no `tls` is given."""
     credentials, options = channel_credentials(address, tls), channel_options(address)
     if credentials is None:
-        return grpc.insecure_channel(address, options=options)
-    return grpc.secure_channel(address, credentials, options=options)
+        return grpc.insecure_channel(channel_target(address), options=options)
+    return grpc.secure_channel(channel_target(address), credentials, options=options)
 
 
 def open_async_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
     """The same for asyncio. The channel belongs to the running event loop."""
     credentials, options = channel_credentials(address, tls), channel_options(address)
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=options)
-    return grpc.aio.secure_channel(address, credentials, options=options)
+        return grpc.aio.insecure_channel(channel_target(address), options=options)
+    return grpc.aio.secure_channel(channel_target(address), credentials, options=options)
 
 
 def channel_credentials(address: str, tls: Tls | None) -> grpc.ChannelCredentials | None:
@@ -77,5 +102,5 @@ def channel_credentials(address: str, tls: Tls | None) -> grpc.ChannelCredential
 
 
 def on_loopback(address: str) -> bool:
-    """Whether "host:port" or "[v6]:port" is on this machine's loopback."""
-    return is_loopback(address.rpartition(":")[0].strip("[]"))
+    """Whether "host:port" or "[v6]:port", or all of several, are on this machine's loopback."""
+    return all(is_loopback(one.rpartition(":")[0].strip("[]")) for one in address.split(","))

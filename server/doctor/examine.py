@@ -156,7 +156,9 @@ class Examination:
     def check_disk(self) -> Finding:
         data_dir = self.settings.data_dir
         used = sum(readings.bytes_below(data_dir / folder) for folder in ("policies", MERGED))
-        return setup_checks.check_disk(readings.read_disk(data_dir), self.needs, used, self.settings.keep_versions)
+        sqlite = not self.settings.store_url.get_secret_value()
+        disk, keep = readings.read_disk(data_dir), self.settings.keep_versions
+        return setup_checks.check_disk(disk, self.needs, used, keep, sqlite=sqlite)
 
     def check_port(self, check: Callable[[str, int, str, str], Finding], host: str, port: int) -> Finding:
         return check(host, port, readings.port_problem(host, port), self.health)

@@ -55,8 +55,8 @@ def check_model(value: str, problem: str, fetched: bool, offline: bool) -> Findi
     return Finding("model", "ok", value)
 
 
-def check_disk(disk: Disk, needs: Needs | None, used: int, keep_versions: int) -> Finding:
-    """`used`: bytes of the existing versions."""
+def check_disk(disk: Disk, needs: Needs | None, used: int, keep_versions: int, *, sqlite: bool = True) -> Finding:
+    """`used`: bytes of the existing versions. `sqlite`: whether the store is there, too."""
     value = f"{disk.directory} ({disk.filesystem}), {disk.free / GIB:.1f} GiB free"
     if disk.fsync_seconds is None:
         advice = (
@@ -65,7 +65,7 @@ def check_disk(disk: Disk, needs: Needs | None, used: int, keep_versions: int) -
         )
         return Finding("disk", "wrong", value, advice)
     value += f", fsync {disk.fsync_seconds * 1000:.1f} ms"
-    if disk.filesystem in NETWORK:
+    if sqlite and disk.filesystem in NETWORK:
         advice = "SQLite's locks cannot be trusted on a network drive: give --data-dir a folder on a local disk."
         return Finding("disk", "wrong", value, advice)
     if disk.free < (2 * needs.version if needs else GIB):

@@ -45,10 +45,10 @@ ROLES: dict[str, Role | None] = {
     "/prefloop.v1.PolicyService/RequestRound": "operator",
     "/prefloop.v1.ReviewService/GetReview": "user",
     "/prefloop.v1.ReviewService/SkipReview": "user",
-    # Load balancers check without a key. Watch requires one: otherwise anybody could open any number of streams.
+    # Load balancers check without a key, and balancing clients watch; of too many strangers' calls the oldest ends.
     "/grpc.health.v1.Health/Check": None,
     "/grpc.health.v1.Health/List": None,
-    "/grpc.health.v1.Health/Watch": "user",
+    "/grpc.health.v1.Health/Watch": None,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "user",
 }
 

@@ -4,7 +4,6 @@ import os
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,11 @@ from playwright.async_api import expect
 from tests.clients.web.conftest import browsing
 from tests.clients.web.test_chat import ask
 from tests.e2e.conftest import START_SECONDS, STOP_SECONDS, children
+from tests.ports import free_port
 
 pytestmark = pytest.mark.e2e
 
 ANSWER_MS = 60_000
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 async def test_one_command_chats_votes_and_asks_for_a_round(model: str, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import asyncio
 import multiprocessing
 import random
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from server.app import App
 from server.settings import ServerSettings
 from server.store.store_thread import StoreThread
 from server.turns import answers
+from tests.ports import free_port
 from tests.server.fakes import FakeEngine
 
 SECONDS = 60
@@ -191,9 +191,3 @@ class Crowd:
                 self.votes[given.feedback_id] = feedback_pb2.Thumb.Name(given.thumb).removeprefix("THUMB_")
                 self.acknowledged += 1
             return
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -71,6 +71,8 @@ def test_model() -> None:
 def test_disk() -> None:
     assert checks.check_disk(SOUND, NEEDS, 0, 8) == Finding("disk", "ok", "/srv (ext4), 50.0 GiB free, fsync 4.2 ms")
     assert checks.check_disk(SOUND, None, 0, 8).state == "ok"
+    # With the store in PostgreSQL, there are files alone.
+    assert checks.check_disk(replace(SOUND, filesystem="nfs4"), NEEDS, 0, 8, sqlite=False).state == "ok"
 
 
 @pytest.mark.parametrize(

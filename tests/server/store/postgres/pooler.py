@@ -1,9 +1,7 @@
 """PgBouncer in front of a server: it lends two connections, by the transaction, and forgets what a session set."""
 
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.pem import Pem
+from tests.ports import free_port, wait_until_open
 from tests.postgres import PostgresServer, database_of, unprivileged
 
 SECONDS = 30
@@ -33,9 +32,7 @@ def pooler(server: PostgresServer, pem: Pem | None = None) -> Iterator[Pooler]:
     pgbouncer = shutil.which("pgbouncer")
     if pgbouncer is None:
         pytest.skip("pgbouncer is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+    port = free_port()
     folder = server.folder / f"pooler-{port}"
     folder.mkdir()
     settings = {
@@ -67,19 +64,3 @@ def pooler(server: PostgresServer, pem: Pem | None = None) -> Iterator[Pooler]:
         process.kill()
         process.wait(SECONDS)
         shutil.rmtree(folder)
-
-
-def wait_until_open(port: int, process: "subprocess.Popen[bytes]") -> None:
-    """Wait until somebody listens on the port. Raises AssertionError if the process ends before."""
-    deadline = time.monotonic() + SECONDS
-    while True:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except ConnectionRefusedError:
-            try:
-                process.wait(0.05)
-            except subprocess.TimeoutExpired:
-                continue

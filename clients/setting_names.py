@@ -114,6 +114,7 @@ SETTINGS = frozenset(
         "policy.mismatch_limit",
         "policy.start_from",
         "policy.train",
+        "policy_url",
         "poll_seconds",
         "port",
         "ppo",

@@ -19,6 +19,7 @@ from server.shared.errors import DataDirectoryError, ServiceError
 from server.shared.loopback import is_loopback
 from server.shared.model.dtype import DtypeName, resolve_dtype
 from server.shared.open_files import allow_open_files
+from server.store.files.sharing import fetch, locally, share_all
 from server.store.store_thread import StoreThread
 from server.telemetry.metrics_http import MetricsServer
 
@@ -76,8 +77,11 @@ async def _serve(
     start = await store(
         lambda store: store.policies.reference() if settings.serve_adapters else store.policies.origin()
     )
+    if start:
+        await asyncio.to_thread(locally, settings.data_dir, partial(fetch, version=start))
     directory = await asyncio.to_thread(_prepare, settings, dtype.name, start, say)
     await store(lambda store: store.policies.register_reference())
+    await asyncio.to_thread(locally, settings.data_dir, share_all)
     say(f"starting the engine, which computes in {dtype}")
     # Always start with the same version: compiled code is cached by the model's path. The active one is swapped in.
     engine = make_engine(settings, dtype.name, directory)

@@ -17,6 +17,7 @@ from server.reference.reference import prepare_reference, same_model
 from server.shared.errors import DataDirectoryError, FailedPreconditionError, ManifestError
 from server.shared.model.dtype import resolve_dtype
 from server.store.files.manifest import read_manifest, verify
+from server.store.files.sharing import share
 from server.store.learning.records import Lease
 from server.store.store import Store
 
@@ -62,6 +63,7 @@ def _rebase(
     version = store.policies.last_served(origin) or origin
     if version != origin:
         verify(settings.data_dir / "policies" / version)
+    share(store, settings.data_dir, "policies", origin, fence=lease)
     with store.transaction():
         # Registering it again changes nothing.
         store.policies.register(

@@ -25,6 +25,7 @@ from server.shared.errors import FailedPreconditionError, InvalidArgumentError, 
 from server.shared.model.dtype import DtypeName, resolve_dtype, torch_dtype
 from server.shared.model.load import UntrustedCodeError, load_model
 from server.store.files.manifest import verify
+from server.store.files.sharing import fetch_all
 from server.store.store import Store
 
 LOOPBACK = "127.0.0.1"
@@ -85,6 +86,7 @@ class Scorer:
         registered = self._store.reward_models.newest(reference) if reference else None
         if registered is None:
             raise FailedPreconditionError("NO_REWARD_MODEL", "There is no reward model yet: run a round first.")
+        fetch_all(self._store, self._data_dir)
         if self._loaded is None or self._loaded[0] != registered.version:
             directory = self._data_dir / "reward_models" / registered.version
             verify(directory)

@@ -77,7 +77,7 @@ def begin(
     stages.console.print(str(plan), highlight=False)
     policy = settings.policy.model_copy(update={"checkpoint_activations": "on" if plan.checkpoint else "off"})
     settings = settings.model_copy(update={"policy": policy})
-    stored = settings.model_dump(mode="json", exclude={"data_dir", "store_url"})
+    stored = settings.model_dump(mode="json", exclude={"data_dir", "store_url", "policy_url"})
     begun = store.rounds.create(
         snapshot.watermark,
         stored,

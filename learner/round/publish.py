@@ -9,6 +9,7 @@ from learner.round.review.canary import begin_canary
 from learner.round.workspace import Workspace
 from server.shared.errors import ConflictError
 from server.store.files.manifest import copy_tokenizer, made_from, new_version, verify
+from server.store.files.sharing import share
 from server.store.store import Store
 
 
@@ -36,6 +37,7 @@ def publish(work: Workspace, verdict: Verdict) -> str:
                 if kind == "full":
                     copy_tokenizer(work.reference_directory, new)
         verify(directory)
+        share(work.store, work.settings.data_dir, "policies", version, fence=work.lease)
     work.store.policies.register(
         version,
         kind=kind,

@@ -58,5 +58,5 @@ def change_dtype(store: Store, lease: Lease, current: Round, settings: LearnerSe
         + ("; training starts over" if starts_over else ""),
         highlight=False,
     )
-    stored = settings.model_dump(mode="json", exclude={"data_dir", "store_url"})
+    stored = settings.model_dump(mode="json", exclude={"data_dir", "store_url", "policy_url"})
     return store.rounds.update(current.id, settings=stored, fence=lease)

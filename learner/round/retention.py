@@ -6,15 +6,12 @@ version is first marked, then deleted. Once marked it cannot be activated, and i
 next one deletes the directory.
 """
 
-import shutil
 from pathlib import Path
 
 from server.shared.failpoints import failpoint
+from server.store.files.sharing import remove_pruned, sweep_storage
 from server.store.learning.records import Lease
 from server.store.store import Store
-
-# Folders of a version's weights and of what a server derived from them, now and in the first releases.
-FOLDERS = ("policies", "merged/bfloat16", "merged/float32", "merged")
 
 
 def prune(store: Store, data_dir: Path, keep_versions: int, *, fence: Lease) -> list[str]:
@@ -26,8 +23,6 @@ def prune(store: Store, data_dir: Path, keep_versions: int, *, fence: Lease) -> 
     spare = [policy.version for policy in whole if policy.state != "active" and policy.version not in needed]
     pruned = [version for version in spare[keep_versions:] if store.policies.prune(version, fence=fence)]
     failpoint("prune")
-    for policy in store.policies.page():
-        if policy.prune_time is not None:
-            for folder in FOLDERS:
-                shutil.rmtree(data_dir / folder / policy.version, ignore_errors=True)
+    remove_pruned(store, data_dir)
+    sweep_storage(store)
     return pruned

@@ -22,6 +22,7 @@ from learner.round.workspace import Workspace
 from learner.settings import LearnerSettings
 from server.shared.model.dtype import resolve_dtype
 from server.store.chats.records import Snapshot
+from server.store.files.sharing import fetch_all, share_all
 from server.store.learning.records import Lease, Round, RoundKind
 from server.store.store import Store
 
@@ -39,6 +40,8 @@ def run_once(settings: LearnerSettings, stages: Stages, *, wait: bool = False, k
         with learner_lease(store, settings.data_dir, settings.lease_seconds, wait=wait) as lease:
             if lease is None:
                 return Report("nothing", "Another learner is running on this data directory; nothing was done.")
+            share_all(store, settings.data_dir)
+            fetch_all(store, settings.data_dir)
             report = _run_or_resume(store, lease, settings, stages, kind)
             prune(store, settings.data_dir, settings.keep_versions, fence=lease)
             return report

@@ -268,7 +268,8 @@ def free_version(store: Store, data_dir: Path, folder: str, prefix: str) -> str:
     on_disk = [p.name for p in (data_dir / folder).glob(f"{prefix}[0-9]*")]
     stopped = store.rounds.running()
     reserved = [stopped.policy_version] if folder == "policies" and stopped and stopped.policy_version else []
-    taken = [int(name.removeprefix(prefix)) for name in (*registered, *on_disk, *reserved)]
+    shared_ones = store.shared_versions.versions("policies" if folder == "policies" else "reward_models")
+    taken = [int(name.removeprefix(prefix)) for name in (*registered, *on_disk, *reserved, *shared_ones)]
     return f"{prefix}{max(taken, default=0) + 1:04d}"
 
 

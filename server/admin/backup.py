@@ -15,6 +15,7 @@ from pathlib import Path
 
 from server.shared.errors import DatabaseError, DataDirectoryError, ManifestError
 from server.store.files.manifest import new_directory, verify
+from server.store.files.sharing import fetch_all
 from server.store.store import Store
 
 UNDER_WAY = "It was in progress when this backup was made."
@@ -30,6 +31,7 @@ def back_up(data_dir: Path, destination: Path) -> list[str]:
         raise DataDirectoryError(f"{str(destination)!r} exists already; a backup never overwrites anything.")
     with closing(Store.open(data_dir)) as store:
         try:
+            fetch_all(store, data_dir)
             with new_directory(destination) as staging:
                 damaged = _copy(store, data_dir, staging)
         except (OSError, DatabaseError) as error:

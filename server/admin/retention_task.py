@@ -6,6 +6,7 @@ from pathlib import Path
 
 from server.shared.errors import DatabaseError
 from server.store.files.residue import erase
+from server.store.files.sharing import locally, remove_pruned
 from server.store.store_thread import StoreThread
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class RetentionTask:
         return emptied
 
     async def tidy(self) -> None:
-        """Delete old conversations and remove what deletions left. Call it every hour."""
+        """Delete old conversations, and remove what deletions and pruned versions left. Call it every hour."""
         days = self._retention_days
         while days and await self._store(lambda store: store.deletion.expire(days)):
             pass
@@ -46,3 +47,4 @@ class RetentionTask:
         if not small and await self._store(lambda store: store.deletion.rewrite_due() > 0):
             log.warning("the database is too large to rewrite while serving: stop the server and run `server compact`")
         await self.erase(rewrite=small)
+        await asyncio.to_thread(locally, self._data_dir, remove_pruned)

@@ -10,9 +10,9 @@ import threading
 from typing import Literal, get_args
 
 VARIABLE = "PREFLOOP_FAILPOINT"
-# Around a commit, before an fsync, around a rename, before old weights are removed, in the middle of a swap, before a
-# step of the engine.
-Failpoint = Literal["commit", "committed", "fsync", "rename", "renamed", "prune", "exchange", "step"]
+# Around a commit, before an fsync, around a rename, before a file goes to shared storage, before old weights are
+# removed, in the middle of a swap, before a step of the engine.
+Failpoint = Literal["commit", "committed", "fsync", "rename", "renamed", "put", "prune", "exchange", "step"]
 FAILPOINTS: tuple[str, ...] = get_args(Failpoint)
 
 _passed = 0

@@ -28,6 +28,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "pointer_events": ("seq",),
     "reward_models": ("rowid",),
     "rounds": ("rowid",),
+    "shared_versions": ("folder", "version"),
     "leases": ("name",),
     "round_votes": ("round_id", "feedback_id"),
     "keys": ("rowid",),

@@ -580,3 +580,20 @@ def m024_last_looks(db: Database) -> None:
 def m025_stops_of_reviews(db: Database) -> None:
     """The stop sequences of the prompt that a pair answers."""
     _run(db, "ALTER TABLE reviews ADD COLUMN stop TEXT NOT NULL DEFAULT '[]'")
+
+
+@migrations()
+def m026_shared_versions(db: Database) -> None:
+    """Where versions are in shared storage, and the sums of their manifests."""
+    _run(
+        db,
+        """
+        CREATE TABLE shared_versions (
+            folder TEXT NOT NULL CHECK (folder IN ('policies', 'reward_models')),
+            version TEXT NOT NULL,
+            object TEXT NOT NULL,
+            manifest_sha256 TEXT NOT NULL,
+            PRIMARY KEY (folder, version)
+        ) STRICT, WITHOUT ROWID;
+        """,
+    )

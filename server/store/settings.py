@@ -1,4 +1,4 @@
-"""Where the store is. A setting of the process, since every part of it opens the same store."""
+"""Where the store and the shared versions are. Settings of the process, since every part of it uses the same."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from server.shared.settings_base import SettingsBase
 
 
 class StoreSettings(SettingsBase):
-    """What `Store.open` reads, and the settings of server and learner have, too."""
+    """What `Store.open` and `server.store.files.sharing` read, and the settings of server and learner have, too."""
 
     store_url: Annotated[
         SecretStr,
@@ -17,3 +17,10 @@ class StoreSettings(SettingsBase):
             "directory: for several servers. Not as a flag, since it may have a password."
         ),
     ] = SecretStr("")
+    policy_url: Annotated[
+        str,
+        Field(
+            description="Where servers and learners share versions: `s3://bucket/prefix`, with AWS_* variables, or "
+            "`file:///mnt/prefloop`. Each keeps a verified copy in its data directory."
+        ),
+    ] = ""

@@ -34,6 +34,7 @@ from server.store.learning.replicas import Replicas
 from server.store.learning.reward_models import RewardModels
 from server.store.learning.round_requests import RoundRequests
 from server.store.learning.rounds import Rounds
+from server.store.learning.shared_versions import SharedVersions
 from server.store.settings import StoreSettings
 from server.store.sqlite.database import DATABASE, SqliteDatabase, peek
 
@@ -47,6 +48,7 @@ class Store:
         self.reward_models = RewardModels(database)
         self.rounds = Rounds(database, self.policies)
         self.replicas = Replicas(database)
+        self.shared_versions = SharedVersions(database)
         self.leases = Leases(database)
         self.lineage = Lineage(database)
         self.canaries = Canaries(database, self.lineage)

@@ -11,11 +11,13 @@ import asyncio
 import logging
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from server.engine.base import ServingEngine, SwapError
-from server.shared.errors import FailedPreconditionError, ManifestError
+from server.shared.errors import FailedPreconditionError, ManifestError, UnavailableError
 from server.store.files.manifest import made_from
+from server.store.files.sharing import fetch, locally, shared_storage
 from server.store.learning.records import PolicyVersion
 from server.store.store import Store
 from server.store.store_thread import StoreThread
@@ -73,9 +75,13 @@ class Follower:
             if active == self._engine.version:
                 return returned
             try:
-                directory = await asyncio.to_thread(self._engine.locate, self._data_dir, active)
+                directory = await self._locate(active)
                 await self._engine.swap(active, directory)
                 SWAPS.labels("done").inc()
+            except UnavailableError as error:
+                # The version is not to blame: it is tried again.
+                log.warning("%s stays loaded: %s", self._engine.version, error)
+                self._error = f"{active}: {error}"
             except (ManifestError, SwapError, OSError, TimeoutError) as error:
                 reason, loaded = str(error) or type(error).__name__, self._engine.version
                 log.error("%s cannot be served; %s stays loaded: %s", active, loaded, reason)
@@ -94,7 +100,7 @@ class Follower:
         if not known:
             raise FailedPreconditionError("OTHER_MODEL", await self._other_model(policy))
         try:
-            await asyncio.to_thread(self._engine.locate, self._data_dir, version)
+            await self._locate(version)
         except (ManifestError, OSError) as error:
             raise FailedPreconditionError("POLICY_UNLOADABLE", str(error)) from error
         await self._store(move_pointer)
@@ -103,6 +109,18 @@ class Follower:
         await self.report()
         if self._engine.version != version:
             raise FailedPreconditionError("POLICY_UNLOADABLE", self._error or f"{version} has been replaced since.")
+
+    async def _locate(self, version: str) -> Path:
+        """The directory to load a version from, fetched from shared storage if it is not here, and once more if what is
+        here is damaged. Raises ManifestError, OSError and UnavailableError."""
+        await asyncio.to_thread(locally, self._data_dir, partial(fetch, version=version))
+        try:
+            return await asyncio.to_thread(self._engine.locate, self._data_dir, version)
+        except ManifestError:
+            if not shared_storage():
+                raise
+            await asyncio.to_thread(locally, self._data_dir, partial(fetch, version=version, again=True))
+            return await asyncio.to_thread(self._engine.locate, self._data_dir, version)
 
     def _look_up(self, store: Store, version: str) -> tuple[PolicyVersion, bool]:
         """A version, and whether it can be loaded."""
@@ -146,7 +164,7 @@ class Follower:
 
     async def keep_live(self, version: str) -> None:
         """Make `version` answer beside the active one, if the engine supports it."""
-        await self._engine.keep_live(version, await asyncio.to_thread(self._engine.locate, self._data_dir, version))
+        await self._engine.keep_live(version, await self._locate(version))
 
     async def close(self) -> None:
         """Remove this server from the store's replicas."""

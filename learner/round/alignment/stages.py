@@ -23,6 +23,7 @@ from learner.round.review.active_pairs import offer_active_pairs
 from learner.round.start import compare_engine
 from learner.round.workspace import Workspace, spread
 from server.store.files.manifest import new_version, verify
+from server.store.files.sharing import share
 from server.store.learning.round_metrics import RewardModelMetrics, RoundMetrics, VoterWeights
 
 
@@ -96,6 +97,7 @@ def fit_reward_model(
         with new_version(directory, kind="full", reference_version=reference, info={"round_id": work.round.id}) as new:
             model.save(new)
     verify(directory)
+    share(work.store, work.settings.data_dir, "reward_models", version, fence=work.lease)
     figures = RewardModelMetrics(
         **asdict(held_out),
         temperature_effect=model.temperature,

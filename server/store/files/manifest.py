@@ -92,6 +92,16 @@ def verify(directory: Path) -> Manifest:
     return manifest
 
 
+def manifest_sha256(directory: Path) -> str:
+    """The SHA-256 of the manifest, which stands for the whole version."""
+    return _sha256(directory / MANIFEST)
+
+
+def same(directory: Path, sha256: str) -> bool:
+    """Whether this directory has the manifest with this SHA-256."""
+    return (directory / MANIFEST).exists() and manifest_sha256(directory) == sha256
+
+
 def made_from(reference: Path) -> str:
     """The model that a reference was made from, as `--model` takes it; the reference's name if that is not known."""
     try:
@@ -130,12 +140,12 @@ def publish(staging: Path, final: Path) -> None:
     if final.exists():
         raise FileExistsError(f"{final} is already published.")
     for name in [*_files(staging), *([MANIFEST] if (staging / MANIFEST).exists() else [])]:
-        _sync(staging / name)
-    _sync(staging)
+        sync(staging / name)
+    sync(staging)
     failpoint("rename")
     staging.rename(final)
     failpoint("renamed")
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def new_staging(final: Path) -> Path:
@@ -167,7 +177,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         failpoint("fsync")

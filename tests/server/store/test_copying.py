@@ -13,6 +13,7 @@ from server.store import copying
 from server.store.chats.machine_choices import Asked
 from server.store.copying import LEFT_OUT, TABLES, Copied
 from server.store.learning.imports import ImportedPreference
+from server.store.learning.shared_versions import Shared
 from server.store.postgres.database import PostgresDatabase
 from server.store.store import Store
 from tests.postgres import PostgresServer
@@ -47,6 +48,7 @@ def fill(store: Store) -> None:
     store.lineage.set_round_votes(round_.id, [(given[0].id, "train")], fence=lease)
     store.reward_models.register("r0001", reference_version="v0000", round_id=round_.id, metrics={"accuracy": 0.5})
     store.rounds.finish(round_.id, "rejected", reason="no better", fence=lease)
+    store.shared_versions.claim("policies", "v0001", Shared("policies/v0001-ab", "cd" * 32), fence=lease)
     store.keys.create("ann", "operator")
     store.quarantine.set("ann", actor="bob", reason="too fast")
     store.round_requests.listen("here", None)

@@ -20,6 +20,8 @@ IDS_PER_QUERY = 500
 class Database(Protocol):
     """One connection, for one thread at a time. Every method raises DatabaseError if the database fails."""
 
+    SIDE_BY_SIDE: bool
+    """Whether groups of different users' work can go on at the same time; see `group`."""
     NOW: str
     """SQL: seconds since 1970, with fractions."""
     AMONG: str

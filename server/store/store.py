@@ -98,6 +98,11 @@ class Store:
             return _postgres().peek(url, ACTIVE_ORIGIN)  # type: ignore[no-any-return]
         return peek(data_dir / DATABASE, ACTIVE_ORIGIN) or peek(data_dir / DATABASE, ACTIVE_REFERENCE)
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether several connections may write different users' data at the same time."""
+        return self._db.SIDE_BY_SIDE
+
     def transaction(self) -> AbstractContextManager[None]:
         """Everything written inside becomes durable together or not at all."""
         return self._db.write()

@@ -1,7 +1,9 @@
-"""The store on separate threads, so that SQLite never blocks the event loop.
+"""The store on separate threads, so that a database never blocks the event loop.
 
-One thread runs all work in order. Another runs reads that may be long, of a conversation or a list, so that votes do
-not wait for them; a read starts after all earlier work, so that callers see what they and others did.
+One thread runs all writes in order. Where the database lets users' data be written side by side, there are several, and
+each does the work of its share of the users in order; the first also does what is of no single user. Another runs reads
+that may be long, of a conversation or a list, so that votes do not wait for them; a read starts after all earlier work,
+so that callers see what they and others did.
 
 Work that arrives during a commit shares the next one: under load one commit serves many calls. When many calls come at
 once, the next commit waits a moment for more of them.
@@ -12,11 +14,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from zlib import crc32
 
 from server.store.store import Store
 
 # A commit costs as much as several votes. After a group of MANY calls, more are likely to come.
 MANY, LINGER_SECONDS = 8, 0.008
+# Where writes go on side by side: most of a vote's time is waiting for the database.
+WRITERS = 4
 
 T = TypeVar("T")
 Work = Callable[[Store], Any]
@@ -26,27 +31,22 @@ class StoreThread:
     """`await store(lambda store: store.feedback.submit_thumb(...))`. Calls run one by one; `read` runs beside them."""
 
     def __init__(self, data_dir: Path) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._store = self._executor.submit(Store.open, data_dir).result()
+        first = _Writer(data_dir)
+        others = WRITERS - 1 if first.store.side_by_side else 0
+        self._writers = [first, *(_Writer(data_dir) for _ in range(others))]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._reading = self._reader.submit(Store.open, data_dir).result()
-        self._waiting: list[tuple[Work, str | None, asyncio.Future[Any]]] = []
-        self._running: asyncio.Task[None] | None = None
-        self._last_group = 0
 
     async def __call__(self, work: Callable[[Store], T], user: str | None = None) -> T:
         """Run `work`, and return its result once it is on disk. If the caller is cancelled, the work is still done.
 
         With `user`, it depends on that user's data alone and changes nothing else; see `Database.group`."""
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append((work, user, done))
-        if self._running is None:
-            self._running = asyncio.create_task(self._run())
-        return await done
+        share = crc32(user.encode()) % len(self._writers) if user else 0
+        return await self._writers[share].run(work, user)
 
     async def read(self, work: Callable[[Store], T]) -> T:
         """Run `work`, which must not write, after all earlier work is on disk, and return its result."""
-        await self(lambda store: None)
+        await asyncio.gather(*(writer.run(lambda store: None, "") for writer in self._writers))
 
         def as_of_now() -> T:
             with self._reading.reading():
@@ -56,12 +56,37 @@ class StoreThread:
 
     async def close(self) -> None:
         """Close after all earlier work; later calls raise RuntimeError."""
+        await asyncio.gather(*(writer.ended() for writer in self._writers))
+        await asyncio.get_running_loop().run_in_executor(self._reader, self._reading.close)
+        self._reader.shutdown()
+        for writer in self._writers:
+            await writer.close()
+
+
+class _Writer:
+    """A thread with a connection; its calls run one by one, in groups that share a commit."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self.store = self._executor.submit(Store.open, data_dir).result()
+        self._waiting: list[tuple[Work, str | None, asyncio.Future[Any]]] = []
+        self._running: asyncio.Task[None] | None = None
+        self._last_group = 0
+
+    async def run(self, work: Callable[[Store], T], user: str | None) -> T:
+        """See `StoreThread.__call__`. With an empty `user` the work writes nothing."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((work, user, done))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await done
+
+    async def ended(self) -> None:
         if self._running:
             await self._running
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._reader, self._reading.close)
-        self._reader.shutdown()
-        await loop.run_in_executor(self._executor, self._store.close)
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, self.store.close)
         self._executor.shutdown()
 
     async def _run(self) -> None:
@@ -87,11 +112,10 @@ class StoreThread:
 
     def _group(self, works: list[Work], users: list[str | None]) -> list[tuple[Any, Exception | None]]:
         outcomes: list[tuple[Any, Exception | None]] = []
-        known = {user for user in users if user is not None}
-        with self._store.group(None if None in users else known):
+        with self.store.group(None if None in users else {user for user in users if user}):
             for work in works:
                 try:
-                    outcomes.append((work(self._store), None))
+                    outcomes.append((work(self.store), None))
                 except Exception as error:
                     outcomes.append((None, error))
         return outcomes

@@ -55,6 +55,7 @@ def translated(error: psycopg.Error) -> DatabaseError:
 class PostgresDatabase(Transactions):
     """A migrated database. Raises DataDirectoryError if it cannot be used."""
 
+    SIDE_BY_SIDE = True
     NOW = "extract(epoch FROM clock_timestamp())::float8"
     AMONG = "user IN (SELECT json_array_elements_text(?::json))"
     DAY = "CAST(floor(create_time / 86400) AS BIGINT)"

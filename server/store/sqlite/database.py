@@ -95,6 +95,7 @@ def _make_private(path: Path) -> None:
 class SqliteDatabase(Transactions):
     """A migrated database file. Raises DataDirectoryError if the file cannot be used."""
 
+    SIDE_BY_SIDE = False
     NOW = "unixepoch('subsec')"
     AMONG = "user IN (SELECT value FROM json_each(?))"
     DAY = "CAST(create_time / 86400 AS INTEGER)"

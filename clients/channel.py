@@ -1,6 +1,6 @@
 """gRPC channels: keepalive that a standard gRPC server accepts, quick reconnects, and one or several servers.
 
-Several are "host:port,host:port", with IP addresses, or "dns:///name:port", a name with several addresses. Calls go to
+Several are "dns:///name:port", a name with several addresses, or on loopback "ip:port,ip:port". Calls go to
 those in turn that can be reached and say that they serve. gRPC gets no retry policy; `clients.retries` retries calls,
 so that one whose server went away is answered by another.
 """
@@ -94,9 +94,12 @@ def open_async_channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel
 
 
 def channel_credentials(address: str, tls: Tls | None) -> grpc.ChannelCredentials | None:
-    """The credentials for an encrypted connection; None for an unencrypted one."""
+    """The credentials for an encrypted connection; None for an unencrypted one. Raises ValueError for an encrypted one
+    to a list of addresses: there is no one name that a certificate could have."""
     if tls is None and on_loopback(address):
         return None
+    if "," in address:
+        raise ValueError(f"{address}: encrypted, several servers need one name for all, as {NAME}chat.example.org:443.")
     tls = tls or Tls()
     return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
 

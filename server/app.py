@@ -197,7 +197,8 @@ class App:
         return bool(self._told)
 
     async def _fail_interrupted(self) -> None:
-        await self._store(lambda store: store.responses.fail_interrupted(self._replica_id))
+        writing = self._turns.writing
+        await self._store(lambda store: store.responses.fail_interrupted(self._replica_id, writing=writing))
 
     def _repeat(self, work: Callable[[], Awaitable[object]], seconds: float, complaint: str) -> None:
         self._tasks.append(asyncio.create_task(repeat_until_cancelled(work, seconds, complaint)))

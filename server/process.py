@@ -19,7 +19,7 @@ from server.shared.errors import DataDirectoryError, ServiceError
 from server.shared.loopback import is_loopback
 from server.shared.model.dtype import DtypeName, resolve_dtype
 from server.shared.open_files import allow_open_files
-from server.store.files.sharing import fetch, locally, share_all
+from server.store.files.sharing import fetch, locally, share, share_all
 from server.store.store_thread import StoreThread
 from server.telemetry.metrics_http import MetricsServer
 
@@ -80,6 +80,9 @@ async def _serve(
     if start:
         await asyncio.to_thread(locally, settings.data_dir, partial(fetch, version=start))
     directory = await asyncio.to_thread(_prepare, settings, dtype.name, start, say)
+    if not start:
+        # In shared storage before the store says that it exists.
+        await asyncio.to_thread(locally, settings.data_dir, partial(share, folder="policies", version=directory.name))
     await store(lambda store: store.policies.register_reference())
     await asyncio.to_thread(locally, settings.data_dir, share_all)
     say(f"starting the engine, which computes in {dtype}")

@@ -50,6 +50,7 @@ def _copy(store: Store, data_dir: Path, staging: Path) -> list[str]:
             if round_ := copy.rounds.running():
                 copy.rounds.finish(round_.id, "failed", reason=UNDER_WAY)
             copy.round_requests.withdraw(UNDER_WAY)
+            copy.shared_versions.forget_identity()
         if needed <= tried.keys():
             return [tried[version] for version in sorted(needed) if tried[version]]
 

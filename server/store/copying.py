@@ -1,8 +1,9 @@
 """Copies a store from one database to another, row by row, with every row's number.
 
 What the target has already must be the beginning of what there is to copy: so a copy that was stopped goes on, and one
-into another store is refused. At the end both sides are read again and compared, table by table. Heartbeats are left
-out: nobody serves from a copy yet.
+into another store is refused. At the end both sides are read again and compared, table by table. Left out are
+heartbeats, since nobody serves from a copy yet, and the name in shared storage, since what the original has put there
+is not the copy's to remove.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "imports": ("id",),
     "imported_preferences": ("id",),
 }
-LEFT_OUT = ("replicas", "listeners")
+LEFT_OUT = ("replicas", "listeners", "identity")
 PAGE = 1_000
 
 

@@ -75,8 +75,8 @@ class Database(Protocol):
         """Seconds since 1970 by the database's clock."""
         ...
 
-    def rewrite(self) -> None:
-        """Remove what deleted rows left in the files. Writers may have to wait."""
+    def rewrite(self) -> bool:
+        """Remove what deleted rows left in the files; False if that is not possible now. Writers may have to wait."""
         ...
 
     def empty_log(self) -> bool:

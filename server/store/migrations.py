@@ -584,7 +584,7 @@ def m025_stops_of_reviews(db: Database) -> None:
 
 @migrations()
 def m026_shared_versions(db: Database) -> None:
-    """Where versions are in shared storage, and the sums of their manifests."""
+    """Where versions are in shared storage, the sums of their manifests, and this store's own name there."""
     _run(
         db,
         """
@@ -595,5 +595,9 @@ def m026_shared_versions(db: Database) -> None:
             manifest_sha256 TEXT NOT NULL,
             PRIMARY KEY (folder, version)
         ) STRICT, WITHOUT ROWID;
+        CREATE TABLE identity (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            name TEXT NOT NULL
+        ) STRICT;
         """,
     )

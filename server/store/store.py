@@ -151,7 +151,8 @@ class Store:
         if another process keeps reading: deleted content may still be in the log."""
         due = self.deletion.rewrite_due() if rewrite else 0
         if due:
-            self._db.rewrite()
+            if not self._db.rewrite():
+                return False
             self.deletion.rewritten(due)
         return self._db.empty_log()
 

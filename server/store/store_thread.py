@@ -10,7 +10,7 @@ once, the next commit waits a moment for more of them.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,12 +41,15 @@ class StoreThread:
         """Run `work`, and return its result once it is on disk. If the caller is cancelled, the work is still done.
 
         With `user`, it depends on that user's data alone and changes nothing else; see `Database.group`."""
-        share = crc32(user.encode()) % len(self._writers) if user else 0
-        return await self._writers[share].run(work, user)
+        if user is not None:
+            return await self._writers[crc32(user.encode()) % len(self._writers)].run(work, user)
+        # After all that was asked before, whoever does it.
+        before = [writer.enqueue(lambda store: None, "") for writer in self._writers[1:] if writer.busy]
+        return await self._writers[0].run(work, user, before)
 
     async def read(self, work: Callable[[Store], T]) -> T:
         """Run `work`, which must not write, after all earlier work is on disk, and return its result."""
-        await asyncio.gather(*(writer.run(lambda store: None, "") for writer in self._writers))
+        await asyncio.gather(*(writer.enqueue(lambda store: None, "") for writer in self._writers if writer.busy))
 
         def as_of_now() -> T:
             with self._reading.reading():
@@ -70,16 +73,28 @@ class _Writer:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
         self.store = self._executor.submit(Store.open, data_dir).result()
         self._waiting: list[tuple[Work, str | None, asyncio.Future[Any]]] = []
+        self._before: list[asyncio.Future[Any]] = []
         self._running: asyncio.Task[None] | None = None
         self._last_group = 0
 
-    async def run(self, work: Callable[[Store], T], user: str | None) -> T:
-        """See `StoreThread.__call__`. With an empty `user` the work writes nothing."""
+    @property
+    def busy(self) -> bool:
+        return self._running is not None
+
+    async def run(self, work: Callable[[Store], T], user: str | None, before: Sequence[asyncio.Future[Any]] = ()) -> T:
+        """See `StoreThread.__call__`. With an empty `user` the work writes nothing. It begins after `before`."""
+        return await self.enqueue(work, user, before)
+
+    def enqueue(
+        self, work: Callable[[Store], T], user: str | None, before: Sequence[asyncio.Future[Any]] = ()
+    ) -> asyncio.Future[T]:
+        """The same, without waiting for its end."""
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append((work, user, done))
+        self._before.extend(before)
         if self._running is None:
             self._running = asyncio.create_task(self._run())
-        return await done
+        return done
 
     async def ended(self) -> None:
         if self._running:
@@ -93,7 +108,9 @@ class _Writer:
         while self._waiting:
             if self._last_group >= MANY:
                 await asyncio.sleep(LINGER_SECONDS)
-            calls, self._waiting = self._waiting, []
+            calls, self._waiting, before, self._before = self._waiting, [], self._before, []
+            if before:
+                await asyncio.wait(before)
             self._last_group = len(calls)
             works, users = [work for work, _, _ in calls], [user for _, user, _ in calls]
             try:

@@ -5,13 +5,14 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from server.shared.errors import DatabaseError
 from server.shared.failpoints import failpoint
 
 
 class Transactions(ABC):
     """`write` and `group` of `server.store.database.Database`, for a connection that says how a transaction begins."""
 
-    _writing = _grouped = False
+    _writing = _grouped = _begun = False
     _lost: BaseException | None = None
     # Whose data alone the group depends on; None: anything.
     _users: Collection[str] | None = None
@@ -47,44 +48,59 @@ class Transactions(ABC):
     def group(self, users: Collection[str] | None = None) -> Iterator[None]:
         """Each `write` inside is still atomic, but all become durable by one commit at the end.
 
-        Raises if that commit fails; then none of them was stored.
+        Raises if that commit fails, or the transaction was lost before; then none of them was stored.
         """
-        self._grouped, self._users, self._lost = True, users, None
+        self._grouped, self._users, self._lost, self._begun = True, users, None, False
         try:
             yield
-            if self._lost:
-                raise self._lost
-            if self._in_transaction():
+            self._check_whole()
+            if self._begun:
                 failpoint("commit")
                 self._commit()
                 failpoint("committed")
-        except BaseException:
-            self._rollback()
-            raise
         finally:
+            self._rollback()
             self._grouped, self._users = False, None
 
     def _commit(self) -> None:
         self.execute("COMMIT")
 
-    @contextmanager
-    def _savepoint(self) -> Iterator[None]:
+    def _check_whole(self) -> None:
+        """Raise if the group's transaction is gone, with its writes: after a full disk, or a lost connection."""
+        if self._lost is None and self._begun and not self._in_transaction():
+            self._lost = DatabaseError("The transaction was lost; nothing was stored.")
         if self._lost:
             raise self._lost
-        if not self._in_transaction():
-            self._begin()
-        self.execute("SAVEPOINT one")
+
+    @contextmanager
+    def _fatal(self) -> Iterator[None]:
+        """An error in the block fails the whole group."""
+        try:
+            yield
+        except BaseException as error:
+            self._lost = error
+            raise
+
+    @contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        self._check_whole()
+        with self._fatal():
+            if not self._begun:
+                self._begin()
+                self._begun = True
+            self.execute("SAVEPOINT one")
         self._writing = True
         try:
             yield
         except BaseException as error:
-            if self._in_transaction():
+            if not self._in_transaction():
+                self._lost = error
+                raise
+            with self._fatal():
                 self.execute("ROLLBACK TO one")
                 self.execute("RELEASE one")
-            else:
-                # For example a full disk, or a lost connection: the whole transaction is gone, with earlier writes.
-                self._lost = error
             raise
         finally:
             self._writing = False
-        self.execute("RELEASE one")
+        with self._fatal():
+            self.execute("RELEASE one")

@@ -47,6 +47,12 @@ class Answers:
         self._engine = engine
         self._settling: set[asyncio.Future[Any]] = set()
         self._user: str | None = None
+        self._writing: set[str] = set()
+
+    @property
+    def writing(self) -> frozenset[str]:
+        """The ids of answers that have begun and are not stored as ended yet."""
+        return frozenset(self._writing)
 
     def of(self, user: str) -> "Answers":
         """The same, for the answers of one user."""
@@ -63,15 +69,22 @@ class Answers:
         beginning = asyncio.create_task(self._store(begin, self._user))
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._settling.add(ended)
+        beginning.add_done_callback(self._began)
         try:
             yield await asyncio.shield(beginning)
         except BaseException as error:
             reason: Abandoned = "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
             self._settle(self._abandon(beginning, reason))
             raise
+        else:
+            self._writing.difference_update(beginning.result().response_ids)
         finally:
             self._settling.discard(ended)
             ended.set_result(None)
+
+    def _began(self, beginning: asyncio.Task[Begun]) -> None:
+        if not beginning.cancelled() and beginning.exception() is None:
+            self._writing.update(beginning.result().response_ids)
 
     async def sample(
         self,
@@ -147,4 +160,7 @@ class Answers:
         # If `begin` failed, there is nothing to end.
         if beginning.exception() is None:
             response_ids = beginning.result().response_ids
-            await self._store(lambda store: store.responses.abandon(response_ids, reason), self._user)
+            try:
+                await self._store(lambda store: store.responses.abandon(response_ids, reason), self._user)
+            finally:
+                self._writing.difference_update(response_ids)

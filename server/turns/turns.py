@@ -181,15 +181,21 @@ class Turns:
         """Delete a conversation once its current turn has ended, here or at another server. Raises NotFoundError."""
 
         def delete(store: Store) -> bool:
-            store.conversations.get(user, conversation_id)
-            if store.responses.elsewhere(self._replica_id, conversation_id):
-                return False
-            store.conversations.delete(user, conversation_id)
-            return True
+            with store.transaction():
+                store.conversations.get(user, conversation_id)
+                if store.responses.elsewhere(self._replica_id, conversation_id):
+                    return False
+                store.conversations.delete(user, conversation_id)
+                return True
 
         async with self._locks.hold(_turn_key(user, conversation_id)):
             while not await self._store(delete):
                 await asyncio.sleep(ELSEWHERE_SECONDS)
+
+    @property
+    def writing(self) -> frozenset[str]:
+        """The ids of the answers that are being written here."""
+        return self._answers.writing
 
     async def drain(self) -> None:
         """Return once every answer that was begun is on disk."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from server.engine.base import ServingEngine, SwapError
 from server.shared.errors import FailedPreconditionError, ManifestError, UnavailableError
 from server.store.files.manifest import made_from
-from server.store.files.sharing import fetch, locally, shared_storage
+from server.store.files.sharing import fetch, is_shared, locally
 from server.store.learning.records import PolicyVersion
 from server.store.store import Store
 from server.store.store_thread import StoreThread
@@ -117,7 +117,7 @@ class Follower:
         try:
             return await asyncio.to_thread(self._engine.locate, self._data_dir, version)
         except ManifestError:
-            if not shared_storage():
+            if not is_shared():
                 raise
             await asyncio.to_thread(locally, self._data_dir, partial(fetch, version=version, again=True))
             return await asyncio.to_thread(self._engine.locate, self._data_dir, version)

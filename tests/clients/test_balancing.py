@@ -9,7 +9,7 @@ import pytest
 from prefloop.v1.chat_pb2 import ChatDelta
 
 from clients import AsyncClient
-from clients.channel import channel_target, on_loopback
+from clients.channel import channel_target, on_loopback, open_channel
 from server.app import NOT_SERVING
 from tests.server.conftest import Running, running_server
 
@@ -68,3 +68,8 @@ def test_what_is_no_list_of_servers(address: str) -> None:
 def test_one_server_beyond_loopback_among_several_needs_encryption() -> None:
     assert on_loopback("127.0.0.1:1,127.0.0.2:2")
     assert not on_loopback("127.0.0.1:1,10.0.0.2:2")
+
+
+def test_an_encrypted_list_of_servers_is_refused_since_it_has_no_name() -> None:
+    with pytest.raises(ValueError, match=r"several servers need one name for all, as dns:///chat\.example\.org:443"):
+        open_channel("10.0.0.1:1,10.0.0.2:2")

@@ -20,7 +20,7 @@ from prefloop.v1 import chat_pb2, policy_pb2
 from transformers import AutoModelForCausalLM
 
 from learner.model.forward import run_trunk, to_tokens, token_logprobs
-from server.store.chats.responses import load_responses
+from server.store.chats.loading import load_responses
 from server.store.store import Store
 from tests.e2e.conftest import LiveServer, children, engine, live_server
 from tests.tiers import slow

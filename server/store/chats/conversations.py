@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from server.shared.errors import NotFoundError
+from server.store.chats.loading import load_comparisons, load_responses
 from server.store.chats.records import Conversation, ConversationKind, Turn
-from server.store.chats.responses import load_comparisons, load_responses
 from server.store.database import UNLIMITED, Database, Row, pages
 from server.store.deletion import Deletion
 from server.store.ids import new_id

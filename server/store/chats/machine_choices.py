@@ -5,8 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from server.store.chats.loading import load_comparisons
 from server.store.chats.records import Choice, Comparison
-from server.store.chats.responses import load_comparisons
 from server.store.database import UNLIMITED, Database
 
 # What a judge said of two answers in one order: the first or the second is better, neither, or nothing that could be

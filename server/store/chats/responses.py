@@ -1,17 +1,19 @@
 """Answers and comparisons, from beginning to end."""
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from server.shared.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
+from server.store.chats.loading import load_comparisons, load_responses
 from server.store.chats.records import Comparison, Generation, Place, Response, Slot, Span, Status
-from server.store.database import Database, Row, pages
+from server.store.database import Database
 from server.store.ids import new_id
 from server.store.learning.replicas import Replicas
-from server.store.packing import pack_floats, pack_ints, unpack_floats, unpack_ints
+from server.store.packing import pack_floats, pack_ints
 
+# After this, an answer that its server does not know was lost there: with the reply to a commit, for example.
+FORGOTTEN_SECONDS = 60.0
 # Status by finish reason; every other reason means finished.
 STATUS_OF: dict[str, Status] = {"cancelled": "cancelled", "error": "failed"}
 
@@ -136,17 +138,22 @@ class Responses:
         )
         return row is not None
 
-    def fail_interrupted(self, replica_id: str, *, starting: bool = False) -> int:
-        """Mark answers of servers that are no longer alive as failed, with `starting` also this server's own earlier
-        ones. Returns how many."""
-        alive = {replica.id for replica in self._replicas.alive()} - {replica_id}
-        # No server's id is empty.
-        alive.add("" if starting else replica_id)
+    def fail_interrupted(self, replica_id: str, *, starting: bool = False, writing: Collection[str] = ()) -> int:
+        """Mark answers as failed that nobody writes: of servers that are no longer alive, and of this one those that it
+        began a minute ago and is not `writing`, with `starting` all. Returns how many."""
+        fail = f"UPDATE responses SET status = 'failed', finish_reason = 'error', finish_time = {self._db.NOW} WHERE "
         with self._db.write():
-            return self._db.execute(
-                f"UPDATE responses SET status = 'failed', finish_reason = 'error', finish_time = {self._db.NOW} "
-                f"WHERE status = 'streaming' AND replica_id NOT IN ({', '.join('?' for _ in alive)})",
-                sorted(alive),
+            alive = {replica.id for replica in self._replicas.alive()} - {replica_id}
+            # No server's id is empty.
+            alive.add("" if starting else replica_id)
+            marks = ", ".join("?" for _ in alive)
+            gone = self._db.execute(f"{fail} status = 'streaming' AND replica_id NOT IN ({marks})", sorted(alive))
+            mine = self._db.rows(
+                "SELECT id FROM responses WHERE status = 'streaming' AND replica_id = ? AND create_time < ?",
+                [replica_id, self._db.now() - FORGOTTEN_SECONDS],
+            )
+            return gone + sum(
+                self._db.execute(f"{fail} id = ?", [row["id"]]) for row in mine if row["id"] not in writing
             )
 
     def get(self, user: str, response_id: str) -> Response:
@@ -288,63 +295,3 @@ def insert_turn(database: Database, conversation_id: str, message: str, place: P
     )
     database.execute("UPDATE conversations SET update_time = ? WHERE id = ?", [now, conversation_id])
     return seq
-
-
-def load_responses(database: Database, ids: Iterable[str | None]) -> dict[str, Response]:
-    """Those of the responses that exist, of any user, by id."""
-    found: dict[str, Response] = {}
-    for page in pages(ids):
-        marks = ", ".join("?" for _ in page)
-        spans: dict[str, list[Span]] = defaultdict(list)
-        for row in database.rows(f"SELECT * FROM spans WHERE response_id IN ({marks}) ORDER BY start", page):
-            spans[row["response_id"]].append(
-                Span(row["start"], row["end"], row["policy_version"], bool(row["stale_kv"]))
-            )
-        for row in database.rows(f"SELECT * FROM responses WHERE id IN ({marks})", page):
-            found[row["id"]] = _response(row, spans[row["id"]])
-    return found
-
-
-def load_comparisons(database: Database, ids: Iterable[str | None]) -> dict[str, Comparison]:
-    """Those of the comparisons that exist, of any user, by id."""
-    rows = [
-        row
-        for page in pages(ids)
-        for row in database.rows(f"SELECT * FROM comparisons WHERE id IN ({', '.join('?' for _ in page)})", page)
-    ]
-    responses = load_responses(database, (row[column] for row in rows for column in ("response_a", "response_b")))
-    return {
-        row["id"]: Comparison(
-            id=row["id"],
-            conversation_id=row["conversation_id"],
-            user=row["user"],
-            a=responses[row["response_a"]],
-            b=responses[row["response_b"]],
-            state=row["state"],
-            continued_with=row["continued_with"],
-            create_time=row["create_time"],
-        )
-        for row in rows
-    }
-
-
-def _response(row: Row, spans: list[Span]) -> Response:
-    return Response(
-        id=row["id"],
-        conversation_id=row["conversation_id"],
-        user=row["user"],
-        status=row["status"],
-        prompt_token_ids=unpack_ints(row["prompt_token_ids"]),
-        token_ids=unpack_ints(row["token_ids"]),
-        logprobs=unpack_floats(row["logprobs"]),
-        text=row["text"],
-        temperature=row["temperature"],
-        max_tokens=row["max_tokens"],
-        seed=row["seed"],
-        finish_reason=row["finish_reason"],
-        policy_version=row["policy_version"],
-        create_time=row["create_time"],
-        spans=spans,
-        chosen_by=row["chosen_by"],
-        stop=tuple(json.loads(row["stop"])),
-    )

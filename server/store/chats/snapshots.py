@@ -5,9 +5,9 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
+from server.store.chats.loading import load_comparisons, load_responses
 from server.store.chats.machine_choices import Asked, MachineChoices
 from server.store.chats.records import ChoiceVote, Correction, Demonstration, Prompt, Snapshot, ThumbVote
-from server.store.chats.responses import load_comparisons, load_responses
 from server.store.chats.reviews import review_key
 from server.store.database import UNLIMITED, Database, Row, pages
 from server.store.deletion import Deletion

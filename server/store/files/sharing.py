@@ -5,14 +5,15 @@ prepare the first reference, one replaces its own. A data directory's copy was v
 verified again when it is loaded.
 """
 
+import fcntl
 import logging
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.shared.errors import DataDirectoryError, ManifestError
+from server.shared.errors import DataDirectoryError, ManifestError, UnavailableError
 from server.store.files.manifest import same
 from server.store.learning.records import Lease
 from server.store.learning.shared_versions import Folder
@@ -30,7 +31,12 @@ LEFT_SECONDS = 24 * 3600.0
 DERIVED = ("policies", "merged/bfloat16", "merged/float32", "merged")
 
 
-def shared_storage() -> "Storage | None":
+def is_shared() -> bool:
+    """Whether the settings name a storage."""
+    return bool(StoreSettings.load().policy_url)
+
+
+def shared_storage(store: Store) -> "Storage | None":
     """The storage that the settings name. Raises DataDirectoryError if it cannot be used here."""
     url = StoreSettings.load().policy_url
     if not url:
@@ -39,13 +45,13 @@ def shared_storage() -> "Storage | None":
         from server.store.files.storage import Storage
     except ImportError as error:
         raise DataDirectoryError("policy_url needs the extra `storage`: pip install 'prefloop[storage]'.") from error
-    return Storage(url)
+    return Storage(url, store.shared_versions.identity())
 
 
 def share(store: Store, data_dir: Path, folder: Folder, version: str, *, fence: Lease | None = None) -> None:
     """Put a published version into shared storage; if it is there already, the data directory gets that one. Raises
     UnavailableError, and ConflictError if the lease went to another."""
-    storage = shared_storage()
+    storage = shared_storage(store)
     if storage is None:
         return
     directory = data_dir / folder / version
@@ -64,7 +70,7 @@ def share(store: Store, data_dir: Path, folder: Folder, version: str, *, fence: 
 def share_all(store: Store, data_dir: Path) -> None:
     """Put what is only in this data directory into shared storage, unless it is damaged, and get what others have made
     before. Raises UnavailableError."""
-    if shared_storage() is None:
+    if not is_shared():
         return
     for folder, version in _published(store):
         try:
@@ -86,7 +92,7 @@ def fetch(store: Store, data_dir: Path, version: str, *, again: bool = False) ->
 
 def locally(data_dir: Path, work: Callable[[Store, Path], None]) -> None:
     """Do one of these with a connection of its own, on any thread; nothing without shared storage."""
-    if shared_storage():
+    if is_shared():
         with closing(Store.open(data_dir)) as store:
             work(store, data_dir)
 
@@ -108,7 +114,7 @@ def remove_pruned(store: Store, data_dir: Path) -> None:
 def sweep_storage(store: Store) -> None:
     """Delete from shared storage what was pruned, and what uploads that were killed have left. For the learner's
     process, under its lease. Raises UnavailableError."""
-    storage = shared_storage()
+    storage = shared_storage(store)
     if storage is None:
         return
     for policy in store.policies.page():
@@ -128,10 +134,23 @@ def _published(store: Store) -> Iterable[tuple[Folder, str]]:
 
 
 def _fetch(store: Store, data_dir: Path, folder: Folder, version: str) -> None:
-    directory = data_dir / folder / version
-    if directory.exists():
+    directory, storage = data_dir / folder / version, shared_storage(store)
+    if storage is None or directory.exists():
         return
-    storage, known = shared_storage(), store.shared_versions.find(folder, version)
-    if storage and known:
+    with _alone(data_dir / folder):
+        if directory.exists():
+            return
+        known = store.shared_versions.find(folder, version)
+        if known is None:
+            raise UnavailableError(f"{version} is not in the shared storage yet.")
         log.info("fetching %s", version)
         storage.fetch(known, directory)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Server and learner of a machine may want the same version at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".fetching").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -26,11 +26,12 @@ PART = 16 * 2**20
 
 
 class Storage:
-    """The storage at a URL: `s3://bucket/prefix`, with credentials in AWS_* variables, or `file:///mnt/prefloop`. Every
-    method raises UnavailableError if the storage fails, or has something else than was uploaded."""
+    """The storage at a URL: `s3://bucket/prefix`, with credentials in AWS_* variables, or `file:///mnt/prefloop`. What
+    it writes and removes is below the name of the `owner`, a store. Every method raises UnavailableError if the storage
+    fails, or has something else than was uploaded."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, owner: str) -> None:
+        self._url, self._owner = url, owner
         # A folder's files are synced here; S3 has them on disk when it answers.
         self._folder = Path(url.removeprefix("file://")) if url.startswith("file://") else None
         if self._folder:
@@ -41,7 +42,7 @@ class Storage:
     def put(self, directory: Path) -> Shared:
         """Upload a published version."""
         manifest = verify(directory)
-        name = f"{directory.parent.name}/{directory.name}-{secrets.token_hex(8)}"
+        name = f"{self._owner}/{directory.parent.name}/{directory.name}-{secrets.token_hex(8)}"
         with self._explained():
             for file in sorted(manifest.files):
                 self._upload(directory / file, f"{name}/{file}")
@@ -60,21 +61,26 @@ class Storage:
                 found = self._download(f"{shared.object}/{file}", staging / file)
                 if found != expected:
                     raise UnavailableError(f"{final.name} in {self._url} is not what was published: {file} differs.")
+            if not (staging / MANIFEST).exists():
+                raise UnavailableError(f"{final.name} was fetched by two at once; try again.")
 
     def remove(self, name: str) -> None:
-        """Remove an upload, whole or not. The manifest goes first, so that nothing takes the rest for a version."""
+        """Remove an upload of this owner, whole or not; of another's nothing. The manifest goes first, so that nothing
+        takes the rest for a version."""
+        if not name.startswith(f"{self._owner}/"):
+            return
         with self._explained():
             files = [one["path"] for page in obstore.list(self._store, f"{name}/") for one in page]
             for file in sorted(files, key=lambda file: not file.endswith(f"/{MANIFEST}")):
                 obstore.delete(self._store, file)
 
     def names(self, older_than: float = 0.0) -> set[str]:
-        """The names of all uploads, whole or not, of which the newest file is older than this many seconds."""
+        """The names of this owner's uploads, whole or not, of which the newest file is older than this many seconds."""
         now, newest = datetime.now(UTC), dict[str, datetime]()
         with self._explained():
-            for page in obstore.list(self._store):
+            for page in obstore.list(self._store, f"{self._owner}/"):
                 for one in page:
-                    name = "/".join(one["path"].split("/")[:2])
+                    name = "/".join(one["path"].split("/")[:3])
                     newest[name] = max(newest.get(name, one["last_modified"]), one["last_modified"])
         return {name for name, time in newest.items() if (now - time).total_seconds() >= older_than}
 

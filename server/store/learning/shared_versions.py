@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.store.database import Database
+from server.store.ids import new_id
 from server.store.learning.leases import check_fence
 from server.store.learning.records import Lease
 
@@ -48,6 +49,20 @@ class SharedVersions:
     def objects(self) -> set[str]:
         """Where all of them are."""
         return {row["object"] for row in self._db.rows("SELECT object FROM shared_versions")}
+
+    def identity(self) -> str:
+        """The name of this store in shared storage: what is below another name is another's. A copy gets its own."""
+        with self._db.write():
+            if row := self._db.row("SELECT name FROM identity"):
+                return str(row["name"])
+            name = new_id("store")
+            self._db.insert("identity", {"id": 1, "name": name})
+            return name
+
+    def forget_identity(self) -> None:
+        """For a copy of a store."""
+        with self._db.write():
+            self._db.execute("DELETE FROM identity")
 
     def remove(self, folder: Folder, version: str) -> None:
         with self._db.write():

@@ -31,6 +31,11 @@ STORE_LOCK, USER_LOCKS = 5_050_601, 5_050_602
 # How long a writer waits for others, and how long one that does nothing may keep them waiting.
 LOCK_SECONDS, IDLE_SECONDS = 10, 10
 POOL_SECONDS = 10.0
+# SQL: sessions in this database whose snapshot keeps deleted rows.
+OLDER_READERS = (
+    "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND backend_xmin IS NOT NULL "
+    "AND pid != pg_backend_pid() LIMIT 1"
+)
 # PostgreSQL's text cannot hold this character. In its place is the one that shows it.
 NUL, SHOWN_NUL = "\x00", "\u2400"
 
@@ -77,6 +82,8 @@ class PostgresDatabase(Transactions):
             min_size=1,
             max_size=1,
             timeout=POOL_SECONDS,
+            # After that, the next call tries again at once.
+            reconnect_timeout=POOL_SECONDS / 2,
             num_workers=1,
             check=ConnectionPool.check_connection,
             open=True,
@@ -106,11 +113,9 @@ class PostgresDatabase(Transactions):
         if self._held.info.transaction_status == TransactionStatus.INERROR:
             raise DatabaseError("A statement of the transaction failed; nothing was stored.")
         super()._commit()
-        self._release()
 
     def _rollback(self) -> None:
-        if self._in_transaction():
-            assert self._held
+        if self._held and self._in_transaction():
             try:
                 self._held.execute("ROLLBACK")
             except psycopg.Error:
@@ -182,10 +187,14 @@ class PostgresDatabase(Transactions):
         """Seconds since 1970 by the database's clock."""
         return float(self.rows(f"SELECT {self.NOW} AS now")[0]["now"])
 
-    def rewrite(self) -> None:
-        """Rewrite every table (VACUUM FULL), without what deleted rows left in it. Writers wait."""
+    def rewrite(self) -> bool:
+        """Rewrite every table (VACUUM FULL), without what deleted rows left in it. Writers wait. False, and nothing was
+        done, while somebody reads an older state: it would be kept, and everybody would wait for the reader."""
+        if self.row(OLDER_READERS):
+            return False
         for table in self._tables():
             self.execute(f'VACUUM (FULL) "{table}"')
+        return True
 
     def empty_log(self) -> bool:
         """Free what deleted rows took. The write-ahead log, standbys and backups are kept as long as PostgreSQL was

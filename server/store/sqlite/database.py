@@ -225,10 +225,11 @@ class SqliteDatabase(Transactions):
         if found != "ok":
             raise DataDirectoryError(f"The database is damaged: {found}.")
 
-    def rewrite(self) -> None:
+    def rewrite(self) -> bool:
         """Rewrite the whole file (VACUUM), without what deleted rows left in it. Writers wait. It needs as much memory
         as the file's size, because pysqlite3 is built to keep temporary data in memory."""
         self._execute("VACUUM")
+        return True
 
     def empty_log(self, seconds: float = EMPTY_SECONDS) -> bool:
         """Move the log (`-wal`) into the file and truncate it; False if others kept reading all the time."""

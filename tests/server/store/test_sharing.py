@@ -13,11 +13,12 @@ import obstore
 import pytest
 from obstore.store import from_url
 
+from server.admin.backup import back_up
 from server.shared.errors import ConflictError, UnavailableError
 from server.shared.failpoints import VARIABLE
 from server.store.files import sharing
 from server.store.files.manifest import verify
-from server.store.files.sharing import fetch, fetch_all, remove_pruned, share, share_all, sweep_storage
+from server.store.files.sharing import fetch, fetch_all, remove_pruned, share, share_all, shared_storage, sweep_storage
 from server.store.files.storage import Storage
 from server.store.store import Store
 from tests.s3 import s3_server
@@ -50,9 +51,16 @@ def objects(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
-    """The data directory of another machine, which has the same store and nothing else."""
+    """The data directory of another machine, which has the same store, and the reference."""
     (tmp_path / "elsewhere").mkdir()
+    publish_version(tmp_path / "elsewhere", "v0000")
     return tmp_path / "elsewhere"
+
+
+def storage(store: Store) -> Storage:
+    found = shared_storage(store)
+    assert found
+    return found
 
 
 def published(store: Store, data_dir: Path, version: str) -> Path:
@@ -62,9 +70,8 @@ def published(store: Store, data_dir: Path, version: str) -> Path:
     return directory
 
 
-def test_a_version_is_fetched_whole_with_what_it_needs(
-    store: Store, tmp_path: Path, elsewhere: Path, objects: Path
-) -> None:
+def test_a_version_is_fetched_whole_with_what_it_needs(store: Store, tmp_path: Path, objects: Path) -> None:
+    elsewhere = tmp_path / "empty"
     publish_version(tmp_path, "v0000")
     published(store, tmp_path, "v0001")
     share_all(store, tmp_path)
@@ -93,17 +100,17 @@ def test_an_upload_that_was_killed_is_none_and_is_swept(
     process.start()
     process.join(SECONDS)
     assert process.exitcode == -signal.SIGKILL
-    left = Storage(os.environ["PREFLOOP_POLICY_URL"]).names()
+    left = storage(store).names()
     assert len(left) == put - 1
     assert store.shared_versions.objects() == set()
     share(store, tmp_path, "policies", "v0001")
     register(store, "v0001")
     sweep_storage(store)
     # Another process may be uploading now: what is left is deleted a day later.
-    assert Storage(os.environ["PREFLOOP_POLICY_URL"]).names() == left | store.shared_versions.objects()
+    assert storage(store).names() == left | store.shared_versions.objects()
     monkeypatch.setattr(sharing, "LEFT_SECONDS", 0.0)
     sweep_storage(store)
-    assert Storage(os.environ["PREFLOOP_POLICY_URL"]).names() == store.shared_versions.objects()
+    assert storage(store).names() == store.shared_versions.objects()
     fetch(store, elsewhere, "v0001")
     verify(elsewhere / "policies" / "v0001")
 
@@ -137,7 +144,7 @@ def test_a_storage_that_lies_is_found_out(
             obstore.delete(bucket, weights)
     with pytest.raises(UnavailableError, match=r"is not what was published|cannot be used: .* not found"):
         fetch(store, elsewhere, "v0001")
-    assert list(elsewhere.rglob("*.safetensors")) == []
+    assert not (elsewhere / "policies" / "v0001").exists()
     obstore.put(bucket, weights, whole[0])
     obstore.put(bucket, manifest, whole[1])
     fetch(store, elsewhere, "v0001")
@@ -158,7 +165,7 @@ def test_of_two_that_make_one_version_at_once_the_first_has_made_it(
         list(both.map(other, (tmp_path, elsewhere)))
     assert verify(tmp_path / "policies" / "v0001") == verify(elsewhere / "policies" / "v0001")
     [name] = store.shared_versions.objects()
-    assert Storage(os.environ["PREFLOOP_POLICY_URL"]).names() == {name}
+    assert storage(store).names() == {name}
 
 
 def test_a_learner_whose_lease_went_to_another_shares_nothing(store: Store, tmp_path: Path, objects: Path) -> None:
@@ -178,7 +185,7 @@ def test_what_was_pruned_goes_from_the_storage_and_from_every_data_directory(
     assert store.policies.prune("v0001")
     sweep_storage(store)
     remove_pruned(store, elsewhere)
-    assert Storage(os.environ["PREFLOOP_POLICY_URL"]).names() == set()
+    assert storage(store).names() == set()
     assert not (elsewhere / "policies" / "v0001").exists()
 
 
@@ -199,3 +206,39 @@ def test_a_damaged_version_is_not_shared_and_keeps_none_from_it(
     share_all(store, tmp_path)
     assert store.shared_versions.versions("policies") == {"v0001"}
     assert "v0002 is not shared" in caplog.text
+
+
+def test_what_is_not_this_stores_is_never_removed(
+    store: Store, tmp_path: Path, objects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(store, tmp_path, "v0001")
+    bucket = from_url(os.environ["PREFLOOP_POLICY_URL"])
+    obstore.put(bucket, "family/photos/2024/a.jpg", b"a")
+    with closing(Store.open_file(tmp_path / "other")) as other:
+        publish_version(tmp_path / "other", "v0001")
+        share(other, tmp_path / "other", "policies", "v0001")
+        monkeypatch.setattr(sharing, "LEFT_SECONDS", 0.0)
+        sweep_storage(store)
+        sweep_storage(other)
+        assert (len(storage(store).names()), len(storage(other).names())) == (1, 1)
+    assert bytes(obstore.get(bucket, "family/photos/2024/a.jpg").bytes()) == b"a"
+
+
+def test_a_copy_of_a_store_reads_what_the_original_shared_and_removes_none_of_it(
+    store: Store, tmp_path: Path, elsewhere: Path, objects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_version(tmp_path, "v0000")
+    published(store, tmp_path, "v0001")
+    share_all(store, tmp_path)
+    back_up(tmp_path, tmp_path / "backup")
+    monkeypatch.setattr(sharing, "LEFT_SECONDS", 0.0)
+    with closing(Store.open_file(tmp_path / "backup")) as copy:
+        fetch(copy, elsewhere, "v0001")
+        assert copy.policies.prune("v0001")
+        sweep_storage(copy)
+    assert len(storage(store).names()) == 2
+
+
+def test_a_version_that_is_nowhere_yet_is_awaited(store: Store, tmp_path: Path, objects: Path) -> None:
+    with pytest.raises(UnavailableError, match="v0000 is not in the shared storage yet"):
+        fetch(store, tmp_path / "empty", "v0000")

@@ -1,6 +1,7 @@
 """Calls from the event loop: each gets its own outcome, after a commit that may be shared."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -94,3 +95,42 @@ async def test_a_call_after_the_close_raises(tmp_path: Path) -> None:
     async with asyncio.timeout(10):
         with pytest.raises(RuntimeError):
             await thread(lambda store: store.conversations.create("ann", "late"))
+
+
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+@pytest.mark.parametrize("where", ["a read", "before a write", "at the end of a write"])
+async def test_a_connection_that_is_lost_anywhere_takes_all_of_its_group_with_it(
+    thread: StoreThread, tmp_path: Path, where: str
+) -> None:
+    def end_session(store: Store) -> None:
+        with contextlib.suppress(DatabaseError):
+            store._db.rows("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    def lose(store: Store) -> str:
+        if where == "at the end of a write":
+            with store.transaction():
+                end_session(store)
+            return "stored"
+        end_session(store)
+        return store.conversations.create("ann", "middle") if where == "before a write" else "read"
+
+    outcomes = await asyncio.gather(
+        thread(lambda store: store.conversations.create("ann", "before"), "ann"),
+        thread(lose, "ann"),
+        thread(lambda store: store.conversations.create("ann", "after"), "ann"),
+        return_exceptions=True,
+    )
+    assert [isinstance(outcome, DatabaseError) for outcome in outcomes] == [True, True, True], outcomes
+    assert titles(tmp_path) == []
+    await thread(lambda store: store.conversations.create("ann", "later"), "ann")
+    assert await thread(lambda store: [one.title for one in store.conversations.page("ann", 10)]) == ["later"]
+
+
+async def test_work_of_no_single_user_comes_after_all_that_was_asked_before(thread: StoreThread) -> None:
+    names = [f"user{number}" for number in range(20)]
+    asked = [thread(lambda store, name=name: store.conversations.create(name, "hi"), name) for name in names]
+    tasks = [asyncio.create_task(one) for one in asked]
+    await asyncio.sleep(0)  # all have asked
+    found = await thread(lambda store: [store.conversations.count(name) for name in names])
+    assert found == [1] * 20
+    await asyncio.gather(*tasks)

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,29 @@ async def test_an_answer_whose_beginning_cannot_be_stored_goes_on(
     await answers.drain()
     assert (await stored(thread)).status == "finished"
     assert "the beginning of an answer could not be stored: database or disk is full" in caplog.messages
+
+
+async def test_an_answer_that_its_server_has_lost_is_failed_after_a_minute_and_no_other(thread: StoreThread) -> None:
+    engine = FakeEngine()
+    engine.hold_after = 2
+    answers = Answers(thread, engine)
+
+    async def send(text: str) -> None: ...
+
+    async with answers.begun(begin) as begun:
+        sampling = asyncio.create_task(answers.sample(begun.response_ids[0], [1], Sampling(0.85, 8), send))
+        await engine.holding.wait()
+        assert answers.writing == frozenset(begun.response_ids)
+        await thread(lambda store: store._db.execute("UPDATE responses SET create_time = create_time - 61"))
+        # Begun, but its reply was lost with the connection: it is in the store and nowhere else.
+        await thread(begin)
+        lost = BEGUN[-1].response_ids[0]
+        fail = partial(Responses.fail_interrupted, replica_id="here", writing=answers.writing)
+        assert await thread(lambda store: fail(store.responses)) == 0
+        await thread(lambda store: store._db.execute("UPDATE responses SET create_time = create_time - 61"))
+        assert await thread(lambda store: fail(store.responses)) == 1
+        assert (await thread(lambda store: store.responses.get("ann", lost))).status == "failed"
+        engine.go_on.set()
+        await sampling
+    assert answers.writing == frozenset()
+    assert (await stored(thread)).status == "finished"

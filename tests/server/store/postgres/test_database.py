@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from server.shared.errors import DatabaseError, DataDirectoryError
 from server.store.chats.records import Generation
@@ -43,8 +44,6 @@ def test_the_users_own_setting_counts_too(url: str, postgres: PostgresServer) ->
     ],
 )
 def test_beyond_loopback_the_server_is_verified(url: str, expected: dict[str, Any]) -> None:
-    from psycopg.conninfo import conninfo_to_dict
-
     found = conninfo_to_dict(conninfo(url))
     assert {name: found.get(name) for name in expected} == expected
 
@@ -72,6 +71,8 @@ def test_no_message_has_the_password(postgres: PostgresServer) -> None:
         f"postgresql://ann:{secret}@db.example/p?sslmode=disable",
         f"postgresql://ann:{secret}@localhost/p?nonsense=1",
         f"postgres:ann:{secret}",
+        f"postgresql://ann:x/{secret}@db.example/p",
+        f"postgresql://ann:x@{secret}@db.example/p",
     ):
         with pytest.raises(DataDirectoryError) as refused:
             PostgresDatabase(url)
@@ -169,3 +170,46 @@ def test_the_store_works_behind_a_transaction_pooler(url: str, postgres: Postgre
         assert stores[0].snapshots.watermark() == 20
         for store in stores:
             store.close()
+
+
+@pytest.mark.parametrize(("name", "value"), [("PGHOST", "db.example"), ("PGHOSTADDR", "10.0.0.7")])
+def test_a_host_from_the_environment_is_verified_too(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert conninfo_to_dict(conninfo("postgresql:///p"))["sslmode"] == "verify-full"
+
+
+def test_a_service_file_may_not_say_where_the_store_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataDirectoryError, match="a service file may name any"):
+        conninfo("postgresql:///p?service=prod")
+    monkeypatch.setenv("PGSERVICE", "prod")
+    with pytest.raises(DataDirectoryError, match="a service file may name any"):
+        conninfo("postgresql:///p")
+
+
+def test_nothing_is_rewritten_under_an_older_reader(url: str, connect: Connect) -> None:
+    store, reader = Store(connect()), connect()
+    conversation = store.conversations.create("ann", "secret")
+    with reader.reading():
+        assert len(reader.rows("SELECT id FROM conversations")) == 1
+        store.conversations.delete("ann", conversation)
+        assert not store.free_files(rewrite=True)
+        assert store.deletion.rewrite_due() > 0
+    assert store.free_files(rewrite=True)
+    assert store.deletion.rewrite_due() == 0
+
+
+def test_a_group_on_a_newer_database_stores_nothing_of_any_of_its_writes(
+    url: str, connect: Connect, postgres: PostgresServer
+) -> None:
+    store = Store(connect())
+    postgres.command("INSERT INTO prefloop_migrations (name) VALUES ('m999_later')", url)
+
+    def group() -> None:
+        with store.group():
+            for _ in range(2):
+                with pytest.raises(DataDirectoryError, match="A newer prefloop has migrated"):
+                    store.conversations.create("ann", "hello")
+
+    with pytest.raises(DataDirectoryError, match="A newer prefloop has migrated"):
+        group()
+    assert store.conversations.page("ann", 10) == []

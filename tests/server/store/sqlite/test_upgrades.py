@@ -42,7 +42,7 @@ RELEASED = {
     "m023_pairs": "a614d697125ee9a5",
     "m024_last_looks": "4cadea1c28ade0d2",
     "m025_stops_of_reviews": "cca9a4233a313d86",
-    "m026_shared_versions": "6be7b8e462f5e70e",
+    "m026_shared_versions": "acdadb382f1de2e2",
 }
 
 

@@ -173,9 +173,9 @@ def report(results: dict[str, Any]) -> str:
     lines = [
         "# Which way to improve the policy",
         "",
-        "`benchmarks/improvers.py`: the same votes on the same answers, a tenth flipped; 96 questions that nobody voted",
-        "on, the win rate over the reference by the taste itself. Chosen: the candidate that the gate chose, or else the",
-        "last; best: the best of the run. Means of the seeds that were run.",
+        "`benchmarks/improvers.py`: the same votes on the same answers, a tenth flipped; 96 questions that nobody",
+        "voted on, the win rate over the reference by the taste itself. Chosen: the candidate that the gate chose, or",
+        "else the last; best: the best of the run. Means of the seeds that were run.",
         "",
         "| votes | taste | arm | seeds | promoted | chosen | best | KL, nats | training, s | memory, GiB |",
         "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",

@@ -118,8 +118,9 @@ class Crowd:
                 yield
             finally:
                 self.stopping.set()
-        for task in tasks:
-            task.result()
+                # What a person met is the cause of whatever came of it.
+                for task in tasks:
+                    task.result(SECONDS)
 
     def wait(self, enough: Callable[["Crowd"], bool], seconds: float) -> None:
         """Return once enough has happened. Raises TimeoutError."""

@@ -207,7 +207,7 @@ async def test_votes_during_a_deletion_are_not_stored(running: Running) -> None:
     racing = [running.feedback.SubmitThumb(vote, metadata=ZOE) for _ in range(3)]
     forgetting = asyncio.create_task(forget(running))
     async with asyncio.timeout(SECONDS):
-        while len(running.store._waiting) < 4:
+        while len(running.store._writers[0]._waiting) < 4:
             await asyncio.sleep(0)
     disk.set()
     # Whatever their status, they were stored before the deletion, or not at all.

@@ -125,6 +125,9 @@ def from_rpc_error(error: grpc.RpcError, address: str, *, heard: bool = False) -
         message = f"The server at {address} did not finish in time."
     elif code is grpc.StatusCode.CANCELLED and "Channel closed" in message:
         return closed_here(address)
+    elif code is grpc.StatusCode.CANCELLED and status is None and "Locally cancelled" not in message:
+        # gRPC's server ends a call so that arrives as it stops: it has not begun, or its request_id says that it has.
+        return UnavailableError(_connection_sentence(address, message, heard), code=grpc.StatusCode.UNAVAILABLE)
     kind = KINDS.get(code, ServerError)
     return kind(message or f"The call failed with {code.name}.", code=code, **_details(status))
 

@@ -55,7 +55,7 @@ class FakeService(
         self.requests: list[Any] = []
         self.metadata: list[dict[str, Any]] = []
         self.peers: list[str] = []
-        self.fail: dict[str, list[Status]] = {}
+        self.fail: dict[str, list[Status | grpc.StatusCode]] = {}
         self.hold = threading.Event()
         self.hold.set()
         # The engine dies after the first word.
@@ -83,6 +83,9 @@ class FakeService(
         failures = self.fail.get(type(request).__name__.removesuffix("Request"), [])
         if failures:
             status = failures.pop(0)
+            if isinstance(status, grpc.StatusCode):
+                # As gRPC itself ends a call, without a status of ours.
+                context.abort(status, status.name)
             context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
             code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
             context.abort(code, status.message)

@@ -104,6 +104,15 @@ def test_every_kind_of_vote_and_every_question_is_sent_again(
     assert sent == dict.fromkeys(calls, 3) | {"ListConversations": 4, "ListFeedback": 4}
 
 
+def test_a_call_that_a_stopping_server_cancels_is_sent_again(
+    client: Client, service: FakeService, clock: Clock
+) -> None:
+    service.fail["SubmitThumb"] = [grpc.StatusCode.CANCELLED]
+    client.thumb("resp", THUMB_UP)
+    first, second = service.requests
+    assert first == second
+
+
 def test_what_would_be_done_twice_is_sent_once(client: Client, service: FakeService, clock: Clock) -> None:
     calls: dict[str, Callable[[], object]] = {
         "RetractFeedback": lambda: client.retract("fb"),

@@ -184,7 +184,8 @@ class Crowd:
                 stub = feedback_pb2_grpc.FeedbackServiceStub(draw.choice(channels))
                 given = stub.SubmitThumb(request, metadata=me, timeout=SECONDS).feedback
             except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                # A call that arrives as a server stops is cancelled by gRPC; the Python client repeats it, too.
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                     raise
                 self.stopping.wait(0.02)
                 continue

@@ -30,7 +30,7 @@ from tests.server.fakes import FakeEngine
 
 SECONDS = 60
 PROCESSES = multiprocessing.get_context("spawn")
-ANSWER = "one two three four "
+ANSWER = "one two three four five six seven eight nine ten eleven twelve "
 # Seconds between words, so that a kill finds answers half said.
 PAUSE = 0.01
 
@@ -45,7 +45,7 @@ def serve(data_dir: Path, port: int, parent: Connection) -> None:
         await store(lambda store: store.policies.register_reference())
         settings = ServerSettings.load(data_dir=data_dir, port=port, max_tokens=20, user_rate=1_000_000)
         app, engine, stopped = App(settings, store), FakeEngine(), asyncio.Event()
-        engine.pause = PAUSE
+        engine.pause, engine.answer = PAUSE, ANSWER
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
         await app.start(engine)
         parent.send(app.port)

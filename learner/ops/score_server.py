@@ -86,8 +86,9 @@ class Scorer:
         registered = self._store.reward_models.newest(reference) if reference else None
         if registered is None:
             raise FailedPreconditionError("NO_REWARD_MODEL", "There is no reward model yet: run a round first.")
-        fetch_all(self._store, self._data_dir)
         if self._loaded is None or self._loaded[0] != registered.version:
+            # Its reference comes with it.
+            fetch_all(self._store, self._data_dir)
             directory = self._data_dir / "reward_models" / registered.version
             verify(directory)
             self._loaded = registered.version, LinearRewardModel.load(directory)

@@ -99,6 +99,8 @@ def locally(data_dir: Path, work: Callable[[Store, Path], None]) -> None:
 
 def fetch_all(store: Store, data_dir: Path) -> None:
     """Bring everything that was not pruned into the data directory. Raises UnavailableError."""
+    if not is_shared():
+        return
     for folder, version in _published(store):
         _fetch(store, data_dir, folder, version)
 
@@ -134,8 +136,11 @@ def _published(store: Store) -> Iterable[tuple[Folder, str]]:
 
 
 def _fetch(store: Store, data_dir: Path, folder: Folder, version: str) -> None:
-    directory, storage = data_dir / folder / version, shared_storage(store)
-    if storage is None or directory.exists():
+    directory = data_dir / folder / version
+    if directory.exists():
+        return
+    storage = shared_storage(store)
+    if storage is None:
         return
     with _alone(data_dir / folder):
         if directory.exists():

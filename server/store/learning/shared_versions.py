@@ -52,12 +52,13 @@ class SharedVersions:
 
     def identity(self) -> str:
         """The name of this store in shared storage: what is below another name is another's. A copy gets its own."""
+        sql = "SELECT name FROM identity"
+        if row := self._db.row(sql):
+            return str(row["name"])
         with self._db.write():
-            if row := self._db.row("SELECT name FROM identity"):
-                return str(row["name"])
-            name = new_id("store")
-            self._db.insert("identity", {"id": 1, "name": name})
-            return name
+            if not self._db.row(sql):
+                self._db.insert("identity", {"id": 1, "name": new_id("store")})
+            return str(self._db.rows(sql)[0]["name"])
 
     def forget_identity(self) -> None:
         """For a copy of a store."""

@@ -39,7 +39,7 @@ OLDER_READERS = (
 # PostgreSQL's text cannot hold this character. In its place is the one that shows it.
 NUL, SHOWN_NUL = "\x00", "\u2400"
 
-# Kinds of errors, by the beginning of their SQLSTATE.
+# Kinds of errors, by their SQLSTATE.
 KINDS: dict[str, Literal["full", "damaged", "busy"]] = {
     "53100": "full",
     "XX001": "damaged",

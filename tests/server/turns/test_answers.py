@@ -40,6 +40,10 @@ def begin(store: Store) -> Begun:
     return BEGUN[0]
 
 
+async def send(text: str) -> None:
+    """To nobody."""
+
+
 async def stored(thread: StoreThread) -> Response:
     return await thread(lambda store: store.responses.get("ann", BEGUN[0].response_ids[0]))
 
@@ -83,8 +87,6 @@ async def test_an_answer_without_tokens_is_cancelled_or_failed(
 async def test_an_answer_is_finished_even_if_its_last_message_was_not_received(thread: StoreThread) -> None:
     answers = Answers(thread, FakeEngine())
 
-    async def send(text: str) -> None: ...
-
     async def call() -> None:
         async with answers.begun(begin) as begun:
             await answers.sample(begun.response_ids[0], [1], Sampling(0.85, 8), send)
@@ -118,8 +120,6 @@ async def test_the_beginning_of_an_answer_is_stored_while_it_is_written(
     engine.hold_after = 3
     answers = Answers(thread, engine)
 
-    async def send(text: str) -> None: ...
-
     async with answers.begun(begin) as begun:
         sampling = asyncio.create_task(answers.sample(begun.response_ids[0], [1], Sampling(0.85, 8), send))
         await engine.holding.wait()
@@ -147,8 +147,6 @@ async def test_an_answer_whose_beginning_cannot_be_stored_goes_on(
     monkeypatch.setattr(Responses, "keep", full)
     answers = Answers(thread, FakeEngine())
 
-    async def send(text: str) -> None: ...
-
     async with answers.begun(begin) as begun:
         await answers.sample(begun.response_ids[0], [1], Sampling(0.85, 8), send)
     await answers.drain()
@@ -160,8 +158,6 @@ async def test_an_answer_that_its_server_has_lost_is_failed_after_a_minute_and_n
     engine = FakeEngine()
     engine.hold_after = 2
     answers = Answers(thread, engine)
-
-    async def send(text: str) -> None: ...
 
     async with answers.begun(begin) as begun:
         sampling = asyncio.create_task(answers.sample(begun.response_ids[0], [1], Sampling(0.85, 8), send))

@@ -162,5 +162,8 @@ class Answers:
             response_ids = beginning.result().response_ids
             try:
                 await self._store(lambda store: store.responses.abandon(response_ids, reason), self._user)
+            except DatabaseError as error:
+                # Nobody renews them from here on, so that they are soon stored as interrupted.
+                log.warning("the end of a failed turn could not be stored: %s", error)
             finally:
                 self._writing.difference_update(response_ids)

@@ -1,5 +1,6 @@
 """A disk that is full, broken or locked: a clear status, no acknowledgement without storage, and no restart needed."""
 
+import asyncio
 import os
 import resource
 import shutil
@@ -26,7 +27,12 @@ LONG = "x" * 500
 
 
 async def pragma(running: Running, text: str) -> Any:
-    return await running.store(lambda store: store._db._db.conn.execute(f"PRAGMA {text}").fetchone())
+    """Apart from every group of calls: a call that fails with the disk would take it along."""
+    [writer] = running.store._writers
+    connection = writer.store._db._db.conn
+    return await asyncio.get_running_loop().run_in_executor(
+        writer._executor, lambda: connection.execute(f"PRAGMA {text}").fetchone()
+    )
 
 
 @asynccontextmanager

@@ -21,8 +21,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import vote_load
 from serve import IDLE_SECONDS, TEMPERATURE, TOKENS, client, grpc_server, make_tiny_model
-from votes import run_load
+from vote_load import Voter, run_load
 
 CLIENTS = 64
 # Enough for a second or two of a burst.
@@ -81,14 +82,16 @@ def chat_bursts(run: Callable[[dict[str, object]], Awaitable[dict[str, float]]])
 
 
 def vote_bursts(address: str, environment: dict[str, str], seconds: float) -> Burst:
-    keys: list[str] = []
+    voters: list[Voter] = []
 
     async def burst() -> float:
-        if not keys:
-            command = [sys.executable, "-m", "server.cli", "keys", "create", "--user", "voter"]
-            key = subprocess.check_output(command, env={**os.environ, **environment}, text=True, timeout=60).strip()
-            keys.extend([key] * CLIENTS)
-        found = await asyncio.to_thread(run_load, address, keys, seconds)
+        if not voters:
+            command = [sys.executable, vote_load.__file__, "--voters", str(CLIENTS)]
+            made = subprocess.check_output(command, env={**os.environ, **environment}, text=True, timeout=60)
+            voters.extend(json.loads(made))
+            # The server reads the keys again.
+            await asyncio.sleep(IDLE_SECONDS)
+        found = await asyncio.to_thread(run_load, address, voters, seconds)
         return found["calls"] / found["seconds"]
 
     return burst

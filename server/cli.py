@@ -37,9 +37,12 @@ def serve(
     model: Annotated[Optional[str], typer.Option(help="A Hugging Face directory or id. Default: SmolLM2-135M.")] = None,
     host: Annotated[Optional[str], typer.Option(help="The address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[Optional[int], typer.Option(help="The port to listen on. Default: 50051.")] = None,
+    engine: Annotated[
+        Optional[bool], typer.Option("--engine/--no-engine", help="Without an engine: take votes, answer nobody.")
+    ] = None,
 ) -> None:
     """Serve chats and record votes until SIGTERM. Settings also come from PREFLOOP_* variables and prefloop.toml."""
-    settings = _settings(data_dir=data_dir, model=model, host=host, port=port)
+    settings = _settings(data_dir=data_dir, model=model, host=host, port=port, engine=engine)
     import uvloop
 
     from server.process import serve as serve_forever

@@ -11,17 +11,21 @@ from pathlib import Path
 
 from server.app import App
 from server.engine.adapter_engine import AdapterEngine
+from server.engine.text_only import TextOnly
 from server.engine.vllm_engine import VllmEngine
 from server.engine.vllm_start import set_environment, start_engine
-from server.reference.reference import check_reference, prepare_reference
+from server.grpc_server import GrpcServer
+from server.reference.reference import check_reference, check_same_model, check_trust, prepare_reference
 from server.settings import ServerSettings
 from server.shared.errors import DataDirectoryError, ServiceError
 from server.shared.loopback import is_loopback
 from server.shared.model.dtype import DtypeName, resolve_dtype
 from server.shared.open_files import allow_open_files
+from server.store.files.manifest import read_manifest
 from server.store.files.sharing import fetch, locally, share, share_all
 from server.store.store_thread import StoreThread
 from server.telemetry.metrics_http import MetricsServer
+from server.votes_app import VotesApp
 
 # Python's default is 5 ms; a statement of the store may wait that long while calls are parsed.
 SWITCH_SECONDS = 0.0005
@@ -40,7 +44,12 @@ async def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
         if not is_loopback(settings.host):
             credentials = await store(lambda store: store.keys.credentials())
             check_exposure(settings, has_key=bool(credentials.callers))
-        await _serve(settings, store, stopping, say)
+        connections = connections_that_fit(settings.max_connections)
+        if connections < settings.max_connections:
+            say(f"accepting at most {connections} connections because of the limit on open files (`ulimit -Hn`)")
+            settings = settings.model_copy(update={"max_connections": connections})
+        run = _serve_answers if settings.engine else _serve_votes
+        await run(settings, store, stopping, say)
     finally:
         await store.close()
 
@@ -64,13 +73,31 @@ def connections_that_fit(wanted: int) -> int:
     return files - OWN_FILES
 
 
-async def _serve(
+async def _serve_votes(
     settings: ServerSettings, store: StoreThread, stopping: asyncio.Event, say: Callable[[str], None]
 ) -> None:
-    connections = connections_that_fit(settings.max_connections)
-    if connections < settings.max_connections:
-        say(f"accepting at most {connections} connections because of the limit on open files (`ulimit -Hn`)")
-        settings = settings.model_copy(update={"max_connections": connections})
+    app = VotesApp(settings, store)
+    start = await store(lambda store: store.policies.origin())
+    if not start:
+        raise ServiceError("There is no model here yet: start a server with an engine first, which prepares it.")
+    await asyncio.to_thread(locally, settings.data_dir, partial(fetch, version=start))
+    directory = settings.data_dir / "policies" / start
+    check_same_model(directory, settings.model, read_manifest)
+    check_trust(directory, settings.trust_remote_code)
+    text = await asyncio.to_thread(TextOnly, directory, settings.max_model_len, settings.trust_remote_code)
+    await app.start(text)
+    gc.collect()
+    gc.freeze()
+    with exposed(app, settings, say):
+        say(f"serving votes on {settings.host}:{app.port}")
+        await stopping.wait()
+    say("stopping: open calls may finish")
+    await app.stop(settings.grace_seconds)
+
+
+async def _serve_answers(
+    settings: ServerSettings, store: StoreThread, stopping: asyncio.Event, say: Callable[[str], None]
+) -> None:
     app = App(settings, store)
     set_environment(settings)
     dtype = await asyncio.to_thread(resolve_dtype, settings.dtype)
@@ -107,7 +134,7 @@ async def _serve(
 
 
 @contextmanager
-def exposed(app: App, settings: ServerSettings, say: Callable[[str], None]) -> Iterator[None]:
+def exposed(app: GrpcServer, settings: ServerSettings, say: Callable[[str], None]) -> Iterator[None]:
     """Serve metrics and health over HTTP while the block runs. A port in use is reported but is no error."""
     host, port = settings.metrics_host, settings.metrics_port
     try:

@@ -26,12 +26,26 @@ class ServerSettings(StoreSettings):
         str,
         Field(description="The model to serve: `smollm2` (the packaged default), a Hugging Face directory or id."),
     ] = DEFAULT_MODEL
+    engine: Annotated[
+        bool,
+        Field(
+            description="Sample answers. A server without an engine loads no weights: it takes votes and reviews, and "
+            "shows, exports and deletes what is stored."
+        ),
+    ] = True
     trust_remote_code: Annotated[
         bool,
         Field(description="Run the Python code in the model's directory, if transformers does not know the model."),
     ] = False
     host: Annotated[str, Field(description="The address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="The port to listen on; 0 picks a free one.")] = 50051
+    share_port: Annotated[
+        bool,
+        Field(
+            description="Let several servers without an engine listen on one port; the system spreads connections over "
+            "them."
+        ),
+    ] = False
     tls_cert: Annotated[
         Path | None, Field(description="The PEM file of the TLS certificate with its chain; reread after a renewal.")
     ] = None
@@ -155,6 +169,12 @@ class ServerSettings(StoreSettings):
     def _certificate_and_key(self) -> "ServerSettings":
         if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_cert):
             raise ValueError("tls_cert and tls_key must be set together, and tls_client_ca requires both")
+        return self
+
+    @model_validator(mode="after")
+    def _alike(self) -> "ServerSettings":
+        if self.share_port and self.engine:
+            raise ValueError("share_port requires engine = false: only servers without an engine are all alike")
         return self
 
     @model_validator(mode="after")

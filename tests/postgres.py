@@ -25,8 +25,8 @@ MEMORY, ROOM_BYTES = Path("/dev/shm"), 2**30
 class PostgresServer:
     """A running server."""
 
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder, port
+    def __init__(self, folder: Path, port: int, pid: int) -> None:
+        self.folder, self.port, self.pid = folder, port, pid
         self._template = ""
 
     def url(self, name: str = "postgres") -> str:
@@ -75,12 +75,13 @@ def unprivileged() -> dict[str, Any]:
 
 
 @contextmanager
-def postgres_server(*settings: str, port: int = 5432) -> Iterator[PostgresServer]:
+def postgres_server(*settings: str, port: int = 5432, place: Path | None = None) -> Iterator[PostgresServer]:
     """A server with these settings (`name=value`) until the end of the block. The port is its socket's name, and not
-    listened on unless `listen_addresses` says so."""
-    # In memory, where there is room: a database is made in a tenth of the time.
-    roomy = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES
-    folder = Path(tempfile.mkdtemp(prefix="prefloop-pg-", dir=MEMORY if roomy else None))
+    listened on unless `listen_addresses` says so. Its data is below `place`; by default in memory, where there is
+    room: a database is made in a tenth of the time."""
+    if place is None and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
+        place = MEMORY
+    folder = Path(tempfile.mkdtemp(prefix="prefloop-pg-", dir=place))
     who = unprivileged()
     if who:
         os.chown(folder, who["user"], who["group"])
@@ -101,7 +102,7 @@ def postgres_server(*settings: str, port: int = 5432) -> Iterator[PostgresServer
                 process.wait(0.05)
             except subprocess.TimeoutExpired:
                 continue
-        yield PostgresServer(folder, port)
+        yield PostgresServer(folder, port, process.pid)
     finally:
         process.send_signal(signal.SIGINT)  # A fast shutdown: SIGTERM waits until the last client has left.
         try:

@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -11,23 +11,26 @@ from prefloop.v1.chat_pb2 import ChatDelta
 
 from clients import AsyncClient
 from clients.channel import Tls
+from clients.errors import InvalidRequestError
 from server.telemetry.metrics_http import MetricsServer
 from tests.pem import make_pem
 from tests.ports import free_port, wait_until_open
 from tests.server.conftest import Running, running_server
+from tests.server.test_votes_app import votes_server
 
 SECONDS = 30
-ADDRESSES = ("10.0.0.11:50051", "10.0.0.12:50051", "10.0.0.13:50051")
+# The last takes votes.
+ADDRESSES = ("10.0.0.11:50051", "10.0.0.12:50051", "10.0.0.13:50051", "10.0.0.14:50051")
 
 
 @pytest.fixture
-async def three(tmp_path: Path) -> AsyncIterator[list[Running]]:
+async def four(tmp_path: Path) -> AsyncIterator[list[Running]]:
+    """Three that answer, and one that takes votes."""
     pem = make_pem(tmp_path, "server")
+    tls = {"tls_cert": pem.certificate, "tls_key": pem.key}
     async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(running_server(tmp_path, tls_cert=pem.certificate, tls_key=pem.key))
-            for _ in range(3)
-        ]
+        three = [await stack.enter_async_context(running_server(tmp_path, **tls)) for _ in range(3)]
+        yield [*three, await stack.enter_async_context(votes_server(tmp_path, **tls))]
 
 
 def configuration(root: Path, folder: Path, port: int, servers: list[tuple[int, int]]) -> Path:
@@ -38,42 +41,64 @@ def configuration(root: Path, folder: Path, port: int, servers: list[tuple[int, 
     for old, new in [
         ("bind :443 ", f"bind 127.0.0.1:{port} "),
         ("/etc/prefloop/chat.pem", str(folder / "chat.pem")),
-        ("/etc/prefloop/ca.pem", str(folder / "server.crt")),
         *((old, f"127.0.0.1:{grpc} port {health}") for old, (grpc, health) in zip(ADDRESSES, servers, strict=True)),
     ]:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
+    text = text.replace("/etc/prefloop/ca.pem", str(folder / "server.crt"))
     (folder / "haproxy.cfg").write_text(text)
     return folder / "haproxy.cfg"
 
 
-async def test_calls_go_to_servers_that_serve_and_a_stop_breaks_none(
-    root: Path, tmp_path: Path, three: list[Running]
-) -> None:
+@asynccontextmanager
+async def proxied(root: Path, tmp_path: Path, servers: list[Running]) -> AsyncIterator[AsyncClient]:
+    """A client of a proxy before these servers."""
     haproxy = shutil.which("haproxy")
     if haproxy is None:
         pytest.skip("haproxy is not installed")
-    health = [MetricsServer("127.0.0.1", 0, lambda running=running: running.app.serving) for running in three]
+    health = [MetricsServer("127.0.0.1", 0, lambda running=running: running.app.serving) for running in servers]
     port = free_port()
-    ports = [(running.app.port, checked.port) for running, checked in zip(three, health, strict=True)]
+    ports = [(running.app.port, checked.port) for running, checked in zip(servers, health, strict=True)]
     process = subprocess.Popen([haproxy, "-db", "-q", "-f", str(configuration(root, tmp_path, port, ports))])
     try:
         wait_until_open(port, process)
         tls = Tls(ca=(tmp_path / "front.crt").read_bytes())
         async with AsyncClient(f"localhost:{port}", user="ann", tls=tls, patience=SECONDS) as client:
-
-            async def answers(number: int) -> list[int]:
-                before = [len(running.engine.streams) for running in three]
-                for _ in range(number):
-                    said = [event.text async for event in client.chat("hello") if isinstance(event, ChatDelta)]
-                    assert said == ["one ", "two ", "three ", "four "]
-                return [len(running.engine.streams) - n for running, n in zip(three, before, strict=True)]
-
-            assert min(await answers(30)) >= 5
-            await three[0].app.stop(SECONDS)
-            assert (await answers(20))[0] == 0
+            yield client
     finally:
         process.kill()
         process.wait(SECONDS)
         for each in health:
             each.close()
+
+
+async def test_calls_go_to_servers_that_serve_and_a_stop_breaks_none(
+    root: Path, tmp_path: Path, four: list[Running]
+) -> None:
+    three = four[:3]
+    async with proxied(root, tmp_path, four) as client:
+
+        async def answers(number: int) -> list[int]:
+            before = [len(running.engine.streams) for running in three]
+            for _ in range(number):
+                said = [event.text async for event in client.chat("hello") if isinstance(event, ChatDelta)]
+                assert said == ["one ", "two ", "three ", "four "]
+            return [len(running.engine.streams) - n for running, n in zip(three, before, strict=True)]
+
+        assert min(await answers(30)) >= 5
+        await three[0].app.stop(SECONDS)
+        assert (await answers(20))[0] == 0
+
+
+async def test_votes_go_to_the_server_for_them_while_there_is_one(
+    root: Path, tmp_path: Path, four: list[Running]
+) -> None:
+    votes = four[3]
+    async with proxied(root, tmp_path, four) as client:
+        [started, *_] = [event async for event in client.chat("hello")]
+        # It alone has so short a limit.
+        votes.engine.max_model_len = 4
+        with pytest.raises(InvalidRequestError, match="text must have at most"):
+            await client.correct(started.response_id, "one two three four five six seven")
+        await votes.app.stop(SECONDS)
+        await client.correct(started.response_id, "one two three four five six seven")

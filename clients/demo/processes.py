@@ -70,6 +70,10 @@ class Process:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ended(self, seconds: float = 0.0) -> bool:
         """Whether the process ends within this many seconds."""
         try:

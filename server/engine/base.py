@@ -41,23 +41,8 @@ class AnswerStream(Protocol):
         ...
 
 
-class ServingEngine(Protocol):
-    """Samples answers from one version at a time."""
-
-    @property
-    def version(self) -> str:
-        """The loaded version."""
-        ...
-
-    @property
-    def live_versions(self) -> list[str]:
-        """The versions that `sample` may be asked for, the loaded one first."""
-        ...
-
-    @property
-    def reference(self) -> str:
-        """The reference that it was started with. It can load the versions of the same model, and no others."""
-        ...
+class ModelText(Protocol):
+    """The text of a model, as token ids."""
 
     @property
     def max_model_len(self) -> int:
@@ -74,6 +59,25 @@ class ServingEngine(Protocol):
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer written by a person, including its end. Any thread may call it, too. Raises
         UnknownTokenError."""
+        ...
+
+
+class ServingEngine(ModelText, Protocol):
+    """Samples answers from one version at a time."""
+
+    @property
+    def version(self) -> str:
+        """The loaded version."""
+        ...
+
+    @property
+    def live_versions(self) -> list[str]:
+        """The versions that `sample` may be asked for, the loaded one first."""
+        ...
+
+    @property
+    def reference(self) -> str:
+        """The reference that it was started with. It can load the versions of the same model, and no others."""
         ...
 
     async def sample(self, prompt_token_ids: list[int], sampling: Sampling, version: str | None = None) -> AnswerStream:

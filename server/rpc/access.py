@@ -51,6 +51,10 @@ ROLES: dict[str, Role | None] = {
     "/grpc.health.v1.Health/Watch": None,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "user",
 }
+# What a server without an engine does not do. PolicyService is about the engines of the server that is asked, too.
+NEED_ENGINE = frozenset(
+    f"/prefloop.v1.{name}" for name in ("ChatService/Chat", "ChatService/Compare", "ChatService/ListVersions")
+) | {method for method in ROLES if method.startswith("/prefloop.v1.PolicyService/")}
 
 
 class Access:

@@ -17,6 +17,7 @@ from server.shared.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
+    NoEngineError,
     NotFoundError,
     PermissionDeniedError,
     ResourceExhaustedError,
@@ -59,6 +60,8 @@ def _known(error: Exception) -> status_pb2.Status:
             return _status(code_pb2.NOT_FOUND, str(error), [_info("NOT_FOUND")])
         case FailedPreconditionError():
             return _status(code_pb2.FAILED_PRECONDITION, str(error), [_info(error.reason)])
+        case NoEngineError():
+            return _status(code_pb2.UNIMPLEMENTED, str(error), [_info("NO_ENGINE")])
         case ConflictError():
             return _status(code_pb2.ABORTED, str(error), [_info("CONFLICT")])
         case UnavailableError() | DataDirectoryError():

@@ -8,7 +8,7 @@ status is sent: a client that does not read only uses up its own share.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Set
 from typing import Any
 
 import grpc
@@ -21,7 +21,7 @@ from server.rpc.grpc_status import to_status
 from server.rpc.identity import calling
 from server.rpc.limits import Limits
 from server.rpc.open_calls import OpenCalls
-from server.shared.errors import DeadlineExceededError, InvalidArgumentError, ServiceError
+from server.shared.errors import DeadlineExceededError, InvalidArgumentError, NoEngineError, ServiceError
 from server.store.keys import Caller
 from server.telemetry.observation import CALL_ID, Observation, observed
 from server.telemetry.safe_traceback import safe_traceback
@@ -59,41 +59,57 @@ class HandlerContext:
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Admits calls, passes them to their handlers, and turns exceptions into statuses."""
+    """Admits calls, passes them to their handlers, and turns exceptions into statuses. Calls of the methods in
+    `need_engine` are refused."""
 
     def __init__(
-        self, access: Access, limits: Limits, calls: OpenCalls, validate: Callable[[Message], None], call_seconds: float
+        self,
+        access: Access,
+        limits: Limits,
+        calls: OpenCalls,
+        validate: Callable[[Message], None],
+        call_seconds: float,
+        need_engine: Set[str] = frozenset(),
     ) -> None:
         self._access = access
         self._limits = limits
         self._calls = calls
         self._validate = validate
         self._call_seconds = call_seconds
+        self._need_engine = need_engine
+        # By method.
+        self._handlers: dict[str, Any] = {}
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        details = handler_call_details
-        try:
-            caller = self._access.caller(details.method, details.invocation_metadata) or NOBODY
-        except ServiceError as error:
-            return _refusal(details.method, error)
-        answer = self._stream(handler) if handler.request_streaming else self._one_message(handler, details)
-        call = self._admitted(answer, details.method, caller)
+        method = handler_call_details.method
+        if method not in self._handlers:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            self._handlers[method] = self._wrapped(handler, method)
+        return self._handlers[method]
+
+    def _wrapped(self, handler: Any, method: str) -> Any:
+        """The handler of a method behind everything that a call passes first."""
+        answer = self._stream(handler) if handler.request_streaming else self._one_message(handler, method)
+        call = self._admitted(answer, method)
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
         return grpc.stream_unary_rpc_method_handler(call, None, handler.response_serializer)
 
-    def _admitted(self, answer: Answer, method: str, caller: Caller) -> Call:
-        """Wrap `answer` so that the caller's limits apply and its error becomes a status."""
+    def _admitted(self, answer: Answer, method: str) -> Call:
+        """Wrap `answer` so that only callers who may call get there, their limits apply, and errors become statuses."""
 
         async def call(requests: AsyncIterator[bytes], context: Any) -> Any:
-            with observed(method, dict(context.invocation_metadata() or ())) as seen:
+            metadata = dict(context.invocation_metadata() or ())
+            with observed(method, metadata) as seen:
                 context.set_trailing_metadata(((CALL_ID, seen.call_id),))
                 try:
+                    caller = self._access.caller(method, metadata) or NOBODY
+                    if method in self._need_engine:
+                        raise NoEngineError("This server takes votes and has no engine; ask one that samples answers.")
                     with self._limits.admit(caller), calling(caller), self._calls.open(caller.user):
                         try:
                             return await _in_time(answer, requests, context)
@@ -105,7 +121,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _one_message(self, handler: Any, details: grpc.HandlerCallDetails) -> Answer:
+    def _one_message(self, handler: Any, method: str) -> Answer:
         # Streaming handlers write to their context, so both kinds are called in the same way.
         behaviour = handler.unary_stream or handler.unary_unary
 
@@ -115,7 +131,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 raise InvalidArgumentError("request", "The call has no message.")
             request = _parsed(raw, handler.request_deserializer)
             # Check again: the key may have been revoked before the message arrived.
-            self._access.caller(details.method, details.invocation_metadata)
+            self._access.caller(method, dict(context.invocation_metadata() or ()))
             self._validate(request)
             self._go_on(limit)
             return await behaviour(request, HandlerContext(context))
@@ -152,15 +168,6 @@ def _parsed(raw: bytes, parse: Callable[[bytes], Message]) -> Message:
         return parse(raw)
     except DecodeError as error:
         raise InvalidArgumentError("request", "The message does not match its protobuf definition.") from error
-
-
-def _refusal(method: str, error: ServiceError) -> Any:
-    async def refuse(requests: Any, context: Any) -> None:
-        with observed(method, dict(context.invocation_metadata() or ())) as seen:
-            await _tell(error, context, seen)
-
-    # stream_stream for every method: only this kind does not wait for a message first.
-    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 async def _tell(error: Exception, context: Any, seen: Observation) -> None:

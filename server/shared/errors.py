@@ -68,6 +68,10 @@ class UnavailableError(ServiceError):
     """Temporarily unavailable; the same call may succeed later."""
 
 
+class NoEngineError(ServiceError):
+    """This server has no engine, and the call needs one."""
+
+
 class DataDirectoryError(ServiceError):
     """The data directory cannot be used; the message says what to do."""
 

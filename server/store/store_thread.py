@@ -6,7 +6,7 @@ that may be long, of a conversation or a list, so that votes do not wait for the
 so that callers see what they and others did.
 
 Work that arrives during a commit shares the next one: under load one commit serves many calls. When many calls come at
-once, the next commit waits a moment for more of them.
+once, the next group waits as long as more of them come, but only for a moment.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from zlib import crc32
 
 from server.store.store import Store
 
-# A commit costs as much as several votes. After a group of MANY calls, more are likely to come.
-MANY, LINGER_SECONDS = 8, 0.008
+# A commit costs as much as several votes. After a group of MANY calls, more are likely to come, each within a STEP.
+MANY, STEP_SECONDS, MOST_STEPS = 8, 0.001, 8
 # Where writes go on side by side: most of a vote's time is waiting for the database.
 WRITERS = 4
 
@@ -107,7 +107,7 @@ class _Writer:
     async def _run(self) -> None:
         while self._waiting:
             if self._last_group >= MANY:
-                await asyncio.sleep(LINGER_SECONDS)
+                await self._more()
             calls, self._waiting, before, self._before = self._waiting, [], self._before, []
             if before:
                 await asyncio.wait(before)
@@ -126,6 +126,14 @@ class _Writer:
                 else:
                     done.set_exception(failure)
         self._running = None
+
+    async def _more(self) -> None:
+        """Wait while more calls come."""
+        for _ in range(MOST_STEPS):
+            waiting = len(self._waiting)
+            await asyncio.sleep(STEP_SECONDS)
+            if len(self._waiting) == waiting:
+                break
 
     def _group(self, works: list[Work], users: list[str | None]) -> list[tuple[Any, Exception | None]]:
         outcomes: list[tuple[Any, Exception | None]] = []

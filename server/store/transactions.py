@@ -13,6 +13,8 @@ class Transactions(ABC):
     """`write` and `group` of `server.store.database.Database`, for a connection that says how a transaction begins."""
 
     _writing = _grouped = _begun = False
+    # The savepoint of the last write is still there.
+    _marked = False
     _lost: BaseException | None = None
     # Whose data alone the group depends on; None: anything.
     _users: Collection[str] | None = None
@@ -32,6 +34,10 @@ class Transactions(ABC):
     @abstractmethod
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int: ...
 
+    @abstractmethod
+    def _mark(self, sql: str) -> None:
+        """Run statements that set a savepoint. The commit releases the last one."""
+
     @contextmanager
     def write(self) -> Iterator[None]:
         """One transaction that holds the write lock from its first statement; nested calls join the outer one."""
@@ -50,7 +56,8 @@ class Transactions(ABC):
 
         Raises if that commit fails, or the transaction was lost before; then none of them was stored.
         """
-        self._grouped, self._users, self._lost, self._begun = True, users, None, False
+        self._grouped, self._users, self._lost = True, users, None
+        self._begun = self._marked = False
         try:
             yield
             self._check_whole()
@@ -88,7 +95,8 @@ class Transactions(ABC):
             if not self._begun:
                 self._begin()
                 self._begun = True
-            self.execute("SAVEPOINT one")
+            self._mark("RELEASE one; SAVEPOINT one" if self._marked else "SAVEPOINT one")
+            self._marked = True
         self._writing = True
         try:
             yield
@@ -98,9 +106,6 @@ class Transactions(ABC):
                 raise
             with self._fatal():
                 self.execute("ROLLBACK TO one")
-                self.execute("RELEASE one")
             raise
         finally:
             self._writing = False
-        with self._fatal():
-            self.execute("RELEASE one")

@@ -33,6 +33,7 @@ from server.turns.answers import Answers, Begun
 from server.turns.before import Before, check_still, look_back
 from server.turns.candidate_choice import CandidateChooser
 from server.turns.comparison import SLOTS, arrange, repeat_answers, stream_answers
+from server.turns.deletion import ELSEWHERE_SECONDS, delete_conversation
 from server.turns.encoding_thread import CHARS_A_TOKEN, encoding
 from server.turns.keyed_locks import KeyedLocks
 from server.turns.messages import ChatTurn, ComparisonTurn, NewMessage, Write
@@ -40,8 +41,6 @@ from server.versions.ab_test import AbTest
 
 # Takes places in the queue for a number of a user's answers while the block runs. Raises ResourceExhaustedError.
 Room = Callable[[str, int], AbstractContextManager[None]]
-# Between two looks at what another server does.
-ELSEWHERE_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -167,30 +166,10 @@ class Turns:
         stream = partial(stream_answers, self._answers.of(message.user), chooser, sampled, prompt, answers)
         return ComparisonTurn(begun.conversation_id, begun.comparison_id, prompt, stream)
 
-    async def find_response(self, message: NewMessage, answer: str) -> str:
-        """The id of the response that has this answer to a message with its caller's own history. Raises
-        NotFoundError."""
-        assert message.said is not None
-        own = OwnHistory(self._system(message), message.said, message.text)
-        found = await self._store.read(lambda store: store.histories.response(message.user, own, answer))
-        if found is None:
-            raise NotFoundError("response", "with these messages")
-        return found
-
     async def delete_conversation(self, user: str, conversation_id: str) -> None:
         """Delete a conversation once its current turn has ended, here or at another server. Raises NotFoundError."""
-
-        def delete(store: Store) -> bool:
-            with store.transaction():
-                store.conversations.get(user, conversation_id)
-                if store.responses.elsewhere(self._replica_id, conversation_id):
-                    return False
-                store.conversations.delete(user, conversation_id)
-                return True
-
         async with self._locks.hold(_turn_key(user, conversation_id)):
-            while not await self._store(delete):
-                await asyncio.sleep(ELSEWHERE_SECONDS)
+            await delete_conversation(self._store, self._replica_id, user, conversation_id)
 
     @property
     def writing(self) -> frozenset[str]:

@@ -10,7 +10,7 @@ from prefloop.v1.chat_pb2 import ChatDelta
 
 from clients import AsyncClient
 from clients.channel import channel_target, on_loopback, open_channel
-from server.app import NOT_SERVING
+from server.grpc_server import NOT_SERVING
 from tests.server.conftest import Running, running_server
 
 SECONDS = 30

@@ -21,7 +21,7 @@ from prefloop.v1.feedback_pb2 import THUMB_UP
 from clients import Client, NotFoundError, NotStartedError, Stream, TimedOutError, UnavailableError, channel
 from clients.calls import ChatEvent
 from clients.channel import KEEPALIVE_MILLISECONDS, channel_options
-from server.app import OPTIONS
+from server.grpc_server import OPTIONS
 from tests.clients.conftest import ANSWERED, WAIT_SECONDS, FakeService, serving
 
 KEPT = Turn(message="hi", response=Response(response_id="resp", text="Owls ", finish_reason=FINISH_REASON_ERROR))

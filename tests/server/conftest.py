@@ -26,7 +26,7 @@ class Running:
 
     engine: FakeEngine
     store: StoreThread
-    app: App
+    app: Any
     data_dir: Path
     channel: grpc.aio.Channel
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from prefloop.v1 import feedback_pb2, feedback_pb2_grpc
 
-from server.engine.base import ServingEngine
+from server.engine.base import ModelText
 from server.rpc import to_proto
 from server.rpc.idempotency import body_sha256
 from server.rpc.identity import current_user
 from server.rpc.paging import CHUNK, fill, in_chunks
-from server.shared.errors import InvalidArgumentError
+from server.shared.errors import InvalidArgumentError, ServiceError
 from server.shared.model.text import UnknownTokenError
 from server.store.chats import records
 from server.store.quotas import check_demonstrations
@@ -24,9 +24,9 @@ from server.turns.encoding_thread import CHARS_A_TOKEN, encoding
 class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
     """Thumbs, choices, corrections and demonstrations of the calling user."""
 
-    def __init__(self, store: StoreThread, engine: ServingEngine, user_demonstrations: int) -> None:
+    def __init__(self, store: StoreThread, text: ModelText, user_demonstrations: int) -> None:
         self._store = store
-        self._engine = engine
+        self._text = text
         self._user_demonstrations = user_demonstrations
 
     async def SubmitThumb(
@@ -75,10 +75,10 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         )
         self._check_chars("text", len(request.text))
         try:
-            tokens = len(await encoding(self._engine.encode_answer, request.text))
+            tokens = len(await encoding(self._text.encode_answer, request.text))
         except UnknownTokenError as error:
             raise InvalidArgumentError("text", f"text has {error}") from error
-        self._check_fits("text", tokens, self._engine.max_model_len - prompt)
+        self._check_fits("text", tokens, self._text.max_model_len - prompt)
         feedback = await self._once(
             "SubmitCorrection",
             request,
@@ -99,7 +99,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         except ValueError as error:
             sentence = "messages are in an order that the model's chat template does not accept."
             raise InvalidArgumentError("messages", sentence) from error
-        self._check_fits("messages", tokens, self._engine.max_model_len)
+        self._check_fits("messages", tokens, self._text.max_model_len)
 
         def submit(store: Store, user: str) -> records.Feedback:
             check_demonstrations(store, user, self._user_demonstrations)
@@ -135,12 +135,12 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
 
     def _count(self, messages: list[dict[str, str]]) -> int:
         """The tokens of a conversation that ends with an answer."""
-        prompt = self._engine.encode(messages[:-1], time.time())
-        return len(prompt) + len(self._engine.encode_answer(messages[-1]["content"]))
+        prompt = self._text.encode(messages[:-1], time.time())
+        return len(prompt) + len(self._text.encode_answer(messages[-1]["content"]))
 
     def _check_chars(self, field: str, chars: int) -> None:
         """Refuse a text that cannot fit before it is encoded."""
-        most = self._engine.max_model_len
+        most = self._text.max_model_len
         if chars > CHARS_A_TOKEN * most:
             raise InvalidArgumentError(field, f"{field} must have at most {most} tokens, but has {chars} characters.")
 
@@ -156,16 +156,23 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         user = current_user()
         body = body_sha256(request)
 
-        def work(store: Store) -> tuple[bytes, records.Feedback | None]:
+        def new(store: Store) -> tuple[bytes, records.Feedback]:
             with store.transaction():
-                first = store.requests.find(user, rpc, request.request_id, body)
-                if first is not None:
-                    return first, None
                 vote = submit(store, user)
                 result = to_proto.feedback(vote).SerializeToString()
                 about = vote.response_id or vote.comparison_id
                 store.requests.remember(user, rpc, request.request_id, body, result, about)
                 return result, vote
+
+        def work(store: Store) -> tuple[bytes, records.Feedback | None]:
+            try:
+                return new(store)
+            except ServiceError:
+                # Most requests are new: only one that is refused is looked up.
+                first = store.requests.find(user, rpc, request.request_id, body)
+                if first is None:
+                    raise
+                return first, None
 
         result, vote = await self._store(work, user)
         if vote:

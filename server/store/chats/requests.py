@@ -1,6 +1,6 @@
 """Requests with a request_id, and the first result of each."""
 
-from server.shared.errors import FailedPreconditionError, InvalidArgumentError
+from server.shared.errors import ConflictError, FailedPreconditionError, InvalidArgumentError
 from server.store.chats.records import RepeatedRequest
 from server.store.database import Database
 
@@ -34,14 +34,16 @@ class Requests:
         self, user: str, rpc: str, request_id: str, body_sha256: bytes, result: bytes, target: str | None = None
     ) -> None:
         """Store the result, which is about the response or comparison `target`, for `find`. Call it in the transaction
-        that executes the request. Does nothing for an empty id."""
+        that executes the request. Does nothing for an empty id. Raises ConflictError for a request that is not new."""
         if not request_id:
             return
-        self._db.execute(
+        new = self._db.execute(
             "INSERT INTO requests (user, rpc, request_id, body_sha256, result, target, create_time) "
-            f"VALUES (?, ?, ?, ?, ?, ?, {self._db.NOW})",
+            f"VALUES (?, ?, ?, ?, ?, ?, {self._db.NOW}) ON CONFLICT DO NOTHING",
             [user, rpc, request_id, body_sha256, result, target],
         )
+        if not new:
+            raise ConflictError(f"{rpc} with this request_id was called before.")
 
     def page(self, user: str, limit: int, after: tuple[str, str] = ("", "")) -> list[RepeatedRequest]:
         """The user's stored request_ids, by RPC and id; at most `limit` after `after`."""

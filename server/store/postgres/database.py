@@ -107,6 +107,10 @@ class PostgresDatabase(Transactions):
         if found.fetchall() != [(self._steps,)]:
             raise DataDirectoryError("A newer prefloop has migrated the database; restart this process.")
 
+    def _mark(self, sql: str) -> None:
+        assert self._held
+        self._run(self._held, sql)
+
     def _commit(self) -> None:
         assert self._held
         # PostgreSQL answers COMMIT by a rollback, without an error, if a statement had failed.

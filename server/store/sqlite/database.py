@@ -161,6 +161,10 @@ class SqliteDatabase(Transactions):
         self._execute("BEGIN IMMEDIATE")
         self._check_schema()
 
+    def _mark(self, sql: str) -> None:
+        for statement in sql.split("; "):
+            self._execute(statement)
+
     def _rollback(self) -> None:
         self._db.rollback()
 

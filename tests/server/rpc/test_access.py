@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2, review_pb2
 
-from server.app import SERVICES
+from server.grpc_server import SERVICES
 from server.rpc.access import ROLES
 from server.rpc.tls import Certificates
 from server.shared.errors import InvalidArgumentError, NotFoundError, ServiceError

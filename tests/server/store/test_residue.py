@@ -1,7 +1,9 @@
 """No byte of deleted data is left in the database's files or in rounds' files."""
 
+import itertools
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,8 +25,10 @@ def bytes_of(data_dir: Path) -> bytes:
 def fill(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Months of two users whose rows share pages: texts of all lengths that grow, change and are deleted."""
     draw = random.Random(SEED)
-    # The ids decide which rows share a page.
-    monkeypatch.setattr("secrets.token_hex", lambda size: f"{draw.randrange(2**96):024x}")
+    # The ids decide which rows share a page. At first they were in no order, and such rows are still there.
+    halves = (half for _ in itertools.count() for half in divmod(draw.randrange(2**96), 2**48))
+    monkeypatch.setattr("server.store.ids.time", SimpleNamespace(time_ns=lambda: next(halves) * 1_000_000))
+    monkeypatch.setattr("server.store.ids.secrets", SimpleNamespace(token_hex=lambda size: f"{next(halves):012x}"))
     conversations: dict[str, list[str]] = {"ann": [], "bob": []}
     for number in range(300):
         user = draw.choice(["ann", "bob"])

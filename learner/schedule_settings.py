@@ -5,6 +5,7 @@ from datetime import time
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from learner.number_types import Positive
+from server.store.chats.snapshots import MOST_COUNTED
 
 
 class ScheduleSettings(BaseModel):
@@ -15,7 +16,9 @@ class ScheduleSettings(BaseModel):
     cron: str = Field("0 3 * * *", description="Five cron fields, as Debian's cron reads them, or @daily and the like.")
     interval_minutes: float | None = Field(None, gt=0, description="Minutes between rounds; if set, `cron` is ignored.")
     on_request: bool = Field(False, description="Start rounds only when RequestRound asks for one.")
-    min_new_votes: int = Field(1, ge=0, description="Minimum votes since the last round for a new one to start.")
+    min_new_votes: int = Field(
+        1, ge=0, le=MOST_COUNTED, description="Minimum votes since the last round for a new one to start."
+    )
     quiet_hours: str = Field("", description="Hours without rounds, such as `07:00-23:00`; a round that is due waits.")
     retry_minutes: Positive = Field(
         5.0, description="Minutes before a failed round is retried; doubled with each further failure."

@@ -21,7 +21,8 @@ from server.store.store import Store
 from tests.learner.rounds import TinyEngine, passing, settings
 
 SECONDS = 240
-STORE_URL = "PREFLOOP_STORE_URL"
+# Where a round's process finds the store and the versions; it does not have this one's environment.
+PLACES = ("PREFLOOP_STORE_URL", "PREFLOOP_POLICY_URL")
 # Imported once, in a process that has never computed: a fork of this one would inherit OpenMP's dead threads.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -29,12 +30,12 @@ PROCESSES.set_forkserver_preload(
 )
 
 
-def round_with(data_dir: Path, failpoint: str, store_url: str) -> None:
+def round_with(data_dir: Path, environment: dict[str, str]) -> None:
     """A whole round on the tiny model, its gate passing; keeps one old version."""
     import learner.round.gate.gate_stage
     import learner.round.workspace
 
-    os.environ |= {VARIABLE: failpoint, STORE_URL: store_url}
+    os.environ |= environment
     learner.round.workspace.RolloutEngine = TinyEngine  # type: ignore[assignment, misc]
     learner.round.gate.gate_stage.decide = passing
     run_once(settings(data_dir, keep_versions=1), Stages(Console(quiet=True)))
@@ -42,7 +43,8 @@ def round_with(data_dir: Path, failpoint: str, store_url: str) -> None:
 
 def run_round(data_dir: Path, failpoint: str = "") -> bool:
     """Whether the round finished in a separate process; False if the failpoint killed it."""
-    process = PROCESSES.Process(target=round_with, args=(data_dir, failpoint, os.environ.get(STORE_URL, "")))
+    environment = {VARIABLE: failpoint} | {name: os.environ.get(name, "") for name in PLACES}
+    process = PROCESSES.Process(target=round_with, args=(data_dir, environment))
     process.start()
     process.join(SECONDS)
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode

@@ -794,7 +794,7 @@ class Learner(_message.Message):
     stage: _builtins.str
     """Its last finished step."""
     new_votes: _builtins.int
-    """Votes that no round has learned from yet."""
+    """Votes that no round has learned from yet, at most a million."""
     outcome: _builtins.str
     @_builtins.property
     def next_round_time(self) -> _timestamp_pb2.Timestamp:

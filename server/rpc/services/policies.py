@@ -11,7 +11,7 @@ from server.rpc.identity import current_user
 from server.rpc.paging import CHUNK, fill, in_chunks
 from server.store.files.residue import keeping
 from server.store.files.round_samples import RoundSample, read_samples
-from server.store.learning.records import PointerAction, PolicyVersion, Round
+from server.store.learning.records import Learner, PointerAction, PolicyVersion, Round
 from server.store.store import Store
 from server.store.store_thread import StoreThread
 from server.versions.ab_test import AbTest
@@ -106,21 +106,21 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     async def CountVotes(self, request: policy_pb2.CountVotesRequest, context: Any) -> policy_pb2.CountVotesResponse:
         days = request.days or DEFAULT_DAYS
-        counts = await self._store(lambda store: store.feedback.count_by_day(days))
+        counts = await self._store.read(lambda store: store.feedback.count_by_day(days))
         return policy_pb2.CountVotesResponse(counts=[to_proto.vote_count(count) for count in counts])
 
     async def GetLearner(self, request: policy_pb2.GetLearnerRequest, context: Any) -> policy_pb2.GetLearnerResponse:
-        learner = await self._store(lambda store: store.learner())
-        return policy_pb2.GetLearnerResponse(learner=to_proto.learner(learner))
+        return policy_pb2.GetLearnerResponse(learner=to_proto.learner(await self._learner()))
 
     async def RequestRound(
         self, request: policy_pb2.RequestRoundRequest, context: Any
     ) -> policy_pb2.RequestRoundResponse:
-        def ask(store: Store) -> policy_pb2.RequestRoundResponse:
-            store.round_requests.ask()
-            return policy_pb2.RequestRoundResponse(learner=to_proto.learner(store.learner()))
+        await self._store(lambda store: store.round_requests.ask())
+        return policy_pb2.RequestRoundResponse(learner=to_proto.learner(await self._learner()))
 
-        return await self._store(ask)
+    async def _learner(self) -> Learner:
+        # It counts votes, which takes a while if there are many.
+        return await self._store.read(lambda store: store.learner())
 
     def _samples(self, round_: Round, after: int) -> list[RoundSample]:
         """Samples after a row. No sweep and no round writes in the meantime, so no line is incomplete."""

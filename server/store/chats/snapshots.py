@@ -19,6 +19,10 @@ CURRENT = (
     "action = 'submit' AND value IS NOT NULL AND NOT EXISTS "
     "(SELECT 1 FROM feedback_events WHERE feedback_id = e.feedback_id AND seq > e.seq AND seq <= ?)"
 )
+# Nobody asks for more, and operators' pages ask often.
+MOST_COUNTED = 1_000_000
+# A round's prompts are chosen among so many of the newest responses, so that the time for it is bounded.
+RECENT = 1_000_000
 
 
 class Snapshots:
@@ -35,11 +39,14 @@ class Snapshots:
         with self._db.settled():
             return int(self._db.rows("SELECT coalesce(max(seq), 0) AS seq FROM feedback_events")[0]["seq"])
 
-    def count_votes(self, after: int = 0) -> int:
-        """How many current choices, thumbs and corrections were given or changed after the event `after`."""
+    def count_votes(self, after: int = 0, most: int = UNLIMITED) -> int:
+        """How many current choices, thumbs and corrections were given or changed after the event `after`, at most
+        `most`."""
         # Uses only the index feedback_by_event, since operators' pages poll it.
         [row] = self._db.rows(
-            "SELECT count(*) AS votes FROM feedback WHERE event_seq > ? AND kind != 'demonstration'", [after]
+            "SELECT count(*) AS votes FROM "
+            "(SELECT 1 FROM feedback WHERE event_seq > ? AND kind != 'demonstration' LIMIT ?) AS counted",
+            [after, most],
         )
         return int(row["votes"])
 
@@ -67,9 +74,10 @@ class Snapshots:
         return int(row["votes"])
 
     def count_new_votes(self) -> int:
-        """How many current votes no round of the active version's reference has learned from yet."""
+        """How many current votes no round of the active version's reference has learned from yet, at most
+        MOST_COUNTED."""
         learned = self._rounds.last_learned()
-        return self.count_votes(after=learned.watermark if learned else 0)
+        return self.count_votes(after=learned.watermark if learned else 0, most=MOST_COUNTED)
 
     def take(
         self,
@@ -121,14 +129,16 @@ class Snapshots:
         self, before: float | None = None, limit: int = UNLIMITED, without: Collection[str] = ()
     ) -> list[Prompt]:
         """Users' prompts, distinct within a lineage, in the order in which they were first asked, except those of users
-        in `without`. At most `limit` responses created before `before` count: every user's newest, then every user's
-        second, and so on."""
+        in `without`. At most `limit` of the RECENT newest responses created before `before` count: every user's newest,
+        then every user's second, and so on."""
         rows = self._db.rows(
-            "WITH placed AS (SELECT rowid AS number, "
-            "row_number() OVER (PARTITION BY user ORDER BY rowid DESC) AS place "
-            f"FROM responses WHERE create_time < ? AND NOT {self._db.AMONG} "
+            "WITH recent AS (SELECT rowid AS number, user FROM responses "
+            f"WHERE create_time < ? AND NOT {self._db.AMONG} "
             # A review's prompt was asked elsewhere.
-            "AND conversation_id NOT IN (SELECT id FROM conversations WHERE kind = 'review')), "
+            "AND conversation_id NOT IN (SELECT id FROM conversations WHERE kind = 'review') "
+            "ORDER BY rowid DESC LIMIT ?), "
+            "placed AS (SELECT number, row_number() OVER (PARTITION BY user ORDER BY number DESC) AS place "
+            "FROM recent), "
             "chosen AS (SELECT number FROM placed ORDER BY place, number DESC LIMIT ?), "
             # The same ids are another text in another lineage.
             "asked AS (SELECT r.id AS response_id, r.policy_version, r.conversation_id, r.user, r.prompt_token_ids, "
@@ -142,7 +152,7 @@ class Snapshots:
             "(SELECT message FROM turns WHERE conversation_id = asked.conversation_id ORDER BY seq LIMIT 1) "
             "AS opening, (SELECT system FROM conversations WHERE id = asked.conversation_id) AS system "
             "FROM asked WHERE nth = 1 ORDER BY first",
-            [math.inf if before is None else before, json.dumps(list(without)), limit],
+            [math.inf if before is None else before, json.dumps(list(without)), RECENT, limit],
         )
         openers: dict[str, str] = {}
         return [

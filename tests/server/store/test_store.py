@@ -14,6 +14,7 @@ from server.shared.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
+from server.store.chats import snapshots
 from server.store.chats.histories import OwnHistory
 from server.store.chats.records import Generation, Span, VoteCount
 from server.store.store import Store
@@ -307,6 +308,26 @@ def test_a_busy_user_does_not_displace_others_prompts(store: Store) -> None:
         *(("ann", number) for number in (0, 1, 2)), *(("busy", number) for number in (55, 56, 57, 58, 59)),
     ]  # fmt: skip
     assert [prompt.user for prompt in store.snapshots.prompts(limit=8, without=["busy"])] == ["ann"] * 3
+
+
+def test_what_is_old_and_much_is_not_read_for_a_round(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(6):
+        asked(store, "ann" if number < 3 else "bob", number)
+    monkeypatch.setattr(snapshots, "RECENT", 4)
+    assert [(one.user, one.token_ids[0]) for one in store.snapshots.prompts()] == [
+        ("ann", 2), ("bob", 3), ("bob", 4), ("bob", 5),
+    ]  # fmt: skip
+    # Whoever is left out does not take the places of others.
+    assert [one.token_ids[0] for one in store.snapshots.prompts(without=["bob"])] == [0, 1, 2]
+
+
+def test_new_votes_are_counted_up_to_a_number(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(4):
+        store.feedback.submit_thumb("ann", answer(store, store.conversations.create("ann", "hello")), up=True)
+    assert store.snapshots.count_new_votes() == 4
+    monkeypatch.setattr(snapshots, "MOST_COUNTED", 3)
+    assert store.snapshots.count_new_votes() == 3
+    assert store.snapshots.count_votes() == 4
 
 
 def test_a_prompt_knows_the_first_conversation_that_began_like_its_own(store: Store) -> None:

@@ -2,8 +2,8 @@
 
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,24 +50,33 @@ def configuration(root: Path, folder: Path, port: int, servers: list[tuple[int, 
     return folder / "haproxy.cfg"
 
 
-@asynccontextmanager
-async def proxied(root: Path, tmp_path: Path, servers: list[Running]) -> AsyncIterator[AsyncClient]:
-    """A client of a proxy before these servers."""
+@contextmanager
+def proxy(root: Path, folder: Path, ports: list[tuple[int, int]]) -> Iterator[int]:
+    """A proxy before these servers; yields its port."""
     haproxy = shutil.which("haproxy")
     if haproxy is None:
         pytest.skip("haproxy is not installed")
-    health = [MetricsServer("127.0.0.1", 0, lambda running=running: running.app.serving) for running in servers]
     port = free_port()
-    ports = [(running.app.port, checked.port) for running, checked in zip(servers, health, strict=True)]
-    process = subprocess.Popen([haproxy, "-db", "-q", "-f", str(configuration(root, tmp_path, port, ports))])
+    process = subprocess.Popen([haproxy, "-db", "-q", "-f", str(configuration(root, folder, port, ports))])
     try:
         wait_until_open(port, process)
-        tls = Tls(ca=(tmp_path / "front.crt").read_bytes())
-        async with AsyncClient(f"localhost:{port}", user="ann", tls=tls, patience=SECONDS) as client:
-            yield client
+        yield port
     finally:
         process.kill()
         process.wait(SECONDS)
+
+
+@asynccontextmanager
+async def proxied(root: Path, tmp_path: Path, servers: list[Running]) -> AsyncIterator[AsyncClient]:
+    """A client of a proxy before these servers."""
+    health = [MetricsServer("127.0.0.1", 0, lambda running=running: running.app.serving) for running in servers]
+    ports = [(running.app.port, checked.port) for running, checked in zip(servers, health, strict=True)]
+    try:
+        with proxy(root, tmp_path, ports) as port:
+            tls = Tls(ca=(tmp_path / "front.crt").read_bytes())
+            async with AsyncClient(f"localhost:{port}", user="ann", tls=tls, patience=SECONDS) as client:
+                yield client
+    finally:
         for each in health:
             each.close()
 

@@ -93,6 +93,11 @@ class Process:
         self._reader.join(STOP_SECONDS)
         return self._process.returncode
 
+    def kill(self) -> None:
+        """Sends SIGKILL, as a lost machine would."""
+        self._process.kill()
+        self._process.wait()
+
     def last_words(self) -> str:
         lines = [line for line in self._log.read_text(encoding="utf-8").splitlines() if line.strip()]
         return lines[-1] if lines else "it printed nothing."

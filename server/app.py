@@ -80,7 +80,7 @@ class App(GrpcServer):
             self._repeat(self._ab_test.look, poll, "the A/B test could not be evaluated")
         canary = CanaryWatch(self._store, self._follower)
         self._repeat(canary.look, poll, "the canary could not be decided about")
-        await self._open()
+        await self._open(self._account)
         self._repeat(lambda: self._tell_health(engine.alive), poll, "health could not be reported")
 
     def _add_services(self, engine: ServingEngine) -> None:

@@ -18,6 +18,7 @@ from server.rpc.access import NEED_ENGINE, Access
 from server.rpc.interceptor import Interceptor
 from server.rpc.limits import Limits
 from server.rpc.open_calls import OpenCalls
+from server.rpc.services.account import AccountService
 from server.rpc.tls import Certificates
 from server.rpc.validation import validator
 from server.settings import ServerSettings
@@ -95,10 +96,15 @@ class GrpcServer:
         self._told: bool | None = None
         self._stopping = False
 
-    async def _open(self) -> None:
+    async def _open(self, account: AccountService) -> None:
         """Read the keys, and begin to take calls."""
-        await self._access.refresh()
-        self._repeat(self._access.refresh, self._settings.poll_seconds, "the keys could not be read")
+        poll = self._settings.poll_seconds
+        for read, complaint in (
+            (self._access.refresh, "the keys could not be read"),
+            (account.end_forgotten, "calls of users who were deleted elsewhere could not be ended"),
+        ):
+            await read()
+            self._repeat(read, poll, complaint)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         await self._server.start()

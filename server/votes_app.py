@@ -42,7 +42,7 @@ class VotesApp(GrpcServer):
         self._account = AccountService(store, self._access, self._calls, retention)
         account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, server)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, server)
-        await self._open()
+        await self._open(self._account)
         await self._tell_health(True, WHOLE)
 
     async def stop(self, grace: float) -> None:

@@ -40,6 +40,7 @@ class RetentionTask:
 
     async def tidy(self) -> None:
         """Delete old conversations, and remove what deletions and pruned versions left. Call it every hour."""
+        await self._store(lambda store: store.keys.drop_forgotten())
         days = self._retention_days
         while days and await self._store(lambda store: store.deletion.expire(days)):
             pass

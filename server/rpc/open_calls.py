@@ -5,9 +5,11 @@ again what was just deleted.
 """
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from server.shared.errors import FailedPreconditionError
 
@@ -15,19 +17,25 @@ from server.shared.errors import FailedPreconditionError
 END_SECONDS = 5.0
 
 
+@dataclass(frozen=True)
+class _Call:
+    left: asyncio.Event
+    began: float
+
+
 class OpenCalls:
-    """The open calls of each user."""
+    """The open calls of each user, at this server."""
 
     def __init__(self) -> None:
-        self._open: dict[str, dict[asyncio.Task[object], asyncio.Event]] = defaultdict(dict)
+        self._open: dict[str, dict[asyncio.Task[object], _Call]] = defaultdict(dict)
         self._ended: set[asyncio.Task[object]] = set()
 
     @contextmanager
     def open(self, user: str) -> Iterator[None]:
         """Register the current task as a call of `user`. Raises FailedPreconditionError if `end` ends it."""
-        task, left = asyncio.current_task(), asyncio.Event()
+        task, call = asyncio.current_task(), _Call(asyncio.Event(), time.monotonic())
         assert task is not None
-        self._open[user][task] = left
+        self._open[user][task] = call
         try:
             yield
         except asyncio.CancelledError:
@@ -39,19 +47,28 @@ class OpenCalls:
             ) from None
         finally:
             self._ended.discard(task)
-            left.set()
+            call.left.set()
             del self._open[user][task]
             if not self._open[user]:
                 del self._open[user]
 
-    async def end(self, user: str, but: Set[asyncio.Task[object]]) -> None:
-        """End the user's calls except `but`, and wait at most END_SECONDS for them to finish."""
-        others = {task: left for task, left in self._open.get(user, {}).items() if task not in but}
+    @property
+    def users(self) -> list[str]:
+        """Who has open calls."""
+        return list(self._open)
+
+    async def end(self, user: str, but: Set[asyncio.Task[object]] = frozenset(), older: float = 0.0) -> bool:
+        """End the user's calls except `but` that are open for at least `older` seconds, and wait at most END_SECONDS
+        for them to finish. Returns whether there were any."""
+        began = time.monotonic() - older
+        calls = self._open.get(user, {}).items()
+        others = {task: call for task, call in calls if task not in but and call.began <= began}
         self._ended |= set(others)
         for task in others:
             task.cancel()
-        waiting = [asyncio.create_task(left.wait()) for left in others.values()]
+        waiting = [asyncio.create_task(call.left.wait()) for call in others.values()]
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=END_SECONDS)
             for wait in late:
                 wait.cancel()
+        return bool(others)

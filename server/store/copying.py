@@ -43,7 +43,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "imports": ("id",),
     "imported_preferences": ("id",),
 }
-LEFT_OUT = ("replicas", "listeners", "identity")
+LEFT_OUT = ("replicas", "listeners", "identity", "forgotten")
 PAGE = 1_000
 
 

@@ -22,6 +22,8 @@ from server.store.ids import new_id
 Role = Literal["user", "application", "operator"]
 
 SECRET_BYTES = 32
+# Every server has seen an entry by then.
+SEEN_SECONDS = 3600.0
 USER_NAME = re.compile(r"[\x21-\x7e]{1,128}")
 # Together, with what is between them, not longer than a user's name.
 APPLICATION_NAME = re.compile(r"[\x21-\x2e\x30-\x7e]{1,63}")
@@ -63,6 +65,15 @@ class Key:
     role: Role
     create_time: float
     revoke_time: float | None
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """An entry about a deleted user: the hash of the name (`user_sha256`), and the age in seconds."""
+
+    seq: int
+    user_sha256: bytes
+    age: float
 
 
 @dataclass(frozen=True)
@@ -108,8 +119,9 @@ class Keys:
                 raise NotFoundError("key", key_id)
 
     def forget(self, user: str) -> None:
-        """Revoke the user's keys, and delete their user and hash. Raises FailedPreconditionError for an application
-        whose end users have data: another user could get its name, and so theirs."""
+        """Revoke the user's keys, delete their user and hash, and let every server end the user's calls (`forgotten`).
+        Raises FailedPreconditionError for an application whose end users have data: another user could get its name,
+        and so theirs."""
         with self._db.write():
             application = self._db.row("SELECT 1 FROM keys WHERE user = ? AND role = 'application'", [user])
             if application and (others := self._with_data(user + BETWEEN)):
@@ -120,6 +132,18 @@ class Keys:
                 "WHERE user = ?",
                 [b"", user],
             )
+            self._db.insert("forgotten", {"user_sha256": _sha256(user), "create_time": self._db.now()})
+
+    def forgotten(self, after: int) -> list[Forgotten]:
+        """Who was deleted after the entry `after`, oldest first."""
+        now = self._db.now()
+        rows = self._db.rows("SELECT seq, user_sha256, create_time FROM forgotten WHERE seq > ? ORDER BY seq", [after])
+        return [Forgotten(row["seq"], bytes(row["user_sha256"]), now - row["create_time"]) for row in rows]
+
+    def drop_forgotten(self) -> None:
+        """Delete the entries that every server has seen. Their numbers do not come again."""
+        with self._db.write():
+            self._db.execute("DELETE FROM forgotten WHERE create_time < ?", [self._db.now() - SEEN_SECONDS])
 
     def all(self) -> list[Key]:
         """Every key ever created, oldest first."""
@@ -169,6 +193,11 @@ def check_user_name(user: str) -> None:
     """Raise InvalidArgumentError for an invalid user name. Names are printable ASCII, as in gRPC metadata."""
     if not USER_NAME.fullmatch(user):
         raise InvalidArgumentError("user", "A user name is 1 to 128 printable ASCII characters without spaces.")
+
+
+def user_sha256(user: str) -> bytes:
+    """What `Keys.forgotten` says of a user."""
+    return _sha256(user)
 
 
 def _sha256(secret: str) -> bytes:

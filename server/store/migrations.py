@@ -601,3 +601,18 @@ def m026_shared_versions(db: Database) -> None:
         ) STRICT;
         """,
     )
+
+
+@migrations()
+def m027_forgotten(db: Database) -> None:
+    """Who was deleted lately, so that every server ends that user's calls. Not the name."""
+    _run(
+        db,
+        """
+        CREATE TABLE forgotten (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            user_sha256 BLOB NOT NULL,
+            create_time REAL NOT NULL
+        ) STRICT;
+        """,
+    )

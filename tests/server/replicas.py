@@ -1,4 +1,4 @@
-"""Three servers with a fake engine on one store, which are killed while people chat and vote.
+"""Three servers on one store, with a fake engine or a real one, which are killed while people chat and vote.
 
 `crowd` is a number of people, each in a thread, who go to another server when theirs breaks. What they were told is
 compared with the store afterwards.
@@ -19,8 +19,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import grpc
+import uvloop
 from prefloop.v1 import chat_pb2, chat_pb2_grpc, feedback_pb2, feedback_pb2_grpc
 
+from server import process
 from server.app import App
 from server.settings import ServerSettings
 from server.store.store_thread import StoreThread
@@ -29,6 +31,7 @@ from tests.ports import free_port
 from tests.server.fakes import FakeEngine
 
 SECONDS = 60
+START_SECONDS = 300
 PROCESSES = multiprocessing.get_context("spawn")
 ANSWER = "one two three four five six seven eight nine ten eleven twelve "
 # Seconds between words, so that a kill finds answers half said.
@@ -56,23 +59,42 @@ def serve(data_dir: Path, port: int, parent: Connection) -> None:
     asyncio.run(run())
 
 
+def serve_model(data_dir: Path, port: int, parent: Connection) -> None:
+    """The same with the real engine, and the model in the folder beside the data directory."""
+
+    def say(line: str) -> None:
+        if line.startswith("serving "):
+            parent.send(port)
+
+    answers.KEEP_SECONDS = PAUSE / 2
+    settings = ServerSettings.load(
+        data_dir=data_dir, port=port, model=str(data_dir.with_name("model")), max_tokens=16, user_rate=1_000_000,
+        compile=False, metrics_port=0,
+    )  # fmt: skip
+    uvloop.run(process.serve(settings, say))
+
+
+Serve = Callable[[Path, int, Connection], None]
+
+
 class Servers:
     """Processes on ports of their own, which they keep when they are started again."""
 
-    def __init__(self, data_dir: Path, number: int = 3) -> None:
+    def __init__(self, data_dir: Path, serve: Serve = serve, number: int = 3) -> None:
         self._data_dir = data_dir
+        self._serve = serve
         self._processes: dict[int, BaseProcess] = {}
         self.ports = [free_port() for _ in range(number)]
 
     def start(self, port: int) -> None:
         """Start one, and return once it serves."""
         ours, theirs = PROCESSES.Pipe()
-        process = PROCESSES.Process(target=serve, args=(self._data_dir, port, theirs))
-        process.start()
+        started = PROCESSES.Process(target=self._serve, args=(self._data_dir, port, theirs))
+        started.start()
         theirs.close()
-        assert ours.poll(SECONDS)
+        assert ours.poll(START_SECONDS)
         assert ours.recv() == port
-        self._processes[port] = process
+        self._processes[port] = started
 
     def kill(self, port: int) -> None:
         self._processes[port].kill()
@@ -91,9 +113,9 @@ class Servers:
                 self.start(port)
             yield self
         finally:
-            for process in self._processes.values():
-                process.kill()
-                process.join(SECONDS)
+            for each in self._processes.values():
+                each.kill()
+                each.join(SECONDS)
 
 
 @dataclass

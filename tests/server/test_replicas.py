@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from prefloop.v1 import chat_pb2, feedback_pb2, policy_pb2
+from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2
 
 from server.store.chats.responses import Responses
 from server.store.store import Store
@@ -136,7 +136,8 @@ async def test_a_vote_on_another_servers_answer(two: tuple[Running, Running]) ->
     compared = (await compare(other))[0].started
     choice = feedback_pb2.SubmitChoiceRequest(comparison_id=compared.comparison_id, choice=feedback_pb2.CHOICE_B)
     await one.feedback.SubmitChoice(choice, metadata=ANN)
-    assert await one.store(lambda store: store.snapshots.watermark()) == 2
+    [events] = await one.store(lambda store: store._db.rows("SELECT count(*) AS n FROM feedback_events"))
+    assert events["n"] == 2
 
 
 async def test_a_stored_quota_is_of_all_servers_together(tmp_path: Path, database: str) -> None:
@@ -186,3 +187,48 @@ async def test_both_follow_the_pointer_and_say_so(two: tuple[Running, Running], 
             if {replica.loaded_version for replica in found.replicas} == {"v0001"}:
                 break
     assert len(found.replicas) == 2
+
+
+async def test_a_user_who_is_forgotten_elsewhere_leaves_nothing_behind(two: tuple[Running, Running]) -> None:
+    one, other = two
+    held(one)
+    writing, started = await start(one)
+    forgotten = await other.account.ForgetUser(account_pb2.ForgetUserRequest(), metadata=ANN)
+    assert forgotten.conversations == 1
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await asyncio.wait_for(writing, SECONDS)
+    assert ended.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert ended.value.details() == "This user was deleted; nothing from this call was stored."
+    async with asyncio.timeout(SECONDS):
+        while one.app._account._ended or await one.store(lambda store: store.conversations.page("ann", 9)):
+            await asyncio.sleep(0)
+    # Whoever comes again is somebody new, and stays.
+    one.engine.hold_after = -1
+    again = await chat(one, "hello again")
+    assert again[0].started.conversation_id != started.conversation_id
+    await one.app._account.end_forgotten()
+    assert len(await other.store(lambda store: store.conversations.page("ann", 9))) == 1
+
+
+async def test_what_is_stored_before_a_server_hears_of_a_deletion_is_deleted(
+    two: tuple[Running, Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    held(one)
+    writing, _ = await start(one)
+    end, stored = one.app._calls.end, asyncio.Event()
+
+    async def late(user: str, *rest: Any, **named: Any) -> bool:
+        said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "secret"}]
+        await one.store(lambda store: store.feedback.submit_demonstration(user, said))
+        stored.set()
+        return await end(user, *rest, **named)
+
+    monkeypatch.setattr(one.app._calls, "end", late)
+    await other.account.ForgetUser(account_pb2.ForgetUserRequest(), metadata=ANN)
+    async with asyncio.timeout(SECONDS):
+        await stored.wait()
+        await asyncio.wait([writing])
+        while await other.store(lambda store: store.feedback.page("ann", 9)):
+            await asyncio.sleep(0)
+    assert writing.exception()

@@ -13,6 +13,7 @@ from server.rpc.export import export
 from server.rpc.identity import current_caller
 from server.rpc.open_calls import OpenCalls
 from server.shared.errors import PermissionDeniedError
+from server.store.keys import user_sha256
 from server.store.store_thread import StoreThread
 
 
@@ -24,6 +25,10 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
         self._access = access
         self._calls = calls
         self._retention = retention
+        # The newest entry about a deleted user that was seen here.
+        self._seen = 0
+        # Users whose calls were ended because of one, and have left something since.
+        self._ended: set[str] = set()
         self._forgetting: set[asyncio.Task[account_pb2.ForgetUserResponse]] = set()
         # Open ForgetUser calls by user, so that two at the same time do not end each other.
         self._asking: dict[str, set[asyncio.Task[object]]] = defaultdict(set)
@@ -55,6 +60,18 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
         while part := await self._store.read(next_part):
             await context.write(part)
 
+    async def end_forgotten(self) -> None:
+        """End the calls of users who were deleted at another server, and delete what these calls have stored since.
+        Call it repeatedly."""
+        for entry in await self._store(lambda store: store.keys.forgotten(self._seen)):
+            for user in [user for user in self._calls.users if user_sha256(user) == entry.user_sha256]:
+                if await self._calls.end(user, self._asking.get(user, set()), older=entry.age):
+                    self._ended.add(user)
+            self._seen = entry.seq
+        for user in list(self._ended):
+            await self._delete(user)
+            self._ended.discard(user)
+
     async def drain(self) -> None:
         """Return once all running deletions are complete."""
         while self._forgetting:
@@ -66,8 +83,7 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
         await self._access.refresh()
         await self._calls.end(user, but=self._asking.get(user, set()))
         kept = await self._store(lambda store: store.deletion.look(user))
-        while await self._store(lambda store: store.deletion.step(user)):
-            pass
+        await self._delete(user)
         return account_pb2.ForgetUserResponse(
             conversations=kept.conversations,
             votes=kept.votes,
@@ -76,6 +92,10 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
             running_round_ids=kept.running_round_ids,
             erased=await self._retention.erase(),
         )
+
+    async def _delete(self, user: str) -> None:
+        while await self._store(lambda store: store.deletion.step(user)):
+            pass
 
 
 def _whose(named: str) -> str:

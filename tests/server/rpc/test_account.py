@@ -170,8 +170,8 @@ async def test_a_message_that_comes_after_its_key_was_revoked_is_refused(locked:
     async with asyncio.timeout(SECONDS):
         while not running.app._calls._open.get("ann"):
             await asyncio.sleep(0)
-    # As from another process, which cannot end the call.
-    await running.store(lambda store: store.keys.forget("ann"))
+    [key] = [key for key in await running.store(lambda store: store.keys.all()) if key.user == "ann"]
+    await running.store(lambda store: store.keys.revoke(key.id))
     await running.app._access.refresh()
     sent.set()
     assert await failure(call) == grpc.StatusCode.UNAUTHENTICATED

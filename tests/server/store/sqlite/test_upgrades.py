@@ -43,6 +43,7 @@ RELEASED = {
     "m024_last_looks": "4cadea1c28ade0d2",
     "m025_stops_of_reviews": "cca9a4233a313d86",
     "m026_shared_versions": "acdadb382f1de2e2",
+    "m027_forgotten": "daba074b851e6b4c",
 }
 
 

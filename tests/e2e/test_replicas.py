@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from prefloop.v1.chat_pb2 import ChatFinished, ChatStarted
 from prefloop.v1.feedback_pb2 import THUMB_UP
 
 from clients import Client
 from clients.channel import Tls
 from clients.demo.processes import READY, Process
-from clients.demo.voter import ask
 from tests.e2e.small_rounds import small_round
 from tests.pem import Pem, make_pem
 from tests.postgres import PostgresServer
@@ -90,12 +90,13 @@ def test_three_servers_and_two_for_votes_behind_a_proxy(
                     report = small.run(tmp_path / "learner")
                     assert report["state"] == "promoted", report["sentence"]
                     version = report["policy_version"]
-                    replicas_ = client.active_policy().replicas
-                    assert len(replicas_) == 3
+                    assert len(client.active_policy().replicas) == 3
                     # A server and a process that takes votes are lost.
                     running["two"].process.kill()
                     running["votes"].process.kill()
-                    answer = ask(client, "What is a lighthouse for?", max_tokens=8)
-                    assert answer.policy_version == version
-                    client.thumb(answer.response_id, THUMB_UP)
-                    assert next(client.feedback()).response_id == answer.response_id
+                    started, *_, finished = client.chat("What is a lighthouse for?", max_tokens=8)
+                    assert isinstance(started, ChatStarted)
+                    assert isinstance(finished, ChatFinished)
+                    assert finished.policy_version == version
+                    client.thumb(started.response_id, THUMB_UP)
+                    assert next(client.feedback()).response_id == started.response_id

@@ -20,8 +20,8 @@ from server.settings import ServerSettings
 from server.store.chats.records import Generation, Span
 from server.store.store import Store
 
-# Answers that each voter votes on in turn.
-ANSWERS = 250
+# Answers of each voter: enough for several runs of a few seconds, each about answers that have no vote.
+ANSWERS = 1_200
 ECHO = "/echo/Echo"
 LIMIT_SECONDS = 300
 # A key, and the answers of its user.
@@ -128,7 +128,7 @@ def voter(channel: grpc.aio.Channel, key: str, answers: list[str], echo: bool) -
     ids = itertools.cycle(answers)
 
     def vote(number: int) -> Any:
-        thumb = feedback_pb2.THUMB_UP if number // ANSWERS % 2 else feedback_pb2.THUMB_DOWN
+        thumb = feedback_pb2.THUMB_UP if number // len(answers) % 2 else feedback_pb2.THUMB_DOWN
         return feedback_pb2.SubmitThumbRequest(response_id=next(ids), thumb=thumb, request_id=str(uuid.uuid4()))
 
     if echo:

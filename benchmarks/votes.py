@@ -29,7 +29,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pysqlite3.dbapi2 as sqlite3
 from prefloop.v1 import chat_pb2
-from vote_load import LIMIT_SECONDS, Voter, echo_servers, make_voters, run_load, start_load
+from vote_load import ANSWERS, LIMIT_SECONDS, Voter, echo_servers, make_voters, run_load, start_load
 
 from clients.client import Client
 from clients.demo.processes import READY, Process, Server
@@ -43,6 +43,8 @@ QUESTION = "Write a long story about a lighthouse and the people who live near i
 REPORT = Path(__file__).parent.parent / "docs" / "benchmarks" / "votes.md"
 STORES = ("SQLite", "PostgreSQL")
 PROCESSES = (1, 2)
+# Answers of each voter in one run.
+PART = ANSWERS // (REPEATS * len(PROCESSES))
 
 
 def main() -> None:
@@ -109,7 +111,10 @@ def rates(work: Path, model: str, clients: int, seconds: float) -> dict[str, Any
             targets[f"echo {count}"] = address, ids, voters["SQLite"], True
         for turn in range(REPEATS):
             say(f"turn {turn + 1} of {REPEATS}")
-            for what, (address, ids, people, echo) in targets.items():
+            for what, (address, ids, everybody, echo) in targets.items():
+                # Each run is about answers without a vote.
+                run = turn * len(PROCESSES) + (int(what[-1]) - 1)
+                people = [(key, answers[run * PART : (run + 1) * PART]) for key, answers in everybody]
                 used = [cpu_seconds(pid) for pid in ids]
                 found = run_load(address, people, seconds, echo=echo)
                 cores = [(cpu_seconds(pid) - was) / found["seconds"] for pid, was in zip(ids, used, strict=True)]

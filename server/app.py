@@ -63,7 +63,7 @@ class App(GrpcServer):
         self._retention = RetentionTask(self._store, settings.data_dir, settings.retention_days)
         room, chooser, ab_test = self._limits.answering, self._chooser, self._ab_test
         self._turns = Turns(self._store, engine, settings, replica_id, room, chooser, ab_test)
-        self._account = AccountService(self._store, self._access, self._calls, self._retention)
+        self._account = AccountService(self._store, self._access, self._calls, self._retention, settings.poll_seconds)
         self._add_services(engine)
         await self._store(lambda store: store.responses.fail_interrupted(replica_id, starting=True))
         # Before the first call: load a version that was activated while no server ran.

@@ -38,7 +38,7 @@ def serve(
     host: Annotated[Optional[str], typer.Option(help="The address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[Optional[int], typer.Option(help="The port to listen on. Default: 50051.")] = None,
     engine: Annotated[
-        Optional[bool], typer.Option("--engine/--no-engine", help="Without an engine: take votes, answer nobody.")
+        Optional[bool], typer.Option("--engine/--no-engine", help="Sample answers (the default), or only take votes.")
     ] = None,
 ) -> None:
     """Serve chats and record votes until SIGTERM. Settings also come from PREFLOOP_* variables and prefloop.toml."""

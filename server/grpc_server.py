@@ -90,8 +90,9 @@ class GrpcServer:
                 ("grpc.max_connection_age_grace_ms", int(settings.call_seconds * 1000) + 60_000),
             ],
         )
-        # Bind before the engine starts, which takes a minute, so that a port in use is reported at once.
-        self.port = self._bind()
+        # Bind before the engine starts, which takes a minute, so that a port in use is reported at once. A shared port
+        # gets its part of the connections from then on, so not before they can be answered.
+        self.port = settings.port if settings.share_port else self._bind()
         self._tasks: list[asyncio.Task[NoReturn]] = []
         self._told: bool | None = None
         self._stopping = False
@@ -107,6 +108,8 @@ class GrpcServer:
             self._repeat(read, poll, complaint)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        if self._settings.share_port:
+            self.port = self._bind()
         await self._server.start()
 
     async def _refuse(self, grace: float) -> None:

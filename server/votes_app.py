@@ -39,7 +39,7 @@ class VotesApp(GrpcServer):
         feedback = FeedbackService(store, text, settings.user_demonstrations)
         feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, server)
         review_pb2_grpc.add_ReviewServiceServicer_to_server(ReviewService(store), server)
-        self._account = AccountService(store, self._access, self._calls, retention)
+        self._account = AccountService(store, self._access, self._calls, retention, settings.poll_seconds)
         account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, server)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, server)
         await self._open(self._account)

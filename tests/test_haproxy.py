@@ -19,18 +19,18 @@ from tests.server.conftest import Running, running_server
 from tests.server.test_votes_app import votes_server
 
 SECONDS = 30
-# The last takes votes.
-ADDRESSES = ("10.0.0.11:50051", "10.0.0.12:50051", "10.0.0.13:50051", "10.0.0.14:50051")
+# The last two take votes.
+ADDRESSES = tuple(f"10.0.0.{number}:50051" for number in range(11, 16))
 
 
 @pytest.fixture
-async def four(tmp_path: Path) -> AsyncIterator[list[Running]]:
-    """Three that answer, and one that takes votes."""
+async def five(tmp_path: Path) -> AsyncIterator[list[Running]]:
+    """Three that answer, and two that take votes."""
     pem = make_pem(tmp_path, "server")
     tls = {"tls_cert": pem.certificate, "tls_key": pem.key}
     async with AsyncExitStack() as stack:
         three = [await stack.enter_async_context(running_server(tmp_path, **tls)) for _ in range(3)]
-        yield [*three, await stack.enter_async_context(votes_server(tmp_path, **tls))]
+        yield [*three, *[await stack.enter_async_context(votes_server(tmp_path, **tls)) for _ in range(2)]]
 
 
 def configuration(root: Path, folder: Path, port: int, servers: list[tuple[int, int]]) -> Path:
@@ -82,10 +82,10 @@ async def proxied(root: Path, tmp_path: Path, servers: list[Running]) -> AsyncIt
 
 
 async def test_calls_go_to_servers_that_serve_and_a_stop_breaks_none(
-    root: Path, tmp_path: Path, four: list[Running]
+    root: Path, tmp_path: Path, five: list[Running]
 ) -> None:
-    three = four[:3]
-    async with proxied(root, tmp_path, four) as client:
+    three = five[:3]
+    async with proxied(root, tmp_path, five) as client:
 
         async def answers(number: int) -> list[int]:
             before = [len(running.engine.streams) for running in three]
@@ -99,15 +99,16 @@ async def test_calls_go_to_servers_that_serve_and_a_stop_breaks_none(
         assert (await answers(20))[0] == 0
 
 
-async def test_votes_go_to_the_server_for_them_while_there_is_one(
-    root: Path, tmp_path: Path, four: list[Running]
+async def test_votes_go_to_the_servers_for_them_while_there_is_one(
+    root: Path, tmp_path: Path, five: list[Running]
 ) -> None:
-    votes = four[3]
-    async with proxied(root, tmp_path, four) as client:
+    async with proxied(root, tmp_path, five) as client:
         [started, *_] = [event async for event in client.chat("hello")]
-        # It alone has so short a limit.
-        votes.engine.max_model_len = 4
-        with pytest.raises(InvalidRequestError, match="text must have at most"):
-            await client.correct(started.response_id, "one two three four five six seven")
-        await votes.app.stop(SECONDS)
+        # They alone have so short a limit.
+        for votes in five[3:]:
+            votes.engine.max_model_len = 4
+        for votes in five[3:]:
+            with pytest.raises(InvalidRequestError, match="text must have at most"):
+                await client.correct(started.response_id, "one two three four five six seven")
+            await votes.app.stop(SECONDS)
         await client.correct(started.response_id, "one two three four five six seven")

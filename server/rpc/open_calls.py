@@ -5,6 +5,7 @@ again what was just deleted.
 """
 
 import asyncio
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Set
@@ -29,6 +30,8 @@ class OpenCalls:
     def __init__(self) -> None:
         self._open: dict[str, dict[asyncio.Task[object], _Call]] = defaultdict(dict)
         self._ended: set[asyncio.Task[object]] = set()
+        # Users whose calls have ended since `seen` was asked.
+        self._left: set[str] = set()
 
     @contextmanager
     def open(self, user: str) -> Iterator[None]:
@@ -48,21 +51,23 @@ class OpenCalls:
         finally:
             self._ended.discard(task)
             call.left.set()
+            self._left.add(user)
             del self._open[user][task]
             if not self._open[user]:
                 del self._open[user]
 
-    @property
-    def users(self) -> list[str]:
-        """Who has open calls."""
-        return list(self._open)
+    def seen(self) -> set[str]:
+        """Who has open calls, or had some since this was asked the last time."""
+        left, self._left = self._left, set()
+        return left | set(self._open)
 
-    async def end(self, user: str, but: Set[asyncio.Task[object]] = frozenset(), older: float = 0.0) -> bool:
-        """End the user's calls except `but` that are open for at least `older` seconds, and wait at most END_SECONDS
-        for them to finish. Returns whether there were any."""
-        began = time.monotonic() - older
+    async def end(
+        self, user: str, but: Set[asyncio.Task[object]] = frozenset(), began_before: float = math.inf
+    ) -> None:
+        """End the user's calls except `but` that began before a time (`time.monotonic`), and wait at most END_SECONDS
+        for them to finish."""
         calls = self._open.get(user, {}).items()
-        others = {task: call for task, call in calls if task not in but and call.began <= began}
+        others = {task: call for task, call in calls if task not in but and call.began < began_before}
         self._ended |= set(others)
         for task in others:
             task.cancel()
@@ -71,4 +76,3 @@ class OpenCalls:
             _, late = await asyncio.wait(waiting, timeout=END_SECONDS)
             for wait in late:
                 wait.cancel()
-        return bool(others)

@@ -118,10 +118,10 @@ class Keys:
             if not changed:
                 raise NotFoundError("key", key_id)
 
-    def forget(self, user: str) -> None:
-        """Revoke the user's keys, delete their user and hash, and let every server end the user's calls (`forgotten`).
-        Raises FailedPreconditionError for an application whose end users have data: another user could get its name,
-        and so theirs."""
+    def forget(self, user: str) -> int:
+        """Revoke the user's keys, delete their user and hash, and let every server end the user's calls by an entry
+        (`forgotten`), whose number this returns. Raises FailedPreconditionError for an application whose end users have
+        data: another user could get its name, and so theirs."""
         with self._db.write():
             application = self._db.row("SELECT 1 FROM keys WHERE user = ? AND role = 'application'", [user])
             if application and (others := self._with_data(user + BETWEEN)):
@@ -132,7 +132,7 @@ class Keys:
                 "WHERE user = ?",
                 [b"", user],
             )
-            self._db.insert("forgotten", {"user_sha256": _sha256(user), "create_time": self._db.now()})
+            return self._db.insert("forgotten", {"user_sha256": _sha256(user), "create_time": self._db.now()})
 
     def forgotten(self, after: int) -> list[Forgotten]:
         """Who was deleted after the entry `after`, oldest first."""

@@ -28,12 +28,12 @@ SERVERS, VOTES = ("one", "two", "three"), ("votes", "more-votes")
 class Replica:
     """A service of the file as a process, which listens on loopback."""
 
-    def __init__(self, service: dict[str, Any], data_dir: Path, port: int, environment: dict[str, str]) -> None:
+    def __init__(self, service: dict[str, Any], data_dir: Path, log: Path, environment: dict[str, str]) -> None:
         self.lines: SimpleQueue[str] = SimpleQueue()
         program, *command = service.get("command", ["server", "serve"])
         settings = {name: str(value) for name, value in service["environment"].items()} | environment
-        command = [f"{program}.cli", *command, "--data-dir", str(data_dir), "--port", str(port)]
-        self.process = Process(command, data_dir.with_suffix(f".{port}.log"), self.lines.put, settings)
+        command = [f"{program}.cli", *command, "--data-dir", str(data_dir), "--port", "0"]
+        self.process = Process(command, log, self.lines.put, settings)
         self.metrics_port = int(self.hear("metrics on ").removesuffix("/metrics").rpartition(":")[2])
         ready = READY.match(self.hear("serving "))
         assert ready
@@ -61,10 +61,9 @@ def replicas(root: Path, folder: Path, pem: Pem, environment: dict[str, str]) ->
     running: dict[str, Replica] = {}
     with ExitStack() as stack:
         for name in (*SERVERS, *VOTES):
-            port = running["votes"].port if name == "more-votes" else 0
-            # Two processes of one machine have one data directory.
-            machine = folder / ("votes" if name in VOTES else name)
-            running[name] = Replica(services[name], machine, port, here)
+            # The file gives two of them one data directory.
+            volume = services[name]["volumes"][0].partition(":")[0]
+            running[name] = Replica(services[name], folder / volume, folder / f"{name}.log", here)
             stack.callback(running[name].process.stop)
         yield running
 
@@ -81,8 +80,7 @@ def test_three_servers_and_two_for_votes_behind_a_proxy(
         for name, value in where.items():
             monkeypatch.setenv(name, value)
         with replicas(root, tmp_path, pem, where) as running:
-            ports = [(running[name].port, running[name].metrics_port) for name in (*SERVERS, "votes")]
-            assert running["more-votes"].port == running["votes"].port
+            ports = [(each.port, each.metrics_port) for each in running.values()]
             with proxy(root, tmp_path, ports) as port:
                 tls = Tls(ca=(tmp_path / "front.crt").read_bytes())
                 with Client(f"localhost:{port}", user="voter", tls=tls) as client:
@@ -91,7 +89,7 @@ def test_three_servers_and_two_for_votes_behind_a_proxy(
                     assert report["state"] == "promoted", report["sentence"]
                     version = report["policy_version"]
                     assert len(client.active_policy().replicas) == 3
-                    # A server and a process that takes votes are lost.
+                    # A server is lost, and one that takes votes.
                     running["two"].process.kill()
                     running["votes"].process.kill()
                     started, *_, finished = client.chat("What is a lighthouse for?", max_tokens=8)

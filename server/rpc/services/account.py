@@ -1,6 +1,7 @@
 """AccountService: export and deletion of a user's data. A deletion runs to its end even if the caller disconnects."""
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -20,15 +21,18 @@ from server.store.store_thread import StoreThread
 class AccountService(account_pb2_grpc.AccountServiceServicer):
     """Users act on their own data, operators on anybody's."""
 
-    def __init__(self, store: StoreThread, access: Access, calls: OpenCalls, retention: RetentionTask) -> None:
+    def __init__(
+        self, store: StoreThread, access: Access, calls: OpenCalls, retention: RetentionTask, poll_seconds: float
+    ) -> None:
         self._store = store
         self._access = access
         self._calls = calls
         self._retention = retention
-        # The newest entry about a deleted user that was seen here.
-        self._seen = 0
-        # Users whose calls were ended because of one, and have left something since.
-        self._ended: set[str] = set()
+        self._poll_seconds = poll_seconds
+        # The newest entry about a deleted user that was seen, and those made here since.
+        self._seen, self._own = 0, set[int]()
+        # Users who were deleted elsewhere, and may have left something here since.
+        self._owed: set[str] = set()
         self._forgetting: set[asyncio.Task[account_pb2.ForgetUserResponse]] = set()
         # Open ForgetUser calls by user, so that two at the same time do not end each other.
         self._asking: dict[str, set[asyncio.Task[object]]] = defaultdict(set)
@@ -61,25 +65,30 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
             await context.write(part)
 
     async def end_forgotten(self) -> None:
-        """End the calls of users who were deleted at another server, and delete what these calls have stored since.
-        Call it repeatedly."""
-        for entry in await self._store(lambda store: store.keys.forgotten(self._seen)):
-            for user in [user for user in self._calls.users if user_sha256(user) == entry.user_sha256]:
-                if await self._calls.end(user, self._asking.get(user, set()), older=entry.age):
-                    self._ended.add(user)
-            self._seen = entry.seq
-        for user in list(self._ended):
-            await self._delete(user)
-            self._ended.discard(user)
+        """End the calls of users who were deleted at another server, and delete what they have stored since. Call it
+        every `poll_seconds`: so long a key is still accepted here, and what came in that time is deleted, too."""
+        entries = await self._store.read(lambda store: store.keys.forgotten(self._seen))
+        now, users = time.monotonic(), self._calls.seen()
+        began_before = {
+            entry.user_sha256: now - entry.age + self._poll_seconds for entry in entries if entry.seq not in self._own
+        }
+        self._seen = max((entry.seq for entry in entries), default=self._seen)
+        self._own = {seq for seq in self._own if seq > self._seen}
+        gone = {user: began_before[digest] for user in users if (digest := user_sha256(user)) in began_before}
+        self._owed |= set(gone)
+        but = self._asking
+        await asyncio.gather(*(self._calls.end(user, but.get(user, set()), before) for user, before in gone.items()))
+        await self._delete_owed()
 
     async def drain(self) -> None:
-        """Return once all running deletions are complete."""
+        """Return once all deletions that have begun are complete."""
         while self._forgetting:
             await asyncio.wait(self._forgetting)
+        await self._delete_owed()
 
     async def _forget(self, user: str) -> account_pb2.ForgetUserResponse:
         # Refuse new calls, end the open ones, and only then delete rows: the store runs its work in order.
-        await self._store(lambda store: store.keys.forget(user))
+        self._own.add(await self._store(lambda store: store.keys.forget(user)))
         await self._access.refresh()
         await self._calls.end(user, but=self._asking.get(user, set()))
         kept = await self._store(lambda store: store.deletion.look(user))
@@ -92,6 +101,11 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
             running_round_ids=kept.running_round_ids,
             erased=await self._retention.erase(),
         )
+
+    async def _delete_owed(self) -> None:
+        for user in list(self._owed):
+            await self._delete(user)
+            self._owed.discard(user)
 
     async def _delete(self, user: str) -> None:
         while await self._store(lambda store: store.deletion.step(user)):

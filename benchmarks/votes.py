@@ -264,7 +264,7 @@ def report(figures: dict[str, Any]) -> str:
             ("beside all votes that go", figures["chat"]["beside_votes"]),
         )
     ]
-    kept = " ".join(
+    kept = "\n".join(
         f"With {name} {found[name]['acknowledged']} votes were acknowledged, and the store has "
         f"{found[name]['in_the_store']} of them."
         for name in STORES
@@ -274,7 +274,8 @@ def report(figures: dict[str, Any]) -> str:
 `python benchmarks/votes.py MODEL --work-dir DIR --write` on two cores: 64 clients with a key and a connection each vote
 as fast as each vote is acknowledged, through servers without an engine: one, or two that share a port. Alternating with
 an empty handler and with this disk's commits ({found["commits"]["per_s"]:.0f} a second of one row by one writer).
-Medians of three turns of 5 s. Servers, clients and databases share the cores; PostgreSQL's data is in memory. {kept}
+Medians of three turns of 5 s. Servers, clients and databases share the cores; PostgreSQL's data is in memory.
+{kept}
 
 | | processes | per second | of the empty handler | 50 % ms | 99 % ms | cores of each | PostgreSQL's | clients' |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -42,6 +42,7 @@ def test_what_was_acknowledged_by_servers_that_are_killed_is_there_once(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_same_with_a_real_model(data_dir: Path) -> None:
     save_tiny_model(data_dir.with_name("model"))
     half = killed(Servers(data_dir, serve_model), data_dir, kills=20, votes=5_000, streams=200)

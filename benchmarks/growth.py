@@ -13,8 +13,6 @@ docs/benchmarks/growth.md.
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kept import kept
+from kept import kept, measured_apart
 
 TOKENS, PROMPT, FEATURES = 64, 40, 2881
 LAYERS = (1, 2), (3, 4, 5)
@@ -110,14 +108,9 @@ def measured(work: Path, mode: str, votes: int) -> dict[str, Any]:
     """Measures a store of this many votes in a separate process, with its peak memory."""
     grow(work / "data", votes)
     command = [sys.executable, __file__, "--work-dir", str(work), "--measure", mode]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    line = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"the measurement ended with {process.returncode}")
-    return {**json.loads(line), "peak_gib": round(usage.ru_maxrss / 2**20, 2)}
+    found = measured_apart(command)
+    found["peak_gib"] = round(found.pop("peak_mib") / 2**10, 2)
+    return found
 
 
 def measure(data: Path, limited: bool) -> dict[str, float]:

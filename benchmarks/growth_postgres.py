@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from contextlib import closing
 from pathlib import Path
 
 import psycopg
+from kept import measured_apart
 
 from server.store.packing import pack_floats, pack_ints
 from server.store.store import Store
@@ -84,7 +84,9 @@ def grow(work: Path, sizes: list[int]) -> dict[int, dict[str, float]]:
             have = votes
             server.command("VACUUM (ANALYZE)", url)
             seconds = time.perf_counter() - started
-            found[votes] = {**measured(work, url, votes), "fill_s": seconds}
+            command = [sys.executable, __file__, "--work-dir", str(work), "--measure", str(votes)]
+            measured = measured_apart(command, os.environ | {"PREFLOOP_STORE_URL": url})
+            found[votes] = {**measured, "fill_s": seconds}
             say(json.dumps({"votes": votes} | found[votes]))
     return found
 
@@ -187,20 +189,6 @@ def blocks(lines: Iterator[str]) -> Iterator[bytes]:
             yield "".join(block).encode()
             block.clear()
     yield "".join(block).encode()
-
-
-def measured(work: Path, url: str, votes: int) -> dict[str, float]:
-    """What `measure` finds in a process of its own, and its peak memory."""
-    command = [sys.executable, __file__, "--work-dir", str(work), "--measure", str(votes)]
-    environment = os.environ | {"PREFLOOP_STORE_URL": url}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout
-    out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"the measurement ended with {process.returncode}")
-    return {**json.loads(out), "peak_mib": usage.ru_maxrss / 2**10}
 
 
 def measure(work: Path, votes: int) -> dict[str, float]:

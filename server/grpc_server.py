@@ -5,6 +5,7 @@ answers are stored. The store and the engine outlive the server (`server.process
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection
 from typing import NoReturn
 
@@ -54,7 +55,7 @@ OPTIONS = [
 ]
 
 
-class GrpcServer:
+class GrpcServer(ABC):
     """A gRPC server on a port. Raises ServiceError if the port is in use. A subclass adds the services, then calls
     `_open`."""
 
@@ -96,6 +97,10 @@ class GrpcServer:
         self._tasks: list[asyncio.Task[NoReturn]] = []
         self._told: bool | None = None
         self._stopping = False
+
+    @abstractmethod
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls, and give open ones `grace` seconds to finish."""
 
     async def _open(self, account: AccountService) -> None:
         """Read the keys, and begin to take calls."""

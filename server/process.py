@@ -86,13 +86,7 @@ async def _serve_votes(
     check_trust(directory, settings.trust_remote_code)
     text = await asyncio.to_thread(TextOnly, directory, settings.max_model_len, settings.trust_remote_code)
     await app.start(text)
-    gc.collect()
-    gc.freeze()
-    with exposed(app, settings, say):
-        say(f"serving votes on {settings.host}:{app.port}")
-        await stopping.wait()
-    say("stopping: open calls may finish")
-    await app.stop(settings.grace_seconds)
+    await _until_stopped(app, settings, "votes", stopping, say)
 
 
 async def _serve_answers(
@@ -118,19 +112,25 @@ async def _serve_answers(
     try:
         await engine.start()
         await app.start(engine)
-        # The libraries hold a quarter of a million permanent objects; exclude them from garbage collection.
-        gc.collect()
-        gc.freeze()
-        with exposed(app, settings, say):
-            say(f"serving {engine.version} on {settings.host}:{app.port}")
-            await stopping.wait()
-        say("stopping: open streams may finish")
-        await app.stop(settings.grace_seconds)
+        await _until_stopped(app, settings, engine.version, stopping, say)
     finally:
         await engine.close()
         # The engine is in reference cycles, and complains if it is collected only at interpreter exit.
         gc.unfreeze()
         gc.collect()
+
+
+async def _until_stopped(
+    app: GrpcServer, settings: ServerSettings, what: str, stopping: asyncio.Event, say: Callable[[str], None]
+) -> None:
+    # The libraries hold a quarter of a million permanent objects; exclude them from garbage collection.
+    gc.collect()
+    gc.freeze()
+    with exposed(app, settings, say):
+        say(f"serving {what} on {settings.host}:{app.port}")
+        await stopping.wait()
+    say("stopping: open streams may finish")
+    await app.stop(settings.grace_seconds)
 
 
 @contextmanager

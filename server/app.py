@@ -3,17 +3,12 @@
 import socket
 from functools import partial
 
-from prefloop.v1 import account_pb2_grpc, chat_pb2_grpc, feedback_pb2_grpc, policy_pb2_grpc, review_pb2_grpc
-
-from server.admin.retention_task import TIDY_SECONDS, RetentionTask
+from server.admin.retention_task import TIDY_SECONDS
 from server.engine.base import ServingEngine
 from server.grpc_server import GrpcServer
 from server.rpc.scoring_client import ScoringClient
-from server.rpc.services.account import AccountService
 from server.rpc.services.chat import ChatService
-from server.rpc.services.feedback import FeedbackService
 from server.rpc.services.policies import PolicyService
-from server.rpc.services.review import ReviewService
 from server.settings import ServerSettings
 from server.store.store_thread import StoreThread
 from server.telemetry import metrics
@@ -60,11 +55,8 @@ class App(GrpcServer):
             if settings.serve_adapters and settings.ab_test_alpha
             else None
         )
-        self._retention = RetentionTask(self._store, settings.data_dir, settings.retention_days)
         room, chooser, ab_test = self._limits.answering, self._chooser, self._ab_test
         self._turns = Turns(self._store, engine, settings, replica_id, room, chooser, ab_test)
-        self._account = AccountService(self._store, self._access, self._calls, self._retention, settings.poll_seconds)
-        self._add_services(engine)
         await self._store(lambda store: store.responses.fail_interrupted(replica_id, starting=True))
         # Before the first call: load a version that was activated while no server ran.
         await self._follower.converge()
@@ -80,19 +72,10 @@ class App(GrpcServer):
             self._repeat(self._ab_test.look, poll, "the A/B test could not be evaluated")
         canary = CanaryWatch(self._store, self._follower)
         self._repeat(canary.look, poll, "the canary could not be decided about")
-        await self._open(self._account)
-        self._repeat(lambda: self._tell_health(engine.alive), poll, "health could not be reported")
-
-    def _add_services(self, engine: ServingEngine) -> None:
-        settings, server = self._settings, self._server
         chat = ChatService(self._store, settings.system_prompt, self._turns, self._retention)
-        chat_pb2_grpc.add_ChatServiceServicer_to_server(chat, server)
-        feedback = FeedbackService(self._store, engine, settings.user_demonstrations)
-        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, server)
-        review_pb2_grpc.add_ReviewServiceServicer_to_server(ReviewService(self._store), server)
         policies = PolicyService(self._store, self._follower, settings.data_dir, self._ab_test)
-        policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, server)
-        account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, server)
+        await self._open(chat, policies, engine)
+        self._repeat(lambda: self._tell_health(engine.alive), poll, "health could not be reported")
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, give open streams `grace` seconds to finish, and store interrupted answers."""

@@ -12,14 +12,29 @@ from typing import NoReturn
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prefloop.v1 import account_pb2, chat_pb2, feedback_pb2, policy_pb2, review_pb2
+from prefloop.v1 import (
+    account_pb2,
+    account_pb2_grpc,
+    chat_pb2,
+    chat_pb2_grpc,
+    feedback_pb2,
+    feedback_pb2_grpc,
+    policy_pb2,
+    policy_pb2_grpc,
+    review_pb2,
+    review_pb2_grpc,
+)
 
+from server.admin.retention_task import RetentionTask
+from server.engine.base import ModelText
 from server.periodic import repeat_until_cancelled
 from server.rpc.access import NEED_ENGINE, Access
 from server.rpc.interceptor import Interceptor
 from server.rpc.limits import Limits
 from server.rpc.open_calls import OpenCalls
 from server.rpc.services.account import AccountService
+from server.rpc.services.feedback import FeedbackService
+from server.rpc.services.review import ReviewService
 from server.rpc.tls import Certificates
 from server.rpc.validation import validator
 from server.settings import ServerSettings
@@ -56,7 +71,7 @@ OPTIONS = [
 
 
 class GrpcServer(ABC):
-    """A gRPC server on a port. Raises ServiceError if the port is in use. A subclass adds the services, then calls
+    """A gRPC server on a port. Raises ServiceError if the port is in use. A subclass says how it starts, ending with
     `_open`."""
 
     def __init__(self, settings: ServerSettings, store: StoreThread) -> None:
@@ -94,6 +109,8 @@ class GrpcServer(ABC):
         # Bind before the engine starts, which takes a minute, so that a port in use is reported at once. A shared port
         # gets its part of the connections from then on, so not before they can be answered.
         self.port = settings.port if settings.share_port else self._bind()
+        self._retention = RetentionTask(store, settings.data_dir, settings.retention_days)
+        self._account = AccountService(store, self._access, self._calls, self._retention, settings.poll_seconds)
         self._tasks: list[asyncio.Task[NoReturn]] = []
         self._told: bool | None = None
         self._stopping = False
@@ -102,15 +119,26 @@ class GrpcServer(ABC):
     async def stop(self, grace: float) -> None:
         """Refuse new calls, and give open ones `grace` seconds to finish."""
 
-    async def _open(self, account: AccountService) -> None:
-        """Read the keys, and begin to take calls."""
+    async def _open(
+        self,
+        chat: chat_pb2_grpc.ChatServiceServicer,
+        policies: policy_pb2_grpc.PolicyServiceServicer,
+        text: ModelText,
+    ) -> None:
+        """Read the keys, and begin to take calls. `text` counts the tokens of what people write."""
         poll = self._settings.poll_seconds
         for read, complaint in (
             (self._access.refresh, "the keys could not be read"),
-            (account.end_forgotten, "calls of users who were deleted elsewhere could not be ended"),
+            (self._account.end_forgotten, "calls of users who were deleted elsewhere could not be ended"),
         ):
             await read()
             self._repeat(read, poll, complaint)
+        feedback = FeedbackService(self._store, text, self._settings.user_demonstrations)
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(chat, self._server)
+        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
+        review_pb2_grpc.add_ReviewServiceServicer_to_server(ReviewService(self._store), self._server)
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, self._server)
+        account_pb2_grpc.add_AccountServiceServicer_to_server(self._account, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         if self._settings.share_port:

@@ -70,16 +70,15 @@ class Access:
         """Pick up keys that were created or revoked since the last call."""
         self._credentials = await self._store(lambda store: store.keys.credentials(self._credentials))
 
-    def caller(self, method: str, metadata: Any) -> Caller | None:
+    def caller(self, method: str, metadata: dict[str, Any]) -> Caller | None:
         """The caller of `method` ("/package.Service/Method"); None if it needs no key. Raises UnauthenticatedError,
         PermissionDeniedError, and InvalidArgumentError for an x-user-id or x-end-user that cannot be a name."""
         needed = ROLES[method]
         if needed is None:
             return None
-        given = dict(metadata or ())
-        caller = self._identify(given)
-        if END_USER in given:
-            caller = caller.on_behalf_of(str(given[END_USER]))
+        caller = self._identify(metadata)
+        if END_USER in metadata:
+            caller = caller.on_behalf_of(str(metadata[END_USER]))
         if not caller.may(needed):
             raise PermissionDeniedError(f"{method.rpartition('/')[2]} requires a key with the role {needed}.")
         return caller

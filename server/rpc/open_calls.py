@@ -61,9 +61,7 @@ class OpenCalls:
         left, self._left = self._left, set()
         return left | set(self._open)
 
-    async def end(
-        self, user: str, but: Set[asyncio.Task[object]] = frozenset(), began_before: float = math.inf
-    ) -> None:
+    async def end(self, user: str, but: Set[asyncio.Task[object]], began_before: float = math.inf) -> None:
         """End the user's calls except `but` that began before a time (`time.monotonic`), and wait at most END_SECONDS
         for them to finish."""
         calls = self._open.get(user, {}).items()

@@ -69,7 +69,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """An entry about a deleted user: the hash of the name (`user_sha256`), and the age in seconds."""
+    """An entry about a deleted user: the hash of the name (`sha256`), and the age in seconds."""
 
     seq: int
     user_sha256: bytes
@@ -88,9 +88,9 @@ class Credentials:
     def caller(self, key: str) -> Caller | None:
         """The caller that a key identifies, or None."""
         key_id, _, secret = key.partition(".")
-        sha256, caller = self.callers.get(key_id, (b"", None))
+        expected, caller = self.callers.get(key_id, (b"", None))
         # In constant time, so that the duration of a refusal reveals nothing about the secret.
-        return caller if hmac.compare_digest(sha256, _sha256(secret)) else None
+        return caller if hmac.compare_digest(expected, sha256(secret)) else None
 
 
 class Keys:
@@ -103,7 +103,7 @@ class Keys:
         """Create a key and return it; it can never be shown again. Raises InvalidArgumentError."""
         check_user_name(user)
         key_id, secret = new_id("key"), secrets.token_urlsafe(SECRET_BYTES)
-        row = {"id": key_id, "sha256": _sha256(secret), "user": user, "role": role, "create_time": self._db.now()}
+        row = {"id": key_id, "sha256": sha256(secret), "user": user, "role": role, "create_time": self._db.now()}
         with self._db.write():
             self._check_namespace(user, role)
             self._db.insert("keys", row)
@@ -132,7 +132,7 @@ class Keys:
                 "WHERE user = ?",
                 [b"", user],
             )
-            return self._db.insert("forgotten", {"user_sha256": _sha256(user), "create_time": self._db.now()})
+            return self._db.insert("forgotten", {"user_sha256": sha256(user), "create_time": self._db.now()})
 
     def forgotten(self, after: int) -> list[Forgotten]:
         """Who was deleted after the entry `after`, oldest first."""
@@ -195,10 +195,6 @@ def check_user_name(user: str) -> None:
         raise InvalidArgumentError("user", "A user name is 1 to 128 printable ASCII characters without spaces.")
 
 
-def user_sha256(user: str) -> bytes:
-    """What `Keys.forgotten` says of a user."""
-    return _sha256(user)
-
-
-def _sha256(secret: str) -> bytes:
-    return hashlib.sha256(secret.encode()).digest()
+def sha256(text: str) -> bytes:
+    """What is stored of a key's secret, and of a deleted user's name."""
+    return hashlib.sha256(text.encode()).digest()

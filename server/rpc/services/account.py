@@ -14,7 +14,7 @@ from server.rpc.export import export
 from server.rpc.identity import current_caller
 from server.rpc.open_calls import OpenCalls
 from server.shared.errors import PermissionDeniedError
-from server.store.keys import user_sha256
+from server.store.keys import sha256
 from server.store.store_thread import StoreThread
 
 
@@ -74,7 +74,7 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
         }
         self._seen = max((entry.seq for entry in entries), default=self._seen)
         self._own = {seq for seq in self._own if seq > self._seen}
-        gone = {user: began_before[digest] for user in users if (digest := user_sha256(user)) in began_before}
+        gone = {user: began_before[digest] for user in users if (digest := sha256(user)) in began_before}
         self._owed |= set(gone)
         but = self._asking
         await asyncio.gather(*(self._calls.end(user, but.get(user, set()), before) for user, before in gone.items()))

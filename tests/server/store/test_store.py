@@ -17,7 +17,7 @@ from server.shared.errors import (
 from server.store.chats import snapshots
 from server.store.chats.histories import OwnHistory
 from server.store.chats.records import Generation, Span, VoteCount
-from server.store.keys import user_sha256
+from server.store.keys import sha256
 from server.store.store import Store
 from tests.server.conftest import register
 from tests.server.store.conftest import on_sqlite
@@ -625,7 +625,7 @@ def test_who_was_deleted_is_remembered_for_an_hour_and_not_by_name(store: Store)
     store.keys.forget("ann")
     store.keys.forget("bob")
     assert [(one.seq, one.user_sha256) for one in store.keys.forgotten(0)] == [
-        (1, user_sha256("ann")), (2, user_sha256("bob")),
+        (1, sha256("ann")), (2, sha256("bob")),
     ]  # fmt: skip
     store._db.execute("UPDATE forgotten SET create_time = create_time - 3600.1 WHERE seq = 1")
     first, second = store.keys.forgotten(0)

@@ -627,7 +627,7 @@ def test_who_was_deleted_is_remembered_for_an_hour_and_not_by_name(store: Store)
     assert [(one.seq, one.user_sha256) for one in store.keys.forgotten(0)] == [
         (1, sha256("ann")), (2, sha256("bob")),
     ]  # fmt: skip
-    store._db.execute("UPDATE forgotten SET create_time = create_time - 3600.1 WHERE seq = 1")
+    store._db.execute("UPDATE forgotten SET create_time = create_time - 3601 WHERE seq = 1")
     first, second = store.keys.forgotten(0)
     assert 3600.1 <= first.age < 3630
     assert 0 <= second.age < 30

@@ -228,6 +228,10 @@ SETTINGS = frozenset(
         "user_conversations",
         "user_demonstrations",
         "user_rate",
+        "workers",
+        "workers.count",
+        "workers.ray",
+        "workers.restarts",
     }
 )
 

@@ -31,6 +31,8 @@ def run_once(
     train: Train = None,
     improver: Annotated[Optional[str], typer.Option(help="`ppo` (default), `rloo` or `dpo`.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Maximum number of training steps.")] = None,
+    workers: Annotated[Optional[int], typer.Option(help="Processes that train together. Default: the round's.")] = None,
+    ray: Annotated[Optional[str], typer.Option(help="Address of a Ray cluster that runs them.")] = None,
     seed: Seed = None,
     wait: Wait = False,
     report_file: ReportFile = None,
@@ -41,10 +43,11 @@ def run_once(
     does. Every setting is also a PREFLOOP_* variable or in prefloop.toml. Exits with 0 if there was nothing to learn.
     SIGTERM and Ctrl-C stop the round; the next run resumes it."""
     policy = None if train is None else {"train": train}
-    settings = load_settings(data_dir=data_dir, policy=policy, improver=improver, seed=seed)
+    apart = {name: value for name, value in (("count", workers), ("ray", ray)) if value is not None} or None
+    flags = {"data_dir": data_dir, "policy": policy, "improver": improver, "seed": seed, "workers": apart}
+    settings = load_settings(**flags)
     if steps is not None:
-        training = {settings.improver: {"steps": steps}}
-        settings = load_settings(data_dir=data_dir, policy=policy, improver=improver, seed=seed, **training)
+        settings = load_settings(**flags, **{settings.improver: {"steps": steps}})
     _show(_run_round(settings, wait, report_file, "alignment"), settings, as_json)
 
 

@@ -58,6 +58,9 @@ def set_environment(settings: "LearnerSettings") -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TQDM_DISABLE": "1",
     }
+    if settings.workers.ray:
+        # Whoever reaches a Ray cluster without a token runs any code there. vLLM imports Ray where it is installed.
+        defaults["RAY_AUTH_MODE"] = "token"
     if "OMP_WAIT_POLICY" not in os.environ:
         defaults["GOMP_SPINCOUNT"] = SPIN
     for name, value in (defaults | for_cpus()).items():
@@ -65,6 +68,8 @@ def set_environment(settings: "LearnerSettings") -> None:
     if number := settings.learner_device.partition(":")[2]:
         _show_only(int(number))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\b")
+    # States are saved by one process without a group, too.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @cache

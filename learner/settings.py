@@ -21,6 +21,7 @@ from learner.improve_settings import (
 from learner.judge_settings import JudgeSettings
 from learner.number_types import Positive, Share
 from learner.schedule_settings import ScheduleSettings
+from learner.worker_settings import WorkerSettings
 from server.shared.model.dtype import DtypeSetting
 from server.shared.stored_round import ANSWER_TOKENS, ONCE_OF_PPO
 from server.store.settings import StoreSettings
@@ -292,6 +293,7 @@ class LearnerSettings(StoreSettings):
         default_factory=JudgeSettings, description="A model that chooses between stored answers."
     )
     checks: CheckSettings = Field(default_factory=CheckSettings, description="What every version must do.")
+    workers: WorkerSettings = Field(default_factory=WorkerSettings, description="Training by several processes.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What a candidate must pass to be promoted.")
 
     @property

@@ -2,14 +2,26 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from learner.model.sharding import placed
+from learner.model.worker_group import ALONE, WorkerGroup
+from server.shared.model.merged import whole
 
 
 class Adam:
     """torch's Adam over parameter groups. Each parameter below float32 is stepped through a float32 master copy: a
-    bfloat16 weight would round most steps away."""
+    bfloat16 weight would round most steps away.
 
-    def __init__(self, groups: list[tuple[list[nn.Parameter], float]], epsilon: float) -> None:
+    Of a sharded parameter, each of the `workers` steps its own shard, whose gradient is the sum over all already.
+    Others are the same in every worker, and their gradients are added up here."""
+
+    def __init__(
+        self, groups: list[tuple[list[nn.Parameter], float]], epsilon: float, workers: WorkerGroup = ALONE
+    ) -> None:
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.workers = workers
         masters = []
         for parameters, learning_rate in groups:
             copies = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone()) for p in parameters]
@@ -31,7 +43,7 @@ class Adam:
     def step(self, max_grad_norm: float) -> float:
         """Clips by the global norm, steps and clears the gradients; returns the norm before the clip."""
         self.gather()
-        norm = nn.utils.clip_grad_norm_([master for _, master in self._pairs], max_grad_norm)
+        norm = self._clip(max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError("The gradient is not finite; the update was not made.")
         self._adam.step()
@@ -41,6 +53,22 @@ class Adam:
                 if master is not parameter:
                     parameter.copy_(master)
         return float(norm)
+
+    def _clip(self, max_grad_norm: float) -> Tensor:
+        """Clips the gradients by their global norm, which it returns."""
+        masters = [master for _, master in self._pairs]
+        sharded = [master for master in masters if isinstance(master, DTensor)]
+        same = [master for master in masters if not isinstance(master, DTensor)]
+        if self.workers.count > 1:
+            for master in same:
+                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+                self.workers.add(master.grad)
+        kinds = [kind for kind in (sharded, same) if kind]
+        norms = [whole(get_total_norm([m.grad for m in kind if m.grad is not None])) for kind in kinds]
+        norm = get_total_norm(norms)
+        for kind in kinds:
+            clip_grads_with_norm_(kind, max_grad_norm, norm)
+        return norm
 
     def clear(self) -> None:
         """Drops gradients without a step."""
@@ -54,13 +82,22 @@ class Adam:
             state.update({f"{number}.{name}": moment for name, moment in self._adam.state[master].items()})
         return state
 
+    def blank_state(self) -> dict[str, Tensor]:
+        """Tensors like those of `state` after a step, to be read into."""
+        state: dict[str, Tensor] = {}
+        for number, (_, master) in enumerate(self._pairs):
+            blank = {name: torch.zeros_like(master.detach()) for name in ("weight", "exp_avg", "exp_avg_sq")}
+            state.update({f"{number}.{name}": tensor for name, tensor in {**blank, "step": torch.tensor(0.0)}.items()})
+        return state
+
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Restores what `state` returned; the parameters follow their masters. Raises KeyError for another model's."""
         moments: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(self._pairs))}
         for name, value in state.items():
             of, _, kind = name.partition(".")
-            moments[int(of)][kind] = value
+            master = self._pairs[int(of)][1]
+            moments[int(of)][kind] = value if kind == "step" or isinstance(value, DTensor) else placed(value, master)
         for number, (parameter, master) in enumerate(self._pairs):
             master.copy_(moments[number].pop("weight"))
             parameter.copy_(master)

@@ -29,13 +29,15 @@ class ExperienceSource:
         return ([self.prompts[number] for number in numbers] for numbers in endless(len(self.prompts), size, self.seed))
 
     def rollout(self, policy: TrainablePolicy, prompts: list[Prompt], draw: int) -> Rollout:
-        """Answers of the current policy, on its device, sampled with the round's random numbers for this draw.
+        """Answers of the current policy, on its device, sampled with the round's random numbers for this draw. Each
+        worker's engine samples a share of them.
 
         The engine then sleeps until the next push."""
         self.engine.push(policy.engine_weights())
-        samples = self.engine.sample(prompts, draw_seed(self.seed, draw))
+        own = policy.group.shares(len(prompts))[policy.group.rank]
+        samples = self.engine.sample(prompts[own.start : own.stop], draw_seed(self.seed, draw), first=own.start)
         self.engine.sleep()
-        return to_rollout(samples).to(policy.model.device)
+        return to_rollout(policy.group.gather(samples)).to(policy.model.device)
 
 
 def endless(count: int, size: int, seed: int) -> Iterator[list[int]]:

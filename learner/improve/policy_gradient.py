@@ -113,7 +113,7 @@ def update_policy(
         new_logprobs = new_logprobs[minibatch]
         mask, old_logprobs = batch.tokens.response_mask[minibatch], batch.old_logprobs[minibatch]
         log_ratio = new_logprobs - old_logprobs
-        approx_kl = float(masked_mean(kl_k3(old_logprobs, new_logprobs), mask))
+        approx_kl = optimizer.workers.leaders(float(masked_mean(kl_k3(old_logprobs, new_logprobs), mask)))
         if not steps:
             first_ratio_error = float(masked_mean(log_ratio.abs(), mask))
         elif approx_kl > settings.approx_kl_stop:
@@ -135,12 +135,12 @@ def _backward(
     parts: list[Tensor],
     other_loss: OtherLoss | None,
 ) -> tuple[Tensor, Tensor]:
-    """Adds up the gradients of a minibatch, one micro-batch of `parts` at a time. Returns the new log-probabilities (B,
-    T), zero for other rows, and the policy's and the other loss (2,)."""
+    """Adds up the gradients of a minibatch, one micro-batch of `parts` at a time, each by one of the workers. Returns
+    the new log-probabilities (B, T), zero for other rows, and the policy's and the other loss (2,)."""
     token_count = batch.tokens.response_mask[torch.cat(parts)].sum()
     losses = torch.zeros(2, device=batch.old_logprobs.device)
     new_logprobs = torch.zeros_like(batch.old_logprobs)
-    for rows in parts:
+    for rows, counts in optimizer.workers.turns(parts):
         tokens = batch.tokens[rows]
         columns = tokens.response_mask.shape[1]
         cut = slice(None), slice(columns)
@@ -156,8 +156,10 @@ def _backward(
             importance[rows][cut],
         )
         other = other_loss(rows, columns, token_count) if other_loss else torch.zeros_like(loss)
-        (loss + other).backward()
+        ((loss + other) * counts).backward()
         optimizer.gather()
-        new_logprobs[rows, :columns] = logprobs.detach()
-        losses += torch.stack([loss.detach(), other.detach()])
+        if counts:
+            new_logprobs[rows, :columns] = logprobs.detach()
+            losses += torch.stack([loss.detach(), other.detach()])
+    optimizer.workers.add(new_logprobs, losses)
     return new_logprobs, losses

@@ -1,43 +1,58 @@
 """What training needs to resume as if it had not been killed: weights, Adam's moments, and metrics of the steps so far.
 
 Everything else follows from these: draws from the seed and the step's number, kl_coef from the metrics. A state is a
-directory `state-NNN` of safetensors and JSON. One rename makes the complete directory visible; the state before it is
-deleted afterwards.
+directory `state-NNN` of a checkpoint (`torch.distributed.checkpoint`) and JSON: any number of workers resumes from what
+any number has written. One rename makes the complete directory visible; the state before it is deleted afterwards.
 """
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from learner.improve.adam import Adam
 from learner.improve.candidates import drop_candidates
+from learner.model.worker_group import ALONE, WorkerGroup
 from server.store.files.manifest import new_directory
 
-TENSORS, FIGURES = "optimizer.safetensors", "figures.json"
+OPTIMIZER, FIGURES = "optimizer", "figures.json"
+# What a commit before workers wrote in place of a checkpoint.
+TENSORS = "optimizer.safetensors"
 # The digest of what the states of a round were trained on.
 DIGEST = "votes.sha256"
 
 
-def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam) -> None:
-    """Writes the state after `len(figures)` steps."""
+def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam, workers: WorkerGroup = ALONE) -> None:
+    """Writes the state after `len(figures)` steps; each worker its share."""
     final = directory / f"state-{len(figures):03d}"
     # It already exists if a suspended learner woke up and got this far; it computed the same.
-    if not final.exists():
-        with new_directory(final) as staging:
-            save_file(optimizer.state(), staging / TENSORS)
-            (staging / FIGURES).write_text(json.dumps(figures), encoding="utf-8")
-    drop_states(directory, but=final)
+    if not workers.leaders(final.exists()):
+        with new_directory(final) if workers.leads else nullcontext() as mine:
+            staging = workers.leaders(mine)
+            assert staging
+            save(optimizer.state(), checkpoint_id=staging / OPTIMIZER, no_dist=workers.count == 1)
+            if workers.leads:
+                (staging / FIGURES).write_text(json.dumps(figures), encoding="utf-8")
+    if workers.leads:
+        drop_states(directory, but=final)
 
 
-def load_state(directory: Path, optimizer: Adam) -> list[dict[str, Any]]:
+def load_state(directory: Path, optimizer: Adam, workers: WorkerGroup = ALONE) -> list[dict[str, Any]]:
     """Restores the weights and moments of the last state and returns its metrics; [] if there is none."""
     states = sorted(directory.glob("state-*"))
     if not states:
         return []
-    optimizer.load(load_file(states[-1] / TENSORS))
+    if (states[-1] / TENSORS).exists():
+        optimizer.load(load_file(states[-1] / TENSORS))
+    else:
+        state = optimizer.blank_state()
+        load(state, checkpoint_id=states[-1] / OPTIMIZER, no_dist=workers.count == 1)
+        optimizer.load(state)
     figures: list[dict[str, Any]] = json.loads((states[-1] / FIGURES).read_text(encoding="utf-8"))
     return figures
 

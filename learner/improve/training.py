@@ -8,6 +8,7 @@ been killed.
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -20,7 +21,7 @@ from learner.improve.candidates import candidate, candidates, drop_candidates
 from learner.improve.policy_gradient import adapt_kl_coef, draw_minibatches
 from learner.improve.state import load_state, save_state
 from learner.improve_settings import PolicyGradientSettings, PolicySettings, TrainingSettings
-from learner.model.forward import Tokens, run_trunk, shares_prefix, token_logprobs
+from learner.model.forward import Tokens, answer_logprobs, shares_prefix
 from learner.model.kl import kl_k1
 from learner.model.mismatch import PUSH_ANSWERS, Mismatch, check_push, mismatch
 from learner.model.passes import ReferencePass, policy_logprobs, reference_pass
@@ -74,9 +75,9 @@ class Training:
         self, optimizer: Adam, batches: Iterator[list[Prompt]], update: Update, kl_target: float | None = None
     ) -> Improvement:
         """Trains until the end; resumes after the last saved state. `batches` are the prompts of each step."""
-        directory, budget = self.task.directory, self.task.budget
-        steps = [StepMetrics(**step) for step in load_state(directory, optimizer)]
-        drop_candidates(directory, after=len(steps))
+        directory, budget, workers = self.task.directory, self.task.budget, self.task.policy.group
+        steps = [StepMetrics(**step) for step in load_state(directory, optimizer, workers)]
+        self._drop_candidates(after=len(steps))
         for step in steps:
             self.task.on_step(step)
 
@@ -88,10 +89,10 @@ class Training:
             batch = self._sample(prompts, number)
             if batch.kl > budget.of(batch.length):
                 # The weights that were just sampled from exceed the budget: they are no candidate.
-                drop_candidates(directory, after=number - 1)
+                self._drop_candidates(after=number - 1)
                 ended_by = "kl_budget"
                 break
-            steps.append(update(batch, steps))
+            steps.append(workers.leaders(update(batch, steps)))
             self._keep(optimizer, steps)
             self.task.on_step(steps[-1])
         share = budget.share(steps[-1].length) if steps else 1.0
@@ -99,9 +100,7 @@ class Training:
 
     def logprobs_of(self, tokens: Tokens) -> Tensor:
         """(B, T) log-probabilities of pi_theta, with their gradients."""
-        model = self.task.policy.model
-        hidden, _ = run_trunk(model, tokens)
-        return token_logprobs(model, hidden, tokens, self.task.source.temperature)
+        return self.task.policy.run(partial(answer_logprobs, tokens=tokens, temperature=self.task.source.temperature))
 
     @property
     def sharing(self) -> bool:
@@ -120,16 +119,22 @@ class Training:
         passes = draw_minibatches(tokens, self.epochs, self.minibatches, draw_generator(source.seed, number))
         judged = reference_pass(policy, tokens, spec, temperature, budget, passes[0], self.prefix)
         # In float32 the engine and the trainer differ too little to matter: pi_old is mu, and a pass over some answers
-        # is enough to check the push.
-        rows = torch.arange(len(tokens), device=policy.model.device)[: PUSH_ANSWERS if exact else None]
+        # of each engine is enough to check the push.
+        by_engine = [torch.tensor(rows, device=policy.model.device) for rows in policy.group.shares(len(tokens))]
+        by_engine = [rows[: PUSH_ANSWERS if exact else None] for rows in by_engine]
+        rows = torch.cat(by_engine)
         seen = policy_logprobs(policy, tokens, temperature, budget, [rows] if exact else passes[0])
-        gap = mismatch(seen[rows], rollout.behavior_logprobs[rows], tokens.response_mask[rows])
-        check_push(gap, self.policy_settings.mismatch_limit, policy.model.dtype)
+
+        def gap(rows: Tensor) -> Mismatch:
+            return mismatch(seen[rows], rollout.behavior_logprobs[rows], tokens.response_mask[rows])
+
+        for each in by_engine:
+            check_push(gap(each), self.policy_settings.mismatch_limit, policy.model.dtype)
         if number == 0 and self.policy_settings.start_from == "reference":
             check_start(seen[rows], judged.ref_logprobs[rows])
         old_logprobs = rollout.behavior_logprobs if exact else seen
         kl = float(kl_k1(old_logprobs, judged.ref_logprobs).sum(dim=1).mean())
-        return SampledBatch(rollout, passes, judged, old_logprobs, gap, kl)
+        return SampledBatch(rollout, passes, judged, old_logprobs, gap(rows), policy.group.leaders(kl))
 
     def _keep(self, optimizer: Adam, steps: list[StepMetrics]) -> None:
         """Saves the candidate and the state after these steps, if they are due."""
@@ -137,7 +142,12 @@ class Training:
         if done % settings.save_every == 0 or done == settings.steps:
             self.task.policy.save(candidate(self.task.directory, done))
         if done % settings.checkpoint_every == 0:
-            save_state(self.task.directory, [asdict(step) for step in steps], optimizer)
+            save_state(self.task.directory, [asdict(step) for step in steps], optimizer, self.task.policy.group)
+
+    def _drop_candidates(self, after: int) -> None:
+        """Deletes the candidates of steps later than `after`."""
+        if self.task.policy.group.leads:
+            drop_candidates(self.task.directory, after)
 
 
 def next_kl_coef(steps: list[StepMetrics], settings: PolicyGradientSettings, kl_target: float, budget: Budget) -> float:

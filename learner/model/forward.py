@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from learner.model.checkpointing import checkpointed
 from learner.model.head import head_logits, trunk_of
+from learner.model.sharding import sharded
 from server.shared.model.merged import base_model
 from server.shared.model.needs import logit_bytes
 
@@ -123,11 +124,12 @@ def run_trunk(model: nn.Module, tokens: Tokens, layers: tuple[int, ...] = ()) ->
 
 def shares_prefix(model: nn.Module) -> bool:
     """Whether a model's passes compute the prefix that all rows share once. What it remembers of a prefix must fit
-    several rows: keys and values do, the states of recurrent layers do not. Checkpointed layers remember nothing."""
+    several rows: keys and values do, the states of recurrent layers do not. Checkpointed layers remember nothing, and
+    sharded ones would be gathered twice: by workers whose rows share a prefix, while others wait for them once."""
     base = base_model(model)
     layers = DynamicCache(config=base.config).layers
     repeats = not base._is_stateful and all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
-    return repeats and not checkpointed(base)
+    return repeats and not checkpointed(base) and not sharded(base)
 
 
 def shared_prefix(tokens: Tokens) -> int:
@@ -139,8 +141,14 @@ def shared_prefix(tokens: Tokens) -> int:
     return int(differs[:shortest].int().argmax()) if differs[:shortest].any() else shortest
 
 
+def answer_logprobs(model: nn.Module, tokens: Tokens, temperature: float) -> Tensor:
+    """(B, T) log pi of the sampled tokens at the sampling temperature, in fp32; zero where masked."""
+    hidden, _ = run_trunk(model, tokens)
+    return token_logprobs(model, hidden, tokens, temperature)
+
+
 def token_logprobs(model: nn.Module, hidden: Tensor, tokens: Tokens, temperature: float) -> Tensor:
-    """(B, T) log pi of the sampled tokens at the sampling temperature, in fp32; zero where masked.
+    """`answer_logprobs`, given the last hidden states (B, L, D).
 
     Logits are computed only where a response token needs them, at most `logit_bytes` at once: if there are more, the
     backward pass computes them again, piece by piece."""

@@ -5,27 +5,35 @@ reference itself. Full: two copies. Trainable parameters in bfloat16 are stepped
 (`learner.improve.adam.Adam`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.initialization import meta_device_safe_creation_ops
 
 from learner.improve_settings import PolicySettings
 from learner.model.checkpointing import checkpoint_layers
+from learner.model.sharding import Pass, shard
+from learner.model.worker_group import ALONE, WorkerGroup
 from server.shared.model.load import load_model
-from server.shared.model.merged import checkpoint_weights, load_adapted, merged_weights
+from server.shared.model.merged import checkpoint_weights, load_adapted, merged_weights, whole
+
+T = TypeVar("T")
 
 
 class TrainablePolicy:
-    """`model` is trained; `reference()` gives the frozen one."""
+    """`model` is trained; `reference()` gives the frozen one. `group` trains it."""
 
     def __init__(self, model: Any, reference: Any | None) -> None:
         self.model = model.eval()  # Dropout stays off: log-probabilities must be those of the sampling policy.
         self._reference = reference.eval() if reference is not None else None
+        self._pass = Pass(self.model)
+        self._reference_pass = Pass(self._reference) if reference is not None else self._pass
+        self.group = ALONE
 
     @classmethod
     def create(
@@ -56,6 +64,25 @@ class TrainablePolicy:
             torch.default_generator.manual_seed(seed)
             return cls(lora(base, settings.lora_rank, settings.lora_alpha), None)
 
+    def shard(self, group: WorkerGroup, mesh: DeviceMesh) -> None:
+        """Spreads the weights over the workers of a group, and moves them to the mesh's devices. From then on every
+        worker must do with the policy what the others do."""
+        self.group = group
+        shard(self._pass, mesh)
+        if self._reference is not None:
+            shard(self._reference_pass, mesh)
+
+    def run(self, compute: Callable[[Any], T]) -> T:
+        """What `compute` gives for the model: a forward pass, for which sharded weights are gathered."""
+        result: T = self._pass(compute)
+        return result
+
+    def run_reference(self, compute: Callable[[Any], T]) -> T:
+        """Like `run`, for the frozen reference."""
+        with self.reference():
+            result: T = self._reference_pass(compute)
+        return result
+
     def load(self, directory: Path) -> None:
         """Loads the weights of a saved version: an adapter for LoRA, all weights for full."""
         if self._reference is None:
@@ -72,12 +99,14 @@ class TrainablePolicy:
         self.model.load_state_dict(saved.state_dict())
 
     def save(self, directory: Path) -> None:
-        """Writes safetensors in PEFT or Hugging Face layout."""
+        """Writes safetensors in PEFT or Hugging Face layout; of several workers, the one that leads does."""
         if self._reference is None:
+            weights = {name: whole(value) for name, value in self.model.state_dict().items() if "lora_" in name}
             # The manifest has the adapter's base version; a path here would be this machine's.
             self.model.peft_config["default"].base_model_name_or_path = None
-            self.model.save_pretrained(directory)
-            (directory / "README.md").unlink(missing_ok=True)
+            if self.group.leads:
+                self.model.save_pretrained(directory, state_dict=weights)
+                (directory / "README.md").unlink(missing_ok=True)
             return
         self.save_merged(directory)
 
@@ -85,7 +114,8 @@ class TrainablePolicy:
         """Writes all weights, adapters merged, in Hugging Face layout."""
         weights = {name: tensor.contiguous() for name, tensor in merged_weights(self.model)}
         model = self.model.get_base_model() if self._reference is None else self.model
-        model.save_pretrained(directory, state_dict=weights)
+        if self.group.leads:
+            model.save_pretrained(directory, state_dict=weights)
 
     @torch.no_grad()
     def disturb(self, size: float, seed: int) -> None:

@@ -129,9 +129,11 @@ class RolloutEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("The engine kept cached prefixes of the old weights.")
 
-    def sample(self, prompts: list[Prompt], seed: int, temperature: float | None = None) -> list[SampledAnswer]:
+    def sample(
+        self, prompts: list[Prompt], seed: int, temperature: float | None = None, first: int = 0
+    ) -> list[SampledAnswer]:
         """One response to each prompt, up to the length that users were shown (the prompt's logged max_tokens), at the
-        service's temperature or another."""
+        service's temperature or another. `first`: how many prompts of the same draw come before these."""
         from vllm import SamplingParams
 
         outputs = self._llm.generate(
@@ -149,7 +151,7 @@ class RolloutEngine:
                     stop=list(prompt.stop),
                     seed=seed * 100_003 + number,
                 )
-                for number, prompt in enumerate(prompts)
+                for number, prompt in enumerate(prompts, start=first)
             ],
             use_tqdm=False,
         )

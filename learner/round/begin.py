@@ -111,25 +111,29 @@ def check_family(reference: Path, settings: LearnerSettings) -> None:
 
 
 def plan_memory(settings: LearnerSettings, reference: Path, prompts: list[Prompt], device: torch.device) -> MemoryPlan:
-    """The plan for a round whose trainer is on `device`. `reference` is a Hugging Face directory. Raises ManifestError
-    if it cannot be read."""
+    """The plan for a round whose trainer is on `device`, and for workers as if all had this machine's memory or GPU.
+    `reference` is a Hugging Face directory. Raises ManifestError if it cannot be read."""
     dtype = settings.dtype
     assert dtype != "auto", "a round's dtype is resolved before it begins"
     machine = read_machine()
     total, free = machine.memory, machine.available
     longest = context_length(reference, settings.max_model_len, settings.trust_remote_code)
     training = _training(settings, dtype, prompts, longest)
-    shape = read_shape(reference)
-    need = round_need(shape, dtype, settings.kv_cache_gib, training)
+    shape, workers = read_shape(reference), settings.workers
     if device.type == "cuda":
         free, total = read_memory()
-        need = replace(need, engine=int(settings.learner_gpu_memory_share * total))
+
+    def needed(training: Training) -> RoundNeed:
+        need = round_need(shape, dtype, settings.kv_cache_gib, training)
+        if device.type == "cuda":
+            need = replace(need, engine=int(settings.learner_gpu_memory_share * total))
+        if workers.count:
+            need = need.of_workers(workers.count, together=device.type == "cpu" and not workers.ray)
+        return need
+
     setting = settings.policy.checkpoint_activations
-    checkpoint = setting == "on" or (setting == "auto" and need.total > free)
-    if checkpoint:
-        again = round_need(shape, dtype, settings.kv_cache_gib, replace(training, checkpoint=True))
-        need = replace(again, engine=need.engine)
-    return MemoryPlan(need, checkpoint, total, free)
+    checkpoint = setting == "on" or (setting == "auto" and needed(training).total > free)
+    return MemoryPlan(needed(replace(training, checkpoint=checkpoint)), checkpoint, total, free)
 
 
 def too_little_memory(plan: MemoryPlan, settings: LearnerSettings) -> str | None:

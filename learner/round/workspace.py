@@ -184,6 +184,12 @@ class Workspace:
         if "engine" in self.__dict__:
             self.engine.close()
 
+    def release(self) -> None:
+        """Frees the policy and the engine. Each is made again when it is needed, the policy as the reference."""
+        self.close()
+        for name in ("engine", "policy"):
+            self.__dict__.pop(name, None)
+
     @contextmanager
     def tensorboard(self) -> Iterator["SummaryWriter"]:
         from torch.utils.tensorboard import SummaryWriter

@@ -41,7 +41,9 @@ class TinyEngine:
         self.asleep = False
         self.model.load_state_dict({name: tensor.float() for name, tensor in weights}, strict=False)
 
-    def sample(self, prompts: list[Prompt], seed: int, temperature: float | None = None) -> list[SampledAnswer]:
+    def sample(
+        self, prompts: list[Prompt], seed: int, temperature: float | None = None, first: int = 0
+    ) -> list[SampledAnswer]:
         assert not self.asleep, "no weights were pushed since the engine fell asleep"
         generator = torch.Generator().manual_seed(seed)
         return draw(

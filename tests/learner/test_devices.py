@@ -202,7 +202,8 @@ def test_moments_that_stay_on_the_cpu_are_found(
 ) -> None:
     def load(adam: torch.optim.Adam, state: Any) -> None:
         parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
-        adam.state.update({parameter: state["state"][number] for number, parameter in enumerate(parameters)})
+        for number, parameter in enumerate(parameters):
+            adam.state[parameter] = {name: moment.cpu() for name, moment in state["state"][number].items()}
 
     train("cuda", tmp_path, model_directory, steps=1)
     monkeypatch.setattr(torch.optim.Adam, "load_state_dict", load)

@@ -1,6 +1,7 @@
 """DPO: the votes themselves train the policy; its rollouts only measure how far it went."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from statistics import mean
 
@@ -15,7 +16,7 @@ from learner.improve.step_metrics import step_metrics
 from learner.improve.training import SampledBatch, Training
 from learner.improve_settings import DPOSettings, PolicySettings
 from learner.model.features import TokenPair
-from learner.model.forward import run_trunk, to_tokens, token_logprobs
+from learner.model.forward import answer_logprobs, to_tokens
 from learner.model.policy import TrainablePolicy
 from learner.reward.linear_heads import Heads, start
 from server.store.learning.round_metrics import Improvement, StepMetrics
@@ -39,9 +40,11 @@ class DPO:
         heads = trained(start(1, 0, self._votes.votes.users, torch.zeros(1)))
         bars = [value for value in vars(heads).values() if isinstance(value, nn.Parameter)]
         rates = (task.policy.parameters, settings.learning_rate), (bars, BARS_LEARNING_RATE)
-        optimizer = Adam(list(rates), settings.adam_epsilon)
+        optimizer = Adam(list(rates), settings.adam_epsilon, task.policy.group)
         training = Training(task, settings, self._policy_settings)
-        start_over_unless(self._votes.digest, task.directory)
+        if task.policy.group.leads:
+            start_over_unless(self._votes.digest, task.directory)
+        task.policy.group.wait()
         read = reference_logprobs(task.policy, self._votes.answers, task.source.temperature, budget_of_a_pass)
         votes = replace(self._votes, ref_logprobs=read)
         drawn = list(islice(endless(len(votes), settings.votes, task.source.seed), settings.steps))
@@ -68,18 +71,20 @@ class DPO:
         settings, total = self._settings, 0.0
         # The weight of as many votes on average, so that a minibatch of votes that count little makes a small step.
         weight = self._votes.weight * len(votes) / len(self._votes)
-        for numbers in batches(votes.sizes, self._policy_settings.micro_batch_tokens):
+        parts = batches(votes.sizes, self._policy_settings.micro_batch_tokens)
+        for numbers, counts in optimizer.workers.turns(parts):
             part = votes[numbers]
             tokens = to_tokens(*map(list, zip(*part.answers, strict=True))).to(training.task.policy.model.device)
             logprobs = training.logprobs_of(tokens).sum(dim=1).cpu()
             share = self._votes.lengths.float().mean() / part.lengths if settings.length_normalised else 1.0
             rewards = implicit_rewards(logprobs, part.ref_logprobs, settings.beta, share)
-            loss = part.loss(heads, rewards, weight)
+            loss = part.loss(heads, rewards, weight) * counts
             loss.backward()
             optimizer.gather()
             total += float(loss.detach())
-        penalty(heads, self._votes.weight).backward()
-        return total, optimizer.step(settings.max_grad_norm)
+        if optimizer.workers.leads:
+            penalty(heads, self._votes.weight).backward()
+        return sum(optimizer.workers.gather([total])), optimizer.step(settings.max_grad_norm)
 
 
 @torch.no_grad()
@@ -87,10 +92,11 @@ def reference_logprobs(policy: TrainablePolicy, answers: list[TokenPair], temper
     """(N,) log pi_ref of whole answers, in passes of at most `budget` tokens."""
     logprobs = torch.zeros(len(answers))
     lengths = torch.tensor([[1, len(prompt) + len(answer)] for prompt, answer in answers])
-    with policy.reference() as reference:
-        for rows in batches(lengths, budget):
-            tokens = to_tokens(*map(list, zip(*(answers[row] for row in rows.tolist()), strict=True)))
-            tokens = tokens.to(policy.model.device)
-            hidden, _ = run_trunk(reference, tokens)
-            logprobs[rows] = token_logprobs(reference, hidden, tokens, temperature).sum(dim=1).cpu()
+    for rows, counts in policy.group.turns(batches(lengths, budget)):
+        tokens = to_tokens(*map(list, zip(*(answers[row] for row in rows.tolist()), strict=True)))
+        tokens = tokens.to(policy.model.device)
+        found = policy.run_reference(partial(answer_logprobs, tokens=tokens, temperature=temperature))
+        if counts:
+            logprobs[rows] = found.sum(dim=1).cpu()
+    policy.group.add(logprobs)
     return logprobs

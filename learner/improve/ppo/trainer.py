@@ -33,7 +33,7 @@ class PPO:
             (task.policy.parameters, settings.learning_rate),
             (list(critic.parameters()), settings.critic_learning_rate),
         ]
-        optimizer = Adam(groups, settings.adam_epsilon)
+        optimizer = Adam(groups, settings.adam_epsilon, task.policy.group)
         kl_target = settings.kl_target + task.budget.moved
         prefix = partial(critic_features, reward_model=task.reward_model)
         training = Training(task, settings, self._policy_settings, settings.epochs, settings.minibatches, prefix)

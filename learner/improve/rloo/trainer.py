@@ -27,7 +27,7 @@ class RLOO:
     def improve(self, task: Task) -> Improvement:
         """See `Improver.improve`."""
         settings = self._settings
-        optimizer = Adam([(task.policy.parameters, settings.learning_rate)], settings.adam_epsilon)
+        optimizer = Adam([(task.policy.parameters, settings.learning_rate)], settings.adam_epsilon, task.policy.group)
         kl_target = settings.kl_target + task.budget.moved
         training = Training(task, settings, self._policy_settings, settings.epochs, settings.minibatches)
 

@@ -19,7 +19,7 @@ from learner.improve.candidates import candidate, drop_candidates
 from learner.improve.sft.examples import Examples, Split, numbered
 from learner.improve.state import load_state, save_state, start_over_unless
 from learner.improve_settings import SFTSettings
-from learner.model.forward import micro_batches, run_trunk, shares_prefix, token_logprobs
+from learner.model.forward import answer_logprobs, micro_batches, shares_prefix
 from learner.model.passes import policy_logprobs
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import draw_generator
@@ -87,9 +87,7 @@ class FineTuning:
         # The weight of as many examples on average, so that a batch of those that count little makes a small step.
         weight = self.split.train.weight * len(examples) / len(self.split.train)
         for rows in micro_batches(tokens, self.budget, sharing=shares_prefix(model)):
-            part = tokens[rows]
-            hidden, _ = run_trunk(model, part)
-            logprobs = token_logprobs(model, hidden, part, self.temperature)
+            logprobs = answer_logprobs(model, tokens[rows], self.temperature)
             loss = weighted_nll(logprobs, examples.weights.to(model.device)[rows], weight)
             loss.backward()
             optimizer.gather()

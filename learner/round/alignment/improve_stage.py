@@ -1,18 +1,19 @@
 """The stage that trains the policy, by the improver that is set."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 
-from learner.improve.base import ExperienceSource, Improver, Task
-from learner.improve.dpo.trainer import DPO
+from learner.improve.base import ExperienceSource, Task
 from learner.improve.dpo.votes import WeighedVotes
-from learner.improve.ppo.trainer import PPO
-from learner.improve.rloo.trainer import RLOO
+from learner.improve.improvers import make_improver
+from learner.model.device import resolve_device
 from learner.reward.base import RewardModel
 from learner.reward.dataset import Dataset
-from learner.round.start import load_start
+from learner.round.start import load_start, start_directory
 from learner.round.workspace import Workspace
-from learner.settings import LearnerSettings
 from server.store.learning.round_metrics import Improvement, RoundMetrics, StepMetrics
+
+OnStep = Callable[[StepMetrics], None]
 
 
 def improve_policy(work: Workspace, dataset: Dataset, reward_model: RewardModel) -> Improvement:
@@ -20,7 +21,7 @@ def improve_policy(work: Workspace, dataset: Dataset, reward_model: RewardModel)
     if work.done("improve") and work.round.metrics.improvement:
         return work.round.metrics.improvement
     settings = work.settings
-    load_start(work)
+    votes = WeighedVotes.of(dataset, settings.reward.label_smoothing) if settings.improver == "dpo" else None
     name, steps = settings.improver.upper(), settings.training.steps
     with (
         work.stages.stage("improve", f"improving the policy ({name})", steps) as advance,
@@ -32,19 +33,43 @@ def improve_policy(work: Workspace, dataset: Dataset, reward_model: RewardModel)
                 writer.add_scalar(f"{settings.improver}/{name}", value, step.step)
             advance(1)
 
-        source = ExperienceSource(work.engine, work.prompts.train, settings.service_temperature, settings.seed)
-        task = Task(work.policy, source, reward_model, work.budget, work.directory, on_step)
-        improvement = make_improver(settings, dataset).improve(task)
+        improvement = train(work, votes, reward_model, on_step)
     work.record("improve", RoundMetrics(improvement=improvement))
     return improvement
 
 
-def make_improver(settings: LearnerSettings, dataset: Dataset) -> Improver:
-    """The improver that is set; `dataset` has the votes, for those that train on them."""
-    match settings.improver:
-        case "ppo":
-            return PPO(settings.ppo, settings.policy)
-        case "rloo":
-            return RLOO(settings.rloo, settings.policy)
-        case "dpo":
-            return DPO(settings.dpo, settings.policy, WeighedVotes.of(dataset, settings.reward.label_smoothing))
+def train(work: Workspace, votes: WeighedVotes | None, reward_model: RewardModel, on_step: OnStep) -> Improvement:
+    """Trains in this process, or by workers."""
+    settings = work.settings
+    if settings.workers.count:
+        return train_apart(work, votes, on_step)
+    load_start(work)
+    source = ExperienceSource(work.engine, work.prompts.train, settings.service_temperature, settings.seed)
+    task = Task(work.policy, source, reward_model, work.budget, work.directory, on_step)
+    return make_improver(settings, votes).improve(task)
+
+
+def train_apart(work: Workspace, votes: WeighedVotes | None, on_step: OnStep) -> Improvement:
+    """Trains by workers, whose machine's memory this process's models leave until they are needed again."""
+    from learner.workers.job import TrainingJob
+    from learner.workers.launch import train_by_workers
+
+    device = resolve_device(work.settings.learner_device).type
+    job = TrainingJob(
+        settings=work.settings.model_copy(update={"learner_device": device}),
+        dtype=work.dtype,
+        reference=work.reference_directory,
+        start=start_directory(work),
+        reward_model=work.reward_model_directory,
+        prompts=work.prompts.train,
+        votes=votes,
+        budget=work.budget,
+        longest=work.longest_rollout,
+        directory=work.directory,
+    )
+    work.release()
+
+    def say(sentence: str) -> None:
+        work.stages.console.print(sentence, highlight=False, markup=False)
+
+    return train_by_workers(job, work.settings.workers, on_step, say)

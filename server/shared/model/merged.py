@@ -26,6 +26,11 @@ def load_adapted(base: Path, adapter: Path, dtype: "torch.dtype", trust_remote_c
     return PeftModel.from_pretrained(load_model(base, trust_remote_code, dtype=dtype), adapter)
 
 
+def whole(tensor: "torch.Tensor") -> "torch.Tensor":
+    """All of a tensor of which this process may have a shard; every worker must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def merged_weights(model: Any, adapters: bool = True) -> "Iterator[tuple[str, torch.Tensor]]":
     """Yield (name, tensor in the model's dtype) of a Hugging Face model, bare or with PEFT adapters. A tied output
     matrix is left out: it is the embedding."""
@@ -37,8 +42,8 @@ def merged_weights(model: Any, adapters: bool = True) -> "Iterator[tuple[str, to
             continue
         name = path.replace(".base_layer", "")
         if adapters and name in adapted:
-            tensor = (tensor.float() + _delta(adapted[name])).to(tensor.dtype)
-        yield name, tensor
+            tensor = (whole(tensor).float() + _delta(adapted[name])).to(tensor.dtype)
+        yield name, whole(tensor)
 
 
 def checkpoint_weights(model: Any, adapters: bool = True) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -63,9 +68,9 @@ def _delta(layer: Any) -> "torch.Tensor":
     """What an adapter adds to a weight, in float32 whatever its dtype."""
     if getattr(layer, "num_experts", 1) > 1:
         left, right, scaling = layer.get_delta_factors("default")
-        experts: torch.Tensor = left.detach().float() @ right.detach().float() * scaling
+        experts: torch.Tensor = whole(left.detach()).float() @ whole(right.detach()).float() * scaling
         return experts
-    up, down = (part["default"].weight.detach().float() for part in (layer.lora_B, layer.lora_A))
+    up, down = (whole(part["default"].weight.detach()).float() for part in (layer.lora_B, layer.lora_A))
     delta: torch.Tensor = (up @ down) * layer.scaling["default"]
     # GPT-2's layers keep their weights transposed.
     return delta.T if layer.fan_in_fan_out else delta

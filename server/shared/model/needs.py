@@ -58,6 +58,12 @@ class RoundNeed:
     def total(self) -> int:
         return self.engine + self.trainer + self.rollout + self.activations + self.logits
 
+    def of_workers(self, count: int, together: bool) -> "RoundNeed":
+        """What each of `count` workers needs, which keeps a share of the weights and of what steps them; or, if they
+        have one memory `together`, what all do."""
+        each = {**vars(self), "trainer": TRAINER + (self.trainer - TRAINER) // count}
+        return RoundNeed(**{part: size * (count if together else 1) for part, size in each.items()})
+
 
 def server_need(shape: ModelShape, dtype: DtypeName, kv_cache_gib: int) -> int:
     """Bytes that a server needs."""

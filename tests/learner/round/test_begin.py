@@ -182,3 +182,14 @@ def test_a_family_that_cannot_learn_is_refused_before_anything_is_spent(
         rounds.run_once(settings(data_dir, policy={"train": train}), Stages(Console(quiet=True)))
     assert str(refused.value) == sentence
     assert Store.open(data_dir).rounds.page() == []
+
+
+def test_workers_on_one_machine_need_its_memory_together(model_directory: Path) -> None:
+    alone = plan(model_directory).need
+
+    def need(**workers: Any) -> Any:
+        return plan_memory(LearnerSettings(dtype="float32", workers=workers), model_directory, PROMPTS, CPU).need
+
+    assert need(count=2) == alone.of_workers(2, together=True)
+    assert need(count=2, ray="10.0.0.1:6379") == alone.of_workers(2, together=False)
+    assert need(count=2).engine == 2 * alone.engine

@@ -67,7 +67,7 @@ def test_pi_theta_starts_as_pi_old_even_if_other_rows_affect_a_row(
     def rounded(model: Any, hidden: Tensor, tokens: Tokens, temperature: float) -> Tensor:
         return token_logprobs(model, hidden, tokens, temperature) + 1e-3 * len(tokens) * tokens.response_mask
 
-    monkeypatch.setattr("learner.improve.training.token_logprobs", rounded)
+    monkeypatch.setattr("learner.model.forward.token_logprobs", rounded)
     monkeypatch.setattr("learner.model.passes.token_logprobs", rounded)
     monkeypatch.setattr(judging, "decide", passing)
     steps = run(data_dir, dtype="bfloat16").metrics.improvement.steps

@@ -2,13 +2,19 @@
 
 from dataclasses import replace
 
-from server.shared.model.needs import LOGIT_BYTES, TRAINER, Training, round_need
+from server.shared.model.needs import LOGIT_BYTES, TRAINER, RoundNeed, Training, round_need
 from server.shared.model.shape import ModelShape
 
 # Two layers of 100 numbers for a token; 1,000 words.
 SHAPE = ModelShape(50_000, (1_000, 10), {(50, 10): 4}, layers=2, outputs=200)
 LORA = Training("lora", lora_rank=4, tokens=30, rollout_tokens=60, checkpoint=False)
 GIB = 2**30
+
+
+def test_workers_share_weights_and_what_steps_them_but_neither_engines_nor_batches() -> None:
+    need = RoundNeed(engine=1000, trainer=TRAINER + 600, rollout=30, activations=200, logits=40)
+    assert need.of_workers(3, together=False) == replace(need, trainer=TRAINER + 200)
+    assert need.of_workers(3, together=True) == RoundNeed(3000, 3 * TRAINER + 600, 90, 600, 120)
 
 
 def test_the_parts_of_a_round_that_trains_adapters() -> None:

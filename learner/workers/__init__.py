@@ -1,0 +1,1 @@
+"""Training by several workers: what one does, and how they are started."""

@@ -1,0 +1,53 @@
+"""Starts workers on this machine, by torchrun's own launcher."""
+
+import ctypes
+import signal
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from learner.workers.job import KilledError, TrainingJob
+from server.store.learning.round_metrics import Improvement
+
+# A parameter of prctl(2).
+PR_SET_PDEATHSIG = 1
+
+
+def run(job: TrainingJob, count: int) -> Improvement:
+    """Trains by `count` workers. Raises KilledError if one was killed, and RuntimeError if one failed."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=job.directory.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        # Each worker sees its own GPU alone.
+        virtual_local_rank=True,
+        signals_to_handle="SIGTERM",
+    )
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        results: dict[int, Improvement] = elastic_launch(config, worker)(job)
+    except SignalException:
+        raise KeyboardInterrupt from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            raise KilledError(f"Worker {rank} was killed ({signal.Signals(-failure.exitcode).name}).") from None
+        raise RuntimeError(f"Worker {rank} failed: {failure.message}") from None
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
+    return results[0]
+
+
+@record
+def worker(job: TrainingJob) -> Improvement:
+    """What runs in each process. It ends with the process that started it, whatever ends that."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    from learner.workers.worker import train
+
+    return train(job)

@@ -230,6 +230,7 @@ SETTINGS = frozenset(
         "user_rate",
         "workers",
         "workers.count",
+        "workers.engines",
         "workers.ray",
         "workers.restarts",
     }

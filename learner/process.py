@@ -78,6 +78,13 @@ def _show_only(gpu: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = one_visible(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def show_gpus(place: int, count: int) -> None:
+    """Hides all GPUs but the `place`th `count` of those visible: a worker's."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = range(place * count, (place + 1) * count)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(one_visible(number, before) for number in numbers)
+
+
 def one_visible(gpu: int, before: str | None) -> str:
     """The CUDA_VISIBLE_DEVICES that leaves only one of the GPUs visible before; -1, which is none, if there are
     fewer."""

@@ -6,20 +6,35 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from learner.improve.budget import Budget
 from learner.model.policy import TrainablePolicy
-from learner.model.rollout import Rollout, RolloutEngine, draw_seed, to_rollout
+from learner.model.rollout import Rollout, SampledAnswer, draw_seed, to_rollout
 from learner.reward.base import RewardModel
 from server.store.chats.records import Prompt
 from server.store.learning.round_metrics import Improvement, StepMetrics
+
+
+class SamplingEngine(Protocol):
+    """What samples: a `RolloutEngine`, in this process or another."""
+
+    def push(self, weights: Iterator[tuple[str, Tensor]]) -> None: ...
+
+    def sample(
+        self, prompts: list[Prompt], seed: int, temperature: float | None = None, first: int = 0
+    ) -> list[SampledAnswer]: ...
+
+    def sleep(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class ExperienceSource:
     """A source of answers: an engine and the prompts for it. `seed` is the round's."""
 
-    engine: RolloutEngine
+    engine: SamplingEngine
     prompts: list[Prompt]
     temperature: float
     seed: int

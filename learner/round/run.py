@@ -20,7 +20,7 @@ from learner.round.retention import prune
 from learner.round.sft.stages import run as fine_tune
 from learner.round.workspace import Workspace
 from learner.settings import LearnerSettings
-from learner.workers.ray_actors import check_cluster
+from learner.workers.launch import check_workers
 from server.shared.model.dtype import resolve_dtype
 from server.store.chats.records import Snapshot
 from server.store.files.sharing import fetch_all, share_all
@@ -57,8 +57,7 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
         return Report("nothing", f"{stopped.id} was stopped: `{command}` finishes it first. Nothing was changed.")
     dtype, device = resolve_dtype(settings.dtype), resolve_device(settings.learner_device)
     require_memory(settings.server_gpu_memory_share, settings.learner_gpu_memory_share)
-    if settings.workers.ray:
-        check_cluster(settings.workers, settings.learner_device)
+    check_workers(settings.workers, settings.learner_device)
     settings = settings.model_copy(update={"dtype": dtype.name})
     current = resumable(store, lease, settings.max_resumes, stages)
     if current:

@@ -2,9 +2,16 @@
 
 from collections.abc import Callable
 
+import torch
+
+from learner.model.device import resolve_device
 from learner.worker_settings import WorkerSettings
 from learner.workers.job import KilledError, TrainingJob
+from learner.workers.ray_actors import check_cluster
+from learner.workers.ray_actors import run as run_on_ray
 from learner.workers.step_log import followed
+from learner.workers.torchrun import run as run_here
+from server.shared.errors import FailedPreconditionError
 from server.store.learning.round_metrics import Improvement, StepMetrics
 
 
@@ -24,12 +31,22 @@ def train_by_workers(
     raise AssertionError("the last start has returned or raised")
 
 
+def check_workers(settings: WorkerSettings, learner_device: str) -> None:
+    """Raises FailedPreconditionError if there is not what the workers need, before a round spends anything."""
+    if settings.ray:
+        check_cluster(settings, learner_device)
+    elif settings.count and resolve_device(learner_device).type == "cuda":
+        needed, there = settings.count * settings.gpus_each, torch.cuda.device_count()
+        if there < needed:
+            raise FailedPreconditionError(
+                "NO_GPU",
+                f"{settings.count} workers need {needed} GPUs, and {there} can be seen: lower "
+                "PREFLOOP_WORKERS__COUNT, or set PREFLOOP_WORKERS__ENGINES to inside.",
+            )
+
+
 def start(job: TrainingJob, settings: WorkerSettings) -> Improvement:
     """Starts them once."""
     if settings.ray:
-        from learner.workers.ray_actors import run as run_on_ray
-
         return run_on_ray(job, settings)
-    from learner.workers.torchrun import run
-
-    return run(job, settings.count)
+    return run_here(job, settings.count)

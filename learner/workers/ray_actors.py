@@ -42,7 +42,7 @@ def run(job: TrainingJob, settings: WorkerSettings) -> Improvement:
     failed, and FailedPreconditionError if the cluster cannot be used."""
     import ray
 
-    needs = needs_of_a_worker(job.settings.learner_device)
+    needs = needs_of_a_worker(settings, job.settings.learner_device)
     with connected(settings):
         reserved = {f"num_{name.lower()}s": count for name, count in needs.items()}
         actor = ray.remote(Worker).options(scheduling_strategy="SPREAD", max_restarts=0, **reserved)
@@ -64,7 +64,7 @@ def check_cluster(settings: WorkerSettings, learner_device: str) -> None:
     """Raises FailedPreconditionError if there is no cluster that has what the workers need."""
     import ray
 
-    needs = needs_of_a_worker(learner_device)
+    needs = needs_of_a_worker(settings, learner_device)
     with connected(settings):
         has = ray.cluster_resources()
     for name, count in needs.items():
@@ -76,9 +76,9 @@ def check_cluster(settings: WorkerSettings, learner_device: str) -> None:
             )
 
 
-def needs_of_a_worker(learner_device: str) -> dict[str, int]:
-    """What Ray reserves for each: a GPU if this machine's learner uses one, else a core."""
-    return {"GPU": 1} if resolve_device(learner_device).type == "cuda" else {"CPU": 1}
+def needs_of_a_worker(settings: WorkerSettings, learner_device: str) -> dict[str, int]:
+    """What Ray reserves for each: its GPUs if this machine's learner uses one, else a core."""
+    return {"GPU": settings.gpus_each} if resolve_device(learner_device).type == "cuda" else {"CPU": 1}
 
 
 @contextmanager
@@ -128,6 +128,8 @@ def results(trainings: list[Any]) -> list[Improvement]:
         except ray.exceptions.RayActorError:
             raise KilledError(f"Worker {rank} was killed, or its node was lost.") from None
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, KilledError):
+                raise error.cause from None
             raise RuntimeError(f"Worker {rank} failed: {error.cause}") from None
     found: list[Improvement] = ray.get(trainings)
     return found

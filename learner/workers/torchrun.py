@@ -1,12 +1,14 @@
 """Starts workers on this machine, by torchrun's own launcher."""
 
 import ctypes
+import os
 import signal
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from learner.process import show_gpus
 from learner.workers.job import KilledError, TrainingJob
 from server.store.learning.round_metrics import Improvement
 
@@ -25,8 +27,6 @@ def run(job: TrainingJob, count: int) -> Improvement:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
-        # Each worker sees its own GPU alone.
-        virtual_local_rank=True,
         signals_to_handle="SIGTERM",
     )
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -48,6 +48,13 @@ def run(job: TrainingJob, count: int) -> Improvement:
 def worker(job: TrainingJob) -> Improvement:
     """What runs in each process. It ends with the process that started it, whatever ends that."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if job.settings.learner_device == "cuda":
+        show_gpus(int(os.environ["LOCAL_RANK"]), job.settings.workers.gpus_each)
     from learner.workers.worker import train
 
-    return train(job)
+    try:
+        return train(job)
+    except KilledError:
+        # What ends its engine apart ends a worker in the same way.
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise

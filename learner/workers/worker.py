@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
-from learner.improve.base import ExperienceSource, Task
+from learner.improve.base import ExperienceSource, SamplingEngine, Task
 from learner.improve.improvers import make_improver
 from learner.model.device import resolve_device
 from learner.model.policy import TrainablePolicy
@@ -22,6 +22,7 @@ from learner.model.worker_group import WorkerGroup
 from learner.process import give_way, keep_freed_memory, set_environment
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.settings import LearnerSettings
+from learner.workers.apart import EngineProcess
 from learner.workers.job import TrainingJob
 from learner.workers.step_log import StepLog
 from server.shared.machine import read_machine
@@ -38,8 +39,8 @@ def train(job: TrainingJob) -> Improvement:
     settings = job.settings
     if not job.directory.is_dir():
         raise RuntimeError(f"{socket.gethostname()} has no {job.directory}: mount the data directory there, too.")
-    prepare(settings)
-    with worker_group() as group, closing(RolloutEngine(job.reference, settings, job.dtype, job.longest)) as engine:
+    engine_gpu = prepare(settings)
+    with worker_group() as group, closing(make_engine(job, engine_gpu)) as engine:
         policy = sharded_policy(job, group)
         source = ExperienceSource(engine, job.prompts, settings.service_temperature, settings.seed)
         reward_model = LinearRewardModel.load(job.reward_model)
@@ -48,12 +49,25 @@ def train(job: TrainingJob) -> Improvement:
         return make_improver(settings, job.votes).improve(task)
 
 
-def prepare(settings: LearnerSettings) -> None:
-    """Sets up the process, which has a share of its machine's cores. It sees one GPU at most, its own."""
+def prepare(settings: LearnerSettings) -> str | None:
+    """Sets up the process, which has a share of its machine's cores. Of two GPUs that it sees it keeps the first;
+    returns the other one, for its engine."""
+    own, _, other = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")
+    if other:
+        os.environ["CUDA_VISIBLE_DEVICES"] = own
     set_environment(settings)
     keep_freed_memory()
     of_each = int(read_machine().cores) // int(os.environ["LOCAL_WORLD_SIZE"])
     give_way(settings.nice, settings.threads or max(1, of_each))
+    return other or None
+
+
+def make_engine(job: TrainingJob, gpu: str | None) -> SamplingEngine:
+    """The worker's engine, in this process or apart."""
+    arguments = job.reference, job.settings, job.dtype, job.longest
+    if job.settings.workers.engines == "inside":
+        return RolloutEngine(*arguments)
+    return EngineProcess(*arguments, visible_gpu=gpu, make=RolloutEngine)
 
 
 @contextmanager

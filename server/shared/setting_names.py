@@ -229,6 +229,7 @@ SETTINGS = frozenset(
         "user_rate",
         "workers",
         "workers.count",
+        "workers.engines",
         "workers.ray",
         "workers.restarts",
     }

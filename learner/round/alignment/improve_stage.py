@@ -11,6 +11,8 @@ from learner.reward.base import RewardModel
 from learner.reward.dataset import Dataset
 from learner.round.start import load_start, start_directory
 from learner.round.workspace import Workspace
+from learner.workers.job import TrainingJob
+from learner.workers.launch import train_by_workers
 from server.store.learning.round_metrics import Improvement, RoundMetrics, StepMetrics
 
 OnStep = Callable[[StepMetrics], None]
@@ -51,9 +53,6 @@ def train(work: Workspace, votes: WeighedVotes | None, reward_model: RewardModel
 
 def train_apart(work: Workspace, votes: WeighedVotes | None, on_step: OnStep) -> Improvement:
     """Trains by workers, whose machine's memory this process's models leave until they are needed again."""
-    from learner.workers.job import TrainingJob
-    from learner.workers.launch import train_by_workers
-
     device = resolve_device(work.settings.learner_device).type
     job = TrainingJob(
         settings=work.settings.model_copy(update={"learner_device": device}),

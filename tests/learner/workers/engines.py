@@ -56,7 +56,9 @@ def worker(job: TrainingJob) -> Improvement:
             held = sum(part.to_local().numel() for part in self.model.parameters() if isinstance(part, DTensor))
             note(job.directory, f"held-{rank}", held / before)
 
-    vars(worker).update(RolloutEngine=Noted, TrainablePolicy=NotedPolicy)
+    # An engine apart is pickled by its name.
+    engine = WorkersEngine if job.settings.workers.engines == "apart" else Noted
+    vars(worker).update(RolloutEngine=engine, TrainablePolicy=NotedPolicy)
     return worker.train(job)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from learner.model.worker_group import WorkerGroup
 from learner.process import set_environment
 from learner.settings import LearnerSettings
+from learner.worker_settings import WorkerSettings
+from learner.workers.launch import check_workers
 from learner.workers.ray_actors import environments, require_token
 from learner.workers.step_log import FILE, StepLog, followed
 from server.shared.errors import FailedPreconditionError
@@ -102,3 +105,22 @@ def test_a_round_hears_of_each_step_once(tmp_path: Path, monkeypatch: pytest.Mon
         assert said.acquire(timeout=10)
     assert heard == [0, 1, 2]
     assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("engines", "there", "told"),
+    [
+        ("inside", 2, ""),
+        ("inside", 1, "2 workers need 2 GPUs, and 1"),
+        ("apart", 3, "2 workers need 4 GPUs, and 3"),
+        ("apart", 4, ""),
+    ],
+)
+def test_a_round_does_not_begin_without_its_workers_gpus(
+    engines: Any, there: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.workers.launch.resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    expected = pytest.raises(FailedPreconditionError, match=told) if told else nullcontext()
+    with expected:
+        check_workers(WorkerSettings(count=2, engines=engines), "cuda")

@@ -121,6 +121,15 @@ def test_workers_make_the_updates_of_one_process(
             assert noted(job.directory, f"held-{rank}") == [pytest.approx(1 / count, abs=0.02)]
 
 
+def test_engines_apart_sample_the_same(tmp_path: Path, model_directory: Path) -> None:
+    inside, apart = (make_job(tmp_path / name, model_directory) for name in ("inside", "apart"))
+    expected = alone(inside)
+    workers = WorkerSettings(count=2, engines="apart")
+    apart = replace(apart, settings=apart.settings.model_copy(update={"workers": workers}))
+    found, _, _ = together(apart, 2)
+    assert_same(apart, found, inside, expected, 1e-5)
+
+
 def test_a_killed_worker_ends_nothing(tmp_path: Path, model_directory: Path) -> None:
     """Killed as it samples for the third step: all start again, from the state after the second."""
     unbroken, job = (make_job(tmp_path / name, model_directory) for name in ("unbroken", "killed"))

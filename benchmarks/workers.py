@@ -59,7 +59,7 @@ def page(results: dict[str, Any], arguments: argparse.Namespace) -> Iterator[str
     """Its lines."""
     yield "# Training by workers"
     yield ""
-    yield f"`python benchmarks/workers.py`: {arguments.steps} steps of PPO, {arguments.train}, {arguments.dtype}, all "
+    yield f"`python benchmarks/workers.py`: {arguments.steps} steps of PPO, {arguments.train}, {arguments.dtype}, all"
     yield "processes on this machine's cores. The program's docstring says what is done."
     yield ""
     yield "| trained by | training, s | whole round, s | score of each step | KL of each step, nats |"

@@ -1,5 +1,6 @@
 """The server that answers: its services over a store and an engine, and its background tasks."""
 
+import asyncio
 import socket
 from functools import partial
 
@@ -12,7 +13,7 @@ from server.rpc.services.policies import PolicyService
 from server.settings import ServerSettings
 from server.store.store_thread import StoreThread
 from server.telemetry import metrics
-from server.telemetry.round_metrics import show_rounds
+from server.telemetry.round_metrics import show_disk, show_rounds
 from server.turns.candidate_choice import CandidateChooser
 from server.turns.turns import Turns
 from server.versions.ab_test import AbTest
@@ -64,6 +65,8 @@ class App(GrpcServer):
         self._repeat(self._follower.follow, poll, "following the active policy failed")
         self._repeat(self._follower.report, HEARTBEAT_SECONDS, "the heartbeat could not be written")
         self._repeat(partial(self._store, show_rounds), SELDOM_SECONDS, "the rounds' metrics could not be read")
+        disk = partial(asyncio.to_thread, show_disk, settings.data_dir)
+        self._repeat(disk, SELDOM_SECONDS, "the disk's size could not be read")
         self._repeat(self._fail_interrupted, SELDOM_SECONDS, "answers of stopped servers could not be marked as failed")
         if settings.hang_seconds != 0:
             self._repeat(self._follower.probe, PROBE_SECONDS, "the engine could not be probed")

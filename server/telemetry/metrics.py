@@ -52,6 +52,14 @@ SWAP_SECONDS = Histogram(
 )
 VOTES = Counter("prefloop_votes", "Accepted votes; repeated requests count once.", ["kind", "value"], registry=REGISTRY)
 ROUNDS = Gauge("prefloop_rounds", "Rounds by state.", ["state"], registry=REGISTRY)
+ACTIVATIONS = Gauge(
+    "prefloop_activations",
+    "How often another version was made the active one, by action: `promote`, `activate`, `rollback`, or `fail` for "
+    "one that could not be loaded.",
+    ["action"],
+    registry=REGISTRY,
+)
+DISK = Gauge("prefloop_disk_bytes", "The disk of the data directory: `free` and `total`.", ["kind"], registry=REGISTRY)
 ROUND = Gauge(
     "prefloop_round",
     "The newest finished round: `votes`, `reward_accuracy`, `kl`, `win_rate`, `seconds`, `finish_time`.",

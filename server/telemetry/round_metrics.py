@@ -1,19 +1,30 @@
-"""Metrics of the learner's rounds, read from the store, since a round's process is short-lived."""
+"""Metrics of the learner's rounds, read from the store, since a round's process is short-lived; and of the disk."""
 
 import math
+import shutil
+from pathlib import Path
 
 from server.store.learning.records import Round
 from server.store.store import Store
-from server.telemetry.metrics import ROUND, ROUNDS
+from server.telemetry.metrics import ACTIVATIONS, DISK, ROUND, ROUNDS
 
 
 def show_rounds(store: Store) -> None:
     """Set the metrics of rounds from the store."""
     for state, count in store.rounds.count().items():
         ROUNDS.labels(state).set(count)
+    for action, count in store.policies.activations().items():
+        ACTIVATIONS.labels(action).set(count)
     newest = next((found for found in store.rounds.page(10, None) if found.finish_time), None)
     for figure, value in figures(newest).items() if newest else ():
         ROUND.labels(figure).set(value)
+
+
+def show_disk(data_dir: Path) -> None:
+    """Set the metrics of the disk that the data directory is on."""
+    usage = shutil.disk_usage(data_dir)
+    DISK.labels("free").set(usage.free)
+    DISK.labels("total").set(usage.total)
 
 
 def figures(round_: Round) -> dict[str, float]:

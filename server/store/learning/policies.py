@@ -111,6 +111,13 @@ class Policies:
             raise NotFoundError("policy", FIRST_REFERENCE)
         return self.get(row["version"])
 
+    def activations(self) -> dict[str, int]:
+        """How often another version was made the active one, by action; zero counts are left out."""
+        rows = self._db.rows(
+            "SELECT action, count(*) AS n FROM pointer_events WHERE previous_version IS NOT NULL GROUP BY action"
+        )
+        return {row["action"]: row["n"] for row in rows}
+
     def reference(self) -> str | None:
         """The reference of the active version; None before the first start of a server."""
         row = self._db.row(ACTIVE_REFERENCE)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from server.store.learning.round_metrics import RewardModelMetrics, RoundMetrics
 from server.store.store import Store
 from server.telemetry import metrics
 from server.telemetry.metrics_http import MetricsServer
-from server.telemetry.round_metrics import figures, show_rounds
+from server.telemetry.round_metrics import figures, show_disk, show_rounds
 from tests.round_metrics import candidate_metrics, filled, gate_metrics
 from tests.server.conftest import Running, publish_version, register
 from tests.server.rpc.test_rpcs import ANN, chat, compare, failure
@@ -147,6 +148,23 @@ def test_the_newest_finished_round_is_shown(store: Store) -> None:
     assert value("prefloop_round", figure="votes") == 1
     assert value("prefloop_rounds", state="rejected") == 1
     assert value("prefloop_rounds", state="running") == 1
+
+
+def test_activations_and_the_disk_are_shown(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(store, "v0001")
+    store.policies.activate("v0001", actor="olga", action="promote")
+    store.policies.activate("v0000", actor="olga", action="rollback")
+    store.policies.activate("v0001", actor="olga", action="promote")
+    show_rounds(store)
+    assert store.policies.activations() == {"promote": 2, "rollback": 1}
+    assert value("prefloop_activations", action="promote") == 2
+    assert value("prefloop_activations", action="rollback") == 1
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda path: SimpleNamespace(free=3, total=8) if path == tmp_path else None
+    )
+    show_disk(tmp_path)
+    assert value("prefloop_disk_bytes", kind="free") == 3
+    assert value("prefloop_disk_bytes", kind="total") == 8
 
 
 def get(url: str) -> tuple[int, str]:

@@ -248,8 +248,8 @@ def page(results: dict[str, list[Any]]) -> Iterator[str]:
     yield ""
     yield "`python benchmarks/rounds.py --write`: the program's docstring says what is done. The win rate over the"
     yield f"reference is on {UNSEEN} questions that nobody voted on, by the taste itself. *Since* is how far it is"
-    yield "above that of the version served before, with the lower end of its paired 95 % interval. The rounds of"
-    yield "seed 1 ran with the canary's last look (decision 54), those of seed 0 before it."
+    yield "above that of the version served before, with the lower end of its paired 95 % interval. All rounds ran"
+    yield "with the canary's last look (decision 54); seed 0 of the arm `once` is older."
     yield ""
     titles = ["taste", "seed", "arm", "round", "votes", "signal p", "reward model", "against the incumbent", "outcome"]
     yield f"| {' | '.join([*titles, 'win rate', 'since', 'KL', 'of at most', 'minutes'])} |"

@@ -120,8 +120,8 @@ class Training:
         judged = reference_pass(policy, tokens, spec, temperature, budget, passes[0], self.prefix)
         # In float32 the engine and the trainer differ too little to matter: pi_old is mu, and a pass over some answers
         # of each engine is enough to check the push.
-        by_engine = [torch.tensor(rows, device=policy.model.device) for rows in policy.group.shares(len(tokens))]
-        by_engine = [rows[: PUSH_ANSWERS if exact else None] for rows in by_engine]
+        order, shares = torch.arange(len(tokens), device=policy.model.device), policy.group.shares(len(tokens))
+        by_engine = [order[own.start : own.stop][: PUSH_ANSWERS if exact else None] for own in shares]
         rows = torch.cat(by_engine)
         seen = policy_logprobs(policy, tokens, temperature, budget, [rows] if exact else passes[0])
 

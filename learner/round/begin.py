@@ -15,6 +15,7 @@ from learner.round.preconditions import blocked, too_little_new
 from learner.round.sft.examples_stage import continuing, nothing_to_imitate, read_examples
 from learner.round.token_ids import TokenIds
 from learner.settings import LearnerSettings
+from learner.worker_settings import WorkerSettings
 from server.shared.errors import FailedPreconditionError
 from server.shared.machine import GIB, read_machine
 from server.shared.model.context import context_length
@@ -64,7 +65,8 @@ def begin(
     if kind == "sft":
         # It goes on from what people have, which what they voted for has made.
         policy = continuing(settings.policy, active, settings.data_dir)
-        settings = settings.model_copy(update={"policy": policy})
+        # Its process trains by itself.
+        settings = settings.model_copy(update={"policy": policy, "workers": WorkerSettings()})
     check_family(directory, settings)
     asked = store.snapshots.prompts(limit=settings.max_prompts, without=quarantined)
     ids = TokenIds(store, reference, settings)

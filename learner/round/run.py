@@ -57,7 +57,8 @@ def _run_or_resume(store: Store, lease: Lease, settings: LearnerSettings, stages
         return Report("nothing", f"{stopped.id} was stopped: `{command}` finishes it first. Nothing was changed.")
     dtype, device = resolve_dtype(settings.dtype), resolve_device(settings.learner_device)
     require_memory(settings.server_gpu_memory_share, settings.learner_gpu_memory_share)
-    check_workers(settings.workers, settings.learner_device)
+    if kind == "alignment":
+        check_workers(settings.workers, settings.learner_device)
     settings = settings.model_copy(update={"dtype": dtype.name})
     current = resumable(store, lease, settings.max_resumes, stages)
     if current:

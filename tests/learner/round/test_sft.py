@@ -372,6 +372,16 @@ def test_all_weights_can_be_fine_tuned(without_votes: Path) -> None:
 
 
 @pytest.mark.slow
+def test_it_takes_no_workers(without_votes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is planned for one process, and neither GPUs nor a cluster are asked for."""
+    monkeypatch.setattr("learner.round.run.check_workers", None)
+    demonstrate(without_votes, 10)
+    assert fine_tune(without_votes, workers={"count": 2}).state == "promoted"
+    with opened(without_votes) as store:
+        [round_] = store.rounds.page()
+    assert round_.settings["workers"]["count"] == 0
+
+
 def test_it_is_fine_tuned_in_bfloat16_too(without_votes: Path) -> None:
     demonstrate(without_votes, 10)
     report = fine_tune(without_votes, dtype="bfloat16")

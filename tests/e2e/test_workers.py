@@ -21,8 +21,7 @@ from tests.ports import free_port
 pytestmark = pytest.mark.e2e
 
 RAY, INSTALL_SECONDS, START_SECONDS = "ray==2.60.0", 300, 120
-WORKERS = {"PREFLOOP_WORKERS__COUNT": "2"}
-FEW = {"PREFLOOP_PPO__STEPS": "4"}
+WORKERS = {"PREFLOOP_WORKERS__COUNT": "2", "PREFLOOP_PPO__STEPS": "4"}
 
 
 def assert_both_engines_sample_the_policy(report: dict[str, Any], count: int) -> None:
@@ -48,17 +47,26 @@ def kill_after_two_steps(small: SmallRound, data_dir: Path) -> set[int]:
     return workers
 
 
-def test_a_round_by_two_workers_is_killed_resumed_and_served(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_round_by_two_workers_is_killed_and_resumed(tiny_model: Path, tmp_path: Path) -> None:
     small = small_round(str(tiny_model))
     with live_server(tmp_path, tiny_model) as live, Client(live.address, user="voter") as client:
         small.vote(client)
-        workers = kill_after_two_steps(small, tmp_path)
-        assert len(workers) >= 2
-        end = time.monotonic() + 30
-        while any(Path(f"/proc/{pid}").exists() for pid in workers):
-            assert time.monotonic() < end, "workers outlive their round"
-            time.sleep(0.05)
-        report = small.run(tmp_path, **WORKERS)
+    workers = kill_after_two_steps(small, tmp_path)
+    assert len(workers) >= 2
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < end, "workers outlive their round"
+        time.sleep(0.05)
+    assert_both_engines_sample_the_policy(small.run(tmp_path, **WORKERS), 4)
+
+
+@pytest.mark.slow
+def test_what_two_workers_trained_is_served(tiny_model: Path, tmp_path: Path) -> None:
+    small = small_round(str(tiny_model))
+    steps = {"PREFLOOP_PPO__STEPS": str(small.steps)}
+    with live_server(tmp_path, tiny_model) as live, Client(live.address, user="voter") as client:
+        small.vote(client)
+        report = small.run(tmp_path, **{**WORKERS, **steps})
         assert report["state"] == "promoted", report["sentence"]
         assert_both_engines_sample_the_policy(report, small.steps)
         live.hear(f"swapped to {report['policy_version']}")
@@ -116,4 +124,4 @@ def test_workers_are_actors_of_a_ray_cluster(
         )  # fmt: skip
         assert refused.returncode == 1
         assert "that accepts this token" in refused.stderr
-        assert_both_engines_sample_the_policy(small.run(tmp_path, **WORKERS, **FEW, **environment), 4)
+        assert_both_engines_sample_the_policy(small.run(tmp_path, **WORKERS, **environment), 4)

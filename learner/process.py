@@ -4,6 +4,7 @@ packages."""
 import ctypes
 import os
 import platform
+import signal
 import socket
 import uuid
 import warnings
@@ -23,6 +24,8 @@ PACKAGES = ("prefloop", "torch", "transformers", "peft")
 # How often an idle OpenMP thread spins before it sleeps: some microseconds. By default it spins for milliseconds on a
 # core that the server's engine needs (docs/decisions/0026-every-cpu.md).
 SPIN = "100"
+# A parameter of prctl(2).
+PR_SET_PDEATHSIG = 1
 # Parameters of mallopt(3), and how many blocks it may map, which is its default.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 MAPPED_BLOCKS = 65_536
@@ -78,6 +81,11 @@ def _show_only(gpu: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = one_visible(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def end_with_parent() -> None:
+    """Has this process killed when the one that started it ends, whatever ends that."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def show_gpus(place: int, count: int) -> None:
     """Hides all GPUs but the `place`th `count` of those visible: a worker's."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -100,6 +108,12 @@ def keep_freed_memory() -> None:
     Training allocates and frees tensors of many megabytes in every pass. By default each is mapped and unmapped again,
     and the kernel's clearing of the pages took a fifth of an update's time (docs/decisions/0009)."""
     _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
+
+
+def return_freed_memory() -> None:
+    """Gives back what `keep_freed_memory` keeps, once, if the C library is glibc."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def return_large_blocks() -> None:

@@ -23,7 +23,7 @@ NEEDED: dict[str, Any] = {
 }
 WITH_RAY: dict[str, Any] = {
     "ray": {"enabled": True, "nodes": 3},
-    "learner": {"workers": 3, "volume": {"accessModes": ["ReadWriteMany"]}},
+    "learner": {"workers": 3, "gpus": 1, "volume": {"accessModes": ["ReadWriteMany"]}},
 }
 
 
@@ -220,7 +220,7 @@ def test_what_helm_installs_is_what_kubernetes_takes(
         assert pod["securityContext"]["runAsNonRoot"] is True
         [container] = pod["containers"]
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
-        if "args" in container:
+        if container.get("args", ["sh"])[0] != "sh":
             check_command(container["args"])
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
@@ -260,6 +260,9 @@ def test_who_gets_what(chart: Path, packages: Path, tmp_path: Path) -> None:
     assert told["PREFLOOP_WORKERS__COUNT"] == "3"
     assert told["PREFLOOP_WORKERS__RAY"] == "live-ray-head-svc:6379"
     assert told["RAY_AUTH_MODE"] == "token"
+    assert job["containers"][0]["args"] == [
+        "sh", "-c", "ray start --address live-ray-head-svc:6379 --num-cpus 0 --num-gpus 0 && exec learner run-once",
+    ]  # fmt: skip
     head, node = pods([found["RayCluster live-ray"]])
     assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
     assert node["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
@@ -278,7 +281,11 @@ def test_who_gets_what(chart: Path, packages: Path, tmp_path: Path) -> None:
         ({**NEEDED, "store": {"url": "postgresql://me:secret@db/x"}}, "/store/url"),
         ({**NEEDED, "servers": {}}, "servers"),
         ({**NEEDED, "ray": {"enabled": True}}, "learner.workers: with Ray, the number of workers"),
-        ({**NEEDED, "ray": {"enabled": True}, "learner": {"workers": 2}}, "it must be ReadWriteMany"),
+        ({**NEEDED, "ray": {"enabled": True}, "learner": {"workers": 2, "gpus": 1}}, "it must be ReadWriteMany"),
+        (
+            {**NEEDED, "ray": {"enabled": True}, "learner": {"workers": 2}},
+            "so both have GPUs (learner.gpus) or neither",
+        ),
     ],
 )
 def test_what_cannot_work_is_not_installed(

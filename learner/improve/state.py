@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -44,16 +45,18 @@ def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam, 
 
 def load_state(directory: Path, optimizer: Adam, workers: WorkerGroup = ALONE) -> list[dict[str, Any]]:
     """Restores the weights and moments of the last state and returns its metrics; [] if there is none."""
-    states = sorted(directory.glob("state-*"))
-    if not states:
+    last = workers.leaders(max(directory.glob("state-*"), default=None))
+    if last is None:
         return []
-    if (states[-1] / TENSORS).exists():
-        optimizer.load(load_file(states[-1] / TENSORS))
+    if (last / TENSORS).exists():
+        optimizer.load(load_file(last / TENSORS))
     else:
-        state = optimizer.blank_state()
-        load(state, checkpoint_id=states[-1] / OPTIMIZER, no_dist=workers.count == 1)
+        # A parameter that never had a gradient has no moments.
+        written = FileSystemReader(last / OPTIMIZER).read_metadata().state_dict_metadata
+        state = {name: tensor for name, tensor in optimizer.blank_state().items() if name in written}
+        load(state, checkpoint_id=last / OPTIMIZER, no_dist=workers.count == 1)
         optimizer.load(state)
-    figures: list[dict[str, Any]] = json.loads((states[-1] / FIGURES).read_text(encoding="utf-8"))
+    figures: list[dict[str, Any]] = json.loads((last / FIGURES).read_text(encoding="utf-8"))
     return figures
 
 

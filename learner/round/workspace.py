@@ -1,5 +1,6 @@
 """What the stages of a round share: its record in the store, its directories, its models and its engine."""
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from learner.model.features import FeatureSpec, extract, feature_spec
 from learner.model.forward import Tokens, to_tokens
 from learner.model.policy import TrainablePolicy
 from learner.model.rollout import RolloutEngine, SampledAnswer, draw_generator, to_rollout
+from learner.process import return_freed_memory
 from learner.progress import Stages
 from learner.reward.linear_reward_model import LinearRewardModel
 from learner.round.prompts import ANSWER_TOKENS, Prompts, share_out, split_prompts, top_up
@@ -189,6 +191,10 @@ class Workspace:
         self.close()
         for name in ("engine", "policy"):
             self.__dict__.pop(name, None)
+        gc.collect()
+        return_freed_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @contextmanager
     def tensorboard(self) -> Iterator["SummaryWriter"]:

@@ -13,10 +13,14 @@ import torch.multiprocessing
 from torch import Tensor
 
 from learner.model.rollout import SampledAnswer
+from learner.process import end_with_parent
 from learner.settings import LearnerSettings
 from learner.workers.job import KilledError
 from server.shared.model.dtype import DtypeName
 from server.store.chats.records import Prompt
+
+# How long an engine may take to end by itself.
+END_SECONDS = 30.0
 
 
 class EngineProcess:
@@ -66,7 +70,8 @@ class EngineProcess:
     def close(self) -> None:
         """Ends the process."""
         self._ours.close()
-        self._process.join()
+        self._process.join(END_SECONDS)
+        self._process.kill()
 
     def _send(self, value: Any) -> None:
         try:
@@ -93,6 +98,7 @@ def received(pipe: Any) -> Iterator[tuple[str, Tensor]]:
 
 def serve(pipe: Any, visible_gpu: str | None, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Answers calls until the other end closes."""
+    end_with_parent()
     if visible_gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu
     try:

@@ -15,6 +15,8 @@ from server.store.learning.round_metrics import Improvement
 
 # How long the cluster may take to find room for all workers.
 START_SECONDS = 300.0
+# How long it may take until the cluster knows that a worker was killed.
+NOTICE_SECONDS = 30.0
 TOKEN_FILE = Path(".ray") / "auth_token"
 
 
@@ -89,9 +91,12 @@ def connected(settings: WorkerSettings) -> Iterator[None]:
 
     try:
         ray.init(settings.ray, log_to_driver=False, configure_logging=False)
-    except ConnectionError as error:
+    # It is the latter where this machine is no node of the cluster.
+    except (ConnectionError, RuntimeError) as error:
         raise FailedPreconditionError(
-            "RAY_UNREACHABLE", f"There is no Ray cluster at {settings.ray} that accepts this token: {error}"
+            "RAY_UNREACHABLE",
+            f"There is no Ray cluster at {settings.ray} of which this machine is a node and that accepts this token: "
+            f"{error}",
         ) from None
     try:
         yield
@@ -122,17 +127,28 @@ def results(trainings: list[Any]) -> list[Improvement]:
     waiting = list(trainings)
     while waiting:
         [ended], waiting = ray.wait(waiting, num_returns=1)
-        rank = trainings.index(ended)
-        try:
-            ray.get(ended)
-        except ray.exceptions.RayActorError:
-            raise KilledError(f"Worker {rank} was killed, or its node was lost.") from None
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, KilledError):
-                raise error.cause from None
-            raise RuntimeError(f"Worker {rank} failed: {error.cause}") from None
+        if failure := failed(ended, trainings):
+            # Workers whose peer was killed fail before the cluster knows why.
+            others, _ = ray.wait(waiting, num_returns=len(waiting), timeout=NOTICE_SECONDS) if waiting else ([], [])
+            failures = [failure, *filter(None, (failed(other, trainings) for other in others))]
+            raise next((each for each in failures if isinstance(each, KilledError)), failure)
     found: list[Improvement] = ray.get(trainings)
     return found
+
+
+def failed(training: Any, trainings: list[Any]) -> RuntimeError | None:
+    """Why a training that has ended gave no result; None if it did."""
+    import ray
+
+    rank = trainings.index(training)
+    try:
+        ray.get(training)
+    except ray.exceptions.RayActorError:
+        return KilledError(f"Worker {rank} was killed, or its node was lost.")
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        return cause if isinstance(cause, KilledError) else RuntimeError(f"Worker {rank} failed: {cause}")
+    return None
 
 
 def require_token() -> None:

@@ -1,6 +1,5 @@
 """Starts workers on this machine, by torchrun's own launcher."""
 
-import ctypes
 import os
 import signal
 
@@ -8,12 +7,9 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from learner.process import show_gpus
+from learner.process import end_with_parent, show_gpus
 from learner.workers.job import KilledError, TrainingJob
 from server.store.learning.round_metrics import Improvement
-
-# A parameter of prctl(2).
-PR_SET_PDEATHSIG = 1
 
 
 def run(job: TrainingJob, count: int) -> Improvement:
@@ -47,9 +43,11 @@ def run(job: TrainingJob, count: int) -> Improvement:
 @record
 def worker(job: TrainingJob) -> Improvement:
     """What runs in each process. It ends with the process that started it, whatever ends that."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if job.settings.learner_device == "cuda":
         show_gpus(int(os.environ["LOCAL_RANK"]), job.settings.workers.gpus_each)
+        # By it torch would choose among the GPUs that are visible: the first is this worker's.
+        os.environ["LOCAL_RANK"] = "0"
     from learner.workers.worker import train
 
     try:

@@ -3,17 +3,19 @@
 import math
 import shutil
 from pathlib import Path
+from typing import get_args
 
-from server.store.learning.records import Round
+from server.store.learning.records import PointerAction, Round, RoundState
 from server.store.store import Store
 from server.telemetry.metrics import ACTIVATIONS, DISK, ROUND, ROUNDS
 
 
 def show_rounds(store: Store) -> None:
     """Set the metrics of rounds from the store."""
-    for state, count in store.rounds.count().items():
+    # Also what never happened: an alert sees a rise from zero, and no rise where a series begins.
+    for state, count in {**dict.fromkeys(get_args(RoundState), 0), **store.rounds.count()}.items():
         ROUNDS.labels(state).set(count)
-    for action, count in store.policies.activations().items():
+    for action, count in {**dict.fromkeys(get_args(PointerAction), 0), **store.policies.activations()}.items():
         ACTIVATIONS.labels(action).set(count)
     newest = next((found for found in store.rounds.page(10, None) if found.finish_time), None)
     for figure, value in figures(newest).items() if newest else ():

@@ -123,5 +123,5 @@ def test_workers_are_actors_of_a_ray_cluster(
             env=small.environment(**WORKERS, **{**environment, "RAY_AUTH_TOKEN": "0" * 32}),
         )  # fmt: skip
         assert refused.returncode == 1
-        assert "that accepts this token" in refused.stderr
+        assert "and that accepts this token" in refused.stderr
         assert_both_engines_sample_the_policy(small.run(tmp_path, **WORKERS, **environment), 4)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import asdict
 
+from pydantic import SecretStr
+
 from learner.improve.base import ExperienceSource, Task
 from learner.improve.dpo.votes import WeighedVotes
 from learner.improve.improvers import make_improver
@@ -53,9 +55,15 @@ def train(work: Workspace, votes: WeighedVotes | None, reward_model: RewardModel
 
 def train_apart(work: Workspace, votes: WeighedVotes | None, on_step: OnStep) -> Improvement:
     """Trains by workers, whose machine's memory this process's models leave until they are needed again."""
-    device = resolve_device(work.settings.learner_device).type
+    settings = work.settings
+    # What is secret is of no use to workers, and a job may travel to other machines.
+    told = {
+        "learner_device": resolve_device(settings.learner_device).type,
+        "store_url": SecretStr(""),
+        "judge": settings.judge.model_copy(update={"api_key": SecretStr("")}),
+    }
     job = TrainingJob(
-        settings=work.settings.model_copy(update={"learner_device": device}),
+        settings=settings.model_copy(update=told),
         dtype=work.dtype,
         reference=work.reference_directory,
         start=start_directory(work),

@@ -10,6 +10,7 @@ PointerAction = Literal["activate", "promote", "rollback", "fail"]
 # Whether a round trains on a vote or judges by it.
 Side = Literal["train", "judge"]
 # What a round learns from: votes, or demonstrations and corrections, whose version becomes the reference.
+RoundState = Literal["running", "promoted", "canary", "rejected", "failed"]
 RoundKind = Literal["alignment", "sft"]
 
 
@@ -51,7 +52,7 @@ class Round:
     """One run of the learner: `stage` is the last finished step."""
 
     id: str
-    state: Literal["running", "promoted", "canary", "rejected", "failed"]
+    state: RoundState
     stage: str
     watermark: int
     incumbent_version: str

@@ -47,5 +47,20 @@ def test_a_state_restores_weights_moments_and_figures(tmp_path: Path, dtype: tor
     }
 
 
+def test_a_parameter_that_never_had_a_gradient_is_no_obstacle(tmp_path: Path) -> None:
+    def pair() -> tuple[Adam, nn.Parameter, nn.Parameter]:
+        used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((3,), 7.0))
+        return Adam([([used, unused], 0.1)], 1e-8), used, unused
+
+    optimizer, used, _ = pair()
+    used.sum().backward()
+    optimizer.step(1.0)
+    save_state(tmp_path, [{"step": 0}], optimizer)
+    resumed, again, unused = pair()
+    assert load_state(tmp_path, resumed) == [{"step": 0}]
+    assert torch.equal(again, used)
+    assert unused.tolist() == [7.0] * 3
+
+
 def test_without_a_state_there_are_no_figures(tmp_path: Path) -> None:
     assert load_state(tmp_path, stepped(torch.float32, 0)[0]) == []

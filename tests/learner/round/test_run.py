@@ -1,6 +1,7 @@
 """A whole round on a tiny model and a real store; only the engine is a stand-in, sampling by transformers."""
 
 import json
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -588,3 +589,20 @@ def test_a_machine_judges_choices_train_a_round(data_dir: Path) -> None:
         store.machine_choices.add(one, name, said[one.comparison_id], said[one.comparison_id])
     store.close()
     assert run(data_dir, judge=other, gate=gate).round_id not in (None, report.round_id)
+
+
+def test_workers_are_told_no_secrets(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their job may go to other machines, unencrypted."""
+    jobs: list[Any] = []
+
+    def hear(job: Any, *_: Any) -> Any:
+        jobs.append(job)
+        raise RuntimeError("no workers here")
+
+    monkeypatch.setattr("learner.round.alignment.improve_stage.train_by_workers", hear)
+    with pytest.raises(RuntimeError, match="no workers here"):
+        run(data_dir, workers={"count": 2}, judge={"api_key": "sk-secret"})
+    [job] = jobs
+    assert b"sk-secret" not in pickle.dumps(job)
+    assert job.settings.store_url.get_secret_value() == ""
+    assert (job.settings.learner_device, len(job.prompts) > 0, job.votes) == ("cpu", True, None)

@@ -159,6 +159,9 @@ def test_activations_and_the_disk_are_shown(store: Store, tmp_path: Path, monkey
     assert store.policies.activations() == {"promote": 2, "rollback": 1}
     assert value("prefloop_activations", action="promote") == 2
     assert value("prefloop_activations", action="rollback") == 1
+    # Shown before it happens: an alert needs a rise.
+    for name, labels in (("prefloop_activations", {"action": "fail"}), ("prefloop_rounds", {"state": "failed"})):
+        assert metrics.REGISTRY.get_sample_value(name, labels) == 0.0
     monkeypatch.setattr(
         "shutil.disk_usage", lambda path: SimpleNamespace(free=3, total=8) if path == tmp_path else None
     )

@@ -38,7 +38,7 @@ securityContext:
 envFrom:
   - secretRef: {name: {{ .root.Values.secrets.environment }}}
 env:
-{{- range $name, $value := merge (dict) .values.settings .root.Values.settings .own }}
+{{- range $name, $value := mergeOverwrite (dict) .own .root.Values.settings .values.settings }}
   - {name: {{ $name }}, value: {{ $value | toString | quote }}}
 {{- end }}
 resources:

@@ -255,6 +255,8 @@ def test_who_gets_what(chart: Path, packages: Path, tmp_path: Path) -> None:
         "PREFLOOP_TLS_KEY": "/etc/prefloop/tls/tls.key",
     }
     assert server["envFrom"] == [{"secretRef": {"name": "prefloop"}}]
+    [page] = pods([found["Deployment live-web"]])
+    assert "envFrom" not in page["containers"][0]
     [job] = pods([found["CronJob live-learner"]])
     told = {each["name"]: each["value"] for each in job["containers"][0]["env"]}
     assert told["PREFLOOP_WORKERS__COUNT"] == "3"
@@ -264,6 +266,8 @@ def test_who_gets_what(chart: Path, packages: Path, tmp_path: Path) -> None:
         "sh", "-c", "ray start --address live-ray-head-svc:6379 --num-cpus 0 --num-gpus 0 && exec learner run-once",
     ]  # fmt: skip
     head, node = pods([found["RayCluster live-ray"]])
+    assert not any("envFrom" in pod["containers"][0] for pod in (head, node))
+    assert job["containers"][0]["envFrom"] == server["envFrom"]
     assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
     assert node["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
     # All nodes see the round's folder, at the same path.

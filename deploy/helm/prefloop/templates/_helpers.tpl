@@ -35,8 +35,11 @@ securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
   capabilities: {drop: [ALL]}
+{{- /* The page and Ray's nodes have no use for the store's password. */ -}}
+{{- if has .component (list "server" "votes" "learner") }}
 envFrom:
   - secretRef: {name: {{ .root.Values.secrets.environment }}}
+{{- end }}
 env:
 {{- range $name, $value := mergeOverwrite (dict) .own .root.Values.settings .values.settings }}
   - {name: {{ $name }}, value: {{ $value | toString | quote }}}

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from learner.improve.adam import Adam
 from learner.improve.candidates import drop_candidates
-from learner.model.worker_group import ALONE, WorkerGroup
 from server.store.files.manifest import new_directory
 
 OPTIMIZER, FIGURES = "optimizer", "figures.json"
@@ -28,9 +27,9 @@ TENSORS = "optimizer.safetensors"
 DIGEST = "votes.sha256"
 
 
-def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam, workers: WorkerGroup = ALONE) -> None:
-    """Writes the state after `len(figures)` steps; each worker its share."""
-    final = directory / f"state-{len(figures):03d}"
+def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam) -> None:
+    """Writes the state after `len(figures)` steps; each of the optimizer's workers its share."""
+    workers, final = optimizer.workers, directory / f"state-{len(figures):03d}"
     # It already exists if a suspended learner woke up and got this far; it computed the same.
     if not workers.leaders(final.exists()):
         with new_directory(final) if workers.leads else nullcontext() as mine:
@@ -43,8 +42,9 @@ def save_state(directory: Path, figures: list[dict[str, Any]], optimizer: Adam, 
         drop_states(directory, but=final)
 
 
-def load_state(directory: Path, optimizer: Adam, workers: WorkerGroup = ALONE) -> list[dict[str, Any]]:
+def load_state(directory: Path, optimizer: Adam) -> list[dict[str, Any]]:
     """Restores the weights and moments of the last state and returns its metrics; [] if there is none."""
+    workers = optimizer.workers
     last = workers.leaders(max(directory.glob("state-*"), default=None))
     if last is None:
         return []

@@ -76,7 +76,7 @@ class Training:
     ) -> Improvement:
         """Trains until the end; resumes after the last saved state. `batches` are the prompts of each step."""
         directory, budget, workers = self.task.directory, self.task.budget, self.task.policy.group
-        steps = [StepMetrics(**step) for step in load_state(directory, optimizer, workers)]
+        steps = [StepMetrics(**step) for step in load_state(directory, optimizer)]
         self._drop_candidates(after=len(steps))
         for step in steps:
             self.task.on_step(step)
@@ -142,7 +142,7 @@ class Training:
         if done % settings.save_every == 0 or done == settings.steps:
             self.task.policy.save(candidate(self.task.directory, done))
         if done % settings.checkpoint_every == 0:
-            save_state(self.task.directory, [asdict(step) for step in steps], optimizer, self.task.policy.group)
+            save_state(self.task.directory, [asdict(step) for step in steps], optimizer)
 
     def _drop_candidates(self, after: int) -> None:
         """Deletes the candidates of steps later than `after`."""
